@@ -1,0 +1,193 @@
+//! What core needs of the disk tier: chunks of bytes in extents, owned buffers in and out.
+//!
+//! Invariant: the space of an [`Extent`] is its own until the extent is dropped, and an extent
+//! is dropped only after the last operation that touches it has completed; so a reader of an old
+//! version never sees the bytes of a new one. A backend owns the buffers of an operation from the
+//! call until the completion, whatever becomes of the future. Called by the migrations; implemented
+//! in `vmem-io`, and by whoever brings another medium.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+
+use crate::buffer::IoBuf;
+
+/// The unit of checksums and of partial rewrites, in bytes: objects up to this size are one chunk,
+/// larger ones are cut at its multiples.
+pub const CHUNK_BYTES: usize = 64 * 1024;
+
+/// A tier below host memory that stores chunks.
+///
+/// Every method may be called from any task. Futures may be dropped at any point: the operation
+/// then goes on, and what it owns is released when it ends.
+pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
+    /// Takes space for chunks of these lengths (each at most [`CHUNK_BYTES`], in bytes), all or
+    /// none. Contiguous and in this order where the free space allows it, so that they can be
+    /// written in one run. Never blocks on I/O.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError::Full`] with what is free.
+    fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError>;
+
+    /// Writes each chunk into its extent and seals the extent with the chunk's checksum. Chunks
+    /// whose extents are adjacent go down in one transfer. All or none: after an error every
+    /// extent of the call has been given back.
+    fn write(
+        &self,
+        pieces: Vec<(Extent, Bytes)>,
+    ) -> BoxFuture<'static, Result<Vec<Extent>, DiskError>>;
+
+    /// Reads whole chunks one after the other into the front of `buf` (which must hold them) and
+    /// verifies each against its checksum. The contents of `buf` are unspecified after an error.
+    fn read(
+        &self,
+        extents: Vec<Arc<Extent>>,
+        buf: IoBuf,
+    ) -> BoxFuture<'static, (IoBuf, Result<(), DiskError>)>;
+
+    /// The space that a chunk of `len` bytes takes, in bytes, rounding included.
+    fn footprint(&self, len: u32) -> u64;
+
+    /// Space taken and free, now.
+    fn usage(&self) -> DiskUsage;
+
+    /// What serves, and why, in words.
+    fn describe(&self) -> Arc<str>;
+
+    /// Ends the backend: waits for what is in flight, refuses what comes after, gives back files
+    /// and, last, the lock of the directory.
+    fn close(&self) -> BoxFuture<'static, Result<(), DiskError>>;
+}
+
+/// A piece of the disk tier that holds, or will hold, one chunk. Dropping it frees the space.
+pub struct Extent {
+    offset: u64,
+    len: u32,
+    footprint: u32,
+    sum: u32,
+    sealed: bool,
+    owner: Arc<dyn ExtentOwner>,
+}
+
+/// Who takes space back.
+pub trait ExtentOwner: fmt::Debug + Send + Sync + 'static {
+    /// The extent at `offset` with `footprint` bytes is no longer used by anybody.
+    fn release(&self, offset: u64, footprint: u32);
+}
+
+impl Extent {
+    /// An unwritten extent; for backends.
+    pub fn new(offset: u64, len: u32, footprint: u32, owner: Arc<dyn ExtentOwner>) -> Self {
+        assert!(
+            len as usize <= CHUNK_BYTES && len <= footprint,
+            "a chunk fits its extent"
+        );
+        Extent {
+            offset,
+            len,
+            footprint,
+            sum: 0,
+            sealed: false,
+            owner,
+        }
+    }
+
+    /// Marks the chunk as written, with the CRC-32C of its bytes; for backends.
+    pub fn seal(&mut self, sum: u32) {
+        self.sum = sum;
+        self.sealed = true;
+    }
+
+    /// Where it starts, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Payload, in bytes.
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Whether the payload is empty.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Space taken, in bytes, rounding included.
+    pub fn footprint(&self) -> u32 {
+        self.footprint
+    }
+
+    /// The CRC-32C of the chunk; `None` while it was only reserved.
+    pub fn sum(&self) -> Option<u32> {
+        self.sealed.then_some(self.sum)
+    }
+}
+
+impl Drop for Extent {
+    fn drop(&mut self) {
+        self.owner.release(self.offset, self.footprint);
+    }
+}
+
+impl fmt::Debug for Extent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Extent")
+            .field("offset", &self.offset)
+            .field("len", &self.len)
+            .field("footprint", &self.footprint)
+            .field("sum", &self.sum())
+            .finish()
+    }
+}
+
+/// Space of a disk tier, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskUsage {
+    /// The budget.
+    pub capacity_bytes: u64,
+    /// Footprint of all extents that exist.
+    pub used_bytes: u64,
+    /// The largest that `used_bytes` ever was.
+    pub peak_bytes: u64,
+    /// The largest contiguous free run.
+    pub largest_free_bytes: u64,
+    /// How many extents exist.
+    pub extents: u64,
+}
+
+/// Why a disk operation failed.
+#[derive(Clone, Debug)]
+pub enum DiskError {
+    /// No space: the budget is used up, or the file system is (then with the cause).
+    Full {
+        /// Bytes asked for, rounding included.
+        requested_bytes: u64,
+        /// Bytes free in the budget.
+        free_bytes: u64,
+        /// The cause, where the operating system refused.
+        source: Option<Arc<io::Error>>,
+    },
+    /// A chunk is not what was written.
+    Corrupt {
+        /// Index into the extents of the call.
+        chunk: usize,
+        /// CRC-32C of what was written.
+        expected: u32,
+        /// CRC-32C of what was read.
+        actual: u32,
+    },
+    /// The operating system refused.
+    Io {
+        /// What was attempted.
+        operation: &'static str,
+        /// The cause, with its errno.
+        source: Arc<io::Error>,
+    },
+    /// The backend was closed.
+    Closed,
+}

@@ -1,0 +1,206 @@
+//! The one error type of the public surface.
+//!
+//! Invariant: every variant carries the numbers that explain it, and is cheap to clone, since one
+//! failed migration is reported to everybody who waited for it. Made by every module.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::tier::MemoryTier;
+
+/// Why a call did not do what was asked. All sizes are bytes.
+///
+/// ```
+/// use vmem_core::VirtualMemoryError;
+///
+/// let error = VirtualMemoryError::SizeMismatch { handle: 7, expected: 4096, actual: 12 };
+/// assert!(!error.is_retryable());
+/// assert_eq!(error.to_string(), "object 7 holds 4096 bytes, the call brought 12");
+/// ```
+#[non_exhaustive]
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum VirtualMemoryError {
+    /// The request is larger than the tier could ever serve. Reported at once.
+    #[error("{requested_bytes} bytes can never fit in {tier}: at most {capacity_bytes} would")]
+    ExceedsCapacity {
+        /// The tier that was asked.
+        tier: MemoryTier,
+        /// What was asked for, rounding included.
+        requested_bytes: u64,
+        /// The most that the tier could hold.
+        capacity_bytes: u64,
+    },
+    /// Nothing is left to evict to: the tier below is full. Reported at once; retryable.
+    #[error("{tier} is full: {requested_bytes} bytes asked, {free_bytes} free of {capacity_bytes}")]
+    TierFull {
+        /// The tier that has no room.
+        tier: MemoryTier,
+        /// What was asked for, rounding included.
+        requested_bytes: u64,
+        /// What is free there now.
+        free_bytes: u64,
+        /// The capacity of the tier.
+        capacity_bytes: u64,
+    },
+    /// The deadline passed, and what blocks is pins, leases or bytes that readers hold.
+    #[error(
+        "{requested_bytes} bytes in {tier} not free after {waited:?}: {pinned_bytes} pinned, \
+         {leased_bytes} leased, {held_bytes} held by readers, of {capacity_bytes}"
+    )]
+    AllPinned {
+        /// The tier that was asked.
+        tier: MemoryTier,
+        /// What was asked for, rounding included.
+        requested_bytes: u64,
+        /// Bytes that pins keep there.
+        pinned_bytes: u64,
+        /// Bytes that device leases keep there.
+        leased_bytes: u64,
+        /// Bytes that `Bytes` given to callers keep there.
+        held_bytes: u64,
+        /// The capacity of the tier.
+        capacity_bytes: u64,
+        /// How long the request waited.
+        waited: Duration,
+    },
+    /// The deadline passed while I/O was still making room. Retryable.
+    #[error("{operation} did not end within {waited:?}")]
+    TimedOut {
+        /// What was waited for.
+        operation: &'static str,
+        /// How long.
+        waited: Duration,
+    },
+    /// The tier does not exist here.
+    #[error("{tier} is not available: {reason}")]
+    TierNotAvailable {
+        /// The tier that was asked.
+        tier: MemoryTier,
+        /// What the probe found.
+        reason: Arc<str>,
+    },
+    /// The object is pinned or leased in the tier that it was asked to leave.
+    #[error("object {handle} is held in {tier} by {pins} pins")]
+    Pinned {
+        /// The object.
+        handle: u64,
+        /// Where it is pinned.
+        tier: MemoryTier,
+        /// How many pins hold it.
+        pins: u32,
+    },
+    /// The handle was freed, or belongs to another instance.
+    #[error("no object {handle} in this store")]
+    HandleNotFound {
+        /// The id that the handle carries.
+        handle: u64,
+    },
+    /// No object has this name.
+    #[error("no object is named {name:?}")]
+    NameNotFound {
+        /// The name.
+        name: Arc<str>,
+    },
+    /// An object of this name exists already.
+    #[error("an object named {name:?} exists")]
+    NameExists {
+        /// The name.
+        name: Arc<str>,
+    },
+    /// A whole-object write brought another number of bytes than the object has.
+    #[error("object {handle} holds {expected} bytes, the call brought {actual}")]
+    SizeMismatch {
+        /// The object.
+        handle: u64,
+        /// Its length.
+        expected: usize,
+        /// The length of what was brought.
+        actual: usize,
+    },
+    /// A range reaches outside of the object, or ends before it starts.
+    #[error("range {start}..{end} is outside of object {handle} of {len} bytes")]
+    OutOfRange {
+        /// The object.
+        handle: u64,
+        /// First byte of the range.
+        start: usize,
+        /// One past its last byte.
+        end: usize,
+        /// The length of the object.
+        len: usize,
+    },
+    /// The stored bytes are not those that were written.
+    #[error(
+        "object {handle} is corrupt: chunk {chunk} has checksum {actual:08x}, not {expected:08x}"
+    )]
+    Corrupt {
+        /// The object.
+        handle: u64,
+        /// Index of the first damaged chunk of the object.
+        chunk: u64,
+        /// The checksum of what was written.
+        expected: u32,
+        /// The checksum of what was read.
+        actual: u32,
+    },
+    /// The operating system refused an operation.
+    #[error("{operation} failed: {source}")]
+    Io {
+        /// What was attempted.
+        operation: &'static str,
+        /// The shared cause, with its errno.
+        source: Arc<io::Error>,
+    },
+    /// The GPU or its driver failed.
+    #[error("{operation} failed on the device with code {code}: {message}")]
+    Device {
+        /// What was attempted.
+        operation: &'static str,
+        /// The code of the driver.
+        code: i32,
+        /// Its text.
+        message: Arc<str>,
+    },
+    /// A configuration field holds a value that cannot work.
+    #[error("invalid configuration: {field}: {reason}")]
+    InvalidConfig {
+        /// The field, by the name of its setter.
+        field: &'static str,
+        /// Why, and what would do.
+        reason: Arc<str>,
+    },
+    /// Another process, or another instance in this one, has the directory open.
+    #[error("{} is in use{}", path.display(), pid.map(|pid| format!(" by process {pid}")).unwrap_or_default())]
+    InUse {
+        /// The directory of the store.
+        path: PathBuf,
+        /// The process that holds it, where it could be read.
+        pid: Option<u32>,
+    },
+    /// The store was closed.
+    #[error("the store is closed")]
+    Closed,
+}
+
+impl VirtualMemoryError {
+    /// Whether the same call may succeed later with nothing changed by the caller.
+    pub fn is_retryable(&self) -> bool {
+        matches!(
+            self,
+            VirtualMemoryError::TierFull { .. }
+                | VirtualMemoryError::AllPinned { .. }
+                | VirtualMemoryError::TimedOut { .. }
+                | VirtualMemoryError::InUse { .. }
+        )
+    }
+
+    /// An [`Io`](Self::Io) error of a named operation.
+    pub fn io(operation: &'static str, source: io::Error) -> Self {
+        VirtualMemoryError::Io {
+            operation,
+            source: Arc::new(source),
+        }
+    }
+}

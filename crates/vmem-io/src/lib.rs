@@ -1,0 +1,3 @@
+//! The disk tier of vmem.
+
+pub mod driver;
