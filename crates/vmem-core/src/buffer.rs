@@ -7,6 +7,11 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 
+use bytes::Bytes;
+
+use crate::copy::OwnedCopy;
+use crate::host::StagingPiece;
+
 /// Exclusive memory for one operation, in bytes.
 ///
 /// ```
@@ -22,14 +27,47 @@ pub struct IoBuf {
 
 enum Backing {
     Heap(Vec<u8>),
+    /// Room in object space.
+    Copy(OwnedCopy),
+    /// A piece of the staging reserve.
+    Staging(StagingPiece),
 }
 
 impl IoBuf {
     /// A buffer of the ordinary heap, for tools and tests; the runtime uses its own memory.
     pub fn from_vec(bytes: Vec<u8>) -> Self {
-        IoBuf {
-            backing: Backing::Heap(bytes),
+        IoBuf { backing: Backing::Heap(bytes) }
+    }
+
+    pub(crate) fn from_copy(copy: OwnedCopy) -> Self {
+        IoBuf { backing: Backing::Copy(copy) }
+    }
+
+    pub(crate) fn from_staging(piece: StagingPiece) -> Self {
+        IoBuf { backing: Backing::Staging(piece) }
+    }
+
+    /// Back from `from_copy`.
+    pub(crate) fn into_copy(self) -> OwnedCopy {
+        match self.backing {
+            Backing::Copy(copy) => copy,
+            Backing::Heap(_) | Backing::Staging(_) => {
+                unreachable!("a backend returns the buffer that it was given")
+            }
         }
+    }
+
+    /// The buffer as bytes that nobody changes any more.
+    pub(crate) fn freeze(self) -> Bytes {
+        Bytes::from_owner(Frozen(self))
+    }
+}
+
+struct Frozen(IoBuf);
+
+impl AsRef<[u8]> for Frozen {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
     }
 }
 
@@ -39,6 +77,8 @@ impl Deref for IoBuf {
     fn deref(&self) -> &[u8] {
         match &self.backing {
             Backing::Heap(bytes) => bytes,
+            Backing::Copy(copy) => copy.as_slice(),
+            Backing::Staging(piece) => piece.as_slice(),
         }
     }
 }
@@ -47,6 +87,8 @@ impl DerefMut for IoBuf {
     fn deref_mut(&mut self) -> &mut [u8] {
         match &mut self.backing {
             Backing::Heap(bytes) => bytes,
+            Backing::Copy(copy) => copy.as_mut_slice(),
+            Backing::Staging(piece) => piece.as_mut_slice(),
         }
     }
 }

@@ -41,11 +41,12 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
         pieces: Vec<(Extent, Bytes)>,
     ) -> BoxFuture<'static, Result<Vec<Extent>, DiskError>>;
 
-    /// Reads whole chunks one after the other into the front of `buf` (which must hold them) and
-    /// verifies each against its checksum. The contents of `buf` are unspecified after an error.
+    /// Reads whole chunks, each to its place in `buf`, and verifies it against its checksum.
+    /// Chunks that were reserved and never written are zeros. What lies between the places is
+    /// left alone; the contents of the places are unspecified after an error.
     fn read(
         &self,
-        extents: Vec<Arc<Extent>>,
+        chunks: Vec<ReadChunk>,
         buf: IoBuf,
     ) -> BoxFuture<'static, (IoBuf, Result<(), DiskError>)>;
 
@@ -73,6 +74,15 @@ pub struct Extent {
     owner: Arc<dyn ExtentOwner>,
 }
 
+/// One chunk to read.
+#[derive(Clone, Debug)]
+pub struct ReadChunk {
+    /// Where it is on disk.
+    pub extent: Arc<Extent>,
+    /// Where in the buffer its first byte goes.
+    pub at: usize,
+}
+
 /// Who takes space back.
 pub trait ExtentOwner: fmt::Debug + Send + Sync + 'static {
     /// The extent at `offset` with `footprint` bytes is no longer used by anybody.
@@ -82,18 +92,8 @@ pub trait ExtentOwner: fmt::Debug + Send + Sync + 'static {
 impl Extent {
     /// An unwritten extent; for backends.
     pub fn new(offset: u64, len: u32, footprint: u32, owner: Arc<dyn ExtentOwner>) -> Self {
-        assert!(
-            len as usize <= CHUNK_BYTES && len <= footprint,
-            "a chunk fits its extent"
-        );
-        Extent {
-            offset,
-            len,
-            footprint,
-            sum: 0,
-            sealed: false,
-            owner,
-        }
+        assert!(len as usize <= CHUNK_BYTES && len <= footprint, "a chunk fits its extent");
+        Extent { offset, len, footprint, sum: 0, sealed: false, owner }
     }
 
     /// Marks the chunk as written, with the CRC-32C of its bytes; for backends.
@@ -174,7 +174,7 @@ pub enum DiskError {
     },
     /// A chunk is not what was written.
     Corrupt {
-        /// Index into the extents of the call.
+        /// Index into the chunks of the call.
         chunk: usize,
         /// CRC-32C of what was written.
         expected: u32,

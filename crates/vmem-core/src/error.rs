@@ -198,9 +198,6 @@ impl VirtualMemoryError {
 
     /// An [`Io`](Self::Io) error of a named operation.
     pub fn io(operation: &'static str, source: io::Error) -> Self {
-        VirtualMemoryError::Io {
-            operation,
-            source: Arc::new(source),
-        }
+        VirtualMemoryError::Io { operation, source: Arc::new(source) }
     }
 }

@@ -1,15 +1,50 @@
 //! What vmem does: the decisions. No file, no CUDA, no wall clock of its own.
+//!
+//! # Layout, in the order in which a read flows
+//!
+//! - `vmem/`: [`VirtualMemory`], the store as its users see it: `read`, `write`, `place`.
+//! - `handle`, `object/`: a [`VMemHandle`] holds its object's entry: where its bytes are, who may
+//!   change that (the *gate*), and how recently it was used.
+//! - `copy/`: the host copy of an object: one atomic word says whether it is valid and who reads it.
+//! - `host/`, `host_queue`: object space in slabs, the staging reserve, and the queue for room.
+//! - `actor/`: the one task that evicts, and that starts every migration as a task of its own.
+//! - `migrate/`: what such a task does: reserve, copy, verify, publish, release.
+//! - `policy/`: who is evicted first.
+//! - `disk`, `buffer`: what a tier below host memory implements.
+//! - `config`, `options`, `error`, `events`, `stats`, `capabilities`: what goes in and comes out.
 
+mod actor;
+pub mod backend;
 mod buffer;
+mod capabilities;
+mod config;
+mod copy;
 mod disk;
 mod error;
+mod events;
+mod handle;
+mod host;
+mod host_queue;
+mod migrate;
+mod object;
+mod options;
+pub mod policy;
+mod shared;
+mod stats;
 mod tier;
+mod vmem;
+mod wake;
 
+pub use capabilities::Capabilities;
+pub use config::{
+    GpuSelection, HOST_CAPACITY_MIN, IoDriver, Promotion, STAGING_CAPACITY_MAX,
+    STAGING_CAPACITY_MIN, VirtualMemoryConfig, VirtualMemoryConfigBuilder,
+};
 pub use error::VirtualMemoryError;
+pub use events::{MigrationCause, MigrationEvent};
+pub use handle::VMemHandle;
+pub use options::{ReadClass, ReadOptions};
+pub use policy::PolicyKind;
+pub use stats::{TierStats, VirtualMemoryStats};
 pub use tier::MemoryTier;
-
-/// What a backend implements and is handed.
-pub mod backend {
-    pub use crate::buffer::IoBuf;
-    pub use crate::disk::{CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner};
-}
+pub use vmem::{PinGuard, Prefetch, Residency, VirtualMemory};

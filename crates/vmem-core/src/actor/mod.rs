@@ -1,0 +1,222 @@
+//! The eviction actor: one task, fed by bounded channels, that starts every migration.
+//!
+//! Invariant: the actor itself never waits for I/O or for room; it decides, and each migration that
+//! it decides on is a task of its own. When there is nothing to decide it sleeps, and only a
+//! request, a release that somebody waits for, or the end of a migration wakes it.
+//!
+//! ```text
+//!   readers, promote, demote ---> demand ----+
+//!   prefetch ------------------> ahead ------+--> actor --> tasks (fetch, write down) --+
+//!   allocations, releases -----> wake -------+       ^------------ their ends ---------+
+//! ```
+//!
+//! Requests for room do not come through the channels: they stand in the queue of object space
+//! (`host_queue.rs`), where the actor sees them whole. Started by `VirtualMemory::with_backends`.
+
+mod evict;
+mod request;
+
+use std::future::Future;
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+pub(crate) use request::{Move, PrefetchEnd, Request, Requests};
+
+use crate::error::VirtualMemoryError;
+use crate::host_queue::Refused;
+use crate::shared::Shared;
+
+/// Requests of one class that wait in its channel; a caller beyond that waits as a future.
+const QUEUE_MAX: usize = 1024;
+/// Migrations of demand that are started at once; those that copy are bounded by the link.
+const DEMAND_MAX: usize = 1024;
+/// Prefetch requests that are started at once.
+const AHEAD_MAX: usize = 4;
+
+/// What kind of task has ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Ended {
+    Demand,
+    Ahead,
+    /// A batch on its way down, which was to free so many bytes, and whether the disk took it.
+    Evicted {
+        reclaims_bytes: u64,
+        took: bool,
+    },
+}
+
+/// The result of the end, for whoever closes.
+pub(crate) type Outcome = Option<Result<(), VirtualMemoryError>>;
+
+/// The ends of the channels that the actor holds.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    demand: mpsc::Receiver<Request>,
+    ahead: mpsc::Receiver<Request>,
+}
+
+/// The channels between the store and its actor.
+pub(crate) fn channels() -> (Requests, Inbox) {
+    let (demand_tx, demand) = mpsc::channel(QUEUE_MAX);
+    let (ahead_tx, ahead) = mpsc::channel(QUEUE_MAX);
+    (Requests::new(demand_tx, ahead_tx), Inbox { demand, ahead })
+}
+
+/// Starts the actor on the current runtime. The receiver gets the outcome of its end.
+pub(crate) fn start(shared: Arc<Shared>, inbox: Inbox) -> watch::Receiver<Outcome> {
+    let (done, outcome) = watch::channel(None);
+    let actor = Actor {
+        shared,
+        inbox,
+        tasks: JoinSet::new(),
+        demand: 0,
+        ahead: 0,
+        evict: evict::Evictor::default(),
+    };
+    spawn_named("vmem-actor", actor.run(done));
+    outcome
+}
+
+struct Actor {
+    shared: Arc<Shared>,
+    inbox: Inbox,
+    tasks: JoinSet<Ended>,
+    demand: usize,
+    ahead: usize,
+    evict: evict::Evictor,
+}
+
+impl Actor {
+    async fn run(mut self, done: watch::Sender<Outcome>) {
+        while !self.shared.is_closed() {
+            let more = self.evict.turn(&self.shared, &mut self.tasks);
+            if more {
+                // Background work in slices: others have their turn in between.
+                tokio::task::yield_now().await;
+                self.take_what_is_there();
+                continue;
+            }
+            tokio::select! {
+                biased;
+                () = self.shared.wake.asleep() => {}
+                Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
+                    self.account(ended);
+                }
+                Some(request) = self.inbox.demand.recv(), if self.demand < DEMAND_MAX => {
+                    self.start(request);
+                }
+                Some(request) = self.inbox.ahead.recv(), if self.ahead < AHEAD_MAX => {
+                    self.start(request);
+                }
+            }
+            self.take_what_is_there();
+        }
+        let outcome = self.end().await;
+        done.send_replace(Some(outcome));
+    }
+
+    /// Takes everything that is ready, without sleeping.
+    fn take_what_is_there(&mut self) {
+        while let Some(ended) = self.tasks.try_join_next() {
+            self.account(ended);
+        }
+        while self.demand < DEMAND_MAX
+            && let Ok(request) = self.inbox.demand.try_recv()
+        {
+            self.start(request);
+        }
+        while self.ahead < AHEAD_MAX
+            && let Ok(request) = self.inbox.ahead.try_recv()
+        {
+            self.start(request);
+        }
+    }
+
+    fn start(&mut self, request: Request) {
+        let ended = request.kind();
+        match ended {
+            Ended::Ahead => self.ahead += 1,
+            Ended::Demand | Ended::Evicted { .. } => self.demand += 1,
+        }
+        let name = request.name();
+        spawn_into(&mut self.tasks, name, async move {
+            request.serve().await;
+            ended
+        });
+    }
+
+    fn account(&mut self, ended: Result<Ended, tokio::task::JoinError>) {
+        match ended {
+            Ok(Ended::Demand) => self.demand -= 1,
+            Ok(Ended::Ahead) => self.ahead -= 1,
+            Ok(Ended::Evicted { reclaims_bytes, took }) => self.evict.ended(reclaims_bytes, took),
+            Err(error) => {
+                // A migration never panics; if one does, the store is not to be trusted with more.
+                tracing::error!(target: "vmem::actor", %error, "a migration ended in a panic");
+                self.shared.set_closed();
+            }
+        }
+    }
+
+    /// Refuses what waits, lets what runs come to its end, and closes the disk.
+    async fn end(&mut self) -> Result<(), VirtualMemoryError> {
+        self.inbox.demand.close();
+        self.inbox.ahead.close();
+        while let Some(request) = self.inbox.demand.recv().await {
+            request.refuse(VirtualMemoryError::Closed);
+        }
+        while let Some(request) = self.inbox.ahead.recv().await {
+            request.refuse(VirtualMemoryError::Closed);
+        }
+        loop {
+            let closed = |_: &_, _| Some(Refused::Error(VirtualMemoryError::Closed));
+            self.shared.host.refuse(closed);
+            tokio::select! {
+                biased;
+                ended = self.tasks.join_next() => match ended {
+                    Some(ended) => self.account(ended),
+                    None => break,
+                },
+                () = self.shared.wake.asleep() => {}
+            }
+        }
+        let closed = self.shared.disk.close().await;
+        closed.map_err(|error| self.shared.disk_error(0, error))
+    }
+}
+
+/// Spawns a task with a name that tokio-console shows.
+fn spawn_named<F>(name: &str, future: F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    #[cfg(tokio_unstable)]
+    let spawned = tokio::task::Builder::new().name(name).spawn(future).map(drop);
+    #[cfg(not(tokio_unstable))]
+    let spawned = {
+        drop(tokio::spawn(future));
+        Ok::<(), std::io::Error>(())
+    };
+    if let Err(error) = spawned {
+        tracing::error!(target: "vmem::actor", name, %error, "not spawned");
+    }
+}
+
+/// As `spawn_named`, into the set of migrations.
+pub(super) fn spawn_into<F>(tasks: &mut JoinSet<Ended>, name: &'static str, future: F)
+where
+    F: Future<Output = Ended> + Send + 'static,
+{
+    #[cfg(tokio_unstable)]
+    let spawned = tasks.build_task().name(name).spawn(future).map(drop);
+    #[cfg(not(tokio_unstable))]
+    let spawned = {
+        tasks.spawn(future);
+        Ok::<(), std::io::Error>(())
+    };
+    if let Err(error) = spawned {
+        tracing::error!(target: "vmem::actor", name, %error, "not spawned");
+    }
+}

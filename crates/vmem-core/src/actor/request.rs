@@ -1,0 +1,191 @@
+//! What the actor can be asked for, and the channels through which.
+//!
+//! Invariant: each request is answered exactly once: by its task, by a refusal, or, if the runtime
+//! itself goes, by the drop of its reply. Sent by the public methods.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use futures::channel::oneshot as shared_oneshot;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use super::Ended;
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
+use crate::host_queue::Class;
+use crate::migrate::{self, Fetch};
+use crate::object::{Flight, Object};
+
+/// A migration that somebody asked for.
+#[derive(Debug)]
+pub(crate) enum Request {
+    /// The bytes of one object; everybody who joined the flight gets them.
+    Fetch {
+        job: Fetch,
+        flight: Flight,
+        reply: shared_oneshot::Sender<Result<Bytes, VirtualMemoryError>>,
+    },
+    /// One object to another tier, or to where its home tier has it all.
+    Move {
+        object: Arc<Object>,
+        what: Move,
+        asked: Instant,
+        deadline: Instant,
+        reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
+    },
+    /// Objects to host memory ahead of need, in this order.
+    Prefetch { objects: Vec<Arc<Object>>, asked: Instant, deadline: Instant, end: PrefetchEnd },
+}
+
+/// Where an object is to move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Move {
+    /// To host memory, to stay.
+    Up,
+    /// To disk, out of host memory.
+    Down,
+    /// To disk too.
+    Flush,
+}
+
+/// How a prefetch ends: for its future, or, detached, for nobody.
+#[derive(Debug)]
+pub(crate) struct PrefetchEnd {
+    pub(crate) reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
+    /// Nobody waits for it, and it is wanted all the same.
+    pub(crate) detached: Arc<AtomicBool>,
+}
+
+impl Request {
+    pub(super) fn kind(&self) -> Ended {
+        match self {
+            Request::Fetch { job, .. } if job.class == Class::Prefetch => Ended::Ahead,
+            Request::Fetch { .. } | Request::Move { .. } => Ended::Demand,
+            Request::Prefetch { .. } => Ended::Ahead,
+        }
+    }
+
+    /// The name of its task.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Request::Fetch { .. } => "vmem-fetch",
+            Request::Move { what: Move::Up, .. } => "vmem-promote",
+            Request::Move { what: Move::Down, .. } => "vmem-demote",
+            Request::Move { what: Move::Flush, .. } => "vmem-flush",
+            Request::Prefetch { .. } => "vmem-prefetch",
+        }
+    }
+
+    /// Carries it out.
+    pub(super) async fn serve(self) {
+        match self {
+            Request::Fetch { job, flight, reply } => {
+                let outcome = migrate::fetch(&job).await;
+                // First, so that nobody joins a flight that has landed.
+                job.object.end_flight(&flight);
+                drop(flight);
+                // Whoever asked may have gone.
+                drop(reply.send(outcome));
+            }
+            Request::Move { object, what, asked, deadline, reply } => {
+                let outcome = match what {
+                    Move::Up => {
+                        let cause = MigrationCause::Promote;
+                        let class = Class::Demand;
+                        let job = Fetch { object, class, cause, stay: true, asked, deadline };
+                        migrate::fetch(&job).await.map(drop)
+                    }
+                    Move::Down => migrate::demote(&object, asked, deadline).await,
+                    Move::Flush => migrate::flush(&object, asked, deadline).await,
+                };
+                drop(reply.send(outcome));
+            }
+            Request::Prefetch { objects, asked, deadline, mut end } => {
+                let outcome = tokio::select! {
+                    biased;
+                    () = end.cancelled() => return,
+                    outcome = prefetch(objects, asked, deadline) => outcome,
+                };
+                drop(end.reply.send(outcome));
+            }
+        }
+    }
+
+    /// Answers without doing anything.
+    pub(super) fn refuse(self, error: VirtualMemoryError) {
+        match self {
+            Request::Fetch { job, flight, reply } => {
+                job.object.end_flight(&flight);
+                drop(reply.send(Err(error)));
+            }
+            Request::Move { reply, .. } => drop(reply.send(Err(error))),
+            Request::Prefetch { end, .. } => drop(end.reply.send(Err(error))),
+        }
+    }
+}
+
+impl PrefetchEnd {
+    /// Ends when the prefetch is no longer wanted; one that was detached always is.
+    async fn cancelled(&mut self) {
+        self.reply.closed().await;
+        if self.detached.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Brings objects up in order. One that fails does not keep the others; the first error counts.
+async fn prefetch(
+    objects: Vec<Arc<Object>>,
+    asked: Instant,
+    deadline: Instant,
+) -> Result<(), VirtualMemoryError> {
+    let mut outcome = Ok(());
+    for object in objects {
+        let (class, cause) = (Class::Prefetch, MigrationCause::Prefetch);
+        let job = Fetch { object, class, cause, stay: true, asked, deadline };
+        outcome = outcome.and(migrate::fetch(&job).await.map(drop));
+    }
+    outcome
+}
+
+/// The sending ends.
+#[derive(Debug)]
+pub(crate) struct Requests {
+    demand: mpsc::Sender<Request>,
+    ahead: mpsc::Sender<Request>,
+}
+
+impl Requests {
+    pub(super) fn new(demand: mpsc::Sender<Request>, ahead: mpsc::Sender<Request>) -> Self {
+        Requests { demand, ahead }
+    }
+
+    fn channel(&self, request: &Request) -> &mpsc::Sender<Request> {
+        match request.kind() {
+            Ended::Ahead => &self.ahead,
+            Ended::Demand | Ended::Evicted { .. } => &self.demand,
+        }
+    }
+
+    /// Sends as soon as there is room in the channel.
+    pub(crate) async fn send(&self, request: Request) {
+        if let Err(unsent) = self.channel(&request).send(request).await {
+            unsent.0.refuse(VirtualMemoryError::Closed);
+        }
+    }
+
+    /// Sends if there is room in the channel; else the request comes back.
+    pub(crate) fn try_send(&self, request: Request) -> Result<(), Request> {
+        match self.channel(&request).try_send(request) {
+            Ok(()) => Ok(()),
+            Err(mpsc::error::TrySendError::Full(request)) => Err(request),
+            Err(mpsc::error::TrySendError::Closed(request)) => {
+                request.refuse(VirtualMemoryError::Closed);
+                Ok(())
+            }
+        }
+    }
+}

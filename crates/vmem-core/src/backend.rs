@@ -1,0 +1,24 @@
+//! What a backend implements, and what a store is made of.
+//!
+//! Called by `vmem-io`, `vmem-gpu`, the facade and the test kit; users of the store need none of
+//! it.
+
+use std::sync::Arc;
+
+pub use crate::buffer::IoBuf;
+pub use crate::disk::{
+    CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, ReadChunk,
+};
+
+use crate::capabilities::Capabilities;
+
+/// The parts of a store.
+#[derive(Debug)]
+pub struct Backends {
+    /// Host memory that the store may use, staging included, in bytes.
+    pub host_capacity_bytes: u64,
+    /// The tier below it.
+    pub disk: Arc<dyn DiskBackend>,
+    /// What was found when they were opened.
+    pub capabilities: Capabilities,
+}

@@ -1,0 +1,43 @@
+//! What was found when the store opened.
+//!
+//! Invariant: each line is the outcome of a real operation, not of a guess. Filled in by the facade.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// What serves each tier, and why not something better.
+#[non_exhaustive]
+#[derive(Clone, Debug)]
+pub struct Capabilities {
+    /// The driver of the disk tier, and what it found.
+    pub disk: Arc<str>,
+    /// The directory of the store.
+    pub disk_path: Option<PathBuf>,
+    /// Whether that directory lies in memory (tmpfs): then the disk tier takes RAM that no budget
+    /// here counts.
+    pub disk_is_tmpfs: bool,
+    /// Why there is no VRAM tier.
+    pub vram_reason: Arc<str>,
+}
+
+impl Capabilities {
+    /// For whoever brings backends of his own: what serves the disk tier, and why there is no
+    /// VRAM tier.
+    pub fn new(disk: Arc<str>, vram_reason: Arc<str>) -> Self {
+        Capabilities { disk, disk_path: None, disk_is_tmpfs: false, vram_reason }
+    }
+}
+
+impl fmt::Display for Capabilities {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "disk: {}", self.disk)?;
+        if let Some(path) = &self.disk_path {
+            writeln!(f, "directory: {}", path.display())?;
+        }
+        if self.disk_is_tmpfs {
+            writeln!(f, "warning: the directory is a tmpfs; its files take memory, not disk")?;
+        }
+        write!(f, "vram: none: {}", self.vram_reason)
+    }
+}

@@ -1,0 +1,332 @@
+//! What a store may use, and how it decides.
+//!
+//! Invariant: a [`VirtualMemoryConfig`] is always valid: the builder refuses what cannot work and
+//! names the field. What depends on the machine (free memory, free space) is left open here and
+//! filled in when the store opens. Called by users; read by the facade and by `Shared`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::error::VirtualMemoryError;
+use crate::policy::PolicyKind;
+
+/// The least `host_capacity`, in bytes: a few staging pieces and a few slots.
+pub const HOST_CAPACITY_MIN: u64 = 256 * 1024;
+/// The default of `staging_capacity` is an eighth of `host_capacity`, and at most this, in bytes.
+pub const STAGING_CAPACITY_MAX: u64 = 256 * 1024 * 1024;
+/// The least `staging_capacity`, in bytes.
+pub const STAGING_CAPACITY_MIN: u64 = 128 * 1024;
+
+/// Which GPU serves the VRAM tier.
+#[non_exhaustive]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum GpuSelection {
+    /// The first usable one; none is no error.
+    #[default]
+    Auto,
+    /// None.
+    Off,
+    /// The one with this ordinal.
+    Device(usize),
+    /// The one with this UUID.
+    Uuid(String),
+}
+
+/// How the disk tier reaches its file.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoDriver {
+    /// The fastest that the probe found to work.
+    #[default]
+    Auto,
+    /// io_uring, submitted from the calling task.
+    Reactor,
+    /// io_uring, on threads of its own.
+    TokioUring,
+    /// Positional reads and writes on a bounded pool of threads.
+    Blocking,
+}
+
+/// When a read brings an object up to stay.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Promotion {
+    /// At the n-th read from a slower tier; 1 is the first.
+    OnNthRead(u32),
+    /// Only when asked for by `promote`, `pin` or `prefetch`.
+    Never,
+}
+
+impl Default for Promotion {
+    fn default() -> Self {
+        Promotion::OnNthRead(2)
+    }
+}
+
+/// A valid configuration. Sizes are bytes.
+///
+/// ```
+/// use vmem_core::{MemoryTier, VirtualMemoryConfig};
+///
+/// let config = VirtualMemoryConfig::builder()
+///     .host_capacity(64 << 20)
+///     .disk_capacity(1 << 30)
+///     .build()
+///     .unwrap();
+/// assert_eq!(config.host_capacity(), Some(64 << 20));
+///
+/// let refused = VirtualMemoryConfig::builder().watermarks(0.9, 0.5).build().unwrap_err();
+/// assert!(refused.to_string().contains("watermarks"));
+/// ```
+#[derive(Clone, Debug)]
+pub struct VirtualMemoryConfig {
+    fields: VirtualMemoryConfigBuilder,
+}
+
+impl Default for VirtualMemoryConfig {
+    fn default() -> Self {
+        VirtualMemoryConfig { fields: VirtualMemoryConfigBuilder::default() }
+    }
+}
+
+impl VirtualMemoryConfig {
+    /// A builder with every field at its default.
+    pub fn builder() -> VirtualMemoryConfigBuilder {
+        VirtualMemoryConfigBuilder::default()
+    }
+
+    /// The directory of the store, if one was given.
+    pub fn disk_path(&self) -> Option<&Path> {
+        self.fields.disk_path.as_deref()
+    }
+
+    /// Host memory, staging included, if it was given.
+    pub fn host_capacity(&self) -> Option<u64> {
+        self.fields.host_capacity
+    }
+
+    /// Staging memory, if it was given.
+    pub fn staging_capacity(&self) -> Option<u64> {
+        self.fields.staging_capacity
+    }
+
+    /// Space of the data file, if it was given.
+    pub fn disk_capacity(&self) -> Option<u64> {
+        self.fields.disk_capacity
+    }
+
+    /// Device memory, if it was given.
+    pub fn vram_capacity(&self) -> Option<u64> {
+        self.fields.vram_capacity
+    }
+
+    /// Which GPU.
+    pub fn gpu(&self) -> &GpuSelection {
+        &self.fields.gpu
+    }
+
+    /// Which disk driver.
+    pub fn io_driver(&self) -> IoDriver {
+        self.fields.io_driver
+    }
+
+    /// Low and high watermark, as fractions of capacity.
+    pub fn watermarks(&self) -> (f64, f64) {
+        self.fields.watermarks
+    }
+
+    /// The fraction of a tier that pins and leases may hold.
+    pub fn max_pinned(&self) -> f64 {
+        self.fields.max_pinned
+    }
+
+    /// The order of eviction.
+    pub fn policy(&self) -> PolicyKind {
+        self.fields.policy
+    }
+
+    /// When a read brings an object up to stay.
+    pub fn promotion(&self) -> Promotion {
+        self.fields.promotion
+    }
+
+    /// How long a request waits for room.
+    pub fn wait_timeout(&self) -> Duration {
+        self.fields.wait_timeout
+    }
+}
+
+/// Sets the fields of a [`VirtualMemoryConfig`], by value.
+#[derive(Clone, Debug)]
+pub struct VirtualMemoryConfigBuilder {
+    disk_path: Option<PathBuf>,
+    host_capacity: Option<u64>,
+    staging_capacity: Option<u64>,
+    disk_capacity: Option<u64>,
+    vram_capacity: Option<u64>,
+    gpu: GpuSelection,
+    io_driver: IoDriver,
+    watermarks: (f64, f64),
+    max_pinned: f64,
+    policy: PolicyKind,
+    promotion: Promotion,
+    wait_timeout: Duration,
+}
+
+impl Default for VirtualMemoryConfigBuilder {
+    fn default() -> Self {
+        VirtualMemoryConfigBuilder {
+            disk_path: None,
+            host_capacity: None,
+            staging_capacity: None,
+            disk_capacity: None,
+            vram_capacity: None,
+            gpu: GpuSelection::default(),
+            io_driver: IoDriver::default(),
+            watermarks: (0.85, 0.95),
+            max_pinned: 0.8,
+            policy: PolicyKind::default(),
+            promotion: Promotion::default(),
+            wait_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+impl VirtualMemoryConfigBuilder {
+    /// The directory of the store; made, private to the user, if it is not there.
+    /// Default: a private temporary directory, removed on close.
+    pub fn disk_path(mut self, path: impl Into<PathBuf>) -> Self {
+        self.disk_path = Some(path.into());
+        self
+    }
+
+    /// Host memory in bytes, staging included; at least [`HOST_CAPACITY_MIN`].
+    /// Default: a quarter of the smaller of RAM and the cgroup's limit.
+    pub fn host_capacity(mut self, bytes: u64) -> Self {
+        self.host_capacity = Some(bytes);
+        self
+    }
+
+    /// The part of `host_capacity`, in bytes, through which bytes pass on their way between other
+    /// places; at least [`STAGING_CAPACITY_MIN`], less than `host_capacity`.
+    /// Default: an eighth of `host_capacity`, at most [`STAGING_CAPACITY_MAX`].
+    pub fn staging_capacity(mut self, bytes: u64) -> Self {
+        self.staging_capacity = Some(bytes);
+        self
+    }
+
+    /// Space of the data file in bytes. Default: half of what is free in its file system.
+    pub fn disk_capacity(mut self, bytes: u64) -> Self {
+        self.disk_capacity = Some(bytes);
+        self
+    }
+
+    /// Device memory in bytes. Default: three quarters of what is free on the device.
+    pub fn vram_capacity(mut self, bytes: u64) -> Self {
+        self.vram_capacity = Some(bytes);
+        self
+    }
+
+    /// Which GPU serves the VRAM tier. Default: [`GpuSelection::Auto`].
+    pub fn gpu(mut self, gpu: GpuSelection) -> Self {
+        self.gpu = gpu;
+        self
+    }
+
+    /// How the disk tier reaches its file. Default: [`IoDriver::Auto`].
+    pub fn io_driver(mut self, driver: IoDriver) -> Self {
+        self.io_driver = driver;
+        self
+    }
+
+    /// Eviction starts above `high` and ends at `low`, as fractions of the capacity of object
+    /// space, `0 < low < high <= 1`. Default: 0.85 and 0.95.
+    pub fn watermarks(mut self, low: f64, high: f64) -> Self {
+        self.watermarks = (low, high);
+        self
+    }
+
+    /// The fraction of a tier that pins and leases may hold, `0 < fraction <= 1`. Default: 0.8.
+    pub fn max_pinned(mut self, fraction: f64) -> Self {
+        self.max_pinned = fraction;
+        self
+    }
+
+    /// The order of eviction. Default: [`PolicyKind::Lru`].
+    pub fn policy(mut self, policy: PolicyKind) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// When a read brings an object up to stay. Default: at the second read.
+    pub fn promotion(mut self, promotion: Promotion) -> Self {
+        self.promotion = promotion;
+        self
+    }
+
+    /// How long a request waits for room before it fails, more than zero. Default: 30 s.
+    pub fn wait_timeout(mut self, timeout: Duration) -> Self {
+        self.wait_timeout = timeout;
+        self
+    }
+
+    /// Checks every field.
+    ///
+    /// # Errors
+    ///
+    /// [`VirtualMemoryError::InvalidConfig`] with the name of the first field that cannot work.
+    pub fn build(self) -> Result<VirtualMemoryConfig, VirtualMemoryError> {
+        self.check_capacities()?;
+        let (low, high) = self.watermarks;
+        // Written so that NaN fails every comparison.
+        if !(low > 0.0 && low < high && high <= 1.0) {
+            return refuse("watermarks", format!("0 < low < high <= 1, not {low} and {high}"));
+        }
+        if !(self.max_pinned > 0.0 && self.max_pinned <= 1.0) {
+            return refuse("max_pinned", format!("0 < fraction <= 1, not {}", self.max_pinned));
+        }
+        if self.promotion == Promotion::OnNthRead(0) {
+            return refuse("promotion", "the first read is number 1".into());
+        }
+        if self.wait_timeout.is_zero() {
+            return refuse("wait_timeout", "more than zero".into());
+        }
+        if self.disk_path.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
+            return refuse("disk_path", "an empty path names no directory".into());
+        }
+        Ok(VirtualMemoryConfig { fields: self })
+    }
+
+    fn check_capacities(&self) -> Result<(), VirtualMemoryError> {
+        at_least("host_capacity", self.host_capacity, HOST_CAPACITY_MIN)?;
+        at_least("staging_capacity", self.staging_capacity, STAGING_CAPACITY_MIN)?;
+        at_least("disk_capacity", self.disk_capacity, 1)?;
+        at_least("vram_capacity", self.vram_capacity, 1)?;
+        match (self.staging_capacity, self.host_capacity) {
+            (Some(staging), Some(host)) if staging >= host => {
+                let reason = format!("{staging} leaves nothing of host_capacity {host}");
+                refuse("staging_capacity", reason)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn at_least(field: &'static str, value: Option<u64>, least: u64) -> Result<(), VirtualMemoryError> {
+    // Offsets are signed in the system calls below.
+    let most = i64::MAX as u64;
+    match value {
+        Some(value) if value < least => refuse(field, format!("at least {least}, not {value}")),
+        Some(value) if value > most => refuse(field, format!("at most {most}, not {value}")),
+        _ => Ok(()),
+    }
+}
+
+fn refuse<T>(field: &'static str, reason: String) -> Result<T, VirtualMemoryError> {
+    Err(VirtualMemoryError::InvalidConfig { field, reason: reason.into() })
+}
+
+/// Staging memory that a store with this much host memory gets when none was asked for, in bytes.
+pub(crate) fn default_staging(host_capacity: u64) -> u64 {
+    (host_capacity / 8).clamp(STAGING_CAPACITY_MIN, STAGING_CAPACITY_MAX)
+}

@@ -1,0 +1,151 @@
+#![allow(unsafe_code)]
+//! The pool of host-copy descriptors, and the anchors that keep it alive.
+//!
+//! Invariant: a descriptor's memory is given back only when the pool is dropped, and the pool is
+//! dropped only when neither the runtime nor any reader holds it. Called by `copy/mod.rs`, and by
+//! the statistics.
+
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+
+use super::HostCopy;
+use crate::wake::Wake;
+
+/// Descriptors are made this many at a time.
+const CHUNK: usize = 128;
+/// Reader counters are spread over this many anchors.
+const ANCHORS: usize = 16;
+
+/// All descriptors of one store.
+pub(crate) struct CopyPool {
+    free: Mutex<Free>,
+    wake: Arc<Wake>,
+}
+
+struct Free {
+    list: Vec<NonNull<HostCopy>>,
+    /// Owns what `list` and every copy in use point into.
+    chunks: Vec<Box<[HostCopy]>>,
+}
+
+// SAFETY: the pointers lead into `chunks`, and descriptors are `Send + Sync`.
+unsafe impl Send for Free {}
+
+impl CopyPool {
+    /// An unused descriptor, the caller's alone.
+    pub(super) fn take(&self) -> NonNull<HostCopy> {
+        let mut free = self.free.lock();
+        if let Some(copy) = free.list.pop() {
+            return copy;
+        }
+        let chunk: Box<[HostCopy]> = (0..CHUNK).map(|_| HostCopy::unused()).collect();
+        free.list.extend(chunk.iter().map(NonNull::from));
+        free.chunks.push(chunk);
+        free.list.pop().expect("invariant: a chunk is not empty")
+    }
+
+    /// Takes a descriptor back that the caller owned and emptied.
+    pub(super) fn put(&self, copy: NonNull<HostCopy>) {
+        self.free.lock().list.push(copy);
+    }
+}
+
+impl fmt::Debug for CopyPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let free = self.free.lock();
+        f.debug_struct("CopyPool")
+            .field("made", &(free.chunks.len() * CHUNK))
+            .field("unused", &free.list.len())
+            .finish()
+    }
+}
+
+/// What a reader holds of the runtime. There are several, one for each of a few threads, so that
+/// readers of distinct objects share no cache line that they write.
+#[derive(Debug)]
+pub(crate) struct Anchor {
+    pool: Arc<CopyPool>,
+    /// Footprint of the copies that got their first reader here, less that of those that lost
+    /// their last one here; only the sum over all anchors means something.
+    held_bytes: AtomicI64,
+    hits: AtomicU64,
+    /// Keeps two anchors off one pair of cache lines.
+    _apart: [u64; 12],
+}
+
+impl Anchor {
+    pub(super) fn pool(&self) -> Arc<CopyPool> {
+        self.pool.clone()
+    }
+
+    pub(super) fn add_held(&self, footprint: u64) {
+        self.held_bytes.fetch_add(footprint as i64, Ordering::Relaxed);
+    }
+
+    /// The last reader of a copy let go.
+    pub(super) fn released(&self, footprint: u64) {
+        self.held_bytes.fetch_sub(footprint as i64, Ordering::Relaxed);
+        self.pool.wake.if_waiting();
+    }
+}
+
+/// The runtime's end of the pool.
+#[derive(Debug)]
+pub(crate) struct Copies {
+    pool: Arc<CopyPool>,
+    anchors: Vec<Arc<Anchor>>,
+}
+
+impl Copies {
+    /// An empty pool; `wake` is told when the last reader of a copy lets go.
+    pub(crate) fn new(wake: Arc<Wake>) -> Self {
+        let free = Mutex::new(Free { list: Vec::new(), chunks: Vec::new() });
+        let pool = Arc::new(CopyPool { free, wake });
+        let anchor = || {
+            Arc::new(Anchor {
+                pool: pool.clone(),
+                held_bytes: AtomicI64::new(0),
+                hits: AtomicU64::new(0),
+                _apart: [0; 12],
+            })
+        };
+        let anchors = (0..ANCHORS).map(|_| anchor()).collect();
+        Copies { pool, anchors }
+    }
+
+    pub(crate) fn pool(&self) -> &Arc<CopyPool> {
+        &self.pool
+    }
+
+    /// The anchor of this thread.
+    pub(super) fn anchor(&self) -> &Arc<Anchor> {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        thread_local! {
+            static MINE: usize = NEXT.fetch_add(1, Ordering::Relaxed);
+        }
+        // A destructor of another thread-local may read after ours is gone.
+        let mine = MINE.try_with(|mine| *mine).unwrap_or(0);
+        &self.anchors[mine % ANCHORS]
+    }
+
+    /// Counts a read that host memory served.
+    pub(crate) fn count_hit(&self) {
+        self.anchor().hits.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Reads that host memory served, so far.
+    pub(crate) fn hits(&self) -> u64 {
+        self.anchors.iter().map(|anchor| anchor.hits.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Footprint of the copies that readers hold, in bytes. Not exact while readers come and go.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        let sum: i64 =
+            self.anchors.iter().map(|anchor| anchor.held_bytes.load(Ordering::Relaxed)).sum();
+        sum.max(0) as u64
+    }
+}

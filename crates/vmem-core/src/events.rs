@@ -1,0 +1,107 @@
+//! What happened: one event for each migration.
+//!
+//! Invariant: an event is sent after the migration was published, or failed; a listener that is
+//! slow loses events and is told how many, and never slows the runtime. Sent by the migrations.
+
+use std::fmt;
+use std::time::Duration;
+
+use futures::Stream;
+use tokio::sync::broadcast;
+
+use crate::error::VirtualMemoryError;
+use crate::tier::MemoryTier;
+
+/// Events that a slow listener may be behind by.
+const BACKLOG_MAX: usize = 1024;
+
+/// Why an object moved.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MigrationCause {
+    /// A read that waits.
+    Read,
+    /// `promote` or `pin`.
+    Promote,
+    /// `prefetch`.
+    Prefetch,
+    /// `demote`.
+    Demote,
+    /// Room was needed.
+    Evict,
+    /// Written ahead of need; the faster copy stays.
+    WriteBack,
+    /// `flush`.
+    Flush,
+}
+
+impl fmt::Display for MigrationCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            MigrationCause::Read => "read",
+            MigrationCause::Promote => "promote",
+            MigrationCause::Prefetch => "prefetch",
+            MigrationCause::Demote => "demote",
+            MigrationCause::Evict => "evict",
+            MigrationCause::WriteBack => "write-back",
+            MigrationCause::Flush => "flush",
+        })
+    }
+}
+
+/// One migration that ended.
+#[non_exhaustive]
+#[derive(Clone, Debug)]
+pub struct MigrationEvent {
+    /// The object.
+    pub handle: u64,
+    /// The tier that its bytes came from.
+    pub from: MemoryTier,
+    /// The tier that they went to.
+    pub to: MemoryTier,
+    /// Bytes that were copied; 0 for a clean copy that was dropped.
+    pub bytes: u64,
+    /// Why.
+    pub cause: MigrationCause,
+    /// From the request to the first byte.
+    pub waited: Duration,
+    /// From the first byte to publication.
+    pub copied: Duration,
+    /// Why it failed, if it did; the object is then where it was.
+    pub error: Option<VirtualMemoryError>,
+    /// Events that this listener lost just before this one.
+    pub missed: u64,
+}
+
+/// The sending end.
+#[derive(Debug)]
+pub(crate) struct Events(broadcast::Sender<MigrationEvent>);
+
+impl Events {
+    pub(crate) fn new() -> Self {
+        Events(broadcast::channel(BACKLOG_MAX).0)
+    }
+
+    /// Tells every listener; without one it costs a load.
+    pub(crate) fn send(&self, event: impl FnOnce() -> MigrationEvent) {
+        if self.0.receiver_count() > 0 {
+            // The last listener may leave in between, which is as good.
+            drop(self.0.send(event()));
+        }
+    }
+
+    pub(crate) fn listen(&self) -> impl Stream<Item = MigrationEvent> + Send + 'static + use<> {
+        futures::stream::unfold((self.0.subscribe(), 0), |(mut events, mut missed)| async move {
+            loop {
+                match events.recv().await {
+                    Ok(mut event) => {
+                        event.missed = missed;
+                        return Some((event, (events, 0)));
+                    }
+                    Err(broadcast::error::RecvError::Lagged(lost)) => missed += lost,
+                    Err(broadcast::error::RecvError::Closed) => return None,
+                }
+            }
+        })
+    }
+}

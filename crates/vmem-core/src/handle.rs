@@ -1,0 +1,97 @@
+//! Handles: how a caller names an object.
+//!
+//! Invariant: an unnamed object lives exactly as long as its handles, unless it is freed before.
+//! A handle holds its object's entry, so no operation needs a look-up. Made by `allocate`, `put`
+//! and `handle`.
+
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+
+use crate::object::Object;
+use crate::shared::Shared;
+use crate::tier::MemoryTier;
+
+/// Names one object of one store. Dropping the last clone of an unnamed object frees it.
+///
+/// Two handles are equal if they name the same object of the same store.
+pub struct VMemHandle {
+    object: Arc<Object>,
+}
+
+impl VMemHandle {
+    /// Takes over a handle count that `object` carries already.
+    pub(crate) fn adopt(object: Arc<Object>) -> Self {
+        VMemHandle { object }
+    }
+
+    pub(crate) fn object(&self) -> &Arc<Object> {
+        &self.object
+    }
+
+    pub(crate) fn belongs_to(&self, shared: &Arc<Shared>) -> bool {
+        Arc::ptr_eq(&self.object.shared, shared)
+    }
+
+    /// The number of the object, unique within its store and never used again.
+    pub fn id(&self) -> u64 {
+        self.object.id
+    }
+
+    /// The length of the object, in bytes.
+    pub fn len(&self) -> usize {
+        self.object.len
+    }
+
+    /// Whether the object has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.object.len == 0
+    }
+
+    /// Where the object is kept when nobody asks for it.
+    pub fn home_tier(&self) -> MemoryTier {
+        self.object.home
+    }
+
+    /// The name of the object, if it has one.
+    pub fn name(&self) -> Option<&str> {
+        None
+    }
+}
+
+impl Clone for VMemHandle {
+    fn clone(&self) -> Self {
+        self.object.add_handle();
+        VMemHandle { object: self.object.clone() }
+    }
+}
+
+impl Drop for VMemHandle {
+    fn drop(&mut self) {
+        self.object.remove_handle();
+    }
+}
+
+impl PartialEq for VMemHandle {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.object, &other.object)
+    }
+}
+
+impl Eq for VMemHandle {}
+
+impl Hash for VMemHandle {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        Arc::as_ptr(&self.object).hash(state);
+    }
+}
+
+impl fmt::Debug for VMemHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VMemHandle")
+            .field("id", &self.id())
+            .field("len", &self.len())
+            .field("home_tier", &self.home_tier())
+            .finish()
+    }
+}

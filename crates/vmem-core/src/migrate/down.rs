@@ -1,0 +1,221 @@
+//! Downwards: from host to disk, alone or many small ones in one run.
+//!
+//! Ownership: the bytes travel as a reader's count on the host copy, the space as reserved extents;
+//! both are the backend's until the write has completed. The host copy is dropped only after the
+//! map says that the disk has it all, and only once nobody reads it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use super::Record;
+use crate::copy::Found;
+use crate::disk::{CHUNK_BYTES, DiskError, Extent};
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
+use crate::object::{GatePass, Object, chunk_count, chunk_lens};
+use crate::stats::{self, add};
+use crate::tier::MemoryTier;
+
+/// An object on its way down, with the extents that its missing chunks will have.
+#[derive(Debug)]
+pub(crate) struct Victim {
+    pass: GatePass,
+    missing: Vec<usize>,
+    extents: Vec<Extent>,
+    bytes: Bytes,
+}
+
+/// What becomes of the host copy once the disk has it all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Down {
+    /// It goes, unless somebody reads it.
+    Drop,
+    /// It goes; whoever reads it keeps an old version.
+    Detach,
+    /// It stays, clean.
+    Keep,
+}
+
+impl Victim {
+    /// Takes space for what the disk does not have. The pass comes back with the error.
+    pub(crate) fn prepare(pass: GatePass) -> Result<Self, (GatePass, DiskError)> {
+        let object = pass.object();
+        let shared = &object.shared;
+        let missing = object.disk().missing(object.len);
+        let extents = match shared.disk.reserve(&chunk_lens(object.len, missing.iter().copied())) {
+            Ok(extents) => extents,
+            Err(error) => return Err((pass, error)),
+        };
+        let Found::Copy(guard) = object.copy.acquire(&shared.copies) else {
+            unreachable!("the holder of the gate found a host copy, and alone takes it away")
+        };
+        let bytes = guard.into_bytes();
+        Ok(Victim { pass, missing, extents, bytes })
+    }
+
+    /// Payload that will be written, in bytes.
+    pub(crate) fn payload(&self) -> u64 {
+        self.extents.iter().map(|extent| u64::from(extent.len())).sum()
+    }
+
+    /// Takes the pieces to write out of it.
+    fn pieces(&mut self) -> Vec<(Extent, Bytes)> {
+        let bytes = &self.bytes;
+        let piece = |(&index, extent): (&usize, Extent)| {
+            let start = index * CHUNK_BYTES;
+            let end = start + extent.len() as usize;
+            (extent, bytes.slice(start..end))
+        };
+        self.missing.iter().zip(std::mem::take(&mut self.extents)).map(piece).collect()
+    }
+
+    /// The disk has it all: says so, and lets the host copy go as asked.
+    fn publish(self, written: Vec<Extent>, down: Down) {
+        let Victim { pass, missing, bytes, .. } = self;
+        let object = pass.object();
+        object.with_disk(&pass, |disk| disk.put(object.len, missing.into_iter().zip(written)));
+        drop(bytes);
+        let gone = match down {
+            Down::Drop => object.drop_clean_copy(&pass).is_some(),
+            Down::Detach => {
+                object.detach_clean_copy(&pass);
+                true
+            }
+            Down::Keep => false,
+        };
+        if gone {
+            add(&object.shared.counters.evictions, 1);
+        }
+    }
+}
+
+/// Writes a batch of objects, in one run where the free space allows it. One that fails does not
+/// keep the others: each is tried alone then. Returns the first error; what failed stays where it
+/// was.
+pub(crate) async fn write_down(
+    mut batch: Vec<Victim>,
+    down: Down,
+    cause: MigrationCause,
+    asked: Instant,
+) -> Result<(), DiskError> {
+    let Err(error) = write_batch(&mut batch, down, cause, asked).await else { return Ok(()) };
+    if batch.len() < 2 || matches!(error, DiskError::Closed) {
+        return Err(error);
+    }
+    let mut first_error = None;
+    for victim in batch {
+        let alone = match Victim::prepare(victim.pass) {
+            Ok(victim) => write_batch(&mut vec![victim], down, cause, asked).await,
+            Err((_pass, error)) => Err(error),
+        };
+        if let Err(error) = alone {
+            first_error.get_or_insert(error);
+        }
+    }
+    first_error.map_or(Ok(()), Err)
+}
+
+/// Writes a batch, all or none. After an error the batch still holds its passes.
+async fn write_batch(
+    batch: &mut Vec<Victim>,
+    down: Down,
+    cause: MigrationCause,
+    asked: Instant,
+) -> Result<(), DiskError> {
+    let Some(first) = batch.first() else { return Ok(()) };
+    let shared = first.pass.object().shared.clone();
+    let route = (MemoryTier::Host, MemoryTier::Disk);
+    let start =
+        |victim: &Victim| Record::start(&shared, victim.pass.object().id, route, cause, asked);
+    let records: Vec<_> = batch.iter().map(start).collect();
+    let counts: Vec<_> = batch.iter().map(|victim| victim.missing.len()).collect();
+    let payload: u64 = batch.iter().map(Victim::payload).sum();
+    let pieces = batch.iter_mut().flat_map(Victim::pieces).collect();
+    match shared.disk.write(pieces).await {
+        Ok(written) => {
+            add(&shared.counters.host_to_disk_bytes, payload);
+            let mut written = written.into_iter();
+            for ((victim, count), record) in batch.drain(..).zip(counts).zip(records) {
+                let extents: Vec<_> = written.by_ref().take(count).collect();
+                let bytes = extents.iter().map(|extent| u64::from(extent.len())).sum();
+                victim.publish(extents, down);
+                record.end(Ok(bytes));
+            }
+            shared.room_was_freed();
+            Ok(())
+        }
+        Err(error) => {
+            for (victim, record) in batch.iter().zip(records) {
+                let id = victim.pass.object().id;
+                record.end(Err(&shared.disk_error(id, error.clone())));
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Brings one object down to disk, out of host memory.
+///
+/// # Errors
+///
+/// `Pinned`, or what the disk says; the object is then where it was.
+pub(crate) async fn demote(
+    object: &Arc<Object>,
+    asked: Instant,
+    deadline: Instant,
+) -> Result<(), VirtualMemoryError> {
+    let pass = object.gate(deadline).await?;
+    if object.pins() > 0 {
+        let (handle, pins) = (object.id, object.pins());
+        return Err(VirtualMemoryError::Pinned { handle, tier: MemoryTier::Host, pins });
+    }
+    if object.has_spare() {
+        return move_room_down(&pass).map_err(|error| object.shared.disk_error(object.id, error));
+    }
+    write_one(pass, Down::Detach, MigrationCause::Demote, asked).await
+}
+
+/// Writes what the disk does not have of one object, which stays in host memory.
+///
+/// # Errors
+///
+/// What the disk says.
+pub(crate) async fn flush(
+    object: &Arc<Object>,
+    asked: Instant,
+    deadline: Instant,
+) -> Result<(), VirtualMemoryError> {
+    let pass = object.gate(deadline).await?;
+    write_one(pass, Down::Keep, MigrationCause::Flush, asked).await
+}
+
+async fn write_one(
+    pass: GatePass,
+    down: Down,
+    cause: MigrationCause,
+    asked: Instant,
+) -> Result<(), VirtualMemoryError> {
+    let object = pass.object().clone();
+    if !object.copy.is_some() {
+        return Ok(());
+    }
+    let public = |error| object.shared.disk_error(object.id, error);
+    let victim = Victim::prepare(pass).map_err(|(_pass, error)| public(error))?;
+    write_down(vec![victim], down, cause, asked).await.map_err(public)
+}
+
+/// An object that nobody has written yet gives up its host memory for space on disk: zeros need
+/// no copy.
+pub(crate) fn move_room_down(pass: &GatePass) -> Result<(), DiskError> {
+    let object = pass.object();
+    let chunks = 0..chunk_count(object.len);
+    let extents = object.shared.disk.reserve(&chunk_lens(object.len, chunks.clone()))?;
+    let Some(spare) = object.take_spare(pass) else { return Ok(()) };
+    object.with_disk(pass, |disk| disk.put(object.len, chunks.zip(extents)));
+    drop(spare);
+    add(&object.shared.counters.evictions, 1);
+    stats::add(&object.shared.counters.clean_drops, 1);
+    Ok(())
+}

@@ -1,0 +1,109 @@
+//! The link between disk and host: how much is in flight on it, and who gives way to whom.
+//!
+//! Invariant: reads that somebody waits for are bounded in number and served in order; reads ahead
+//! of need go one at a time, and only while nobody waits or has just waited, but for one piece
+//! in a while so that they end at all. Used by `load.rs`.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Mutex, MutexGuard, Semaphore, SemaphorePermit};
+use tokio::time::Instant;
+
+/// Reads that are in flight at once.
+const READS_MAX: usize = 64;
+/// A read ahead of need waits at least this long after the last read of demand.
+const QUIET_MIN: Duration = Duration::from_micros(200);
+/// A read ahead of need that found no quiet moment for so long takes a turn all the same.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct Link {
+    reads: Semaphore,
+    /// Reads of demand that wait or are in flight.
+    demand: AtomicUsize,
+    /// When the last one ended, and how long such a read takes, in nanoseconds since `origin`.
+    last_ns: AtomicU64,
+    service_ns: AtomicU64,
+    origin: Instant,
+    /// The one read ahead of need that may be in flight.
+    ahead: Mutex<()>,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Link {
+            reads: Semaphore::new(READS_MAX),
+            demand: AtomicUsize::new(0),
+            last_ns: AtomicU64::new(0),
+            service_ns: AtomicU64::new(0),
+            origin: Instant::now(),
+            ahead: Mutex::const_new(()),
+        }
+    }
+}
+
+/// A place on the link, until it is dropped.
+#[derive(Debug)]
+pub(crate) enum Place<'a> {
+    /// For a read that somebody waits for.
+    #[expect(dead_code, reason = "held for their drops")]
+    Demand(SemaphorePermit<'a>, DemandMark<'a>),
+    /// For a read ahead of need.
+    Ahead(#[expect(dead_code, reason = "held for its drop")] MutexGuard<'a, ()>),
+}
+
+/// Counts one read of demand.
+#[derive(Debug)]
+pub(crate) struct DemandMark<'a> {
+    link: &'a Link,
+    started: Instant,
+}
+
+impl Drop for DemandMark<'_> {
+    fn drop(&mut self) {
+        let link = self.link;
+        let took = self.started.elapsed().as_nanos() as u64;
+        let usual = link.service_ns.load(Ordering::Relaxed);
+        link.service_ns.store(usual - usual / 8 + took / 8, Ordering::Relaxed);
+        link.last_ns.store(link.origin.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        link.demand.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Link {
+    /// A place for a read that somebody waits for.
+    pub(crate) async fn demand(&self) -> Place<'_> {
+        self.demand.fetch_add(1, Ordering::Relaxed);
+        let mark = DemandMark { link: self, started: Instant::now() };
+        let permit = self.reads.acquire().await.expect("invariant: the semaphore is never closed");
+        Place::Demand(permit, mark)
+    }
+
+    /// A place for one piece of a read ahead of need.
+    pub(crate) async fn ahead(&self) -> Place<'_> {
+        let turn = self.ahead.lock().await;
+        let asked = Instant::now();
+        while asked.elapsed() < PATIENCE {
+            let Some(wait) = self.until_quiet() else { break };
+            tokio::time::sleep(wait).await;
+        }
+        Place::Ahead(turn)
+    }
+
+    /// How long until nobody has waited for a while, as it looks now.
+    fn until_quiet(&self) -> Option<Duration> {
+        let service = Duration::from_nanos(self.service_ns.load(Ordering::Relaxed));
+        let quiet = (2 * service).clamp(QUIET_MIN, PATIENCE / 4);
+        if self.demand.load(Ordering::Relaxed) > 0 {
+            return Some(quiet);
+        }
+        let last = self.last_ns.load(Ordering::Relaxed);
+        if last == 0 {
+            return None;
+        }
+        let since = self.origin.elapsed().saturating_sub(Duration::from_nanos(last));
+        quiet.checked_sub(since).filter(|wait| !wait.is_zero())
+    }
+}

@@ -1,0 +1,121 @@
+//! Upwards: from disk to host, to stay or for the readers of the moment.
+//!
+//! Ownership: the room is an [`OwnedCopy`]; it moves into the I/O buffer, and with it into the
+//! backend, until the read has completed. A fetch that is dropped half way leaves room and extents
+//! to the operation, which gives them back when it ends.
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use super::{Record, load};
+use crate::buffer::IoBuf;
+use crate::copy::{Found, OwnedCopy};
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
+use crate::host_queue::{Class, Need};
+use crate::object::{DiskMap, GatePass, Object, chunk_count};
+use crate::stats;
+use crate::tier::MemoryTier;
+
+use std::sync::Arc;
+
+/// A request for the bytes of an object in host memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Fetch {
+    pub(crate) object: Arc<Object>,
+    pub(crate) class: Class,
+    pub(crate) cause: MigrationCause,
+    /// Whether the copy stays, or goes with the last of its readers.
+    pub(crate) stay: bool,
+    pub(crate) asked: Instant,
+    pub(crate) deadline: Instant,
+}
+
+/// Brings the bytes of an object to host memory.
+///
+/// # Errors
+///
+/// Those of making room, of reading and of verifying; everything taken was given back.
+pub(crate) async fn fetch(job: &Fetch) -> Result<Bytes, VirtualMemoryError> {
+    let object = &job.object;
+    if object.len == 0 {
+        return Ok(Bytes::new());
+    }
+    if job.stay || object.has_spare() {
+        let pass = object.gate(job.deadline).await?;
+        return fetch_to_stay(job, &pass).await;
+    }
+    let room = room(job).await?;
+    match object.cold_version() {
+        None => match object.copy.acquire(&object.shared.copies) {
+            Found::Copy(guard) => Ok(guard.into_bytes()),
+            // Somebody brings it, changes it or takes it away right now: in turn, then.
+            Found::Locked | Found::Nothing => {
+                drop(room);
+                let pass = object.gate(job.deadline).await?;
+                fetch_to_stay(job, &pass).await
+            }
+        },
+        Some(disk) => {
+            let copy = fill(job, &disk, room).await?;
+            stats::add(&object.shared.counters.disk_hits, 1);
+            Ok(copy.into_bytes(&object.shared.copies))
+        }
+    }
+}
+
+/// As `fetch`, for the holder of the gate: the copy is published.
+pub(crate) async fn fetch_to_stay(
+    job: &Fetch,
+    pass: &GatePass,
+) -> Result<Bytes, VirtualMemoryError> {
+    let object = &job.object;
+    let shared = &object.shared;
+    if !object.copy.is_some() {
+        if let Some(damage) = object.damage() {
+            return Err(damage);
+        }
+        let room = match object.take_spare(pass) {
+            Some(room) => room,
+            None => room(job).await?,
+        };
+        let copy = fill(job, &object.disk(), room).await?;
+        object.publish_fetched(pass, copy);
+        stats::add(&shared.counters.promotions, 1);
+    }
+    match object.copy.acquire(&shared.copies) {
+        Found::Copy(guard) => Ok(guard.into_bytes()),
+        Found::Locked | Found::Nothing => {
+            unreachable!("the holder of the gate alone locks a copy or takes it away")
+        }
+    }
+}
+
+async fn room(job: &Fetch) -> Result<OwnedCopy, VirtualMemoryError> {
+    let (len, owner) = (job.object.len, job.object.id);
+    let need = Need { len, owner, class: job.class, may_spill: false };
+    job.object.shared.host_room_or_error(need, job.deadline).await
+}
+
+/// Copies and verifies the whole object into `room`.
+async fn fill(
+    job: &Fetch,
+    disk: &DiskMap,
+    room: OwnedCopy,
+) -> Result<OwnedCopy, VirtualMemoryError> {
+    let object = &job.object;
+    let route = (MemoryTier::Disk, MemoryTier::Host);
+    let record = Record::start(&object.shared, object.id, route, job.cause, job.asked);
+    let chunks = 0..chunk_count(object.len);
+    let (buf, outcome) = load(object, disk, chunks, IoBuf::from_copy(room), 0, job.class).await;
+    match outcome {
+        Ok(()) => {
+            record.end(Ok(object.len as u64));
+            Ok(buf.into_copy())
+        }
+        Err(error) => {
+            record.end(Err(&error));
+            Err(error)
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Which chunks of an object are on disk, and where.
+//!
+//! Invariant: an entry is the extent of a chunk whose bytes equal the object's current version, or
+//! that was reserved for a chunk of zeros and never written; no entry means that the current bytes
+//! of the chunk are in host memory alone, or, without a host copy, that they are zeros. Changed
+//! only by the holder of the object's gate; readers work on a clone, which keeps the extents
+//! alive.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::disk::{CHUNK_BYTES, Extent};
+
+/// The chunks of one object.
+#[derive(Clone, Debug, Default)]
+pub(crate) enum DiskMap {
+    /// No chunk is on disk.
+    #[default]
+    Empty,
+    /// The one chunk of a small object.
+    One(Arc<Extent>),
+    /// One entry for each chunk of a larger object.
+    Many(Arc<Vec<Option<Arc<Extent>>>>),
+}
+
+/// How many chunks an object of `len` bytes has.
+pub(crate) fn chunk_count(len: usize) -> usize {
+    len.div_ceil(CHUNK_BYTES)
+}
+
+/// The length of chunk `index` of an object of `len` bytes.
+pub(crate) fn chunk_len(len: usize, index: usize) -> u32 {
+    (len - index * CHUNK_BYTES).min(CHUNK_BYTES) as u32
+}
+
+/// The lengths of these chunks of an object of `len` bytes.
+pub(crate) fn chunk_lens(len: usize, chunks: impl IntoIterator<Item = usize>) -> Vec<u32> {
+    chunks.into_iter().map(|index| chunk_len(len, index)).collect()
+}
+
+/// The chunks that a range of bytes touches.
+pub(crate) fn chunks_of(range: &Range<usize>) -> Range<usize> {
+    if range.is_empty() {
+        return 0..0;
+    }
+    range.start / CHUNK_BYTES..range.end.div_ceil(CHUNK_BYTES)
+}
+
+impl DiskMap {
+    /// A map of all chunks, in order.
+    pub(crate) fn of(extents: Vec<Extent>) -> Self {
+        let mut extents: Vec<_> =
+            extents.into_iter().map(|extent| Some(Arc::new(extent))).collect();
+        match extents.len() {
+            0 => DiskMap::Empty,
+            1 => extents.pop().flatten().map_or(DiskMap::Empty, DiskMap::One),
+            _ => DiskMap::Many(Arc::new(extents)),
+        }
+    }
+
+    /// The extent of chunk `index`.
+    pub(crate) fn chunk(&self, index: usize) -> Option<&Arc<Extent>> {
+        match self {
+            DiskMap::Empty => None,
+            DiskMap::One(extent) => (index == 0).then_some(extent),
+            DiskMap::Many(extents) => extents.get(index)?.as_ref(),
+        }
+    }
+
+    /// Whether this is a clone of the same map.
+    pub(crate) fn is_same(&self, other: &DiskMap) -> bool {
+        match (self, other) {
+            (DiskMap::One(a), DiskMap::One(b)) => Arc::ptr_eq(a, b),
+            (DiskMap::Many(a), DiskMap::Many(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+
+    /// Whether no chunk has an extent.
+    pub(crate) fn is_empty(&self) -> bool {
+        match self {
+            DiskMap::Empty => true,
+            DiskMap::One(_) => false,
+            DiskMap::Many(extents) => extents.iter().all(Option::is_none),
+        }
+    }
+
+    /// The chunks of an object of `len` bytes that have no extent.
+    pub(crate) fn missing(&self, len: usize) -> Vec<usize> {
+        (0..chunk_count(len)).filter(|&index| self.chunk(index).is_none()).collect()
+    }
+
+    /// Whether every chunk of an object of `len` bytes has an extent.
+    pub(crate) fn is_whole(&self, len: usize) -> bool {
+        match self {
+            DiskMap::Empty => len == 0,
+            DiskMap::One(_) => true,
+            DiskMap::Many(extents) => extents.iter().all(Option::is_some),
+        }
+    }
+
+    /// Puts extents at these chunks of an object of `len` bytes.
+    pub(crate) fn put(&mut self, len: usize, extents: impl IntoIterator<Item = (usize, Extent)>) {
+        for (index, extent) in extents {
+            *self.slot(len, index) = Some(Arc::new(extent));
+        }
+        self.settle(len);
+    }
+
+    /// Forgets these chunks of an object of `len` bytes: their bytes changed in host memory.
+    pub(crate) fn forget(&mut self, len: usize, chunks: Range<usize>) {
+        if chunks.len() >= chunk_count(len) {
+            *self = DiskMap::Empty;
+            return;
+        }
+        if self.is_empty() {
+            return;
+        }
+        for index in chunks {
+            *self.slot(len, index) = None;
+        }
+    }
+
+    /// The entry of chunk `index`, in the form of several.
+    fn slot(&mut self, len: usize, index: usize) -> &mut Option<Arc<Extent>> {
+        let extents = match std::mem::take(self) {
+            DiskMap::Empty => Arc::new(vec![None; chunk_count(len)]),
+            DiskMap::One(extent) => Arc::new(vec![Some(extent)]),
+            DiskMap::Many(extents) => extents,
+        };
+        *self = DiskMap::Many(extents);
+        match self {
+            DiskMap::Many(extents) => &mut Arc::make_mut(extents)[index],
+            DiskMap::Empty | DiskMap::One(_) => unreachable!("made of several just above"),
+        }
+    }
+
+    /// Goes back to the small form where there is one chunk.
+    fn settle(&mut self, len: usize) {
+        if chunk_count(len) == 1
+            && let Some(extent) = self.chunk(0).cloned()
+        {
+            *self = DiskMap::One(extent);
+        }
+    }
+
+    /// Takes the extents that were reserved and never written, for the first write of a whole
+    /// object: all of them, or none.
+    pub(crate) fn take_reserved(&mut self, len: usize) -> Option<Vec<Extent>> {
+        let whole = self.is_whole(len) && len > 0;
+        let reserved =
+            |extent: &Arc<Extent>| extent.sum().is_none() && Arc::strong_count(extent) == 1;
+        let all = whole && (0..chunk_count(len)).all(|i| self.chunk(i).is_some_and(reserved));
+        if !all {
+            return None;
+        }
+        let extents = match std::mem::take(self) {
+            DiskMap::Empty => return None,
+            DiskMap::One(extent) => vec![Some(extent)],
+            DiskMap::Many(extents) => Arc::try_unwrap(extents).unwrap_or_else(|map| (*map).clone()),
+        };
+        // A reader that cloned the map in between keeps its extent: then new space is taken.
+        extents.into_iter().map(|extent| Arc::try_unwrap(extent?).ok()).collect()
+    }
+}

@@ -1,0 +1,128 @@
+//! The gate of an object: one change of its residency at a time, first come first served.
+//!
+//! Invariant: whoever holds the [`GatePass`] is the only one who writes to the object, publishes
+//! or takes away one of its copies, or frees what it owns. A pass that is dropped goes to the next
+//! in line; the last one of an object that was freed meanwhile gives back all that it owns. So
+//! freeing needs neither a runtime nor patience. Called by every operation but a read.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::Object;
+use crate::error::VirtualMemoryError;
+
+/// Those who wait for the gate. A pass travels through the channel, so that one whose future is
+/// dropped on the way hands it on.
+pub(super) type Line = VecDeque<oneshot::Sender<GatePass>>;
+
+/// The right to change an object.
+#[must_use]
+#[derive(Debug)]
+pub(crate) struct GatePass {
+    /// Empty once the right was handed on.
+    object: Option<Arc<Object>>,
+}
+
+impl GatePass {
+    fn to(object: &Arc<Object>) -> Self {
+        GatePass { object: Some(object.clone()) }
+    }
+
+    pub(crate) fn object(&self) -> &Arc<Object> {
+        self.object.as_ref().expect("invariant: only a pass that is being dropped is empty")
+    }
+}
+
+impl Object {
+    /// The pass, if nobody has it and the object is alive.
+    pub(crate) fn try_gate(self: &Arc<Self>) -> Option<GatePass> {
+        if self.is_dead() { None } else { self.try_gate_dead_or_alive() }
+    }
+
+    /// The pass, if nobody has it.
+    pub(super) fn try_gate_dead_or_alive(self: &Arc<Self>) -> Option<GatePass> {
+        let mut inner = self.inner.lock();
+        if inner.gate_taken {
+            return None;
+        }
+        inner.gate_taken = true;
+        drop(inner);
+        Some(GatePass::to(self))
+    }
+
+    /// The pass, in turn.
+    ///
+    /// # Errors
+    ///
+    /// `HandleNotFound` if the object was freed, `TimedOut` at the deadline.
+    pub(crate) async fn gate(
+        self: &Arc<Self>,
+        deadline: Instant,
+    ) -> Result<GatePass, VirtualMemoryError> {
+        let asked = Instant::now();
+        let turn = {
+            let mut inner = self.inner.lock();
+            if self.is_dead() {
+                return Err(self.not_found());
+            }
+            if !inner.gate_taken {
+                inner.gate_taken = true;
+                return Ok(GatePass::to(self));
+            }
+            let (sender, turn) = oneshot::channel();
+            inner.line.get_or_insert_default().push_back(sender);
+            turn
+        };
+        match tokio::time::timeout_at(deadline, turn).await {
+            Ok(Ok(pass)) if self.is_dead() => {
+                drop(pass);
+                Err(self.not_found())
+            }
+            Ok(Ok(pass)) => Ok(pass),
+            Ok(Err(_)) => Err(self.not_found()),
+            Err(_) => Err(VirtualMemoryError::TimedOut {
+                operation: "waiting for another change of the object",
+                waited: asked.elapsed(),
+            }),
+        }
+    }
+}
+
+impl Drop for GatePass {
+    fn drop(&mut self) {
+        let Some(object) = self.object.take() else { return };
+        loop {
+            let Some(next) = object.next_in_line() else { return };
+            match next.send(GatePass::to(&object)) {
+                Ok(()) => return,
+                // Whoever stood there has left: the right goes to the one behind.
+                Err(mut returned) => drop(returned.object.take()),
+            }
+        }
+    }
+}
+
+impl Object {
+    /// Who gets the gate next. If nobody does, it is open, or, if the object was freed, everything
+    /// that it owns is given back, and the gate stays shut.
+    fn next_in_line(&self) -> Option<oneshot::Sender<GatePass>> {
+        let mut inner = self.inner.lock();
+        if let Some(next) = inner.line.as_mut().and_then(|line| line.pop_front()) {
+            return Some(next);
+        }
+        inner.line = None;
+        if self.is_dead() {
+            drop(inner);
+            self.reclaim();
+        } else {
+            inner.gate_taken = false;
+            drop(inner);
+            // What was being changed can be evicted now.
+            self.shared.room_was_freed();
+        }
+        None
+    }
+}

@@ -1,0 +1,441 @@
+//! One object: who it is, where its bytes are, and how recently it was used.
+//!
+//! Invariant: at every moment the current version of an object is in exactly these places: its
+//! host copy if it has one; else, chunk by chunk, the extents of its disk map; and zeros where
+//! there is neither. Everything but the access marks and the reader counts is changed by the
+//! holder of the gate only (`gate.rs`).
+//!
+//! Handles hold objects; the table, the actor and the migrations borrow them.
+
+mod disk_map;
+mod gate;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use bytes::Bytes;
+use futures::channel::oneshot;
+use futures::future::Shared as SharedFuture;
+use parking_lot::Mutex;
+
+pub(crate) use disk_map::{DiskMap, chunk_count, chunk_len, chunk_lens, chunks_of};
+pub(crate) use gate::GatePass;
+
+use crate::copy::{CopyCell, OwnedCopy};
+use crate::error::VirtualMemoryError;
+use crate::policy::Token;
+use crate::shared::Shared;
+use crate::stats;
+use crate::tier::MemoryTier;
+
+/// The object was freed; set once, in `life`.
+const DEAD: u32 = 1 << 31;
+/// No token: the policy does not know the object.
+const NO_TOKEN: u64 = u64::MAX;
+
+/// A read from a slower tier that others may join. It ends with the bytes, or with one failure
+/// for all.
+pub(crate) type Flight = SharedFuture<oneshot::Receiver<Result<Bytes, VirtualMemoryError>>>;
+
+/// See the module's documentation.
+pub(crate) struct Object {
+    /// The current host copy.
+    pub(crate) copy: CopyCell,
+    /// The last access, in nanoseconds of the store's clock; never goes back.
+    stamp: AtomicU64,
+    /// `DEAD`, and how many handles there are.
+    life: AtomicU32,
+    /// Accesses since the policy last looked.
+    touches: AtomicU32,
+    pub(crate) len: usize,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) id: u64,
+    /// Pins in host memory.
+    pins: AtomicU32,
+    pub(crate) home: MemoryTier,
+    /// What the policy of the host tier calls this object; written under the policy's lock.
+    token: AtomicU64,
+    inner: Mutex<Inner>,
+}
+
+/// What changes rarely; the lock is held for a few instructions and never across an await.
+#[derive(Default)]
+struct Inner {
+    gate_taken: bool,
+    line: Option<Box<gate::Line>>,
+    /// Reads that host memory did not serve since the object last left it.
+    cold_reads: u32,
+    /// Host memory that was taken for an object that nobody has written yet.
+    spare: Option<OwnedCopy>,
+    disk: DiskMap,
+    /// The read in flight that a reader who comes now may join.
+    flight: Option<Flight>,
+    /// The damage that was found, until the next write of the whole object.
+    corrupt: Option<Box<VirtualMemoryError>>,
+}
+
+impl Object {
+    /// An object of zeros that owns nothing yet, with one handle.
+    pub(crate) fn new(shared: &Arc<Shared>, id: u64, len: usize, home: MemoryTier) -> Arc<Self> {
+        Arc::new(Object {
+            copy: CopyCell::empty(),
+            stamp: AtomicU64::new(shared.now()),
+            life: AtomicU32::new(1),
+            touches: AtomicU32::new(0),
+            len,
+            shared: shared.clone(),
+            id,
+            pins: AtomicU32::new(0),
+            home,
+            token: AtomicU64::new(NO_TOKEN),
+            inner: Mutex::default(),
+        })
+    }
+
+    // ---- Accesses -------------------------------------------------------------------------
+
+    /// Marks an access.
+    pub(crate) fn touch(&self) {
+        self.stamp.fetch_max(self.shared.now(), Ordering::Relaxed);
+        let touches = self.touches.load(Ordering::Relaxed);
+        if touches < u32::from(u8::MAX) {
+            self.touches.store(touches + 1, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn stamp(&self) -> u64 {
+        self.stamp.load(Ordering::Relaxed)
+    }
+
+    /// Accesses since the last call.
+    pub(crate) fn take_touches(&self) -> u32 {
+        self.touches.swap(0, Ordering::Relaxed)
+    }
+
+    // ---- Life -----------------------------------------------------------------------------
+
+    pub(crate) fn is_dead(&self) -> bool {
+        self.life.load(Ordering::SeqCst) & DEAD != 0
+    }
+
+    pub(crate) fn not_found(&self) -> VirtualMemoryError {
+        VirtualMemoryError::HandleNotFound { handle: self.id }
+    }
+
+    /// One more handle.
+    pub(crate) fn add_handle(&self) {
+        let before = self.life.fetch_add(1, Ordering::Relaxed);
+        assert!(before & !DEAD < DEAD - 1, "more handles of one object than can be counted");
+    }
+
+    /// One more handle, unless the last one has gone already.
+    pub(crate) fn try_add_handle(&self) -> bool {
+        self.life
+            .try_update(Ordering::SeqCst, Ordering::SeqCst, |life| {
+                (life & DEAD == 0 && life > 0).then_some(life + 1)
+            })
+            .is_ok()
+    }
+
+    /// One handle less; the last one frees the object.
+    pub(crate) fn remove_handle(self: &Arc<Self>) {
+        if self.life.fetch_sub(1, Ordering::SeqCst) & !DEAD == 1 {
+            self.free();
+        }
+    }
+
+    /// Frees the object: from now on nobody finds it. What it owns is given back at once, or
+    /// by whoever is changing it right now. False if it had been freed before.
+    pub(crate) fn free(self: &Arc<Self>) -> bool {
+        if self.life.fetch_or(DEAD, Ordering::SeqCst) & DEAD != 0 {
+            return false;
+        }
+        self.shared.forget(self.id);
+        drop(self.try_gate_dead_or_alive());
+        true
+    }
+
+    /// Gives back everything that a dead object owns; by its last gate holder.
+    fn reclaim(&self) {
+        self.leave_policy();
+        let dirty = self.is_dirty();
+        let had_room = self.has_host_room();
+        let (spare, disk, flight) = {
+            let mut inner = self.inner.lock();
+            inner.corrupt = None;
+            (inner.spare.take(), std::mem::take(&mut inner.disk), inner.flight.take())
+        };
+        self.copy.detach(&self.shared.copies);
+        self.count_change(had_room, dirty);
+        drop((spare, disk, flight));
+        self.shared.room_was_freed();
+    }
+
+    /// Whether somebody is changing the object; a hint.
+    pub(crate) fn is_changing(&self) -> bool {
+        self.inner.lock().gate_taken
+    }
+
+    // ---- Residency; the setters are for the holder of the gate -----------------------------
+
+    /// A clone of the disk map: it keeps the extents alive.
+    pub(crate) fn disk(&self) -> DiskMap {
+        self.inner.lock().disk.clone()
+    }
+
+    /// The map of the current version, if host memory holds no copy of it and no room for it.
+    pub(crate) fn cold_version(&self) -> Option<DiskMap> {
+        let inner = self.inner.lock();
+        (!self.copy.is_some() && inner.spare.is_none()).then(|| inner.disk.clone())
+    }
+
+    /// Whether host memory holds the only current bytes of some chunk.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.copy.is_some() && !self.inner.lock().disk.is_whole(self.len)
+    }
+
+    /// Whether a host copy exists or room for one is set apart.
+    pub(crate) fn has_host_room(&self) -> bool {
+        self.copy.is_some() || self.inner.lock().spare.is_some()
+    }
+
+    /// Whether host memory is set apart for an object of zeros.
+    pub(crate) fn has_spare(&self) -> bool {
+        self.inner.lock().spare.is_some()
+    }
+
+    /// Sets host memory apart for the first write.
+    pub(crate) fn set_spare(self: &Arc<Self>, _pass: &GatePass, spare: OwnedCopy) {
+        let before = self.inner.lock().spare.replace(spare);
+        assert!(before.is_none() && !self.copy.is_some(), "room is set apart once");
+        self.count_change(false, false);
+        self.enter_policy();
+    }
+
+    /// The room that was set apart.
+    pub(crate) fn take_spare(&self, _pass: &GatePass) -> Option<OwnedCopy> {
+        let spare = self.inner.lock().spare.take()?;
+        self.leave_policy();
+        self.count_change(true, false);
+        Some(spare)
+    }
+
+    /// Changes the disk map.
+    pub(crate) fn with_disk<T>(
+        &self,
+        _pass: &GatePass,
+        change: impl FnOnce(&mut DiskMap) -> T,
+    ) -> T {
+        let before = self.is_dirty();
+        // What is replaced is dropped after the lock: freeing an extent takes another one.
+        let (old, result) = {
+            let mut inner = self.inner.lock();
+            let old = inner.disk.clone();
+            (old, change(&mut inner.disk))
+        };
+        drop(old);
+        self.count_change(self.has_host_room(), before);
+        result
+    }
+
+    /// A new version: `copy` if it is in host memory, and a changed disk map. Whoever reads the
+    /// version before keeps it; nobody joins a read of it any more.
+    pub(crate) fn publish(
+        self: &Arc<Self>,
+        _pass: &GatePass,
+        copy: Option<OwnedCopy>,
+        change: impl FnOnce(&mut DiskMap),
+    ) {
+        let (had_room, dirty) = (self.has_host_room(), self.is_dirty());
+        let leftover = {
+            let mut inner = self.inner.lock();
+            // Before the copy: a reader that sees the new map sees no copy of the old version.
+            // After: one that saw the old copy read the version before, which is as good.
+            let old = inner.disk.clone();
+            change(&mut inner.disk);
+            inner.corrupt = None;
+            match copy {
+                Some(copy) => self.copy.publish(copy, &self.shared.copies),
+                None => self.copy.detach(&self.shared.copies),
+            }
+            (old, inner.flight.take(), inner.spare.take())
+        };
+        drop(leftover);
+        self.leave_policy();
+        self.count_change(had_room, dirty);
+        if self.copy.is_some() {
+            self.enter_policy();
+        }
+    }
+
+    /// The same version, now in host memory too.
+    pub(crate) fn publish_fetched(self: &Arc<Self>, _pass: &GatePass, copy: OwnedCopy) {
+        let had_room = self.has_host_room();
+        let spare = {
+            let mut inner = self.inner.lock();
+            inner.cold_reads = 0;
+            self.copy.publish(copy, &self.shared.copies);
+            inner.spare.take()
+        };
+        drop(spare);
+        self.leave_policy();
+        self.count_change(had_room, false);
+        self.enter_policy();
+    }
+
+    /// Changes the bytes of the host copy where they are, if nobody reads them; the chunks of
+    /// `range` are then in host memory alone.
+    pub(crate) fn write_in_place(
+        &self,
+        _pass: &GatePass,
+        range: std::ops::Range<usize>,
+        data: &[u8],
+    ) -> bool {
+        let dirty = self.is_dirty();
+        let mut old = DiskMap::Empty;
+        let written = self.copy.write_in_place(|bytes| {
+            // Under the copy's own lock: nobody sees new bytes with an old map.
+            let mut inner = self.inner.lock();
+            old = inner.disk.clone();
+            inner.disk.forget(self.len, chunks_of(&range));
+            inner.flight = None;
+            bytes[range].copy_from_slice(data);
+        });
+        drop(old);
+        if written {
+            self.count_change(true, dirty);
+        }
+        written
+    }
+
+    /// Takes the host copy away if nobody reads it and the disk has it all.
+    pub(crate) fn drop_clean_copy(&self, _pass: &GatePass) -> Option<OwnedCopy> {
+        assert!(!self.is_dirty(), "the only copy of some bytes is never dropped");
+        let copy = self.copy.take_idle(&self.shared.copies)?;
+        self.leave_policy();
+        self.count_change(true, false);
+        Some(copy)
+    }
+
+    /// Takes the host copy away whoever reads it; the disk has it all.
+    pub(crate) fn detach_clean_copy(&self, _pass: &GatePass) {
+        assert!(!self.is_dirty(), "the only copy of some bytes is never dropped");
+        let had_room = self.has_host_room();
+        self.copy.detach(&self.shared.copies);
+        self.leave_policy();
+        self.count_change(had_room, false);
+    }
+
+    /// Keeps the gauges of the store equal to the sum over its objects.
+    fn count_change(&self, had_room: bool, was_dirty: bool) {
+        let counters = &self.shared.counters;
+        match (had_room, self.has_host_room()) {
+            (false, true) => stats::add(&counters.host_objects, 1),
+            (true, false) => stats::sub(&counters.host_objects, 1),
+            _ => {}
+        }
+        match (was_dirty, self.is_dirty()) {
+            (false, true) => stats::add(&counters.dirty_bytes, self.len as u64),
+            (true, false) => stats::sub(&counters.dirty_bytes, self.len as u64),
+            _ => {}
+        }
+    }
+
+    // ---- Reads in flight, damage -----------------------------------------------------------
+
+    /// Joins the read in flight, or registers `start` as the one. True if it was registered.
+    pub(crate) fn join_or_start(&self, start: impl FnOnce() -> Flight) -> (Flight, bool) {
+        let mut inner = self.inner.lock();
+        if let Some(flight) = &inner.flight {
+            return (flight.clone(), false);
+        }
+        let flight = start();
+        inner.flight = Some(flight.clone());
+        (flight, true)
+    }
+
+    /// Ends the read in flight, if it is still the one that readers join.
+    pub(crate) fn end_flight(&self, flight: &Flight) {
+        let mut inner = self.inner.lock();
+        if inner.flight.as_ref().is_some_and(|current| current.ptr_eq(flight)) {
+            let ended = inner.flight.take();
+            drop(inner);
+            drop(ended);
+        }
+    }
+
+    /// Whether somebody waits for a read from a slower tier.
+    pub(crate) fn has_flight(&self) -> bool {
+        self.inner.lock().flight.is_some()
+    }
+
+    /// Counts a read that host memory did not serve; says the how manieth.
+    pub(crate) fn count_cold_read(&self) -> u32 {
+        let mut inner = self.inner.lock();
+        inner.cold_reads = inner.cold_reads.saturating_add(1);
+        inner.cold_reads
+    }
+
+    /// The damage that was found before, if any.
+    pub(crate) fn damage(&self) -> Option<VirtualMemoryError> {
+        self.inner.lock().corrupt.as_deref().cloned()
+    }
+
+    /// Remembers that this map leads to damage, if it is still the current one.
+    pub(crate) fn set_damage(&self, disk: &DiskMap, error: VirtualMemoryError) {
+        let mut inner = self.inner.lock();
+        if inner.disk.is_same(disk) {
+            inner.corrupt = Some(Box::new(error));
+        }
+    }
+
+    // ---- Pins ------------------------------------------------------------------------------
+
+    pub(crate) fn pins(&self) -> u32 {
+        self.pins.load(Ordering::SeqCst)
+    }
+
+    /// One more pin; true if it is the first.
+    pub(crate) fn add_pin(&self, _pass: &GatePass) -> bool {
+        self.pins.fetch_add(1, Ordering::SeqCst) == 0
+    }
+
+    /// One pin less; true if it was the last.
+    pub(crate) fn remove_pin(&self) -> bool {
+        let before = self.pins.fetch_sub(1, Ordering::SeqCst);
+        assert!(before > 0, "unpinned more often than pinned");
+        before == 1
+    }
+
+    // ---- The policy's order ----------------------------------------------------------------
+
+    /// Enters the order of eviction.
+    pub(crate) fn enter_policy(&self) {
+        let mut policy = self.shared.policy.lock();
+        assert!(self.token.load(Ordering::Relaxed) == NO_TOKEN, "an object is in the order once");
+        let footprint = crate::host::HostArena::footprint(self.len);
+        let token = policy.insert(self.id, self.stamp(), footprint);
+        self.token.store(token.into(), Ordering::Relaxed);
+    }
+
+    /// Leaves the order of eviction, if it is there.
+    pub(crate) fn leave_policy(&self) {
+        if self.token.load(Ordering::Relaxed) == NO_TOKEN {
+            return;
+        }
+        let mut policy = self.shared.policy.lock();
+        let token = self.token.swap(NO_TOKEN, Ordering::Relaxed);
+        policy.remove(self.id, Token::from(token));
+    }
+}
+
+impl std::fmt::Debug for Object {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Object")
+            .field("id", &self.id)
+            .field("len", &self.len)
+            .field("home", &self.home)
+            .field("in_host", &self.copy.is_some())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,375 @@
+//! What the handles, the actor and the migrations of one store have in common.
+//!
+//! Invariant: object space, staging, disk and the order of eviction each keep their own ledger
+//! behind their own lock, and no lock is taken while another one is held, but for those of
+//! the allocators inside of them. Made by `VirtualMemory::with_backends`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use dashmap::DashMap;
+use foldhash::fast::FixedState;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::actor::Requests;
+use crate::config::{self, Promotion, VirtualMemoryConfig};
+use crate::copy::{Copies, OwnedCopy};
+use crate::disk::{DiskBackend, DiskError};
+use crate::error::VirtualMemoryError;
+use crate::events::Events;
+use crate::host::{HostArena, StagingPool};
+use crate::host_queue::{HostQueue, Need, Refused};
+use crate::migrate::Link;
+use crate::object::Object;
+use crate::policy::{self, Policy};
+use crate::stats::{Counters, TierStats, VirtualMemoryStats, get};
+use crate::tier::MemoryTier;
+use crate::wake::Wake;
+
+/// What the configuration comes to on this machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Limits {
+    pub(crate) host_capacity: u64,
+    pub(crate) staging_capacity: u64,
+    /// Eviction ends here and starts there, in bytes of object space.
+    pub(crate) low_bytes: u64,
+    pub(crate) high_bytes: u64,
+    pub(crate) pinned_bytes_max: u64,
+    pub(crate) promotion: Promotion,
+    pub(crate) wait_timeout: Duration,
+}
+
+impl Limits {
+    /// # Errors
+    ///
+    /// `InvalidConfig` if what was left open does not fit what was given.
+    pub(crate) fn of(
+        config: &VirtualMemoryConfig,
+        host_capacity: u64,
+    ) -> Result<Self, VirtualMemoryError> {
+        let staging = config.staging_capacity().unwrap_or(config::default_staging(host_capacity));
+        if staging >= host_capacity {
+            let reason = format!("{staging} leaves nothing of host_capacity {host_capacity}");
+            let field = "staging_capacity";
+            return Err(VirtualMemoryError::InvalidConfig { field, reason: reason.into() });
+        }
+        let space = (host_capacity - staging) as f64;
+        let (low, high) = config.watermarks();
+        Ok(Limits {
+            host_capacity,
+            staging_capacity: staging,
+            low_bytes: (space * low) as u64,
+            high_bytes: (space * high) as u64,
+            pinned_bytes_max: (space * config.max_pinned()) as u64,
+            promotion: config.promotion(),
+            wait_timeout: config.wait_timeout(),
+        })
+    }
+}
+
+/// See the module's documentation.
+pub(crate) struct Shared {
+    pub(crate) limits: Limits,
+    table: DashMap<u64, Arc<Object>, FixedState>,
+    next_id: AtomicU64,
+    opened: Instant,
+    pub(crate) host: HostQueue,
+    pub(crate) copies: Copies,
+    pub(crate) staging: Arc<StagingPool>,
+    pub(crate) disk: Arc<dyn DiskBackend>,
+    pub(crate) disk_link: Link,
+    pub(crate) policy: Mutex<Box<dyn Policy>>,
+    pub(crate) requests: Requests,
+    /// Where the actor runs.
+    pub(crate) runtime: tokio::runtime::Handle,
+    pub(crate) wake: Arc<Wake>,
+    pub(crate) events: Events,
+    pub(crate) counters: Counters,
+    pub(crate) vram_reason: Arc<str>,
+    pinned_bytes: AtomicU64,
+    /// Rung when a pin goes.
+    pub(crate) unpinned: Notify,
+    /// The evictor found nothing that it could take but what is pinned, leased or held.
+    pub(crate) blocked_by_holds: AtomicBool,
+    /// The turn of the one set of objects that gathers room.
+    pub(crate) set_turn: tokio::sync::Mutex<()>,
+    closed: AtomicBool,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        config: &VirtualMemoryConfig,
+        limits: Limits,
+        disk: Arc<dyn DiskBackend>,
+        requests: Requests,
+        vram_reason: Arc<str>,
+    ) -> Result<Arc<Self>, VirtualMemoryError> {
+        let reserve = |e| VirtualMemoryError::io("reserving host memory", e);
+        let arena =
+            HostArena::new(limits.host_capacity - limits.staging_capacity).map_err(reserve)?;
+        let staging = StagingPool::new(limits.staging_capacity).map_err(reserve)?;
+        let wake = Arc::new(Wake::default());
+        let bell = wake.clone();
+        arena.set_freed_hook(Box::new(move || bell.if_waiting()));
+        arena.want(true);
+        Ok(Arc::new(Shared {
+            table: DashMap::with_hasher(FixedState::default()),
+            next_id: AtomicU64::new(1),
+            opened: Instant::now(),
+            host: HostQueue::new(arena, limits.high_bytes, wake.clone()),
+            copies: Copies::new(wake.clone()),
+            staging,
+            disk,
+            disk_link: Link::default(),
+            policy: Mutex::new(policy::build(config.policy())),
+            requests,
+            runtime: tokio::runtime::Handle::current(),
+            wake,
+            events: Events::new(),
+            counters: Counters::default(),
+            vram_reason,
+            pinned_bytes: AtomicU64::new(0),
+            unpinned: Notify::new(),
+            blocked_by_holds: AtomicBool::new(false),
+            set_turn: tokio::sync::Mutex::const_new(()),
+            closed: AtomicBool::new(false),
+            limits,
+        }))
+    }
+
+    /// Nanoseconds since the store was opened.
+    pub(crate) fn now(&self) -> u64 {
+        self.opened.elapsed().as_nanos() as u64
+    }
+
+    /// When a request that starts now gives up.
+    pub(crate) fn deadline(&self) -> Instant {
+        far_future_or(Instant::now(), self.limits.wait_timeout)
+    }
+
+    // ---- The table ---------------------------------------------------------------------------
+
+    /// A new object, in the table, with one handle.
+    pub(crate) fn create(self: &Arc<Self>, len: usize, home: MemoryTier) -> Arc<Object> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let object = Object::new(self, id, len, home);
+        self.table.insert(id, object.clone());
+        object
+    }
+
+    pub(crate) fn find(&self, id: u64) -> Option<Arc<Object>> {
+        self.table.get(&id).map(|object| object.clone())
+    }
+
+    pub(crate) fn forget(&self, id: u64) {
+        self.table.remove(&id);
+    }
+
+    // ---- The end -----------------------------------------------------------------------------
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    /// From now on every new call gets `Closed`. True for the first caller.
+    pub(crate) fn set_closed(&self) -> bool {
+        let first = !self.closed.swap(true, Ordering::SeqCst);
+        self.wake.now();
+        first
+    }
+
+    // ---- Room --------------------------------------------------------------------------------
+
+    /// The largest object that host memory could ever hold, in bytes of footprint.
+    pub(crate) fn host_space(&self) -> u64 {
+        self.host.arena().capacity_bytes()
+    }
+
+    /// Whether an object of this length can be host-resident at all.
+    pub(crate) fn fits_host(&self, len: usize) -> bool {
+        HostArena::footprint(len) <= self.host_space()
+    }
+
+    pub(crate) fn exceeds_host(&self, len: usize) -> VirtualMemoryError {
+        VirtualMemoryError::ExceedsCapacity {
+            tier: MemoryTier::Host,
+            requested_bytes: HostArena::footprint(len),
+            capacity_bytes: self.host_space(),
+        }
+    }
+
+    /// Room in host memory if there is some now.
+    pub(crate) fn try_host_room(&self, need: Need) -> Option<OwnedCopy> {
+        let slot = self.host.try_take(need)?;
+        self.check_high_mark();
+        Some(OwnedCopy::new(&self.copies, slot))
+    }
+
+    /// Room in host memory, as soon as there is some.
+    pub(crate) async fn host_room(
+        &self,
+        need: Need,
+        deadline: Instant,
+    ) -> Result<OwnedCopy, Refused> {
+        let slot = self.host.take(need, deadline).await?;
+        self.check_high_mark();
+        Ok(OwnedCopy::new(&self.copies, slot))
+    }
+
+    /// As [`host_room`](Self::host_room), for callers who have no other way.
+    pub(crate) async fn host_room_or_error(
+        &self,
+        need: Need,
+        deadline: Instant,
+    ) -> Result<OwnedCopy, VirtualMemoryError> {
+        if !self.fits_host(need.len) {
+            return Err(self.exceeds_host(need.len));
+        }
+        match self.host_room(need, deadline).await {
+            Ok(copy) => Ok(copy),
+            Err(Refused::Error(error)) => Err(error),
+            Err(Refused::Deadline(waited)) => Err(self.why_no_room(need.len, waited)),
+            Err(Refused::Spill) => Err(self.host_full(need.len)),
+        }
+    }
+
+    /// What kept a request from being served until its deadline.
+    fn why_no_room(&self, len: usize, waited: Duration) -> VirtualMemoryError {
+        if !self.blocked_by_holds.load(Ordering::SeqCst) {
+            return VirtualMemoryError::TimedOut { operation: "making room in host", waited };
+        }
+        VirtualMemoryError::AllPinned {
+            tier: MemoryTier::Host,
+            requested_bytes: HostArena::footprint(len),
+            pinned_bytes: self.pinned_bytes(),
+            leased_bytes: 0,
+            held_bytes: self.copies.held_bytes(),
+            capacity_bytes: self.host_space(),
+            waited,
+        }
+    }
+
+    /// Host memory is full and nothing can leave it.
+    pub(crate) fn host_full(&self, len: usize) -> VirtualMemoryError {
+        let arena = self.host.arena();
+        VirtualMemoryError::TierFull {
+            tier: MemoryTier::Host,
+            requested_bytes: HostArena::footprint(len),
+            free_bytes: arena.capacity_bytes().saturating_sub(arena.used_bytes()),
+            capacity_bytes: arena.capacity_bytes(),
+        }
+    }
+
+    fn check_high_mark(&self) {
+        if self.host.arena().used_bytes() > self.limits.high_bytes {
+            self.wake.now();
+        }
+    }
+
+    /// Tells those who wait that something went.
+    pub(crate) fn room_was_freed(&self) {
+        self.wake.if_waiting();
+    }
+
+    // ---- Pins --------------------------------------------------------------------------------
+
+    pub(crate) fn pinned_bytes(&self) -> u64 {
+        self.pinned_bytes.load(Ordering::SeqCst)
+    }
+
+    /// Charges the first pin of an object, within `max_pinned`.
+    pub(crate) fn try_charge_pin(&self, footprint: u64) -> bool {
+        self.pinned_bytes
+            .try_update(Ordering::SeqCst, Ordering::SeqCst, |bytes| {
+                let bytes = bytes + footprint;
+                (bytes <= self.limits.pinned_bytes_max).then_some(bytes)
+            })
+            .is_ok()
+    }
+
+    /// Gives back what the first pin of an object was charged.
+    pub(crate) fn uncharge_pin(&self, footprint: u64) {
+        let before = self.pinned_bytes.fetch_sub(footprint, Ordering::SeqCst);
+        assert!(before >= footprint, "pinned bytes never fall below zero");
+        self.unpinned.notify_waiters();
+        self.wake.if_waiting();
+    }
+
+    // ---- Errors and figures --------------------------------------------------------------------
+
+    /// The public form of what the disk said of this object.
+    pub(crate) fn disk_error(&self, handle: u64, error: DiskError) -> VirtualMemoryError {
+        match error {
+            DiskError::Full { requested_bytes, free_bytes, .. } => VirtualMemoryError::TierFull {
+                tier: MemoryTier::Disk,
+                requested_bytes,
+                free_bytes,
+                capacity_bytes: self.disk.usage().capacity_bytes,
+            },
+            DiskError::Corrupt { chunk, expected, actual } => {
+                VirtualMemoryError::Corrupt { handle, chunk: chunk as u64, expected, actual }
+            }
+            DiskError::Io { operation, source } => VirtualMemoryError::Io { operation, source },
+            DiskError::Closed => VirtualMemoryError::Closed,
+        }
+    }
+
+    pub(crate) fn no_vram(&self) -> VirtualMemoryError {
+        VirtualMemoryError::TierNotAvailable {
+            tier: MemoryTier::Vram,
+            reason: self.vram_reason.clone(),
+        }
+    }
+
+    pub(crate) fn stats(&self) -> VirtualMemoryStats {
+        let (arena, disk, counters) = (self.host.arena(), self.disk.usage(), &self.counters);
+        VirtualMemoryStats {
+            vram: TierStats::default(),
+            host: TierStats {
+                used_bytes: arena.used_bytes(),
+                capacity_bytes: arena.capacity_bytes(),
+                peak_bytes: arena.peak_bytes(),
+                objects: get(&counters.host_objects),
+                hits: self.copies.hits(),
+                largest_free_bytes: arena.largest_free_bytes(),
+            },
+            disk: TierStats {
+                used_bytes: disk.used_bytes,
+                capacity_bytes: disk.capacity_bytes,
+                peak_bytes: disk.peak_bytes,
+                objects: disk.extents,
+                hits: get(&counters.disk_hits),
+                largest_free_bytes: disk.largest_free_bytes,
+            },
+            objects: self.table.len() as u64,
+            staging_bytes: self.limits.staging_capacity,
+            held_bytes: self.copies.held_bytes(),
+            pinned_bytes: self.pinned_bytes(),
+            dirty_bytes: get(&counters.dirty_bytes),
+            waiters: self.host.waiters() as u64,
+            migrations_in_flight: get(&counters.in_flight),
+            misses: get(&counters.misses),
+            evictions: get(&counters.evictions),
+            promotions: get(&counters.promotions),
+            clean_drops: get(&counters.clean_drops),
+            disk_to_host_bytes: get(&counters.disk_to_host_bytes),
+            host_to_disk_bytes: get(&counters.host_to_disk_bytes),
+            errors: get(&counters.errors),
+        }
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+/// `from + wait`, or a time that nobody lives to see if that cannot be said.
+pub(crate) fn far_future_or(from: Instant, wait: Duration) -> Instant {
+    const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+    from.checked_add(wait.min(CENTURY)).unwrap_or(from + Duration::from_secs(86400))
+}

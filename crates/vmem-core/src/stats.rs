@@ -1,0 +1,104 @@
+//! What the store counts.
+//!
+//! Invariant: the bytes of a tier come from its ledger, so they never exceed its capacity;
+//! counters only grow and may lag. Filled in by `Shared`, read by users.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// One tier, now. Bytes are footprints: rounding included.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TierStats {
+    /// Bytes in use.
+    pub used_bytes: u64,
+    /// The budget; for host, that of object space: `host_capacity` less staging.
+    pub capacity_bytes: u64,
+    /// The largest that `used_bytes` ever was.
+    pub peak_bytes: u64,
+    /// Objects with a copy, or with room taken, in this tier.
+    pub objects: u64,
+    /// Reads that this tier served.
+    pub hits: u64,
+    /// The largest object that would fit now with nothing moved.
+    pub largest_free_bytes: u64,
+}
+
+/// The store, now. See each field for its unit.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VirtualMemoryStats {
+    /// Device memory; all zero without a GPU.
+    pub vram: TierStats,
+    /// Object space in host memory.
+    pub host: TierStats,
+    /// The data file.
+    pub disk: TierStats,
+    /// Handles and named objects that exist.
+    pub objects: u64,
+    /// Host memory set apart for bytes in passage, in bytes.
+    pub staging_bytes: u64,
+    /// Footprint that `Bytes` given to callers keep in host memory, in bytes.
+    pub held_bytes: u64,
+    /// Footprint that pins keep in host memory, in bytes.
+    pub pinned_bytes: u64,
+    /// Payload in host memory without an equal copy below, in bytes.
+    pub dirty_bytes: u64,
+    /// Requests that wait for room in host memory.
+    pub waiters: u64,
+    /// Migrations that have started and not ended.
+    pub migrations_in_flight: u64,
+    /// Reads that host memory did not serve.
+    pub misses: u64,
+    /// Copies that left a tier to make room.
+    pub evictions: u64,
+    /// Copies that came up to stay.
+    pub promotions: u64,
+    /// Evictions that had nothing to write.
+    pub clean_drops: u64,
+    /// Payload read from disk, in bytes.
+    pub disk_to_host_bytes: u64,
+    /// Payload written to disk, in bytes.
+    pub host_to_disk_bytes: u64,
+    /// Operations of a backend that failed.
+    pub errors: u64,
+}
+
+impl VirtualMemoryStats {
+    /// The share of reads that host memory served, between 0 and 1; 0 before the first read.
+    pub fn hit_ratio(&self) -> f64 {
+        let reads = self.host.hits + self.misses;
+        if reads == 0 { 0.0 } else { self.host.hits as f64 / reads as f64 }
+    }
+}
+
+/// The counters that are not part of a ledger.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) host_objects: AtomicU64,
+    pub(crate) dirty_bytes: AtomicU64,
+    pub(crate) in_flight: AtomicU64,
+    pub(crate) misses: AtomicU64,
+    pub(crate) disk_hits: AtomicU64,
+    pub(crate) evictions: AtomicU64,
+    pub(crate) promotions: AtomicU64,
+    pub(crate) clean_drops: AtomicU64,
+    pub(crate) disk_to_host_bytes: AtomicU64,
+    pub(crate) host_to_disk_bytes: AtomicU64,
+    pub(crate) errors: AtomicU64,
+}
+
+/// Adds to a counter.
+pub(crate) fn add(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
+
+/// Takes from a gauge; what is taken was added before.
+pub(crate) fn sub(counter: &AtomicU64, n: u64) {
+    let before = counter.fetch_sub(n, Ordering::Relaxed);
+    assert!(before >= n, "a gauge never falls below zero: {before} - {n}");
+}
+
+/// Reads a counter.
+pub(crate) fn get(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}

@@ -1,0 +1,221 @@
+//! The store as its users see it.
+//!
+//! Invariant: no method holds a lock or a gate while the caller's future is not being polled
+//! other than through a guard that the future owns; so dropping it gives everything back. Each
+//! method checks, in this order: closed, a handle of ours, alive, its arguments.
+
+mod place;
+mod read;
+mod residency;
+mod write;
+
+use std::sync::Arc;
+
+use futures::Stream;
+use tokio::sync::watch;
+
+pub use place::{PinGuard, Prefetch};
+pub use residency::Residency;
+
+use crate::actor::{self, Outcome};
+use crate::backend::Backends;
+use crate::capabilities::Capabilities;
+use crate::config::VirtualMemoryConfig;
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationEvent;
+use crate::handle::VMemHandle;
+use crate::host_queue::{Class, Need, Refused};
+use crate::object::{Object, chunk_count, chunk_lens};
+use crate::shared::{Limits, Shared};
+use crate::stats::VirtualMemoryStats;
+use crate::tier::MemoryTier;
+
+type Result<T> = std::result::Result<T, VirtualMemoryError>;
+
+/// An open store: one awaitable handle over the tiers. Cheap to clone; the last clone that is
+/// dropped ends it, but only [`close`](Self::close) says how that went.
+#[derive(Clone, Debug)]
+pub struct VirtualMemory {
+    shared: Arc<Shared>,
+    lifetime: Arc<Lifetime>,
+}
+
+/// What the clones of a store share beyond its state.
+#[derive(Debug)]
+struct Lifetime {
+    shared: Arc<Shared>,
+    capabilities: Capabilities,
+    outcome: watch::Receiver<Outcome>,
+}
+
+impl Drop for Lifetime {
+    fn drop(&mut self) {
+        self.shared.set_closed();
+    }
+}
+
+impl VirtualMemory {
+    /// Opens a store over these backends, on the current tokio runtime. Most users call `vmem::open`,
+    /// which brings the backends of this machine.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidConfig` if the parts of the configuration do not fit each other here; `Io` if
+    /// the address space for host memory is refused.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime with its timer enabled.
+    pub fn with_backends(config: &VirtualMemoryConfig, backends: Backends) -> Result<Self> {
+        let limits = Limits::of(config, backends.host_capacity_bytes)?;
+        let (requests, inbox) = actor::channels();
+        let capabilities = backends.capabilities;
+        let vram_reason = capabilities.vram_reason.clone();
+        let shared = Shared::new(config, limits, backends.disk, requests, vram_reason)?;
+        let outcome = actor::start(shared.clone(), inbox);
+        let lifetime = Lifetime { shared: shared.clone(), capabilities, outcome };
+        Ok(VirtualMemory { shared, lifetime: Arc::new(lifetime) })
+    }
+
+    /// Takes room for an object of `len` bytes in its home tier, or below it under pressure. The
+    /// object reads as zeros. Zero bytes are allowed.
+    ///
+    /// # Errors
+    ///
+    /// `TierNotAvailable` for a tier that is not there, `ExceedsCapacity` if no tier could ever
+    /// hold it, `TierFull` if there is no room and nothing can make way, `Closed`.
+    pub async fn allocate(&self, len: usize, home: MemoryTier) -> Result<VMemHandle> {
+        self.check_open()?;
+        if home == MemoryTier::Vram {
+            return Err(self.shared.no_vram());
+        }
+        self.check_fits_somewhere(len, home)?;
+        let handle = VMemHandle::adopt(self.shared.create(len, home));
+        if len > 0 {
+            self.take_room(handle.object(), home).await?;
+        }
+        Ok(handle)
+    }
+
+    /// [`allocate`](Self::allocate) and [`write`](Self::write) in one.
+    ///
+    /// # Errors
+    ///
+    /// Those of both; after an error there is no object.
+    pub async fn put(&self, data: impl AsRef<[u8]> + Send, home: MemoryTier) -> Result<VMemHandle> {
+        let handle = self.allocate(data.as_ref().len(), home).await?;
+        self.write(&handle, data).await?;
+        Ok(handle)
+    }
+
+    /// Frees the object, whoever else has a handle of it: they get `HandleNotFound` from now on.
+    /// `Bytes` that were read stay valid.
+    ///
+    /// # Errors
+    ///
+    /// `HandleNotFound` if it was freed before, or belongs to another store; `Closed`.
+    pub async fn free(&self, handle: VMemHandle) -> Result<()> {
+        let object = self.check(&handle)?;
+        if object.free() { Ok(()) } else { Err(object.not_found()) }
+    }
+
+    /// Another handle of the object with this number, if it is alive.
+    pub fn handle(&self, id: u64) -> Option<VMemHandle> {
+        let object = self.shared.find(id)?;
+        object.try_add_handle().then(|| VMemHandle::adopt(object))
+    }
+
+    /// The figures of this moment; costs the same however many objects there are.
+    pub fn stats(&self) -> VirtualMemoryStats {
+        self.shared.stats()
+    }
+
+    /// What was found when the store was opened, and what serves in its place.
+    pub fn capabilities(&self) -> &Capabilities {
+        &self.lifetime.capabilities
+    }
+
+    /// Migrations as they end. A listener that is slow loses events and is told how many.
+    pub fn migrations(&self) -> impl Stream<Item = MigrationEvent> + Send + 'static + use<> {
+        self.shared.events.listen()
+    }
+
+    /// Ends the store: refuses new calls and what waits, lets what is in flight come to its end,
+    /// and gives back files and the directory's lock. `Bytes` stay valid.
+    ///
+    /// # Errors
+    ///
+    /// What the backends said of their end; `Closed` if it was closed before.
+    pub async fn close(self) -> Result<()> {
+        let first = self.shared.set_closed();
+        let mut outcome = self.lifetime.outcome.clone();
+        // Closed by another clone, or the runtime of the actor is gone: nothing runs any more.
+        let ended = outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
+        match ended {
+            Ok(Some(outcome)) if first => outcome,
+            Ok(_) | Err(_) => Err(VirtualMemoryError::Closed),
+        }
+    }
+
+    // ---- Checks ------------------------------------------------------------------------------
+
+    fn check_open(&self) -> Result<()> {
+        if self.shared.is_closed() { Err(VirtualMemoryError::Closed) } else { Ok(()) }
+    }
+
+    /// The object of a handle of ours.
+    fn check<'a>(&self, handle: &'a VMemHandle) -> Result<&'a Arc<Object>> {
+        self.check_open()?;
+        let object = handle.object();
+        if !handle.belongs_to(&self.shared) || object.is_dead() {
+            return Err(object.not_found());
+        }
+        Ok(object)
+    }
+
+    fn check_fits_somewhere(&self, len: usize, home: MemoryTier) -> Result<()> {
+        let on_disk = self.shared.disk.usage().capacity_bytes;
+        let most =
+            if home == MemoryTier::Host { on_disk.max(self.shared.host_space()) } else { on_disk };
+        let fits_host = home == MemoryTier::Host && self.shared.fits_host(len);
+        if fits_host || len as u64 <= on_disk {
+            return Ok(());
+        }
+        let requested_bytes = len as u64;
+        Err(VirtualMemoryError::ExceedsCapacity {
+            tier: home,
+            requested_bytes,
+            capacity_bytes: most,
+        })
+    }
+
+    // ---- Room ----------------------------------------------------------------------------------
+
+    /// Takes the footprint of a new object, in its home tier or below it.
+    async fn take_room(&self, object: &Arc<Object>, home: MemoryTier) -> Result<()> {
+        let deadline = self.shared.deadline();
+        if home == MemoryTier::Host && self.shared.fits_host(object.len) {
+            let (len, owner) = (object.len, object.id);
+            let need = Need { len, owner, class: Class::Demand, may_spill: true };
+            match self.shared.host_room(need, deadline).await {
+                Ok(room) => {
+                    let pass = object.gate(deadline).await?;
+                    object.set_spare(&pass, room);
+                    return Ok(());
+                }
+                Err(Refused::Error(error @ VirtualMemoryError::Closed)) => return Err(error),
+                // Held, pinned, or no room to evict to: the tier below may still have some.
+                Err(_) => {}
+            }
+        }
+        let lens = chunk_lens(object.len, 0..chunk_count(object.len));
+        let extents = self
+            .shared
+            .disk
+            .reserve(&lens)
+            .map_err(|error| self.shared.disk_error(object.id, error))?;
+        let pass = object.gate(deadline).await?;
+        object.with_disk(&pass, |disk| *disk = crate::object::DiskMap::of(extents));
+        Ok(())
+    }
+}

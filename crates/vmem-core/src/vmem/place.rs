@@ -1,0 +1,283 @@
+//! Placing: promote, demote, prefetch, pin, flush.
+//!
+//! Invariant: each of these is a request to the actor, which runs it as a task of its own; the
+//! caller's future waits for the answer and owns nothing of the migration. A pin is counted under
+//! the object's gate, so that no eviction is half way when it is granted.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::{Result, VirtualMemory};
+use crate::actor::{Move, PrefetchEnd, Request};
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
+use crate::handle::VMemHandle;
+use crate::host::HostArena;
+use crate::host_queue::Class;
+use crate::migrate::{Fetch, fetch_to_stay};
+use crate::object::Object;
+use crate::shared::Shared;
+use crate::tier::MemoryTier;
+
+impl VirtualMemory {
+    /// Brings the object up to `to`, to stay. Already there or faster: `Ok`.
+    ///
+    /// # Errors
+    ///
+    /// `TierNotAvailable`, and those of a [`read`](Self::read) that has to bring it up.
+    pub async fn promote(&self, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
+        let object = self.check(handle)?;
+        match to {
+            MemoryTier::Vram => Err(self.shared.no_vram()),
+            MemoryTier::Host => {
+                self.check_fits_host(object)?;
+                self.ask(object, Move::Up).await
+            }
+            MemoryTier::Disk => Ok(()),
+        }
+    }
+
+    /// Takes the object down to `to`. Already there or slower: `Ok`. Readers keep their bytes.
+    ///
+    /// # Errors
+    ///
+    /// `Pinned`, `TierFull` if the tier has no room, `Io`; the object is then where it was.
+    pub async fn demote(&self, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
+        let object = self.check(handle)?;
+        match to {
+            MemoryTier::Vram | MemoryTier::Host => Ok(()),
+            MemoryTier::Disk => self.ask(object, Move::Down).await,
+        }
+    }
+
+    /// Puts the current bytes where the object's home tier is; what is already there costs nothing.
+    /// Covers every write that completed before the call.
+    ///
+    /// # Errors
+    ///
+    /// `TierFull`, `Io`.
+    pub async fn flush(&self, handle: &VMemHandle) -> Result<()> {
+        let object = self.check(handle)?;
+        match object.home {
+            MemoryTier::Disk => self.ask(object, Move::Flush).await,
+            MemoryTier::Vram | MemoryTier::Host => Ok(()),
+        }
+    }
+
+    async fn ask(&self, object: &Arc<Object>, what: Move) -> Result<()> {
+        let (reply, answer) = oneshot::channel();
+        let (asked, deadline) = (Instant::now(), self.shared.deadline());
+        let object = object.clone();
+        self.shared.requests.send(Request::Move { object, what, asked, deadline, reply }).await;
+        answer.await.unwrap_or(Err(VirtualMemoryError::Closed))
+    }
+
+    fn check_fits_host(&self, object: &Object) -> Result<()> {
+        if self.shared.fits_host(object.len) {
+            Ok(())
+        } else {
+            Err(self.shared.exceeds_host(object.len))
+        }
+    }
+
+    /// Begins to bring the object up to `to`, at lower priority than any read, and never at the cost
+    /// of what is in use. It has started when this returns; dropping the [`Prefetch`] cancels it.
+    pub fn prefetch(&self, handle: &VMemHandle, to: MemoryTier) -> Prefetch {
+        self.prefetch_many(std::slice::from_ref(handle), to)
+    }
+
+    /// As [`prefetch`](Self::prefetch), for several objects in this order. It ends with the first
+    /// error, after all were tried.
+    pub fn prefetch_many(&self, handles: &[VMemHandle], to: MemoryTier) -> Prefetch {
+        let objects = handles
+            .iter()
+            .map(|handle| {
+                let object = self.check(handle)?;
+                match to {
+                    MemoryTier::Vram => Err(self.shared.no_vram()),
+                    MemoryTier::Host => self.check_fits_host(object).map(|()| object.clone()),
+                    MemoryTier::Disk => Ok(object.clone()),
+                }
+            })
+            .collect::<Result<Vec<_>>>();
+        match objects {
+            Err(error) => Prefetch::ended(Err(error)),
+            Ok(_) if to == MemoryTier::Disk => Prefetch::ended(Ok(())),
+            Ok(objects) => Prefetch::start(&self.shared, objects),
+        }
+    }
+
+    /// Brings the object to `tier` and keeps it from leaving it downwards until the guard is
+    /// dropped. Pins count: the object stays until the last one goes.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`promote`](Self::promote); `AllPinned` if `max_pinned` leaves no room for it until
+    /// the deadline, `ExceedsCapacity` if it never could.
+    pub async fn pin(&self, handle: &VMemHandle, tier: MemoryTier) -> Result<PinGuard> {
+        let object = self.check(handle)?;
+        match tier {
+            MemoryTier::Vram => Err(self.shared.no_vram()),
+            // Nothing is below disk: there is nothing to keep it from.
+            MemoryTier::Disk => Ok(PinGuard { object: None, _handle: handle.clone() }),
+            MemoryTier::Host => {
+                self.check_fits_host(object)?;
+                Box::pin(self.pin_in_host(handle)).await
+            }
+        }
+    }
+
+    async fn pin_in_host(&self, handle: &VMemHandle) -> Result<PinGuard> {
+        let object = handle.object();
+        let (asked, deadline) = (Instant::now(), self.shared.deadline());
+        self.charge_pin(object, asked, deadline).await?;
+        // From here on the charge goes back with the guard, whatever happens.
+        let guard = Charged { object: Some(object.clone()) };
+        self.ask(object, Move::Up).await?;
+        let pass = object.gate(deadline).await?;
+        let (class, cause) = (Class::Demand, MigrationCause::Promote);
+        let job = Fetch { object: object.clone(), class, cause, stay: true, asked, deadline };
+        // It may have been evicted between the two; with the gate held it cannot be.
+        drop(fetch_to_stay(&job, &pass).await?);
+        object.add_pin(&pass);
+        drop(pass);
+        Ok(PinGuard { object: guard.keep(), _handle: handle.clone() })
+    }
+
+    /// Charges one pin, as soon as `max_pinned` allows it.
+    async fn charge_pin(
+        &self,
+        object: &Arc<Object>,
+        asked: Instant,
+        deadline: Instant,
+    ) -> Result<()> {
+        let footprint = HostArena::footprint(object.len);
+        let most = self.shared.limits.pinned_bytes_max;
+        if footprint > most {
+            return Err(VirtualMemoryError::ExceedsCapacity {
+                tier: MemoryTier::Host,
+                requested_bytes: footprint,
+                capacity_bytes: most,
+            });
+        }
+        loop {
+            let unpinned = self.shared.unpinned.notified();
+            tokio::pin!(unpinned);
+            // Before the look, so that a pin that goes in between is not missed.
+            unpinned.as_mut().enable();
+            if self.shared.try_charge_pin(footprint) {
+                return Ok(());
+            }
+            if tokio::time::timeout_at(deadline, unpinned).await.is_err() {
+                return Err(VirtualMemoryError::AllPinned {
+                    tier: MemoryTier::Host,
+                    requested_bytes: footprint,
+                    pinned_bytes: self.shared.pinned_bytes(),
+                    leased_bytes: 0,
+                    held_bytes: self.shared.copies.held_bytes(),
+                    capacity_bytes: self.shared.host_space(),
+                    waited: asked.elapsed(),
+                });
+            }
+        }
+    }
+}
+
+/// A charge against `max_pinned`, until it is kept.
+struct Charged {
+    object: Option<Arc<Object>>,
+}
+
+impl Charged {
+    fn keep(mut self) -> Option<Arc<Object>> {
+        self.object.take()
+    }
+}
+
+impl Drop for Charged {
+    fn drop(&mut self) {
+        if let Some(object) = self.object.take() {
+            object.shared.uncharge_pin(HostArena::footprint(object.len));
+        }
+    }
+}
+
+/// Keeps an object in its tier; dropping it unpins. It holds a handle, so a pinned object is
+/// alive unless it is freed.
+#[must_use = "dropping the guard unpins"]
+#[derive(Debug)]
+pub struct PinGuard {
+    object: Option<Arc<Object>>,
+    _handle: VMemHandle,
+}
+
+impl Drop for PinGuard {
+    fn drop(&mut self) {
+        let Some(object) = self.object.take() else { return };
+        if object.remove_pin() {
+            object.shared.policy.lock().unpark(object.id);
+        }
+        object.shared.uncharge_pin(HostArena::footprint(object.len));
+    }
+}
+
+/// A prefetch that has started. Awaiting it tells how it ended; dropping it cancels it; detached it
+/// runs on its own.
+#[must_use = "dropping a prefetch cancels it; `detach` lets it run"]
+#[derive(Debug)]
+pub struct Prefetch {
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    Ended(Result<()>),
+    Running { answer: oneshot::Receiver<Result<()>>, detached: Arc<AtomicBool> },
+}
+
+impl Prefetch {
+    fn ended(outcome: Result<()>) -> Self {
+        Prefetch { state: State::Ended(outcome) }
+    }
+
+    fn start(shared: &Arc<Shared>, objects: Vec<Arc<Object>>) -> Self {
+        let (reply, answer) = oneshot::channel();
+        let detached = Arc::new(AtomicBool::new(false));
+        let end = PrefetchEnd { reply, detached: detached.clone() };
+        let (asked, deadline) = (Instant::now(), shared.deadline());
+        let request = Request::Prefetch { objects, asked, deadline, end };
+        if let Err(request) = shared.requests.try_send(request) {
+            // The queue is full: it stands in line there, and the caller does not.
+            let shared = shared.clone();
+            let runtime = shared.runtime.clone();
+            drop(runtime.spawn(async move { shared.requests.send(request).await }));
+        }
+        Prefetch { state: State::Running { answer, detached } }
+    }
+
+    /// Lets it run on with nobody waiting for it.
+    pub fn detach(self) {
+        if let State::Running { detached, .. } = &self.state {
+            detached.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Future for Prefetch {
+    type Output = Result<()>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut self.state {
+            State::Ended(outcome) => Poll::Ready(outcome.clone()),
+            State::Running { answer, .. } => Pin::new(answer)
+                .poll(context)
+                .map(|answer| answer.unwrap_or(Err(VirtualMemoryError::Closed))),
+        }
+    }
+}

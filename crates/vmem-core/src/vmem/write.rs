@@ -1,0 +1,410 @@
+//! Writing.
+//!
+//! Invariant: a write is seen whole or not at all. Either it changes bytes that nobody reads, in
+//! one go that no await interrupts, or it fills a new version that is published at the end. The
+//! caller's data is copied before the future returns, into memory that the runtime owns; a write
+//! that is dropped half way leaves the version before.
+//!
+//! Where the new version goes: in place, if it is small and nobody reads the old one; into room in
+//! host memory, if there is or can be made some; else through staging to disk.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use tokio::time::Instant;
+
+use super::read::copy_politely;
+use super::{Result, VirtualMemory};
+use crate::buffer::IoBuf;
+use crate::copy::{Found, OwnedCopy};
+use crate::disk::{CHUNK_BYTES, DiskError, Extent};
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
+use crate::handle::VMemHandle;
+use crate::host_queue::{Class, Need, Refused};
+use crate::migrate::{Fetch, fetch_to_stay, load};
+use crate::object::{DiskMap, GatePass, Object, chunk_len, chunks_of};
+use crate::stats::add;
+use crate::tier::MemoryTier;
+
+/// A copy of at most this many bytes is made in one go, in place.
+const IN_PLACE_MAX: usize = 256 * 1024;
+/// Pieces of one large write that are on their way to disk at once.
+const PIECES_MAX: usize = 4;
+
+/// A write of some pieces that is on its way.
+type InFlight = BoxFuture<'static, std::result::Result<Vec<Extent>, DiskError>>;
+
+impl VirtualMemory {
+    /// Replaces all bytes of the object. Readers keep the version that they read; who reads
+    /// afterwards gets the new one. Writes to one object apply in the order in which they complete.
+    ///
+    /// # Errors
+    ///
+    /// `SizeMismatch` if `data` is not as long as the object; `HandleNotFound`, `Closed`;
+    /// `TierFull` if neither host memory nor disk has room for the version that a held reader
+    /// forces, `TimedOut`, `Io`. After an error the object is as it was.
+    pub async fn write(&self, handle: &VMemHandle, data: impl AsRef<[u8]> + Send) -> Result<()> {
+        tokio::task::coop::consume_budget().await;
+        let object = self.check(handle)?;
+        let data = data.as_ref();
+        if data.len() != object.len {
+            let (handle, expected, actual) = (object.id, object.len, data.len());
+            return Err(VirtualMemoryError::SizeMismatch { handle, expected, actual });
+        }
+        Box::pin(self.write_range(object, 0..data.len(), data)).await
+    }
+
+    /// Replaces a part of the object, from `offset` bytes from its start.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`write`](Self::write); `OutOfRange`; and, where the rest of a chunk has to be
+    /// read first, `Corrupt`.
+    pub async fn write_at(
+        &self,
+        handle: &VMemHandle,
+        offset: usize,
+        data: impl AsRef<[u8]> + Send,
+    ) -> Result<()> {
+        tokio::task::coop::consume_budget().await;
+        let object = self.check(handle)?;
+        let data = data.as_ref();
+        let end = offset.saturating_add(data.len());
+        if end > object.len || offset > object.len {
+            let (handle, len) = (object.id, object.len);
+            return Err(VirtualMemoryError::OutOfRange { handle, start: offset, end, len });
+        }
+        Box::pin(self.write_range(object, offset..end, data)).await
+    }
+
+    /// Builds all bytes of the object in place: `fill` gets zeros in host memory. If it panics the
+    /// object is as it was.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`write`](Self::write), and, since the bytes must be in host memory,
+    /// `ExceedsCapacity` and `AllPinned`.
+    pub async fn write_with<F>(&self, handle: &VMemHandle, fill: F) -> Result<()>
+    where
+        F: FnOnce(&mut [u8]) + Send,
+    {
+        tokio::task::coop::consume_budget().await;
+        let object = self.check(handle)?;
+        if object.len == 0 {
+            fill(&mut []);
+            return Ok(());
+        }
+        Box::pin(async {
+            let deadline = self.shared.deadline();
+            let pass = object.gate(deadline).await?;
+            let mut room = match object.take_spare(&pass) {
+                Some(room) => room,
+                None => {
+                    let need = need(object, false);
+                    self.shared.host_room_or_error(need, deadline).await?
+                }
+            };
+            let bytes = room.as_mut_slice();
+            bytes.fill(0);
+            fill(bytes);
+            object.touch();
+            object.publish(&pass, Some(room), |disk| *disk = DiskMap::Empty);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn write_range(
+        &self,
+        object: &Arc<Object>,
+        range: Range<usize>,
+        data: &[u8],
+    ) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let deadline = self.shared.deadline();
+        let pass = object.gate(deadline).await?;
+        object.touch();
+        if data.len() <= IN_PLACE_MAX && object.write_in_place(&pass, range.clone(), data) {
+            return Ok(());
+        }
+        if object.copy.is_some() {
+            return self.write_version(&pass, range, data, deadline).await;
+        }
+        if let Some(room) = object.take_spare(&pass) {
+            return fill_new(&pass, room, range, data).await;
+        }
+        if self.comes_up(&pass, &range, deadline).await? {
+            return Box::pin(self.write_resident(&pass, range, data, deadline)).await;
+        }
+        if range.len() == object.len
+            && object.home == MemoryTier::Host
+            && let Some(room) = self.room_or_spill(object, deadline).await?
+        {
+            return fill_new(&pass, room, range, data).await;
+        }
+        self.write_to_disk(&pass, range, data, deadline).await
+    }
+
+    /// After the object was brought up for a partial write.
+    async fn write_resident(
+        &self,
+        pass: &GatePass,
+        range: Range<usize>,
+        data: &[u8],
+        deadline: Instant,
+    ) -> Result<()> {
+        let small = data.len() <= IN_PLACE_MAX;
+        if small && pass.object().write_in_place(pass, range.clone(), data) {
+            return Ok(());
+        }
+        self.write_version(pass, range, data, deadline).await
+    }
+
+    /// Whether a part of an object at home in host memory is better written there: if there is room
+    /// for it right now, and it is not so large that reading it whole is the greater cost.
+    async fn comes_up(
+        &self,
+        pass: &GatePass,
+        range: &Range<usize>,
+        deadline: Instant,
+    ) -> Result<bool> {
+        let object = pass.object();
+        let partial = range.len() < object.len;
+        if !partial || object.home != MemoryTier::Host || object.len > IN_PLACE_MAX {
+            return Ok(false);
+        }
+        let Some(room) = self.shared.try_host_room(need(object, true)) else { return Ok(false) };
+        object.set_spare(pass, room);
+        let job = Fetch {
+            object: object.clone(),
+            class: Class::Demand,
+            cause: MigrationCause::Read,
+            stay: true,
+            asked: Instant::now(),
+            deadline,
+        };
+        fetch_to_stay(&job, pass).await?;
+        Ok(true)
+    }
+
+    /// A new version of an object that has a host copy which is large, or which somebody reads.
+    async fn write_version(
+        &self,
+        pass: &GatePass,
+        range: Range<usize>,
+        data: &[u8],
+        deadline: Instant,
+    ) -> Result<()> {
+        let object = pass.object();
+        let Some(mut room) = self.room_or_spill(object, deadline).await? else {
+            // No room for two: in place, in one go, is better than not at all.
+            if object.write_in_place(pass, range.clone(), data) {
+                return Ok(());
+            }
+            return self.write_to_disk(pass, range, data, deadline).await;
+        };
+        let Found::Copy(old) = object.copy.acquire(&self.shared.copies) else {
+            unreachable!("the holder of the gate found a host copy, and alone takes it away")
+        };
+        let bytes = room.as_mut_slice();
+        copy_politely(&mut bytes[..range.start], &old.as_ref()[..range.start]).await;
+        copy_politely(&mut bytes[range.clone()], data).await;
+        copy_politely(&mut bytes[range.end..], &old.as_ref()[range.end..]).await;
+        drop(old);
+        object.publish(pass, Some(room), |disk| disk.forget(object.len, chunks_of(&range)));
+        Ok(())
+    }
+
+    /// Room for the whole object in host memory; none if it can only go to disk.
+    async fn room_or_spill(
+        &self,
+        object: &Arc<Object>,
+        deadline: Instant,
+    ) -> Result<Option<OwnedCopy>> {
+        if !self.shared.fits_host(object.len) {
+            return Ok(None);
+        }
+        match self.shared.host_room(need(object, true), deadline).await {
+            Ok(room) => Ok(Some(room)),
+            Err(Refused::Error(VirtualMemoryError::Closed)) => Err(VirtualMemoryError::Closed),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Writes through staging: every chunk that the range touches goes to a new extent. If the
+    /// host copy has the rest of the object, all of that goes down with it.
+    async fn write_to_disk(
+        &self,
+        pass: &GatePass,
+        range: Range<usize>,
+        data: &[u8],
+        deadline: Instant,
+    ) -> Result<()> {
+        let object = pass.object();
+        let base = Base::of(pass)?;
+        let mut chunks: Vec<usize> = match &base {
+            // What only host memory has must be on disk before the host copy goes.
+            Base::Host { .. } => object.disk().missing(object.len),
+            Base::Disk(_) => Vec::new(),
+        };
+        chunks.extend(chunks_of(&range));
+        chunks.sort_unstable();
+        chunks.dedup();
+        let whole = range.len() == object.len;
+        let reserved = if whole {
+            object.with_disk(pass, |disk| disk.take_reserved(object.len))
+        } else {
+            None
+        };
+        let mut extents: VecDeque<Extent> = match reserved {
+            Some(extents) => extents.into(),
+            None => self.reserve(object, &chunks)?.into(),
+        };
+        let mut written: Vec<Extent> = Vec::with_capacity(chunks.len());
+        let mut in_flight: VecDeque<InFlight> = VecDeque::new();
+        let per_piece = (self.shared.staging.piece_bytes() / CHUNK_BYTES).max(1);
+        for group in chunks.chunks(per_piece) {
+            while in_flight.len() >= PIECES_MAX {
+                self.await_oldest(object, &mut in_flight, &mut written).await?;
+            }
+            let piece = self.compose(object, &base, group, &range, data, deadline).await?;
+            let pieces = group.iter().enumerate().filter_map(|(nth, &index)| {
+                let start = nth * CHUNK_BYTES;
+                let bytes = piece.slice(start..start + chunk_len(object.len, index) as usize);
+                Some((extents.pop_front()?, bytes))
+            });
+            in_flight.push_back(self.shared.disk.write(pieces.collect()));
+        }
+        while !in_flight.is_empty() {
+            self.await_oldest(object, &mut in_flight, &mut written).await?;
+        }
+        drop(base);
+        object.publish(pass, None, |disk| disk.put(object.len, chunks.into_iter().zip(written)));
+        Ok(())
+    }
+
+    fn reserve(&self, object: &Arc<Object>, chunks: &[usize]) -> Result<Vec<Extent>> {
+        let lens: Vec<u32> = chunks.iter().map(|&index| chunk_len(object.len, index)).collect();
+        let reserved = self.shared.disk.reserve(&lens);
+        reserved.map_err(|error| self.shared.disk_error(object.id, error))
+    }
+
+    async fn await_oldest(
+        &self,
+        object: &Arc<Object>,
+        in_flight: &mut VecDeque<InFlight>,
+        written: &mut Vec<Extent>,
+    ) -> Result<()> {
+        let Some(oldest) = in_flight.pop_front() else { return Ok(()) };
+        match oldest.await {
+            Ok(extents) => {
+                let bytes: u64 = extents.iter().map(|extent| u64::from(extent.len())).sum();
+                add(&self.shared.counters.host_to_disk_bytes, bytes);
+                written.extend(extents);
+                Ok(())
+            }
+            Err(error) => {
+                add(&self.shared.counters.errors, 1);
+                Err(self.shared.disk_error(object.id, error))
+            }
+        }
+    }
+
+    /// The new bytes of some chunks, each at a multiple of the chunk size, in a staging piece.
+    async fn compose(
+        &self,
+        object: &Arc<Object>,
+        base: &Base,
+        group: &[usize],
+        range: &Range<usize>,
+        data: &[u8],
+        deadline: Instant,
+    ) -> Result<Bytes> {
+        let acquired = tokio::time::timeout_at(deadline, self.shared.staging.acquire()).await;
+        let mut piece =
+            IoBuf::from_staging(acquired.map_err(|_| VirtualMemoryError::TimedOut {
+                operation: "waiting for staging memory",
+                waited: self.shared.limits.wait_timeout,
+            })?);
+        for (nth, &index) in group.iter().enumerate() {
+            let at = nth * CHUNK_BYTES;
+            let chunk =
+                index * CHUNK_BYTES..index * CHUNK_BYTES + chunk_len(object.len, index) as usize;
+            let new = range.start.max(chunk.start)..range.end.min(chunk.end);
+            if new.start > chunk.start || new.end < chunk.end || new.is_empty() {
+                piece = base.copy_chunk(object, index, chunk.clone(), piece, at).await?;
+            }
+            if !new.is_empty() {
+                let to = at + new.start - chunk.start..at + new.end - chunk.start;
+                piece[to].copy_from_slice(&data[new.start - range.start..new.end - range.start]);
+            }
+        }
+        tokio::task::yield_now().await;
+        Ok(piece.freeze())
+    }
+}
+
+/// The version that a write to disk starts from.
+enum Base {
+    /// The host copy; read, so that it stays.
+    Host { old: crate::copy::ReadGuard },
+    /// The extents on disk, and zeros.
+    Disk(DiskMap),
+}
+
+impl Base {
+    fn of(pass: &GatePass) -> Result<Base> {
+        let object = pass.object();
+        match object.copy.acquire(&object.shared.copies) {
+            Found::Copy(old) => Ok(Base::Host { old }),
+            Found::Locked | Found::Nothing => Ok(Base::Disk(object.disk())),
+        }
+    }
+
+    /// Copies chunk `index` of the old version to `at` of `piece`.
+    async fn copy_chunk(
+        &self,
+        object: &Arc<Object>,
+        index: usize,
+        chunk: Range<usize>,
+        mut piece: IoBuf,
+        at: usize,
+    ) -> Result<IoBuf> {
+        match self {
+            Base::Host { old } => {
+                piece[at..at + chunk.len()].copy_from_slice(&old.as_ref()[chunk]);
+                Ok(piece)
+            }
+            Base::Disk(disk) => {
+                let one = index..index + 1;
+                let (loaded, outcome) = load(object, disk, one, piece, at, Class::Demand).await;
+                outcome.map(|()| loaded)
+            }
+        }
+    }
+}
+
+fn need(object: &Object, may_spill: bool) -> Need {
+    Need { len: object.len, owner: object.id, class: Class::Demand, may_spill }
+}
+
+/// The first version of an object, or one that replaces it whole: nothing of the old one is needed.
+async fn fill_new(
+    pass: &GatePass,
+    mut room: OwnedCopy,
+    range: Range<usize>,
+    data: &[u8],
+) -> Result<()> {
+    let bytes = room.as_mut_slice();
+    bytes[..range.start].fill(0);
+    copy_politely(&mut bytes[range.clone()], data).await;
+    bytes[range.end..].fill(0);
+    pass.object().publish(pass, Some(room), |disk| *disk = DiskMap::Empty);
+    Ok(())
+}
