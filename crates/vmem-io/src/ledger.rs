@@ -84,18 +84,35 @@ impl Inner {
             return self.driver.write(runs, keep);
         }
         async move {
-            loop {
-                let punched = self.punched.notified();
-                tokio::pin!(punched);
-                punched.as_mut().enable();
-                if !self.ledger.lock().is_punching(&ranges) {
-                    break;
-                }
-                punched.await;
-            }
+            self.while_punching(|ledger| ledger.is_punching(&ranges))
+                .await;
             self.driver.write(runs, keep).await
         }
         .boxed()
+    }
+
+    /// Gives all that is stale back to a file system that is full, so that what was freed here is
+    /// free there when the error arrives.
+    pub(crate) async fn reclaim(&self) {
+        self.while_punching(|ledger| ledger.punching.is_some())
+            .await;
+        self.ledger.lock().stale.hurry();
+        self.pump();
+        self.while_punching(|ledger| ledger.punching.is_some())
+            .await;
+    }
+
+    /// Waits for ends of punches until there is nothing to wait for.
+    async fn while_punching(&self, waits: impl Fn(&Ledger) -> bool + Send) {
+        loop {
+            let punched = self.punched.notified();
+            tokio::pin!(punched);
+            punched.as_mut().enable();
+            if !waits(&self.ledger.lock()) {
+                return;
+            }
+            punched.await;
+        }
     }
 
     /// Hands stale ranges to the driver, one batch after the other, until there is too little left

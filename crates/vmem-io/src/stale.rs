@@ -97,6 +97,12 @@ impl Stale {
         self.trigger = self.trigger.min(self.bytes + BATCH_BYTES);
     }
 
+    /// Makes the next batch due, however little is stale: space is short.
+    pub(crate) fn hurry(&mut self) {
+        self.trigger = 0;
+        self.cursor = 0;
+    }
+
     /// Takes the next batch out of the set.
     pub(crate) fn take_batch(&mut self) -> Batch {
         if self.bytes < self.trigger {

@@ -142,10 +142,15 @@ impl DiskBackend for DiskTier {
         async move {
             // The write goes first, so that the sums are computed while it is under way.
             let ((keep, result), sums) = futures::join!(write, checksums(payloads));
-            result.map_err(|error| inner.failed("write", Arc::new(error), requested))?;
-            if !nothing && inner.driver.buffers_writes() {
+            let mut outcome = result.map_err(|error| ("write", Arc::new(error)));
+            if outcome.is_ok() && !nothing && inner.driver.buffers_writes() {
                 let passed = inner.gate.pass(ticket, &inner.driver).await;
-                passed.map_err(|error| inner.failed("sync", error, requested))?;
+                outcome = passed.map_err(|error| ("sync", error));
+            }
+            if let Err((operation, error)) = outcome {
+                // The extents go first, so that their space counts as free.
+                drop(keep);
+                return Err(inner.failed(operation, error, requested).await);
             }
             let Some(mut extents) = keep.take::<Vec<Extent>>() else {
                 return Err(invalid("write", "the driver did not hand the extents back"));
@@ -257,11 +262,17 @@ impl Inner {
         }
     }
 
-    fn failed(&self, operation: &'static str, source: Arc<io::Error>, requested: u64) -> DiskError {
+    async fn failed(
+        &self,
+        operation: &'static str,
+        source: Arc<io::Error>,
+        requested: u64,
+    ) -> DiskError {
         use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
         if !matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge) {
             return failure(operation, source);
         }
+        self.reclaim().await;
         let usage = self.ledger.lock().space.usage();
         DiskError::Full {
             requested_bytes: requested,
