@@ -1,3 +1,23 @@
-//! The disk tier of vmem.
+//! The disk tier of vmem: chunks in extents of one data file.
+//!
+//! Invariant: what an operation owns, memory and space, is free only after it has completed. Called
+//! by the facade, which hands the tier to core as a [`DiskBackend`](vmem_core::backend::DiskBackend).
+//!
+//! In the order in which data flows: [`open_disk`] takes a [`StoreDirectory`] and makes a
+//! [`DiskTier`]; the tier finds space, plans transfers, and verifies what comes back; a
+//! [`Driver`](driver::Driver) moves the bytes.
 
+mod directory;
 pub mod driver;
+mod ledger;
+mod open;
+mod plan;
+mod space;
+mod stale;
+mod sync_gate;
+mod tier;
+mod verify;
+
+pub use directory::{DATA_FILE, LOCK_FILE, StoreDirectory};
+pub use open::{OpenedDisk, open_disk};
+pub use tier::DiskTier;

@@ -1,9 +1,17 @@
 //! How bytes reach the file: the trait that every way of doing I/O implements.
 //!
-//! Ownership rule: a driver owns the buffers (and the file) of an operation from the call until
-//! its completion. Dropping the returned future cancels nothing and frees nothing; the buffers are
-//! released when the operation ends. Called by the disk tier alone.
+//! Ownership rule: an operation owns its buffers, its [`Keep`] and the file from the call until
+//! its completion. Dropping the returned future cancels nothing that has started and frees nothing;
+//! buffers and `Keep` are handed back with the result, or, where nobody waits for it any more,
+//! dropped when the operation has ended, with no lock of the driver held. (An operation that was
+//! still waiting for room in the queue has not started; dropping its future drops it.) Called by
+//! the disk tier alone.
 
+mod blocking;
+mod file;
+mod pool;
+
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -13,32 +21,49 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use vmem_core::backend::IoBuf;
 
+pub use blocking::{BlockingDriver, BlockingOptions};
+pub use file::PositionalFile;
+
 /// Positional I/O on one file.
 ///
 /// The operation starts with the call, not with the first poll of the future. Short transfers are
 /// resumed and `EINTR` is retried inside; an error keeps its errno. A driver whose queue is full
-/// makes the future wait and never blocks the calling thread.
+/// makes the futures of [`read`](Self::read) and [`write`](Self::write) wait, and never blocks the
+/// calling thread; [`punch`](Self::punch) and [`sync`](Self::sync), of which the tier has one each
+/// in flight, always start. After [`close`](Self::close) every call ends with [`closed_error`].
 pub trait Driver: fmt::Debug + Send + Sync + 'static {
     /// Fills each piece of `buf` from the file, and returns the buffer. A file that ends before a
-    /// piece does is [`io::ErrorKind::UnexpectedEof`].
+    /// piece does is [`io::ErrorKind::UnexpectedEof`]; the pieces that the file does hold are
+    /// filled then, those in front of the first missing one at least.
     fn read(
         &self,
         buf: IoBuf,
         pieces: Vec<ReadPiece>,
-    ) -> BoxFuture<'static, (IoBuf, io::Result<()>)>;
+        keep: Keep,
+    ) -> BoxFuture<'static, (IoBuf, Keep, io::Result<()>)>;
 
     /// Writes each run to the file; the parts of a run go one after the other from its offset.
-    fn write(&self, runs: Vec<WriteRun>) -> BoxFuture<'static, io::Result<()>>;
+    fn write(&self, runs: Vec<WriteRun>, keep: Keep) -> BoxFuture<'static, (Keep, io::Result<()>)>;
 
     /// Gives the space of these ranges of the file back to the file system; they read as zeros
     /// afterwards. A file system that cannot is not an error.
-    fn punch(&self, ranges: Vec<Range<u64>>) -> BoxFuture<'static, io::Result<()>>;
+    fn punch(
+        &self,
+        ranges: Vec<Range<u64>>,
+        keep: Keep,
+    ) -> BoxFuture<'static, (Keep, io::Result<()>)>;
 
     /// Waits until everything written before the call is on stable storage.
     fn sync(&self) -> BoxFuture<'static, io::Result<()>>;
 
     /// Waits for what is in flight, refuses what comes after, and closes the file.
     fn close(&self) -> BoxFuture<'static, io::Result<()>>;
+
+    /// Whether a write that completed may still fail later, because it only reached a cache: the
+    /// tier then reports a write as done only once a [`sync`](Self::sync) covers it.
+    fn buffers_writes(&self) -> bool {
+        true
+    }
 
     /// The alignment that offsets and lengths should have, in bytes, a power of two.
     fn block_bytes(&self) -> u32;
@@ -63,4 +88,74 @@ pub struct WriteRun {
     pub offset: u64,
     /// What to write there, in order.
     pub parts: Vec<Bytes>,
+}
+
+impl WriteRun {
+    /// What it writes, in bytes.
+    pub fn len(&self) -> u64 {
+        self.parts.iter().map(|part| part.len() as u64).sum()
+    }
+
+    /// Whether it writes nothing.
+    pub fn is_empty(&self) -> bool {
+        self.parts.iter().all(Bytes::is_empty)
+    }
+}
+
+/// What must live as long as an operation does, such as the extents that it writes to: moves into
+/// the driver with the call and comes back with the completion.
+///
+/// ```
+/// use vmem_io::driver::Keep;
+///
+/// let keep = Keep::new(vec![1, 2, 3]);
+/// assert_eq!(keep.take::<Vec<i32>>(), Some(vec![1, 2, 3]));
+/// assert_eq!(Keep::none().take::<Vec<i32>>(), None);
+/// ```
+pub struct Keep(Option<Box<dyn Any + Send>>);
+
+impl Keep {
+    /// Keeps `value`.
+    pub fn new<T: Any + Send>(value: T) -> Self {
+        Keep(Some(Box::new(value)))
+    }
+
+    /// Keeps nothing.
+    pub fn none() -> Self {
+        Keep(None)
+    }
+
+    /// The value, if it is a `T`; another one is dropped.
+    pub fn take<T: Any>(self) -> Option<T> {
+        self.0?.downcast().ok().map(|value| *value)
+    }
+}
+
+impl fmt::Debug for Keep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Keep(..)" } else { "Keep" })
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the driver is closed")]
+struct DriverClosed;
+
+/// What a driver answers after it was closed.
+pub fn closed_error() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, DriverClosed)
+}
+
+/// Whether this is [`closed_error`].
+///
+/// ```
+/// use vmem_io::driver::{closed_error, is_closed};
+///
+/// assert!(is_closed(&closed_error()));
+/// assert!(!is_closed(&std::io::ErrorKind::BrokenPipe.into()));
+/// ```
+pub fn is_closed(error: &io::Error) -> bool {
+    error
+        .get_ref()
+        .is_some_and(|inner| inner.is::<DriverClosed>())
 }

@@ -1,0 +1,297 @@
+//! The directory of a store: who may use it, and the data file in it.
+//!
+//! Invariant: one [`StoreDirectory`] per directory exists at a time, over all processes: it holds a
+//! lock on the lock file, and gives it back after everything else. Nothing is truncated or removed
+//! that vmem did not make. Called when a store is opened.
+//!
+//! In this version nothing in the data file outlives its store, so what a dead process left is
+//! truncated when the directory is opened again. In a private temporary directory the data file
+//! has no name at all once it is open, so that not even a killed process leaves its bytes behind.
+
+use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Mode, OFlags, openat};
+use rustix::io::Errno;
+use tempfile::TempDir;
+use vmem_core::VirtualMemoryError;
+
+/// The name of the data file.
+pub const DATA_FILE: &str = "vmem.data";
+
+/// The name of the lock file. It holds the number of the process that has, or last had, the store
+/// open, and stays when the store is closed: removing it would let two processes hold "the" lock.
+pub const LOCK_FILE: &str = "vmem.lock";
+
+/// A directory that this store alone uses, with the files in it readable by its user alone.
+///
+/// ```
+/// use vmem_io::StoreDirectory;
+///
+/// let (directory, _data) = StoreDirectory::open(None)?;
+/// let path = directory.path().to_owned();
+/// assert!(path.exists());
+/// directory.close()?;
+/// assert!(!path.exists());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct StoreDirectory {
+    path: PathBuf,
+    tmpfs: bool,
+    /// Device and inode of the data file while it has its name.
+    named: Option<(u64, u64)>,
+    directory: File,
+    temporary: Option<TempDir>,
+    /// Last, so that the lock goes last.
+    _lock: File,
+}
+
+impl StoreDirectory {
+    /// Takes the directory, and returns it with its data file, which is empty. `None` makes a
+    /// private temporary directory, removed when this is closed or dropped; a path that does not
+    /// exist is created, mode 0700.
+    ///
+    /// # Errors
+    ///
+    /// [`InUse`](VirtualMemoryError::InUse) if somebody has it, in this process or another;
+    /// [`InvalidConfig`](VirtualMemoryError::InvalidConfig), which names the path, if it cannot serve;
+    /// [`Io`](VirtualMemoryError::Io) for what is not the fault of the path.
+    pub fn open(path: Option<&Path>) -> Result<(Self, File), VirtualMemoryError> {
+        let (path, temporary) = match path {
+            None => {
+                let temporary = temporary()?;
+                (temporary.path().to_owned(), Some(temporary))
+            }
+            Some(path) => (create(path)?, None),
+        };
+        let directory = File::open(&path).map_err(|error| refused(&path, error))?;
+        let (lock, used_before) = take_lock(&path, &directory)?;
+        let data = open_data(&path, &directory, used_before)?;
+        let status = data.metadata().map_err(|error| refused(&path, error))?;
+        let mut store = StoreDirectory {
+            tmpfs: is_tmpfs(&directory).map_err(|error| refused(&path, error))?,
+            path,
+            named: Some((status.dev(), status.ino())),
+            directory,
+            temporary,
+            _lock: lock,
+        };
+        if store.temporary.is_some() {
+            store
+                .remove_data()
+                .map_err(|error| refused(&store.path, error))?;
+        }
+        Ok((store, data))
+    }
+
+    /// Where it is, absolute.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it is in memory, so that what is stored there takes RAM and not disk.
+    pub fn is_tmpfs(&self) -> bool {
+        self.tmpfs
+    }
+
+    /// What the file system has free for this user, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Io`](VirtualMemoryError::Io) if it does not say.
+    pub fn free_bytes(&self) -> Result<u64, VirtualMemoryError> {
+        let status = rustix::fs::fstatvfs(&self.directory);
+        let status = status.map_err(|errno| refused(&self.path, errno.into()))?;
+        Ok(status.f_bavail.saturating_mul(status.f_frsize))
+    }
+
+    /// The directory in words.
+    pub fn describe(&self) -> String {
+        let kind = match (&self.temporary, self.tmpfs) {
+            (Some(_), false) => "private temporary directory ",
+            (Some(_), true) => "private temporary directory in memory (tmpfs) ",
+            (None, false) => "",
+            (None, true) => "in memory (tmpfs) ",
+        };
+        format!("{kind}{}", self.path.display())
+    }
+
+    /// Gives everything back: the data file, a temporary directory, and last the lock. Dropping it
+    /// does the same, without a word where it fails.
+    ///
+    /// # Errors
+    ///
+    /// The first refusal of the operating system; the rest is still tried.
+    pub fn close(mut self) -> io::Result<()> {
+        let unnamed = self.remove_data();
+        let removed = self.temporary.take().map_or(Ok(()), TempDir::close);
+        unnamed.and(removed)
+    }
+
+    /// Removes the name of the data file, if that is still the file which was opened.
+    pub(crate) fn remove_data(&mut self) -> io::Result<()> {
+        let Some(identity) = self.named.take() else {
+            return Ok(());
+        };
+        match rustix::fs::statat(&self.directory, DATA_FILE, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(status) if (status.st_dev, status.st_ino) == identity => Ok(rustix::fs::unlinkat(
+                &self.directory,
+                DATA_FILE,
+                AtFlags::empty(),
+            )?),
+            Ok(_) | Err(Errno::NOENT) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+impl Drop for StoreDirectory {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove_data() {
+            tracing::warn!(path = %self.path.display(), %error, "the data file stays");
+        }
+    }
+}
+
+fn temporary() -> Result<TempDir, VirtualMemoryError> {
+    tempfile::Builder::new()
+        .prefix("vmem-")
+        .permissions(Permissions::from_mode(0o700))
+        .tempdir()
+        .map_err(|error| refused(&std::env::temp_dir(), error))
+}
+
+/// Makes the directory where there is none; returns its absolute path.
+fn create(path: &Path) -> Result<PathBuf, VirtualMemoryError> {
+    if !path.is_dir() {
+        let created = DirBuilder::new().recursive(true).mode(0o700).create(path);
+        created.map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => unusable(path, "is not a directory"),
+            _ => refused(path, error),
+        })?;
+    }
+    fs::canonicalize(path).map_err(|error| refused(path, error))
+}
+
+/// Locks the lock file and writes our process into it. Also returns whether it named one before.
+fn take_lock(path: &Path, directory: &File) -> Result<(File, bool), VirtualMemoryError> {
+    let lock = open_own(path, directory, LOCK_FILE)?;
+    let io = |error| refused(&path.join(LOCK_FILE), error);
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            return Err(VirtualMemoryError::InUse {
+                path: path.to_owned(),
+                pid: read_start(&lock)
+                    .ok()
+                    .and_then(|text| text.trim().parse().ok()),
+            });
+        }
+        Err(TryLockError::Error(error)) => return Err(io(error)),
+    }
+    let text = read_start(&lock).map_err(io)?;
+    let used_before = text.trim().parse::<u32>().is_ok();
+    if !used_before && !text.is_empty() {
+        return Err(unusable(
+            &path.join(LOCK_FILE),
+            "is not a lock file of vmem",
+        ));
+    }
+    let pid = format!("{}\n", std::process::id());
+    lock.set_permissions(Permissions::from_mode(0o600))
+        .and_then(|()| lock.write_all_at(pid.as_bytes(), 0))
+        .and_then(|()| lock.set_len(pid.len() as u64))
+        .map_err(io)?;
+    Ok((lock, used_before))
+}
+
+/// The first bytes of a file, as text.
+fn read_start(file: &File) -> io::Result<String> {
+    let mut text = Vec::new();
+    file.take(64).read_to_end(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// Opens the data file and reclaims what a dead process left in it.
+fn open_data(path: &Path, directory: &File, used_before: bool) -> Result<File, VirtualMemoryError> {
+    let data = open_own(path, directory, DATA_FILE)?;
+    let name = path.join(DATA_FILE);
+    let status = data.metadata().map_err(|error| refused(&name, error))?;
+    if status.len() > 0 && !used_before {
+        let why = "holds data, but no store was ever open here: move it away";
+        return Err(unusable(&name, why));
+    }
+    data.set_permissions(Permissions::from_mode(0o600))
+        .and_then(|()| data.set_len(0))
+        .map_err(|error| refused(&name, error))?;
+    Ok(data)
+}
+
+/// Opens a file of the store, or makes it: 0600, no symbolic link, nobody else's.
+fn open_own(path: &Path, directory: &File, name: &str) -> Result<File, VirtualMemoryError> {
+    let full = path.join(name);
+    let flags = OFlags::RDWR
+        | OFlags::CREATE
+        | OFlags::NOFOLLOW
+        | OFlags::CLOEXEC
+        | OFlags::NONBLOCK
+        | OFlags::NOCTTY;
+    let file = openat(directory, name, flags, Mode::RUSR | Mode::WUSR);
+    let file = File::from(file.map_err(|errno| match errno {
+        Errno::LOOP => unusable(&full, "is a symbolic link"),
+        errno => refused(&full, errno.into()),
+    })?);
+    let status = file.metadata().map_err(|error| refused(&full, error))?;
+    if !status.is_file() {
+        return Err(unusable(&full, "is not a regular file"));
+    }
+    if status.nlink() > 1 {
+        return Err(unusable(&full, "has another name elsewhere (a hard link)"));
+    }
+    if status.uid() != rustix::process::geteuid().as_raw() {
+        return Err(unusable(&full, "belongs to another user"));
+    }
+    Ok(file)
+}
+
+#[cfg(target_os = "linux")]
+fn is_tmpfs(directory: &File) -> io::Result<bool> {
+    const TMPFS: i64 = 0x0102_1994;
+    const RAMFS: i64 = 0x8584_58f6;
+    let kind = rustix::fs::fstatfs(directory)?.f_type as i64;
+    Ok([TMPFS, RAMFS].contains(&kind))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_tmpfs(_directory: &File) -> io::Result<bool> {
+    Ok(false)
+}
+
+/// The path is at fault.
+fn unusable(path: &Path, why: &str) -> VirtualMemoryError {
+    VirtualMemoryError::InvalidConfig {
+        field: "disk_path",
+        reason: format!("{} {why}", path.display()).into(),
+    }
+}
+
+/// The operating system refused something at the path.
+fn refused(path: &Path, error: io::Error) -> VirtualMemoryError {
+    use io::ErrorKind as Kind;
+    match error.kind() {
+        Kind::NotFound
+        | Kind::NotADirectory
+        | Kind::IsADirectory
+        | Kind::PermissionDenied
+        | Kind::ReadOnlyFilesystem
+        | Kind::InvalidFilename
+        | Kind::InvalidInput => unusable(path, &format!("cannot be used: {error}")),
+        _ => {
+            tracing::warn!(path = %path.display(), %error, "the store directory fails");
+            VirtualMemoryError::io("opening the store directory", error)
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Opening the disk tier from the pieces of a configuration.
+//!
+//! Invariant: an error leaves nothing behind but, at most, the directory that was asked for with
+//! the lock file in it. Called by the facade.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vmem_core::VirtualMemoryError;
+use vmem_core::backend::{CHUNK_BYTES, DiskBackend};
+
+use crate::directory::StoreDirectory;
+use crate::driver::{BlockingDriver, BlockingOptions, Driver};
+use crate::tier::DiskTier;
+
+/// A disk tier that is ready, and what was found.
+#[derive(Clone, Debug)]
+pub struct OpenedDisk {
+    /// The tier.
+    pub backend: Arc<dyn DiskBackend>,
+    /// Its directory, absolute.
+    pub path: PathBuf,
+    /// Its budget, in bytes.
+    pub capacity_bytes: u64,
+    /// Whether the directory is in memory.
+    pub tmpfs: bool,
+    /// The driver in words.
+    pub driver: Arc<str>,
+}
+
+/// Opens the disk tier in a directory, or in a private temporary one, with a budget in bytes; by
+/// default half of what the file system has free. The calls that this makes block for a moment.
+///
+/// # Errors
+///
+/// Those of [`StoreDirectory::open`], and [`InvalidConfig`](VirtualMemoryError::InvalidConfig) for a
+/// budget that holds not one full chunk (64 KiB).
+///
+/// ```
+/// let disk = vmem_io::open_disk(None, Some(1 << 20))?;
+/// assert_eq!(disk.backend.usage().capacity_bytes, 1 << 20);
+/// # futures::executor::block_on(disk.backend.close()).unwrap();
+/// # Ok::<(), vmem_core::VirtualMemoryError>(())
+/// ```
+pub fn open_disk(
+    path: Option<&Path>,
+    capacity_bytes: Option<u64>,
+) -> Result<OpenedDisk, VirtualMemoryError> {
+    let (directory, data) = StoreDirectory::open(path)?;
+    let capacity_bytes = match capacity_bytes {
+        Some(bytes) => bytes,
+        None => directory.free_bytes()? / 2,
+    };
+    if capacity_bytes < CHUNK_BYTES as u64 {
+        return Err(VirtualMemoryError::InvalidConfig {
+            field: "disk_capacity",
+            reason: format!("{capacity_bytes} bytes hold not one chunk of {CHUNK_BYTES}").into(),
+        });
+    }
+    if directory.is_tmpfs() {
+        let path = directory.path().display();
+        tracing::warn!(%path, "the disk tier is in memory: it takes RAM, not disk");
+    }
+    let driver: Arc<dyn Driver> = Arc::new(BlockingDriver::new(data, BlockingOptions::default()));
+    let (path, tmpfs) = (directory.path().to_owned(), directory.is_tmpfs());
+    let described = driver.describe();
+    Ok(OpenedDisk {
+        backend: DiskTier::in_directory(driver, capacity_bytes, directory),
+        path,
+        capacity_bytes,
+        tmpfs,
+        driver: described,
+    })
+}

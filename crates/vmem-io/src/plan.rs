@@ -1,0 +1,144 @@
+//! Which transfers move a list of chunks: adjacent extents go together.
+//!
+//! Invariant: every byte of every sealed chunk is moved exactly once, and nothing outside of the
+//! extents is touched. Pure; called by the disk tier.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use vmem_core::backend::Extent;
+
+use crate::driver::{ReadPiece, WriteRun};
+
+/// What fills extents up to the block. No block is longer.
+static ZEROS: [u8; 65536] = [0; 65536];
+
+/// The runs that write these chunks, padded to their extents, in the order of the file.
+pub(crate) fn write_runs(pieces: &[(Extent, Bytes)]) -> Vec<WriteRun> {
+    let mut order: Vec<_> = pieces
+        .iter()
+        .filter(|(extent, _)| extent.footprint() > 0)
+        .collect();
+    order.sort_by_key(|(extent, _)| extent.offset());
+    let mut runs: Vec<WriteRun> = Vec::new();
+    let mut end = None;
+    for (extent, payload) in order {
+        if end != Some(extent.offset()) {
+            runs.push(WriteRun {
+                offset: extent.offset(),
+                parts: Vec::new(),
+            });
+        }
+        if let Some(run) = runs.last_mut() {
+            run.parts.push(payload.clone());
+            let padding = extent.footprint() as usize - payload.len();
+            if padding > 0 {
+                run.parts.push(Bytes::from_static(&ZEROS[..padding]));
+            }
+        }
+        end = Some(extent.offset() + u64::from(extent.footprint()));
+    }
+    runs
+}
+
+/// The file ranges that the runs cover, in their order, which is that of the file.
+pub(crate) fn run_ranges(runs: &[WriteRun]) -> Vec<Range<u64>> {
+    runs.iter()
+        .map(|run| run.offset..run.offset + run.len())
+        .collect()
+}
+
+/// The pieces that read the sealed ones of these chunks, one after the other, to the front of a
+/// buffer. Only chunks that fill their extents go together: the padding of others would land
+/// between them.
+pub(crate) fn read_pieces(extents: &[Arc<Extent>]) -> Vec<ReadPiece> {
+    let mut pieces: Vec<ReadPiece> = Vec::new();
+    let mut joinable = None;
+    let mut start = 0;
+    for extent in extents {
+        let end = start + extent.len() as usize;
+        if extent.sum().is_some() && !extent.is_empty() {
+            match pieces.last_mut() {
+                Some(last) if joinable == Some((extent.offset(), start)) => last.range.end = end,
+                _ => pieces.push(ReadPiece {
+                    offset: extent.offset(),
+                    range: start..end,
+                }),
+            }
+            let full = extent.len() == extent.footprint();
+            joinable = full.then(|| (extent.offset() + u64::from(extent.len()), end));
+        }
+        start = end;
+    }
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use vmem_core::backend::ExtentOwner;
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Nobody;
+
+    impl ExtentOwner for Nobody {
+        fn release(&self, _offset: u64, _footprint: u32) {}
+    }
+
+    fn extent(offset: u64, len: u32, sealed: bool) -> Extent {
+        let footprint = len.next_multiple_of(512);
+        let mut extent = Extent::new(offset, len, footprint, Arc::new(Nobody));
+        if sealed {
+            extent.seal(0);
+        }
+        extent
+    }
+
+    fn chunk(offset: u64, len: u32) -> (Extent, Bytes) {
+        (
+            extent(offset, len, false),
+            Bytes::from(vec![1; len as usize]),
+        )
+    }
+
+    #[test]
+    fn adjacent_extents_are_one_run_in_any_order() {
+        let runs = write_runs(&[
+            chunk(4096, 700),
+            chunk(0, 0),
+            chunk(9216, 512),
+            chunk(3072, 1024),
+            chunk(5120, 100),
+        ]);
+        let lens: Vec<Vec<usize>> = runs
+            .iter()
+            .map(|run| run.parts.iter().map(Bytes::len).collect())
+            .collect();
+        assert_eq!(lens, [vec![1024, 700, 324, 100, 412], vec![512]]);
+        assert_eq!(run_ranges(&runs), [3072..5632, 9216..9728]);
+        assert!(runs[0].parts[2].iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn reads_join_full_chunks_alone() {
+        let list = [
+            extent(0, 1024, true),
+            extent(1024, 600, true),
+            extent(2048, 512, true),
+            extent(0, 0, true),
+            extent(2560, 512, true),
+            extent(3072, 512, false),
+            extent(3584, 512, true),
+            extent(4096, 512, true),
+        ];
+        let pieces = read_pieces(&list.map(Arc::new));
+        let got: Vec<_> = pieces
+            .into_iter()
+            .map(|piece| (piece.offset, piece.range))
+            .collect();
+        let want = [(0, 0..1624), (2048, 1624..2648), (3584, 3160..4184)];
+        assert_eq!(got, want);
+    }
+}

@@ -1,0 +1,279 @@
+//! The extent allocator: which blocks of the data file are free, and the budget.
+//!
+//! Invariant: the free runs are disjoint, never touch each other (they are coalesced at once), and
+//! together with `used` make up the capacity exactly, so what is used never exceeds it. Called by
+//! the disk tier under its lock.
+//!
+//! Memory grows with the number of free runs alone. Taking and giving back cost O(log runs).
+//!
+//! Fragmentation: a chunk needs one contiguous run, so a chunk fails to fit only when every free
+//! run is shorter than it; anything else that is free in blocks is found. Three rules keep long
+//! runs long. Each request takes the shortest run that holds it. Requests shorter than a full chunk
+//! take the high end of their run, and the highest of equal runs, while longer ones take the low
+//! end, so that short-lived small chunks do not end up between large ones. And a request that no
+//! single run holds is spread: first in order over the longest runs, and if that fails longest
+//! chunk first, each into the shortest run that holds it. For the chunks of large objects, which
+//! all have the same length, the second attempt fits whatever could be fitted at all.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use vmem_core::backend::{CHUNK_BYTES, DiskUsage};
+
+/// The free runs and the ledger of one data file. Counts in blocks, speaks bytes.
+#[derive(Debug)]
+pub(crate) struct Space {
+    block: u64,
+    capacity: u64,
+    used: u64,
+    peak: u64,
+    extents: u64,
+    /// Start of each free run, to its length.
+    by_start: BTreeMap<u64, u64>,
+    /// (length, start) of each free run.
+    by_len: BTreeSet<(u64, u64)>,
+}
+
+/// A request that does not fit, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NoSpace {
+    /// What was asked for, rounding included.
+    pub(crate) requested_bytes: u64,
+    /// What is free; more than was asked for where no run is long enough.
+    pub(crate) free_bytes: u64,
+}
+
+/// Which end of a free run to take from.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Low,
+    High,
+}
+
+impl Space {
+    /// All of `capacity_bytes` free, less what does not fill a block.
+    pub(crate) fn new(capacity_bytes: u64, block_bytes: u32) -> Self {
+        assert!(block_bytes.is_power_of_two(), "a block is a power of two");
+        let block = u64::from(block_bytes);
+        let mut space = Space {
+            block,
+            capacity: capacity_bytes / block,
+            used: 0,
+            peak: 0,
+            extents: 0,
+            by_start: BTreeMap::new(),
+            by_len: BTreeSet::new(),
+        };
+        if space.capacity > 0 {
+            space.insert(0, space.capacity);
+        }
+        space
+    }
+
+    /// What a chunk of `len` bytes takes, in bytes. An empty chunk takes nothing.
+    pub(crate) fn footprint(&self, len: u32) -> u64 {
+        u64::from(len).div_ceil(self.block) * self.block
+    }
+
+    /// Where chunks of these lengths go, in bytes: all of them, or nothing is taken.
+    pub(crate) fn reserve(&mut self, lens: &[u32]) -> Result<Vec<u64>, NoSpace> {
+        let blocks: Vec<u64> = lens
+            .iter()
+            .map(|&len| self.footprint(len) / self.block)
+            .collect();
+        let total: u64 = blocks.iter().sum();
+        let no_space = NoSpace {
+            requested_bytes: total.saturating_mul(self.block),
+            free_bytes: (self.capacity - self.used) * self.block,
+        };
+        if total > self.capacity - self.used {
+            return Err(no_space);
+        }
+        let starts = self
+            .contiguous(&blocks, total)
+            .or_else(|| self.spread_in_order(&blocks))
+            .or_else(|| self.spread_longest_first(&blocks))
+            .ok_or(no_space)?;
+        self.extents += lens.len() as u64;
+        self.peak = self.peak.max(self.used);
+        Ok(starts.into_iter().map(|start| start * self.block).collect())
+    }
+
+    /// Gives back one extent: `footprint` bytes at `offset`.
+    pub(crate) fn release(&mut self, offset: u64, footprint: u32) {
+        let footprint = u64::from(footprint);
+        assert!(self.extents > 0, "an extent is released once");
+        self.extents -= 1;
+        if footprint > 0 {
+            assert!(
+                offset.is_multiple_of(self.block) && footprint.is_multiple_of(self.block),
+                "extents consist of whole blocks"
+            );
+            self.give(offset / self.block, footprint / self.block);
+        }
+    }
+
+    /// The numbers of the tier.
+    pub(crate) fn usage(&self) -> DiskUsage {
+        DiskUsage {
+            capacity_bytes: self.capacity * self.block,
+            used_bytes: self.used * self.block,
+            peak_bytes: self.peak * self.block,
+            largest_free_bytes: self.longest().map_or(0, |(len, _)| len) * self.block,
+            extents: self.extents,
+        }
+    }
+
+    fn longest(&self) -> Option<(u64, u64)> {
+        self.by_len.last().copied()
+    }
+
+    /// One run for all chunks, in order.
+    fn contiguous(&mut self, blocks: &[u64], total: u64) -> Option<Vec<u64>> {
+        if total == 0 {
+            return Some(vec![0; blocks.len()]);
+        }
+        let start = self.take_best(total)?;
+        let mut starts = Vec::with_capacity(blocks.len());
+        place(blocks, start, &mut starts);
+        Some(starts)
+    }
+
+    /// The longest run takes as many of the next chunks as it holds, then the next longest.
+    fn spread_in_order(&mut self, blocks: &[u64]) -> Option<Vec<u64>> {
+        let mut starts = Vec::with_capacity(blocks.len());
+        while starts.len() < blocks.len() {
+            let rest = &blocks[starts.len()..];
+            let (longest, run) = self.longest().unwrap_or((0, 0));
+            let (count, sum) = prefix_within(rest, longest);
+            if count == 0 {
+                self.undo(blocks, &starts);
+                return None;
+            }
+            if sum > 0 {
+                self.take(run, sum, End::Low);
+            }
+            place(&rest[..count], run, &mut starts);
+        }
+        Some(starts)
+    }
+
+    /// Longest chunk first, each into the shortest run that holds it.
+    fn spread_longest_first(&mut self, blocks: &[u64]) -> Option<Vec<u64>> {
+        let mut order: Vec<usize> = (0..blocks.len()).collect();
+        order.sort_by_key(|&index| std::cmp::Reverse(blocks[index]));
+        let mut starts = vec![0; blocks.len()];
+        for (done, &index) in order.iter().enumerate() {
+            if blocks[index] == 0 {
+                break;
+            }
+            let Some(start) = self.take_best(blocks[index]) else {
+                for &taken in &order[..done] {
+                    self.give(starts[taken], blocks[taken]);
+                }
+                return None;
+            };
+            starts[index] = start;
+        }
+        Some(starts)
+    }
+
+    fn undo(&mut self, blocks: &[u64], starts: &[u64]) {
+        for (&start, &len) in starts.iter().zip(blocks) {
+            if len > 0 {
+                self.give(start, len);
+            }
+        }
+    }
+
+    /// Takes `len` blocks from the shortest run that holds them.
+    fn take_best(&mut self, len: u64) -> Option<u64> {
+        let &(run_len, lowest) = self.by_len.range((len, 0)..).next()?;
+        if len * self.block >= CHUNK_BYTES as u64 {
+            return Some(self.take(lowest, len, End::Low));
+        }
+        let mut same = self.by_len.range((run_len, lowest)..=(run_len, u64::MAX));
+        let highest = same.next_back().map_or(lowest, |&(_, start)| start);
+        Some(self.take(highest, len, End::High))
+    }
+
+    /// Takes `len` blocks from one end of the free run at `run`; returns where they start.
+    fn take(&mut self, run: u64, len: u64, end: End) -> u64 {
+        let run_len = self.remove(run);
+        assert!(0 < len && len <= run_len, "a run holds what is taken");
+        if len < run_len {
+            match end {
+                End::Low => self.insert(run + len, run_len - len),
+                End::High => self.insert(run, run_len - len),
+            }
+        }
+        self.used += len;
+        assert!(self.used <= self.capacity, "the disk budget holds");
+        match end {
+            End::Low => run,
+            End::High => run + (run_len - len),
+        }
+    }
+
+    /// Makes `len` blocks at `start` free and joins them with their free neighbours.
+    fn give(&mut self, start: u64, len: u64) {
+        let end = start + len;
+        assert!(end <= self.capacity, "an extent lies in the file");
+        assert!(len <= self.used, "what is released was taken");
+        let before = self.by_start.range(..=start).next_back();
+        let before = before.map(|(&run, &run_len)| (run, run_len));
+        let after = self.by_start.range(start..).next();
+        let after = after.map(|(&run, &run_len)| (run, run_len));
+        assert!(
+            before.is_none_or(|(run, run_len)| run + run_len <= start)
+                && after.is_none_or(|(run, _)| end <= run),
+            "what is released was not free"
+        );
+        let (mut joined, mut joined_len) = (start, len);
+        if let Some((run, run_len)) = before.filter(|&(run, run_len)| run + run_len == start) {
+            self.remove(run);
+            (joined, joined_len) = (run, run_len + joined_len);
+        }
+        if let Some((run, run_len)) = after.filter(|&(run, _)| run == end) {
+            self.remove(run);
+            joined_len += run_len;
+        }
+        self.insert(joined, joined_len);
+        self.used -= len;
+    }
+
+    fn insert(&mut self, start: u64, len: u64) {
+        self.by_start.insert(start, len);
+        self.by_len.insert((len, start));
+    }
+
+    fn remove(&mut self, start: u64) -> u64 {
+        let len = self.by_start.remove(&start);
+        let len = len.expect("invariant: callers name a run that they found in the map");
+        let listed = self.by_len.remove(&(len, start));
+        assert!(listed, "both maps list the same runs");
+        len
+    }
+}
+
+/// Pushes the starts of chunks that lie one after the other from `start`; empty ones are at 0.
+fn place(blocks: &[u64], mut start: u64, starts: &mut Vec<u64>) {
+    for &len in blocks {
+        starts.push(if len == 0 { 0 } else { start });
+        start += len;
+    }
+}
+
+/// How many of the first chunks fit into `room` blocks, and how many blocks they take.
+fn prefix_within(blocks: &[u64], room: u64) -> (usize, u64) {
+    let mut sum = 0;
+    for (count, &len) in blocks.iter().enumerate() {
+        if sum + len > room {
+            return (count, sum);
+        }
+        sum += len;
+    }
+    (blocks.len(), sum)
+}
+
+#[cfg(test)]
+mod tests;

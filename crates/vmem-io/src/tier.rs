@@ -1,0 +1,319 @@
+//! The disk tier: extents of one data file, moved by a driver.
+//!
+//! Invariant, the ownership rule: neither the buffers nor the extents of an operation are free
+//! before the driver has completed it, even if the future of [`DiskBackend::read`] or
+//! [`DiskBackend::write`] was dropped. No task is spawned for that: the extents travel with the
+//! operation as its [`Keep`], which the driver hands back with the result or drops at the end. And
+//! no range is punched while an extent that was written owns it: a write into a range that is
+//! being punched starts when the punch has ended. Called by core through [`DiskBackend`].
+
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::{BoxFuture, ready};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use vmem_core::backend::{
+    CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf,
+};
+
+use crate::directory::StoreDirectory;
+use crate::driver::{Driver, Keep, is_closed};
+use crate::ledger::Ledger;
+use crate::plan;
+use crate::sync_gate::SyncGate;
+use crate::verify::{checksums, settle};
+
+/// A [`DiskBackend`] over any [`Driver`].
+///
+/// ```
+/// use std::sync::Arc;
+/// use vmem_core::backend::{DiskBackend, IoBuf};
+/// use vmem_io::DiskTier;
+/// use vmem_io::driver::{BlockingDriver, BlockingOptions};
+///
+/// let driver = BlockingDriver::new(tempfile::tempfile()?, BlockingOptions::default());
+/// let tier = DiskTier::new(Arc::new(driver), 1 << 20);
+/// # futures::executor::block_on(async {
+/// let extent = tier.reserve(&[5]).unwrap().remove(0);
+/// let written = tier.write(vec![(extent, "chunk".into())]).await.unwrap();
+/// let extents = written.into_iter().map(Arc::new).collect();
+/// let (buf, result) = tier.read(extents, IoBuf::from_vec(vec![0; 5])).await;
+/// result.unwrap();
+/// assert_eq!(&buf[..], b"chunk");
+/// tier.close().await.unwrap();
+/// # });
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct DiskTier {
+    inner: Arc<Inner>,
+}
+
+/// What extents keep alive.
+pub(crate) struct Inner {
+    pub(crate) driver: Arc<dyn Driver>,
+    pub(crate) ledger: Mutex<Ledger>,
+    /// Told when a punch has ended.
+    pub(crate) punched: Notify,
+    gate: Arc<SyncGate>,
+    closed: AtomicBool,
+    described: Arc<str>,
+    /// Below the driver, so that the file is closed before its directory goes.
+    directory: Mutex<Option<StoreDirectory>>,
+    pub(crate) me: Weak<Inner>,
+}
+
+impl DiskTier {
+    /// A tier of at most `capacity_bytes` in the file of `driver`, from its start.
+    pub fn new(driver: Arc<dyn Driver>, capacity_bytes: u64) -> Arc<Self> {
+        Self::build(driver, capacity_bytes, None)
+    }
+
+    /// The same, in a directory that is given back when the tier is closed or its last extent
+    /// and the tier itself are dropped.
+    pub fn in_directory(
+        driver: Arc<dyn Driver>,
+        capacity_bytes: u64,
+        directory: StoreDirectory,
+    ) -> Arc<Self> {
+        Self::build(driver, capacity_bytes, Some(directory))
+    }
+
+    fn build(
+        driver: Arc<dyn Driver>,
+        capacity_bytes: u64,
+        directory: Option<StoreDirectory>,
+    ) -> Arc<Self> {
+        let place = directory.as_ref().map(StoreDirectory::describe);
+        let described = format!(
+            "{} bytes of disk, {}{}",
+            capacity_bytes,
+            driver.describe(),
+            place.map(|place| format!(", {place}")).unwrap_or_default()
+        );
+        let inner = Arc::new_cyclic(|me| Inner {
+            ledger: Mutex::new(Ledger::new(capacity_bytes, driver.block_bytes())),
+            driver,
+            punched: Notify::new(),
+            gate: SyncGate::new(),
+            closed: AtomicBool::new(false),
+            described: described.into(),
+            directory: Mutex::new(directory),
+            me: Weak::clone(me),
+        });
+        Arc::new(DiskTier { inner })
+    }
+}
+
+impl DiskBackend for DiskTier {
+    fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
+        self.inner.check_open()?;
+        if lens.iter().any(|&len| len as usize > CHUNK_BYTES) {
+            return Err(invalid("reserve", "a chunk is longer than 64 KiB"));
+        }
+        let starts = self.inner.ledger.lock().reserve(lens)?;
+        let footprint = |len| self.footprint(len) as u32;
+        let owner = || Arc::clone(&self.inner) as Arc<dyn ExtentOwner>;
+        let extents = starts.into_iter().zip(lens);
+        Ok(extents
+            .map(|(offset, &len)| Extent::new(offset, len, footprint(len), owner()))
+            .collect())
+    }
+
+    fn write(
+        &self,
+        pieces: Vec<(Extent, Bytes)>,
+    ) -> BoxFuture<'static, Result<Vec<Extent>, DiskError>> {
+        if let Err(error) = self.inner.check_write(&pieces) {
+            return ready(Err(error)).boxed();
+        }
+        let ticket = self.inner.gate.ticket();
+        let runs = plan::write_runs(&pieces);
+        let (extents, payloads): (Vec<_>, Vec<_>) = pieces.into_iter().unzip();
+        let requested = extents.iter().map(|e| u64::from(e.footprint())).sum();
+        let nothing = runs.is_empty();
+        let write = Arc::clone(&self.inner).submit_write(runs, Keep::new(extents));
+        let inner = Arc::clone(&self.inner);
+        async move {
+            // The write goes first, so that the sums are computed while it is under way.
+            let ((keep, result), sums) = futures::join!(write, checksums(payloads));
+            let mut outcome = result.map_err(|error| ("write", Arc::new(error)));
+            if outcome.is_ok() && !nothing && inner.driver.buffers_writes() {
+                let passed = inner.gate.pass(ticket, &inner.driver).await;
+                outcome = passed.map_err(|error| ("sync", error));
+            }
+            if let Err((operation, error)) = outcome {
+                // The extents go first, so that their space counts as free.
+                drop(keep);
+                return Err(inner.failed(operation, error, requested).await);
+            }
+            let Some(mut extents) = keep.take::<Vec<Extent>>() else {
+                return Err(invalid("write", "the driver did not hand the extents back"));
+            };
+            for (extent, sum) in extents.iter_mut().zip(sums) {
+                extent.seal(sum);
+            }
+            Ok(extents)
+        }
+        .boxed()
+    }
+
+    fn read(
+        &self,
+        extents: Vec<Arc<Extent>>,
+        buf: IoBuf,
+    ) -> BoxFuture<'static, (IoBuf, Result<(), DiskError>)> {
+        if let Err(error) = self.inner.check_read(&extents, &buf) {
+            return ready((buf, Err(error))).boxed();
+        }
+        let pieces = plan::read_pieces(&extents);
+        if pieces.is_empty() {
+            return settle(extents, buf, false).boxed();
+        }
+        // The extents go with the operation; these shares serve the verification.
+        let keep = Keep::new(extents.clone());
+        let read = self.inner.driver.read(buf, pieces, keep);
+        async move {
+            let (buf, keep, result) = read.await;
+            drop(keep);
+            match result {
+                Ok(()) => settle(extents, buf, false).await,
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    match settle(extents, buf, true).await {
+                        (buf, Ok(())) => (buf, Err(failure("read", Arc::new(error)))),
+                        corrupt => corrupt,
+                    }
+                }
+                Err(error) => (buf, Err(failure("read", Arc::new(error)))),
+            }
+        }
+        .boxed()
+    }
+
+    fn footprint(&self, len: u32) -> u64 {
+        let block = u64::from(self.inner.driver.block_bytes());
+        u64::from(len).next_multiple_of(block)
+    }
+
+    fn usage(&self) -> DiskUsage {
+        self.inner.ledger.lock().space.usage()
+    }
+
+    fn describe(&self) -> Arc<str> {
+        Arc::clone(&self.inner.described)
+    }
+
+    fn close(&self) -> BoxFuture<'static, Result<(), DiskError>> {
+        self.inner.closed.store(true, Ordering::Release);
+        // The name goes before the file is closed, so that its blocks are freed where the driver
+        // closes it, and not on this task.
+        let unnamed = match &mut *self.inner.directory.lock() {
+            Some(directory) => directory.remove_data(),
+            None => Ok(()),
+        };
+        let closing = self.inner.driver.close();
+        let inner = Arc::clone(&self.inner);
+        async move {
+            let closed = closing.await;
+            let directory = inner.directory.lock().take();
+            let given_back = directory.map_or(Ok(()), StoreDirectory::close);
+            closed
+                .and(unnamed)
+                .and(given_back)
+                .map_err(|error| failure("close", Arc::new(error)))
+        }
+        .boxed()
+    }
+}
+
+impl Inner {
+    fn check_open(&self) -> Result<(), DiskError> {
+        match self.closed.load(Ordering::Acquire) {
+            true => Err(DiskError::Closed),
+            false => Ok(()),
+        }
+    }
+
+    fn check_write(&self, pieces: &[(Extent, Bytes)]) -> Result<(), DiskError> {
+        self.check_open()?;
+        let capacity = self.ledger.lock().space.usage().capacity_bytes;
+        for (extent, payload) in pieces {
+            if payload.len() != extent.len() as usize {
+                return Err(invalid("write", "a chunk has not the length of its extent"));
+            }
+            if extent.offset() + u64::from(extent.footprint()) > capacity {
+                return Err(invalid("write", "an extent of another tier"));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_read(&self, extents: &[Arc<Extent>], buf: &IoBuf) -> Result<(), DiskError> {
+        self.check_open()?;
+        let total: u64 = extents.iter().map(|extent| u64::from(extent.len())).sum();
+        match total <= buf.len() as u64 {
+            true => Ok(()),
+            false => Err(invalid("read", "the buffer is shorter than the chunks")),
+        }
+    }
+
+    async fn failed(
+        &self,
+        operation: &'static str,
+        source: Arc<io::Error>,
+        requested: u64,
+    ) -> DiskError {
+        use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        if !matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge) {
+            return failure(operation, source);
+        }
+        self.reclaim().await;
+        let usage = self.ledger.lock().space.usage();
+        DiskError::Full {
+            requested_bytes: requested,
+            free_bytes: usage.capacity_bytes - usage.used_bytes,
+            source: Some(source),
+        }
+    }
+}
+
+impl ExtentOwner for Inner {
+    fn release(&self, offset: u64, footprint: u32) {
+        let mut ledger = self.ledger.lock();
+        ledger.space.release(offset, footprint);
+        if !self.closed.load(Ordering::Acquire) {
+            ledger.stale.add(offset..offset + u64::from(footprint));
+            drop(ledger);
+            self.pump();
+        }
+    }
+}
+
+fn failure(operation: &'static str, source: Arc<io::Error>) -> DiskError {
+    match is_closed(&source) {
+        true => DiskError::Closed,
+        false => DiskError::Io { operation, source },
+    }
+}
+
+fn invalid(operation: &'static str, why: &'static str) -> DiskError {
+    failure(
+        operation,
+        Arc::new(io::Error::new(io::ErrorKind::InvalidInput, why)),
+    )
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DiskTier")
+            .field("driver", &self.driver)
+            .field("usage", &self.ledger.lock().space.usage())
+            .field("closed", &self.closed)
+            .finish()
+    }
+}

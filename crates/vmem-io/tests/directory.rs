@@ -1,0 +1,235 @@
+//! The directory of a store: modes, the lock, leftovers of the dead, and what is refused.
+
+mod common;
+
+use std::fs::{self, Permissions};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use bytes::Bytes;
+use futures::executor::block_on;
+use vmem_core::VirtualMemoryError;
+use vmem_io::{DATA_FILE, LOCK_FILE, StoreDirectory, open_disk};
+
+const MIB: u64 = 1 << 20;
+
+fn mode(path: &Path) -> u32 {
+    fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+fn scratch() -> (tempfile::TempDir, PathBuf) {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().canonicalize().unwrap().join("store");
+    (scratch, path)
+}
+
+/// What the error says of a directory that cannot serve.
+fn refusal(path: &Path) -> String {
+    match StoreDirectory::open(Some(path)) {
+        Err(VirtualMemoryError::InvalidConfig {
+            field: "disk_path",
+            reason,
+        }) => reason.to_string(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn files_are_private_to_the_user() {
+    let (_scratch, path) = scratch();
+    let nested = path.join("a/b");
+    let (directory, _data) = StoreDirectory::open(Some(&nested)).unwrap();
+    assert_eq!(directory.path(), nested);
+    for created in [&path, &path.join("a"), &nested] {
+        assert_eq!(mode(created), 0o700);
+    }
+    assert_eq!(mode(&nested.join(DATA_FILE)), 0o600);
+    assert_eq!(mode(&nested.join(LOCK_FILE)), 0o600);
+    drop(directory);
+    // Ours, but opened up by somebody in between: private again.
+    fs::set_permissions(nested.join(LOCK_FILE), Permissions::from_mode(0o666)).unwrap();
+    let again = StoreDirectory::open(Some(&nested)).unwrap();
+    assert_eq!(mode(&nested.join(LOCK_FILE)), 0o600);
+    drop(again);
+}
+
+#[test]
+fn a_temporary_directory_is_private_and_goes() {
+    let (directory, data) = StoreDirectory::open(None).unwrap();
+    let path = directory.path().to_owned();
+    assert_eq!(mode(&path), 0o700);
+    assert!(
+        !path.join(DATA_FILE).exists(),
+        "its data has no name that could be left behind"
+    );
+    data.set_len(MIB).unwrap();
+    let (other, _data) = StoreDirectory::open(None).unwrap();
+    assert_ne!(other.path(), path);
+    let other_path = other.path().to_owned();
+    directory.close().unwrap();
+    drop(other);
+    assert!(!path.exists() && !other_path.exists(), "closed or dropped");
+
+    let disk = open_disk(None, Some(MIB)).unwrap();
+    let extents = disk.backend.reserve(&[5]).unwrap();
+    assert!(disk.path.exists());
+    drop(disk.backend);
+    assert!(disk.path.exists(), "an extent still needs it");
+    drop(extents);
+    assert!(!disk.path.exists(), "dropped without close");
+}
+
+#[test]
+fn a_second_opener_is_told_who_has_it() {
+    let (_scratch, path) = scratch();
+    let (directory, _data) = StoreDirectory::open(Some(&path)).unwrap();
+    for _ in 0..2 {
+        match StoreDirectory::open(Some(&path)) {
+            Err(VirtualMemoryError::InUse { path: at, pid }) => {
+                assert_eq!((at, pid), (path.clone(), Some(std::process::id())));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(
+        path.join(DATA_FILE).exists(),
+        "the refused opener took nothing away"
+    );
+    directory.close().unwrap();
+    assert!(!path.join(DATA_FILE).exists());
+    StoreDirectory::open(Some(&path)).unwrap();
+}
+
+/// The other process of the test below; alone it does nothing.
+#[test]
+fn child_holds_a_store() {
+    let Some(path) = std::env::var_os("VMEM_TEST_CHILD") else {
+        return;
+    };
+    let disk = open_disk(Some(Path::new(&path)), Some(8 * MIB)).unwrap();
+    let extents = disk.backend.reserve(&[65536; 64]).unwrap();
+    let payload = Bytes::from(vec![9; 65536]);
+    let pieces = extents.into_iter().map(|extent| (extent, payload.clone()));
+    let _written = block_on(disk.backend.write(pieces.collect())).unwrap();
+    println!("\nready");
+    loop {
+        std::thread::park();
+    }
+}
+
+#[test]
+fn leftovers_of_a_killed_process_are_reclaimed() {
+    let (_scratch, path) = scratch();
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["child_holds_a_store", "--exact", "--nocapture"])
+        .env("VMEM_TEST_CHILD", &path)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap() == "ready"));
+    match open_disk(Some(&path), Some(MIB)) {
+        Err(VirtualMemoryError::InUse { pid, .. }) => assert_eq!(pid, Some(child.id())),
+        other => panic!("{other:?}"),
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let data = path.join(DATA_FILE);
+    assert_eq!(
+        fs::metadata(&data).unwrap().len(),
+        4 * MIB,
+        "it left something"
+    );
+    let disk = open_disk(Some(&path), Some(MIB)).unwrap();
+    assert_eq!(fs::metadata(&data).unwrap().len(), 0);
+    assert_eq!(disk.backend.usage().used_bytes, 0);
+    block_on(disk.backend.close()).unwrap();
+}
+
+#[test]
+fn what_cannot_serve_is_refused_by_name() {
+    let (scratch, path) = scratch();
+    fs::write(&path, "a file").unwrap();
+    let reason = refusal(&path);
+    assert!(reason.contains(path.to_str().unwrap()), "{reason}");
+    assert!(refusal(&path.join("below")).contains("below"));
+    assert!(refusal(Path::new("")).contains("cannot be used"));
+    // Not writable, even for the superuser.
+    assert!(refusal(Path::new("/proc/self")).contains("/proc/"));
+    if rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: permissions do not bind the superuser");
+    } else {
+        let locked = scratch.path().join("locked");
+        fs::create_dir(&locked).unwrap();
+        fs::set_permissions(&locked, Permissions::from_mode(0o500)).unwrap();
+        assert!(refusal(&locked).contains("Permission denied"));
+    }
+    let tiny = open_disk(None, Some(100)).unwrap_err();
+    assert!(matches!(
+        tiny,
+        VirtualMemoryError::InvalidConfig {
+            field: "disk_capacity",
+            ..
+        }
+    ));
+}
+
+#[test]
+fn files_of_others_are_left_alone() {
+    let (scratch, path) = scratch();
+    let victim = scratch.path().join("victim");
+    fs::write(&victim, "precious").unwrap();
+    for name in [DATA_FILE, LOCK_FILE] {
+        let planted = path.join(name);
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir(&path).unwrap();
+        symlink(&victim, &planted).unwrap();
+        assert!(refusal(&path).contains("symbolic link"));
+        fs::remove_file(&planted).unwrap();
+        fs::hard_link(&victim, &planted).unwrap();
+        assert!(refusal(&path).contains("hard link"));
+        fs::remove_file(&planted).unwrap();
+        fs::create_dir(&planted).unwrap();
+        assert!(refusal(&path).contains(name));
+        fs::remove_dir(&planted).unwrap();
+        fs::write(&planted, "not of vmem").unwrap();
+        fs::set_permissions(&planted, Permissions::from_mode(0o644)).unwrap();
+        let _ = fs::remove_file(path.join(if name == DATA_FILE {
+            LOCK_FILE
+        } else {
+            DATA_FILE
+        }));
+        let reason = refusal(&path);
+        assert!(reason.contains(name), "{reason}");
+        assert_eq!(fs::read(&planted).unwrap(), b"not of vmem");
+        assert_eq!(mode(&planted), 0o644);
+    }
+    assert_eq!(fs::read(&victim).unwrap(), b"precious");
+}
+
+#[test]
+fn only_the_file_that_was_opened_is_removed() {
+    let (_scratch, path) = scratch();
+    let (directory, _data) = StoreDirectory::open(Some(&path)).unwrap();
+    fs::rename(path.join(DATA_FILE), path.join("moved")).unwrap();
+    fs::write(path.join(DATA_FILE), "of somebody else").unwrap();
+    fs::write(path.join("neighbour"), "too").unwrap();
+    directory.close().unwrap();
+    for name in [DATA_FILE, "moved", "neighbour", LOCK_FILE] {
+        assert!(path.join(name).exists(), "{name}");
+    }
+}
+
+#[test]
+fn a_default_budget_is_half_of_what_is_free() {
+    let (_scratch, path) = scratch();
+    let disk = open_disk(Some(&path), None).unwrap();
+    // Others write to the same file system meanwhile.
+    let directory = StoreDirectory::open(None).unwrap().0;
+    let about = directory.free_bytes().unwrap() / 2;
+    assert!(disk.capacity_bytes > about / 2 && disk.capacity_bytes < about * 2);
+    assert!(disk.driver.contains("blocking"));
+    block_on(disk.backend.close()).unwrap();
+}
