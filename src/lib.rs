@@ -1,1 +1,66 @@
-//! vmem.
+//! Async tiered storage: one awaitable handle over GPU memory, host RAM and disk.
+//!
+//! A service holds more data than its memory can. It puts objects into a [`VirtualMemory`], keeps
+//! their [`VMemHandle`]s and awaits what it needs; a background actor moves objects between the
+//! tiers behind it, within hard budgets, and loses none.
+//!
+//! ```
+//! use vmem::{MemoryTier, VirtualMemoryConfig};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+//! let config = VirtualMemoryConfig::builder()
+//!     .host_capacity(16 << 20)
+//!     .disk_capacity(64 << 20)
+//!     .build()?;
+//! let vmem = vmem::open(config).await?;
+//!
+//! let handle = vmem.put(b"an embedding", MemoryTier::Host).await?;
+//! assert_eq!(&vmem.read(&handle).await?[..], b"an embedding");
+//!
+//! vmem.demote(&handle, MemoryTier::Disk).await?;
+//! vmem.prefetch(&handle, MemoryTier::Host).detach();
+//! assert_eq!(&vmem.read_at(&handle, 3..12).await?[..], b"embedding");
+//!
+//! vmem.close().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! `vmem-core` decides, `vmem-io` is the disk tier, `vmem-gpu` the place of the VRAM tier;
+//! this crate opens them together. See `docs/architecture.md` for the life of a read.
+
+pub use vmem_core::*;
+
+use vmem_core::backend::Backends;
+
+/// Opens a store on this machine, inside a tokio runtime whose timer is enabled.
+///
+/// # Errors
+///
+/// `InUse` if another process, or another store in this one, has the directory; `InvalidConfig`
+/// with the field that cannot work here; `TierNotAvailable` if a driver or a GPU was asked for
+/// that is not to be had; `Io` with what was attempted.
+pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
+    let driver = config.io_driver();
+    if !matches!(driver, IoDriver::Auto | IoDriver::Blocking) {
+        return Err(VirtualMemoryError::TierNotAvailable {
+            tier: MemoryTier::Disk,
+            reason: format!("no {driver:?} driver in this version; Auto and Blocking serve").into(),
+        });
+    }
+    let vram_reason = vmem_gpu::probe(config.gpu())?;
+    let (path, capacity) = (config.disk_path().map(ToOwned::to_owned), config.disk_capacity());
+    let disk = tokio::task::spawn_blocking(move || vmem_io::open_disk(path.as_deref(), capacity))
+        .await
+        .map_err(|error| VirtualMemoryError::io("opening the disk tier", error.into()))??;
+    let mut capabilities = Capabilities::new(disk.backend.describe(), vram_reason);
+    capabilities.disk_path = Some(disk.path);
+    capabilities.disk_is_tmpfs = disk.tmpfs;
+    let host_capacity_bytes =
+        config.host_capacity().unwrap_or_else(|| vmem_io::memory_limit_bytes() / 4);
+    VirtualMemory::with_backends(
+        &config,
+        Backends { host_capacity_bytes, disk: disk.backend, capabilities },
+    )
+}

@@ -80,9 +80,7 @@ impl StoreDirectory {
             _lock: lock,
         };
         if store.temporary.is_some() {
-            store
-                .remove_data()
-                .map_err(|error| refused(&store.path, error))?;
+            store.remove_data().map_err(|error| refused(&store.path, error))?;
         }
         Ok((store, data))
     }
@@ -137,11 +135,9 @@ impl StoreDirectory {
             return Ok(());
         };
         match rustix::fs::statat(&self.directory, DATA_FILE, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(status) if (status.st_dev, status.st_ino) == identity => Ok(rustix::fs::unlinkat(
-                &self.directory,
-                DATA_FILE,
-                AtFlags::empty(),
-            )?),
+            Ok(status) if (status.st_dev, status.st_ino) == identity => {
+                Ok(rustix::fs::unlinkat(&self.directory, DATA_FILE, AtFlags::empty())?)
+            }
             Ok(_) | Err(Errno::NOENT) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
@@ -185,9 +181,7 @@ fn take_lock(path: &Path, directory: &File) -> Result<(File, bool), VirtualMemor
         Err(TryLockError::WouldBlock) => {
             return Err(VirtualMemoryError::InUse {
                 path: path.to_owned(),
-                pid: read_start(&lock)
-                    .ok()
-                    .and_then(|text| text.trim().parse().ok()),
+                pid: read_start(&lock).ok().and_then(|text| text.trim().parse().ok()),
             });
         }
         Err(TryLockError::Error(error)) => return Err(io(error)),
@@ -195,10 +189,7 @@ fn take_lock(path: &Path, directory: &File) -> Result<(File, bool), VirtualMemor
     let text = read_start(&lock).map_err(io)?;
     let used_before = text.trim().parse::<u32>().is_ok();
     if !used_before && !text.is_empty() {
-        return Err(unusable(
-            &path.join(LOCK_FILE),
-            "is not a lock file of vmem",
-        ));
+        return Err(unusable(&path.join(LOCK_FILE), "is not a lock file of vmem"));
     }
     let pid = format!("{}\n", std::process::id());
     lock.set_permissions(Permissions::from_mode(0o600))

@@ -42,17 +42,13 @@ impl Ledger {
     }
 
     pub(crate) fn reserve(&mut self, lens: &[u32]) -> Result<Vec<u64>, DiskError> {
-        let starts = self
-            .space
-            .reserve(lens)
-            .map_err(|no_space| DiskError::Full {
-                requested_bytes: no_space.requested_bytes,
-                free_bytes: no_space.free_bytes,
-                source: None,
-            })?;
+        let starts = self.space.reserve(lens).map_err(|no_space| DiskError::Full {
+            requested_bytes: no_space.requested_bytes,
+            free_bytes: no_space.free_bytes,
+            source: None,
+        })?;
         for (&offset, &len) in starts.iter().zip(lens) {
-            self.stale
-                .remove(offset..offset + self.space.footprint(len));
+            self.stale.remove(offset..offset + self.space.footprint(len));
         }
         Ok(starts)
     }
@@ -62,9 +58,7 @@ impl Ledger {
         let punching = self.punching.as_deref().unwrap_or_default();
         ranges.iter().any(|range| {
             let first = punching.partition_point(|punched| punched.end <= range.start);
-            punching
-                .get(first)
-                .is_some_and(|punched| punched.start < range.end)
+            punching.get(first).is_some_and(|punched| punched.start < range.end)
         })
     }
 }
@@ -84,8 +78,7 @@ impl Inner {
             return self.driver.write(runs, keep);
         }
         async move {
-            self.while_punching(|ledger| ledger.is_punching(&ranges))
-                .await;
+            self.while_punching(|ledger| ledger.is_punching(&ranges)).await;
             self.driver.write(runs, keep).await
         }
         .boxed()
@@ -94,12 +87,10 @@ impl Inner {
     /// Gives all that is stale back to a file system that is full, so that what was freed here is
     /// free there when the error arrives.
     pub(crate) async fn reclaim(&self) {
-        self.while_punching(|ledger| ledger.punching.is_some())
-            .await;
+        self.while_punching(|ledger| ledger.punching.is_some()).await;
         self.ledger.lock().stale.hurry();
         self.pump();
-        self.while_punching(|ledger| ledger.punching.is_some())
-            .await;
+        self.while_punching(|ledger| ledger.punching.is_some()).await;
     }
 
     /// Waits for ends of punches until there is nothing to wait for.

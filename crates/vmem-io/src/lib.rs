@@ -10,6 +10,7 @@
 mod directory;
 pub mod driver;
 mod ledger;
+mod machine;
 mod open;
 mod plan;
 mod space;
@@ -19,5 +20,6 @@ mod tier;
 mod verify;
 
 pub use directory::{DATA_FILE, LOCK_FILE, StoreDirectory};
+pub use machine::memory_limit_bytes;
 pub use open::{OpenedDisk, open_disk};
 pub use tier::DiskTier;

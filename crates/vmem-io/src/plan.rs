@@ -4,10 +4,9 @@
 //! extents is touched. Pure; called by the disk tier.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use bytes::Bytes;
-use vmem_core::backend::Extent;
+use vmem_core::backend::{Extent, ReadChunk};
 
 use crate::driver::{ReadPiece, WriteRun};
 
@@ -16,19 +15,13 @@ static ZEROS: [u8; 65536] = [0; 65536];
 
 /// The runs that write these chunks, padded to their extents, in the order of the file.
 pub(crate) fn write_runs(pieces: &[(Extent, Bytes)]) -> Vec<WriteRun> {
-    let mut order: Vec<_> = pieces
-        .iter()
-        .filter(|(extent, _)| extent.footprint() > 0)
-        .collect();
+    let mut order: Vec<_> = pieces.iter().filter(|(extent, _)| extent.footprint() > 0).collect();
     order.sort_by_key(|(extent, _)| extent.offset());
     let mut runs: Vec<WriteRun> = Vec::new();
     let mut end = None;
     for (extent, payload) in order {
         if end != Some(extent.offset()) {
-            runs.push(WriteRun {
-                offset: extent.offset(),
-                parts: Vec::new(),
-            });
+            runs.push(WriteRun { offset: extent.offset(), parts: Vec::new() });
         }
         if let Some(run) = runs.last_mut() {
             run.parts.push(payload.clone());
@@ -44,38 +37,34 @@ pub(crate) fn write_runs(pieces: &[(Extent, Bytes)]) -> Vec<WriteRun> {
 
 /// The file ranges that the runs cover, in their order, which is that of the file.
 pub(crate) fn run_ranges(runs: &[WriteRun]) -> Vec<Range<u64>> {
-    runs.iter()
-        .map(|run| run.offset..run.offset + run.len())
-        .collect()
+    runs.iter().map(|run| run.offset..run.offset + run.len()).collect()
 }
 
-/// The pieces that read the sealed ones of these chunks, one after the other, to the front of a
-/// buffer. Only chunks that fill their extents go together: the padding of others would land
-/// between them.
-pub(crate) fn read_pieces(extents: &[Arc<Extent>]) -> Vec<ReadPiece> {
+/// The pieces that read the sealed ones of these chunks to their places in a buffer. Chunks that
+/// are neighbours on both sides go together; only those that fill their extents have neighbours,
+/// or the padding of others would land between them.
+pub(crate) fn read_pieces(chunks: &[ReadChunk]) -> Vec<ReadPiece> {
     let mut pieces: Vec<ReadPiece> = Vec::new();
     let mut joinable = None;
-    let mut start = 0;
-    for extent in extents {
-        let end = start + extent.len() as usize;
-        if extent.sum().is_some() && !extent.is_empty() {
-            match pieces.last_mut() {
-                Some(last) if joinable == Some((extent.offset(), start)) => last.range.end = end,
-                _ => pieces.push(ReadPiece {
-                    offset: extent.offset(),
-                    range: start..end,
-                }),
-            }
-            let full = extent.len() == extent.footprint();
-            joinable = full.then(|| (extent.offset() + u64::from(extent.len()), end));
+    for ReadChunk { extent, at } in chunks {
+        if extent.sum().is_none() || extent.is_empty() {
+            continue;
         }
-        start = end;
+        let end = at + extent.len() as usize;
+        match pieces.last_mut() {
+            Some(last) if joinable == Some((extent.offset(), *at)) => last.range.end = end,
+            _ => pieces.push(ReadPiece { offset: extent.offset(), range: *at..end }),
+        }
+        let full = extent.len() == extent.footprint();
+        joinable = full.then(|| (extent.offset() + u64::from(extent.len()), end));
     }
     pieces
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use vmem_core::backend::ExtentOwner;
 
     use super::*;
@@ -97,10 +86,7 @@ mod tests {
     }
 
     fn chunk(offset: u64, len: u32) -> (Extent, Bytes) {
-        (
-            extent(offset, len, false),
-            Bytes::from(vec![1; len as usize]),
-        )
+        (extent(offset, len, false), Bytes::from(vec![1; len as usize]))
     }
 
     #[test]
@@ -112,10 +98,8 @@ mod tests {
             chunk(3072, 1024),
             chunk(5120, 100),
         ]);
-        let lens: Vec<Vec<usize>> = runs
-            .iter()
-            .map(|run| run.parts.iter().map(Bytes::len).collect())
-            .collect();
+        let lens: Vec<Vec<usize>> =
+            runs.iter().map(|run| run.parts.iter().map(Bytes::len).collect()).collect();
         assert_eq!(lens, [vec![1024, 700, 324, 100, 412], vec![512]]);
         assert_eq!(run_ranges(&runs), [3072..5632, 9216..9728]);
         assert!(runs[0].parts[2].iter().all(|&byte| byte == 0));
@@ -133,11 +117,14 @@ mod tests {
             extent(3584, 512, true),
             extent(4096, 512, true),
         ];
-        let pieces = read_pieces(&list.map(Arc::new));
-        let got: Vec<_> = pieces
-            .into_iter()
-            .map(|piece| (piece.offset, piece.range))
-            .collect();
+        let mut at = 0;
+        let chunks = list.map(|extent| {
+            let chunk = ReadChunk { extent: Arc::new(extent), at };
+            at += chunk.extent.len() as usize;
+            chunk
+        });
+        let pieces = read_pieces(&chunks);
+        let got: Vec<_> = pieces.into_iter().map(|piece| (piece.offset, piece.range)).collect();
         let want = [(0, 0..1624), (2048, 1624..2648), (3584, 3160..4184)];
         assert_eq!(got, want);
     }

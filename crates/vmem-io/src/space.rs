@@ -76,10 +76,7 @@ impl Space {
 
     /// Where chunks of these lengths go, in bytes: all of them, or nothing is taken.
     pub(crate) fn reserve(&mut self, lens: &[u32]) -> Result<Vec<u64>, NoSpace> {
-        let blocks: Vec<u64> = lens
-            .iter()
-            .map(|&len| self.footprint(len) / self.block)
-            .collect();
+        let blocks: Vec<u64> = lens.iter().map(|&len| self.footprint(len) / self.block).collect();
         let total: u64 = blocks.iter().sum();
         let no_space = NoSpace {
             requested_bytes: total.saturating_mul(self.block),

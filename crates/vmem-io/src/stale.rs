@@ -44,12 +44,7 @@ pub(crate) enum Batch {
 
 impl Stale {
     pub(crate) fn new() -> Self {
-        Stale {
-            ranges: BTreeMap::new(),
-            bytes: 0,
-            trigger: BATCH_BYTES,
-            cursor: 0,
-        }
+        Stale { ranges: BTreeMap::new(), bytes: 0, trigger: BATCH_BYTES, cursor: 0 }
     }
 
     /// An extent was freed.

@@ -45,18 +45,13 @@ impl SyncGate {
     pub(crate) fn new() -> Arc<Self> {
         Arc::new_cyclic(|me| SyncGate {
             failures: AtomicU64::new(0),
-            rounds: Mutex::new(Rounds {
-                last: None,
-                open: false,
-            }),
+            rounds: Mutex::new(Rounds { last: None, open: false }),
             me: Weak::clone(me),
         })
     }
 
     pub(crate) fn ticket(&self) -> Ticket {
-        Ticket {
-            failures: self.failures.load(Ordering::Acquire),
-        }
+        Ticket { failures: self.failures.load(Ordering::Acquire) }
     }
 
     /// Waits for a sync that covers what completed before the call.
@@ -81,11 +76,7 @@ impl SyncGate {
         {
             return open.clone();
         }
-        let round = run_round(
-            Weak::clone(&self.me),
-            rounds.last.take(),
-            Arc::clone(driver),
-        );
+        let round = run_round(Weak::clone(&self.me), rounds.last.take(), Arc::clone(driver));
         let round = round.boxed().shared();
         rounds.last = Some(round.clone());
         rounds.open = true;

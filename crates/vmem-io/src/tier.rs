@@ -18,7 +18,7 @@ use futures::future::{BoxFuture, ready};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use vmem_core::backend::{
-    CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf,
+    CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf, ReadChunk,
 };
 
 use crate::directory::StoreDirectory;
@@ -32,7 +32,7 @@ use crate::verify::{checksums, settle};
 ///
 /// ```
 /// use std::sync::Arc;
-/// use vmem_core::backend::{DiskBackend, IoBuf};
+/// use vmem_core::backend::{DiskBackend, IoBuf, ReadChunk};
 /// use vmem_io::DiskTier;
 /// use vmem_io::driver::{BlockingDriver, BlockingOptions};
 ///
@@ -41,8 +41,9 @@ use crate::verify::{checksums, settle};
 /// # futures::executor::block_on(async {
 /// let extent = tier.reserve(&[5]).unwrap().remove(0);
 /// let written = tier.write(vec![(extent, "chunk".into())]).await.unwrap();
-/// let extents = written.into_iter().map(Arc::new).collect();
-/// let (buf, result) = tier.read(extents, IoBuf::from_vec(vec![0; 5])).await;
+/// let extent = Arc::new(written.into_iter().next().unwrap());
+/// let chunk = ReadChunk { extent, at: 0 };
+/// let (buf, result) = tier.read(vec![chunk], IoBuf::from_vec(vec![0; 5])).await;
 /// result.unwrap();
 /// assert_eq!(&buf[..], b"chunk");
 /// tier.close().await.unwrap();
@@ -165,26 +166,26 @@ impl DiskBackend for DiskTier {
 
     fn read(
         &self,
-        extents: Vec<Arc<Extent>>,
+        chunks: Vec<ReadChunk>,
         buf: IoBuf,
     ) -> BoxFuture<'static, (IoBuf, Result<(), DiskError>)> {
-        if let Err(error) = self.inner.check_read(&extents, &buf) {
+        if let Err(error) = self.inner.check_read(&chunks, &buf) {
             return ready((buf, Err(error))).boxed();
         }
-        let pieces = plan::read_pieces(&extents);
+        let pieces = plan::read_pieces(&chunks);
         if pieces.is_empty() {
-            return settle(extents, buf, false).boxed();
+            return settle(chunks, buf, false).boxed();
         }
         // The extents go with the operation; these shares serve the verification.
-        let keep = Keep::new(extents.clone());
+        let keep = Keep::new(chunks.clone());
         let read = self.inner.driver.read(buf, pieces, keep);
         async move {
             let (buf, keep, result) = read.await;
             drop(keep);
             match result {
-                Ok(()) => settle(extents, buf, false).await,
+                Ok(()) => settle(chunks, buf, false).await,
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                    match settle(extents, buf, true).await {
+                    match settle(chunks, buf, true).await {
                         (buf, Ok(())) => (buf, Err(failure("read", Arc::new(error)))),
                         corrupt => corrupt,
                     }
@@ -222,10 +223,7 @@ impl DiskBackend for DiskTier {
             let closed = closing.await;
             let directory = inner.directory.lock().take();
             let given_back = directory.map_or(Ok(()), StoreDirectory::close);
-            closed
-                .and(unnamed)
-                .and(given_back)
-                .map_err(|error| failure("close", Arc::new(error)))
+            closed.and(unnamed).and(given_back).map_err(|error| failure("close", Arc::new(error)))
         }
         .boxed()
     }
@@ -253,12 +251,15 @@ impl Inner {
         Ok(())
     }
 
-    fn check_read(&self, extents: &[Arc<Extent>], buf: &IoBuf) -> Result<(), DiskError> {
+    fn check_read(&self, chunks: &[ReadChunk], buf: &IoBuf) -> Result<(), DiskError> {
         self.check_open()?;
-        let total: u64 = extents.iter().map(|extent| u64::from(extent.len())).sum();
-        match total <= buf.len() as u64 {
+        let fits = |chunk: &ReadChunk| {
+            let end = chunk.at.checked_add(chunk.extent.len() as usize);
+            end.is_some_and(|end| end <= buf.len())
+        };
+        match chunks.iter().all(fits) {
             true => Ok(()),
-            false => Err(invalid("read", "the buffer is shorter than the chunks")),
+            false => Err(invalid("read", "a chunk has no place in the buffer")),
         }
     }
 
@@ -302,10 +303,7 @@ fn failure(operation: &'static str, source: Arc<io::Error>) -> DiskError {
 }
 
 fn invalid(operation: &'static str, why: &'static str) -> DiskError {
-    failure(
-        operation,
-        Arc::new(io::Error::new(io::ErrorKind::InvalidInput, why)),
-    )
+    failure(operation, Arc::new(io::Error::new(io::ErrorKind::InvalidInput, why)))
 }
 
 impl fmt::Debug for Inner {

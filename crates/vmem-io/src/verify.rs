@@ -3,10 +3,8 @@
 //! Invariant: a chunk passes only if its CRC-32C is the one that was sealed into its extent, and
 //! what was never written is zeros. Called by the disk tier.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
-use vmem_core::backend::{DiskError, Extent, IoBuf};
+use vmem_core::backend::{DiskError, IoBuf, ReadChunk};
 
 /// After so many bytes of checksums, other tasks get their turn.
 const YIELD_BYTES: usize = 256 * 1024;
@@ -26,15 +24,13 @@ pub(crate) async fn checksums(payloads: Vec<Bytes>) -> Vec<u32> {
 /// an unexpected end of the file (`cut`) the first chunk that does not verify is the one that is
 /// missing.
 pub(crate) async fn settle(
-    extents: Vec<Arc<Extent>>,
+    chunks: Vec<ReadChunk>,
     mut buf: IoBuf,
     cut: bool,
 ) -> (IoBuf, Result<(), DiskError>) {
     let mut turn = Turn::default();
-    let mut start = 0;
-    for (chunk, extent) in extents.iter().enumerate() {
-        let end = start + extent.len() as usize;
-        let bytes = &mut buf[start..end];
+    for (chunk, ReadChunk { extent, at }) in chunks.iter().enumerate() {
+        let bytes = &mut buf[*at..at + extent.len() as usize];
         turn.took(bytes.len()).await;
         match extent.sum() {
             None => bytes.fill(0),
@@ -42,16 +38,11 @@ pub(crate) async fn settle(
                 let actual = crc32c::crc32c(bytes);
                 if actual != expected {
                     let actual = if cut { 0 } else { actual };
-                    let corrupt = DiskError::Corrupt {
-                        chunk,
-                        expected,
-                        actual,
-                    };
+                    let corrupt = DiskError::Corrupt { chunk, expected, actual };
                     return (buf, Err(corrupt));
                 }
             }
         }
-        start = end;
     }
     (buf, Ok(()))
 }

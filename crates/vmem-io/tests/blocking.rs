@@ -26,11 +26,7 @@ fn driver(
     queue_max: usize,
 ) -> (BlockingDriver<SharedFile>, Arc<FaultyFile>) {
     let file = Arc::new(FaultyFile::new(script));
-    let options = BlockingOptions {
-        threads_max,
-        queue_max,
-        block_bytes: 512,
-    };
+    let options = BlockingOptions { threads_max, queue_max, block_bytes: 512 };
     let driver = BlockingDriver::new(SharedFile(Arc::clone(&file)), options);
     (driver, file)
 }
@@ -86,10 +82,7 @@ fn short_and_interrupted_calls_move_every_byte() {
                 random_bytes(&mut source, len)
             })
             .collect();
-        let run = WriteRun {
-            offset: at as u64,
-            parts,
-        };
+        let run = WriteRun { offset: at as u64, parts };
         let all: Vec<u8> = run.parts.iter().flatten().copied().collect();
         expected[at..at + all.len()].copy_from_slice(&all);
         at += all.len() + source.random_range(0..2000);
@@ -99,26 +92,16 @@ fn short_and_interrupted_calls_move_every_byte() {
     let many: Vec<Bytes> = (0..5000_u32).map(|i| vec![i as u8; 7].into()).collect();
     let all: Vec<u8> = many.iter().flatten().copied().collect();
     expected[260_000..295_000].copy_from_slice(&all);
-    runs.push(WriteRun {
-        offset: 260_000,
-        parts: many,
-    });
+    runs.push(WriteRun { offset: 260_000, parts: many });
     block_on(driver.write(runs, Keep::none())).1.unwrap();
     assert_eq!(file.data.lock()[..], expected[..295_000]);
 
-    let pieces = vec![
-        piece(1000, 50_000..150_000),
-        piece(200_000, 0..50_000),
-        piece(9, 7..7),
-    ];
+    let pieces = vec![piece(1000, 50_000..150_000), piece(200_000, 0..50_000), piece(9, 7..7)];
     let (got, _, result) = block_on(driver.read(buf(150_000), pieces, Keep::none()));
     result.unwrap();
     assert_eq!(got[50_000..], expected[1000..101_000]);
     assert_eq!(got[..50_000], expected[200_000..250_000]);
-    assert!(
-        file.calls.load(Ordering::SeqCst) > 500,
-        "the faults happened"
-    );
+    assert!(file.calls.load(Ordering::SeqCst) > 500, "the faults happened");
 }
 
 #[test]
@@ -183,11 +166,7 @@ fn a_panic_in_a_call_is_an_error_of_that_call() {
     let mut calls = 0;
     let script = move |_| {
         calls += 1;
-        if calls % 2 == 1 {
-            Fault::Panic
-        } else {
-            Fault::None
-        }
+        if calls % 2 == 1 { Fault::Panic } else { Fault::None }
     };
     let (driver, _file) = driver(script, 1, 2);
     for _ in 0..5 {
@@ -213,9 +192,7 @@ fn a_dropped_future_frees_nothing_before_the_end() {
     drop(driver.write(vec![WriteRun { offset: 0, parts }], keep));
     let (read_keep, read_released) = flag();
     drop(driver.read(buf(1000), vec![piece(0, 0..1)], read_keep));
-    eventually("both calls are entered", || {
-        file.entered.load(Ordering::SeqCst) == 2
-    });
+    eventually("both calls are entered", || file.entered.load(Ordering::SeqCst) == 2);
     for flag in [&freed, &released, &read_released] {
         assert!(!flag.load(Ordering::SeqCst));
     }
@@ -223,11 +200,7 @@ fn a_dropped_future_frees_nothing_before_the_end() {
     for flag in [&freed, &released, &read_released] {
         eventually("freed at the end", || flag.load(Ordering::SeqCst));
     }
-    assert_eq!(
-        file.data.lock()[..],
-        [7; 1000],
-        "the write was done all the same"
-    );
+    assert_eq!(file.data.lock()[..], [7; 1000], "the write was done all the same");
 }
 
 #[test]
@@ -283,10 +256,7 @@ fn close_does_what_was_accepted_and_refuses_the_rest() {
     assert_eq!(file.data.lock()[..], *b"xxx");
     block_on(driver.close()).unwrap();
     drop(file);
-    assert!(
-        closed_file.load(Ordering::SeqCst),
-        "the driver let go of the file"
-    );
+    assert!(closed_file.load(Ordering::SeqCst), "the driver let go of the file");
 }
 
 #[test]

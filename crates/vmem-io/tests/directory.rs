@@ -28,10 +28,7 @@ fn scratch() -> (tempfile::TempDir, PathBuf) {
 /// What the error says of a directory that cannot serve.
 fn refusal(path: &Path) -> String {
     match StoreDirectory::open(Some(path)) {
-        Err(VirtualMemoryError::InvalidConfig {
-            field: "disk_path",
-            reason,
-        }) => reason.to_string(),
+        Err(VirtualMemoryError::InvalidConfig { field: "disk_path", reason }) => reason.to_string(),
         other => panic!("{other:?}"),
     }
 }
@@ -60,10 +57,7 @@ fn a_temporary_directory_is_private_and_goes() {
     let (directory, data) = StoreDirectory::open(None).unwrap();
     let path = directory.path().to_owned();
     assert_eq!(mode(&path), 0o700);
-    assert!(
-        !path.join(DATA_FILE).exists(),
-        "its data has no name that could be left behind"
-    );
+    assert!(!path.join(DATA_FILE).exists(), "its data has no name that could be left behind");
     data.set_len(MIB).unwrap();
     let (other, _data) = StoreDirectory::open(None).unwrap();
     assert_ne!(other.path(), path);
@@ -93,10 +87,7 @@ fn a_second_opener_is_told_who_has_it() {
             other => panic!("{other:?}"),
         }
     }
-    assert!(
-        path.join(DATA_FILE).exists(),
-        "the refused opener took nothing away"
-    );
+    assert!(path.join(DATA_FILE).exists(), "the refused opener took nothing away");
     directory.close().unwrap();
     assert!(!path.join(DATA_FILE).exists());
     StoreDirectory::open(Some(&path)).unwrap();
@@ -137,11 +128,7 @@ fn leftovers_of_a_killed_process_are_reclaimed() {
     child.kill().unwrap();
     child.wait().unwrap();
     let data = path.join(DATA_FILE);
-    assert_eq!(
-        fs::metadata(&data).unwrap().len(),
-        4 * MIB,
-        "it left something"
-    );
+    assert_eq!(fs::metadata(&data).unwrap().len(), 4 * MIB, "it left something");
     let disk = open_disk(Some(&path), Some(MIB)).unwrap();
     assert_eq!(fs::metadata(&data).unwrap().len(), 0);
     assert_eq!(disk.backend.usage().used_bytes, 0);
@@ -167,13 +154,7 @@ fn what_cannot_serve_is_refused_by_name() {
         assert!(refusal(&locked).contains("Permission denied"));
     }
     let tiny = open_disk(None, Some(100)).unwrap_err();
-    assert!(matches!(
-        tiny,
-        VirtualMemoryError::InvalidConfig {
-            field: "disk_capacity",
-            ..
-        }
-    ));
+    assert!(matches!(tiny, VirtualMemoryError::InvalidConfig { field: "disk_capacity", .. }));
 }
 
 #[test]
@@ -196,11 +177,7 @@ fn files_of_others_are_left_alone() {
         fs::remove_dir(&planted).unwrap();
         fs::write(&planted, "not of vmem").unwrap();
         fs::set_permissions(&planted, Permissions::from_mode(0o644)).unwrap();
-        let _ = fs::remove_file(path.join(if name == DATA_FILE {
-            LOCK_FILE
-        } else {
-            DATA_FILE
-        }));
+        let _ = fs::remove_file(path.join(if name == DATA_FILE { LOCK_FILE } else { DATA_FILE }));
         let reason = refusal(&path);
         assert!(reason.contains(name), "{reason}");
         assert_eq!(fs::read(&planted).unwrap(), b"not of vmem");

@@ -19,10 +19,7 @@ const CHUNK: u32 = 65536;
 const MIB: u64 = 1 << 20;
 
 fn tier(capacity: u64, buffered: bool) -> (Arc<DiskTier>, Arc<ManualDriver>) {
-    let driver = Arc::new(ManualDriver {
-        buffered,
-        ..Default::default()
-    });
+    let driver = Arc::new(ManualDriver { buffered, ..Default::default() });
     (DiskTier::new(Arc::clone(&driver) as _, capacity), driver)
 }
 
@@ -93,12 +90,7 @@ fn no_space_left_is_full_with_its_cause() {
         let future = write(&tier, &[vec![1; 600].into()]).unwrap();
         driver.complete("write", Err(io::Error::from_raw_os_error(errno)));
         let error = block_on(future).unwrap_err();
-        let DiskError::Full {
-            requested_bytes,
-            free_bytes,
-            source,
-        } = error
-        else {
+        let DiskError::Full { requested_bytes, free_bytes, source } = error else {
             panic!("{error:?}");
         };
         assert_eq!((requested_bytes, free_bytes), (1024, 4 * MIB));
@@ -110,25 +102,13 @@ fn no_space_left_is_full_with_its_cause() {
 fn a_full_file_system_gets_back_what_is_stale_before_the_error() {
     let (tier, driver) = tier(4 * MIB, false);
     drop(store(&tier, &driver, &[vec![1; CHUNK as usize].into()]));
-    assert!(
-        driver.pending().is_empty(),
-        "one chunk is not worth a punch"
-    );
+    assert!(driver.pending().is_empty(), "one chunk is not worth a punch");
     let mut future = write(&tier, &[vec![1; 600].into()]).unwrap();
     driver.complete("write", Err(io::Error::from_raw_os_error(28)));
-    assert!(
-        (&mut future).now_or_never().is_none(),
-        "it waits for the punch"
-    );
+    assert!((&mut future).now_or_never().is_none(), "it waits for the punch");
     assert_eq!(driver.pending(), ["punch"]);
     driver.complete("punch", Ok(()));
-    assert!(matches!(
-        block_on(future),
-        Err(DiskError::Full {
-            source: Some(_),
-            ..
-        })
-    ));
+    assert!(matches!(block_on(future), Err(DiskError::Full { source: Some(_), .. })));
 }
 
 #[test]
@@ -144,18 +124,11 @@ fn a_range_that_is_being_punched_is_reserved_at_once_and_written_later() {
     assert_eq!(driver.pending(), ["punch"], "the write waits");
     driver.complete("punch", Ok(()));
     assert!((&mut rewrite).now_or_never().is_none());
-    assert_eq!(
-        driver.pending(),
-        ["write"],
-        "what is reserved is not punched"
-    );
+    assert_eq!(driver.pending(), ["write"], "what is reserved is not punched");
     driver.complete("write", Ok(()));
     let written = block_on(rewrite).unwrap();
     for extent in written.into_iter().chain(kept) {
-        let future = tier.read(
-            vec![Arc::new(extent)],
-            IoBuf::from_vec(vec![0; CHUNK as usize]),
-        );
+        let future = tier.read(vec![Arc::new(extent)], IoBuf::from_vec(vec![0; CHUNK as usize]));
         driver.complete("read", Ok(()));
         let (buf, result) = block_on(future);
         result.unwrap();
@@ -214,16 +187,7 @@ fn a_failed_sync_fails_every_write_that_it_may_have_swallowed() {
         let _ = (&mut flying).now_or_never();
     }
     let error = block_on(joined).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            DiskError::Io {
-                operation: "sync",
-                ..
-            }
-        ),
-        "{error:?}"
-    );
+    assert!(matches!(error, DiskError::Io { operation: "sync", .. }), "{error:?}");
     // What comes after is unharmed.
     let mut after = write(&tier, &payload).unwrap();
     driver.complete("write", Ok(()));
@@ -275,18 +239,17 @@ impl World {
                 }
             }
         }
-        self.reads
-            .retain_mut(|(read, content)| match read.now_or_never() {
-                None => true,
-                Some((buf, result)) => {
-                    match result {
-                        Ok(()) => assert!(buf[..] == content[..], "wrong bytes"),
-                        Err(DiskError::Io { .. }) if io_fails => {}
-                        Err(error) => panic!("{error:?}"),
-                    }
-                    false
+        self.reads.retain_mut(|(read, content)| match read.now_or_never() {
+            None => true,
+            Some((buf, result)) => {
+                match result {
+                    Ok(()) => assert!(buf[..] == content[..], "wrong bytes"),
+                    Err(DiskError::Io { .. }) if io_fails => {}
+                    Err(error) => panic!("{error:?}"),
                 }
-            });
+                false
+            }
+        });
     }
 }
 
@@ -302,11 +265,7 @@ fn random_work_with_delayed_completions_never_mixes_up_bytes() {
                 let payloads: Vec<Bytes> = (0..rng.random_range(1..12))
                     .map(|_| {
                         let full = rng.random_bool(0.5);
-                        let len = if full {
-                            CHUNK
-                        } else {
-                            rng.random_range(0..CHUNK)
-                        };
+                        let len = if full { CHUNK } else { rng.random_range(0..CHUNK) };
                         random_bytes(&mut rng, len as usize)
                     })
                     .collect();
@@ -336,11 +295,7 @@ fn random_work_with_delayed_completions_never_mixes_up_bytes() {
                     let index = rng.random_range(0..pending.len());
                     punches += u32::from(pending[index] == "punch");
                     let fails = rng.random_bool(0.03);
-                    let result = if fails {
-                        Err(io::Error::from_raw_os_error(5))
-                    } else {
-                        Ok(())
-                    };
+                    let result = if fails { Err(io::Error::from_raw_os_error(5)) } else { Ok(()) };
                     driver.complete_nth(index, result);
                 }
             }

@@ -16,12 +16,7 @@ fn threads() -> (usize, u64) {
         let stat = stat.unwrap_or_default();
         let name = stat.split(['(', ')']).nth(1).unwrap_or_default();
         if name.starts_with("vmem-io") {
-            let fields: Vec<_> = stat
-                .rsplit(')')
-                .next()
-                .unwrap()
-                .split_whitespace()
-                .collect();
+            let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
             let ticks = |field: usize| fields[field].parse::<u64>().unwrap();
             found = (found.0 + 1, found.1 + ticks(11) + ticks(12));
         }

@@ -27,15 +27,8 @@ fn store(capacity: u64) -> Store {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store");
     let disk = open_disk(Some(&path), Some(capacity)).unwrap();
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(path.join(DATA_FILE));
-    Store {
-        disk,
-        file: file.unwrap(),
-        _directory: directory,
-    }
+    let file = OpenOptions::new().read(true).write(true).open(path.join(DATA_FILE));
+    Store { disk, file: file.unwrap(), _directory: directory }
 }
 
 async fn write(
@@ -75,10 +68,7 @@ async fn chunks_of_all_lengths_come_back() {
     // In another order, some twice, into a buffer that is longer.
     let order = [7, 3, 3, 0, 11, 8, 10, 1];
     let some: Vec<_> = order.map(|index| Arc::clone(&extents[index])).into();
-    let expected: Vec<u8> = order
-        .iter()
-        .flat_map(|&index| payloads[index].to_vec())
-        .collect();
+    let expected: Vec<u8> = order.iter().flat_map(|&index| payloads[index].to_vec()).collect();
     let buf = IoBuf::from_vec(vec![0xaa; expected.len() + 9]);
     let (buf, result) = backend.read(some, buf).await;
     result.unwrap();
@@ -93,25 +83,15 @@ async fn chunks_of_all_lengths_come_back() {
 async fn what_was_never_written_is_zeros_and_not_what_was_there() {
     let store = store(MIB);
     let backend = &store.disk.backend;
-    let secret = write(backend, &[Bytes::from(vec![0x55; 65536])])
-        .await
-        .unwrap();
+    let secret = write(backend, &[Bytes::from(vec![0x55; 65536])]).await.unwrap();
     let offset = secret[0].offset();
     drop(secret);
-    let reserved: Vec<_> = backend
-        .reserve(&[CHUNK])
-        .unwrap()
-        .into_iter()
-        .map(Arc::new)
-        .collect();
+    let reserved: Vec<_> = backend.reserve(&[CHUNK]).unwrap().into_iter().map(Arc::new).collect();
     assert_eq!((reserved[0].offset(), reserved[0].sum()), (offset, None));
     assert_eq!(read(backend, &reserved).await.unwrap(), vec![0; 65536]);
     let mut mixed = write(backend, &[Bytes::from_static(b"abc")]).await.unwrap();
     mixed.insert(0, Arc::clone(&reserved[0]));
-    assert_eq!(
-        read(backend, &mixed).await.unwrap()[65530..],
-        *b"\0\0\0\0\0\0abc"
-    );
+    assert_eq!(read(backend, &mixed).await.unwrap()[65530..], *b"\0\0\0\0\0\0abc");
     backend.close().await.unwrap();
 }
 
@@ -126,26 +106,15 @@ async fn every_flipped_bit_is_found_and_its_chunk_named() {
         let at = extents[1].offset() + bit / 8;
         let mut byte = [0];
         store.file.read_exact_at(&mut byte, at).unwrap();
-        store
-            .file
-            .write_all_at(&[byte[0] ^ (1 << (bit % 8))], at)
-            .unwrap();
+        store.file.write_all_at(&[byte[0] ^ (1 << (bit % 8))], at).unwrap();
         match read(backend, &extents).await {
-            Err(DiskError::Corrupt {
-                chunk: 1,
-                expected,
-                actual,
-            }) => {
+            Err(DiskError::Corrupt { chunk: 1, expected, actual }) => {
                 assert_eq!(Some(expected), extents[1].sum());
                 assert_ne!(expected, actual);
             }
             other => panic!("bit {bit}: {:?}", other.map(|_| ())),
         }
-        assert_eq!(
-            read(backend, &extents[2..]).await.unwrap(),
-            payloads[2],
-            "others fine"
-        );
+        assert_eq!(read(backend, &extents[2..]).await.unwrap(), payloads[2], "others fine");
         store.file.write_all_at(&byte, at).unwrap();
     }
     assert_eq!(read(backend, &extents).await.unwrap(), payloads.concat());
@@ -161,19 +130,12 @@ async fn a_truncated_file_damages_what_it_lost_and_nothing_else() {
     let extents = write(backend, &payloads).await.unwrap();
     store.file.set_len(extents[2].offset() + 100).unwrap();
     match read(backend, &extents).await {
-        Err(DiskError::Corrupt {
-            chunk,
-            expected,
-            actual,
-        }) => {
+        Err(DiskError::Corrupt { chunk, expected, actual }) => {
             assert_eq!((chunk, Some(expected), actual), (2, extents[2].sum(), 0));
         }
         other => panic!("{:?}", other.map(|_| ())),
     }
-    assert_eq!(
-        read(backend, &extents[..2]).await.unwrap(),
-        payloads[..2].concat()
-    );
+    assert_eq!(read(backend, &extents[..2]).await.unwrap(), payloads[..2].concat());
     backend.close().await.unwrap();
 }
 
@@ -197,14 +159,7 @@ async fn bad_calls_are_refused() {
     assert_eq!(buf.len(), 2);
     invalid(result.unwrap_err());
     let full = backend.reserve(&vec![CHUNK; 17]).unwrap_err();
-    assert!(matches!(
-        full,
-        DiskError::Full {
-            free_bytes: 1_048_576,
-            source: None,
-            ..
-        }
-    ));
+    assert!(matches!(full, DiskError::Full { free_bytes: 1_048_576, source: None, .. }));
     backend.close().await.unwrap();
 }
 
@@ -216,14 +171,9 @@ async fn after_close_everything_is_closed_and_the_files_are_gone() {
     let reserved = backend.reserve(&[3]).unwrap().remove(0);
     backend.close().await.unwrap();
     backend.close().await.unwrap();
-    assert!(matches!(
-        read(backend, &extents).await,
-        Err(DiskError::Closed)
-    ));
+    assert!(matches!(read(backend, &extents).await, Err(DiskError::Closed)));
     assert!(matches!(backend.reserve(&[1]), Err(DiskError::Closed)));
-    let late = backend
-        .write(vec![(reserved, Bytes::from_static(b"abc"))])
-        .await;
+    let late = backend.write(vec![(reserved, Bytes::from_static(b"abc"))]).await;
     assert!(matches!(late, Err(DiskError::Closed)));
     assert!(!store.disk.path.join(DATA_FILE).exists());
     drop(extents);
@@ -245,11 +195,7 @@ async fn ten_times_the_capacity_goes_through() {
         let payloads: Vec<_> = (0..rng.random_range(1..20))
             .map(|_| {
                 let full = rng.random_bool(0.6);
-                let len = if full {
-                    CHUNK
-                } else {
-                    rng.random_range(0..CHUNK)
-                };
+                let len = if full { CHUNK } else { rng.random_range(0..CHUNK) };
                 random_bytes(&mut rng, len as usize)
             })
             .collect();
@@ -300,9 +246,7 @@ impl Mounted {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().to_owned();
         let mut mount = Command::new("mount");
-        mount
-            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
-            .arg(&path);
+        mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&path);
         let mounted = mount.output().is_ok_and(|output| output.status.success());
         if !mounted {
             eprintln!("SKIPPED: mounting a tmpfs is not permitted here");
@@ -336,10 +280,7 @@ async fn a_full_file_system_is_reported_and_recovers() {
         }
         assert!(live.len() < 32, "what is left holds no more");
     };
-    let DiskError::Full {
-        free_bytes, source, ..
-    } = error
-    else {
+    let DiskError::Full { free_bytes, source, .. } = error else {
         panic!("{error:?}");
     };
     assert_eq!(source.unwrap().raw_os_error(), Some(28));
@@ -347,11 +288,7 @@ async fn a_full_file_system_is_reported_and_recovers() {
     assert_eq!(free_bytes, 64 * MIB - used);
     assert_eq!(backend.usage().used_bytes, used, "nothing leaked");
     for extents in &live {
-        assert_eq!(
-            read(backend, extents).await.unwrap(),
-            payload[0],
-            "older chunks are fine"
-        );
+        assert_eq!(read(backend, extents).await.unwrap(), payload[0], "older chunks are fine");
     }
     // Room is made here: far less than a batch of punches, but the file system is full.
     let freed = live.len() / 2;
@@ -360,11 +297,7 @@ async fn a_full_file_system_is_reported_and_recovers() {
         match write(backend, &payload).await {
             Ok(extents) => live.push(extents),
             Err(DiskError::Full { .. }) => {
-                live.push(
-                    write(backend, &payload)
-                        .await
-                        .expect("the retry finds room"),
-                );
+                live.push(write(backend, &payload).await.expect("the retry finds room"));
             }
             Err(error) => panic!("{error:?}"),
         }
@@ -386,9 +319,7 @@ async fn a_file_system_for_reading_only_is_refused_by_name() {
     let Some(mount) = Mounted::new("ro,size=1m") else {
         return;
     };
-    let error = open_disk(Some(&mount.0), Some(MIB))
-        .unwrap_err()
-        .to_string();
+    let error = open_disk(Some(&mount.0), Some(MIB)).unwrap_err().to_string();
     assert!(error.contains(mount.0.to_str().unwrap()), "{error}");
     assert!(error.contains("Read-only"), "{error}");
 }

@@ -189,9 +189,7 @@ impl<F: PositionalFile> Core<F> {
             drop(sender.send((state, result)));
         }));
         let lost = || (Lost.into(), Err(io::Error::other("an I/O thread was lost")));
-        receiver
-            .map(move |done| done.unwrap_or_else(|_| lost()))
-            .boxed()
+        receiver.map(move |done| done.unwrap_or_else(|_| lost())).boxed()
     }
 }
 
@@ -258,10 +256,7 @@ impl<F: PositionalFile> Driver for BlockingDriver<F> {
     fn sync(&self) -> BoxFuture<'static, io::Result<()>> {
         // A sync that was interrupted has not synced; one that failed is never repeated here.
         let work: fn(&Open<F>, &F, &mut ()) -> _ = |_, file, ()| persist(|| file.sync());
-        self.core
-            .start(None, (), work)
-            .map(|((), result)| result)
-            .boxed()
+        self.core.start(None, (), work).map(|((), result)| result).boxed()
     }
 
     fn close(&self) -> BoxFuture<'static, io::Result<()>> {
@@ -275,11 +270,7 @@ impl<F: PositionalFile> Driver for BlockingDriver<F> {
     }
 
     fn describe(&self) -> Arc<str> {
-        let BlockingOptions {
-            threads_max,
-            queue_max,
-            block_bytes,
-        } = self.options;
+        let BlockingOptions { threads_max, queue_max, block_bytes } = self.options;
         format!(
             "blocking driver: page cache, at most {threads_max} threads and {queue_max} operations, \
              blocks of {block_bytes} bytes"

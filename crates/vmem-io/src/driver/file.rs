@@ -170,8 +170,5 @@ pub(super) fn persist<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<
 }
 
 fn outside() -> io::Error {
-    io::Error::new(
-        io::ErrorKind::InvalidInput,
-        "a transfer outside of its buffer or file",
-    )
+    io::Error::new(io::ErrorKind::InvalidInput, "a transfer outside of its buffer or file")
 }

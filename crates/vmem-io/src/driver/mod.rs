@@ -155,7 +155,5 @@ pub fn closed_error() -> io::Error {
 /// assert!(!is_closed(&std::io::ErrorKind::BrokenPipe.into()));
 /// ```
 pub fn is_closed(error: &io::Error) -> bool {
-    error
-        .get_ref()
-        .is_some_and(|inner| inner.is::<DriverClosed>())
+    error.get_ref().is_some_and(|inner| inner.is::<DriverClosed>())
 }

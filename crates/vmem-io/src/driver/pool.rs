@@ -98,9 +98,7 @@ impl Pool {
 
     fn start_thread(&self, number: usize) -> io::Result<JoinHandle<()>> {
         let shared = Arc::clone(&self.shared);
-        thread::Builder::new()
-            .name(format!("vmem-io-{number}"))
-            .spawn(move || shared.serve())
+        thread::Builder::new().name(format!("vmem-io-{number}")).spawn(move || shared.serve())
     }
 
     /// Refuses what comes after; what was handed in before is still done.
@@ -233,16 +231,10 @@ mod tests {
         }
         assert_eq!(pool.live(), 3, "no more than allowed");
         pool.begin_close();
-        pool.submit(Box::new(|run| {
-            assert!(super::super::is_closed(&run.unwrap_err()))
-        }));
+        pool.submit(Box::new(|run| assert!(super::super::is_closed(&run.unwrap_err()))));
         drop(held);
         pool.shut_down();
-        assert_eq!(
-            entered.1.try_iter().count(),
-            5,
-            "what was accepted was done"
-        );
+        assert_eq!(entered.1.try_iter().count(), 5, "what was accepted was done");
         assert_eq!((pool.live(), finished.try_recv()), (0, Ok("finished")));
     }
 

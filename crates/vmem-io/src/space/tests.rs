@@ -8,10 +8,7 @@ use super::*;
 const CHUNK: u32 = CHUNK_BYTES as u32;
 
 fn seed(default: u64) -> u64 {
-    std::env::var("VMEM_SEED")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(default)
+    std::env::var("VMEM_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
 /// The same space as a bitmap, searched by brute force.
@@ -61,9 +58,7 @@ impl Model {
 fn random_lens(rng: &mut SmallRng) -> Vec<u32> {
     match rng.random_range(0..4) {
         0 => vec![rng.random_range(0..2048)],
-        1 => (0..rng.random_range(1..6))
-            .map(|_| rng.random_range(0..=CHUNK))
-            .collect(),
+        1 => (0..rng.random_range(1..6)).map(|_| rng.random_range(0..=CHUNK)).collect(),
         2 => {
             let mut lens = vec![CHUNK; rng.random_range(1..8)];
             lens.push(rng.random_range(0..=CHUNK));
@@ -100,10 +95,7 @@ fn step_reserve(space: &mut Space, model: &mut Model, lens: &[u32]) {
             assert_eq!((no.requested_bytes, no.free_bytes), (total, free));
             // It may fail for want of space, or because a chunk has no run left that holds it.
             let slots: u64 = runs.iter().map(|run| run / u64::from(CHUNK)).sum();
-            assert!(
-                total > free || slots < lens.len() as u64,
-                "{lens:?} would have fitted"
-            );
+            assert!(total > free || slots < lens.len() as u64, "{lens:?} would have fitted");
         }
     }
 }
@@ -153,11 +145,7 @@ fn all_or_nothing() {
     assert_eq!(starts, [0, 65536, 131_072, 196_608]);
     let full = space.reserve(&[1]).unwrap_err();
     assert_eq!((full.requested_bytes, full.free_bytes), (512, 0));
-    assert_eq!(
-        space.reserve(&[0, 0]),
-        Ok(vec![0, 0]),
-        "nothing always fits"
-    );
+    assert_eq!(space.reserve(&[0, 0]), Ok(vec![0, 0]), "nothing always fits");
 }
 
 #[test]

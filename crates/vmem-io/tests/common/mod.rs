@@ -189,18 +189,9 @@ fn zero(data: &mut [u8], range: &Range<u64>) {
 
 /// An operation that has started and has not completed.
 pub(crate) enum Op {
-    Read(
-        IoBuf,
-        Vec<ReadPiece>,
-        Keep,
-        oneshot::Sender<(IoBuf, Keep, io::Result<()>)>,
-    ),
+    Read(IoBuf, Vec<ReadPiece>, Keep, oneshot::Sender<(IoBuf, Keep, io::Result<()>)>),
     Write(Vec<WriteRun>, Keep, oneshot::Sender<(Keep, io::Result<()>)>),
-    Punch(
-        Vec<Range<u64>>,
-        Keep,
-        oneshot::Sender<(Keep, io::Result<()>)>,
-    ),
+    Punch(Vec<Range<u64>>, Keep, oneshot::Sender<(Keep, io::Result<()>)>),
     Sync(oneshot::Sender<io::Result<()>>),
 }
 
@@ -227,10 +218,7 @@ impl ManualDriver {
     /// Completes the first pending operation of this name.
     pub(crate) fn complete(&self, name: &str, result: io::Result<()>) {
         let index = self.pending().iter().position(|&pending| pending == name);
-        self.complete_nth(
-            index.unwrap_or_else(|| panic!("no {name} is pending")),
-            result,
-        );
+        self.complete_nth(index.unwrap_or_else(|| panic!("no {name} is pending")), result);
     }
 
     pub(crate) fn complete_nth(&self, index: usize, result: io::Result<()>) {
@@ -253,9 +241,7 @@ impl ManualDriver {
                 drop(done.send((keep, result)));
             }
             Op::Punch(ranges, keep, done) => {
-                ranges
-                    .iter()
-                    .for_each(|range| zero(&mut self.data.lock(), range));
+                ranges.iter().for_each(|range| zero(&mut self.data.lock(), range));
                 drop(done.send((keep, result)));
             }
             Op::Sync(done) => drop(done.send(result)),
