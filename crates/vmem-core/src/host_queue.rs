@@ -120,8 +120,7 @@ impl HostQueue {
         let footprint = HostArena::footprint(need.len);
         let used = self.arena.used_bytes();
         if need.class == Class::Prefetch && used + footprint > self.prefetch_limit_bytes {
-            let free = self.prefetch_limit_bytes.saturating_sub(used);
-            return Err(NoRoom::new(footprint, free));
+            return Err(NoRoom { scattered: false });
         }
         self.arena.try_alloc(need.len, need.owner)
     }

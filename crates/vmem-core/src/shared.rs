@@ -114,7 +114,6 @@ impl Shared {
         let wake = Arc::new(Wake::default());
         let bell = wake.clone();
         arena.set_freed_hook(Box::new(move || bell.if_waiting()));
-        arena.want(true);
         Ok(Arc::new(Shared {
             table: DashMap::with_hasher(FixedState::default()),
             next_id: AtomicU64::new(1),

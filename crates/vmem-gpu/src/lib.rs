@@ -26,9 +26,8 @@ pub fn probe(selection: &GpuSelection) -> Result<Arc<str>, VirtualMemoryError> {
     match selection {
         GpuSelection::Auto => Ok(reason),
         GpuSelection::Off => Ok("switched off by the configuration".into()),
-        _ => Err(VirtualMemoryError::TierNotAvailable {
-            tier: vmem_core::MemoryTier::Vram,
-            reason,
-        }),
+        _ => {
+            Err(VirtualMemoryError::TierNotAvailable { tier: vmem_core::MemoryTier::Vram, reason })
+        }
     }
 }

@@ -17,7 +17,7 @@ use crate::events::MigrationCause;
 use crate::host_queue::{Class, Refused, Wanted};
 use crate::migrate::{Down, Victim, move_room_down, write_down};
 use crate::object::{GatePass, Object};
-use crate::policy::{Pick, Probe};
+use crate::policy::{Pick, Probe, STEPS_MAX};
 use crate::shared::Shared;
 use crate::stats::add;
 
@@ -48,6 +48,8 @@ pub(super) struct Evictor {
     above_mark: bool,
     /// The order of eviction is behind the accesses.
     unsettled: bool,
+    /// Entries that were looked at since the last wake-up, or the last success, for nothing.
+    fruitless: usize,
     disk_rests_until: Option<Instant>,
 }
 
@@ -87,8 +89,17 @@ impl Evictor {
         }
     }
 
-    /// Serves those who wait, and starts what makes room. True if there is more to do at once.
-    pub(super) fn turn(&mut self, shared: &Shared, tasks: &mut JoinSet<Ended>) -> bool {
+    /// Serves those who wait, and starts what makes room. True if there is more to do at once;
+    /// `woken` says that something has happened since the last turn.
+    pub(super) fn turn(
+        &mut self,
+        shared: &Shared,
+        tasks: &mut JoinSet<Ended>,
+        woken: bool,
+    ) -> bool {
+        if woken {
+            self.fruitless = 0;
+        }
         let wanted = shared.host.serve();
         let deficit = self.deficit(shared, &wanted);
         let mut more = false;
@@ -151,20 +162,17 @@ impl Evictor {
             {
                 break;
             }
-            let pass = match scattered.next() {
-                Some(id) => shared.find(id).and_then(|object| object.try_gate()),
+            let id = match scattered.next() {
+                Some(id) => id,
                 None => match self.pick(shared, spare_hot) {
-                    Pick::Victim(id) => shared.find(id).and_then(|object| object.try_gate()),
-                    Pick::Retry => {
-                        self.unsettled = true;
-                        break;
-                    }
-                    Pick::Empty => {
-                        round = Round::Nothing;
+                    Some(id) => id,
+                    None => {
+                        round = self.found_nothing(shared);
                         break;
                     }
                 },
             };
+            let pass = shared.find(id).and_then(|object| object.try_gate());
             match pass.map_or(Step::Busy, |pass| self.take(shared, pass)) {
                 Step::Freed(bytes) => freed += bytes,
                 Step::Write(victim, bytes) => {
@@ -172,7 +180,7 @@ impl Evictor {
                     payload += victim.payload();
                     batch.push(victim);
                 }
-                Step::Busy => {}
+                Step::Busy => self.fruitless += 1,
                 Step::NoDisk => {
                     round = Round::DiskFull;
                     break;
@@ -185,12 +193,15 @@ impl Evictor {
             }
         }
         let progress = freed > 0 || !batch.is_empty();
+        if progress {
+            self.fruitless = 0;
+        }
         self.launch(tasks, batch, reclaims, Down::Drop, MigrationCause::Evict);
         if progress { Round::Progress } else { round }
     }
 
-    /// The next victim of the policy.
-    fn pick(&self, shared: &Shared, spare_hot: bool) -> Pick {
+    /// The next victim of the policy, if a bounded look finds one.
+    fn pick(&mut self, shared: &Shared, spare_hot: bool) -> Option<u64> {
         let hot_since = shared.now().saturating_sub(HOT_NS);
         let mut too_hot = false;
         let pick = shared.policy.lock().victim(&mut |id| {
@@ -201,14 +212,35 @@ impl Evictor {
             probe
         });
         match pick {
-            Pick::Victim(_) if too_hot => Pick::Empty,
-            pick => pick,
+            // The coldest is too hot to make way, and so is the rest.
+            Pick::Victim { .. } if too_hot => self.fruitless = usize::MAX,
+            Pick::Victim { id, hurried } => {
+                self.unsettled |= hurried;
+                return Some(id);
+            }
+            Pick::Retry => {
+                self.unsettled = true;
+                self.fruitless = self.fruitless.saturating_add(STEPS_MAX);
+            }
+            Pick::Empty => self.fruitless = usize::MAX,
         }
+        None
+    }
+
+    /// Whether a look that found nothing was a look at everything.
+    fn found_nothing(&self, shared: &Shared) -> Round {
+        let all = shared.policy.lock().len() + STEPS_MAX;
+        if self.fruitless > all { Round::Nothing } else { Round::Bounded }
     }
 
     /// Owners of a span whose pages a request needs that fits by its bytes.
     fn scattered_owners(&self, shared: &Shared) -> Vec<u64> {
-        let immovable = |id: u64| !matches!(probe(shared, id), Probe::Evictable { .. });
+        let immovable = |id: u64| {
+            let busy = |object: &Object| {
+                object.pins() > 0 || object.copy.readers() > 0 || object.is_changing()
+            };
+            shared.find(id).is_none_or(|object| busy(&object) || !object.has_host_room())
+        };
         shared.host.arena().sparsest_span(&immovable).unwrap_or_default()
     }
 
@@ -331,12 +363,11 @@ impl Evictor {
 /// How an object stands, for the policy.
 fn probe(shared: &Shared, id: u64) -> Probe {
     let Some(object) = shared.find(id) else { return Probe::Gone };
-    let stamp = object.stamp();
     if object.pins() > 0 {
         Probe::Pinned
     } else if object.copy.readers() > 0 || object.is_changing() {
-        Probe::Busy { stamp }
+        Probe::Busy { stamp: shared.now() }
     } else {
-        Probe::Evictable { stamp, touches: object.take_touches() }
+        Probe::Evictable { stamp: object.stamp(), touches: object.take_touches() }
     }
 }

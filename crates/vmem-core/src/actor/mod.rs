@@ -90,8 +90,10 @@ struct Actor {
 
 impl Actor {
     async fn run(mut self, done: watch::Sender<Outcome>) {
+        let mut woken = true;
         while !self.shared.is_closed() {
-            let more = self.evict.turn(&self.shared, &mut self.tasks);
+            let more = self.evict.turn(&self.shared, &mut self.tasks, woken);
+            woken = !more;
             if more {
                 // Background work in slices: others have their turn in between.
                 tokio::task::yield_now().await;

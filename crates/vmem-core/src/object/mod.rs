@@ -31,7 +31,7 @@ use crate::tier::MemoryTier;
 /// The object was freed; set once, in `life`.
 const DEAD: u32 = 1 << 31;
 /// No token: the policy does not know the object.
-const NO_TOKEN: u64 = u64::MAX;
+const NO_TOKEN: u32 = u32::MAX;
 
 /// A read from a slower tier that others may join. It ends with the bytes, or with one failure
 /// for all.
@@ -54,7 +54,7 @@ pub(crate) struct Object {
     pins: AtomicU32,
     pub(crate) home: MemoryTier,
     /// What the policy of the host tier calls this object; written under the policy's lock.
-    token: AtomicU64,
+    token: AtomicU32,
     inner: Mutex<Inner>,
 }
 
@@ -87,7 +87,7 @@ impl Object {
             id,
             pins: AtomicU32::new(0),
             home,
-            token: AtomicU64::new(NO_TOKEN),
+            token: AtomicU32::new(NO_TOKEN),
             inner: Mutex::default(),
         })
     }
@@ -415,7 +415,7 @@ impl Object {
         assert!(self.token.load(Ordering::Relaxed) == NO_TOKEN, "an object is in the order once");
         let footprint = crate::host::HostArena::footprint(self.len);
         let token = policy.insert(self.id, self.stamp(), footprint);
-        self.token.store(token.into(), Ordering::Relaxed);
+        self.token.store(token.0, Ordering::Relaxed);
     }
 
     /// Leaves the order of eviction, if it is there.
@@ -425,7 +425,16 @@ impl Object {
         }
         let mut policy = self.shared.policy.lock();
         let token = self.token.swap(NO_TOKEN, Ordering::Relaxed);
-        policy.remove(self.id, Token::from(token));
+        policy.remove(Token(token));
+    }
+
+    /// Is asked about again by the policy, after the last pin went.
+    pub(crate) fn unpark(&self) {
+        let mut policy = self.shared.policy.lock();
+        let token = self.token.load(Ordering::Relaxed);
+        if token != NO_TOKEN {
+            policy.unpark(Token(token));
+        }
     }
 }
 

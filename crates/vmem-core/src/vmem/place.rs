@@ -221,7 +221,7 @@ impl Drop for PinGuard {
     fn drop(&mut self) {
         let Some(object) = self.object.take() else { return };
         if object.remove_pin() {
-            object.shared.policy.lock().unpark(object.id);
+            object.unpark();
         }
         object.shared.uncharge_pin(HostArena::footprint(object.len));
     }

@@ -1,0 +1,178 @@
+//! The slots of one size class.
+//!
+//! Invariant: a slot is taken or free, and a span has an owner's number for each taken slot; a
+//! span with no taken slot does not exist, so what an empty store holds is nothing. Each class has
+//! a lock of its own, under which only that of `pages` is taken. Called by `arena`.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use parking_lot::Mutex;
+
+use super::classes::{slot_bytes, slots, span_pages};
+use super::mapping::PAGE_BYTES;
+use super::pages::Pages;
+
+/// Spans that are looked at for the sparsest one.
+const LOOKED_AT: usize = 64;
+
+/// All spans of one class.
+#[derive(Debug)]
+pub(super) struct Spans {
+    class: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    spans: Vec<Option<Span>>,
+    /// Positions in `spans` that hold none.
+    vacant: Vec<u32>,
+    /// Spans with a free slot, lowest first, so that the others run empty.
+    partial: BTreeSet<u32>,
+}
+
+#[derive(Debug)]
+struct Span {
+    pages: Range<u64>,
+    /// A set bit is a free slot.
+    free: Vec<u64>,
+    taken: u32,
+    owners: Box<[u64]>,
+}
+
+/// Where a slot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) span: u32,
+    pub(super) slot: u32,
+    /// Byte of the mapping.
+    pub(super) at: usize,
+}
+
+/// A span that would be worth emptying.
+#[derive(Debug)]
+pub(super) struct Sparse {
+    pub(super) owners: Vec<u64>,
+    pub(super) live_bytes: u64,
+    pub(super) pages: u64,
+}
+
+impl Spans {
+    pub(super) fn new(class: usize) -> Self {
+        Spans { class, state: Mutex::default() }
+    }
+
+    /// A free slot, in a new span if need be.
+    pub(super) fn take(&self, pages: &Pages, owner: u64) -> Option<Place> {
+        let mut state = self.state.lock();
+        let number = match state.partial.first() {
+            Some(&number) => number,
+            None => {
+                let run = pages.take(span_pages(self.class))?;
+                state.add_span(run, slots(self.class))
+            }
+        };
+        let span = state.spans[number as usize].as_mut().expect("invariant: partial spans exist");
+        let slot = span.take_slot(owner);
+        let at = span.pages.start as usize * PAGE_BYTES + slot as usize * slot_bytes(self.class);
+        if span.taken == slots(self.class) {
+            state.partial.remove(&number);
+        }
+        Some(Place { span: number, slot, at })
+    }
+
+    /// Frees a slot; the last one frees the span.
+    pub(super) fn put(&self, pages: &Pages, number: u32, slot: u32) {
+        let mut state = self.state.lock();
+        let span = state.spans[number as usize].as_mut().expect("invariant: a taken slot's span");
+        span.put_slot(slot);
+        if span.taken > 0 {
+            state.partial.insert(number);
+            return;
+        }
+        let empty = state.spans[number as usize].take();
+        state.partial.remove(&number);
+        state.vacant.push(number);
+        drop(state);
+        if let Some(span) = empty {
+            pages.put(span.pages);
+        }
+    }
+
+    /// Whether a slot is free without another page.
+    pub(super) fn has_free_slot(&self) -> bool {
+        !self.state.lock().partial.is_empty()
+    }
+
+    /// The span with the fewest live bytes, among some of those with a free slot.
+    pub(super) fn sparsest(&self, skip: &[Vec<u64>]) -> Option<Sparse> {
+        let state = self.state.lock();
+        let numbers = state.partial.iter().rev().take(LOOKED_AT);
+        let span = numbers
+            .filter_map(|&number| state.spans[number as usize].as_ref())
+            .filter(|span| !skip.iter().any(|owners| span.has_owners(owners)))
+            .min_by_key(|span| span.taken)?;
+        Some(Sparse {
+            owners: span.live_owners(),
+            live_bytes: u64::from(span.taken) * slot_bytes(self.class) as u64,
+            pages: span.pages.end - span.pages.start,
+        })
+    }
+}
+
+impl State {
+    fn add_span(&mut self, pages: Range<u64>, slots: u32) -> u32 {
+        let words = slots.div_ceil(64) as usize;
+        let mut free = vec![u64::MAX; words];
+        if !slots.is_multiple_of(64) {
+            free[words - 1] = (1 << (slots % 64)) - 1;
+        }
+        let owners = vec![0; slots as usize].into_boxed_slice();
+        let span = Span { pages, free, taken: 0, owners };
+        let number = match self.vacant.pop() {
+            Some(number) => {
+                self.spans[number as usize] = Some(span);
+                number
+            }
+            None => {
+                self.spans.push(Some(span));
+                (self.spans.len() - 1) as u32
+            }
+        };
+        self.partial.insert(number);
+        number
+    }
+}
+
+impl Span {
+    fn take_slot(&mut self, owner: u64) -> u32 {
+        let word = self.free.iter().position(|&word| word != 0);
+        let word = word.expect("invariant: a partial span has a free slot");
+        let bit = self.free[word].trailing_zeros();
+        self.free[word] &= !(1 << bit);
+        self.taken += 1;
+        let slot = word as u32 * 64 + bit;
+        self.owners[slot as usize] = owner;
+        slot
+    }
+
+    fn put_slot(&mut self, slot: u32) {
+        let (word, bit) = (slot as usize / 64, 1_u64 << (slot % 64));
+        assert!(self.free[word] & bit == 0, "slot {slot} was free");
+        self.free[word] |= bit;
+        self.taken -= 1;
+    }
+
+    fn is_taken(&self, slot: usize) -> bool {
+        self.free[slot / 64] & (1 << (slot % 64)) == 0
+    }
+
+    fn live_owners(&self) -> Vec<u64> {
+        (0..self.owners.len()).filter(|&s| self.is_taken(s)).map(|s| self.owners[s]).collect()
+    }
+
+    fn has_owners(&self, owners: &[u64]) -> bool {
+        self.live_owners() == owners
+    }
+}

@@ -1,0 +1,110 @@
+#![allow(unsafe_code)]
+//! The staging reserve: memory for bytes in passage.
+//!
+//! Invariant: it is made once and never lent to object space, nor the other way round, so that what
+//! passes through it always moves. A [`StagingPiece`] is exclusive; the pieces are served first
+//! come first served. Whoever holds one gives it back without waiting for another one. Called by
+//! the paths that bypass object space.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::mapping::Mapping;
+use crate::disk::CHUNK_BYTES;
+
+/// The largest piece, in bytes.
+const PIECE_MAX: usize = 1024 * 1024;
+/// Pieces are made smaller rather than be fewer than this.
+const PIECES_WANTED: usize = 8;
+
+/// All of the reserve.
+pub(crate) struct StagingPool {
+    mapping: Mapping,
+    piece_bytes: usize,
+    free: Mutex<Vec<u32>>,
+    permits: Arc<Semaphore>,
+}
+
+impl StagingPool {
+    /// A reserve of at most `total_bytes`, which holds two chunks at least.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses the address space.
+    pub(crate) fn new(total_bytes: u64) -> io::Result<Arc<Self>> {
+        let total = usize::try_from(total_bytes).map_err(io::Error::other)?;
+        let chunks_each = (total / PIECES_WANTED / CHUNK_BYTES).clamp(1, PIECE_MAX / CHUNK_BYTES);
+        let piece_bytes = chunks_each * CHUNK_BYTES;
+        let pieces = total / piece_bytes;
+        assert!(pieces >= 2, "a staging reserve of {total} bytes holds two chunks");
+        Ok(Arc::new(StagingPool {
+            mapping: Mapping::reserve(pieces * piece_bytes)?,
+            piece_bytes,
+            free: Mutex::new((0..pieces as u32).rev().collect()),
+            permits: Arc::new(Semaphore::new(pieces)),
+        }))
+    }
+
+    /// The length of a piece, in bytes: a multiple of the chunk's.
+    pub(crate) fn piece_bytes(&self) -> usize {
+        self.piece_bytes
+    }
+
+    /// A piece, in turn, with whatever bytes are in it.
+    pub(crate) async fn acquire(self: &Arc<Self>) -> StagingPiece {
+        let permit = self.permits.clone().acquire_owned().await;
+        let permit = permit.expect("invariant: the semaphore is never closed");
+        let number = self.free.lock().pop().expect("invariant: as many pieces as permits");
+        StagingPiece { pool: self.clone(), number, _permit: permit }
+    }
+}
+
+impl fmt::Debug for StagingPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StagingPool")
+            .field("piece_bytes", &self.piece_bytes)
+            .field("free", &self.free.lock().len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// One piece of the reserve, exclusively; dropping it gives it back.
+pub(crate) struct StagingPiece {
+    pool: Arc<StagingPool>,
+    number: u32,
+    /// Given back after the number: fields are dropped after `drop`.
+    _permit: OwnedSemaphorePermit,
+}
+
+impl StagingPiece {
+    fn start(&self) -> *mut u8 {
+        self.pool.mapping.at(self.number as usize * self.pool.piece_bytes).as_ptr()
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        // SAFETY: the piece's number is its own until it is dropped, and the mapping is
+        // initialised and lives as long as the pool.
+        unsafe { std::slice::from_raw_parts(self.start(), self.pool.piece_bytes) }
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `&mut self` makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.start(), self.pool.piece_bytes) }
+    }
+}
+
+impl Drop for StagingPiece {
+    fn drop(&mut self) {
+        self.pool.free.lock().push(self.number);
+    }
+}
+
+impl fmt::Debug for StagingPiece {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StagingPiece").field("number", &self.number).finish_non_exhaustive()
+    }
+}
