@@ -4,7 +4,6 @@
 //! valid host copy is a load, a count, a mark and no more, ready at its first poll. Everything
 //! slower is behind one box, so that the fast path's future stays small.
 
-use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -397,28 +396,21 @@ impl VirtualMemory {
             operation: "waiting for another set of objects",
             waited: how.asked.elapsed(),
         })?;
-        let reads = objects.iter().map(|object| {
-            let how = how.clone();
-            async move {
-                match self.hit(object) {
-                    Some(guard) => Ok(guard.into_bytes()),
-                    None => self.read_slowly(object, how).await,
-                }
-            }
-        });
-        first_few(reads).await
+        // Boxed one by one: a closure over borrowed handles would make this future `Send` for some
+        // lifetimes only, and callers could not spawn it.
+        let mut reads = Vec::with_capacity(objects.len());
+        for object in objects {
+            reads.push(match self.hit(object) {
+                Some(guard) => futures::future::ready(Ok(guard.into_bytes())).boxed(),
+                None => self.read_slowly(object, how.clone()),
+            });
+        }
+        futures::stream::iter(reads).buffered(SET_READS_MAX).try_collect().await
     }
 }
 
 /// Reads of one set that are asked for at once.
 const SET_READS_MAX: usize = 64;
-
-/// Runs futures in order, some at a time, and ends with the first error.
-async fn first_few<T>(
-    reads: impl Iterator<Item = impl Future<Output = Result<T>>>,
-) -> Result<Vec<T>> {
-    futures::stream::iter(reads).buffered(SET_READS_MAX).try_collect().await
-}
 
 fn check_range(object: &Object, range: &Range<usize>) -> Result<()> {
     if range.start <= range.end && range.end <= object.len {
