@@ -1,4 +1,5 @@
 //! The disk tier over real files: damage, truncation, full file systems, growth.
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 mod common;
 
@@ -196,7 +197,7 @@ async fn bad_calls_are_refused() {
     let (buf, result) = backend.read(extents, IoBuf::from_vec(vec![0; 2])).await;
     assert_eq!(buf.len(), 2);
     invalid(result.unwrap_err());
-    let full = backend.reserve(&vec![CHUNK; 17]).unwrap_err();
+    let full = backend.reserve(&[CHUNK; 17]).unwrap_err();
     assert!(matches!(
         full,
         DiskError::Full {
