@@ -83,6 +83,18 @@ pub struct ReadChunk {
     pub at: usize,
 }
 
+impl ReadChunk {
+    /// These chunks one after the other, from the front of a buffer.
+    pub fn in_sequence(extents: impl IntoIterator<Item = Arc<Extent>>) -> Vec<ReadChunk> {
+        let place = |at: &mut usize, extent: Arc<Extent>| {
+            let chunk = ReadChunk { at: *at, extent };
+            *at += chunk.extent.len() as usize;
+            Some(chunk)
+        };
+        extents.into_iter().scan(0, place).collect()
+    }
+}
+
 /// Who takes space back.
 pub trait ExtentOwner: fmt::Debug + Send + Sync + 'static {
     /// The extent at `offset` with `footprint` bytes is no longer used by anybody.

@@ -46,7 +46,18 @@ pub struct StoreDirectory {
     directory: File,
     temporary: Option<TempDir>,
     /// Last, so that the lock goes last.
-    _lock: File,
+    _lock: Lock,
+}
+
+/// A lock that is held. It is given back by name and not by closing the file alone: a child that
+/// another thread is just starting shares the open file, and with it the lock, until it executes.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = self.0.unlock();
+    }
 }
 
 impl StoreDirectory {
@@ -173,28 +184,30 @@ fn create(path: &Path) -> Result<PathBuf, VirtualMemoryError> {
 }
 
 /// Locks the lock file and writes our process into it. Also returns whether it named one before.
-fn take_lock(path: &Path, directory: &File) -> Result<(File, bool), VirtualMemoryError> {
-    let lock = open_own(path, directory, LOCK_FILE)?;
+fn take_lock(path: &Path, directory: &File) -> Result<(Lock, bool), VirtualMemoryError> {
+    let file = open_own(path, directory, LOCK_FILE)?;
     let io = |error| refused(&path.join(LOCK_FILE), error);
-    match lock.try_lock() {
+    match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
             return Err(VirtualMemoryError::InUse {
                 path: path.to_owned(),
-                pid: read_start(&lock).ok().and_then(|text| text.trim().parse().ok()),
+                pid: read_start(&file).ok().and_then(|text| text.trim().parse().ok()),
             });
         }
         Err(TryLockError::Error(error)) => return Err(io(error)),
     }
-    let text = read_start(&lock).map_err(io)?;
+    let lock = Lock(file);
+    let file = &lock.0;
+    let text = read_start(file).map_err(io)?;
     let used_before = text.trim().parse::<u32>().is_ok();
     if !used_before && !text.is_empty() {
         return Err(unusable(&path.join(LOCK_FILE), "is not a lock file of vmem"));
     }
     let pid = format!("{}\n", std::process::id());
-    lock.set_permissions(Permissions::from_mode(0o600))
-        .and_then(|()| lock.write_all_at(pid.as_bytes(), 0))
-        .and_then(|()| lock.set_len(pid.len() as u64))
+    file.set_permissions(Permissions::from_mode(0o600))
+        .and_then(|()| file.write_all_at(pid.as_bytes(), 0))
+        .and_then(|()| file.set_len(pid.len() as u64))
         .map_err(io)?;
     Ok((lock, used_before))
 }

@@ -117,13 +117,7 @@ mod tests {
             extent(3584, 512, true),
             extent(4096, 512, true),
         ];
-        let mut at = 0;
-        let chunks = list.map(|extent| {
-            let chunk = ReadChunk { extent: Arc::new(extent), at };
-            at += chunk.extent.len() as usize;
-            chunk
-        });
-        let pieces = read_pieces(&chunks);
+        let pieces = read_pieces(&ReadChunk::in_sequence(list.map(Arc::new)));
         let got: Vec<_> = pieces.into_iter().map(|piece| (piece.offset, piece.range)).collect();
         let want = [(0, 0..1624), (2048, 1624..2648), (3584, 3160..4184)];
         assert_eq!(got, want);

@@ -15,9 +15,11 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 
-use crate::driver::{Driver, closed_error};
+use crate::driver::{Driver, closed_error, is_closed};
 
-type Round = Shared<BoxFuture<'static, Result<(), Arc<io::Error>>>>;
+/// Ends with the count of failures when its sync had succeeded. Rounds run one after the other, so
+/// a failure that is counted later concerns none of its writes.
+type Round = Shared<BoxFuture<'static, Result<u64, Arc<io::Error>>>>;
 
 /// Where writes wait for the sync that covers them.
 #[derive(Debug)]
@@ -61,8 +63,7 @@ impl SyncGate {
         driver: &Arc<dyn Driver>,
     ) -> Result<(), Arc<io::Error>> {
         let round = self.join(driver);
-        round.await?;
-        if self.failures.load(Ordering::Acquire) != ticket.failures {
+        if round.await? != ticket.failures {
             let text = "a sync failed while the write was under way";
             return Err(Arc::new(io::Error::other(text)));
         }
@@ -88,7 +89,7 @@ async fn run_round(
     gate: Weak<SyncGate>,
     before: Option<Round>,
     driver: Arc<dyn Driver>,
-) -> Result<(), Arc<io::Error>> {
+) -> Result<u64, Arc<io::Error>> {
     if let Some(before) = before {
         // Its failure is counted, which fails whom it concerns.
         let _ = before.await;
@@ -97,9 +98,13 @@ async fn run_round(
         return Err(Arc::new(closed_error()));
     };
     gate.rounds.lock().open = false;
-    let result = driver.sync().await.map_err(Arc::new);
-    if result.is_err() {
-        gate.failures.fetch_add(1, Ordering::AcqRel);
+    match driver.sync().await {
+        Ok(()) => Ok(gate.failures.load(Ordering::Acquire)),
+        // It was not even tried, so it swallowed nothing.
+        Err(error) if is_closed(&error) => Err(Arc::new(error)),
+        Err(error) => {
+            gate.failures.fetch_add(1, Ordering::AcqRel);
+            Err(Arc::new(error))
+        }
     }
-    result
 }

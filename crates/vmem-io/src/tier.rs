@@ -41,9 +41,8 @@ use crate::verify::{checksums, settle};
 /// # futures::executor::block_on(async {
 /// let extent = tier.reserve(&[5]).unwrap().remove(0);
 /// let written = tier.write(vec![(extent, "chunk".into())]).await.unwrap();
-/// let extent = Arc::new(written.into_iter().next().unwrap());
-/// let chunk = ReadChunk { extent, at: 0 };
-/// let (buf, result) = tier.read(vec![chunk], IoBuf::from_vec(vec![0; 5])).await;
+/// let chunks = ReadChunk::in_sequence(written.into_iter().map(Arc::new));
+/// let (buf, result) = tier.read(chunks, IoBuf::from_vec(vec![0; 5])).await;
 /// result.unwrap();
 /// assert_eq!(&buf[..], b"chunk");
 /// tier.close().await.unwrap();

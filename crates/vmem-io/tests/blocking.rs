@@ -1,4 +1,5 @@
 //! The blocking driver over a file whose system calls fail, fall short, hang and panic on request.
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 mod common;
 
@@ -38,6 +39,11 @@ fn run(offset: u64, parts: &[&'static [u8]]) -> WriteRun {
 
 fn piece(offset: u64, range: std::ops::Range<usize>) -> ReadPiece {
     ReadPiece { offset, range }
+}
+
+#[allow(clippy::single_range_in_vec_init, reason = "one range, and not its numbers")]
+fn punch(driver: &impl Driver, range: std::ops::Range<u64>, keep: Keep) -> (Keep, io::Result<()>) {
+    block_on(driver.punch(vec![range], keep))
 }
 
 fn buf(len: usize) -> IoBuf {
@@ -119,8 +125,7 @@ fn errors_keep_their_errno_and_the_driver_lives_on() {
     assert_eq!(errno(write()), Some(EIO));
     assert_eq!(errno(read().2), Some(EIO));
     assert_eq!(errno(block_on(driver.sync())), Some(EIO));
-    let punch = driver.punch(Vec::from([0..4096]), Keep::none());
-    assert_eq!(errno(block_on(punch).1), Some(EIO));
+    assert_eq!(errno(punch(&driver, 0..4096, Keep::none()).1), Some(EIO));
     fail.store(false, Ordering::SeqCst);
     write().unwrap();
     let (got, _, result) = read();
@@ -245,7 +250,7 @@ fn close_does_what_was_accepted_and_refuses_the_rest() {
     assert!(is_closed(&block_on(write(4)).1.unwrap_err()));
     assert!(is_closed(&block_on(driver.sync()).unwrap_err()));
     let (keep, dropped) = flag();
-    let (keep, result) = block_on(driver.punch(Vec::from([0..9]), keep));
+    let (keep, result) = punch(&driver, 0..9, keep);
     assert!(is_closed(&result.unwrap_err()) && !dropped.load(Ordering::SeqCst));
     drop(keep);
     file.let_go();

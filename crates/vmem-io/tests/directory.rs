@@ -1,4 +1,5 @@
 //! The directory of a store: modes, the lock, leftovers of the dead, and what is refused.
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Who owns what, and until when: the tier over a driver whose completions the test decides.
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 mod common;
 
@@ -12,7 +13,7 @@ use futures::FutureExt;
 use futures::executor::block_on;
 use futures::future::BoxFuture;
 use rand::Rng;
-use vmem_core::backend::{DiskBackend, DiskError, Extent, IoBuf};
+use vmem_core::backend::{DiskBackend, DiskError, Extent, IoBuf, ReadChunk};
 use vmem_io::DiskTier;
 
 const CHUNK: u32 = 65536;
@@ -23,6 +24,7 @@ fn tier(capacity: u64, buffered: bool) -> (Arc<DiskTier>, Arc<ManualDriver>) {
     (DiskTier::new(Arc::clone(&driver) as _, capacity), driver)
 }
 
+type Read = BoxFuture<'static, (IoBuf, Result<(), DiskError>)>;
 type Write = BoxFuture<'static, Result<Vec<Extent>, DiskError>>;
 
 fn write(tier: &DiskTier, payloads: &[Bytes]) -> Result<Write, DiskError> {
@@ -59,7 +61,8 @@ fn a_dropped_read_owns_its_extents_and_buffer_until_the_completion() {
     let (tier, driver) = tier(CHUNK.into(), false);
     let extents = store(&tier, &driver, &[vec![1; CHUNK as usize].into()]);
     let extents: Vec<_> = extents.into_iter().map(Arc::new).collect();
-    let future = tier.read(extents, IoBuf::from_vec(vec![0; CHUNK as usize]));
+    let future =
+        tier.read(ReadChunk::in_sequence(extents), IoBuf::from_vec(vec![0; CHUNK as usize]));
     drop(future);
     // Nobody but the operation has the extent now.
     assert_eq!(tier.usage().used_bytes, CHUNK.into());
@@ -128,7 +131,10 @@ fn a_range_that_is_being_punched_is_reserved_at_once_and_written_later() {
     driver.complete("write", Ok(()));
     let written = block_on(rewrite).unwrap();
     for extent in written.into_iter().chain(kept) {
-        let future = tier.read(vec![Arc::new(extent)], IoBuf::from_vec(vec![0; CHUNK as usize]));
+        let future = tier.read(
+            ReadChunk::in_sequence([Arc::new(extent)]),
+            IoBuf::from_vec(vec![0; CHUNK as usize]),
+        );
         driver.complete("read", Ok(()));
         let (buf, result) = block_on(future);
         result.unwrap();
@@ -218,7 +224,7 @@ fn a_failed_sync_is_noticed_even_if_nobody_waits_for_it() {
 struct World {
     objects: Vec<(Vec<Arc<Extent>>, Vec<u8>)>,
     writes: Vec<(Write, Vec<u8>)>,
-    reads: Vec<(BoxFuture<'static, (IoBuf, Result<(), DiskError>)>, Vec<u8>)>,
+    reads: Vec<(Read, Vec<u8>)>,
 }
 
 impl World {
@@ -277,7 +283,7 @@ fn random_work_with_delayed_completions_never_mixes_up_bytes() {
                 let index = rng.random_range(0..world.objects.len());
                 let (extents, content) = world.objects[index].clone();
                 let buf = IoBuf::from_vec(vec![0xaa; content.len()]);
-                world.reads.push((tier.read(extents, buf), content));
+                world.reads.push((tier.read(ReadChunk::in_sequence(extents), buf), content));
             }
             45..65 if !world.objects.is_empty() => {
                 let index = rng.random_range(0..world.objects.len());
@@ -315,11 +321,13 @@ fn random_work_with_delayed_completions_never_mixes_up_bytes() {
     assert!(!world.objects.is_empty() && tier.usage().peak_bytes > 8 * MIB);
     for (extents, content) in std::mem::take(&mut world.objects) {
         let buf = IoBuf::from_vec(vec![0xaa; content.len()]);
-        world.reads.push((tier.read(extents, buf), content));
-        while !driver.pending().is_empty() {
-            driver.complete_nth(0, Ok(()));
+        world.reads.push((tier.read(ReadChunk::in_sequence(extents), buf), content));
+        while !world.reads.is_empty() {
+            if !driver.pending().is_empty() {
+                driver.complete_nth(0, Ok(()));
+            }
+            world.settle(false);
         }
-        world.settle(false);
     }
     assert_eq!(tier.usage().used_bytes, 0);
     assert_eq!(tier.usage().largest_free_bytes, 16 * MIB);

@@ -1,4 +1,5 @@
 //! The threads of the tier, counted; alone in its process, so that nobody else's are.
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! The disk tier over real files: damage, truncation, full file systems, growth.
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 mod common;
 
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use common::{eventually, random_bytes, rng};
 use rand::Rng;
-use vmem_core::backend::{DiskBackend, DiskError, Extent, IoBuf};
+use vmem_core::backend::{DiskBackend, DiskError, Extent, IoBuf, ReadChunk};
 use vmem_io::{DATA_FILE, OpenedDisk, open_disk};
 
 const CHUNK: u32 = 65536;
@@ -48,7 +49,7 @@ async fn read(
 ) -> Result<Vec<u8>, DiskError> {
     let len: usize = extents.iter().map(|extent| extent.len() as usize).sum();
     let buf = IoBuf::from_vec(vec![0xaa; len]);
-    let (buf, result) = backend.read(extents.to_vec(), buf).await;
+    let (buf, result) = backend.read(ReadChunk::in_sequence(extents.to_vec()), buf).await;
     result.map(|()| buf.to_vec())
 }
 
@@ -70,7 +71,7 @@ async fn chunks_of_all_lengths_come_back() {
     let some: Vec<_> = order.map(|index| Arc::clone(&extents[index])).into();
     let expected: Vec<u8> = order.iter().flat_map(|&index| payloads[index].to_vec()).collect();
     let buf = IoBuf::from_vec(vec![0xaa; expected.len() + 9]);
-    let (buf, result) = backend.read(some, buf).await;
+    let (buf, result) = backend.read(ReadChunk::in_sequence(some), buf).await;
     result.unwrap();
     assert_eq!(buf[..expected.len()], expected);
     assert_eq!(buf[expected.len()..], [0xaa; 9]);
@@ -155,10 +156,11 @@ async fn bad_calls_are_refused() {
     invalid(backend.write(vec![(extent, longer)]).await.unwrap_err());
     assert_eq!(backend.usage().extents, 0, "given back all the same");
     let extents = write(backend, &[Bytes::from_static(b"abc")]).await.unwrap();
-    let (buf, result) = backend.read(extents, IoBuf::from_vec(vec![0; 2])).await;
+    let (buf, result) =
+        backend.read(ReadChunk::in_sequence(extents), IoBuf::from_vec(vec![0; 2])).await;
     assert_eq!(buf.len(), 2);
     invalid(result.unwrap_err());
-    let full = backend.reserve(&vec![CHUNK; 17]).unwrap_err();
+    let full = backend.reserve(&[CHUNK; 17]).unwrap_err();
     assert!(matches!(full, DiskError::Full { free_bytes: 1_048_576, source: None, .. }));
     backend.close().await.unwrap();
 }
