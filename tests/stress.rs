@@ -3,7 +3,7 @@
 //!
 //! `VMEM_STRESS_SECONDS` sets how long (20 by default), `VMEM_SEED` which choices.
 
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use std::future::Future;
 use std::ops::Range;

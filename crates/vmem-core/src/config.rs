@@ -78,15 +78,9 @@ impl Default for Promotion {
 /// let refused = VirtualMemoryConfig::builder().watermarks(0.9, 0.5).build().unwrap_err();
 /// assert!(refused.to_string().contains("watermarks"));
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct VirtualMemoryConfig {
     fields: VirtualMemoryConfigBuilder,
-}
-
-impl Default for VirtualMemoryConfig {
-    fn default() -> Self {
-        VirtualMemoryConfig { fields: VirtualMemoryConfigBuilder::default() }
-    }
 }
 
 impl VirtualMemoryConfig {

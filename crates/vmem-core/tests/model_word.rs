@@ -5,7 +5,7 @@
 //! `copy/mod.rs`: a cell that names one of several type-stable descriptors, and memory (a
 //! loom cell) that loom itself watches for a reader beside a writer.
 
-#![allow(missing_docs, dead_code, unreachable_pub, unsafe_code)]
+#![allow(missing_docs, clippy::unwrap_used, dead_code, unreachable_pub, unsafe_code)]
 
 use std::sync::Arc;
 

@@ -1,6 +1,6 @@
 //! The policies against references that are told of every access, and at their cost.
 
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use std::collections::{HashMap, HashSet, VecDeque};
 

@@ -74,46 +74,65 @@ unsafe impl Send for OwnedCopy {}
 // SAFETY: a shared reference gives read access to the bytes only.
 unsafe impl Sync for OwnedCopy {}
 
+/// Follows the address of a descriptor.
+///
+/// # Safety
+///
+/// The descriptor's pool is alive for `'a`.
+unsafe fn follow<'a>(copy: NonNull<HostCopy>) -> &'a HostCopy {
+    // SAFETY: a pool keeps the memory of its descriptors while it lives, and a descriptor is never
+    // borrowed mutably.
+    unsafe { copy.as_ref() }
+}
+
 impl OwnedCopy {
+    fn descriptor(&self) -> &HostCopy {
+        // SAFETY: this holds the pool.
+        unsafe { follow(self.copy) }
+    }
+
+    /// The place of the slot, exclusively.
+    fn place(&mut self) -> &mut Option<HostSlot> {
+        let place = self.descriptor().slot.get();
+        // SAFETY: an owned copy has no reader and one owner, whom `&mut self` makes exclusive.
+        unsafe { &mut *place }
+    }
+
+    fn slot(&self) -> &HostSlot {
+        // SAFETY: this is the owner.
+        unsafe { self.descriptor().slot() }
+    }
+
     /// Gives the slot a descriptor.
     pub(crate) fn new(copies: &Copies, slot: HostSlot) -> Self {
         let pool = copies.pool().clone();
-        let copy = pool.take();
-        // SAFETY: a descriptor from the pool is in the unused state and this thread's alone.
-        let place = unsafe { &mut *copy.as_ref().slot.get() };
-        *place = Some(slot);
-        OwnedCopy { copy, pool }
+        // A descriptor from the pool is in the unused state and this thread's alone.
+        let mut owned = OwnedCopy { copy: pool.take(), pool };
+        *owned.place() = Some(slot);
+        owned
     }
 
     /// The bytes, exclusively.
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: an owned copy has no reader and one owner, whom `&mut self` makes exclusive.
-        let slot = unsafe { &mut *self.copy.as_ref().slot.get() };
-        slot.as_mut().expect("invariant: an owned copy has its slot").as_mut_slice()
+        self.place().as_mut().expect("invariant: an owned copy has its slot").as_mut_slice()
     }
 
     /// The bytes.
     pub(crate) fn as_slice(&self) -> &[u8] {
-        // SAFETY: this is the owner.
-        let slot = unsafe { self.copy.as_ref().slot() };
-        slot.as_slice()
+        self.slot().as_slice()
     }
 
     /// Space taken, in bytes.
     pub(crate) fn footprint(&self) -> u64 {
-        // SAFETY: this is the owner.
-        let slot = unsafe { self.copy.as_ref().slot() };
-        slot.footprint()
+        self.slot().footprint()
     }
 
     /// The bytes as an old version with one reader: charged until that reader lets go, and never
     /// anybody's current copy.
     pub(crate) fn into_bytes(self, copies: &Copies) -> Bytes {
         let anchor = copies.anchor().clone();
+        self.descriptor().word.publish_detached();
         let copy = self.into_raw();
-        // SAFETY: descriptors live as long as the pool, which the anchor holds.
-        let descriptor = unsafe { copy.as_ref() };
-        descriptor.word.publish_detached();
         let guard = ReadGuard { copy, anchor };
         guard.anchor.add_held(guard.footprint());
         Bytes::from_owner(guard)
@@ -130,9 +149,8 @@ impl OwnedCopy {
 
 impl Drop for OwnedCopy {
     fn drop(&mut self) {
-        // SAFETY: an owned copy is exclusive; afterwards the descriptor is unused.
-        let slot = unsafe { &mut *self.copy.as_ref().slot.get() };
-        drop(slot.take());
+        // Afterwards the descriptor is unused.
+        drop(self.place().take());
         self.pool.put(self.copy);
     }
 }
@@ -174,7 +192,7 @@ impl CopyCell {
             };
             // SAFETY: the cell only ever names descriptors of `copies`, which never gives
             // their memory back while it lives, and the caller borrows it.
-            let descriptor = unsafe { copy.as_ref() };
+            let descriptor = unsafe { follow(copy) };
             match descriptor.word.try_acquire() {
                 Acquire::Held { first } => {
                     let guard = ReadGuard { copy, anchor: copies.anchor().clone() };
@@ -207,7 +225,7 @@ impl CopyCell {
     pub(crate) fn readers(&self) -> u64 {
         self.current().map_or(0, |copy| {
             // SAFETY: descriptors live as long as the pool, which the object's runtime holds.
-            unsafe { copy.as_ref() }.word.readers()
+            unsafe { follow(copy) }.word.readers()
         })
     }
 
@@ -216,7 +234,7 @@ impl CopyCell {
     pub(crate) fn publish(&self, copy: OwnedCopy, copies: &Copies) {
         let copy = copy.into_raw();
         // SAFETY: descriptors live as long as the pool, which the caller holds.
-        unsafe { copy.as_ref() }.word.publish();
+        unsafe { follow(copy) }.word.publish();
         let before = self.0.swap(copy.as_ptr(), Ordering::AcqRel);
         release_current(NonNull::new(before), copies);
     }
@@ -226,12 +244,13 @@ impl CopyCell {
     pub(crate) fn write_in_place(&self, write: impl FnOnce(&mut [u8])) -> bool {
         let Some(copy) = self.current() else { return false };
         // SAFETY: descriptors live as long as the pool, which the object's runtime holds.
-        let descriptor = unsafe { copy.as_ref() };
+        let descriptor = unsafe { follow(copy) };
         if !descriptor.word.try_lock() {
             return false;
         }
+        let place = descriptor.slot.get();
         // SAFETY: locked: no reader, and this thread is the one owner until `unlock`.
-        let slot = unsafe { &mut *descriptor.slot.get() };
+        let slot = unsafe { &mut *place };
         write(slot.as_mut().expect("invariant: a current copy has its slot").as_mut_slice());
         descriptor.word.unlock();
         true
@@ -241,7 +260,7 @@ impl CopyCell {
     pub(crate) fn take_idle(&self, copies: &Copies) -> Option<OwnedCopy> {
         let copy = self.current()?;
         // SAFETY: descriptors live as long as the pool, which the caller holds.
-        let descriptor = unsafe { copy.as_ref() };
+        let descriptor = unsafe { follow(copy) };
         if !descriptor.word.try_lock() {
             return None;
         }
@@ -266,7 +285,7 @@ impl CopyCell {
 fn release_current(copy: Option<NonNull<HostCopy>>, copies: &Copies) {
     let Some(copy) = copy else { return };
     // SAFETY: descriptors live as long as the pool, which the caller holds.
-    match unsafe { copy.as_ref() }.word.detach() {
+    match unsafe { follow(copy) }.word.detach() {
         Detach::Owned => drop(OwnedCopy { copy, pool: copies.pool().clone() }),
         Detach::Held => {}
     }
@@ -286,7 +305,7 @@ unsafe impl Sync for ReadGuard {}
 impl ReadGuard {
     fn footprint(&self) -> u64 {
         // SAFETY: the guard is a reader count, and the anchor keeps the descriptor alive.
-        let descriptor = unsafe { self.copy.as_ref() };
+        let descriptor = unsafe { follow(self.copy) };
         // SAFETY: as above.
         unsafe { descriptor.slot() }.footprint()
     }
@@ -300,7 +319,7 @@ impl ReadGuard {
 impl AsRef<[u8]> for ReadGuard {
     fn as_ref(&self) -> &[u8] {
         // SAFETY: the guard is a reader count, and the anchor keeps the descriptor alive.
-        let descriptor = unsafe { self.copy.as_ref() };
+        let descriptor = unsafe { follow(self.copy) };
         // SAFETY: as above.
         unsafe { descriptor.slot() }.as_slice()
     }
@@ -310,7 +329,7 @@ impl Drop for ReadGuard {
     fn drop(&mut self) {
         let footprint = self.footprint();
         // SAFETY: the anchor keeps the descriptor's memory alive, whoever owns it afterwards.
-        let released = unsafe { self.copy.as_ref() }.word.release();
+        let released = unsafe { follow(self.copy) }.word.release();
         match released {
             Release::Shared => {}
             Release::Idle => self.anchor.released(footprint),

@@ -71,7 +71,7 @@ impl HostArena {
     pub(crate) fn footprint(len: usize) -> u64 {
         match len {
             0 => 0,
-            ..=SMALL_MAX => slot_bytes(class_of(len)) as u64,
+            1..=SMALL_MAX => slot_bytes(class_of(len)) as u64,
             _ => (len as u64).div_ceil(PAGE_BYTES as u64).saturating_mul(PAGE_BYTES as u64),
         }
     }
@@ -84,7 +84,7 @@ impl HostArena {
     pub(crate) fn try_alloc(self: &Arc<Self>, len: usize, owner: u64) -> Result<HostSlot, NoRoom> {
         let (at, span, slot) = match len {
             0 => (0, NO_BYTES, 0),
-            ..=SMALL_MAX => {
+            1..=SMALL_MAX => {
                 let place = self.spans[class_of(len)].take(&self.pages, owner);
                 let place = place.ok_or_else(|| self.no_room(len))?;
                 (place.at, place.span, place.slot)
