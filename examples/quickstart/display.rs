@@ -33,7 +33,11 @@ pub(crate) fn say(line: &str) {
 
 impl Display {
     /// Shows until the task is aborted.
-    pub(crate) fn start(vmem: VirtualMemory, tally: Arc<Tally>, moves: Arc<Moves>) -> JoinHandle<()> {
+    pub(crate) fn start(
+        vmem: VirtualMemory,
+        tally: Arc<Tally>,
+        moves: Arc<Moves>,
+    ) -> JoinHandle<()> {
         let display = Display { vmem, tally, moves, last: None };
         if std::io::stdout().is_terminal() {
             tokio::spawn(display.bars())

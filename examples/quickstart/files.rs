@@ -32,7 +32,8 @@ pub(crate) fn find(dir: &Path, max: u64) -> anyhow::Result<Found> {
     let mut found = Found::default();
     for entry in WalkDir::new(dir).same_file_system(true).sort_by_file_name() {
         let seen = entry.and_then(|entry| {
-            let len = if entry.file_type().is_file() { Some(entry.metadata()?.len()) } else { None };
+            let len =
+                if entry.file_type().is_file() { Some(entry.metadata()?.len()) } else { None };
             Ok((entry.into_path(), len))
         });
         match seen {

@@ -20,10 +20,12 @@ mod work;
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use bytesize::ByteSize;
 use clap::Parser;
+use vmem::VirtualMemory;
 
 use crate::display::{Display, say};
 use crate::files::Found;
@@ -32,6 +34,9 @@ use crate::options::Options;
 use crate::summary::End;
 use crate::tally::{Goal, Tally};
 use crate::work::Work;
+
+/// How often to look whether the store is empty at the end, 50 ms apart.
+const EMPTY_TRIES: u32 = 100;
 
 fn main() -> ExitCode {
     let outcome = prepare(Options::parse());
@@ -72,11 +77,14 @@ async fn run(options: &Options, found: Found) -> anyhow::Result<ExitCode> {
     tally.end(&stats);
     display.abort();
     drop(display.await);
+    drop(work);
+    if !is_empty_soon(&vmem).await {
+        tally.failed.push(format!("bytes are left that no handle owns: {:?}", vmem.stats()));
+    }
     if let Err(error) = vmem.close().await {
         tally.failed.push(format!("closing the store: {error}"));
     }
-    // It ends with the store, after the last event.
-    listener.await?;
+    listener.abort();
 
     summary::print(&tally, &moves, &stats);
     Ok(summary::conclude(&tally, &found, &stats, end))
@@ -97,4 +105,17 @@ async fn phases(work: &Work, options: &Options, found: &Found) {
 
     begin("sweep", Goal::Bytes(work.tally.bytes_stored.get()));
     work.sweep(&stored).await;
+}
+
+/// Whether every tier is empty, now that all handles are gone. What the cancelled tasks were
+/// comparing when Ctrl-C came goes with their threads, a moment later.
+async fn is_empty_soon(vmem: &VirtualMemory) -> bool {
+    for _ in 0..EMPTY_TRIES {
+        let stats = vmem.stats();
+        if stats.host.used_bytes == 0 && stats.disk.used_bytes == 0 {
+            return true;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    false
 }

@@ -40,7 +40,8 @@ impl Moves {
             let mut events = std::pin::pin!(events);
             while let Some(event) = events.next().await {
                 ours.missed.add(event.missed);
-                let counter = if event.to.is_faster_than(event.from) { &ours.up } else { &ours.down };
+                let counter =
+                    if event.to.is_faster_than(event.from) { &ours.up } else { &ours.down };
                 counter.add(1);
                 let mut by_kind = lock(&ours.by_kind);
                 let sum = by_kind.entry((event.cause, event.from, event.to)).or_default();
@@ -54,7 +55,8 @@ impl Moves {
 
     /// The kinds that occurred, the most frequent first.
     pub(crate) fn by_kind(&self) -> Vec<(Kind, Sum)> {
-        let mut kinds: Vec<_> = lock(&self.by_kind).iter().map(|(kind, sum)| (*kind, *sum)).collect();
+        let mut kinds: Vec<_> =
+            lock(&self.by_kind).iter().map(|(kind, sum)| (*kind, *sum)).collect();
         kinds.sort_by_key(|((cause, ..), sum)| (std::cmp::Reverse(sum.count), cause.to_string()));
         kinds
     }

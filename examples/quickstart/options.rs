@@ -68,7 +68,10 @@ impl Options {
     }
 
     /// The store's configuration for files of this many bytes in all.
-    pub(crate) fn config(&self, file_bytes: u64) -> Result<VirtualMemoryConfig, VirtualMemoryError> {
+    pub(crate) fn config(
+        &self,
+        file_bytes: u64,
+    ) -> Result<VirtualMemoryConfig, VirtualMemoryError> {
         // Small files are rounded up to blocks, and a file that is being written has its old and
         // its new blocks for a moment.
         let disk = self.disk.map_or(file_bytes + file_bytes / 4 + (64 << 20), |size| size.0);

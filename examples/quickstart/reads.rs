@@ -40,22 +40,24 @@ impl Work {
 
     async fn read_somehow(&self, ranked: &[Arc<Stored>], rank: usize, rng: &mut SmallRng) {
         let stored = &ranked[rank];
-        let start = rng.random_range(0..=stored.handle.len());
-        let end = stored.handle.len().min(start + rng.random_range(0..=PART_BYTES));
+        let len = stored.handle.len();
+        let start = rng.random_range(0..=len);
+        let end = len.min(start + rng.random_range(0..=PART_BYTES));
+        let fits_host = len as u64 <= self.vmem.stats().host.capacity_bytes;
         match rng.random_range(0..100) {
-            0..60 => self.read_whole(stored).await,
-            60..80 => {
+            0..65 if fits_host => self.read_whole(stored).await,
+            65..85 => {
                 self.tally.range_reads.add(1);
                 let read = self.vmem.read_at(&stored.handle, start..end).await;
                 self.judge(stored, start, read).await;
             }
-            80..95 => drop(self.read_into(stored, start, vec![0; end - start]).await),
-            _ => {
+            95.. => {
                 // Perhaps somebody wants the next one soon: bring it up, and do not wait for it.
                 let next = &ranked[(rank + 1) % ranked.len()];
                 self.tally.prefetches.add(1);
                 self.vmem.prefetch(&next.handle, MemoryTier::Host).detach();
             }
+            _ => drop(self.read_into(stored, start, vec![0; end - start]).await),
         }
     }
 

@@ -31,7 +31,10 @@ pub(crate) fn print(tally: &Tally, moves: &Moves, stats: &VirtualMemoryStats) {
     }
     let (whole, ranges) = (tally.whole_reads.get(), tally.range_reads.get());
     let (into, prefetches) = (tally.reads_into.get(), tally.prefetches.get());
-    row("calls", format!("{whole} read, {ranges} read_at, {into} read_into, {prefetches} prefetch"));
+    row(
+        "calls",
+        format!("{whole} read, {ranges} read_at, {into} read_into, {prefetches} prefetch"),
+    );
     row("host", peak(&stats.host));
     row("disk", peak(&stats.disk));
     let (down, up) = (ByteSize(stats.host_to_disk_bytes), ByteSize(stats.disk_to_host_bytes));
@@ -41,9 +44,13 @@ pub(crate) fn print(tally: &Tally, moves: &Moves, stats: &VirtualMemoryStats) {
     row("evicted", format!("{evictions}, of them {clean} with nothing to write"));
     row("promoted", promotions.to_string());
     for ((cause, from, to), sum) in moves.by_kind() {
-        let failed = if sum.failed == 0 { String::new() } else { format!(", {} failed", sum.failed) };
+        let failed =
+            if sum.failed == 0 { String::new() } else { format!(", {} failed", sum.failed) };
         let why = format!("{from} to {to}, {cause}");
-        row("moves", format!("{why:26} {:>8} {:>11}{failed}", sum.count, ByteSize(sum.bytes).to_string()));
+        row(
+            "moves",
+            format!("{why:26} {:>8} {:>11}{failed}", sum.count, ByteSize(sum.bytes).to_string()),
+        );
     }
     if moves.missed.get() > 0 {
         row("", format!("and {} that came too fast to be listed", moves.missed.get()));

@@ -88,7 +88,9 @@ impl Tally {
 
     /// Ends the phase that runs, if any.
     pub(crate) fn end(&self, stats: &VirtualMemoryStats) {
-        let Some(mut phase) = self.current(stats).filter(|phase| phase.took.is_none()) else { return };
+        let Some(mut phase) = self.current(stats).filter(|phase| phase.took.is_none()) else {
+            return;
+        };
         phase.took = Some(phase.began.elapsed());
         let mut phases = lock(&self.phases);
         phases.pop();
