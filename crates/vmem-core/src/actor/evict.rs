@@ -167,7 +167,7 @@ impl Evictor {
                 None => match self.pick(shared, spare_hot) {
                     Some(id) => id,
                     None => {
-                        round = self.found_nothing(shared);
+                        round = self.found_nothing(shared, wanted);
                         break;
                     }
                 },
@@ -228,8 +228,12 @@ impl Evictor {
     }
 
     /// Whether a look that found nothing was a look at everything.
-    fn found_nothing(&self, shared: &Shared) -> Round {
-        let all = shared.policy.lock().len() + STEPS_MAX;
+    fn found_nothing(&self, shared: &Shared, wanted: &Wanted) -> Round {
+        let mut all = shared.policy.lock().len() + STEPS_MAX;
+        if !wanted.any() {
+            // Nobody waits: the rest can be looked at when somebody does.
+            all = all.min(TRIES_MAX);
+        }
         if self.fruitless > all { Round::Nothing } else { Round::Bounded }
     }
 
