@@ -1,0 +1,108 @@
+//! Checks of operations that end otherwise than by being awaited.
+//!
+//! Invariant: whatever becomes of a future or of the tier, the space comes back. Called by the
+//! suite.
+
+use futures::future::join_all;
+use rand::Rng;
+use vmem_core::backend::{CHUNK_BYTES, DiskBackend, DiskError, IoBuf};
+
+use super::tools::{empty, fetch, reserve, store, verify};
+use crate::conformance::{POISON, assert_ok, assert_same, settle, within};
+use crate::{Pattern, Seed, poll_then_drop};
+
+/// Futures dropped after any number of polls: the tier stays usable, all space comes back, and no
+/// late write damages who has the space next.
+pub async fn dropped_futures(seed: Seed, disk: &dyn DiskBackend) {
+    let mut rng = seed.fork("dropped futures").rng();
+    let kept = store(disk, &[Pattern::new(seed.value(), 0).bytes(0, CHUNK_BYTES)]).await;
+    let used = disk.usage().used_bytes;
+    for n in 1..64 {
+        let polls = rng.random_range(0..5);
+        let count = rng.random_range(1..8);
+        let lens: Vec<u32> = (0..count)
+            .map(|_| rng.random_range(0..=CHUNK_BYTES as u32))
+            .collect();
+        let lost = Pattern::new(seed.value(), 1_000_000 + n);
+        let pieces = reserve(disk, &lens).into_iter();
+        let pieces = pieces.map(|extent| {
+            let data = lost.bytes(0, extent.len() as usize);
+            (extent, data)
+        });
+        let writing = disk.write(pieces.collect());
+        drop(poll_then_drop(writing, polls).await);
+        let size = rng.random_range(1..=CHUNK_BYTES);
+        let next = store(disk, &[Pattern::new(seed.value(), n).bytes(0, size)]).await;
+        drop(disk.read(next.clone(), IoBuf::from_vec(vec![POISON; size])));
+        let reading = disk.read(next.clone(), IoBuf::from_vec(vec![POISON; size]));
+        drop(poll_then_drop(reading, polls).await);
+        verify(seed, disk, &next, &[(n, size)]).await;
+        drop(next);
+        verify(seed, disk, &kept, &[(0, CHUNK_BYTES)]).await;
+    }
+    let what = "the space of dropped futures comes back";
+    settle(what, async || disk.usage().used_bytes == used).await;
+    drop(kept);
+    empty(disk, "dropped futures").await;
+}
+
+/// After `close` everything is `Closed`, and extents may still be dropped.
+pub async fn closes(seed: Seed, disk: &dyn DiskBackend) {
+    let data = Pattern::new(seed.value(), 0).bytes(0, 5000);
+    let written = store(disk, &[data.clone()]).await;
+    let reserved = reserve(disk, &[5000]);
+    assert_ok("close", within("close", disk.close()).await);
+    let late = disk.reserve(&[1]);
+    assert!(
+        matches!(late, Err(DiskError::Closed)),
+        "reserve after close: {late:?}"
+    );
+    let pieces = reserved
+        .into_iter()
+        .map(|extent| (extent, data.clone()))
+        .collect();
+    let late = within("a write after close", disk.write(pieces)).await;
+    assert!(
+        matches!(late, Err(DiskError::Closed)),
+        "write after close: {late:?}"
+    );
+    let (buf, late) = fetch(disk, &written, 5000).await;
+    assert!(
+        matches!(late, Err(DiskError::Closed)),
+        "read after close: {late:?}"
+    );
+    assert_eq!(buf.len(), 5001, "another buffer came back");
+    let _ok_or_closed = within("a second close", disk.close()).await;
+    drop(written);
+    empty(disk, "a closed tier").await;
+}
+
+/// `close` with operations in flight: each ends, well or as `Closed`, and gives its space back.
+pub async fn closes_in_flight(seed: Seed, disk: &dyn DiskBackend) {
+    let data = Pattern::new(seed.value(), 0).bytes(0, CHUNK_BYTES);
+    let written = store(disk, &[data.clone()]).await;
+    let lens = vec![CHUNK_BYTES as u32; 4];
+    let writes: Vec<_> = (0..8)
+        .map(|_| {
+            let pieces = reserve(disk, &lens).into_iter();
+            disk.write(pieces.map(|extent| (extent, data.clone())).collect())
+        })
+        .collect();
+    let read = disk.read(written.clone(), IoBuf::from_vec(vec![POISON; CHUNK_BYTES]));
+    let closing = disk.close();
+    let (writes, (buf, read), closed) = within("a close with calls in flight", async {
+        futures::join!(join_all(writes), read, closing)
+    })
+    .await;
+    assert_ok("close", closed);
+    for result in writes {
+        let ends = matches!(result, Ok(_) | Err(DiskError::Closed));
+        assert!(ends, "a write during close: {result:?}");
+    }
+    match read {
+        Ok(()) => assert_same("a read during close", &buf, &data),
+        Err(error) => assert!(matches!(error, DiskError::Closed), "a read: {error:?}"),
+    }
+    drop(written);
+    empty(disk, "a tier closed in flight").await;
+}
