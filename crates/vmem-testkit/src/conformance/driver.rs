@@ -5,7 +5,6 @@
 //! with drivers over new, empty files.
 
 use std::io;
-use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::future::join_all;
@@ -14,7 +13,8 @@ use vmem_core::backend::IoBuf;
 use vmem_io::driver::{Driver, ReadPiece, WriteRun};
 
 use super::{
-    ODD_SIZES, POISON, aligned_buf, aligned_bytes, assert_ok, assert_same, settle, within,
+    IntoDriver, ODD_SIZES, POISON, aligned_buf, aligned_bytes, assert_ok, assert_same, settle,
+    watched_bytes, within,
 };
 use crate::{Pattern, Seed, poll_then_drop};
 
@@ -23,7 +23,8 @@ use crate::{Pattern, Seed, poll_then_drop};
 /// # Panics
 ///
 /// With the check and what was wrong.
-pub async fn all(seed: Seed, make: impl AsyncFn() -> Arc<dyn Driver>) {
+pub async fn all<D: IntoDriver>(seed: Seed, make: impl AsyncFn() -> D) {
+    let make = async || make().await.into_driver();
     round_trips(seed, &*make().await).await;
     unaligned(seed, &*make().await).await;
     many_pieces(seed, &*make().await).await;
@@ -171,7 +172,6 @@ pub async fn bad_input(driver: &dyn Driver) {
         offset: 0,
         range: 0..4 * block,
     };
-    #[expect(clippy::reversed_empty_ranges, reason = "a bad input")]
     let reversed = ReadPiece {
         offset: 0,
         range: block..0,
@@ -237,17 +237,17 @@ pub async fn buffers_come_back(seed: Seed, driver: &dyn Driver) {
     let block = block(driver);
     let data = Pattern::new(seed.value(), 1).bytes(0, block);
     for dropped in [false, true] {
-        let memory = aligned_bytes(&data, block);
+        let (memory, watch) = watched_bytes(&data, block);
         let writing = driver.write(vec![WriteRun {
             offset: 0,
-            parts: vec![memory.clone()],
+            parts: vec![memory],
         }]);
         match dropped {
             true => drop(writing),
             false => assert_ok("a write", within("a write", writing).await),
         }
         settle("the memory of a write is let go", async || {
-            memory.is_unique()
+            watch.strong_count() == 0
         })
         .await;
     }
@@ -291,14 +291,14 @@ async fn mixture(seed: Seed, driver: &dyn Driver, base: u64, len: usize) {
 pub async fn closes(seed: Seed, driver: &dyn Driver) {
     let block = block(driver);
     let data = Pattern::new(seed.value(), 1).bytes(0, 16 * block);
-    let memory = aligned_bytes(&data, block);
+    let (memory, watch) = watched_bytes(&data, block);
     let writing = driver.write(vec![WriteRun {
         offset: 0,
-        parts: vec![memory.clone()],
+        parts: vec![memory],
     }]);
     assert_ok("close", within("close", driver.close()).await);
     assert!(
-        memory.is_unique(),
+        watch.strong_count() == 0,
         "close did not wait for a write that was in flight"
     );
     assert_ok(

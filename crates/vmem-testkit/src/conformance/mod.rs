@@ -8,11 +8,13 @@ pub mod disk;
 pub mod driver;
 
 use std::future::Future;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::{Instant, sleep, timeout};
-use vmem_core::backend::IoBuf;
+use vmem_core::backend::{DiskBackend, IoBuf};
+use vmem_io::driver::Driver;
 
 /// How long, on tokio's clock, one step may take before it counts as hung.
 pub const STEP_LIMIT: Duration = Duration::from_secs(120);
@@ -24,6 +26,42 @@ pub const ODD_SIZES: [usize; 12] = [
 
 /// What buffers hold before a read, so that bytes that were not written show.
 const POISON: u8 = 0xa5;
+
+/// A driver as a factory gives it to the suite: of a known type, or behind the trait.
+pub trait IntoDriver {
+    /// The driver behind the trait.
+    fn into_driver(self) -> Arc<dyn Driver>;
+}
+
+impl<D: Driver> IntoDriver for Arc<D> {
+    fn into_driver(self) -> Arc<dyn Driver> {
+        self
+    }
+}
+
+impl IntoDriver for Arc<dyn Driver> {
+    fn into_driver(self) -> Arc<dyn Driver> {
+        self
+    }
+}
+
+/// A disk tier as a factory gives it to the suite: of a known type, or behind the trait.
+pub trait IntoDisk {
+    /// The disk tier behind the trait.
+    fn into_disk(self) -> Arc<dyn DiskBackend>;
+}
+
+impl<D: DiskBackend> IntoDisk for Arc<D> {
+    fn into_disk(self) -> Arc<dyn DiskBackend> {
+        self
+    }
+}
+
+impl IntoDisk for Arc<dyn DiskBackend> {
+    fn into_disk(self) -> Arc<dyn DiskBackend> {
+        self
+    }
+}
 
 /// Runs one step; a hang is a failure and no endless test.
 pub(crate) async fn within<F: Future>(what: &str, step: F) -> F::Output {
@@ -56,16 +94,30 @@ pub(crate) fn aligned_buf(len: usize, align: usize) -> (IoBuf, usize) {
 
 /// A copy of `bytes` that begins at a multiple of `align` in memory.
 pub(crate) fn aligned_bytes(bytes: &[u8], align: usize) -> Bytes {
-    let (mut buf, start) = aligned_buf(bytes.len(), align);
-    buf[start..start + bytes.len()].copy_from_slice(bytes);
-    Bytes::from_owner(Owner(buf)).slice(start..start + bytes.len())
+    watched_bytes(bytes, align).0
 }
 
-struct Owner(IoBuf);
+/// As [`aligned_bytes`]; nothing is left of the `Weak` once all clones were dropped.
+pub(crate) fn watched_bytes(bytes: &[u8], align: usize) -> (Bytes, Weak<()>) {
+    let (mut buf, start) = aligned_buf(bytes.len(), align);
+    buf[start..start + bytes.len()].copy_from_slice(bytes);
+    let life = Arc::new(());
+    let watch = Arc::downgrade(&life);
+    let owner = Owner { buf, _life: life };
+    (
+        Bytes::from_owner(owner).slice(start..start + bytes.len()),
+        watch,
+    )
+}
+
+struct Owner {
+    buf: IoBuf,
+    _life: Arc<()>,
+}
 
 impl AsRef<[u8]> for Owner {
     fn as_ref(&self) -> &[u8] {
-        &self.0
+        &self.buf
     }
 }
 

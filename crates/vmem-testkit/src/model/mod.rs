@@ -1,9 +1,9 @@
 //! What a correct store may answer.
 //!
 //! Invariant: the model never accuses a store that is linearisable (each call takes effect at one
-//! moment between its start and its end), and accuses every read of bytes that no order of the
-//! calls explains: wrong, stale or torn ones, and ones older than an earlier read saw. Called by
-//! tests, from any number of tasks.
+//! moment between its start and its end). It accuses reads of bytes that no order of the calls
+//! explains: wrong, stale or torn ones, and ones older than an earlier read saw. Called by tests,
+//! from any number of tasks.
 //!
 //! Bracket every call: `begin_..` before the call of the runtime, the token's method right after it
 //! returned. A token that is dropped says that the future was dropped, and leaves the write

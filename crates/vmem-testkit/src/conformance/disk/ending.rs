@@ -3,6 +3,8 @@
 //! Invariant: whatever becomes of a future or of the tier, the space comes back. Called by the
 //! suite.
 
+use std::slice;
+
 use futures::future::join_all;
 use rand::Rng;
 use vmem_core::backend::{CHUNK_BYTES, DiskBackend, DiskError, IoBuf};
@@ -49,7 +51,7 @@ pub async fn dropped_futures(seed: Seed, disk: &dyn DiskBackend) {
 /// After `close` everything is `Closed`, and extents may still be dropped.
 pub async fn closes(seed: Seed, disk: &dyn DiskBackend) {
     let data = Pattern::new(seed.value(), 0).bytes(0, 5000);
-    let written = store(disk, &[data.clone()]).await;
+    let written = store(disk, slice::from_ref(&data)).await;
     let reserved = reserve(disk, &[5000]);
     assert_ok("close", within("close", disk.close()).await);
     let late = disk.reserve(&[1]);
@@ -80,7 +82,7 @@ pub async fn closes(seed: Seed, disk: &dyn DiskBackend) {
 /// `close` with operations in flight: each ends, well or as `Closed`, and gives its space back.
 pub async fn closes_in_flight(seed: Seed, disk: &dyn DiskBackend) {
     let data = Pattern::new(seed.value(), 0).bytes(0, CHUNK_BYTES);
-    let written = store(disk, &[data.clone()]).await;
+    let written = store(disk, slice::from_ref(&data)).await;
     let lens = vec![CHUNK_BYTES as u32; 4];
     let writes: Vec<_> = (0..8)
         .map(|_| {

@@ -8,6 +8,7 @@ mod ending;
 mod space;
 mod tools;
 
+use std::slice;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -15,7 +16,7 @@ use futures::future::join_all;
 use rand::Rng;
 use vmem_core::backend::{CHUNK_BYTES, DiskBackend, DiskError, Extent, IoBuf};
 
-use super::{ODD_SIZES, POISON, assert_ok, assert_same, within};
+use super::{IntoDisk, ODD_SIZES, POISON, assert_ok, assert_same, within};
 use crate::{Pattern, Seed};
 use tools::{Space, empty, fetch, reserve, store, verify, write};
 
@@ -31,7 +32,8 @@ pub const LEAST_CAPACITY: u64 = 4 * 1024 * 1024;
 /// # Panics
 ///
 /// With the check and what was wrong.
-pub async fn all(seed: Seed, make: impl AsyncFn() -> Arc<dyn DiskBackend>) {
+pub async fn all<D: IntoDisk>(seed: Seed, make: impl AsyncFn() -> D) {
+    let make = async || make().await.into_disk();
     footprints(&*make().await);
     round_trips(seed, &*make().await).await;
     many_chunks(seed, &*make().await).await;
@@ -83,7 +85,7 @@ pub async fn many_chunks(seed: Seed, disk: &dyn DiskBackend) {
     names.reverse();
     verify(seed, disk, &extents, &names).await;
     // Every third chunk goes; what comes next has to use the gaps and the rest.
-    let gone = |n: usize| n % 3 == 0;
+    let gone = |n: usize| n.is_multiple_of(3);
     let kept = extents
         .into_iter()
         .zip(names)
@@ -162,7 +164,7 @@ async fn mixture(seed: Seed, disk: Arc<dyn DiskBackend>, space: Arc<Space>) {
         );
         if rng.random_bool(0.4) && !held.is_empty() {
             let (extent, name) = held.swap_remove(rng.random_range(0..held.len()));
-            verify(seed, &*disk, &[extent.clone()], &[name]).await;
+            verify(seed, &*disk, slice::from_ref(&extent), &[name]).await;
             space.leave(&extent);
             continue;
         }
