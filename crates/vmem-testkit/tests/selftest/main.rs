@@ -5,6 +5,7 @@ mod decorators;
 mod disk_suite;
 mod driver_suite;
 mod faults;
+mod histories;
 mod linearisable;
 mod modelling;
 mod replay;

@@ -7,9 +7,9 @@ use std::slice;
 
 use futures::future::join_all;
 use rand::Rng;
-use vmem_core::backend::{CHUNK_BYTES, DiskBackend, DiskError, IoBuf};
+use vmem_core::backend::{CHUNK_BYTES, DiskBackend, DiskError, Extent, IoBuf};
 
-use super::tools::{empty, fetch, reserve, store, verify};
+use super::tools::{empty, fetch, reserve, store, verify, write};
 use crate::conformance::{POISON, assert_ok, assert_same, settle, within};
 use crate::{Pattern, Seed, poll_then_drop};
 
@@ -19,14 +19,14 @@ pub async fn dropped_futures(seed: Seed, disk: &dyn DiskBackend) {
     let mut rng = seed.fork("dropped futures").rng();
     let kept = store(disk, &[Pattern::new(seed.value(), 0).bytes(0, CHUNK_BYTES)]).await;
     let used = disk.usage().used_bytes;
-    for n in 1..64 {
+    for n in 1..256 {
         let polls = rng.random_range(0..5);
         let count = rng.random_range(1..8);
         let lens: Vec<u32> = (0..count)
             .map(|_| rng.random_range(0..=CHUNK_BYTES as u32))
             .collect();
         let lost = Pattern::new(seed.value(), 1_000_000 + n);
-        let pieces = reserve(disk, &lens).into_iter();
+        let pieces = reserve_in_time(disk, &lens).await.into_iter();
         let pieces = pieces.map(|extent| {
             let data = lost.bytes(0, extent.len() as usize);
             (extent, data)
@@ -34,7 +34,9 @@ pub async fn dropped_futures(seed: Seed, disk: &dyn DiskBackend) {
         let writing = disk.write(pieces.collect());
         drop(poll_then_drop(writing, polls).await);
         let size = rng.random_range(1..=CHUNK_BYTES);
-        let next = store(disk, &[Pattern::new(seed.value(), n).bytes(0, size)]).await;
+        let data = Pattern::new(seed.value(), n).bytes(0, size);
+        let extents = reserve_in_time(disk, &[size as u32]).await;
+        let next = write(disk, extents, &[data]).await;
         drop(disk.read(next.clone(), IoBuf::from_vec(vec![POISON; size])));
         let reading = disk.read(next.clone(), IoBuf::from_vec(vec![POISON; size]));
         drop(poll_then_drop(reading, polls).await);
@@ -42,10 +44,26 @@ pub async fn dropped_futures(seed: Seed, disk: &dyn DiskBackend) {
         drop(next);
         verify(seed, disk, &kept, &[(0, CHUNK_BYTES)]).await;
     }
-    let what = "the space of dropped futures comes back";
-    settle(what, async || disk.usage().used_bytes == used).await;
+    settle(SPACE_COMES_BACK, async || disk.usage().used_bytes == used).await;
     drop(kept);
     empty(disk, "dropped futures").await;
+}
+
+const SPACE_COMES_BACK: &str = "the space of dropped futures comes back";
+
+/// What dropped futures left in flight may fill the tier for a while.
+async fn reserve_in_time(disk: &dyn DiskBackend, lens: &[u32]) -> Vec<Extent> {
+    let mut extents = Vec::new();
+    settle(SPACE_COMES_BACK, async || match disk.reserve(lens) {
+        Ok(reserved) => {
+            extents = reserved;
+            true
+        }
+        Err(DiskError::Full { .. }) => false,
+        Err(error) => panic!("chunks of {lens:?} bytes: {error:?}"),
+    })
+    .await;
+    extents
 }
 
 /// After `close` everything is `Closed`, and extents may still be dropped.
