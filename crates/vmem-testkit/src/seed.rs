@@ -79,10 +79,7 @@ impl Seed {
     /// Prints the seed and how to replay if the thread panics while the guard lives.
     #[must_use = "the guard speaks when it is dropped by a panic"]
     pub fn guard(self, name: &str) -> SeedGuard {
-        SeedGuard {
-            seed: self,
-            name: name.to_owned(),
-        }
+        SeedGuard { seed: self, name: name.to_owned() }
     }
 
     /// Runs a test named `name` with the seed of the environment, or one fixed by the name.
@@ -174,9 +171,6 @@ mod tests {
     #[test]
     fn the_message_names_what_replays() {
         let message = Seed::new(42).guard("some_test").message();
-        assert!(
-            message.contains("VMEM_SEED=42 cargo test some_test"),
-            "{message}"
-        );
+        assert!(message.contains("VMEM_SEED=42 cargo test some_test"), "{message}");
     }
 }

@@ -20,9 +20,8 @@ use vmem_io::driver::Driver;
 pub const STEP_LIMIT: Duration = Duration::from_secs(120);
 
 /// Payload lengths around every boundary that matters, in bytes.
-pub const ODD_SIZES: [usize; 12] = [
-    0, 1, 7, 511, 512, 513, 4095, 4096, 4097, 65_535, 65_536, 30_000,
-];
+pub const ODD_SIZES: [usize; 12] =
+    [0, 1, 7, 511, 512, 513, 4095, 4096, 4097, 65_535, 65_536, 30_000];
 
 /// What buffers hold before a read, so that bytes that were not written show.
 const POISON: u8 = 0xa5;
@@ -75,10 +74,7 @@ pub(crate) async fn within<F: Future>(what: &str, step: F) -> F::Output {
 pub async fn settle(what: &str, mut settled: impl AsyncFnMut() -> bool) {
     let start = Instant::now();
     while !settled().await {
-        assert!(
-            start.elapsed() < STEP_LIMIT,
-            "{what}: not so after {STEP_LIMIT:?}"
-        );
+        assert!(start.elapsed() < STEP_LIMIT, "{what}: not so after {STEP_LIMIT:?}");
         sleep(Duration::from_millis(1)).await;
     }
 }
@@ -104,10 +100,7 @@ pub(crate) fn watched_bytes(bytes: &[u8], align: usize) -> (Bytes, Weak<()>) {
     let life = Arc::new(());
     let watch = Arc::downgrade(&life);
     let owner = Owner { buf, _life: life };
-    (
-        Bytes::from_owner(owner).slice(start..start + bytes.len()),
-        watch,
-    )
+    (Bytes::from_owner(owner).slice(start..start + bytes.len()), watch)
 }
 
 struct Owner {
@@ -124,11 +117,7 @@ impl AsRef<[u8]> for Owner {
 /// Fails with the first byte that differs, rather than with two dumps.
 #[track_caller]
 pub(crate) fn assert_same(what: &str, actual: &[u8], expected: &[u8]) {
-    assert_eq!(
-        actual.len(),
-        expected.len(),
-        "{what}: another number of bytes"
-    );
+    assert_eq!(actual.len(), expected.len(), "{what}: another number of bytes");
     let differs = actual.iter().zip(expected).position(|(a, b)| a != b);
     if let Some(at) = differs {
         let (actual, expected) = (actual[at], expected[at]);

@@ -1,7 +1,8 @@
 //! Completions that wait for the test.
 //!
 //! Invariant: what is held at the gate has ended in the driver below and is unknown to the caller,
-//! with its buffers still owned here. Called by tests of ownership and of what may happen meanwhile.
+//! with its buffers still owned here. Called by tests of ownership and of what may happen
+//! meanwhile.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

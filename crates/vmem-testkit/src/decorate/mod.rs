@@ -22,7 +22,7 @@ use futures::future::BoxFuture;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use vmem_core::backend::IoBuf;
-use vmem_io::driver::{Driver, ReadPiece, WriteRun};
+use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun};
 
 pub use delay::{Delay, DelayDriver};
 pub use gate::{Gate, GateDriver};
@@ -46,13 +46,8 @@ pub enum OpKind {
 
 impl OpKind {
     /// All of them.
-    pub const ALL: [OpKind; 5] = [
-        OpKind::Read,
-        OpKind::Write,
-        OpKind::Punch,
-        OpKind::Sync,
-        OpKind::Close,
-    ];
+    pub const ALL: [OpKind; 5] =
+        [OpKind::Read, OpKind::Write, OpKind::Punch, OpKind::Sync, OpKind::Close];
 }
 
 /// A range of the file that a call touches, in bytes.
@@ -88,11 +83,7 @@ pub struct Around<H> {
 impl<H: Hook> Around<H> {
     /// Puts `hook` around `inner`.
     pub fn with_hook(inner: Arc<dyn Driver>, hook: H) -> Arc<Self> {
-        Arc::new(Around {
-            inner,
-            hook,
-            flight: Arc::default(),
-        })
+        Arc::new(Around { inner, hook, flight: Arc::default() })
     }
 
     /// Runs an operation that has started already; `owns` lives until its completion.
@@ -153,29 +144,31 @@ impl<H: Hook> Driver for Around<H> {
         &self,
         buf: IoBuf,
         pieces: Vec<ReadPiece>,
-    ) -> BoxFuture<'static, (IoBuf, io::Result<()>)> {
+        keep: Keep,
+    ) -> BoxFuture<'static, (IoBuf, Keep, io::Result<()>)> {
         let after = self.hook.start(OpKind::Read, &read_spans(&pieces));
-        self.run(
-            after,
-            self.inner.read(buf, pieces),
-            |(_, result)| result.is_ok(),
-            (),
-        )
+        let reading = self.inner.read(buf, pieces, keep);
+        self.run(after, reading, |(_, _, result)| result.is_ok(), ())
     }
 
-    fn write(&self, runs: Vec<WriteRun>) -> BoxFuture<'static, io::Result<()>> {
+    fn write(&self, runs: Vec<WriteRun>, keep: Keep) -> BoxFuture<'static, (Keep, io::Result<()>)> {
         let after = self.hook.start(OpKind::Write, &write_spans(&runs));
         let owns: Vec<Bytes> = runs.iter().flat_map(|run| run.parts.clone()).collect();
-        self.run(after, self.inner.write(runs), Result::is_ok, owns)
+        let writing = self.inner.write(runs, keep);
+        self.run(after, writing, |(_, result)| result.is_ok(), owns)
     }
 
-    fn punch(&self, ranges: Vec<Range<u64>>) -> BoxFuture<'static, io::Result<()>> {
-        let spans = ranges.iter().map(|range| Span {
-            offset: range.start,
-            len: range.end.saturating_sub(range.start),
-        });
+    fn punch(
+        &self,
+        ranges: Vec<Range<u64>>,
+        keep: Keep,
+    ) -> BoxFuture<'static, (Keep, io::Result<()>)> {
+        let spans = ranges
+            .iter()
+            .map(|range| Span { offset: range.start, len: range.end.saturating_sub(range.start) });
         let after = self.hook.start(OpKind::Punch, &spans.collect::<Vec<_>>());
-        self.run(after, self.inner.punch(ranges), Result::is_ok, ())
+        let punching = self.inner.punch(ranges, keep);
+        self.run(after, punching, |(_, result)| result.is_ok(), ())
     }
 
     fn sync(&self) -> BoxFuture<'static, io::Result<()>> {
@@ -192,6 +185,10 @@ impl<H: Hook> Driver for Around<H> {
             after(result.is_ok()).await;
             result
         })
+    }
+
+    fn buffers_writes(&self) -> bool {
+        self.inner.buffers_writes()
     }
 
     fn block_bytes(&self) -> u32 {
@@ -221,17 +218,11 @@ pub(crate) fn owned<T: Send + 'static>(
 }
 
 fn read_spans(pieces: &[ReadPiece]) -> Vec<Span> {
-    let span = |piece: &ReadPiece| Span {
-        offset: piece.offset,
-        len: piece.range.len() as u64,
-    };
+    let span = |piece: &ReadPiece| Span { offset: piece.offset, len: piece.range.len() as u64 };
     pieces.iter().map(span).collect()
 }
 
 fn write_spans(runs: &[WriteRun]) -> Vec<Span> {
-    let span = |run: &WriteRun| Span {
-        offset: run.offset,
-        len: run.parts.iter().map(|part| part.len() as u64).sum(),
-    };
+    let span = |run: &WriteRun| Span { offset: run.offset, len: run.len() };
     runs.iter().map(span).collect()
 }

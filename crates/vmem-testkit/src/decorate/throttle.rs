@@ -31,10 +31,7 @@ struct Pace {
 impl ThrottleDriver {
     /// Holds `inner` to `bytes_per_second`, taken for 1 where it is 0.
     pub fn new(inner: Arc<dyn Driver>, bytes_per_second: u64) -> Arc<Self> {
-        let state = Mutex::new(Pace {
-            bytes_per_second,
-            free_at: None,
-        });
+        let state = Mutex::new(Pace { bytes_per_second, free_at: None });
         Around::with_hook(inner, Throttle { state })
     }
 

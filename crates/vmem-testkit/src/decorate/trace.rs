@@ -57,10 +57,7 @@ pub enum TraceStep {
 impl TraceDriver {
     /// Records what `inner` is asked for.
     pub fn new(inner: Arc<dyn Driver>) -> Arc<Self> {
-        let hook = Trace {
-            record: Arc::default(),
-            start: Instant::now(),
-        };
+        let hook = Trace { record: Arc::default(), start: Instant::now() };
         Around::with_hook(inner, hook)
     }
 
@@ -98,16 +95,8 @@ impl Hook for Trace {
             record.calls += 1;
             record.calls - 1
         };
-        let event = move |step| TraceEvent {
-            call,
-            kind,
-            at: start.elapsed(),
-            step,
-        };
-        record
-            .lock()
-            .events
-            .push(event(TraceStep::Started(spans.to_vec())));
+        let event = move |step| TraceEvent { call, kind, at: start.elapsed(), step };
+        record.lock().events.push(event(TraceStep::Started(spans.to_vec())));
         Box::new(move |ok| {
             record.lock().events.push(event(TraceStep::Ended { ok }));
             Box::pin(async {})

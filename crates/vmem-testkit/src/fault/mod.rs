@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::SmallRng;
 use vmem_core::backend::IoBuf;
-use vmem_io::driver::{Driver, ReadPiece, WriteRun};
+use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun};
 
 use crate::Seed;
 use crate::decorate::{OpKind, owned};
@@ -41,11 +41,8 @@ struct State {
 impl FaultDriver {
     /// Nothing goes wrong until [`set`](Self::set).
     pub fn new(inner: Arc<dyn Driver>, seed: Seed) -> Arc<Self> {
-        let state = Mutex::new(State {
-            rng: seed.rng(),
-            plan: FaultPlan::new(),
-            injected: Vec::new(),
-        });
+        let state =
+            Mutex::new(State { rng: seed.rng(), plan: FaultPlan::new(), injected: Vec::new() });
         Arc::new(FaultDriver { inner, state })
     }
 
@@ -68,12 +65,7 @@ impl FaultDriver {
 
     /// How many faults were injected.
     pub fn injected_total(&self) -> u64 {
-        self.state
-            .lock()
-            .injected
-            .iter()
-            .map(|(_, count)| count)
-            .sum()
+        self.state.lock().injected.iter().map(|(_, count)| count).sum()
     }
 
     /// Decides about the next operation; `bytes` is what it moves.
@@ -100,30 +92,34 @@ impl FaultDriver {
         (fault, dice): (Fault, Dice),
         mut buf: IoBuf,
         pieces: Vec<ReadPiece>,
-    ) -> BoxFuture<'static, (IoBuf, io::Result<()>)> {
+        keep: Keep,
+    ) -> Read {
         match fault {
-            Fault::Error(errno) => Box::pin(ready((buf, Err(errno.into())))),
+            Fault::Error(errno) => Box::pin(ready((buf, keep, Err(errno.into())))),
             Fault::Garbage(errno) => {
                 garble(&mut buf, &pieces, dice);
-                Box::pin(ready((buf, Err(errno.into()))))
+                Box::pin(ready((buf, keep, Err(errno.into()))))
             }
             Fault::ErrorAfter(errno) => {
-                let reading = self.inner.read(buf, pieces);
-                Box::pin(async move { (reading.await.0, Err(errno.into())) })
+                let reading = self.inner.read(buf, pieces, keep);
+                Box::pin(async move {
+                    let (buf, keep, result) = reading.await;
+                    (buf, keep, result.and(Err(errno.into())))
+                })
             }
             Fault::BitFlip => {
-                let reading = self.inner.read(buf, pieces.clone());
+                let reading = self.inner.read(buf, pieces.clone(), keep);
                 Box::pin(async move {
-                    let (mut buf, result) = reading.await;
+                    let (mut buf, keep, result) = reading.await;
                     flip_bit(&mut buf, &pieces, dice);
-                    (buf, result)
+                    (buf, keep, result)
                 })
             }
             Fault::ShortRead => {
                 let left = self.cut(read_len(&pieces), dice);
-                self.inner.read(buf, shortened(pieces, left))
+                self.inner.read(buf, shortened(pieces, left), keep)
             }
-            Fault::MisdirectedRead => self.misdirected_read(buf, pieces, dice),
+            Fault::MisdirectedRead => self.misdirected_read(buf, pieces, keep, dice),
             Fault::LostWrite | Fault::MisdirectedWrite | Fault::TornWrite(_) => {
                 unreachable!("a plan has no rule for {fault:?} of a read")
             }
@@ -135,22 +131,21 @@ impl FaultDriver {
         &self,
         buf: IoBuf,
         mut pieces: Vec<ReadPiece>,
+        keep: Keep,
         dice: Dice,
-    ) -> BoxFuture<'static, (IoBuf, io::Result<()>)> {
+    ) -> Read {
         for piece in &mut pieces {
             piece.offset = self.elsewhere(piece.offset, dice);
         }
-        let reading = self.inner.read(buf, pieces.clone());
+        let reading = self.inner.read(buf, pieces.clone(), keep);
         Box::pin(async move {
-            let (mut buf, result) = reading.await;
+            let (mut buf, keep, result) = reading.await;
             match result {
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                    pieces
-                        .iter()
-                        .for_each(|piece| buf[piece.range.clone()].fill(0));
-                    (buf, Ok(()))
+                    pieces.iter().for_each(|piece| buf[piece.range.clone()].fill(0));
+                    (buf, keep, Ok(()))
                 }
-                result => (buf, result),
+                result => (buf, keep, result),
             }
         })
     }
@@ -159,26 +154,27 @@ impl FaultDriver {
         &self,
         (fault, dice): (Fault, Dice),
         mut runs: Vec<WriteRun>,
-    ) -> BoxFuture<'static, io::Result<()>> {
+        keep: Keep,
+    ) -> Unit {
         match fault {
-            Fault::Error(errno) => Box::pin(ready(Err(errno.into()))),
-            Fault::LostWrite => Box::pin(ready(Ok(()))),
-            Fault::ErrorAfter(errno) => self.unit_then_error(self.inner.write(runs), errno),
+            Fault::Error(errno) => Box::pin(ready((keep, Err(errno.into())))),
+            Fault::LostWrite => Box::pin(ready((keep, Ok(())))),
+            Fault::ErrorAfter(errno) => then_error(self.inner.write(runs, keep), errno),
             Fault::TornWrite(errno) => {
                 let owns: Vec<Bytes> = runs.iter().flat_map(|run| run.parts.clone()).collect();
                 let left = self.cut(write_len(&runs), dice);
-                let writing = self.inner.write(torn(runs, left));
+                let writing = self.inner.write(torn(runs, left), keep);
                 owned(async move {
-                    let result = writing.await;
+                    let (keep, result) = writing.await;
                     drop(owns);
-                    result.and(Err(errno.into()))
+                    (keep, result.and(Err(errno.into())))
                 })
             }
             Fault::MisdirectedWrite => {
                 for run in &mut runs {
                     run.offset = self.elsewhere(run.offset, dice);
                 }
-                self.inner.write(runs)
+                self.inner.write(runs, keep)
             }
             Fault::Garbage(_) | Fault::BitFlip | Fault::ShortRead | Fault::MisdirectedRead => {
                 unreachable!("a plan has no rule for {fault:?} of a write")
@@ -193,17 +189,12 @@ impl FaultDriver {
     ) -> BoxFuture<'static, io::Result<()>> {
         match self.draw(kind, 0) {
             Some((Fault::Error(errno), _)) => Box::pin(ready(Err(errno.into()))),
-            Some((Fault::ErrorAfter(errno), _)) => self.unit_then_error(start(&*self.inner), errno),
+            Some((Fault::ErrorAfter(errno), _)) => {
+                let operation = start(&*self.inner);
+                Box::pin(async move { operation.await.and(Err(errno.into())) })
+            }
             _ => start(&*self.inner),
         }
-    }
-
-    fn unit_then_error(
-        &self,
-        operation: BoxFuture<'static, io::Result<()>>,
-        errno: Errno,
-    ) -> BoxFuture<'static, io::Result<()>> {
-        Box::pin(async move { operation.await.and(Err(errno.into())) })
     }
 
     /// Where a transfer of `len` bytes breaks off: before its end, between two blocks.
@@ -215,10 +206,18 @@ impl FaultDriver {
     /// Another offset, some blocks before where there is room, else behind.
     fn elsewhere(&self, offset: u64, dice: Dice) -> u64 {
         let shift = u64::from(self.inner.block_bytes()) * (1 + dice.0 % 8);
-        offset
-            .checked_sub(shift)
-            .unwrap_or(offset.saturating_add(shift))
+        offset.checked_sub(shift).unwrap_or(offset.saturating_add(shift))
     }
+}
+
+type Read = BoxFuture<'static, (IoBuf, Keep, io::Result<()>)>;
+type Unit = BoxFuture<'static, (Keep, io::Result<()>)>;
+
+fn then_error(operation: Unit, errno: Errno) -> Unit {
+    Box::pin(async move {
+        let (keep, result) = operation.await;
+        (keep, result.and(Err(errno.into())))
+    })
 }
 
 /// A random number that decides where a fault strikes.
@@ -283,26 +282,28 @@ fn torn(mut runs: Vec<WriteRun>, mut left: usize) -> Vec<WriteRun> {
 }
 
 impl Driver for FaultDriver {
-    fn read(
-        &self,
-        buf: IoBuf,
-        pieces: Vec<ReadPiece>,
-    ) -> BoxFuture<'static, (IoBuf, io::Result<()>)> {
+    fn read(&self, buf: IoBuf, pieces: Vec<ReadPiece>, keep: Keep) -> Read {
         match self.draw(OpKind::Read, read_len(&pieces)) {
-            Some(fault) => self.faulty_read(fault, buf, pieces),
-            None => self.inner.read(buf, pieces),
+            Some(fault) => self.faulty_read(fault, buf, pieces, keep),
+            None => self.inner.read(buf, pieces, keep),
         }
     }
 
-    fn write(&self, runs: Vec<WriteRun>) -> BoxFuture<'static, io::Result<()>> {
+    fn write(&self, runs: Vec<WriteRun>, keep: Keep) -> Unit {
         match self.draw(OpKind::Write, write_len(&runs)) {
-            Some(fault) => self.faulty_write(fault, runs),
-            None => self.inner.write(runs),
+            Some(fault) => self.faulty_write(fault, runs, keep),
+            None => self.inner.write(runs, keep),
         }
     }
 
-    fn punch(&self, ranges: Vec<Range<u64>>) -> BoxFuture<'static, io::Result<()>> {
-        self.unit(OpKind::Punch, |inner| inner.punch(ranges))
+    fn punch(&self, ranges: Vec<Range<u64>>, keep: Keep) -> Unit {
+        match self.draw(OpKind::Punch, 0) {
+            Some((Fault::Error(errno), _)) => Box::pin(ready((keep, Err(errno.into())))),
+            Some((Fault::ErrorAfter(errno), _)) => {
+                then_error(self.inner.punch(ranges, keep), errno)
+            }
+            _ => self.inner.punch(ranges, keep),
+        }
     }
 
     fn sync(&self) -> BoxFuture<'static, io::Result<()>> {
@@ -311,6 +312,10 @@ impl Driver for FaultDriver {
 
     fn close(&self) -> BoxFuture<'static, io::Result<()>> {
         self.unit(OpKind::Close, |inner| inner.close())
+    }
+
+    fn buffers_writes(&self) -> bool {
+        self.inner.buffers_writes()
     }
 
     fn block_bytes(&self) -> u32 {

@@ -99,20 +99,12 @@ impl FaultPlan {
     /// is meant, or the probability is none.
     #[must_use]
     pub fn on(mut self, kind: OpKind, when: When, fault: Fault) -> Self {
-        assert!(
-            fault.applies_to(kind),
-            "{fault:?} cannot happen to a {kind:?}"
-        );
+        assert!(fault.applies_to(kind), "{fault:?} cannot happen to a {kind:?}");
         match when {
             When::Nth(n) | When::From(n) => assert!(n > 0, "operations are counted from 1"),
             When::Chance(p) => assert!(p > 0.0 && p <= 1.0, "{p} is no probability above 0"),
         }
-        self.rules.push(Rule {
-            kind,
-            when,
-            fault,
-            seen: 0,
-        });
+        self.rules.push(Rule { kind, when, fault, seen: 0 });
         self
     }
 

@@ -41,18 +41,12 @@ pub(super) fn explain(history: &History, read: &Read<'_>) -> Result<Learned, Vio
         }
         choices.push(fitting);
     }
-    let combinations = choices
-        .iter()
-        .try_fold(1_usize, |all, some| all.checked_mul(some.len()));
+    let combinations = choices.iter().try_fold(1_usize, |all, some| all.checked_mul(some.len()));
     let mut turn = vec![0; choices.len()];
     let mut first_violation = None;
     let mut explained = None;
     for _ in 0..TRIES.min(combinations.unwrap_or(TRIES)) {
-        let visible: Vec<usize> = turn
-            .iter()
-            .zip(&choices)
-            .map(|(at, some)| some[*at])
-            .collect();
+        let visible: Vec<usize> = turn.iter().zip(&choices).map(|(at, some)| some[*at]).collect();
         match Order::of(history, read, &segments, &visible).check() {
             // More than one way to explain it tells nothing for sure.
             Ok(_) if explained.is_some() => return Ok(Learned::default()),
@@ -112,10 +106,7 @@ fn foreign(history: &History, read: &Read<'_>, segment: &Range<usize>) -> Violat
     while at < bytes.len() {
         let offset = segment.start + at;
         let fits = |pattern| matching(pattern, offset, &bytes[at..]);
-        let best = known
-            .iter()
-            .map(|(version, pattern)| (fits(*pattern), *version))
-            .max();
+        let best = known.iter().map(|(version, pattern)| (fits(*pattern), *version)).max();
         let (len, version) = best.unwrap_or((0, 0));
         // A few bytes fit anything; a version is recognised by a word, or by reaching the end.
         if len < 8.min(bytes.len() - at) {
@@ -132,28 +123,19 @@ fn foreign(history: &History, read: &Read<'_>, segment: &Range<usize>) -> Violat
             offset: segment.start,
             version: versions.first().copied().unwrap_or(0),
         },
-        _ => Violation::Mixed {
-            versions: versions.into_iter().collect(),
-        },
+        _ => Violation::Mixed { versions: versions.into_iter().collect() },
     }
 }
 
 /// All versions that are, or were, in this segment.
 fn known(history: &History, segment: &Range<usize>) -> Vec<(u64, Option<Pattern>)> {
-    let live = history
-        .writes
-        .iter()
-        .map(|write| (write.version, &write.range, write.pattern));
-    let old = history
-        .superseded
-        .iter()
-        .map(|(version, range, pattern)| (*version, range, *pattern));
+    let live = history.writes.iter().map(|write| (write.version, &write.range, write.pattern));
+    let old =
+        history.superseded.iter().map(|(version, range, pattern)| (*version, range, *pattern));
     let all = live.chain(old);
     let covering =
         all.filter(|(_, range, _)| range.start <= segment.start && segment.end <= range.end);
-    covering
-        .map(|(version, _, pattern)| (version, pattern))
-        .collect()
+    covering.map(|(version, _, pattern)| (version, pattern)).collect()
 }
 
 /// How many of `bytes` are those of the pattern from `offset` on.
@@ -192,10 +174,7 @@ impl<'a> Order<'a> {
         visible: &'a [usize],
     ) -> Self {
         let writes = &history.writes[..];
-        let mut applied: Vec<bool> = writes
-            .iter()
-            .map(|w| w.applied_before(read.start))
-            .collect();
+        let mut applied: Vec<bool> = writes.iter().map(|w| w.applied_before(read.start)).collect();
         let mut certain: Vec<bool> = writes.iter().map(|w| w.certain).collect();
         for index in visible {
             applied[*index] = true;
@@ -215,10 +194,7 @@ impl<'a> Order<'a> {
 
     fn check(mut self) -> Result<Learned, Violation> {
         let seen = self.visible.iter().map(|index| self.version(*index));
-        let mut learned = Learned {
-            seen: seen.collect(),
-            ..Learned::default()
-        };
+        let mut learned = Learned { seen: seen.collect(), ..Learned::default() };
         while self.demand(&mut learned) | self.spread() {}
         if let Some(violation) = self.circle() {
             return Err(violation);
@@ -263,9 +239,7 @@ impl<'a> Order<'a> {
 
     /// A write that would have to come before itself.
     fn circle(&self) -> Option<Violation> {
-        let mut left: Vec<usize> = (0..self.writes.len())
-            .filter(|a| self.applied[*a])
-            .collect();
+        let mut left: Vec<usize> = (0..self.writes.len()).filter(|a| self.applied[*a]).collect();
         loop {
             let free = |a: &usize| !left.iter().any(|b| self.before[*b][*a]);
             let rest: Vec<usize> = left.iter().copied().filter(|a| !free(a)).collect();
@@ -277,25 +251,15 @@ impl<'a> Order<'a> {
             }
             left = rest;
         }
-        let seen: BTreeSet<u64> = self
-            .visible
-            .iter()
-            .map(|index| self.version(*index))
-            .collect();
-        let at = self
-            .visible
-            .iter()
-            .position(|index| left.contains(index))
-            .unwrap_or(0);
+        let seen: BTreeSet<u64> = self.visible.iter().map(|index| self.version(*index)).collect();
+        let at = self.visible.iter().position(|index| left.contains(index)).unwrap_or(0);
         let offset = self.segments.get(at).map_or(0, |segment| segment.start);
         Some(match seen.len() {
             1 => Violation::Stale {
                 offset,
                 version: self.visible.first().map_or(0, |index| self.version(*index)),
             },
-            _ => Violation::Mixed {
-                versions: seen.into_iter().collect(),
-            },
+            _ => Violation::Mixed { versions: seen.into_iter().collect() },
         })
     }
 
@@ -309,10 +273,8 @@ impl<'a> Order<'a> {
                     && self.writes[index].covers(segment)
                     && (0..self.writes.len()).any(|a| after[a] && self.before[a][index]);
                 if hidden && learned.unseen.insert(self.version(index)) {
-                    let pairs = self
-                        .visible
-                        .iter()
-                        .map(|a| (self.version(*a), self.version(index)));
+                    let pairs =
+                        self.visible.iter().map(|a| (self.version(*a), self.version(index)));
                     learned.order.extend(pairs);
                 }
             }

@@ -126,8 +126,7 @@ impl History {
 
     pub(super) fn begin_write(&mut self, version: u64, range: Range<usize>, pattern: Pattern) {
         let called = self.tick();
-        self.writes
-            .push(Write::new(version, range, Some(pattern), called));
+        self.writes.push(Write::new(version, range, Some(pattern), called));
     }
 
     /// The write returned `Ok`.
@@ -202,19 +201,14 @@ impl History {
     }
 
     fn find(&mut self, version: u64) -> Option<&mut Write> {
-        self.writes
-            .iter_mut()
-            .find(|write| write.version == version)
+        self.writes.iter_mut().find(|write| write.version == version)
     }
 
     /// Supersedes what no read may return any more: what is covered by writes that come after it
     /// and were applied before every read that is still going on. With `by`, looks only at what
     /// that one covers in part.
     fn prune(&mut self, by: Option<u64>) {
-        let oldest_read = self
-            .active_reads
-            .first_key_value()
-            .map_or(NEVER, |(start, ())| *start);
+        let oldest_read = self.active_reads.first_key_value().map_or(NEVER, |(start, ())| *start);
         let by = self.writes.iter().find(|write| Some(write.version) == by);
         let touched =
             |old: &Write| by.is_none_or(|by| old.precedes(by) && meets(&old.range, &by.range));
@@ -250,8 +244,7 @@ impl History {
         if self.superseded.len() == REMEMBERED {
             self.superseded.remove(0);
         }
-        self.superseded
-            .push((version, write.range.clone(), write.pattern));
+        self.superseded.push((version, write.range.clone(), write.pattern));
         if !write.certain {
             return;
         }
@@ -266,10 +259,7 @@ impl History {
     }
 
     fn drop_write(&mut self, version: u64) -> Option<Write> {
-        let index = self
-            .writes
-            .iter()
-            .position(|write| write.version == version)?;
+        let index = self.writes.iter().position(|write| write.version == version)?;
         Some(self.writes.remove(index))
     }
 }

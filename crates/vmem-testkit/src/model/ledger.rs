@@ -56,25 +56,16 @@ impl Ledger {
         if missing.is_empty() && leaked.is_empty() {
             return Ok(());
         }
-        Err(format!(
-            "objects lost: {missing:?}, objects leaked: {leaked:?}"
-        ))
+        Err(format!("objects lost: {missing:?}, objects leaked: {leaked:?}"))
     }
 }
 
 impl Objects {
     pub(super) fn insert(&mut self, object: u64, len: usize, history: History) {
-        let entry = Entry {
-            history: Arc::new(Mutex::new(history)),
-            len,
-            state: Existence::Live,
-        };
+        let entry = Entry { history: Arc::new(Mutex::new(history)), len, state: Existence::Live };
         let before = self.entries.insert(object, entry);
         let alive = before.is_some_and(|before| before.state == Existence::Live);
-        assert!(
-            !alive,
-            "the store gave out the id {object} while its object is alive"
-        );
+        assert!(!alive, "the store gave out the id {object} while its object is alive");
     }
 
     pub(super) fn history(&self, object: u64) -> Option<Arc<Mutex<History>>> {
@@ -126,19 +117,11 @@ impl RemoveToken {
         let history = self.model.history(self.object);
         let mut history = history.lock();
         history.removed_at = history.tick();
-        self.model
-            .shared
-            .ledger
-            .lock()
-            .set(self.object, Existence::Removed);
+        self.model.shared.ledger.lock().set(self.object, Existence::Removed);
     }
 
     /// The removal returned an error: the object is still there.
     pub fn fail(self) {
-        self.model
-            .shared
-            .ledger
-            .lock()
-            .set(self.object, Existence::Live);
+        self.model.shared.ledger.lock().set(self.object, Existence::Live);
     }
 }

@@ -102,16 +102,10 @@ impl fmt::Display for Violation {
                 write!(f, "{actual} bytes came, {expected} were asked for")
             }
             Violation::Foreign { range, candidates } => {
-                write!(
-                    f,
-                    "bytes {range:?} are of none of the versions {candidates:?}"
-                )
+                write!(f, "bytes {range:?} are of none of the versions {candidates:?}")
             }
             Violation::Stale { offset, version } => {
-                write!(
-                    f,
-                    "byte {offset} is of version {version}, which was superseded"
-                )
+                write!(f, "byte {offset} is of version {version}, which was superseded")
             }
             Violation::Mixed { versions } => {
                 write!(f, "the versions {versions:?} were never there together")
@@ -183,13 +177,7 @@ impl Model {
             );
             history.begin_write(version, range.clone(), pattern);
         }
-        WriteToken {
-            history,
-            version,
-            range,
-            pattern,
-            open: true,
-        }
+        WriteToken { history, version, range, pattern, open: true }
     }
 
     /// A read is about to be called.
@@ -250,8 +238,7 @@ impl WriteToken {
 
     /// What to write.
     pub fn bytes(&self) -> Bytes {
-        self.pattern
-            .bytes(self.range.start as u64, self.range.len())
+        self.pattern.bytes(self.range.start as u64, self.range.len())
     }
 
     /// What to write, into a buffer of the length of the range.
@@ -324,11 +311,7 @@ impl ReadToken {
             return Err(Violation::Removed);
         }
         let end = history.tick();
-        let read = Read {
-            start: self.start,
-            offset: range.start,
-            bytes,
-        };
+        let read = Read { start: self.start, offset: range.start, bytes };
         let learned = explain(&history, &read)?;
         history.learn(learned, self.start, end);
         Ok(())

@@ -28,9 +28,7 @@ const WORD: usize = 8;
 impl Pattern {
     /// The pattern of a version, under a seed.
     pub fn new(seed: u64, version: u64) -> Self {
-        Pattern {
-            key: mix(mix(seed) ^ version),
-        }
+        Pattern { key: mix(mix(seed) ^ version) }
     }
 
     /// Writes the bytes from `offset` on.
@@ -78,10 +76,7 @@ impl Pattern {
     }
 
     fn word(&self, index: u64) -> [u8; WORD] {
-        mix(self
-            .key
-            .wrapping_add(index.wrapping_mul(0xd6e8_feb8_6659_fd93)))
-        .to_le_bytes()
+        mix(self.key.wrapping_add(index.wrapping_mul(0xd6e8_feb8_6659_fd93))).to_le_bytes()
     }
 }
 
@@ -96,9 +91,7 @@ fn head(offset: u64, len: usize) -> (std::ops::Range<usize>, u64) {
 }
 
 fn differs(left: &[u8], right: &[u8]) -> Option<usize> {
-    left.iter()
-        .zip(right)
-        .position(|(left, right)| left != right)
+    left.iter().zip(right).position(|(left, right)| left != right)
 }
 
 #[cfg(test)]

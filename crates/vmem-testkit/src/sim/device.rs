@@ -143,11 +143,7 @@ impl Device {
         let limited = self.speed.bytes_per_second.is_some();
         self.moving.extend(arrived.map(|(_, job)| Moving {
             id: job.id,
-            left: if limited {
-                u128::from(job.bytes) * NANOS
-            } else {
-                0
-            },
+            left: if limited { u128::from(job.bytes) * NANOS } else { 0 },
         }));
         let ended = self.moving.extract_if(.., |job| job.left == 0);
         self.events.extend(ended.map(|job| Event::Ended(job.id)));
@@ -173,21 +169,14 @@ mod tests {
     use super::*;
 
     fn device(bytes_per_second: u64, queue_depth: usize) -> (Device, Instant) {
-        let speed = Speed {
-            bytes_per_second: Some(bytes_per_second),
-            queue_depth,
-            ..Speed::default()
-        };
+        let speed =
+            Speed { bytes_per_second: Some(bytes_per_second), queue_depth, ..Speed::default() };
         let start = Instant::now();
         (Device::new(speed, start), start)
     }
 
     fn job(id: u64, latency_us: u64, bytes: u64) -> Job {
-        Job {
-            id,
-            latency: Duration::from_micros(latency_us),
-            bytes,
-        }
+        Job { id, latency: Duration::from_micros(latency_us), bytes }
     }
 
     /// Runs to the end; when each operation started and ended, in microseconds.

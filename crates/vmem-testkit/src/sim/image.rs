@@ -32,10 +32,7 @@ struct Page {
 impl SparseImage {
     /// A file of `len` bytes, all of them a hole.
     pub fn with_len(len: u64) -> Self {
-        SparseImage {
-            pages: BTreeMap::new(),
-            len,
-        }
+        SparseImage { pages: BTreeMap::new(), len }
     }
 
     /// The length of the file, in bytes.
@@ -50,10 +47,7 @@ impl SparseImage {
 
     /// Space that the file takes, in bytes: its blocks that are no hole.
     pub fn allocated_bytes(&self) -> u64 {
-        let blocks = self
-            .pages
-            .values()
-            .map(|page| u64::from(page.blocks.count_ones()));
+        let blocks = self.pages.values().map(|page| u64::from(page.blocks.count_ones()));
         blocks.sum::<u64>() * BLOCK_BYTES
     }
 
@@ -101,10 +95,7 @@ impl SparseImage {
             if start >= stop {
                 continue;
             }
-            let (from, to) = (
-                (start - page * PAGE) as usize,
-                (stop - page * PAGE) as usize,
-            );
+            let (from, to) = ((start - page * PAGE) as usize, (stop - page * PAGE) as usize);
             if let Some(held) = self.pages.get_mut(&page) {
                 Arc::make_mut(&mut held.bytes)[from..to].fill(0);
                 held.blocks &= !Page::inner_mask(from, to);
@@ -153,18 +144,13 @@ impl SparseImage {
     }
 
     fn pages_end(&self) -> u64 {
-        self.pages
-            .last_key_value()
-            .map_or(0, |(page, _)| (page + 1) * PAGE)
+        self.pages.last_key_value().map_or(0, |(page, _)| (page + 1) * PAGE)
     }
 }
 
 impl Page {
     fn empty() -> Self {
-        Page {
-            bytes: Arc::new(vec![0; PAGE as usize]),
-            blocks: 0,
-        }
+        Page { bytes: Arc::new(vec![0; PAGE as usize]), blocks: 0 }
     }
 
     /// Blocks that the bytes `from..to` of the page touch.

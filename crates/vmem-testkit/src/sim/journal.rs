@@ -38,11 +38,7 @@ impl Change {
 
 impl Journal {
     pub(super) fn new(durable: SparseImage) -> Self {
-        Journal {
-            durable,
-            changes: Vec::new(),
-            next: 0,
-        }
+        Journal { durable, changes: Vec::new(), next: 0 }
     }
 
     pub(super) fn wrote(&mut self, offset: u64, data: &[u8]) {
@@ -56,11 +52,7 @@ impl Journal {
     fn push(&mut self, range: Range<u64>, data: Option<Vec<u8>>) {
         let number = self.next;
         self.next += 1;
-        self.changes.push(Change {
-            number,
-            range,
-            data,
-        });
+        self.changes.push(Change { number, range, data });
     }
 
     /// The point in the order of changes up to which a sync that is called now covers.
@@ -69,10 +61,7 @@ impl Journal {
     }
 
     pub(super) fn synced(&mut self, barrier: u64) {
-        for change in self
-            .changes
-            .extract_if(.., |change| change.number < barrier)
-        {
+        for change in self.changes.extract_if(.., |change| change.number < barrier) {
             change.apply(&mut self.durable);
         }
     }

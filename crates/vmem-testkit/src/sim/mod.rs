@@ -19,12 +19,11 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use rand::Rng;
-use rustix::io::Errno;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until};
 use vmem_core::backend::IoBuf;
-use vmem_io::driver::{Driver, ReadPiece, WriteRun};
+use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun, closed_error};
 
 use state::{Call, Reply, State, Work};
 
@@ -40,6 +39,8 @@ pub struct SimConfig {
     pub len_bytes: u64,
     /// Space that the file may still take before `ENOSPC`; `None` is without limit.
     pub free_bytes: Option<u64>,
+    /// Whether the driver says that only a sync makes a write safe.
+    pub buffers_writes: bool,
     /// How fast it is.
     pub speed: Speed,
     /// Whether unsynced writes are remembered for [`SimDriver::crash_image`], at the cost of a
@@ -54,6 +55,7 @@ impl Default for SimConfig {
             block_bytes: 512,
             len_bytes: 0,
             free_bytes: None,
+            buffers_writes: true,
             speed: Speed::default(),
             power_cuts: false,
         }
@@ -89,18 +91,19 @@ pub struct SimStats {
 ///
 /// ```
 /// # tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(async {
-/// use vmem_io::driver::{Driver, WriteRun};
+/// use vmem_io::driver::{Driver, Keep, WriteRun};
 /// use vmem_testkit::{SimConfig, SimDriver};
 ///
 /// let disk = SimDriver::new(SimConfig::default());
 /// let run = WriteRun { offset: 3, parts: vec!["ab".into(), "c".into()] };
-/// disk.write(vec![run]).await.unwrap();
+/// disk.write(vec![run], Keep::none()).await.1.unwrap();
 /// assert_eq!(disk.peek(2, 4), b"\0abc");
 /// # });
 /// ```
 pub struct SimDriver {
     shared: Arc<Shared>,
     block_bytes: u32,
+    buffers_writes: bool,
 }
 
 struct Shared {
@@ -119,6 +122,7 @@ impl SimDriver {
     pub fn with_image(config: SimConfig, image: SparseImage) -> Arc<Self> {
         Arc::new(SimDriver {
             block_bytes: config.block_bytes,
+            buffers_writes: config.buffers_writes,
             shared: Arc::new(Shared {
                 state: Mutex::new(State::new(config, image)),
                 submitted: Notify::new(),
@@ -134,11 +138,7 @@ impl SimDriver {
 
     /// Makes the device faster or slower; operations in service feel the bandwidth at once.
     pub fn set_speed(&self, speed: Speed) {
-        self.shared
-            .state
-            .lock()
-            .device
-            .set_speed(speed, Instant::now());
+        self.shared.state.lock().device.set_speed(speed, Instant::now());
         self.shared.submitted.notify_one();
     }
 
@@ -181,12 +181,10 @@ impl SimDriver {
     pub fn crash_image(&self, rng: &mut impl Rng) -> SparseImage {
         let state = self.shared.state.lock();
         let journal = state.journal.as_ref();
-        journal
-            .expect("crash_image needs SimConfig::power_cuts")
-            .crash(rng)
+        journal.expect("crash_image needs SimConfig::power_cuts").crash(rng)
     }
 
-    fn submit_read(&self, buf: IoBuf, pieces: Vec<ReadPiece>, reply: Reply) {
+    fn submit_read(&self, buf: IoBuf, pieces: Vec<ReadPiece>, keep: Keep, reply: Reply) {
         let legal = pieces.iter().all(|piece| {
             let range = &piece.range;
             range.start <= range.end
@@ -197,21 +195,22 @@ impl SimDriver {
         state.stats.reads += 1;
         let error = refusal(&state, legal);
         let work = pieces.into_iter().map(Work::Read).collect();
-        self.submit(&mut state, Call::new(Some(buf), error, reply), work);
+        self.submit(&mut state, Call::new(Some(buf), keep, error, reply), work);
     }
 
     fn submit_unit(
         &self,
         legal: bool,
+        keep: Keep,
         prepare: impl FnOnce(&mut State) -> Vec<Work>,
-    ) -> BoxFuture<'static, io::Result<()>> {
+    ) -> BoxFuture<'static, (Keep, io::Result<()>)> {
         let (reply, answer) = oneshot::channel();
         let mut state = self.shared.state.lock();
         let error = refusal(&state, legal);
         let work = prepare(&mut state);
-        self.submit(&mut state, Call::new(None, error, Reply::Unit(reply)), work);
+        self.submit(&mut state, Call::new(None, keep, error, Reply::Unit(reply)), work);
         drop(state);
-        Box::pin(async move { answer.await.unwrap_or_else(|_| Err(gone())) })
+        Box::pin(async move { answer.await.unwrap_or_else(|_| (Keep::none(), Err(gone()))) })
     }
 
     /// Without a runtime the call waits in the queue until one comes that has it.
@@ -223,10 +222,7 @@ impl SimDriver {
             && !state.pumping
         {
             state.pumping = true;
-            let pump = Pump {
-                shared: self.shared.clone(),
-                ended: false,
-            };
+            let pump = Pump { shared: self.shared.clone(), ended: false };
             runtime.spawn(pump.run());
         }
     }
@@ -234,16 +230,14 @@ impl SimDriver {
 
 fn refusal(state: &State, legal: bool) -> Option<io::Error> {
     match (state.closed, legal) {
-        (true, _) => Some(Errno::BADF.into()),
+        (true, _) => Some(closed_error()),
         (false, false) => Some(io::ErrorKind::InvalidInput.into()),
         (false, true) => None,
     }
 }
 
 fn in_file(offset: u64, len: u64) -> bool {
-    offset
-        .checked_add(len)
-        .is_some_and(|end| i64::try_from(end).is_ok())
+    offset.checked_add(len).is_some_and(|end| i64::try_from(end).is_ok())
 }
 
 fn gone() -> io::Error {
@@ -255,43 +249,43 @@ impl Driver for SimDriver {
         &self,
         buf: IoBuf,
         pieces: Vec<ReadPiece>,
-    ) -> BoxFuture<'static, (IoBuf, io::Result<()>)> {
+        keep: Keep,
+    ) -> BoxFuture<'static, (IoBuf, Keep, io::Result<()>)> {
         let (reply, answer) = oneshot::channel();
-        self.submit_read(buf, pieces, Reply::Read(reply));
+        self.submit_read(buf, pieces, keep, Reply::Read(reply));
         Box::pin(async move {
-            answer
-                .await
-                .unwrap_or_else(|_| (IoBuf::from_vec(Vec::new()), Err(gone())))
+            let lost = |_| (IoBuf::from_vec(Vec::new()), Keep::none(), Err(gone()));
+            answer.await.unwrap_or_else(lost)
         })
     }
 
-    fn write(&self, runs: Vec<WriteRun>) -> BoxFuture<'static, io::Result<()>> {
-        let legal = runs
-            .iter()
-            .all(|run| in_file(run.offset, state::run_len(run) as u64));
-        self.submit_unit(legal, |state| {
+    fn write(&self, runs: Vec<WriteRun>, keep: Keep) -> BoxFuture<'static, (Keep, io::Result<()>)> {
+        let legal = runs.iter().all(|run| in_file(run.offset, run.len()));
+        self.submit_unit(legal, keep, |state| {
             state.stats.writes += 1;
             runs.into_iter().map(Work::Write).collect()
         })
     }
 
-    fn punch(&self, ranges: Vec<Range<u64>>) -> BoxFuture<'static, io::Result<()>> {
+    fn punch(
+        &self,
+        ranges: Vec<Range<u64>>,
+        keep: Keep,
+    ) -> BoxFuture<'static, (Keep, io::Result<()>)> {
         let legal = ranges.iter().all(|range| range.start <= range.end);
-        self.submit_unit(legal, |state| {
+        self.submit_unit(legal, keep, |state| {
             state.stats.punches += 1;
             ranges.into_iter().map(Work::Punch).collect()
         })
     }
 
     fn sync(&self) -> BoxFuture<'static, io::Result<()>> {
-        self.submit_unit(true, |state| {
+        let syncing = self.submit_unit(true, Keep::none(), |state| {
             state.stats.syncs += 1;
-            let barrier = state
-                .journal
-                .as_ref()
-                .map_or(0, |journal| journal.barrier());
+            let barrier = state.journal.as_ref().map_or(0, |journal| journal.barrier());
             vec![Work::Sync { barrier }]
-        })
+        });
+        Box::pin(async move { syncing.await.1 })
     }
 
     fn close(&self) -> BoxFuture<'static, io::Result<()>> {
@@ -306,6 +300,10 @@ impl Driver for SimDriver {
         Box::pin(async move { closed.await.map_err(|_| gone()) })
     }
 
+    fn buffers_writes(&self) -> bool {
+        self.buffers_writes
+    }
+
     fn block_bytes(&self) -> u32 {
         self.block_bytes
     }
@@ -317,9 +315,7 @@ impl Driver for SimDriver {
 
 impl fmt::Debug for SimDriver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SimDriver")
-            .field("stats", &self.stats())
-            .finish_non_exhaustive()
+        f.debug_struct("SimDriver").field("stats", &self.stats()).finish_non_exhaustive()
     }
 }
 

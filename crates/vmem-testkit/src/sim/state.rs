@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use vmem_core::backend::IoBuf;
-use vmem_io::driver::{ReadPiece, WriteRun};
+use vmem_io::driver::{Keep, ReadPiece, WriteRun};
 
 use super::device::{Device, Event, Job};
 use super::image::SparseImage;
@@ -54,6 +54,7 @@ pub(super) enum Work {
 #[derive(Debug)]
 pub(super) struct Call {
     pub(super) buf: Option<IoBuf>,
+    pub(super) keep: Keep,
     pub(super) error: Option<io::Error>,
     pub(super) reply: Reply,
     left: usize,
@@ -63,27 +64,26 @@ pub(super) struct Call {
 
 #[derive(Debug)]
 pub(super) enum Reply {
-    Read(oneshot::Sender<(IoBuf, io::Result<()>)>),
-    Unit(oneshot::Sender<io::Result<()>>),
+    Read(oneshot::Sender<(IoBuf, Keep, io::Result<()>)>),
+    Unit(oneshot::Sender<(Keep, io::Result<()>)>),
 }
 
 impl Call {
-    pub(super) fn new(buf: Option<IoBuf>, error: Option<io::Error>, reply: Reply) -> Self {
-        Call {
-            buf,
-            error,
-            reply,
-            left: 0,
-            done: Vec::new(),
-        }
+    pub(super) fn new(
+        buf: Option<IoBuf>,
+        keep: Keep,
+        error: Option<io::Error>,
+        reply: Reply,
+    ) -> Self {
+        Call { buf, keep, error, reply, left: 0, done: Vec::new() }
     }
 
     /// Tells the caller, if he still listens, and gives up what the call owned.
     pub(super) fn finish(self) {
         let result = self.error.map_or(Ok(()), Err);
         match (self.reply, self.buf) {
-            (Reply::Read(reply), Some(buf)) => drop(reply.send((buf, result))),
-            (Reply::Unit(reply), _) => drop(reply.send(result)),
+            (Reply::Read(reply), Some(buf)) => drop(reply.send((buf, self.keep, result))),
+            (Reply::Unit(reply), _) => drop(reply.send((self.keep, result))),
             (Reply::Read(_), None) => unreachable!("a read owns a buffer until it ends"),
         }
     }
@@ -121,11 +121,7 @@ impl State {
             let operation = self.id();
             let (latency, bytes) = self.cost(&work);
             self.operations.insert(operation, (id, work));
-            let job = Job {
-                id: operation,
-                latency,
-                bytes,
-            };
+            let job = Job { id: operation, latency, bytes };
             self.device.submit(job, now);
         }
         let in_service = self.device.in_service() as u64;
@@ -141,7 +137,7 @@ impl State {
         let speed = self.device.speed();
         match work {
             Work::Read(piece) => (speed.read_latency, piece.range.len() as u64),
-            Work::Write(run) => (speed.write_latency, run_len(run) as u64),
+            Work::Write(run) => (speed.write_latency, run.len()),
             Work::Punch(_) => (speed.write_latency, 0),
             Work::Sync { .. } => (speed.sync_latency, 0),
             Work::Nothing => (Duration::ZERO, 0),
@@ -225,7 +221,7 @@ impl State {
     }
 
     fn transfer_out(&mut self, run: &WriteRun, first: bool) -> io::Result<()> {
-        let half = half(run_len(run), first);
+        let half = half(run.len() as usize, first);
         let (mut at, mut outcome) = (0, Ok(()));
         for part in &run.parts {
             let from = half.start.clamp(at, at + part.len());
@@ -278,11 +274,6 @@ impl State {
         }
         if fails { Err(Errno::IO.into()) } else { Ok(()) }
     }
-}
-
-/// The bytes of a run.
-pub(super) fn run_len(run: &WriteRun) -> usize {
-    run.parts.iter().map(|part| part.len()).sum()
 }
 
 /// The half of `len` bytes that moves at the start, or at the end, of an operation.

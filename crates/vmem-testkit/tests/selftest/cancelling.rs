@@ -24,11 +24,7 @@ fn each_poll_is_a_step() {
             let done = Cell::new(0);
             let output = poll_then_drop(three_steps(&done), polls).await;
             assert_eq!(output, (polls >= 4).then_some(7), "{polls} polls");
-            assert_eq!(
-                done.get() as usize,
-                polls.saturating_sub(1).min(3),
-                "{polls} polls"
-            );
+            assert_eq!(done.get() as usize, polls.saturating_sub(1).min(3), "{polls} polls");
         }
     });
 }
@@ -39,10 +35,7 @@ fn the_wake_before_the_drop_has_happened() {
         let start = tokio::time::Instant::now();
         let done = Cell::new(0);
         assert_eq!(poll_wake_then_drop(three_steps(&done), 2).await, None);
-        assert!(
-            start.elapsed() >= Duration::from_secs(2),
-            "the second wait had ended"
-        );
+        assert!(start.elapsed() >= Duration::from_secs(2), "the second wait had ended");
         assert_eq!(done.get(), 1, "and nobody saw it");
     });
 }
@@ -60,17 +53,7 @@ fn exhaust_visits_every_point() {
             async |polls| seen.borrow_mut().push((polls, done.get())),
         );
         assert_eq!(took.await, 4);
-        let points = [
-            (0, 0),
-            (0, 0),
-            (1, 0),
-            (1, 0),
-            (2, 1),
-            (2, 1),
-            (3, 2),
-            (3, 2),
-            (4, 3),
-        ];
+        let points = [(0, 0), (0, 0), (1, 0), (1, 0), (2, 1), (2, 1), (3, 2), (3, 2), (4, 3)];
         assert_eq!(seen.into_inner(), points);
         assert_eq!(exhaust(|_| std::future::ready(())).await, 1);
     });
@@ -83,8 +66,5 @@ fn a_lost_wake_is_reported() {
             poll_then_drop(std::future::pending::<()>(), 2).await
         })
     });
-    assert!(
-        message.contains("pending after poll 1 and not woken"),
-        "{message}"
-    );
+    assert!(message.contains("pending after poll 1 and not woken"), "{message}");
 }

@@ -9,7 +9,7 @@ use vmem_io::driver::{Driver, WriteRun};
 use vmem_testkit::decorate::{Span, TraceStep};
 use vmem_testkit::{DelayDriver, GateDriver, OpKind, Seed, ThrottleDriver, TraceDriver};
 
-use crate::{instant_disk, piece, read, run, zeros};
+use crate::{Plain, instant_disk, piece, read, run, zeros};
 
 #[test]
 fn delays_come_and_reorder() {
@@ -20,7 +20,7 @@ fn delays_come_and_reorder() {
             async move {
                 let delayed = DelayDriver::new(instant_disk(), seed, range);
                 let start = Instant::now();
-                let writes = (0..20).map(|n| delayed.write(run(n * 512, &[1; 512])));
+                let writes = (0..20).map(|n| delayed.start_write(run(n * 512, &[1; 512])));
                 join_all(writes.map(|write| write.map(|_| start.elapsed()))).await
             }
         };
@@ -38,15 +38,13 @@ fn the_throttle_holds_its_rate() {
         let start = Instant::now();
         for n in 0..100 {
             // 100 bytes take a tenth of a tick of the timer.
-            let batch = (0..100).map(|m| throttled.write(run((n * 100 + m) * 100, &[1; 100])));
+            let batch =
+                (0..100).map(|m| throttled.start_write(run((n * 100 + m) * 100, &[1; 100])));
             join_all(batch).await;
         }
         let took = start.elapsed();
         assert!(took >= Duration::from_secs(1), "1 MB in {took:?} at 1 MB/s");
-        assert!(
-            took < Duration::from_millis(1_120),
-            "1 MB in {took:?} at 1 MB/s"
-        );
+        assert!(took < Duration::from_millis(1_120), "1 MB in {took:?} at 1 MB/s");
         throttled.set_bytes_per_second(1_000_000_000);
         let start = Instant::now();
         read(&*throttled, 0, 10_000).await.unwrap();
@@ -59,27 +57,14 @@ fn the_gate_owns_buffers_until_it_lets_go() {
     Seed::simulate("the_gate_owns_buffers_until_it_lets_go", |_| async {
         let gate = GateDriver::new(instant_disk(), &[OpKind::Write]);
         let memory = Bytes::from(vec![7; 512]);
-        drop(gate.write(vec![WriteRun {
-            offset: 0,
-            parts: vec![memory.clone()],
-        }]));
+        drop(gate.start_write(vec![WriteRun { offset: 0, parts: vec![memory.clone()] }]));
         gate.wait_held(1).await;
-        assert_eq!(
-            read(&*gate, 0, 1).await.unwrap(),
-            [7],
-            "what is held has happened"
-        );
-        assert!(
-            !memory.is_unique(),
-            "the buffer of a dropped future was let go at the gate"
-        );
+        assert_eq!(read(&*gate, 0, 1).await.unwrap(), [7], "what is held has happened");
+        assert!(!memory.is_unique(), "the buffer of a dropped future was let go at the gate");
         let mut closing = gate.close();
         assert!((&mut closing).now_or_never().is_none());
         tokio::time::sleep(Duration::from_secs(1)).await;
-        assert!(
-            (&mut closing).now_or_never().is_none(),
-            "close did not wait for what is held"
-        );
+        assert!((&mut closing).now_or_never().is_none(), "close did not wait for what is held");
         assert_eq!(gate.release_one(), Some(OpKind::Write));
         closing.await.unwrap();
         assert!(memory.is_unique());
@@ -91,7 +76,7 @@ fn the_gate_owns_buffers_until_it_lets_go() {
 fn the_gate_releases_in_any_order() {
     Seed::simulate("the_gate_releases_in_any_order", |_| async {
         let gate = GateDriver::new(instant_disk(), &[OpKind::Write, OpKind::Sync]);
-        let mut first = gate.write(run(0, &[1; 1]));
+        let mut first = gate.start_write(run(0, &[1; 1]));
         let mut second = gate.sync();
         gate.wait_held(2).await;
         assert_eq!(gate.release_last(), Some(OpKind::Sync));
@@ -99,9 +84,9 @@ fn the_gate_releases_in_any_order() {
         assert!((&mut first).now_or_never().is_none());
         gate.open();
         first.await.unwrap();
-        gate.write(run(0, &[2; 1])).await.unwrap();
+        gate.start_write(run(0, &[2; 1])).await.unwrap();
         gate.shut(&[OpKind::Read]);
-        let reading = gate.read(zeros(1), piece(0, 1));
+        let reading = gate.start_read(zeros(1), piece(0, 1));
         gate.wait_held(1).await;
         assert_eq!((gate.held(), gate.release_all()), (1, 1));
         assert_eq!(reading.await.0[..], [2]);
@@ -112,10 +97,10 @@ fn the_gate_releases_in_any_order() {
 fn the_trace_has_every_call_and_its_end() {
     Seed::simulate("the_trace_has_every_call_and_its_end", |_| async {
         let trace = TraceDriver::new(instant_disk());
-        drop(trace.write(run(512, &[1; 100])));
-        let (_, result) = trace.read(zeros(8), piece(1 << 20, 8)).await;
+        drop(trace.start_write(run(512, &[1; 100])));
+        let (_, result) = trace.start_read(zeros(8), piece(1 << 20, 8)).await;
         assert!(result.is_err());
-        trace.punch(vec![0..512; 1]).await.unwrap();
+        trace.start_punch(vec![0..512; 1]).await.unwrap();
         trace.close().await.unwrap();
         let span = |offset, len| Span { offset, len };
         assert_eq!(trace.spans(OpKind::Write), [span(512, 100)]);
@@ -123,15 +108,9 @@ fn the_trace_has_every_call_and_its_end() {
         let events = trace.take_events();
         let ends = |call, ok| {
             let end = TraceStep::Ended { ok };
-            events
-                .iter()
-                .filter(|event| event.call == call && event.step == end)
-                .count()
+            events.iter().filter(|event| event.call == call && event.step == end).count()
         };
-        assert_eq!(
-            (ends(0, true), ends(1, false), ends(2, true), ends(3, true)),
-            (1, 1, 1, 1)
-        );
+        assert_eq!((ends(0, true), ends(1, false), ends(2, true), ends(3, true)), (1, 1, 1, 1));
         assert_eq!(events.len(), 8);
         assert!(trace.events().is_empty());
     });

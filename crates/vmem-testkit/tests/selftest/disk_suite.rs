@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
+use vmem_io::DiskTier;
 use vmem_testkit::conformance::disk;
-use vmem_testkit::{Fault, FaultDriver, FaultPlan, OpKind, Seed, SimConfig, SimDriver, When};
+use vmem_testkit::{
+    DelayDriver, Fault, FaultDriver, FaultPlan, OpKind, Seed, SimConfig, SimDriver, When,
+};
 
 use crate::message_of;
 use crate::tiny_disk::{Bug, TinyDisk};
@@ -11,10 +14,7 @@ use crate::tiny_disk::{Bug, TinyDisk};
 const CAPACITY: u64 = disk::LEAST_CAPACITY;
 
 fn medium(slow: bool) -> Arc<SimDriver> {
-    let mut config = SimConfig {
-        len_bytes: CAPACITY,
-        ..SimConfig::default()
-    };
+    let mut config = SimConfig { len_bytes: CAPACITY, ..SimConfig::default() };
     if slow {
         config.speed.write_latency = std::time::Duration::from_millis(3);
         config.speed.read_latency = std::time::Duration::from_millis(2);
@@ -34,6 +34,22 @@ fn a_right_tier_passes() {
 }
 
 #[test]
+fn the_real_tier_passes_over_a_simulated_disk() {
+    Seed::simulate("the_real_tier_passes_over_a_simulated_disk", |seed| async move {
+        for slow in [false, true] {
+            disk::all(seed, async || DiskTier::new(medium(slow), CAPACITY)).await;
+        }
+        let delays = std::time::Duration::ZERO..std::time::Duration::from_millis(30);
+        let delayed = || DelayDriver::new(medium(true), seed, delays.clone());
+        disk::all(seed, async || DiskTier::new(delayed(), CAPACITY)).await;
+        let medium = medium(false);
+        let tier = DiskTier::new(medium.clone(), CAPACITY);
+        let flip = |byte, bit| medium.damage(|image| image.flip_bit(byte, bit));
+        disk::sees_every_flip(seed, &*tier, flip).await;
+    });
+}
+
+#[test]
 fn every_flip_is_seen_by_a_right_tier_and_none_by_a_trusting_one() {
     let check = |bug| {
         Seed::simulate("every_flip_is_seen", |seed| async move {
@@ -45,10 +61,7 @@ fn every_flip_is_seen_by_a_right_tier_and_none_by_a_trusting_one() {
     };
     check(Bug::None);
     let message = message_of(|| check(Bug::TrustsTheDisk));
-    assert!(
-        message.contains("was flipped, and the read: Ok"),
-        "{message}"
-    );
+    assert!(message.contains("was flipped, and the read: Ok"), "{message}");
 }
 
 #[test]
@@ -60,6 +73,7 @@ fn every_planted_bug_fails() {
         (Bug::KeepsHalf, "left == right"),
         (Bug::SaysAllIsOneRun, "whether"),
         (Bug::CountsPayload, "used by an extent"),
+        (Bug::IgnoresPlaces, "the gap between chunks"),
         (Bug::NeverCloses, "after close"),
         (Bug::SwapsSums, "checksum of a chunk"),
     ];

@@ -6,44 +6,49 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use vmem_core::backend::IoBuf;
-use vmem_io::driver::{Driver, ReadPiece, WriteRun};
+use vmem_io::driver::{
+    BlockingDriver, BlockingOptions, Driver, Keep, ReadPiece, WriteRun, is_closed,
+};
 use vmem_testkit::conformance::driver;
 use vmem_testkit::{
     DelayDriver, Fault, FaultDriver, FaultPlan, GateDriver, OpKind, Seed, SimConfig, SimDriver,
     ThrottleDriver, TraceDriver, When,
 };
 
-use crate::{instant_disk, message_of, slow_disk};
+use crate::{Answer, instant_disk, message_of, slow_disk};
 
 #[test]
 fn simulated_disks_pass() {
     Seed::simulate("simulated_disks_pass", |seed| async move {
         driver::all(seed, async || instant_disk()).await;
         driver::all(seed, async || slow_disk()).await;
-        let coarse = || SimConfig {
-            block_bytes: 4096,
-            ..SimConfig::default()
-        };
+        let coarse = || SimConfig { block_bytes: 4096, ..SimConfig::default() };
         driver::all(seed, async || SimDriver::new(coarse())).await;
     });
 }
 
 #[test]
 fn simulated_disks_pass_in_real_time_on_many_threads() {
-    Seed::run(
-        "simulated_disks_pass_in_real_time_on_many_threads",
-        |seed| {
-            let runtime = tokio::runtime::Builder::new_multi_thread()
-                .worker_threads(2)
-                .enable_time()
-                .build();
-            let suite = driver::all(seed, async || instant_disk());
-            runtime.unwrap().block_on(suite);
-        },
-    );
+    Seed::run("simulated_disks_pass_in_real_time_on_many_threads", |seed| {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build();
+        let suite = driver::all(seed, async || instant_disk());
+        runtime.unwrap().block_on(suite);
+    });
+}
+
+#[test]
+fn the_blocking_driver_passes() {
+    Seed::run("the_blocking_driver_passes", |seed| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+        let make = async || {
+            let file = tempfile::tempfile().expect("a place for temporary files");
+            Arc::new(BlockingDriver::new(file, BlockingOptions::default()))
+        };
+        runtime.unwrap().block_on(driver::all(seed, make));
+    });
 }
 
 #[test]
@@ -52,10 +57,7 @@ fn decorators_are_drivers() {
         let delays = Duration::ZERO..Duration::from_millis(9);
         let delay = async || DelayDriver::new(slow_disk(), seed, delays.clone());
         driver::all(seed, async || delay().await).await;
-        driver::all(seed, async || {
-            ThrottleDriver::new(instant_disk(), 100_000_000)
-        })
-        .await;
+        driver::all(seed, async || ThrottleDriver::new(instant_disk(), 100_000_000)).await;
         driver::all(seed, async || GateDriver::new(slow_disk(), &[])).await;
         driver::all(seed, async || TraceDriver::new(slow_disk())).await;
         driver::all(seed, async || FaultDriver::new(slow_disk(), seed)).await;
@@ -117,6 +119,10 @@ enum Bug {
     PunchesNothing,
     /// Panics at a range outside of the buffer.
     Panics,
+    /// Drops what an operation keeps at its start.
+    LosesKeep,
+    /// Holds what an operation keeps for ever.
+    HoardsKeep,
     /// Swaps the offsets of the first two pieces of a read.
     SwapsPieces,
 }
@@ -127,9 +133,8 @@ struct Broken {
     bug: Bug,
     closed: Mutex<bool>,
     leaked: Mutex<Vec<Bytes>>,
+    hoard: Mutex<Vec<Keep>>,
 }
-
-type Answer<T> = BoxFuture<'static, T>;
 
 impl Broken {
     fn lazily<T: Send + 'static>(
@@ -147,11 +152,14 @@ impl Broken {
 }
 
 impl Driver for Broken {
-    fn read(&self, mut buf: IoBuf, mut pieces: Vec<ReadPiece>) -> Answer<(IoBuf, io::Result<()>)> {
+    fn read(
+        &self,
+        mut buf: IoBuf,
+        mut pieces: Vec<ReadPiece>,
+        keep: Keep,
+    ) -> Answer<(IoBuf, Keep, io::Result<()>)> {
         match self.bug {
-            Bug::Panics => pieces
-                .iter()
-                .for_each(|piece| assert!(piece.range.end <= buf.len())),
+            Bug::Panics => pieces.iter().for_each(|piece| assert!(piece.range.end <= buf.len())),
             Bug::Scribbles if pieces.len() > 1 => buf.fill(0),
             Bug::SwapsPieces if pieces.len() > 1 => {
                 let first = pieces[0].offset;
@@ -160,28 +168,34 @@ impl Driver for Broken {
             _ => {}
         }
         let forgives = self.bug == Bug::EndIsZeros;
-        let reading = self.lazily(move |inner| inner.read(buf, pieces));
+        let reading = self.lazily(move |inner| inner.read(buf, pieces, keep));
         Box::pin(async move {
             match reading.await {
-                (buf, Err(error)) if forgives && error.raw_os_error().is_none() => (buf, Ok(())),
+                (buf, keep, Err(error)) if forgives && !is_closed(&error) => (buf, keep, Ok(())),
                 other => other,
             }
         })
     }
 
-    fn write(&self, runs: Vec<WriteRun>) -> Answer<io::Result<()>> {
+    fn write(&self, runs: Vec<WriteRun>, keep: Keep) -> Answer<(Keep, io::Result<()>)> {
         if self.bug == Bug::Leaks {
-            self.leaked
-                .lock()
-                .extend(runs.iter().flat_map(|run| run.parts.clone()));
+            self.leaked.lock().extend(runs.iter().flat_map(|run| run.parts.clone()));
         }
-        self.lazily(|inner| inner.write(runs))
+        if self.bug == Bug::LosesKeep {
+            drop(keep);
+            return self.lazily(|inner| inner.write(runs, Keep::none()));
+        }
+        if self.bug == Bug::HoardsKeep {
+            self.hoard.lock().push(keep);
+            return self.lazily(|inner| inner.write(runs, Keep::none()));
+        }
+        self.lazily(|inner| inner.write(runs, keep))
     }
 
-    fn punch(&self, ranges: Vec<Range<u64>>) -> Answer<io::Result<()>> {
+    fn punch(&self, ranges: Vec<Range<u64>>, keep: Keep) -> Answer<(Keep, io::Result<()>)> {
         match self.bug {
-            Bug::PunchesNothing => Box::pin(std::future::ready(Ok(()))),
-            _ => self.lazily(|inner| inner.punch(ranges)),
+            Bug::PunchesNothing => Box::pin(std::future::ready((keep, Ok(())))),
+            _ => self.lazily(|inner| inner.punch(ranges, keep)),
         }
     }
 
@@ -219,6 +233,8 @@ fn every_planted_bug_fails() {
         (Bug::PunchesNothing, "a file with holes"),
         (Bug::Panics, "piece.range.end <= buf.len()"),
         (Bug::SwapsPieces, "a piece"),
+        (Bug::LosesKeep, "a write let go of what it was to keep"),
+        (Bug::HoardsKeep, "a write gave something else back"),
     ];
     for (bug, symptom) in bugs {
         let message = failure(|| {
@@ -227,6 +243,7 @@ fn every_planted_bug_fails() {
                 bug,
                 closed: Mutex::new(false),
                 leaked: Mutex::default(),
+                hoard: Mutex::default(),
             })
         });
         assert!(message.contains(symptom), "{bug:?}: {message}");

@@ -3,7 +3,7 @@
 use vmem_io::driver::Driver;
 use vmem_testkit::{Errno, Fault, FaultDriver, FaultPlan, OpKind, Pattern, Seed, When};
 
-use crate::{instant_disk, message_of, piece, read, run, zeros};
+use crate::{Plain, instant_disk, message_of, piece, read, run, zeros};
 
 const LEN: usize = 16 * 1024;
 
@@ -11,9 +11,7 @@ const LEN: usize = 16 * 1024;
 async fn prepared(seed: Seed) -> (std::sync::Arc<FaultDriver>, Vec<u8>) {
     let disk = instant_disk();
     let data = Pattern::new(seed.value(), 1).bytes(0, 2 * LEN).to_vec();
-    disk.write(run(0, &data))
-        .await
-        .expect("an instant disk without limits");
+    disk.start_write(run(0, &data)).await.expect("an instant disk without limits");
     (FaultDriver::new(disk, seed.fork("faults")), data)
 }
 
@@ -23,32 +21,29 @@ fn errno(result: &std::io::Result<Vec<u8>>) -> Option<i32> {
 
 #[test]
 fn counted_errors_strike_where_they_are_planned() {
-    Seed::simulate(
-        "counted_errors_strike_where_they_are_planned",
-        |seed| async move {
-            let (driver, data) = prepared(seed).await;
-            for errno_of in [Errno::IO, Errno::NOSPC, Errno::INTR, Errno::TIMEDOUT] {
-                let fault = Fault::Error(errno_of);
-                driver.set(FaultPlan::new().on(OpKind::Read, When::Nth(3), fault));
-                for n in 1..6 {
-                    let result = read(&*driver, 0, LEN).await;
-                    match n {
-                        3 => assert_eq!(errno(&result), Some(errno_of.raw_os_error())),
-                        _ => assert_eq!(result.unwrap(), data[..LEN]),
-                    }
+    Seed::simulate("counted_errors_strike_where_they_are_planned", |seed| async move {
+        let (driver, data) = prepared(seed).await;
+        for errno_of in [Errno::IO, Errno::NOSPC, Errno::INTR, Errno::TIMEDOUT] {
+            let fault = Fault::Error(errno_of);
+            driver.set(FaultPlan::new().on(OpKind::Read, When::Nth(3), fault));
+            for n in 1..6 {
+                let result = read(&*driver, 0, LEN).await;
+                match n {
+                    3 => assert_eq!(errno(&result), Some(errno_of.raw_os_error())),
+                    _ => assert_eq!(result.unwrap(), data[..LEN]),
                 }
-                assert_eq!(driver.injected(fault), 1);
             }
-            let fault = Fault::Error(Errno::IO);
-            driver.set(FaultPlan::new().on(OpKind::Sync, When::From(2), fault));
-            assert!(driver.sync().await.is_ok());
-            assert!(driver.sync().await.is_err() && driver.sync().await.is_err());
-            driver.clear();
-            assert!(driver.sync().await.is_ok());
-            assert_eq!(driver.injected(fault), 3, "1 read and 2 syncs");
-            assert_eq!(driver.injected_total(), 6);
-        },
-    );
+            assert_eq!(driver.injected(fault), 1);
+        }
+        let fault = Fault::Error(Errno::IO);
+        driver.set(FaultPlan::new().on(OpKind::Sync, When::From(2), fault));
+        assert!(driver.sync().await.is_ok());
+        assert!(driver.sync().await.is_err() && driver.sync().await.is_err());
+        driver.clear();
+        assert!(driver.sync().await.is_ok());
+        assert_eq!(driver.injected(fault), 3, "1 read and 2 syncs");
+        assert_eq!(driver.injected_total(), 6);
+    });
 }
 
 #[test]
@@ -66,11 +61,7 @@ fn chance_is_seeded() {
                 }
             }
             assert_eq!(driver.injected(fault), failed.len() as u64);
-            assert!(
-                failed.len() > 20 && failed.len() < 120,
-                "{} of 200",
-                failed.len()
-            );
+            assert!(failed.len() > 20 && failed.len() < 120, "{} of 200", failed.len());
             runs.push(failed);
         }
         assert_eq!(runs[0], runs[1]);
@@ -85,11 +76,7 @@ fn a_bit_flips_in_silence() {
         let bytes = read(&*driver, 0, LEN).await.unwrap();
         let flipped = bytes.iter().zip(&data).map(|(a, b)| (a ^ b).count_ones());
         assert_eq!(flipped.sum::<u32>(), 1);
-        assert_eq!(
-            read(&*driver, 0, LEN).await.unwrap(),
-            data[..LEN],
-            "on the way, not on disk"
-        );
+        assert_eq!(read(&*driver, 0, LEN).await.unwrap(), data[..LEN], "on the way, not on disk");
     });
 }
 
@@ -99,11 +86,7 @@ fn wrong_reads_look_like_successes() {
         for fault in [Fault::ShortRead, Fault::MisdirectedRead] {
             let (driver, data) = prepared(seed).await;
             driver.set(FaultPlan::new().on(OpKind::Read, When::ALWAYS, fault));
-            assert_ne!(
-                read(&*driver, 0, LEN).await.unwrap(),
-                data[..LEN],
-                "{fault:?}"
-            );
+            assert_ne!(read(&*driver, 0, LEN).await.unwrap(), data[..LEN], "{fault:?}");
             assert_eq!(driver.injected(fault), 1);
             driver.clear();
             assert_eq!(read(&*driver, 0, LEN).await.unwrap(), data[..LEN]);
@@ -117,13 +100,10 @@ fn garbage_comes_with_an_error() {
         let (driver, data) = prepared(seed).await;
         let fault = Fault::Garbage(Errno::IO);
         driver.set(FaultPlan::new().on(OpKind::Read, When::ALWAYS, fault));
-        let (buf, result) = driver.read(zeros(LEN), piece(0, LEN)).await;
+        let (buf, result) = driver.start_read(zeros(LEN), piece(0, LEN)).await;
         assert!(result.is_err());
         assert_ne!(buf[..], data[..LEN]);
-        assert!(
-            buf.iter().any(|byte| *byte != 0),
-            "the buffer was left alone"
-        );
+        assert!(buf.iter().any(|byte| *byte != 0), "the buffer was left alone");
     });
 }
 
@@ -140,11 +120,7 @@ fn writes_go_wrong_on_disk() {
         for (fault, succeeds) in faults {
             let (driver, data) = prepared(seed).await;
             driver.set(FaultPlan::new().on(OpKind::Write, When::Nth(1), fault));
-            assert_eq!(
-                driver.write(run(0, &new)).await.is_ok(),
-                succeeds,
-                "{fault:?}"
-            );
+            assert_eq!(driver.start_write(run(0, &new)).await.is_ok(), succeeds, "{fault:?}");
             assert_eq!(driver.injected(fault), 1);
             let stored = read(&*driver, 0, 2 * LEN).await.unwrap();
             assert_ne!(stored[..LEN], new, "{fault:?} was not injected");
@@ -158,7 +134,7 @@ fn writes_go_wrong_on_disk() {
                 }
                 _ => assert!(written < LEN / 16, "{written} bytes of {fault:?}"),
             }
-            driver.write(run(0, &new)).await.unwrap();
+            driver.start_write(run(0, &new)).await.unwrap();
             assert_eq!(read(&*driver, 0, LEN).await.unwrap(), new);
         }
     });
@@ -170,7 +146,7 @@ fn an_error_after_hides_what_was_done() {
         let (driver, _) = prepared(seed).await;
         let fault = Fault::ErrorAfter(Errno::TIMEDOUT);
         driver.set(FaultPlan::new().on(OpKind::Write, When::ALWAYS, fault));
-        assert!(driver.write(run(0, &[0x11; 100])).await.is_err());
+        assert!(driver.start_write(run(0, &[0x11; 100])).await.is_err());
         assert_eq!(read(&*driver, 0, 100).await.unwrap(), [0x11; 100]);
     });
 }
@@ -178,10 +154,7 @@ fn an_error_after_hides_what_was_done() {
 #[test]
 fn a_rule_that_never_applies_is_refused() {
     let message = message_of(|| FaultPlan::new().on(OpKind::Sync, When::ALWAYS, Fault::BitFlip));
-    assert!(
-        message.contains("BitFlip cannot happen to a Sync"),
-        "{message}"
-    );
+    assert!(message.contains("BitFlip cannot happen to a Sync"), "{message}");
     let fault = Fault::Error(Errno::IO);
     assert!(
         message_of(|| FaultPlan::new().on(OpKind::Read, When::Nth(0), fault)).contains("from 1")

@@ -48,9 +48,7 @@ impl Simulation {
                 self.reads[at].1.get_or_insert(self.bytes.clone());
             }
             8 | 9 if !self.reads.is_empty() => {
-                let (read, seen) = self
-                    .reads
-                    .swap_remove(rng.random_range(0..self.reads.len()));
+                let (read, seen) = self.reads.swap_remove(rng.random_range(0..self.reads.len()));
                 if let Some(bytes) = seen {
                     read.check(&bytes)?;
                 }
@@ -71,8 +69,7 @@ impl Simulation {
         }
         if self.writes.len() > 10 {
             // Some of what was abandoned is never applied.
-            self.writes
-                .retain(|write| write.0.is_some() || rng.random());
+            self.writes.retain(|write| write.0.is_some() || rng.random());
         }
         let len = self.bytes.len();
         let range = match rng.random_bool(0.5) {
@@ -147,9 +144,6 @@ fn a_store_that_forgets_a_write_is_found_out() {
             });
             found += u32::from(refused);
         }
-        assert!(
-            found > 90,
-            "{found} of 100 histories with lost updates were refused"
-        );
+        assert!(found > 90, "{found} of 100 histories with lost updates were refused");
     });
 }

@@ -46,12 +46,10 @@ fn is_linearisable(calls: &[Call], settles: Settles) -> bool {
         let left: Vec<&Call> = calls
             .iter()
             .enumerate()
-            .filter(
-                |(n, _)| match optional.iter().position(|other| other == n) {
-                    Some(bit) => chosen & (1 << bit) != 0,
-                    None => true,
-                },
-            )
+            .filter(|(n, _)| match optional.iter().position(|other| other == n) {
+                Some(bit) => chosen & (1 << bit) != 0,
+                None => true,
+            })
             .map(|(_, call)| call)
             .collect();
         has_order(&left, &[0; LEN], settles)
@@ -97,21 +95,13 @@ impl History {
         }
         let mut bytes = Vec::new();
         if is_read {
-            self.reads
-                .push((self.calls.len(), self.model.begin_read(1)));
+            self.reads.push((self.calls.len(), self.model.begin_read(1)));
         } else {
             let write = self.model.begin_write_at(1, range.clone());
             bytes = write.bytes().to_vec();
             self.writes.push((self.calls.len(), write));
         }
-        self.calls.push(Call {
-            start: now,
-            end: OPEN,
-            abandoned: false,
-            range,
-            bytes,
-            is_read,
-        });
+        self.calls.push(Call { start: now, end: OPEN, abandoned: false, range, bytes, is_read });
     }
 
     /// What a read might return: some of the writes, mostly in the order in which they began.
@@ -136,12 +126,7 @@ fn compare(seed: Seed, settles: Settles, reads_at_once: usize) -> (u32, u32, u32
     let mut rng = seed.rng();
     let model = Model::with_settles(seed, settles);
     model.create(1, LEN);
-    let mut history = History {
-        model,
-        calls: Vec::new(),
-        writes: Vec::new(),
-        reads: Vec::new(),
-    };
+    let mut history = History { model, calls: Vec::new(), writes: Vec::new(), reads: Vec::new() };
     let (mut accepted, mut too_lenient) = (0, 0);
     for now in 0..30 {
         match rng.random_range(0..4) {
@@ -193,14 +178,10 @@ fn compare(seed: Seed, settles: Settles, reads_at_once: usize) -> (u32, u32, u32
 fn totals(seed: Seed, settles: Settles, reads_at_once: usize) -> (u32, u32) {
     let histories =
         (0..4_000).map(|n| compare(seed.fork_nth("history", n), settles, reads_at_once));
-    let (accepted, refused, missed) = histories.fold((0, 0, 0), |sum, more| {
-        (sum.0 + more.0, sum.1 + more.1, sum.2 + more.2)
-    });
+    let (accepted, refused, missed) =
+        histories.fold((0, 0, 0), |sum, more| (sum.0 + more.0, sum.1 + more.1, sum.2 + more.2));
     println!("{settles:?}: {accepted} accepted, {refused} refused, {missed} missed");
-    assert!(
-        accepted > 1_000 && refused > 500,
-        "{accepted} accepted, {refused} refused"
-    );
+    assert!(accepted > 1_000 && refused > 500, "{accepted} accepted, {refused} refused");
     (refused, missed)
 }
 
@@ -208,26 +189,20 @@ const ALL: [Settles; 3] = [Settles::AtDrop, Settles::BeforeNextWrite, Settles::W
 
 #[test]
 fn one_reader_among_writers_is_never_accused_and_hardly_let_off() {
-    Seed::run(
-        "one_reader_among_writers_is_never_accused_and_hardly_let_off",
-        |seed| {
-            for settles in ALL {
-                let (refused, missed) = totals(seed, settles, 1);
-                assert!(missed * 25 < refused, "{missed} of {refused} were let off");
-            }
-        },
-    );
+    Seed::run("one_reader_among_writers_is_never_accused_and_hardly_let_off", |seed| {
+        for settles in ALL {
+            let (refused, missed) = totals(seed, settles, 1);
+            assert!(missed * 25 < refused, "{missed} of {refused} were let off");
+        }
+    });
 }
 
 #[test]
 fn readers_at_once_are_never_accused_and_seldom_let_off() {
-    Seed::run(
-        "readers_at_once_are_never_accused_and_seldom_let_off",
-        |seed| {
-            for settles in ALL {
-                let (refused, missed) = totals(seed, settles, 8);
-                assert!(missed * 12 < refused, "{missed} of {refused} were let off");
-            }
-        },
-    );
+    Seed::run("readers_at_once_are_never_accused_and_seldom_let_off", |seed| {
+        for settles in ALL {
+            let (refused, missed) = totals(seed, settles, 8);
+            assert!(missed * 12 < refused, "{missed} of {refused} were let off");
+        }
+    });
 }

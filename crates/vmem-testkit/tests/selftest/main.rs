@@ -13,12 +13,15 @@ mod simulated;
 mod tiny_disk;
 
 use std::any::Any;
+use std::io;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use vmem_core::backend::IoBuf;
-use vmem_io::driver::{Driver, ReadPiece, WriteRun};
+use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun};
 use vmem_testkit::sim::Speed;
 use vmem_testkit::{SimConfig, SimDriver};
 
@@ -30,9 +33,9 @@ fn message_of<T>(test: impl FnOnce() -> T) -> String {
     };
     match payload.downcast::<String>() {
         Ok(text) => *text,
-        Err(payload) => payload
-            .downcast::<&str>()
-            .map_or_else(|_| String::new(), |s| s.to_string()),
+        Err(payload) => {
+            payload.downcast::<&str>().map_or_else(|_| String::new(), |s| s.to_string())
+        }
     }
 }
 
@@ -55,24 +58,43 @@ fn slow_disk() -> Arc<SimDriver> {
 }
 
 fn run(offset: u64, data: &[u8]) -> Vec<WriteRun> {
-    vec![WriteRun {
-        offset,
-        parts: vec![bytes::Bytes::copy_from_slice(data)],
-    }]
+    vec![WriteRun { offset, parts: vec![bytes::Bytes::copy_from_slice(data)] }]
 }
 
 fn piece(offset: u64, len: usize) -> Vec<ReadPiece> {
-    vec![ReadPiece {
-        offset,
-        range: 0..len,
-    }]
+    vec![ReadPiece { offset, range: 0..len }]
 }
 
 fn zeros(len: usize) -> IoBuf {
     IoBuf::from_vec(vec![0; len])
 }
 
-async fn read(driver: &dyn Driver, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
-    let (buf, result) = driver.read(zeros(len), piece(offset, len)).await;
+type Answer<T> = BoxFuture<'static, T>;
+
+/// The calls of a driver, for tests that keep nothing; they start with the call.
+trait Plain: Driver {
+    fn start_read(&self, buf: IoBuf, pieces: Vec<ReadPiece>) -> Answer<(IoBuf, io::Result<()>)> {
+        let reading = self.read(buf, pieces, Keep::none());
+        Box::pin(async move {
+            let (buf, _, result) = reading.await;
+            (buf, result)
+        })
+    }
+
+    fn start_write(&self, runs: Vec<WriteRun>) -> Answer<io::Result<()>> {
+        let writing = self.write(runs, Keep::none());
+        Box::pin(async move { writing.await.1 })
+    }
+
+    fn start_punch(&self, ranges: Vec<Range<u64>>) -> Answer<io::Result<()>> {
+        let punching = self.punch(ranges, Keep::none());
+        Box::pin(async move { punching.await.1 })
+    }
+}
+
+impl<D: Driver + ?Sized> Plain for D {}
+
+async fn read(driver: &dyn Driver, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+    let (buf, result) = driver.start_read(zeros(len), piece(offset, len)).await;
     result.map(|()| buf.to_vec())
 }

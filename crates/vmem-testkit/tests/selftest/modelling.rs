@@ -32,15 +32,9 @@ fn a_new_object_is_zeros() {
     let mut bytes = [0; LEN];
     bytes[700] = 1;
     let result = model.check_read(1, &bytes);
-    assert!(
-        matches!(result, Err(Violation::Foreign { .. })),
-        "{result:?}"
-    );
+    assert!(matches!(result, Err(Violation::Foreign { .. })), "{result:?}");
     let result = model.check_read(1, &[0; LEN - 1]);
-    assert!(
-        matches!(result, Err(Violation::Length { .. })),
-        "{result:?}"
-    );
+    assert!(matches!(result, Err(Violation::Length { .. })), "{result:?}");
 }
 
 #[test]
@@ -55,15 +49,8 @@ fn the_last_completed_write_is_read_and_no_other() {
     let mut wrong = second.to_vec();
     wrong[LEN - 1] ^= 0x80;
     let result = model.check_read(1, &wrong);
-    assert!(
-        matches!(result, Err(Violation::Foreign { .. })),
-        "{result:?}"
-    );
-    assert_eq!(
-        model.check_read(1, &second),
-        Ok(()),
-        "a refused read teaches nothing"
-    );
+    assert!(matches!(result, Err(Violation::Foreign { .. })), "{result:?}");
+    assert_eq!(model.check_read(1, &second), Ok(()), "a refused read teaches nothing");
 }
 
 #[test]
@@ -76,10 +63,7 @@ fn bytes_of_another_object_or_place_are_foreign() {
     let mine = written(&model);
     assert!(model.check_read(1, &others).is_err());
     let read = model.begin_read(1);
-    assert!(
-        read.check_at(10..20, &mine[11..21]).is_err(),
-        "shifted by one"
-    );
+    assert!(read.check_at(10..20, &mine[11..21]).is_err(), "shifted by one");
     assert_eq!(model.begin_read(1).check_at(10..20, &mine[10..20]), Ok(()));
 }
 
@@ -92,10 +76,7 @@ fn torn_mixtures_are_refused() {
     for cut in [8, 500, 999] {
         let torn = [&new[..cut], &old[cut..]].concat();
         let result = model.check_read(1, &torn);
-        assert!(
-            matches!(result, Err(Violation::Mixed { .. })),
-            "cut at {cut}: {result:?}"
-        );
+        assert!(matches!(result, Err(Violation::Mixed { .. })), "cut at {cut}: {result:?}");
     }
     drop(write);
 }
@@ -109,10 +90,7 @@ fn a_write_in_flight_may_be_seen_or_not_but_not_unseen() {
     assert_eq!(model.check_read(1, &old), Ok(()));
     assert_eq!(model.check_read(1, &new), Ok(()));
     let result = model.check_read(1, &old);
-    assert!(
-        matches!(result, Err(Violation::Stale { .. })),
-        "older than before: {result:?}"
-    );
+    assert!(matches!(result, Err(Violation::Stale { .. })), "older than before: {result:?}");
     write.commit();
     assert_eq!(model.check_read(1, &new), Ok(()));
 }
@@ -124,11 +102,7 @@ fn reads_that_overlap_may_disagree() {
     let (first, second) = (model.begin_read(1), model.begin_read(1));
     let new = written(&model);
     assert_eq!(first.check(&new), Ok(()));
-    assert_eq!(
-        second.check(&old),
-        Ok(()),
-        "it began before the write ended"
-    );
+    assert_eq!(second.check(&old), Ok(()), "it began before the write ended");
     assert!(model.check_read(1, &old).is_err());
 }
 
@@ -141,10 +115,7 @@ fn two_writers_at_once_settle_on_one_order() {
         let (a, b) = (&bytes[first_seen], &bytes[1 - first_seen]);
         assert_eq!(model.check_read(1, a), Ok(()));
         assert_eq!(model.check_read(1, b), Ok(()));
-        assert!(
-            model.check_read(1, a).is_err(),
-            "back to what was overwritten"
-        );
+        assert!(model.check_read(1, a).is_err(), "back to what was overwritten");
         writes.into_iter().for_each(|write| write.commit());
         assert_eq!(model.check_read(1, b), Ok(()));
         assert!(model.check_read(1, a).is_err());
@@ -159,10 +130,7 @@ fn two_writers_at_once_end_as_either_when_nobody_looked() {
         let bytes = writes.each_ref().map(|write| write.bytes());
         writes.into_iter().for_each(|write| write.commit());
         assert_eq!(model.check_read(1, &bytes[last]), Ok(()));
-        assert!(
-            model.check_read(1, &bytes[1 - last]).is_err(),
-            "it was decided"
-        );
+        assert!(model.check_read(1, &bytes[1 - last]).is_err(), "it was decided");
         assert!(model.check_read(1, &[0; LEN]).is_err());
     }
 }
@@ -185,41 +153,21 @@ fn partial_writes_lie_over_what_was_there() {
     over.commit();
     assert_eq!(model.check_read(1, &patched(&both, 200, &overlay)), Ok(()));
     let wrong_order = patched(&patched(&base, 200, &overlay), 100, &patch);
-    assert!(
-        model.check_read(1, &wrong_order).is_err(),
-        "the older write on top"
-    );
-    assert_eq!(
-        model.begin_read(1).check_at(250..350, &overlay[50..150]),
-        Ok(())
-    );
-    assert!(
-        model
-            .begin_read(1)
-            .check_at(250..300, &patch[150..200])
-            .is_err()
-    );
+    assert!(model.check_read(1, &wrong_order).is_err(), "the older write on top");
+    assert_eq!(model.begin_read(1).check_at(250..350, &overlay[50..150]), Ok(()));
+    assert!(model.begin_read(1).check_at(250..300, &patch[150..200]).is_err());
 }
 
 #[test]
 fn two_parts_in_flight_are_seen_in_one_order_by_all() {
     let model = model();
     let base = written(&model);
-    let (left, right) = (
-        model.begin_write_at(1, 0..500),
-        model.begin_write_at(1, 500..LEN),
-    );
-    let (with_left, with_right) = (
-        patched(&base, 0, &left.bytes()),
-        patched(&base, 500, &right.bytes()),
-    );
+    let (left, right) = (model.begin_write_at(1, 0..500), model.begin_write_at(1, 500..LEN));
+    let (with_left, with_right) =
+        (patched(&base, 0, &left.bytes()), patched(&base, 500, &right.bytes()));
     let both = patched(&with_left, 500, &right.bytes());
     // Even reads that overlap cannot see the left part alone and the right part alone.
-    let (first, second, third) = (
-        model.begin_read(1),
-        model.begin_read(1),
-        model.begin_read(1),
-    );
+    let (first, second, third) = (model.begin_read(1), model.begin_read(1), model.begin_read(1));
     assert_eq!(first.check(&with_left), Ok(()));
     let result = second.check(&with_right);
     assert!(matches!(result, Err(Violation::Mixed { .. })), "{result:?}");
@@ -247,10 +195,7 @@ fn an_abandoned_write_is_undecided_until_the_next_one() {
     let newest = written(&model);
     assert_eq!(model.check_read(1, &newest), Ok(()));
     let result = model.check_read(1, &dead);
-    assert!(
-        matches!(result, Err(Violation::Stale { .. })),
-        "over a later write: {result:?}"
-    );
+    assert!(matches!(result, Err(Violation::Stale { .. })), "over a later write: {result:?}");
 }
 
 #[test]
@@ -261,11 +206,7 @@ fn an_abandoned_part_is_whole_or_not_there() {
     let patch = part.bytes();
     drop(part);
     assert_eq!(model.check_read(1, &base), Ok(()));
-    assert!(
-        model
-            .check_read(1, &patched(&base, 100, &patch[..199]))
-            .is_err()
-    );
+    assert!(model.check_read(1, &patched(&base, 100, &patch[..199])).is_err());
     assert_eq!(model.check_read(1, &patched(&base, 100, &patch)), Ok(()));
     assert!(model.check_read(1, &base).is_err());
 }
@@ -282,25 +223,14 @@ fn strictness_decides_when_an_abandoned_write_is_dead() {
     };
     let (model, lost) = abandoned(Settles::AtDrop);
     assert_eq!(model.check_read(1, &[0; LEN]), Ok(()));
-    assert!(
-        model.check_read(1, &lost).is_err(),
-        "the read after the drop decided"
-    );
+    assert!(model.check_read(1, &lost).is_err(), "the read after the drop decided");
     let (model, lost) = abandoned(Settles::AtDrop);
-    assert_eq!(
-        model.check_read(1, &lost),
-        Ok(()),
-        "or it was applied by then"
-    );
+    assert_eq!(model.check_read(1, &lost), Ok(()), "or it was applied by then");
 
     let (model, lost) = abandoned(Settles::Whenever);
     let newer = written(&model);
     assert_eq!(model.check_read(1, &newer), Ok(()));
-    assert_eq!(
-        model.check_read(1, &lost),
-        Ok(()),
-        "allowed here, over a later write"
-    );
+    assert_eq!(model.check_read(1, &lost), Ok(()), "allowed here, over a later write");
     assert!(model.check_read(1, &newer).is_err(), "but once only");
 }
 
@@ -333,10 +263,7 @@ fn a_failed_write_must_not_be_seen() {
     let write = model.begin_write(1);
     assert_eq!(model.check_read(1, &write.bytes()), Ok(()));
     let result = write.fail();
-    assert!(
-        matches!(result, Err(Violation::AppliedThoughFailed { .. })),
-        "{result:?}"
-    );
+    assert!(matches!(result, Err(Violation::AppliedThoughFailed { .. })), "{result:?}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use vmem_testkit::{
     DelayDriver, Errno, Fault, FaultDriver, FaultPlan, OpKind, Seed, TraceDriver, When,
 };
 
-use crate::{message_of, piece, run, slow_disk, zeros};
+use crate::{Plain, message_of, piece, run, slow_disk, zeros};
 
 async fn workload(seed: Seed) -> Vec<TraceEvent> {
     let faulty = FaultDriver::new(slow_disk(), seed.fork("faults"));
@@ -34,9 +34,9 @@ async fn task(driver: Arc<TraceDriver>, seed: Seed) {
     for _ in 0..20 {
         let (offset, len) = (rng.random_range(0..1 << 20), rng.random_range(1..100_000));
         if rng.random() {
-            let _may_fail = driver.write(run(offset, &vec![1; len])).await;
+            let _may_fail = driver.start_write(run(offset, &vec![1; len])).await;
         } else {
-            drop(driver.read(zeros(len), piece(offset, len)));
+            drop(driver.start_read(zeros(len), piece(offset, len)));
         }
     }
 }
@@ -60,11 +60,7 @@ fn a_seed_that_is_no_number_is_refused() {
     let child = |seed: &str| {
         let program = std::env::current_exe().expect("a test has a program");
         std::process::Command::new(program)
-            .args([
-                "--exact",
-                "replay::a_seed_that_is_no_number_is_refused",
-                "--nocapture",
-            ])
+            .args(["--exact", "replay::a_seed_that_is_no_number_is_refused", "--nocapture"])
             .env("VMEM_SELFTEST_CHILD", "1")
             .env("VMEM_SEED", seed)
             .output()

@@ -11,8 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
-use vmem_core::backend::{DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf};
-use vmem_io::driver::{Driver, ReadPiece, WriteRun};
+use vmem_core::backend::{
+    DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf, ReadChunk,
+};
+use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun};
 
 const BLOCK: u64 = 512;
 
@@ -33,6 +35,8 @@ pub(crate) enum Bug {
     SaysAllIsOneRun,
     /// The ledger counts payload in place of footprint.
     CountsPayload,
+    /// Reads chunks one after the other, wherever they should go.
+    IgnoresPlaces,
     /// Works on after `close`.
     NeverCloses,
     /// Sums of the chunks go to the wrong extents.
@@ -64,17 +68,11 @@ impl TinyDisk {
     pub(crate) fn new(driver: Arc<dyn Driver>, capacity: u64, bug: Bug) -> Arc<Self> {
         let state = State {
             free: BTreeMap::from([(0, capacity)]),
-            usage: DiskUsage {
-                capacity_bytes: capacity,
-                ..DiskUsage::default()
-            },
+            usage: DiskUsage { capacity_bytes: capacity, ..DiskUsage::default() },
         };
         Arc::new(TinyDisk {
             driver,
-            space: Arc::new(Space {
-                state: Mutex::new(state),
-                bug,
-            }),
+            space: Arc::new(Space { state: Mutex::new(state), bug }),
             bug,
             closed: AtomicBool::new(false),
         })
@@ -82,6 +80,22 @@ impl TinyDisk {
 
     fn is_closed(&self) -> bool {
         self.bug != Bug::NeverCloses && self.closed.load(Ordering::Acquire)
+    }
+
+    fn read_pieces(
+        &self,
+        chunks: Vec<ReadChunk>,
+        buf: IoBuf,
+    ) -> BoxFuture<'static, (IoBuf, Result<(), DiskError>)> {
+        let pieces = pieces_of(&chunks, self.bug != Bug::ShowsOldBytes);
+        let reading = self.driver.read(buf, pieces, Keep::none());
+        let trusts = self.bug == Bug::TrustsTheDisk;
+        Box::pin(async move {
+            let (buf, _, result) = reading.await;
+            let result = result.map_err(|error| failed("read", error));
+            let result = result.and_then(|()| if trusts { Ok(()) } else { verify(&chunks, &buf) });
+            (buf, result)
+        })
     }
 
     fn take(&self, len: u32) -> Option<Extent> {
@@ -104,12 +118,7 @@ impl TinyDisk {
         state.usage.used_bytes += counted;
         state.usage.peak_bytes = state.usage.peak_bytes.max(state.usage.used_bytes);
         state.usage.extents += 1;
-        Some(Extent::new(
-            offset,
-            len,
-            footprint as u32,
-            self.space.clone(),
-        ))
+        Some(Extent::new(offset, len, footprint as u32, self.space.clone()))
     }
 }
 
@@ -146,22 +155,18 @@ impl ExtentOwner for Space {
 }
 
 fn failed(operation: &'static str, error: std::io::Error) -> DiskError {
-    DiskError::Io {
-        operation,
-        source: Arc::new(error),
-    }
+    DiskError::Io { operation, source: Arc::new(error) }
 }
 
-fn pieces_of(extents: &[Arc<Extent>], sealed_only: bool) -> Vec<ReadPiece> {
-    let mut at = 0;
-    let pieces = extents.iter().map(|extent| {
-        let range = at..at + extent.len() as usize;
-        at = range.end;
-        let offset = extent.offset();
-        (extent, ReadPiece { offset, range })
-    });
-    let wanted = pieces.filter(|(extent, _)| extent.sum().is_some() || !sealed_only);
-    wanted.map(|(_, piece)| piece).collect()
+fn place(chunk: &ReadChunk) -> std::ops::Range<usize> {
+    chunk.at..chunk.at + chunk.extent.len() as usize
+}
+
+fn pieces_of(chunks: &[ReadChunk], sealed_only: bool) -> Vec<ReadPiece> {
+    let wanted = chunks.iter().filter(|chunk| chunk.extent.sum().is_some() || !sealed_only);
+    let piece =
+        |chunk: &ReadChunk| ReadPiece { offset: chunk.extent.offset(), range: place(chunk) };
+    wanted.map(piece).collect()
 }
 
 impl DiskBackend for TinyDisk {
@@ -200,17 +205,17 @@ impl DiskBackend for TinyDisk {
             offset: extent.offset(),
             parts: vec![chunk.clone()],
         });
-        let writing = self.driver.write(runs.collect());
+        let writing = self.driver.write(runs.collect(), Keep::none());
         let bug = self.bug;
         if bug == Bug::LeaksDropped {
             let mut pieces = std::mem::ManuallyDrop::new(pieces);
             return Box::pin(async move {
-                let result = writing.await.map_err(|error| failed("write", error));
+                let result = writing.await.1.map_err(|error| failed("write", error));
                 result.map(|()| seal(std::mem::take(&mut *pieces), bug))
             });
         }
         let finish = async move {
-            let result = writing.await.map_err(|error| failed("write", error));
+            let result = writing.await.1.map_err(|error| failed("write", error));
             result.map(|()| seal(pieces, bug))
         };
         if bug == Bug::FreesEarly {
@@ -222,33 +227,26 @@ impl DiskBackend for TinyDisk {
 
     fn read(
         &self,
-        extents: Vec<Arc<Extent>>,
+        chunks: Vec<ReadChunk>,
         mut buf: IoBuf,
     ) -> BoxFuture<'static, (IoBuf, Result<(), DiskError>)> {
-        let len: usize = extents.iter().map(|extent| extent.len() as usize).sum();
         if self.is_closed() {
             return Box::pin(ready((buf, Err(DiskError::Closed))));
         }
-        let Some(front) = buf.get_mut(..len) else {
-            let error = std::io::ErrorKind::InvalidInput.into();
-            return Box::pin(ready((buf, Err(failed("read", error)))));
-        };
-        front.fill(0);
-        let pieces = pieces_of(&extents, self.bug != Bug::ShowsOldBytes);
-        let reading = self.driver.read(buf, pieces);
-        let trusts = self.bug == Bug::TrustsTheDisk;
-        Box::pin(async move {
-            let (buf, result) = reading.await;
-            let result = result.map_err(|error| failed("read", error));
-            let result = result.and_then(|()| {
-                if trusts {
-                    Ok(())
-                } else {
-                    verify(&extents, &buf)
+        for chunk in &chunks {
+            match buf.get_mut(place(chunk)) {
+                Some(bytes) => bytes.fill(0),
+                None => {
+                    let error = std::io::ErrorKind::InvalidInput.into();
+                    return Box::pin(ready((buf, Err(failed("read", error)))));
                 }
-            });
-            (buf, result)
-        })
+            }
+        }
+        if self.bug == Bug::IgnoresPlaces {
+            let extents: Vec<_> = chunks.iter().map(|chunk| chunk.extent.clone()).collect();
+            return self.read_pieces(ReadChunk::in_sequence(extents), buf);
+        }
+        self.read_pieces(chunks, buf)
     }
 
     fn footprint(&self, len: u32) -> u64 {
@@ -280,10 +278,7 @@ impl DiskBackend for TinyDisk {
 }
 
 fn seal(pieces: Vec<(Extent, Bytes)>, bug: Bug) -> Vec<Extent> {
-    let mut sums: Vec<u32> = pieces
-        .iter()
-        .map(|(_, chunk)| crc32c::crc32c(chunk))
-        .collect();
+    let mut sums: Vec<u32> = pieces.iter().map(|(_, chunk)| crc32c::crc32c(chunk)).collect();
     if bug == Bug::SwapsSums {
         sums.reverse();
     }
@@ -294,18 +289,11 @@ fn seal(pieces: Vec<(Extent, Bytes)>, bug: Bug) -> Vec<Extent> {
     sealed.collect()
 }
 
-fn verify(extents: &[Arc<Extent>], buf: &[u8]) -> Result<(), DiskError> {
-    let mut at = 0;
-    for (chunk, extent) in extents.iter().enumerate() {
-        let bytes = &buf[at..at + extent.len() as usize];
-        at += bytes.len();
-        let actual = crc32c::crc32c(bytes);
-        if let Some(expected) = extent.sum().filter(|expected| *expected != actual) {
-            return Err(DiskError::Corrupt {
-                chunk,
-                expected,
-                actual,
-            });
+fn verify(chunks: &[ReadChunk], buf: &[u8]) -> Result<(), DiskError> {
+    for (chunk, read) in chunks.iter().enumerate() {
+        let actual = crc32c::crc32c(&buf[place(read)]);
+        if let Some(expected) = read.extent.sum().filter(|expected| *expected != actual) {
+            return Err(DiskError::Corrupt { chunk, expected, actual });
         }
     }
     Ok(())

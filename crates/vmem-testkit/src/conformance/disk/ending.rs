@@ -9,7 +9,7 @@ use futures::future::join_all;
 use rand::Rng;
 use vmem_core::backend::{CHUNK_BYTES, DiskBackend, DiskError, Extent, IoBuf};
 
-use super::tools::{empty, fetch, reserve, store, verify, write};
+use super::tools::{empty, fetch, in_sequence, reserve, store, verify, write};
 use crate::conformance::{POISON, assert_ok, assert_same, settle, within};
 use crate::{Pattern, Seed, poll_then_drop};
 
@@ -22,9 +22,7 @@ pub async fn dropped_futures(seed: Seed, disk: &dyn DiskBackend) {
     for n in 1..256 {
         let polls = rng.random_range(0..5);
         let count = rng.random_range(1..8);
-        let lens: Vec<u32> = (0..count)
-            .map(|_| rng.random_range(0..=CHUNK_BYTES as u32))
-            .collect();
+        let lens: Vec<u32> = (0..count).map(|_| rng.random_range(0..=CHUNK_BYTES as u32)).collect();
         let lost = Pattern::new(seed.value(), 1_000_000 + n);
         let pieces = reserve_in_time(disk, &lens).await.into_iter();
         let pieces = pieces.map(|extent| {
@@ -37,8 +35,8 @@ pub async fn dropped_futures(seed: Seed, disk: &dyn DiskBackend) {
         let data = Pattern::new(seed.value(), n).bytes(0, size);
         let extents = reserve_in_time(disk, &[size as u32]).await;
         let next = write(disk, extents, &[data]).await;
-        drop(disk.read(next.clone(), IoBuf::from_vec(vec![POISON; size])));
-        let reading = disk.read(next.clone(), IoBuf::from_vec(vec![POISON; size]));
+        drop(disk.read(in_sequence(&next), IoBuf::from_vec(vec![POISON; size])));
+        let reading = disk.read(in_sequence(&next), IoBuf::from_vec(vec![POISON; size]));
         drop(poll_then_drop(reading, polls).await);
         verify(seed, disk, &next, &[(n, size)]).await;
         drop(next);
@@ -73,24 +71,12 @@ pub async fn closes(seed: Seed, disk: &dyn DiskBackend) {
     let reserved = reserve(disk, &[5000]);
     assert_ok("close", within("close", disk.close()).await);
     let late = disk.reserve(&[1]);
-    assert!(
-        matches!(late, Err(DiskError::Closed)),
-        "reserve after close: {late:?}"
-    );
-    let pieces = reserved
-        .into_iter()
-        .map(|extent| (extent, data.clone()))
-        .collect();
+    assert!(matches!(late, Err(DiskError::Closed)), "reserve after close: {late:?}");
+    let pieces = reserved.into_iter().map(|extent| (extent, data.clone())).collect();
     let late = within("a write after close", disk.write(pieces)).await;
-    assert!(
-        matches!(late, Err(DiskError::Closed)),
-        "write after close: {late:?}"
-    );
+    assert!(matches!(late, Err(DiskError::Closed)), "write after close: {late:?}");
     let (buf, late) = fetch(disk, &written, 5000).await;
-    assert!(
-        matches!(late, Err(DiskError::Closed)),
-        "read after close: {late:?}"
-    );
+    assert!(matches!(late, Err(DiskError::Closed)), "read after close: {late:?}");
     assert_eq!(buf.len(), 5001, "another buffer came back");
     let _ok_or_closed = within("a second close", disk.close()).await;
     drop(written);
@@ -108,7 +94,7 @@ pub async fn closes_in_flight(seed: Seed, disk: &dyn DiskBackend) {
             disk.write(pieces.map(|extent| (extent, data.clone())).collect())
         })
         .collect();
-    let read = disk.read(written.clone(), IoBuf::from_vec(vec![POISON; CHUNK_BYTES]));
+    let read = disk.read(in_sequence(&written), IoBuf::from_vec(vec![POISON; CHUNK_BYTES]));
     let closing = disk.close();
     let (writes, (buf, read), closed) = within("a close with calls in flight", async {
         futures::join!(join_all(writes), read, closing)

@@ -14,11 +14,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::join_all;
 use rand::Rng;
-use vmem_core::backend::{CHUNK_BYTES, DiskBackend, DiskError, Extent, IoBuf};
+use rand::seq::SliceRandom;
+use vmem_core::backend::{CHUNK_BYTES, DiskBackend, DiskError, Extent, IoBuf, ReadChunk};
 
 use super::{IntoDisk, ODD_SIZES, POISON, assert_ok, assert_same, within};
 use crate::{Pattern, Seed};
-use tools::{Space, empty, fetch, reserve, store, verify, write};
+use tools::{Space, empty, fetch, in_sequence, reserve, store, verify, write};
 
 pub use ending::{closes, closes_in_flight, dropped_futures};
 pub use space::{footprints, fragmented, full};
@@ -37,6 +38,7 @@ pub async fn all<D: IntoDisk>(seed: Seed, make: impl AsyncFn() -> D) {
     footprints(&*make().await);
     round_trips(seed, &*make().await).await;
     many_chunks(seed, &*make().await).await;
+    places(seed, &*make().await).await;
     unwritten_is_zero(seed, &*make().await).await;
     full(seed, &*make().await).await;
     fragmented(seed, &*make().await);
@@ -67,17 +69,10 @@ pub async fn many_chunks(seed: Seed, disk: &dyn DiskBackend) {
         .map(|(n, size)| Pattern::new(key, n as u64).bytes(0, *size))
         .collect();
     let mut extents = store(disk, &data).await;
-    let taking: Vec<_> = extents
-        .iter()
-        .filter(|extent| extent.footprint() > 0)
-        .collect();
+    let taking: Vec<_> = extents.iter().filter(|extent| extent.footprint() > 0).collect();
     for pair in taking.windows(2) {
         let end = pair[0].offset() + u64::from(pair[0].footprint());
-        assert_eq!(
-            pair[1].offset(),
-            end,
-            "chunks in an empty tier are not contiguous"
-        );
+        assert_eq!(pair[1].offset(), end, "chunks in an empty tier are not contiguous");
     }
     let mut names: Vec<(u64, usize)> = (0..).zip(sizes).collect();
     verify(seed, disk, &extents, &names).await;
@@ -86,22 +81,47 @@ pub async fn many_chunks(seed: Seed, disk: &dyn DiskBackend) {
     verify(seed, disk, &extents, &names).await;
     // Every third chunk goes; what comes next has to use the gaps and the rest.
     let gone = |n: usize| n.is_multiple_of(3);
-    let kept = extents
-        .into_iter()
-        .zip(names)
-        .enumerate()
-        .filter(|(n, _)| !gone(*n));
+    let kept = extents.into_iter().zip(names).enumerate().filter(|(n, _)| !gone(*n));
     let (mut extents, mut names): (Vec<_>, Vec<_>) = kept.map(|(_, pair)| pair).unzip();
     let more: Vec<(u64, usize)> = ODD_SIZES.map(|size| (1000 + size as u64, size)).to_vec();
-    let data: Vec<Bytes> = more
-        .iter()
-        .map(|(name, size)| Pattern::new(key, *name).bytes(0, *size))
-        .collect();
+    let data: Vec<Bytes> =
+        more.iter().map(|(name, size)| Pattern::new(key, *name).bytes(0, *size)).collect();
     extents.extend(store(disk, &data).await);
     names.extend(more);
     verify(seed, disk, &extents, &names).await;
     drop(extents);
     empty(disk, "many chunks").await;
+}
+
+/// Chunks go to the places that the call names, in any order, and nothing between is touched.
+pub async fn places(seed: Seed, disk: &dyn DiskBackend) {
+    const GAP: usize = 37;
+    let mut rng = seed.fork("places").rng();
+    let pattern = |n: usize| Pattern::new(seed.value(), n as u64);
+    let data: Vec<Bytes> =
+        (0..).zip(ODD_SIZES).map(|(n, size)| pattern(n).bytes(0, size)).collect();
+    let extents = store(disk, &data).await;
+    let mut order: Vec<usize> = (0..extents.len()).collect();
+    order.shuffle(&mut rng);
+    let mut len = GAP;
+    let mut chunks = Vec::new();
+    for n in &order {
+        chunks.push(ReadChunk { extent: extents[*n].clone(), at: len });
+        len += data[*n].len() + GAP;
+    }
+    chunks.shuffle(&mut rng);
+    let buf = IoBuf::from_vec(vec![POISON; len]);
+    let (buf, result) = within("scattered chunks", disk.read(chunks, buf)).await;
+    assert_ok("a read of scattered chunks", result);
+    let mut at = 0;
+    for n in order {
+        assert_same("the gap between chunks", &buf[at..at + GAP], &[POISON; GAP]);
+        at += GAP;
+        let what = format!("a scattered chunk of {} bytes", data[n].len());
+        assert_same(&what, &buf[at..at + data[n].len()], &data[n]);
+        at += data[n].len();
+    }
+    assert_same("the end of the buffer", &buf[at..], &[POISON; GAP]);
 }
 
 /// A reserved extent reads as zeros, also where another chunk was before.
@@ -113,11 +133,7 @@ pub async fn unwritten_is_zero(seed: Seed, disk: &dyn DiskBackend) {
         let extents: Vec<_> = extents.into_iter().map(Arc::new).collect();
         let (buf, result) = fetch(disk, &extents, len).await;
         assert_ok("a read of what was only reserved", result);
-        assert_same(
-            &format!("a reserved chunk, round {round}"),
-            &buf[..len],
-            &vec![0; len],
-        );
+        assert_same(&format!("a reserved chunk, round {round}"), &buf[..len], &vec![0; len]);
         drop(extents);
         let count = (capacity / disk.footprint(CHUNK_BYTES as u32)).min(64);
         let data = Pattern::new(seed.value(), round).bytes(0, CHUNK_BYTES);
@@ -131,11 +147,8 @@ pub async fn short_buffer(seed: Seed, disk: &dyn DiskBackend) {
     let data = Pattern::new(seed.value(), 0).bytes(0, 5000);
     let extents = store(disk, &[data]).await;
     let buf = IoBuf::from_vec(vec![POISON; 4999]);
-    let (buf, result) = within("a short buffer", disk.read(extents.clone(), buf)).await;
-    assert!(
-        result.is_err(),
-        "5000 bytes were read into a buffer of 4999"
-    );
+    let (buf, result) = within("a short buffer", disk.read(in_sequence(&extents), buf)).await;
+    assert!(result.is_err(), "5000 bytes were read into a buffer of 4999");
     assert_eq!(buf.len(), 4999, "another buffer came back");
     verify(seed, disk, &extents, &[(0, 5000)]).await;
 }
@@ -158,10 +171,7 @@ async fn mixture(seed: Seed, disk: Arc<dyn DiskBackend>, space: Arc<Space>) {
     let mut held: Vec<(Arc<Extent>, (u64, usize))> = Vec::new();
     for n in 0..30 {
         let usage = disk.usage();
-        assert!(
-            usage.used_bytes <= usage.capacity_bytes,
-            "above the capacity: {usage:?}"
-        );
+        assert!(usage.used_bytes <= usage.capacity_bytes, "above the capacity: {usage:?}");
         if rng.random_bool(0.4) && !held.is_empty() {
             let (extent, name) = held.swap_remove(rng.random_range(0..held.len()));
             verify(seed, &*disk, slice::from_ref(&extent), &[name]).await;
@@ -200,11 +210,7 @@ pub async fn sees_every_flip(seed: Seed, disk: &dyn DiskBackend, flip: impl Fn(u
         flip(byte, bit);
         let (_, result) = fetch(disk, &extents, sizes[0] + sizes[1]).await;
         match result {
-            Err(DiskError::Corrupt {
-                chunk: 1,
-                expected,
-                actual,
-            }) => {
+            Err(DiskError::Corrupt { chunk: 1, expected, actual }) => {
                 assert_eq!(Some(expected), extents[1].sum(), "the expected checksum");
                 assert_ne!(expected, actual, "the checksums that should differ");
             }

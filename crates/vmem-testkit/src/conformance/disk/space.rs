@@ -16,49 +16,23 @@ pub fn footprints(disk: &dyn DiskBackend) {
     let mut last = 0;
     for len in sizes {
         let said = disk.footprint(len);
-        assert!(
-            said >= u64::from(len),
-            "footprint({len}) = {said} is less than the payload"
-        );
-        assert!(
-            said >= last,
-            "footprint({len}) = {said} is less than that of a smaller chunk"
-        );
+        assert!(said >= u64::from(len), "footprint({len}) = {said} is less than the payload");
+        assert!(said >= last, "footprint({len}) = {said} is less than that of a smaller chunk");
         last = said;
         let before = disk.usage();
         let extents = reserve(disk, &[len]);
         let (extent, after) = (&extents[0], disk.usage());
-        assert_eq!(
-            u64::from(extent.footprint()),
-            said,
-            "footprint of an extent of {len}"
-        );
+        assert_eq!(u64::from(extent.footprint()), said, "footprint of an extent of {len}");
         assert_eq!(extent.len(), len, "length of an extent of {len}");
-        assert_eq!(
-            extent.sum(),
-            None,
-            "an extent has a checksum before it was written"
-        );
-        assert_eq!(
-            after.used_bytes - before.used_bytes,
-            said,
-            "used by an extent of {len}"
-        );
+        assert_eq!(extent.sum(), None, "an extent has a checksum before it was written");
+        assert_eq!(after.used_bytes - before.used_bytes, said, "used by an extent of {len}");
         assert_eq!(after.extents - before.extents, 1, "extents counted for one");
         drop(extents);
-        assert_eq!(
-            disk.usage().used_bytes,
-            before.used_bytes,
-            "used after the drop of {len}"
-        );
+        assert_eq!(disk.usage().used_bytes, before.used_bytes, "used after the drop of {len}");
     }
     assert!(reserve(disk, &[]).is_empty(), "no lengths give no extents");
     let usage = disk.usage();
-    assert_eq!(
-        (usage.used_bytes, usage.extents),
-        (0, 0),
-        "usage at the end"
-    );
+    assert_eq!((usage.used_bytes, usage.extents), (0, 0), "usage at the end");
     assert!(usage.peak_bytes >= last, "the peak was at least {last}");
 }
 
@@ -73,23 +47,13 @@ pub async fn full(seed: Seed, disk: &dyn DiskBackend) {
     let before = disk.usage();
     assert_full(disk, &vec![chunk; fits]);
     let after = disk.usage();
-    assert_eq!(
-        (after.used_bytes, after.extents),
-        (before.used_bytes, before.extents)
-    );
+    assert_eq!((after.used_bytes, after.extents), (before.used_bytes, before.extents));
     let rest = reserve(disk, &vec![chunk; fits - 1]);
-    assert!(
-        disk.usage().used_bytes <= before.capacity_bytes,
-        "above the capacity"
-    );
+    assert!(disk.usage().used_bytes <= before.capacity_bytes, "above the capacity");
     assert_full(disk, &[chunk]);
     verify(seed, disk, &held, &[(0, CHUNK_BYTES)]).await;
     drop(rest);
-    assert_eq!(
-        disk.usage().used_bytes,
-        before.used_bytes,
-        "used after the rest was dropped"
-    );
+    assert_eq!(disk.usage().used_bytes, before.used_bytes, "used after the rest was dropped");
     drop(reserve(disk, &vec![chunk; fits - 1]));
     drop(held);
     empty(disk, "a full tier").await;
@@ -107,16 +71,8 @@ pub fn fragmented(seed: Seed, disk: &dyn DiskBackend) {
             Err(error) => panic!("a chunk of {len} bytes: {error:?}"),
         }
     }
-    let mut sum = held
-        .iter()
-        .map(|extent| u64::from(extent.footprint()))
-        .sum::<u64>();
-    assert_eq!(
-        disk.usage().used_bytes,
-        sum,
-        "used by {} extents",
-        held.len()
-    );
+    let mut sum = held.iter().map(|extent| u64::from(extent.footprint())).sum::<u64>();
+    assert_eq!(disk.usage().used_bytes, sum, "used by {} extents", held.len());
     assert_disjoint(&held);
     while let Some(index) = (held.len() > 20).then(|| rng.random_range(0..held.len())) {
         sum -= u64::from(held.swap_remove(index).footprint());

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use vmem_core::backend::{DiskBackend, DiskError, Extent, IoBuf};
+use vmem_core::backend::{DiskBackend, DiskError, Extent, IoBuf, ReadChunk};
 
 use crate::conformance::{POISON, assert_ok, assert_same, settle, within};
 use crate::{Pattern, Seed};
@@ -25,10 +25,7 @@ impl Space {
         }
         let mut taken = self.0.lock();
         if let Some((other, until)) = taken.range(..end).next_back() {
-            assert!(
-                *until <= start,
-                "extents {start}..{end} and {other}..{until} overlap"
-            );
+            assert!(*until <= start, "extents {start}..{end} and {other}..{until} overlap");
         }
         taken.insert(start, end);
     }
@@ -42,10 +39,7 @@ impl Space {
 }
 
 pub(super) fn bounds(extent: &Extent) -> (u64, u64) {
-    (
-        extent.offset(),
-        extent.offset() + u64::from(extent.footprint()),
-    )
+    (extent.offset(), extent.offset() + u64::from(extent.footprint()))
 }
 
 pub(super) fn assert_disjoint(extents: &[Extent]) {
@@ -65,22 +59,11 @@ pub(super) fn assert_full(disk: &dyn DiskBackend, lens: &[u32]) {
     let usage = disk.usage();
     let requested: u64 = lens.iter().map(|len| disk.footprint(*len)).sum();
     match disk.reserve(lens) {
-        Err(DiskError::Full {
-            requested_bytes,
-            free_bytes,
-            ..
-        }) => {
+        Err(DiskError::Full { requested_bytes, free_bytes, .. }) => {
             assert_eq!(requested_bytes, requested, "requested_bytes of Full");
-            assert_eq!(
-                free_bytes,
-                usage.capacity_bytes - usage.used_bytes,
-                "free_bytes of Full"
-            );
+            assert_eq!(free_bytes, usage.capacity_bytes - usage.used_bytes, "free_bytes of Full");
         }
-        other => panic!(
-            "{requested} bytes with {usage:?}: {:?}",
-            other.map(|some| some.len())
-        ),
+        other => panic!("{requested} bytes with {usage:?}: {:?}", other.map(|some| some.len())),
     }
 }
 
@@ -97,21 +80,17 @@ pub(super) async fn write(
     let places: Vec<(u64, u64)> = extents.iter().map(bounds).collect();
     let pieces = extents.into_iter().zip(data.iter().cloned()).collect();
     let extents = assert_ok("a write", within("a write", disk.write(pieces)).await);
-    assert_eq!(
-        extents.iter().map(bounds).collect::<Vec<_>>(),
-        places,
-        "the extents written"
-    );
+    assert_eq!(extents.iter().map(bounds).collect::<Vec<_>>(), places, "the extents written");
     for (extent, chunk) in extents.iter().zip(data) {
         let sum = crc32c::crc32c(chunk);
-        assert_eq!(
-            extent.sum(),
-            Some(sum),
-            "checksum of a chunk of {} bytes",
-            chunk.len()
-        );
+        assert_eq!(extent.sum(), Some(sum), "checksum of a chunk of {} bytes", chunk.len());
     }
     extents.into_iter().map(Arc::new).collect()
+}
+
+/// The chunks one after the other, from the front of a buffer.
+pub(super) fn in_sequence(extents: &[Arc<Extent>]) -> Vec<ReadChunk> {
+    ReadChunk::in_sequence(extents.iter().cloned())
 }
 
 /// Reads into a buffer that is one byte longer than the chunks.
@@ -121,7 +100,7 @@ pub(super) async fn fetch(
     len: usize,
 ) -> (IoBuf, Result<(), DiskError>) {
     let buf = IoBuf::from_vec(vec![POISON; len + 1]);
-    within("a read", disk.read(extents.to_vec(), buf)).await
+    within("a read", disk.read(in_sequence(extents), buf)).await
 }
 
 /// The chunks are those of these names: (number of the pattern, length).
@@ -137,11 +116,7 @@ pub(super) async fn verify(
     let mut at = 0;
     for (name, size) in names {
         let expected = Pattern::new(seed.value(), *name).bytes(0, *size);
-        assert_same(
-            &format!("chunk {name} of {size} bytes"),
-            &buf[at..at + size],
-            &expected,
-        );
+        assert_same(&format!("chunk {name} of {size} bytes"), &buf[at..at + size], &expected);
         at += size;
     }
     assert_eq!(buf[len], POISON, "the byte behind the chunks was changed");
@@ -151,10 +126,7 @@ pub(super) async fn empty(disk: &dyn DiskBackend, what: &str) {
     let what = format!("the tier is empty after: {what}");
     settle(&what, async || {
         let usage = disk.usage();
-        assert!(
-            usage.peak_bytes <= usage.capacity_bytes,
-            "a peak above the capacity: {usage:?}"
-        );
+        assert!(usage.peak_bytes <= usage.capacity_bytes, "a peak above the capacity: {usage:?}");
         (usage.used_bytes, usage.extents) == (0, 0)
     })
     .await;

@@ -4,19 +4,23 @@
 //! it, except where a check says that it tries the contrary. Called by the tests of each driver,
 //! with drivers over new, empty files.
 
+mod ending;
+mod tools;
+
 use std::io;
 
-use bytes::Bytes;
 use futures::future::join_all;
 use rand::Rng;
 use vmem_core::backend::IoBuf;
 use vmem_io::driver::{Driver, ReadPiece, WriteRun};
 
 use super::{
-    IntoDriver, ODD_SIZES, POISON, aligned_buf, aligned_bytes, assert_ok, assert_same, settle,
-    watched_bytes, within,
+    IntoDriver, ODD_SIZES, POISON, aligned_buf, aligned_bytes, assert_ok, assert_same, within,
 };
-use crate::{Pattern, Seed, poll_then_drop};
+use crate::{Pattern, Seed};
+use tools::{block, expect, fetch, is_refusal, put, round, start_punch, start_read, start_write};
+
+pub use ending::{buffers_come_back, closes, dropped_futures, keeps_come_back, starts_at_the_call};
 
 /// Runs every check of this module, each on a driver of `make`, which is over an empty file.
 ///
@@ -34,6 +38,7 @@ pub async fn all<D: IntoDriver>(seed: Seed, make: impl AsyncFn() -> D) {
     starts_at_the_call(seed, &*make().await).await;
     dropped_futures(seed, &*make().await).await;
     buffers_come_back(seed, &*make().await).await;
+    keeps_come_back(seed, &*make().await).await;
     concurrent(seed, &*make().await).await;
     closes(seed, &*make().await).await;
 }
@@ -58,18 +63,15 @@ pub async fn unaligned(seed: Seed, driver: &dyn Driver) {
     for (n, size) in ODD_SIZES.into_iter().enumerate() {
         let offset = 4096 * n as u64 + 3;
         let data = Pattern::new(seed.value(), 1 + n as u64).bytes(offset, size);
-        let run = WriteRun {
-            offset,
-            parts: vec![data.clone()],
-        };
-        match within("an odd write", driver.write(vec![run])).await {
+        let run = WriteRun { offset, parts: vec![data.clone()] };
+        match within("an odd write", start_write(driver, vec![run])).await {
             Ok(()) => {}
             Err(error) if is_refusal(&error) => continue,
             Err(error) => panic!("a write of {size} bytes at {offset}: {error}"),
         }
         let buf = IoBuf::from_vec(vec![POISON; size + 2]);
         let range = 1..size + 1;
-        let reading = driver.read(buf, vec![ReadPiece { offset, range }]);
+        let reading = start_read(driver, buf, vec![ReadPiece { offset, range }]);
         let (buf, result) = within("an odd read", reading).await;
         match result {
             Ok(()) => assert_same("an odd read", &buf[1..=size], &data),
@@ -93,7 +95,7 @@ pub async fn many_pieces(seed: Seed, driver: &dyn Driver) {
             .map(|at| aligned_bytes(&pattern.bytes(at, block), block))
             .collect(),
     });
-    let writing = driver.write(runs.collect());
+    let writing = start_write(driver, runs.collect());
     assert_ok("100 runs", within("100 runs", writing).await);
     let (buf, start) = aligned_buf(COUNT * 2 * block, block);
     // Every other block of the buffer is filled, in another order than that of the file.
@@ -104,7 +106,7 @@ pub async fn many_pieces(seed: Seed, driver: &dyn Driver) {
             range: at..at + block,
         })
         .collect();
-    let reading = driver.read(buf, pieces.clone());
+    let reading = start_read(driver, buf, pieces.clone());
     let (buf, result) = within("100 pieces", reading).await;
     assert_ok("100 pieces", result);
     for piece in pieces {
@@ -113,14 +115,10 @@ pub async fn many_pieces(seed: Seed, driver: &dyn Driver) {
         let gap = &buf[piece.range.end..piece.range.end + block];
         assert_same("the buffer between pieces", gap, &vec![POISON; block]);
     }
-    let (buf, result) = within("no pieces", driver.read(buf, Vec::new())).await;
+    let (buf, result) = within("no pieces", start_read(driver, buf, Vec::new())).await;
     assert_ok("no pieces", result);
-    assert_eq!(
-        buf.len(),
-        (COUNT + 1) * 2 * block,
-        "another buffer came back"
-    );
-    assert_ok("no runs", within("no runs", driver.write(Vec::new())).await);
+    assert_eq!(buf.len(), (COUNT + 1) * 2 * block, "another buffer came back");
+    assert_ok("no runs", within("no runs", start_write(driver, Vec::new())).await);
 }
 
 /// A read past the end is an error and not zeros or old bytes.
@@ -135,6 +133,16 @@ pub async fn end_of_file(seed: Seed, driver: &dyn Driver) {
         assert_eq!(kind, Some(io::ErrorKind::UnexpectedEof), "{what}");
     }
     expect(driver, "what is before the end", 0, &data).await;
+    // The pieces that the file has are filled all the same.
+    let (buf, start) = aligned_buf(2 * block, block);
+    let pieces = vec![
+        ReadPiece { offset: 0, range: start..start + block },
+        ReadPiece { offset: block as u64, range: start + block..start + 2 * block },
+    ];
+    let (buf, result) = within("a piece too many", start_read(driver, buf, pieces)).await;
+    let kind = result.err().map(|error| error.kind());
+    assert_eq!(kind, Some(io::ErrorKind::UnexpectedEof), "the result of a piece too many");
+    assert_same("the piece before the missing one", &buf[start..start + block], &data);
 }
 
 /// What was never written, or was punched, reads as zeros; its neighbours stay.
@@ -145,16 +153,9 @@ pub async fn holes_are_zeros(seed: Seed, driver: &dyn Driver) {
     put(driver, len as u64, &data[..unit]).await;
     expect(driver, "a hole", 0, &vec![0; len]).await;
     put(driver, 0, &data).await;
-    let holes = [
-        (unit, 2 * unit),
-        (5 * unit, 40 * unit),
-        (41 * unit, 41 * unit),
-    ];
+    let holes = [(unit, 2 * unit), (5 * unit, 40 * unit), (41 * unit, 41 * unit)];
     let ranges = holes.iter().map(|(start, end)| *start as u64..*end as u64);
-    assert_ok(
-        "punch",
-        within("punch", driver.punch(ranges.collect())).await,
-    );
+    assert_ok("punch", within("punch", start_punch(driver, ranges.collect())).await);
     let mut expected = data.to_vec();
     for (start, end) in holes {
         expected[start..end].fill(0);
@@ -168,89 +169,19 @@ pub async fn holes_are_zeros(seed: Seed, driver: &dyn Driver) {
 /// Ranges outside of the buffer and offsets outside of any file are errors, with the buffer back.
 pub async fn bad_input(driver: &dyn Driver) {
     let block = block(driver);
-    let beyond = ReadPiece {
-        offset: 0,
-        range: 0..4 * block,
-    };
-    let reversed = ReadPiece {
-        offset: 0,
-        range: block..0,
-    };
-    let far = ReadPiece {
-        offset: u64::MAX - 1,
-        range: 0..block,
-    };
+    let beyond = ReadPiece { offset: 0, range: 0..4 * block };
+    let reversed = ReadPiece { offset: 0, range: block..0 };
+    let far = ReadPiece { offset: u64::MAX - 1, range: 0..block };
     for piece in [beyond, reversed, far] {
         let buf = IoBuf::from_vec(vec![POISON; 2 * block]);
         let what = format!("{piece:?}");
-        let (buf, result) = within(&what, driver.read(buf, vec![piece])).await;
+        let (buf, result) = within(&what, start_read(driver, buf, vec![piece])).await;
         assert!(result.is_err(), "success for {what}");
         assert_eq!(buf.len(), 2 * block, "another buffer came back for {what}");
     }
-    let run = WriteRun {
-        offset: u64::MAX - 1,
-        parts: vec![aligned_bytes(&vec![1; block], block)],
-    };
-    let result = within("a far write", driver.write(vec![run])).await;
+    let run = WriteRun { offset: u64::MAX - 1, parts: vec![aligned_bytes(&vec![1; block], block)] };
+    let result = within("a far write", start_write(driver, vec![run])).await;
     assert!(result.is_err(), "success for a write at u64::MAX - 1");
-}
-
-/// An operation starts with the call: a future that is never polled writes all the same.
-pub async fn starts_at_the_call(seed: Seed, driver: &dyn Driver) {
-    let block = block(driver);
-    let data = Pattern::new(seed.value(), 1).bytes(0, 4 * block);
-    put(driver, 0, &vec![0; data.len()]).await;
-    drop(driver.write(vec![run(driver, 0, &data)]));
-    arrives(
-        driver,
-        "a write whose future was dropped unpolled",
-        0,
-        &data,
-    )
-    .await;
-}
-
-/// Futures dropped after any number of polls: writes arrive whole, reads do no harm.
-pub async fn dropped_futures(seed: Seed, driver: &dyn Driver) {
-    let len = round(65_536, block(driver));
-    let mut rng = seed.fork("dropped futures").rng();
-    put(driver, 0, &vec![0; 8 * len]).await;
-    for n in 0..32 {
-        let offset = rng.random_range(0..8) * len as u64;
-        let data = Pattern::new(seed.value(), n).bytes(offset, len);
-        let polls = rng.random_range(0..4);
-        let reading = || {
-            let (buf, start) = aligned_buf(len, block(driver));
-            let range = start..start + len;
-            driver.read(buf, vec![ReadPiece { offset, range }])
-        };
-        drop(reading());
-        poll_then_drop(reading(), polls).await;
-        let writing = driver.write(vec![run(driver, offset, &data)]);
-        poll_then_drop(writing, polls).await;
-        arrives(driver, "a write whose future was dropped", offset, &data).await;
-    }
-}
-
-/// The memory of a write is let go when it has ended, with its future dropped or not.
-pub async fn buffers_come_back(seed: Seed, driver: &dyn Driver) {
-    let block = block(driver);
-    let data = Pattern::new(seed.value(), 1).bytes(0, block);
-    for dropped in [false, true] {
-        let (memory, watch) = watched_bytes(&data, block);
-        let writing = driver.write(vec![WriteRun {
-            offset: 0,
-            parts: vec![memory],
-        }]);
-        match dropped {
-            true => drop(writing),
-            false => assert_ok("a write", within("a write", writing).await),
-        }
-        settle("the memory of a write is let go", async || {
-            watch.strong_count() == 0
-        })
-        .await;
-    }
 }
 
 /// 64 tasks at once, each with its own part of the file, in a random mixture.
@@ -276,7 +207,7 @@ async fn mixture(seed: Seed, driver: &dyn Driver, base: u64, len: usize) {
                 expected[from..to].copy_from_slice(&data);
             }
             3 => {
-                let punching = driver.punch(vec![at..base + to as u64; 1]);
+                let punching = start_punch(driver, vec![at..base + to as u64; 1]);
                 assert_ok("punch", within("punch", punching).await);
                 expected[from..to].fill(0);
             }
@@ -285,100 +216,4 @@ async fn mixture(seed: Seed, driver: &dyn Driver, base: u64, len: usize) {
         }
     }
     expect(driver, "a part at the end", base, &expected).await;
-}
-
-/// `close` waits for what is in flight, and what comes later is an error and no hang.
-pub async fn closes(seed: Seed, driver: &dyn Driver) {
-    let block = block(driver);
-    let data = Pattern::new(seed.value(), 1).bytes(0, 16 * block);
-    let (memory, watch) = watched_bytes(&data, block);
-    let writing = driver.write(vec![WriteRun {
-        offset: 0,
-        parts: vec![memory],
-    }]);
-    assert_ok("close", within("close", driver.close()).await);
-    assert!(
-        watch.strong_count() == 0,
-        "close did not wait for a write that was in flight"
-    );
-    assert_ok(
-        "a write before close",
-        within("a write before close", writing).await,
-    );
-    let (buf, result) = fetch(driver, 0, block).await;
-    assert!(result.is_err(), "a read after close succeeded");
-    assert!(buf.len() >= block, "a read after close kept the buffer");
-    let late = [
-        ("write", driver.write(vec![run(driver, 0, &data)])),
-        ("punch", driver.punch(vec![0..block as u64; 1])),
-        ("sync", driver.sync()),
-    ];
-    for (what, late) in late {
-        let result = within("a call after close", late).await;
-        assert!(result.is_err(), "{what} after close succeeded");
-    }
-    // Whether a second close is an error is left open; it ends.
-    let _ok_or_not = within("a second close", driver.close()).await;
-}
-
-fn block(driver: &dyn Driver) -> usize {
-    let block = driver.block_bytes() as usize;
-    assert!(block.is_power_of_two(), "a block of {block} bytes");
-    block
-}
-
-fn round(len: usize, block: usize) -> usize {
-    len.next_multiple_of(block)
-}
-
-fn run(driver: &dyn Driver, offset: u64, data: &[u8]) -> WriteRun {
-    WriteRun {
-        offset,
-        parts: vec![aligned_bytes(data, block(driver))],
-    }
-}
-
-fn is_refusal(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::InvalidInput
-}
-
-async fn put(driver: &dyn Driver, offset: u64, data: &[u8]) {
-    let writing = driver.write(vec![run(driver, offset, data)]);
-    let len = data.len();
-    assert_ok(
-        &format!("a write of {len} bytes at {offset}"),
-        within("a write", writing).await,
-    );
-}
-
-/// Reads into aligned memory; the bytes alone come back.
-async fn fetch(driver: &dyn Driver, offset: u64, len: usize) -> (Bytes, io::Result<()>) {
-    let (buf, start) = aligned_buf(len, block(driver));
-    let range = start..start + len;
-    let piece = ReadPiece {
-        offset,
-        range: range.clone(),
-    };
-    let (buf, result) = within("a read", driver.read(buf, vec![piece])).await;
-    let bytes = buf.get(range).map(Bytes::copy_from_slice);
-    (bytes.unwrap_or_default(), result)
-}
-
-async fn expect(driver: &dyn Driver, what: &str, offset: u64, expected: &[u8]) {
-    let (bytes, result) = fetch(driver, offset, expected.len()).await;
-    assert_ok(
-        &format!("{what}: {} bytes at {offset}", expected.len()),
-        result,
-    );
-    assert_same(&format!("{what} at {offset}"), &bytes, expected);
-}
-
-/// Waits until the file holds these bytes.
-async fn arrives(driver: &dyn Driver, what: &str, offset: u64, expected: &[u8]) {
-    settle(what, async || {
-        let (bytes, result) = fetch(driver, offset, expected.len()).await;
-        assert_ok(what, result);
-        bytes == expected
-    })
-    .await;
 }
