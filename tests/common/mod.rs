@@ -4,7 +4,7 @@
 //! Invariant: a store that [`settle`] has returned for does nothing any more, so its figures are
 //! exact. Called by the scenario tests.
 
-#![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses a part of it")]
 
 mod drops;
 mod mem_driver;
