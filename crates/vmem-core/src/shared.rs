@@ -163,6 +163,11 @@ impl Shared {
         self.table.get(&id).map(|object| object.clone())
     }
 
+    /// Every object that is alive now.
+    pub(crate) fn all(&self) -> Vec<Arc<Object>> {
+        self.table.iter().map(|object| object.clone()).collect()
+    }
+
     pub(crate) fn forget(&self, id: u64) {
         self.table.remove(&id);
     }
@@ -339,7 +344,7 @@ impl Shared {
                 used_bytes: disk.used_bytes,
                 capacity_bytes: disk.capacity_bytes,
                 peak_bytes: disk.peak_bytes,
-                objects: disk.extents,
+                objects: get(&counters.disk_objects),
                 hits: get(&counters.disk_hits),
                 largest_free_bytes: disk.largest_free_bytes,
             },

@@ -75,6 +75,7 @@ impl VirtualMemoryStats {
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) host_objects: AtomicU64,
+    pub(crate) disk_objects: AtomicU64,
     pub(crate) dirty_bytes: AtomicU64,
     pub(crate) in_flight: AtomicU64,
     pub(crate) misses: AtomicU64,

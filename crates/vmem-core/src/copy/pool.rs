@@ -28,8 +28,18 @@ pub(crate) struct CopyPool {
 
 struct Free {
     list: Vec<NonNull<HostCopy>>,
-    /// Owns what `list` and every copy in use point into.
-    chunks: Vec<Box<[HostCopy]>>,
+    /// What `list` and every copy in use point into: boxes, taken apart so that moving one does not
+    /// claim what others point into.
+    chunks: Vec<NonNull<[HostCopy]>>,
+}
+
+impl Drop for Free {
+    fn drop(&mut self) {
+        for chunk in &self.chunks {
+            // SAFETY: made by `Box::leak`, and nobody points into it any more: the pool goes last.
+            drop(unsafe { Box::from_raw(chunk.as_ptr()) });
+        }
+    }
 }
 
 // SAFETY: the pointers lead into `chunks`, and descriptors are `Send + Sync`.
@@ -43,8 +53,14 @@ impl CopyPool {
             return copy;
         }
         let chunk: Box<[HostCopy]> = (0..CHUNK).map(|_| HostCopy::unused()).collect();
-        free.list.extend(chunk.iter().map(NonNull::from));
-        free.chunks.push(chunk);
+        let chunk: &'static mut [HostCopy] = Box::leak(chunk);
+        let whole = NonNull::from(chunk);
+        for at in 0..CHUNK {
+            let first = whole.cast::<HostCopy>();
+            // SAFETY: `at` is within the chunk.
+            free.list.push(unsafe { first.add(at) });
+        }
+        free.chunks.push(whole);
         free.list.pop().expect("invariant: a chunk is not empty")
     }
 

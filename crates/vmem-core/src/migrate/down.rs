@@ -75,7 +75,8 @@ impl Victim {
     fn publish(self, written: Vec<Extent>, down: Down) {
         let Victim { pass, missing, bytes, .. } = self;
         let object = pass.object();
-        object.with_disk(&pass, |disk| disk.put(object.len, missing.into_iter().zip(written)));
+        let extents = missing.into_iter().zip(written);
+        object.with_disk(&pass, |disk, old| disk.put(object.len, extents, old));
         drop(bytes);
         let gone = match down {
             Down::Drop => object.drop_clean_copy(&pass).is_some(),
@@ -213,7 +214,7 @@ pub(crate) fn move_room_down(pass: &GatePass) -> Result<(), DiskError> {
     let chunks = 0..chunk_count(object.len);
     let extents = object.shared.disk.reserve(&chunk_lens(object.len, chunks.clone()))?;
     let Some(spare) = object.take_spare(pass) else { return Ok(()) };
-    object.with_disk(pass, |disk| disk.put(object.len, chunks.zip(extents)));
+    object.with_disk(pass, |disk, old| disk.put(object.len, chunks.zip(extents), old));
     drop(spare);
     add(&object.shared.counters.evictions, 1);
     stats::add(&object.shared.counters.clean_drops, 1);

@@ -41,11 +41,16 @@ pub(crate) async fn fetch(job: &Fetch) -> Result<Bytes, VirtualMemoryError> {
     if object.len == 0 {
         return Ok(Bytes::new());
     }
-    if job.stay || object.has_spare() {
+    if object.has_host_room() {
         let pass = object.gate(job.deadline).await?;
         return fetch_to_stay(job, &pass).await;
     }
+    // Before the gate, so that a write is not kept waiting by a read that finds no room.
     let room = room(job).await?;
+    if job.stay {
+        let pass = object.gate(job.deadline).await?;
+        return fetch_into(job, &pass, Some(room)).await;
+    }
     match object.cold_version() {
         None => match object.copy.acquire(&object.shared.copies) {
             Found::Copy(guard) => Ok(guard.into_bytes()),
@@ -69,13 +74,22 @@ pub(crate) async fn fetch_to_stay(
     job: &Fetch,
     pass: &GatePass,
 ) -> Result<Bytes, VirtualMemoryError> {
+    fetch_into(job, pass, None).await
+}
+
+/// As `fetch_to_stay`, with room that may have been taken already.
+async fn fetch_into(
+    job: &Fetch,
+    pass: &GatePass,
+    taken: Option<OwnedCopy>,
+) -> Result<Bytes, VirtualMemoryError> {
     let object = &job.object;
     let shared = &object.shared;
     if !object.copy.is_some() {
         if let Some(damage) = object.damage() {
             return Err(damage);
         }
-        let room = match object.take_spare(pass) {
+        let room = match object.take_spare(pass).or(taken) {
             Some(room) => room,
             None => room(job).await?,
         };

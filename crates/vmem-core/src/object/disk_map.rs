@@ -23,6 +23,9 @@ pub(crate) enum DiskMap {
     Many(Arc<Vec<Option<Arc<Extent>>>>),
 }
 
+/// Extents that a change replaced, to be dropped where no lock is held: that frees their space.
+pub(crate) type Replaced = Vec<Arc<Extent>>;
+
 /// How many chunks an object of `len` bytes has.
 pub(crate) fn chunk_count(len: usize) -> usize {
     len.div_ceil(CHUNK_BYTES)
@@ -99,25 +102,42 @@ impl DiskMap {
         }
     }
 
-    /// Puts extents at these chunks of an object of `len` bytes.
-    pub(crate) fn put(&mut self, len: usize, extents: impl IntoIterator<Item = (usize, Extent)>) {
+    /// Puts extents at these chunks of an object of `len` bytes. What they replace goes to `old`.
+    pub(crate) fn put(
+        &mut self,
+        len: usize,
+        extents: impl IntoIterator<Item = (usize, Extent)>,
+        old: &mut Replaced,
+    ) {
         for (index, extent) in extents {
-            *self.slot(len, index) = Some(Arc::new(extent));
+            old.extend(self.slot(len, index).replace(Arc::new(extent)));
         }
         self.settle(len);
     }
 
     /// Forgets these chunks of an object of `len` bytes: their bytes changed in host memory.
-    pub(crate) fn forget(&mut self, len: usize, chunks: Range<usize>) {
+    pub(crate) fn forget(&mut self, len: usize, chunks: Range<usize>, old: &mut Replaced) {
         if chunks.len() >= chunk_count(len) {
-            *self = DiskMap::Empty;
-            return;
+            return self.clear(old);
         }
-        if self.is_empty() {
+        if matches!(self, DiskMap::Empty) {
             return;
         }
         for index in chunks {
-            *self.slot(len, index) = None;
+            old.extend(self.slot(len, index).take());
+        }
+    }
+
+    /// Forgets every chunk.
+    pub(crate) fn clear(&mut self, old: &mut Replaced) {
+        match std::mem::take(self) {
+            DiskMap::Empty => {}
+            DiskMap::One(extent) => old.push(extent),
+            DiskMap::Many(extents) => match Arc::try_unwrap(extents) {
+                Ok(extents) => old.extend(extents.into_iter().flatten()),
+                // A reader has the map, and drops it.
+                Err(_shared) => {}
+            },
         }
     }
 

@@ -18,7 +18,7 @@ use futures::channel::oneshot;
 use futures::future::Shared as SharedFuture;
 use parking_lot::Mutex;
 
-pub(crate) use disk_map::{DiskMap, chunk_count, chunk_len, chunk_lens, chunks_of};
+pub(crate) use disk_map::{DiskMap, Replaced, chunk_count, chunk_len, chunk_lens, chunks_of};
 pub(crate) use gate::GatePass;
 
 use crate::copy::{CopyCell, OwnedCopy};
@@ -36,6 +36,14 @@ const NO_TOKEN: u32 = u32::MAX;
 /// A read from a slower tier that others may join. It ends with the bytes, or with one failure
 /// for all.
 pub(crate) type Flight = SharedFuture<oneshot::Receiver<Result<Bytes, VirtualMemoryError>>>;
+
+/// Where an object stands, as the gauges count it.
+#[derive(Clone, Copy, Debug)]
+struct Standing {
+    in_host: bool,
+    on_disk: bool,
+    dirty: bool,
+}
 
 /// See the module's documentation.
 pub(crate) struct Object {
@@ -158,16 +166,15 @@ impl Object {
     /// Gives back everything that a dead object owns; by its last gate holder.
     fn reclaim(&self) {
         self.leave_policy();
-        let dirty = self.is_dirty();
-        let had_room = self.has_host_room();
-        let (spare, disk, flight) = {
+        let before = self.standing();
+        let owned = {
             let mut inner = self.inner.lock();
             inner.corrupt = None;
             (inner.spare.take(), std::mem::take(&mut inner.disk), inner.flight.take())
         };
         self.copy.detach(&self.shared.copies);
-        self.count_change(had_room, dirty);
-        drop((spare, disk, flight));
+        self.count_change(before);
+        drop(owned);
         self.shared.room_was_freed();
     }
 
@@ -191,12 +198,12 @@ impl Object {
 
     /// Whether host memory holds the only current bytes of some chunk.
     pub(crate) fn is_dirty(&self) -> bool {
-        self.copy.is_some() && !self.inner.lock().disk.is_whole(self.len)
+        self.standing().dirty
     }
 
     /// Whether a host copy exists or room for one is set apart.
     pub(crate) fn has_host_room(&self) -> bool {
-        self.copy.is_some() || self.inner.lock().spare.is_some()
+        self.copy.is_some() || self.has_spare()
     }
 
     /// Whether host memory is set apart for an object of zeros.
@@ -206,35 +213,32 @@ impl Object {
 
     /// Sets host memory apart for the first write.
     pub(crate) fn set_spare(self: &Arc<Self>, _pass: &GatePass, spare: OwnedCopy) {
-        let before = self.inner.lock().spare.replace(spare);
-        assert!(before.is_none() && !self.copy.is_some(), "room is set apart once");
-        self.count_change(false, false);
+        let before = self.standing();
+        assert!(!before.in_host, "room is set apart once");
+        self.inner.lock().spare = Some(spare);
+        self.count_change(before);
         self.enter_policy();
     }
 
     /// The room that was set apart.
     pub(crate) fn take_spare(&self, _pass: &GatePass) -> Option<OwnedCopy> {
+        let before = self.standing();
         let spare = self.inner.lock().spare.take()?;
         self.leave_policy();
-        self.count_change(true, false);
+        self.count_change(before);
         Some(spare)
     }
 
-    /// Changes the disk map.
+    /// Changes the disk map; what it replaces goes into the vector.
     pub(crate) fn with_disk<T>(
         &self,
         _pass: &GatePass,
-        change: impl FnOnce(&mut DiskMap) -> T,
+        change: impl FnOnce(&mut DiskMap, &mut Replaced) -> T,
     ) -> T {
-        let before = self.is_dirty();
-        // What is replaced is dropped after the lock: freeing an extent takes another one.
-        let (old, result) = {
-            let mut inner = self.inner.lock();
-            let old = inner.disk.clone();
-            (old, change(&mut inner.disk))
-        };
-        drop(old);
-        self.count_change(self.has_host_room(), before);
+        let before = self.standing();
+        let mut old = Replaced::new();
+        let result = change(&mut self.inner.lock().disk, &mut old);
+        self.count_change(before);
         result
     }
 
@@ -244,25 +248,24 @@ impl Object {
         self: &Arc<Self>,
         _pass: &GatePass,
         copy: Option<OwnedCopy>,
-        change: impl FnOnce(&mut DiskMap),
+        change: impl FnOnce(&mut DiskMap, &mut Replaced),
     ) {
-        let (had_room, dirty) = (self.has_host_room(), self.is_dirty());
+        let before = self.standing();
+        let mut old = Replaced::new();
         let leftover = {
             let mut inner = self.inner.lock();
-            // Before the copy: a reader that sees the new map sees no copy of the old version.
-            // After: one that saw the old copy read the version before, which is as good.
-            let old = inner.disk.clone();
-            change(&mut inner.disk);
+            // Together under the lock: a reader that finds no copy sees the map of this version.
+            change(&mut inner.disk, &mut old);
             inner.corrupt = None;
             match copy {
                 Some(copy) => self.copy.publish(copy, &self.shared.copies),
                 None => self.copy.detach(&self.shared.copies),
             }
-            (old, inner.flight.take(), inner.spare.take())
+            (inner.flight.take(), inner.spare.take())
         };
-        drop(leftover);
+        drop((old, leftover));
         self.leave_policy();
-        self.count_change(had_room, dirty);
+        self.count_change(before);
         if self.copy.is_some() {
             self.enter_policy();
         }
@@ -270,7 +273,7 @@ impl Object {
 
     /// The same version, now in host memory too.
     pub(crate) fn publish_fetched(self: &Arc<Self>, _pass: &GatePass, copy: OwnedCopy) {
-        let had_room = self.has_host_room();
+        let before = self.standing();
         let spare = {
             let mut inner = self.inner.lock();
             inner.cold_reads = 0;
@@ -279,7 +282,7 @@ impl Object {
         };
         drop(spare);
         self.leave_policy();
-        self.count_change(had_room, false);
+        self.count_change(before);
         self.enter_policy();
     }
 
@@ -291,54 +294,66 @@ impl Object {
         range: std::ops::Range<usize>,
         data: &[u8],
     ) -> bool {
-        let dirty = self.is_dirty();
-        let mut old = DiskMap::Empty;
+        let before = self.standing();
+        let mut old = Replaced::new();
+        let mut flight = None;
         let written = self.copy.write_in_place(|bytes| {
             // Under the copy's own lock: nobody sees new bytes with an old map.
             let mut inner = self.inner.lock();
-            old = inner.disk.clone();
-            inner.disk.forget(self.len, chunks_of(&range));
-            inner.flight = None;
+            inner.disk.forget(self.len, chunks_of(&range), &mut old);
+            flight = inner.flight.take();
+            drop(inner);
             bytes[range].copy_from_slice(data);
         });
-        drop(old);
+        drop((old, flight));
         if written {
-            self.count_change(true, dirty);
+            self.count_change(before);
         }
         written
     }
 
     /// Takes the host copy away if nobody reads it and the disk has it all.
     pub(crate) fn drop_clean_copy(&self, _pass: &GatePass) -> Option<OwnedCopy> {
-        assert!(!self.is_dirty(), "the only copy of some bytes is never dropped");
+        let before = self.standing();
+        assert!(!before.dirty, "the only copy of some bytes is never dropped");
         let copy = self.copy.take_idle(&self.shared.copies)?;
         self.leave_policy();
-        self.count_change(true, false);
+        self.count_change(before);
         Some(copy)
     }
 
     /// Takes the host copy away whoever reads it; the disk has it all.
     pub(crate) fn detach_clean_copy(&self, _pass: &GatePass) {
-        assert!(!self.is_dirty(), "the only copy of some bytes is never dropped");
-        let had_room = self.has_host_room();
+        let before = self.standing();
+        assert!(!before.dirty, "the only copy of some bytes is never dropped");
         self.copy.detach(&self.shared.copies);
         self.leave_policy();
-        self.count_change(had_room, false);
+        self.count_change(before);
+    }
+
+    /// Where the object stands, for the gauges.
+    fn standing(&self) -> Standing {
+        let in_copy = self.copy.is_some();
+        let inner = self.inner.lock();
+        Standing {
+            in_host: in_copy || inner.spare.is_some(),
+            on_disk: !inner.disk.is_empty(),
+            dirty: in_copy && !inner.disk.is_whole(self.len),
+        }
     }
 
     /// Keeps the gauges of the store equal to the sum over its objects.
-    fn count_change(&self, had_room: bool, was_dirty: bool) {
-        let counters = &self.shared.counters;
-        match (had_room, self.has_host_room()) {
-            (false, true) => stats::add(&counters.host_objects, 1),
-            (true, false) => stats::sub(&counters.host_objects, 1),
-            _ => {}
-        }
-        match (was_dirty, self.is_dirty()) {
-            (false, true) => stats::add(&counters.dirty_bytes, self.len as u64),
-            (true, false) => stats::sub(&counters.dirty_bytes, self.len as u64),
-            _ => {}
-        }
+    fn count_change(&self, before: Standing) {
+        let (after, counters) = (self.standing(), &self.shared.counters);
+        let gauge =
+            |gauge: &AtomicU64, before: bool, after: bool, weight: u64| match (before, after) {
+                (false, true) => stats::add(gauge, weight),
+                (true, false) => stats::sub(gauge, weight),
+                _ => {}
+            };
+        gauge(&counters.host_objects, before.in_host, after.in_host, 1);
+        gauge(&counters.disk_objects, before.on_disk, after.on_disk, 1);
+        gauge(&counters.dirty_bytes, before.dirty, after.dirty, self.len as u64);
     }
 
     // ---- Reads in flight, damage -----------------------------------------------------------

@@ -215,7 +215,7 @@ impl VirtualMemory {
             .reserve(&lens)
             .map_err(|error| self.shared.disk_error(object.id, error))?;
         let pass = object.gate(deadline).await?;
-        object.with_disk(&pass, |disk| *disk = crate::object::DiskMap::of(extents));
+        object.with_disk(&pass, |disk, _| *disk = crate::object::DiskMap::of(extents));
         Ok(())
     }
 }

@@ -70,6 +70,33 @@ impl VirtualMemory {
         }
     }
 
+    /// As [`flush`](Self::flush), for every object that was there when it was called. All are tried.
+    ///
+    /// # Errors
+    ///
+    /// The first error; how many there were goes to the log.
+    pub async fn flush_all(&self) -> Result<()> {
+        self.check_open()?;
+        let mut failed = 0_usize;
+        let mut first_error = None;
+        for object in self.shared.all().into_iter().filter(|object| object.is_dirty()) {
+            if object.home != MemoryTier::Disk || object.is_dead() {
+                continue;
+            }
+            match self.ask(&object, Move::Flush).await {
+                // Freed meanwhile: there is nothing left to flush.
+                Ok(()) | Err(VirtualMemoryError::HandleNotFound { .. }) => {}
+                Err(error) => {
+                    failed += 1;
+                    first_error.get_or_insert(error);
+                }
+            }
+        }
+        let Some(error) = first_error else { return Ok(()) };
+        tracing::warn!(target: "vmem", failed, %error, "objects were not flushed");
+        Err(error)
+    }
+
     async fn ask(&self, object: &Arc<Object>, what: Move) -> Result<()> {
         let (reply, answer) = oneshot::channel();
         let (asked, deadline) = (Instant::now(), self.shared.deadline());
@@ -116,6 +143,22 @@ impl VirtualMemory {
     /// Brings the object to `tier` and keeps it from leaving it downwards until the guard is
     /// dropped. Pins count: the object stays until the last one goes.
     ///
+    /// ```
+    /// # use vmem::{MemoryTier, VirtualMemoryConfig, VirtualMemoryError};
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+    /// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
+    /// # let vmem = vmem::open(config.build()?).await?;
+    /// let handle = vmem.put(vec![7; 4096], MemoryTier::Disk).await?;
+    /// let guard = vmem.pin(&handle, MemoryTier::Host).await?;
+    /// let refused = vmem.demote(&handle, MemoryTier::Disk).await;
+    /// assert!(matches!(refused, Err(VirtualMemoryError::Pinned { pins: 1, .. })));
+    /// drop(guard);
+    /// vmem.demote(&handle, MemoryTier::Disk).await?;
+    /// # vmem.close().await
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// Those of [`promote`](Self::promote); `AllPinned` if `max_pinned` leaves no room for it until
@@ -136,18 +179,29 @@ impl VirtualMemory {
     async fn pin_in_host(&self, handle: &VMemHandle) -> Result<PinGuard> {
         let object = handle.object();
         let (asked, deadline) = (Instant::now(), self.shared.deadline());
-        self.charge_pin(object, asked, deadline).await?;
-        // From here on the charge goes back with the guard, whatever happens.
-        let guard = Charged { object: Some(object.clone()) };
-        self.ask(object, Move::Up).await?;
-        let pass = object.gate(deadline).await?;
-        let (class, cause) = (Class::Demand, MigrationCause::Promote);
-        let job = Fetch { object: object.clone(), class, cause, stay: true, asked, deadline };
-        // It may have been evicted between the two; with the gate held it cannot be.
-        drop(fetch_to_stay(&job, &pass).await?);
-        object.add_pin(&pass);
-        drop(pass);
-        Ok(PinGuard { object: guard.keep(), _handle: handle.clone() })
+        // The first pin of an object is charged, for as long as there is any. Whoever turns out not
+        // to be the first gives the charge back.
+        let mut charge = None;
+        loop {
+            if charge.is_none() && object.pins() == 0 {
+                charge = Some(self.charge_pin(object, asked, deadline).await?);
+            }
+            self.ask(object, Move::Up).await?;
+            let pass = object.gate(deadline).await?;
+            if charge.is_none() && object.pins() == 0 {
+                continue;
+            }
+            // It may have been evicted between the two; with the gate held it cannot be.
+            let (class, cause) = (Class::Demand, MigrationCause::Promote);
+            let job = Fetch { object: object.clone(), class, cause, stay: true, asked, deadline };
+            drop(fetch_to_stay(&job, &pass).await?);
+            if object.add_pin(&pass)
+                && let Some(charge) = charge.take()
+            {
+                charge.keep();
+            }
+            return Ok(PinGuard { object: Some(object.clone()), _handle: handle.clone() });
+        }
     }
 
     /// Charges one pin, as soon as `max_pinned` allows it.
@@ -156,7 +210,7 @@ impl VirtualMemory {
         object: &Arc<Object>,
         asked: Instant,
         deadline: Instant,
-    ) -> Result<()> {
+    ) -> Result<Charge> {
         let footprint = HostArena::footprint(object.len);
         let most = self.shared.limits.pinned_bytes_max;
         if footprint > most {
@@ -172,7 +226,7 @@ impl VirtualMemory {
             // Before the look, so that a pin that goes in between is not missed.
             unpinned.as_mut().enable();
             if self.shared.try_charge_pin(footprint) {
-                return Ok(());
+                return Ok(Charge { object: Some(object.clone()) });
             }
             if tokio::time::timeout_at(deadline, unpinned).await.is_err() {
                 return Err(VirtualMemoryError::AllPinned {
@@ -190,17 +244,18 @@ impl VirtualMemory {
 }
 
 /// A charge against `max_pinned`, until it is kept.
-struct Charged {
+struct Charge {
     object: Option<Arc<Object>>,
 }
 
-impl Charged {
-    fn keep(mut self) -> Option<Arc<Object>> {
-        self.object.take()
+impl Charge {
+    /// The pins of the object have it now; the last one gives it back.
+    fn keep(mut self) {
+        self.object = None;
     }
 }
 
-impl Drop for Charged {
+impl Drop for Charge {
     fn drop(&mut self) {
         if let Some(object) = self.object.take() {
             object.shared.uncharge_pin(HostArena::footprint(object.len));
@@ -222,8 +277,8 @@ impl Drop for PinGuard {
         let Some(object) = self.object.take() else { return };
         if object.remove_pin() {
             object.unpark();
+            object.shared.uncharge_pin(HostArena::footprint(object.len));
         }
-        object.shared.uncharge_pin(HostArena::footprint(object.len));
     }
 }
 

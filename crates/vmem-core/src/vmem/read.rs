@@ -47,8 +47,19 @@ impl VirtualMemory {
     /// The bytes of the object. Zero-copy if it is resident in host memory: the same memory for
     /// every reader, until a write makes a new version.
     ///
-    /// ```ignore
+    /// ```
+    /// # use vmem::{MemoryTier, VirtualMemoryConfig};
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+    /// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
+    /// # let vmem = vmem::open(config.build()?).await?;
+    /// let handle = vmem.put([1, 2, 3], MemoryTier::Host).await?;
     /// let bytes = vmem.read(&handle).await?;
+    /// vmem.write(&handle, [4, 5, 6]).await?;
+    /// // What was read stays what it was.
+    /// assert_eq!((&bytes[..], &vmem.read(&handle).await?[..]), (&[1, 2, 3][..], &[4, 5, 6][..]));
+    /// # vmem.close().await
+    /// # }
     /// ```
     ///
     /// # Errors

@@ -116,7 +116,7 @@ impl VirtualMemory {
             bytes.fill(0);
             fill(bytes);
             object.touch();
-            object.publish(&pass, Some(room), |disk| *disk = DiskMap::Empty);
+            object.publish(&pass, Some(room), DiskMap::clear);
             Ok(())
         })
         .await
@@ -206,12 +206,21 @@ impl VirtualMemory {
         deadline: Instant,
     ) -> Result<()> {
         let object = pass.object();
-        let Some(mut room) = self.room_or_spill(object, deadline).await? else {
+        let mut room = self.shared.try_host_room(need(object, true));
+        if room.is_none() && object.pins() == 0 {
+            room = self.room_or_spill(object, deadline).await?;
+        }
+        if room.is_none() && object.write_in_place(pass, range.clone(), data) {
             // No room for two: in place, in one go, is better than not at all.
-            if object.write_in_place(pass, range.clone(), data) {
-                return Ok(());
+            return Ok(());
+        }
+        let mut room = match room {
+            Some(room) => room,
+            // It must not leave host memory.
+            None if object.pins() > 0 => {
+                self.shared.host_room_or_error(need(object, false), deadline).await?
             }
-            return self.write_to_disk(pass, range, data, deadline).await;
+            None => return self.write_to_disk(pass, range, data, deadline).await,
         };
         let Found::Copy(old) = object.copy.acquire(&self.shared.copies) else {
             unreachable!("the holder of the gate found a host copy, and alone takes it away")
@@ -221,7 +230,8 @@ impl VirtualMemory {
         copy_politely(&mut bytes[range.clone()], data).await;
         copy_politely(&mut bytes[range.end..], &old.as_ref()[range.end..]).await;
         drop(old);
-        object.publish(pass, Some(room), |disk| disk.forget(object.len, chunks_of(&range)));
+        let chunks = chunks_of(&range);
+        object.publish(pass, Some(room), |disk, old| disk.forget(object.len, chunks, old));
         Ok(())
     }
 
@@ -262,7 +272,7 @@ impl VirtualMemory {
         chunks.dedup();
         let whole = range.len() == object.len;
         let reserved = if whole {
-            object.with_disk(pass, |disk| disk.take_reserved(object.len))
+            object.with_disk(pass, |disk, _| disk.take_reserved(object.len))
         } else {
             None
         };
@@ -292,7 +302,8 @@ impl VirtualMemory {
             self.account(object, oldest, &mut written)?;
         }
         drop(base);
-        object.publish(pass, None, |disk| disk.put(object.len, chunks.into_iter().zip(written)));
+        let extents = chunks.into_iter().zip(written);
+        object.publish(pass, None, |disk, old| disk.put(object.len, extents, old));
         Ok(())
     }
 
@@ -428,6 +439,6 @@ async fn fill_new(
     bytes[..range.start].fill(0);
     copy_politely(&mut bytes[range.clone()], data).await;
     bytes[range.end..].fill(0);
-    pass.object().publish(pass, Some(room), |disk| *disk = DiskMap::Empty);
+    pass.object().publish(pass, Some(room), DiskMap::clear);
     Ok(())
 }
