@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use futures::stream::{FuturesOrdered, StreamExt};
 use tokio::time::Instant;
 
 use super::read::copy_politely;
@@ -35,8 +36,11 @@ const IN_PLACE_MAX: usize = 256 * 1024;
 /// Pieces of one large write that are on their way to disk at once.
 const PIECES_MAX: usize = 4;
 
-/// A write of some pieces that is on its way.
-type InFlight = BoxFuture<'static, std::result::Result<Vec<Extent>, DiskError>>;
+/// The end of one write that is on its way.
+type Written = std::result::Result<Vec<Extent>, DiskError>;
+/// The writes of one call that are on their way, in order. Each holds staging until it was polled
+/// to its end, so whoever waits for more staging polls them meanwhile.
+type InFlight = FuturesOrdered<BoxFuture<'static, Written>>;
 
 impl VirtualMemory {
     /// Replaces all bytes of the object. Readers keep the version that they read; who reads
@@ -276,13 +280,16 @@ impl VirtualMemory {
             None => self.reserve(object, &chunks)?.into(),
         };
         let mut written: Vec<Extent> = Vec::with_capacity(chunks.len());
-        let mut in_flight: VecDeque<InFlight> = VecDeque::new();
+        let mut in_flight = InFlight::new();
         let per_piece = (self.shared.staging.piece_bytes() / CHUNK_BYTES).max(1);
         for group in chunks.chunks(per_piece) {
-            while in_flight.len() >= PIECES_MAX {
-                self.await_oldest(object, &mut in_flight, &mut written).await?;
+            while in_flight.len() >= PIECES_MAX
+                && let Some(oldest) = in_flight.next().await
+            {
+                self.account(object, oldest, &mut written)?;
             }
-            let piece = self.compose(object, &base, group, &range, data, deadline).await?;
+            let piece = self.staging(object, &mut in_flight, &mut written, deadline).await?;
+            let piece = self.compose(object, &base, group, &range, data, piece).await?;
             let pieces = group.iter().enumerate().filter_map(|(nth, &index)| {
                 let start = nth * CHUNK_BYTES;
                 let bytes = piece.slice(start..start + chunk_len(object.len, index) as usize);
@@ -290,8 +297,8 @@ impl VirtualMemory {
             });
             in_flight.push_back(self.shared.disk.write(pieces.collect()));
         }
-        while !in_flight.is_empty() {
-            self.await_oldest(object, &mut in_flight, &mut written).await?;
+        while let Some(oldest) = in_flight.next().await {
+            self.account(object, oldest, &mut written)?;
         }
         drop(base);
         let extents = chunks.into_iter().zip(written);
@@ -305,14 +312,36 @@ impl VirtualMemory {
         reserved.map_err(|error| self.shared.disk_error(object.id, error))
     }
 
-    async fn await_oldest(
+    /// A piece of staging. What this call has in flight may hold the last ones.
+    async fn staging(
         &self,
         object: &Arc<Object>,
-        in_flight: &mut VecDeque<InFlight>,
+        in_flight: &mut InFlight,
+        written: &mut Vec<Extent>,
+        deadline: Instant,
+    ) -> Result<IoBuf> {
+        let (acquired, late) = (self.shared.staging.acquire(), tokio::time::sleep_until(deadline));
+        tokio::pin!(acquired, late);
+        loop {
+            tokio::select! {
+                biased;
+                piece = &mut acquired => return Ok(IoBuf::from_staging(piece)),
+                Some(oldest) = in_flight.next() => self.account(object, oldest, written)?,
+                () = &mut late => return Err(VirtualMemoryError::TimedOut {
+                    operation: "waiting for staging memory",
+                    waited: self.shared.limits.wait_timeout,
+                }),
+            }
+        }
+    }
+
+    fn account(
+        &self,
+        object: &Arc<Object>,
+        outcome: Written,
         written: &mut Vec<Extent>,
     ) -> Result<()> {
-        let Some(oldest) = in_flight.pop_front() else { return Ok(()) };
-        match oldest.await {
+        match outcome {
             Ok(extents) => {
                 let bytes: u64 = extents.iter().map(|extent| u64::from(extent.len())).sum();
                 add(&self.shared.counters.host_to_disk_bytes, bytes);
@@ -326,7 +355,7 @@ impl VirtualMemory {
         }
     }
 
-    /// The new bytes of some chunks, each at a multiple of the chunk size, in a staging piece.
+    /// The new bytes of some chunks, each at a multiple of the chunk size, in a piece of staging.
     async fn compose(
         &self,
         object: &Arc<Object>,
@@ -334,14 +363,8 @@ impl VirtualMemory {
         group: &[usize],
         range: &Range<usize>,
         data: &[u8],
-        deadline: Instant,
+        mut piece: IoBuf,
     ) -> Result<Bytes> {
-        let acquired = tokio::time::timeout_at(deadline, self.shared.staging.acquire()).await;
-        let mut piece =
-            IoBuf::from_staging(acquired.map_err(|_| VirtualMemoryError::TimedOut {
-                operation: "waiting for staging memory",
-                waited: self.shared.limits.wait_timeout,
-            })?);
         for (nth, &index) in group.iter().enumerate() {
             let at = nth * CHUNK_BYTES;
             let chunk =
