@@ -1,7 +1,7 @@
 //! The ids that left not long ago.
 //!
-//! Invariant: an id is remembered once, and the queue and the index hold the same ids: forgetting one
-//! leaves nothing behind. Pure; called by `s3fifo`.
+//! Invariant: an id is remembered once, and the queue and the index hold the same ids: forgetting
+//! one leaves nothing behind. Pure; called by `s3fifo`.
 
 use std::collections::HashMap;
 

@@ -2,8 +2,8 @@
 //!
 //! Invariant: no key is greater than its children, and after each call every key that moved was
 //! reported with its new position. Entries are removed from the middle too, so nothing stale is
-//! ever in it. Four children a node: half the depth of a binary heap, and a node's children lie side
-//! by side. Pure; called by `lru`.
+//! ever in it. Four children a node: half the depth of a binary heap, and a node's children lie
+//! side by side. Pure; called by `lru`.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

@@ -1,8 +1,8 @@
 //! Least recently used, with an order that follows the accesses lazily.
 //!
-//! Invariant: an entry is filed at a stamp that is at most its real one, unless it was busy when it was
-//! filed. So an entry at the cold end that was not used since it was filed is the least recently
-//! used of all. One that was used since is filed anew when a look comes upon it.
+//! Invariant: an entry is filed at a stamp that is at most its real one, unless it was busy when
+//! it was filed. So an entry at the cold end that was not used since it was filed is the least
+//! recently used of all. One that was used since is filed anew when a look comes upon it.
 //!
 //! The approximation: after [`STEPS_MAX`] entries that were all used since, the look ends with the
 //! oldest of those (*hurried*). Right after everything was used again this is the least recently

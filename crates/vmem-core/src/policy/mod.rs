@@ -83,16 +83,17 @@ pub enum Pick {
     /// The bound on steps was reached: look again, after others had their turn. No number of these
     /// means that there is no victim; that is said by `Empty`.
     Retry,
-    /// Nothing can go: whatever is not pinned or being freed said, when last asked, that it is busy.
+    /// Nothing can go: whatever is not pinned or being freed said, when last asked, that it is
+    /// busy.
     Empty,
 }
 
 /// An order of eviction.
 ///
 /// An entry that answers `Pinned` or `Gone` is *parked*: no look meets it again until `unpark`.
-/// Whoever unpins an object first makes it answer otherwise, then calls `unpark`, so that no unpinning
-/// is missed. The least recently used then stands where its last access says; the queue-based
-/// policies file it as the newest.
+/// Whoever unpins an object first makes it answer otherwise, then calls `unpark`, so that no
+/// unpinning is missed. The least recently used then stands where its last access says; the
+/// queue-based policies file it as the newest.
 ///
 /// ```
 /// use vmem_core::policy::{Pick, PolicyKind, Probe, build};
@@ -156,8 +157,8 @@ pub enum PolicyKind {
     Lru,
     /// SIEVE (Zhang et al., NSDI 2024): a queue with a moving hand; good where much is used once.
     Sieve,
-    /// S3-FIFO (Yang et al., SOSP 2023): a small queue in front of a large one, with a memory of what
-    /// left the small one.
+    /// S3-FIFO (Yang et al., SOSP 2023): a small queue in front of a large one, with a memory of
+    /// what left the small one.
     S3Fifo,
 }
 

@@ -1,17 +1,17 @@
 //! S3-FIFO: what is new waits in a small queue; only what is used there comes into the main one.
 //!
-//! Invariant: an entry is in the small queue, in the main one, or parked; the bytes of each queue are
-//! the sum over its entries. What was evicted from the small queue is remembered, until as many
-//! have followed as there are entries nine times in ten (`ghosts.rs`); one that comes
-//! back before that goes to the main queue at once.
+//! Invariant: an entry is in the small queue, in the main one, or parked; the bytes of each queue
+//! are the sum over its entries. What was evicted from the small queue is remembered, until as
+//! many have followed as there are entries nine times in ten (`ghosts.rs`); one that comes back
+//! before that goes to the main queue at once.
 //!
-//! The algorithm is that of Yang, Zhang, Qiu, Yue and Rashmi, "FIFO queues are all you need for cache
-//! eviction" (SOSP 2023): the small queue has a tenth of the bytes; more than one use brings an
-//! entry from it to the main queue and clears its count; the count goes up to three; a turn in the
-//! main queue costs one. The share is one of the bytes that are in the queues, since a store evicts at a
-//! watermark and knows no size of a cache. Where the queues would turn more than
-//! [`PATIENCE_STEPS`](super::PATIENCE_STEPS) entries for one victim, the least used among the last of
-//! those has to do (*hurried*).
+//! The algorithm is that of Yang, Zhang, Qiu, Yue and Rashmi, "FIFO queues are all you need for
+//! cache eviction" (SOSP 2023): the small queue has a tenth of the bytes; more than one use brings
+//! an entry from it to the main queue and clears its count; the count goes up to three; a turn in
+//! the main queue costs one. The share is one of the bytes that are in the queues, since a store
+//! evicts at a watermark and knows no size of a cache. Where the queues would turn more than
+//! [`PATIENCE_STEPS`](super::PATIENCE_STEPS) entries for one victim, the least used among the last
+//! of those has to do (*hurried*).
 
 use std::fmt;
 
@@ -54,7 +54,8 @@ struct Value {
     lane: Which,
     uses: u8,
     parked: bool,
-    /// It was named as a victim: when it is removed, that is an eviction.
+    /// It was named as a victim: if it leaves the small queue by being removed, that is an
+    /// eviction.
     named: bool,
 }
 
@@ -113,7 +114,6 @@ impl S3Fifo {
                 return true;
             }
         };
-        value.named = false;
         self.turn(at, Which::Main);
         false
     }

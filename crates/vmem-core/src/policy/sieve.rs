@@ -6,7 +6,8 @@
 //! The algorithm is that of Zhang, Yang, Yue, Vigfusson and Rashmi, "SIEVE is Simpler than LRU"
 //! (NSDI 2024). Its *visited* bit is the object's touch counter: a probe that clears it is the
 //! hand that clears the bit. Where the paper's hand would pass more than
-//! [`PATIENCE_STEPS`](super::PATIENCE_STEPS) entries for one victim, the oldest access among the last of those has to do (*hurried*).
+//! [`PATIENCE_STEPS`](super::PATIENCE_STEPS) entries for one victim, the oldest access among the
+//! last of those has to do (*hurried*).
 
 use std::fmt;
 

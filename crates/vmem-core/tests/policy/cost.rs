@@ -191,8 +191,8 @@ fn memory_follows_what_is_there() {
     }
 }
 
-/// Not a test: times of a release build. `cargo test --release -p vmem-core --test policy -- --ignored
-/// --nocapture times`
+/// Not a test: times of a release build. `cargo test --release -p vmem-core --test policy --
+/// --ignored --nocapture times`
 #[test]
 #[ignore = "prints times"]
 fn times() {
@@ -221,6 +221,7 @@ fn times() {
             }
             let churn = per_op(start);
 
+            let mut objects = Dense::new(kind, count);
             objects.touch_all(&shuffled(count, 1));
             let start = Instant::now();
             let first = black_box(objects.victim());

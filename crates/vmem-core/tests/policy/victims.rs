@@ -1,5 +1,5 @@
-//! Scenario 22 for the order itself: pins, touches, removals and re-inserts at random. Single-threaded
-//! and settled, the victims are those of a reference that is told of everything.
+//! Scenario 22 for the order itself: pins, touches, removals and re-inserts at random.
+//! Single-threaded and settled, the victims are those of a reference that is told of everything.
 
 use std::collections::HashSet;
 
