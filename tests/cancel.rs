@@ -156,7 +156,8 @@ struct Scene {
 
 impl Bench {
     fn new(len: usize) -> Self {
-        let (vmem, driver) = common::open(SPACE, 16 * MIB, |b| b.wait_timeout(Duration::from_secs(5)));
+        let (vmem, driver) =
+            common::open(SPACE, 16 * MIB, |b| b.wait_timeout(Duration::from_secs(5)));
         Bench { vmem, driver, len, versions: Versions::of(len) }
     }
 

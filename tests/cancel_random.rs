@@ -125,7 +125,8 @@ impl Worker {
                 let other = self.rng.random_range(0..self.objects.len());
                 let set = [handle.clone(), self.objects[other].handle.clone()];
                 let read = self.dropped(vmem.read_many(&set)).await;
-                for (at, read) in [at, other].into_iter().zip(Self::expect(read).unwrap_or_default())
+                for (at, read) in
+                    [at, other].into_iter().zip(Self::expect(read).unwrap_or_default())
                 {
                     self.objects[at].check(&read);
                 }
@@ -163,7 +164,8 @@ impl Worker {
 async fn scenario_04_ten_thousand_random_drops() {
     let seed = seed();
     let mut rng = SmallRng::seed_from_u64(seed);
-    let (vmem, driver) = common::open(2 * MIB, 64 * MIB, |b| b.wait_timeout(Duration::from_secs(5)));
+    let (vmem, driver) =
+        common::open(2 * MIB, 64 * MIB, |b| b.wait_timeout(Duration::from_secs(5)));
     let mut delays = SmallRng::seed_from_u64(seed ^ 1);
     driver.delay(move |_| Duration::from_micros(delays.random_range(0..3000)));
     let drops = Arc::new(AtomicU64::new(0));

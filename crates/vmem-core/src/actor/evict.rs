@@ -202,26 +202,20 @@ impl Evictor {
 
     /// The next victim of the policy, if a bounded look finds one.
     fn pick(&mut self, shared: &Shared, spare_hot: bool) -> Option<u64> {
-        let hot_since = shared.now().saturating_sub(HOT_NS);
-        let mut too_hot = false;
-        let pick = shared.policy.lock().victim(&mut |id| {
-            let probe = probe(shared, id);
-            if let Probe::Evictable { stamp, .. } = probe {
-                too_hot = spare_hot && stamp > hot_since;
-            }
-            probe
-        });
+        let pick = shared.policy.lock().victim(&mut |id| probe(shared, id));
         match pick {
-            // The coldest is too hot to make way, and so is the rest.
-            Pick::Victim { .. } if too_hot => self.fruitless = usize::MAX,
             Pick::Victim { id, hurried } => {
                 self.unsettled |= hurried;
-                return Some(id);
+                let hot_since = shared.now().saturating_sub(HOT_NS);
+                let hot = |object: std::sync::Arc<Object>| object.stamp() > hot_since;
+                if !spare_hot || !shared.find(id).is_some_and(hot) {
+                    return Some(id);
+                }
+                // The coldest is too hot to make way, and so is the rest.
+                self.fruitless = usize::MAX;
             }
-            Pick::Retry => {
-                self.unsettled = true;
-                self.fruitless = self.fruitless.saturating_add(STEPS_MAX);
-            }
+            // The policy ends a look over several calls by itself: with a victim, or with `Empty`.
+            Pick::Retry => self.unsettled = true,
             Pick::Empty => self.fruitless = usize::MAX,
         }
         None
