@@ -7,6 +7,7 @@ use std::fmt;
 use std::time::Duration;
 
 use futures::Stream;
+use parking_lot::RwLock;
 use tokio::sync::broadcast;
 
 use crate::error::VirtualMemoryError;
@@ -75,28 +76,40 @@ pub struct MigrationEvent {
 
 /// The sending end.
 #[derive(Debug)]
-pub(crate) struct Events(broadcast::Sender<MigrationEvent>);
+pub(crate) struct Events {
+    /// None once the store has ended: then the streams end too.
+    sender: RwLock<Option<broadcast::Sender<MigrationEvent>>>,
+}
 
 impl Events {
     pub(crate) fn new() -> Self {
-        Events(broadcast::channel(BACKLOG_MAX).0)
+        Events { sender: RwLock::new(Some(broadcast::channel(BACKLOG_MAX).0)) }
     }
 
     /// Tells every listener; without one it costs a load.
     pub(crate) fn send(&self, event: impl FnOnce() -> MigrationEvent) {
-        if self.0.receiver_count() > 0 {
+        if let Some(sender) = &*self.sender.read()
+            && sender.receiver_count() > 0
+        {
             // The last listener may leave in between, which is as good.
-            drop(self.0.send(event()));
+            drop(sender.send(event()));
         }
     }
 
+    /// Ends every stream, once it was read to its end.
+    pub(crate) fn end(&self) {
+        *self.sender.write() = None;
+    }
+
     pub(crate) fn listen(&self) -> impl Stream<Item = MigrationEvent> + Send + 'static + use<> {
-        futures::stream::unfold((self.0.subscribe(), 0), |(mut events, mut missed)| async move {
+        let events = self.sender.read().as_ref().map(broadcast::Sender::subscribe);
+        futures::stream::unfold((events, 0), |(events, mut missed)| async move {
+            let mut events = events?;
             loop {
                 match events.recv().await {
                     Ok(mut event) => {
                         event.missed = missed;
-                        return Some((event, (events, 0)));
+                        return Some((event, (Some(events), 0)));
                     }
                     Err(broadcast::error::RecvError::Lagged(lost)) => missed += lost,
                     Err(broadcast::error::RecvError::Closed) => return None,

@@ -184,6 +184,7 @@ impl Actor {
                 () = self.shared.wake.asleep() => {}
             }
         }
+        self.shared.events.end();
         let closed = self.shared.disk.close().await;
         closed.map_err(|error| self.shared.disk_error(0, error))
     }

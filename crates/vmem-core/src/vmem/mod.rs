@@ -175,18 +175,17 @@ impl VirtualMemory {
 
     fn check_fits_somewhere(&self, len: usize, home: MemoryTier) -> Result<()> {
         let on_disk = self.shared.disk.usage().capacity_bytes;
-        let most =
-            if home == MemoryTier::Host { on_disk.max(self.shared.host_space()) } else { on_disk };
         let fits_host = home == MemoryTier::Host && self.shared.fits_host(len);
         if fits_host || len as u64 <= on_disk {
             return Ok(());
         }
+        let in_host = if home == MemoryTier::Host { self.shared.host_space() } else { 0 };
+        let (tier, capacity_bytes) = [(MemoryTier::Host, in_host), (MemoryTier::Disk, on_disk)]
+            .into_iter()
+            .max_by_key(|&(_, capacity)| capacity)
+            .unwrap_or((home, 0));
         let requested_bytes = len as u64;
-        Err(VirtualMemoryError::ExceedsCapacity {
-            tier: home,
-            requested_bytes,
-            capacity_bytes: most,
-        })
+        Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
     }
 
     // ---- Room ----------------------------------------------------------------------------------

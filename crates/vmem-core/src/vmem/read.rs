@@ -140,6 +140,9 @@ impl VirtualMemory {
             let (handle, expected, actual) = (object.id, range.len(), buf.len());
             return Err(VirtualMemoryError::SizeMismatch { handle, expected, actual });
         }
+        if range.is_empty() {
+            return Ok(());
+        }
         if let Some(guard) = self.hit(object) {
             copy_politely(buf, &guard.as_ref()[range]).await;
             return Ok(());
