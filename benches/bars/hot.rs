@@ -1,0 +1,198 @@
+//! P1 and P2: reads of host-resident objects.
+
+use std::sync::{Arc, Barrier};
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use tokio::runtime::{Builder, Runtime};
+use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfig};
+
+use crate::report::{Bar, Report, Rounds, thread_cpu_ns};
+
+/// A set of objects, each beginning with its own number.
+pub(crate) struct Set {
+    pub(crate) len: usize,
+    pub(crate) count: usize,
+    pub(crate) reads: usize,
+}
+
+impl Set {
+    pub(crate) fn bytes(&self, n: usize) -> Vec<u8> {
+        let mut bytes = vec![n as u8; self.len];
+        bytes[..8].copy_from_slice(&(n as u64).to_le_bytes());
+        bytes
+    }
+
+    fn order(&self, seed: u64) -> Vec<usize> {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        (0..self.reads).map(|_| rng.random_range(0..self.count)).collect()
+    }
+
+    fn what(&self) -> String {
+        format!("{} objects of {} bytes", self.count, self.len)
+    }
+}
+
+struct Ours {
+    /// Where the actor runs.
+    _runtime: Runtime,
+    vmem: VirtualMemory,
+    handles: Vec<VMemHandle>,
+}
+
+impl Ours {
+    fn with(set: &Set) -> anyhow::Result<Self> {
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let footprint = (set.len as u64).max(64).next_multiple_of(64) * set.count as u64;
+        let config = VirtualMemoryConfig::builder()
+            .host_capacity(footprint + footprint / 2 + (320 << 20))
+            .disk_capacity(1 << 30)
+            .build()?;
+        let (vmem, handles) = runtime.block_on(async {
+            let vmem = vmem::open(config).await?;
+            let mut handles = Vec::with_capacity(set.count);
+            for n in 0..set.count {
+                handles.push(vmem.put(set.bytes(n), MemoryTier::Host).await?);
+            }
+            anyhow::Ok((vmem, handles))
+        })?;
+        Ok(Ours { _runtime: runtime, vmem, handles })
+    }
+
+    /// Nanoseconds of CPU for one read.
+    async fn round(&self, order: &[usize]) -> f64 {
+        let before = thread_cpu_ns();
+        for &n in order {
+            let bytes = self.vmem.read(&self.handles[n]).await.expect("resident");
+            assert!(bytes[..8] == (n as u64).to_le_bytes(), "object {n}");
+        }
+        (thread_cpu_ns() - before) / order.len() as f64
+    }
+}
+
+fn on_this_thread() -> anyhow::Result<Runtime> {
+    Ok(Builder::new_current_thread().enable_all().build()?)
+}
+
+/// P1: nanoseconds of CPU for a read, on one thread, beside foyer on the same data.
+pub(crate) fn p1(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
+    let here = on_this_thread()?;
+    let sets = [
+        (Set { len: 4096, count: 65_536, reads: 200_000 }, 1.0 / 3.0),
+        (Set { len: 1 << 20, count: 256, reads: 200_000 }, 0.5),
+    ];
+    for (set, bar) in &sets {
+        let ours = Ours::with(set)?;
+        #[cfg(feature = "peers")]
+        let peers = crate::peer::Peers::with(set)?;
+        let mut mine = Rounds::default();
+        #[cfg(feature = "peers")]
+        let (mut hybrid, mut memory) = (Rounds::default(), Rounds::default());
+        for round in 0..=rounds {
+            let order = set.order(round as u64);
+            let cost = here.block_on(ours.round(&order));
+            #[cfg(feature = "peers")]
+            let theirs = here.block_on(peers.round(&order));
+            // The first round warms up.
+            if round > 0 {
+                mine.0.push(cost);
+                #[cfg(feature = "peers")]
+                {
+                    hybrid.0.push(theirs.0);
+                    memory.0.push(theirs.1);
+                }
+            }
+        }
+        #[cfg(feature = "peers")]
+        for (peer, theirs, bar) in
+            [("foyer-hybrid", &hybrid, Some(*bar)), ("foyer-memory", &memory, None)]
+        {
+            let (what, ours) = (set.what(), &mine);
+            report.add(&Bar { id: "P1", what, unit: "ns", ours, peer, theirs, bar });
+        }
+        #[cfg(not(feature = "peers"))]
+        {
+            let (what, ours, theirs) = (set.what(), &mine, &mine);
+            let _ = bar;
+            let peer = "itself";
+            report.add(&Bar { id: "P1", what, unit: "ns", ours, peer, theirs, bar: None });
+        }
+    }
+    same_at_every_size(report, rounds)
+}
+
+/// The cost of a hit does not depend on the size of the object, nor, within the slope of the memory
+/// system, on how many there are.
+fn same_at_every_size(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
+    let here = on_this_thread()?;
+    let pairs = [
+        ("64 MiB against 4 KiB, 16 objects", (64 << 20, 16), (4096, 16)),
+        ("10^6 handles against 10^2, 64 bytes", (64, 1_000_000), (64, 100)),
+    ];
+    for (what, large, small) in pairs {
+        let set = |(len, count)| Set { len, count, reads: 200_000 };
+        let (large, small) = (set(large), set(small));
+        let (one, other) = (Ours::with(&large)?, Ours::with(&small)?);
+        let (mut costs, mut base) = (Rounds::default(), Rounds::default());
+        for round in 0..=rounds {
+            let seed = round as u64;
+            let cost = here.block_on(one.round(&large.order(seed)));
+            let base_cost = here.block_on(other.round(&small.order(seed)));
+            if round > 0 {
+                costs.0.push(cost);
+                base.0.push(base_cost);
+            }
+        }
+        let (what, ours, theirs) = (what.to_owned(), &costs, &base);
+        report.add(&Bar { id: "P1", what, unit: "ns", ours, peer: "ours", theirs, bar: None });
+    }
+    Ok(())
+}
+
+/// P2: the same on two threads over distinct objects, against one thread.
+pub(crate) fn p2(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
+    for set in [
+        Set { len: 4096, count: 65_536, reads: 200_000 },
+        Set { len: 1 << 20, count: 256, reads: 200_000 },
+    ] {
+        let ours = Arc::new(Ours::with(&set)?);
+        let halves = |round: usize| {
+            let order = set.order(round as u64);
+            let half = set.count / 2;
+            let lower: Vec<_> = order.iter().map(|n| n % half).collect();
+            let upper: Vec<_> = order.iter().map(|n| half + n % half).collect();
+            (lower, upper)
+        };
+        let (mut two, mut one, mut rate) =
+            (Rounds::default(), Rounds::default(), Rounds::default());
+        for round in 0..=rounds {
+            let (lower, upper) = halves(round);
+            let alone = on_this_thread()?.block_on(ours.round(&lower));
+            let barrier = Arc::new(Barrier::new(2));
+            let started = std::time::Instant::now();
+            let threads: Vec<_> = [lower, upper]
+                .into_iter()
+                .map(|order| {
+                    let (ours, barrier) = (ours.clone(), barrier.clone());
+                    std::thread::spawn(move || {
+                        let here = on_this_thread().expect("a runtime");
+                        barrier.wait();
+                        here.block_on(ours.round(&order))
+                    })
+                })
+                .collect();
+            let costs: Vec<f64> =
+                threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
+            let reads = 2.0 * set.reads as f64 / started.elapsed().as_secs_f64();
+            if round > 0 {
+                one.0.push(alone);
+                two.0.push(costs.iter().sum::<f64>() / 2.0);
+                rate.0.push(reads / 1e6);
+            }
+        }
+        let what = format!("{} on two threads, {:.1} M reads/s", set.what(), rate.median());
+        let (ours, theirs, bar) = (&two, &one, Some(1.15));
+        report.add(&Bar { id: "P2", what, unit: "ns", ours, peer: "one-thread", theirs, bar });
+    }
+    Ok(())
+}

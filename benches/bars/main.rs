@@ -1,0 +1,38 @@
+//! The bars of vmem, each a ratio taken within this run: `cargo bench -p vmem-bench --features peers`.
+//!
+//! Ours and the peer's rounds alternate on the same data; the median is quoted with its spread. Costs
+//! are CPU time of the measuring thread, which is steadier than wall time on a shared machine. An
+//! id as argument runs one bar; `VMEM_BENCH=quick` takes fewer rounds. It measures, a reader
+//! judges: the process ends with 0 whether or not the bars hold.
+
+mod evict;
+mod hot;
+mod metadata;
+#[cfg(feature = "peers")]
+mod peer;
+mod report;
+
+use report::Report;
+
+fn main() -> anyhow::Result<()> {
+    let only = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let quick = std::env::var("VMEM_BENCH").is_ok_and(|value| value == "quick");
+    let wanted = |id: &str| only.as_deref().is_none_or(|only| only.eq_ignore_ascii_case(id));
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    println!("load average at the start: {}", load.trim());
+    let mut report = Report::default();
+    let rounds = if quick { 3 } else { 9 };
+    if wanted("P1") {
+        hot::p1(&mut report, rounds)?;
+    }
+    if wanted("P2") {
+        hot::p2(&mut report, rounds)?;
+    }
+    if wanted("P6") {
+        evict::p6(&mut report, if quick { 3 } else { 5 })?;
+    }
+    if wanted("P7") {
+        metadata::p7(&mut report, if quick { 200_000 } else { 1_000_000 })?;
+    }
+    report.finish()
+}

@@ -1,0 +1,1 @@
+//! Nothing: the bars are in `bars/`.
