@@ -37,6 +37,8 @@ const SETTLE_STEPS: usize = 1024;
 const DISK_REST: Duration = Duration::from_millis(50);
 /// An object that was used within this time never makes way for a prefetch, in nanoseconds.
 const HOT_NS: u64 = 1_000_000_000;
+/// It is looked for what has cooled down at most this often.
+const COOLS_MIN: Duration = Duration::from_millis(20);
 
 /// The state of the evictor between two turns.
 #[derive(Debug, Default)]
@@ -46,11 +48,13 @@ pub(super) struct Evictor {
     reclaiming_bytes: u64,
     /// The high watermark was crossed and the low one not reached yet.
     above_mark: bool,
-    /// The order of eviction is behind the accesses.
-    unsettled: bool,
+    /// The order of eviction is behind the accesses by at most so many entries.
+    unsettled: usize,
     /// Entries that were looked at since the last wake-up, or the last success, for nothing.
     fruitless: usize,
     disk_rests_until: Option<Instant>,
+    /// A prefetch waits, and all that could make way for it is too hot until then.
+    cools_at: Option<Instant>,
 }
 
 /// What became of one attempt to free memory.
@@ -75,6 +79,8 @@ enum Round {
     Bounded,
     /// Nothing can be taken but what is pinned, held or busy.
     Nothing,
+    /// What could be taken is too hot to make way for a prefetch.
+    TooHot,
     /// What could be taken finds no room below.
     DiskFull,
 }
@@ -99,6 +105,7 @@ impl Evictor {
     ) -> bool {
         if woken {
             self.fruitless = 0;
+            self.cools_at = None;
         }
         let wanted = shared.host.serve();
         let deficit = self.deficit(shared, &wanted);
@@ -203,23 +210,33 @@ impl Evictor {
     /// The next victim of the policy, if a bounded look finds one.
     fn pick(&mut self, shared: &Shared, spare_hot: bool) -> Option<u64> {
         let hot_since = shared.now().saturating_sub(HOT_NS);
-        let mut too_hot = false;
+        let mut too_hot = None;
         let pick = shared.policy.lock().victim(&mut |id| {
             let probe = probe(shared, id);
             if let Probe::Evictable { stamp, .. } = probe {
-                too_hot = spare_hot && stamp > hot_since;
+                too_hot = (spare_hot && stamp > hot_since).then(|| stamp - hot_since);
             }
             probe
         });
         match pick {
             // The coldest is too hot to make way, and so is the rest.
-            Pick::Victim { .. } if too_hot => self.fruitless = usize::MAX,
+            Pick::Victim { .. } if too_hot.is_some() => {
+                let cools_in = Duration::from_nanos(too_hot.unwrap_or_default()).max(COOLS_MIN);
+                self.cools_at = Some(Instant::now() + cools_in);
+                self.fruitless = usize::MAX;
+            }
             Pick::Victim { id, hurried } => {
-                self.unsettled |= hurried;
+                if hurried {
+                    self.unsettled = shared.policy.lock().len();
+                }
                 return Some(id);
             }
             Pick::Retry => {
-                self.unsettled = true;
+                let all = shared.policy.lock().len();
+                // Once everything was looked at, order helps no more: what is busy now has to end.
+                if self.fruitless <= all {
+                    self.unsettled = all;
+                }
                 self.fruitless = self.fruitless.saturating_add(STEPS_MAX);
             }
             Pick::Empty => self.fruitless = usize::MAX,
@@ -230,7 +247,11 @@ impl Evictor {
     /// Whether a look that found nothing was a look at everything.
     fn found_nothing(&self, shared: &Shared) -> Round {
         let all = shared.policy.lock().len() + STEPS_MAX;
-        if self.fruitless > all { Round::Nothing } else { Round::Bounded }
+        match self.cools_at {
+            _ if self.fruitless <= all => Round::Bounded,
+            Some(_) => Round::TooHot,
+            None => Round::Nothing,
+        }
     }
 
     /// Owners of a span whose pages a request needs that fits by its bytes.
@@ -352,11 +373,19 @@ impl Evictor {
 
     /// One slice of bringing the order of eviction up to the accesses. True if more is left.
     fn settle(&mut self, shared: &Shared) -> bool {
-        if self.unsettled {
+        if self.unsettled > 0 {
+            // What is busy is always filed anew, so a pass ends after as many steps as entries.
+            let steps = self.unsettled.min(SETTLE_STEPS);
             let mut policy = shared.policy.lock();
-            self.unsettled = policy.settle(SETTLE_STEPS, &mut |id| probe(shared, id));
+            let more = policy.settle(steps, &mut |id| probe(shared, id));
+            self.unsettled = if more { self.unsettled - steps } else { 0 };
         }
-        self.unsettled
+        self.unsettled > 0
+    }
+
+    /// When there may be something to do although nothing happens.
+    pub(super) fn wakes_at(&self) -> Option<Instant> {
+        self.cools_at
     }
 }
 
