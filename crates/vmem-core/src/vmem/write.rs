@@ -192,6 +192,7 @@ impl VirtualMemory {
             stay: true,
             asked: Instant::now(),
             deadline,
+            unwanted: None,
         };
         fetch_to_stay(&job, pass).await?;
         Ok(true)
