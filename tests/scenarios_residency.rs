@@ -68,9 +68,8 @@ async fn scenario_02_one_read_of_64_fails() {
             set.handles.iter().map(|handle| set.vmem.residency(handle).unwrap()).collect()
         };
         let there = residency(&set);
-        set.driver.fail(move |_, range| {
-            range.contains(&bad).then(|| io::Error::from_raw_os_error(5))
-        });
+        set.driver
+            .fail(move |_, range| range.contains(&bad).then(|| io::Error::from_raw_os_error(5)));
         for _ in 0..3 {
             let error = set.vmem.read_many(&set.handles).await.unwrap_err();
             match error {
@@ -119,7 +118,8 @@ async fn scenario_02_one_of_64_is_damaged() {
 async fn evict_against_read(len: usize, rounds: u64) {
     let seed = seed();
     let (vmem, driver) = common::open(6 * len.max(64 * KIB), 64 * MIB, |b| b);
-    let versions: Arc<Vec<_>> = Arc::new((0..8).map(|version| bytes(5, version + 1, len)).collect());
+    let versions: Arc<Vec<_>> =
+        Arc::new((0..8).map(|version| bytes(5, version + 1, len)).collect());
     let object = vmem.put(&versions[1], HOST).await.unwrap();
     let (complete, begun) = (Arc::new(AtomicU64::new(1)), Arc::new(AtomicU64::new(1)));
     let (moves, done) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
@@ -175,7 +175,10 @@ async fn evict_against_read(len: usize, rounds: u64) {
     for reader in readers {
         reads += reader.await.unwrap();
     }
-    println!("{reads} reads, {} moves, {rounds} writes of {len} bytes", moves.load(Ordering::SeqCst));
+    println!(
+        "{reads} reads, {} moves, {rounds} writes of {len} bytes",
+        moves.load(Ordering::SeqCst)
+    );
     assert!(reads > rounds / 4, "the readers read");
     drop(object);
     common::assert_empty(&settle(&vmem, &driver).await, "eviction against reads");

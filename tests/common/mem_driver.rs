@@ -120,7 +120,10 @@ impl MemDriver {
     pub(crate) fn find(&self, bytes: &[u8]) -> Option<u64> {
         let image = self.core.image.lock();
         let block = 512;
-        (0..image.len()).step_by(block).find(|&at| image[at..].starts_with(bytes)).map(|at| at as u64)
+        (0..image.len())
+            .step_by(block)
+            .find(|&at| image[at..].starts_with(bytes))
+            .map(|at| at as u64)
     }
 
     /// Flips a bit on disk.

@@ -278,7 +278,10 @@ impl VirtualMemory {
                 deadline: how.deadline,
                 unwanted: None,
             };
-            self.shared.requests.send(Request::Fetch { job, flight: flight.downgrade(), reply }).await;
+            self.shared
+                .requests
+                .send(Request::Fetch { job, flight: flight.downgrade(), reply })
+                .await;
         }
         match tokio::time::timeout_at(how.deadline, flight.clone()).await {
             Ok(Ok(outcome)) => Some(outcome),
