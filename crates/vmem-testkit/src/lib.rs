@@ -1,1 +1,24 @@
-//! Test tools of vmem.
+//! Test tools of vmem: everything that its tests share, and nothing that ships.
+//!
+//! Invariant: with one seed and a current-thread runtime on a paused clock, every tool here does
+//! the same again. Called by the tests of all crates of the workspace.
+//!
+//! Reading order: [`seed`] starts a test; [`sim`] is the disk under it; [`fault`] and [`decorate`]
+//! make that disk fail, wait, stand still or tell; [`cancel`] drops futures at every point;
+//! [`model`] knows which bytes a read may return; [`conformance`] is what every driver and every
+//! disk tier has to pass.
+
+pub mod cancel;
+pub mod conformance;
+pub mod decorate;
+pub mod fault;
+pub mod model;
+pub mod seed;
+pub mod sim;
+
+pub use cancel::{exhaust, exhaust_with, poll_then_drop, poll_wake_then_drop};
+pub use decorate::{DelayDriver, GateDriver, OpKind, ThrottleDriver, TraceDriver};
+pub use fault::{Errno, Fault, FaultDriver, FaultPlan, When};
+pub use model::{Model, Pattern, Settles, Violation};
+pub use seed::Seed;
+pub use sim::{SimConfig, SimDriver, SparseImage};

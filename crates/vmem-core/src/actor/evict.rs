@@ -48,8 +48,8 @@ pub(super) struct Evictor {
     reclaiming_bytes: u64,
     /// The high watermark was crossed and the low one not reached yet.
     above_mark: bool,
-    /// The order of eviction is behind the accesses by at most so many entries.
-    unsettled: usize,
+    /// The order of eviction is behind the accesses.
+    unsettled: bool,
     /// Entries that were looked at since the last wake-up, or the last success, for nothing.
     fruitless: usize,
     disk_rests_until: Option<Instant>,
@@ -174,7 +174,7 @@ impl Evictor {
                 None => match self.pick(shared, spare_hot) {
                     Some(id) => id,
                     None => {
-                        round = self.found_nothing(shared);
+                        round = self.found_nothing(shared, wanted);
                         break;
                     }
                 },
@@ -226,17 +226,12 @@ impl Evictor {
                 self.fruitless = usize::MAX;
             }
             Pick::Victim { id, hurried } => {
-                if hurried {
-                    self.unsettled = shared.policy.lock().len();
-                }
+                self.unsettled |= hurried;
                 return Some(id);
             }
             Pick::Retry => {
-                let all = shared.policy.lock().len();
-                // Once everything was looked at, order helps no more: what is busy now has to end.
-                if self.fruitless <= all {
-                    self.unsettled = all;
-                }
+                // Once everything was looked at, order helps no more: what is busy has to end.
+                self.unsettled |= self.fruitless <= shared.policy.lock().len();
                 self.fruitless = self.fruitless.saturating_add(STEPS_MAX);
             }
             Pick::Empty => self.fruitless = usize::MAX,
@@ -245,8 +240,12 @@ impl Evictor {
     }
 
     /// Whether a look that found nothing was a look at everything.
-    fn found_nothing(&self, shared: &Shared) -> Round {
-        let all = shared.policy.lock().len() + STEPS_MAX;
+    fn found_nothing(&self, shared: &Shared, wanted: &Wanted) -> Round {
+        let mut all = shared.policy.lock().len() + STEPS_MAX;
+        if !wanted.any() {
+            // Nobody waits: the rest can be looked at when somebody does.
+            all = all.min(TRIES_MAX);
+        }
         match self.cools_at {
             _ if self.fruitless <= all => Round::Bounded,
             Some(_) => Round::TooHot,
@@ -373,14 +372,11 @@ impl Evictor {
 
     /// One slice of bringing the order of eviction up to the accesses. True if more is left.
     fn settle(&mut self, shared: &Shared) -> bool {
-        if self.unsettled > 0 {
-            // What is busy is always filed anew, so a pass ends after as many steps as entries.
-            let steps = self.unsettled.min(SETTLE_STEPS);
+        if self.unsettled {
             let mut policy = shared.policy.lock();
-            let more = policy.settle(steps, &mut |id| probe(shared, id));
-            self.unsettled = if more { self.unsettled - steps } else { 0 };
+            self.unsettled = policy.settle(SETTLE_STEPS, &mut |id| probe(shared, id));
         }
-        self.unsettled > 0
+        self.unsettled
     }
 
     /// When there may be something to do although nothing happens.

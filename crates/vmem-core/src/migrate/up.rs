@@ -81,7 +81,7 @@ pub(crate) async fn fetch_to_stay(
 }
 
 /// As `fetch_to_stay`, with room that may have been taken already.
-async fn fetch_into(
+pub(crate) async fn fetch_into(
     job: &Fetch,
     pass: &GatePass,
     taken: Option<OwnedCopy>,

@@ -217,7 +217,8 @@ impl Object {
     /// Sets host memory apart for the first write.
     pub(crate) fn set_spare(self: &Arc<Self>, _pass: &GatePass, spare: OwnedCopy) {
         let before = self.standing();
-        assert!(!before.in_host, "room is set apart once");
+        let unwritten = !before.in_host && !before.on_disk;
+        assert!(unwritten, "room is set apart for an object that has bytes nowhere");
         self.inner.lock().spare = Some(spare);
         self.count_change(before);
         self.enter_policy();

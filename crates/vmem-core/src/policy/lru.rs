@@ -1,119 +1,179 @@
 //! Least recently used, with an order that follows the accesses lazily.
 //!
-//! Invariant: an entry is filed at a stamp that is at most its real one, so an entry at the
-//! cold end whose filed stamp is its real stamp is the least recently used of all. One that
-//! was used since it was filed is filed anew when a look comes upon it. After [`STEPS_MAX`] of those
-//! the oldest that the look has seen has to do (*hurried*): that happens only when very much was
-//! used again since the last look, and [`Policy::settle`] catches up in slices.
+//! Invariant: an entry is filed at a stamp that is at most its real one, unless it was busy when
+//! it was filed. So an entry at the cold end that was not used since it was filed is the least
+//! recently used of all. One that was used since is filed anew when a look comes upon it.
+//!
+//! The approximation: after [`STEPS_MAX`] entries that were all used since, the look ends with the
+//! oldest of those (*hurried*). Right after everything was used again this is the least recently
+//! used of a sample of 64, not of all; every step of such a look is work that the next one
+//! finds done, and [`Policy::settle`] does the rest in slices. With at most 64 entries, or when
+//! settled, the victim is exact. Equal stamps go in an order of their own, always the same.
 
-use std::collections::BTreeSet;
+use std::fmt;
 
+use super::heap::{Heap, Key};
+use super::look::{Least, Look};
+use super::table::{Slot, Table};
 use super::{Pick, Policy, Probe, STEPS_MAX, Token};
 
-/// See the module's documentation.
-#[derive(Debug, Default)]
+/// The least recently used goes first.
+///
+/// The order of eviction of the oldest of all caches; the lazy order is described in
+/// [the module](super). 40 bytes an entry; entering at the warm end O(1), else O(log n).
+#[derive(Default)]
 pub struct Lru {
-    entries: Vec<Entry>,
-    vacant: Vec<u32>,
-    /// Filed stamp and position of every entry that is not parked.
-    order: BTreeSet<(u64, u32)>,
+    table: Table<Entry>,
+    /// Those that are not parked.
+    order: Heap,
+    /// The latest stamp of any filing: the warm end.
+    newest: u64,
+    look: Look,
+    /// Steps of `settle` since it last said that nothing is left.
+    settled: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     id: u64,
-    filed: u64,
-    parked: bool,
+    place: Place,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// At this place of the heap.
+    Filed(u32),
+    /// Out of the order; it was filed at this stamp.
+    Parked(u64),
+}
+
+const _: () = assert!(size_of::<Slot<Entry>>() + size_of::<Key>() <= 48, "bytes of an entry");
+
+/// What reports a move of the heap to the table.
+macro_rules! moved {
+    ($table:expr) => {
+        &mut |entry, place| $table[entry].place = Place::Filed(place)
+    };
 }
 
 impl Lru {
-    fn file(&mut self, at: u32, stamp: u64) {
-        let entry = &mut self.entries[at as usize];
-        self.order.remove(&(entry.filed, at));
-        entry.filed = entry.filed.max(stamp);
-        entry.parked = false;
-        self.order.insert((entry.filed, at));
+    /// Files the entry at the cold end at `stamp`.
+    fn file_first(&mut self, stamp: u64) {
+        self.newest = self.newest.max(stamp);
+        self.order.file(0, stamp, moved!(self.table));
     }
 
-    fn park(&mut self, at: u32) {
-        let entry = &mut self.entries[at as usize];
-        self.order.remove(&(entry.filed, at));
-        entry.parked = true;
+    /// Behind all others too, or a look would meet it again before it met them.
+    fn file_first_as_newest(&mut self, stamp: u64) {
+        self.file_first(stamp.max(self.newest.saturating_add(1)));
+    }
+
+    fn park_first(&mut self, first: Key) {
+        self.order.remove(0, moved!(self.table));
+        self.table[first.entry].place = Place::Parked(first.stamp);
     }
 }
 
 impl Policy for Lru {
     fn insert(&mut self, id: u64, stamp: u64, _footprint: u64) -> Token {
-        let entry = Entry { id, filed: stamp, parked: false };
-        let at = match self.vacant.pop() {
-            Some(at) => {
-                self.entries[at as usize] = entry;
-                at
-            }
-            None => {
-                self.entries.push(entry);
-                (self.entries.len() - 1) as u32
-            }
-        };
-        self.order.insert((stamp, at));
-        Token(at)
+        self.look.entry_came();
+        self.newest = self.newest.max(stamp);
+        let entry = self.table.add(Entry { id, place: Place::Parked(stamp) });
+        self.order.push(Key { stamp, entry }, moved!(self.table));
+        Token(entry)
     }
 
     fn remove(&mut self, token: Token) {
-        let entry = self.entries[token.0 as usize];
-        if !entry.parked {
-            let filed = self.order.remove(&(entry.filed, token.0));
-            assert!(filed, "an entry that is not parked is in the order");
+        if let Place::Filed(place) = self.table[token.0].place {
+            self.order.remove(place, moved!(self.table));
         }
-        self.vacant.push(token.0);
+        self.table.take(token.0);
     }
 
     fn victim(&mut self, probe: &mut dyn FnMut(u64) -> Probe) -> Pick {
-        let mut oldest: Option<(u64, u64)> = None;
+        let mut oldest = Least::new();
         for _ in 0..STEPS_MAX {
-            let Some(&(filed, at)) = self.order.first() else { return Pick::Empty };
-            let id = self.entries[at as usize].id;
-            match probe(id) {
-                Probe::Evictable { stamp, .. } if stamp <= filed => {
+            let Some(first) = self.order.first() else { return Pick::Empty };
+            let id = self.table[first.entry].id;
+            let answer = probe(id);
+            self.look.answered(answer);
+            match answer {
+                Probe::Evictable { stamp, .. } if stamp <= first.stamp => {
                     return Pick::Victim { id, hurried: false };
                 }
                 Probe::Evictable { stamp, .. } => {
-                    oldest = Some(oldest.map_or((stamp, id), |old| old.min((stamp, id))));
-                    self.file(at, stamp);
+                    oldest.offer(stamp, id);
+                    self.file_first(stamp);
                 }
-                // One step further than filed, at least: the look must not meet it at once again.
-                Probe::Busy { stamp } => self.file(at, stamp.max(filed + 1)),
-                Probe::Pinned | Probe::Gone => self.park(at),
+                Probe::Busy { stamp } => self.file_first_as_newest(stamp),
+                Probe::Pinned | Probe::Gone => self.park_first(first),
+            }
+            if self.look.is_all_busy(self.order.len()) {
+                return Pick::Empty;
             }
         }
-        oldest.map_or(Pick::Retry, |(_, id)| Pick::Victim { id, hurried: true })
+        let Some(id) = oldest.id() else { return Pick::Retry };
+        self.settled = 0;
+        Pick::Victim { id, hurried: true }
     }
 
+    /// One run files each entry anew at most once, however much is used or busy meanwhile:
+    /// under a load that never rests, a run that wanted to be right would never end.
     fn settle(&mut self, steps: usize, probe: &mut dyn FnMut(u64) -> Probe) -> bool {
         for _ in 0..steps {
-            let Some(&(filed, at)) = self.order.first() else { return false };
-            match probe(self.entries[at as usize].id) {
-                Probe::Evictable { stamp, .. } | Probe::Busy { stamp } if stamp > filed => {
-                    self.file(at, stamp);
+            let Some(first) = self.order.first() else { break };
+            match probe(self.table[first.entry].id) {
+                Probe::Pinned | Probe::Gone => self.park_first(first),
+                Probe::Evictable { stamp, .. } if stamp <= first.stamp => {
+                    self.settled = 0;
+                    return false;
                 }
-                Probe::Evictable { .. } | Probe::Busy { .. } => return false,
-                Probe::Pinned | Probe::Gone => self.park(at),
+                Probe::Evictable { stamp, .. } => {
+                    self.file_first(stamp);
+                    self.settled += 1;
+                }
+                Probe::Busy { stamp } => {
+                    self.file_first_as_newest(stamp);
+                    self.settled += 1;
+                }
+            }
+            if self.settled >= self.order.len() {
+                break;
             }
         }
-        true
+        let more = self.settled < self.order.len();
+        if !more {
+            self.settled = 0;
+        }
+        more
     }
 
     fn coldest(&self, limit: usize, visit: &mut dyn FnMut(u64)) {
-        self.order.iter().take(limit).for_each(|&(_, at)| visit(self.entries[at as usize].id));
+        self.order.visit_smallest(limit, &mut |entry| visit(self.table[entry].id));
     }
 
     fn unpark(&mut self, token: Token) {
-        if self.entries[token.0 as usize].parked {
-            self.file(token.0, 0);
+        if let Place::Parked(stamp) = self.table[token.0].place {
+            self.look.entry_came();
+            self.order.push(Key { stamp, entry: token.0 }, moved!(self.table));
         }
     }
 
     fn len(&self) -> usize {
-        self.entries.len() - self.vacant.len()
+        self.table.len()
+    }
+
+    fn memory_bytes(&self) -> usize {
+        self.table.memory_bytes() + self.order.memory_bytes()
+    }
+}
+
+impl fmt::Debug for Lru {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lru")
+            .field("len", &self.len())
+            .field("parked", &(self.len() - self.order.len()))
+            .field("coldest", &self.order.first())
+            .finish_non_exhaustive()
     }
 }

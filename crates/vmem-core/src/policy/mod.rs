@@ -6,10 +6,14 @@
 //! here, and a look costs a bounded number of steps however many objects there are. Called by
 //! objects that enter and leave host memory, and by the evictor, under one lock.
 
+mod ghosts;
+mod heap;
 mod list;
+mod look;
 mod lru;
 mod s3fifo;
 mod sieve;
+mod table;
 
 use std::fmt;
 use std::str::FromStr;
@@ -23,18 +27,35 @@ pub use sieve::Sieve;
 /// Entries that one call of [`Policy::victim`] looks at.
 pub const STEPS_MAX: usize = 64;
 
-/// Names an entry of a policy, from `insert` to `remove`.
+/// Entries that the queue-based policies look at for one victim, over several calls, before the
+/// next best has to do: a lap of a thousand entries costs what a lap of millions costs.
+pub const PATIENCE_STEPS: usize = 16 * STEPS_MAX;
+
+/// Names an entry of a policy, from `insert` to `remove`; it never changes in between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Token(pub(crate) u32);
+
+impl Token {
+    /// A token of a policy of your own. `u32::MAX` is not to be used.
+    pub fn new(position: u32) -> Self {
+        Token(position)
+    }
+
+    /// What the token was made of.
+    pub fn position(self) -> u32 {
+        self.0
+    }
+}
 
 /// How an object stands when the policy asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
-    /// It could go. `stamp`: its last access; `touches`: accesses since the last probe.
+    /// It could go.
     Evictable {
-        /// The last access, in nanoseconds of the store's clock.
+        /// The last access, in nanoseconds of the store's clock; never goes back.
         stamp: u64,
-        /// Accesses since the last probe.
+        /// Accesses since the last probe that was answered so: the answer clears the count, which
+        /// may stop counting at 3 or above.
         touches: u32,
     },
     /// Somebody reads or changes it at this moment, which counts as an access.
@@ -42,56 +63,89 @@ pub enum Probe {
         /// This moment, in nanoseconds of the store's clock.
         stamp: u64,
     },
-    /// It is pinned: not to be asked about until `unpark`.
+    /// It is pinned: not to be asked about until [`Policy::unpark`].
     Pinned,
-    /// It is being freed: not to be asked about any more.
+    /// It is being freed: not to be asked about any more. It is still to be removed.
     Gone,
 }
 
 /// What a look for a victim found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pick {
-    /// This object. It stays in the structure until it is removed.
+    /// This object. It stays where it is until it is removed: whoever cannot take it leaves it, and
+    /// if it answers [`Probe::Busy`] from now on, the next look finds another one.
     Victim {
         /// The object.
         id: u64,
         /// The bound on steps was reached first: there may be a better one.
         hurried: bool,
     },
-    /// The bound on steps was reached: look again.
+    /// The bound on steps was reached: look again, after others had their turn. No number of these
+    /// means that there is no victim; that is said by `Empty`.
     Retry,
-    /// There is nothing to look at.
+    /// Nothing can go: whatever is not pinned or being freed said, when last asked, that it is
+    /// busy.
     Empty,
 }
 
 /// An order of eviction.
+///
+/// An entry that answers `Pinned` or `Gone` is *parked*: no look meets it again until `unpark`.
+/// Whoever unpins an object first makes it answer otherwise, then calls `unpark`, so that no
+/// unpinning is missed. The least recently used then stands where its last access says; the
+/// queue-based policies file it as the newest.
+///
+/// ```
+/// use vmem_core::policy::{Pick, PolicyKind, Probe, build};
+///
+/// let mut last_access = [10, 20, 30];
+/// let mut policy = build(PolicyKind::Lru);
+/// let tokens = [0, 1, 2].map(|id| policy.insert(id, last_access[id as usize], 4096));
+///
+/// last_access[0] = 40; // the policy is not told
+/// let mut probe = |id: u64| Probe::Evictable { stamp: last_access[id as usize], touches: 1 };
+/// assert_eq!(policy.victim(&mut probe), Pick::Victim { id: 1, hurried: false });
+/// policy.remove(tokens[1]);
+/// assert_eq!(policy.victim(&mut probe), Pick::Victim { id: 2, hurried: false });
+/// ```
+///
+/// # Panics
+///
+/// The policies that are built in panic when they are given a token that was removed before: the
+/// ledger of whoever holds the tokens is wrong then.
 pub trait Policy: fmt::Debug + Send {
     /// The object became resident; `stamp` is its last access, `footprint` its size in bytes.
+    /// Its count of accesses starts at none: the one that brought it in is not a use of it.
     fn insert(&mut self, id: u64, stamp: u64, footprint: u64) -> Token;
 
-    /// The object is no longer resident.
+    /// The object is no longer resident. After it was a victim this is an eviction, else the object
+    /// was freed or moved by somebody's wish.
     fn remove(&mut self, token: Token);
 
     /// The next victim, after a look at [`STEPS_MAX`] entries at most.
     fn victim(&mut self, probe: &mut dyn FnMut(u64) -> Probe) -> Pick;
 
-    /// Up to `steps` steps of putting entries where their accesses say they belong. True if
-    /// more is left.
+    /// Up to `steps` steps of putting entries where their accesses say they belong, the coldest
+    /// first. True if more is left. A run of calls ends, whatever the load.
     fn settle(&mut self, steps: usize, probe: &mut dyn FnMut(u64) -> Probe) -> bool;
 
-    /// Shows up to `limit` entries that are likely to go soon, the next one first.
+    /// Shows up to `limit` entries that are likely to go soon, the next one first, as they are
+    /// filed: some may have been used since.
     fn coldest(&self, limit: usize, visit: &mut dyn FnMut(u64));
 
-    /// The object of this token is no longer pinned.
+    /// The object of this token is no longer pinned; nothing happens if it was not parked.
     fn unpark(&mut self, token: Token);
 
-    /// How many entries there are.
+    /// How many entries there are, parked ones included.
     fn len(&self) -> usize;
 
     /// Whether there is none.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Memory that the policy itself has allocated, in bytes.
+    fn memory_bytes(&self) -> usize;
 }
 
 /// The policies that are built in.
@@ -103,8 +157,8 @@ pub enum PolicyKind {
     Lru,
     /// SIEVE (Zhang et al., NSDI 2024): a queue with a moving hand; good where much is used once.
     Sieve,
-    /// S3-FIFO (Yang et al., SOSP 2023): a small queue in front of a large one, with a memory of what
-    /// left the small one.
+    /// S3-FIFO (Yang et al., SOSP 2023): a small queue in front of a large one, with a memory of
+    /// what left the small one.
     S3Fifo,
 }
 

@@ -26,7 +26,7 @@ use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::host_queue::{Class, Need, Refused};
-use crate::migrate::{Fetch, fetch_to_stay, load};
+use crate::migrate::{Fetch, fetch_into, load};
 use crate::object::{DiskMap, GatePass, Object, chunk_len, chunks_of};
 use crate::stats::add;
 use crate::tier::MemoryTier;
@@ -105,18 +105,18 @@ impl VirtualMemory {
         Box::pin(async {
             let deadline = self.shared.deadline();
             let pass = object.gate(deadline).await?;
-            let mut room = match object.take_spare(&pass) {
+            let room = match Room::spare(&pass) {
                 Some(room) => room,
                 None => {
                     let need = need(object, false);
-                    self.shared.host_room_or_error(need, deadline).await?
+                    Room::taken(&pass, self.shared.host_room_or_error(need, deadline).await?)
                 }
             };
-            let bytes = room.as_mut_slice();
-            bytes.fill(0);
-            fill(bytes);
+            room.publish_whole(|bytes| {
+                bytes.fill(0);
+                fill(bytes);
+            });
             object.touch();
-            object.publish(&pass, Some(room), DiskMap::clear);
             Ok(())
         })
         .await
@@ -140,8 +140,8 @@ impl VirtualMemory {
         if object.copy.is_some() {
             return self.write_version(&pass, range, data, deadline).await;
         }
-        if let Some(room) = object.take_spare(&pass) {
-            return fill_new(&pass, room, range, data).await;
+        if let Some(room) = Room::spare(&pass) {
+            return room.fill_new(range, data).await;
         }
         if self.comes_up(&pass, &range, deadline).await? {
             return Box::pin(self.write_resident(&pass, range, data, deadline)).await;
@@ -150,7 +150,7 @@ impl VirtualMemory {
             && object.home == MemoryTier::Host
             && let Some(room) = self.room_or_spill(object, deadline).await?
         {
-            return fill_new(&pass, room, range, data).await;
+            return Room::taken(&pass, room).fill_new(range, data).await;
         }
         self.write_to_disk(&pass, range, data, deadline).await
     }
@@ -184,7 +184,6 @@ impl VirtualMemory {
             return Ok(false);
         }
         let Some(room) = self.shared.try_host_room(need(object, true)) else { return Ok(false) };
-        object.set_spare(pass, room);
         let job = Fetch {
             object: object.clone(),
             class: Class::Demand,
@@ -194,7 +193,7 @@ impl VirtualMemory {
             deadline,
             unwanted: None,
         };
-        fetch_to_stay(&job, pass).await?;
+        fetch_into(&job, pass, Some(room)).await?;
         Ok(true)
     }
 
@@ -429,17 +428,56 @@ fn need(object: &Object, may_spill: bool) -> Need {
     Need { len: object.len, owner: object.id, class: Class::Demand, may_spill }
 }
 
-/// The first version of an object, or one that replaces it whole: nothing of the old one is needed.
-async fn fill_new(
-    pass: &GatePass,
-    mut room: OwnedCopy,
-    range: Range<usize>,
-    data: &[u8],
-) -> Result<()> {
-    let bytes = room.as_mut_slice();
-    bytes[..range.start].fill(0);
-    copy_politely(&mut bytes[range.clone()], data).await;
-    bytes[range.end..].fill(0);
-    pass.object().publish(pass, Some(room), DiskMap::clear);
-    Ok(())
+/// Room for a version that needs nothing of the one before. Dropped before it was published, it goes
+/// back to where it came from: what was set apart for the first write still is.
+struct Room<'a> {
+    pass: &'a GatePass,
+    copy: Option<OwnedCopy>,
+    was_spare: bool,
+}
+
+impl<'a> Room<'a> {
+    /// The room that was set apart when the object was allocated.
+    fn spare(pass: &'a GatePass) -> Option<Self> {
+        let copy = Some(pass.object().take_spare(pass)?);
+        Some(Room { pass, copy, was_spare: true })
+    }
+
+    fn taken(pass: &'a GatePass, copy: OwnedCopy) -> Self {
+        Room { pass, copy: Some(copy), was_spare: false }
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        self.copy.as_mut().expect("invariant: taken by publishing alone").as_mut_slice()
+    }
+
+    fn publish(mut self) {
+        let copy = self.copy.take();
+        self.pass.object().publish(self.pass, copy, DiskMap::clear);
+    }
+
+    /// Lets `fill` make all bytes in one go.
+    fn publish_whole(mut self, fill: impl FnOnce(&mut [u8])) {
+        fill(self.bytes());
+        self.publish();
+    }
+
+    /// These bytes, and zeros around them.
+    async fn fill_new(mut self, range: Range<usize>, data: &[u8]) -> Result<()> {
+        let bytes = self.bytes();
+        bytes[..range.start].fill(0);
+        bytes[range.end..].fill(0);
+        copy_politely(&mut bytes[range], data).await;
+        self.publish();
+        Ok(())
+    }
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        let object = self.pass.object();
+        if let Some(copy) = self.copy.take().filter(|_| self.was_spare && !object.is_dead()) {
+            object.set_spare(self.pass, copy);
+        }
+    }
 }

@@ -1,0 +1,20 @@
+//! The policies against references that are told of every access, and at their cost.
+//!
+//! `world` is the objects as the store would have them, `reference` the same policies written
+//! naively from their descriptions. `VMEM_SEED` runs one seed alone.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod bounds;
+mod contract;
+mod cost;
+mod hit_ratio;
+mod reference;
+mod victims;
+mod world;
+
+/// The seeds of a randomised test.
+fn seeds(count: u64) -> std::ops::Range<u64> {
+    let given: Option<u64> = std::env::var("VMEM_SEED").ok().and_then(|seed| seed.parse().ok());
+    given.map_or(0..count, |seed| seed..seed + 1)
+}
