@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use common::{
     DISK, DropAt, HOST, KIB, MIB, assert_empty, bytes, dropped_at, is_pressure, put_all, seed,
-    settle,
+    settle, taken,
 };
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -323,4 +323,51 @@ async fn scenario_05_operations_that_end_after_their_store() {
         // Extents, tier, actor and tasks are gone: nobody but this test holds the driver.
         assert_eq!(Arc::strong_count(&driver), 1, "something of the store is left");
     }
+}
+
+/// `close` takes the store along, so each point has a store of its own.
+#[tokio::test(start_paused = true)]
+async fn scenario_04_close_dropped_at_every_poll() {
+    for polls in 0..100 {
+        let mut ended = true;
+        for at in [DropAt::Polled(polls), DropAt::Woken(polls)] {
+            let (vmem, driver) = common::open(MIB, 16 * MIB, |builder| builder);
+            driver.delay(|_| Duration::from_millis(3));
+            let handles = put_all(&vmem, 4, 100 * KIB, DISK).await;
+            let reads: Vec<_> = handles
+                .iter()
+                .map(|handle| {
+                    let (vmem, handle) = (vmem.clone(), handle.clone());
+                    tokio::spawn(async move { vmem.read(&handle).await })
+                })
+                .collect();
+            tokio::task::yield_now().await;
+            let outcome = dropped_at(at, vmem.clone().close()).await;
+            ended &= outcome.is_some();
+            if let Some(outcome) = outcome {
+                outcome.unwrap();
+            }
+            for read in reads {
+                match read.await.unwrap() {
+                    Ok(read) => drop(read),
+                    Err(VirtualMemoryError::Closed) => {}
+                    Err(error) => panic!("{at:?}: {error}"),
+                }
+            }
+            if polls > 0 {
+                let closed = vmem.read(&handles[0]).await.unwrap_err();
+                assert!(matches!(closed, VirtualMemoryError::Closed), "{at:?}: {closed}");
+            }
+            drop(handles);
+            let left = taken(&settle(&vmem, &driver).await);
+            assert_eq!(left, common::Taken::default(), "{at:?}");
+            driver.assert_untouched();
+        }
+        if ended {
+            println!("close: {polls} points");
+            assert!(polls > 1, "closing waited for the reads in flight");
+            return;
+        }
+    }
+    panic!("close never ends");
 }

@@ -37,6 +37,8 @@ const SETTLE_STEPS: usize = 1024;
 const DISK_REST: Duration = Duration::from_millis(50);
 /// An object that was used within this time never makes way for a prefetch, in nanoseconds.
 const HOT_NS: u64 = 1_000_000_000;
+/// It is looked for what has cooled down at most this often.
+const COOLS_MIN: Duration = Duration::from_millis(20);
 
 /// The state of the evictor between two turns.
 #[derive(Debug, Default)]
@@ -51,6 +53,8 @@ pub(super) struct Evictor {
     /// Entries that were looked at since the last wake-up, or the last success, for nothing.
     fruitless: usize,
     disk_rests_until: Option<Instant>,
+    /// A prefetch waits, and all that could make way for it is too hot until then.
+    cools_at: Option<Instant>,
 }
 
 /// What became of one attempt to free memory.
@@ -75,6 +79,8 @@ enum Round {
     Bounded,
     /// Nothing can be taken but what is pinned, held or busy.
     Nothing,
+    /// What could be taken is too hot to make way for a prefetch.
+    TooHot,
     /// What could be taken finds no room below.
     DiskFull,
 }
@@ -99,6 +105,7 @@ impl Evictor {
     ) -> bool {
         if woken {
             self.fruitless = 0;
+            self.cools_at = None;
         }
         let wanted = shared.host.serve();
         let deficit = self.deficit(shared, &wanted);
@@ -207,11 +214,13 @@ impl Evictor {
             Pick::Victim { id, hurried } => {
                 self.unsettled |= hurried;
                 let hot_since = shared.now().saturating_sub(HOT_NS);
-                let hot = |object: std::sync::Arc<Object>| object.stamp() > hot_since;
-                if !spare_hot || !shared.find(id).is_some_and(hot) {
+                let stamp = shared.find(id).map_or(0, |object| object.stamp());
+                if !spare_hot || stamp <= hot_since {
                     return Some(id);
                 }
                 // The coldest is too hot to make way, and so is the rest.
+                let cools_in = Duration::from_nanos(stamp - hot_since).max(COOLS_MIN);
+                self.cools_at = Some(Instant::now() + cools_in);
                 self.fruitless = usize::MAX;
             }
             // The policy ends a look over several calls by itself: with a victim, or with `Empty`.
@@ -228,7 +237,11 @@ impl Evictor {
             // Nobody waits: the rest can be looked at when somebody does.
             all = all.min(TRIES_MAX);
         }
-        if self.fruitless > all { Round::Nothing } else { Round::Bounded }
+        match self.cools_at {
+            _ if self.fruitless <= all => Round::Bounded,
+            Some(_) => Round::TooHot,
+            None => Round::Nothing,
+        }
     }
 
     /// Owners of a span whose pages a request needs that fits by its bytes.
@@ -355,6 +368,11 @@ impl Evictor {
             self.unsettled = policy.settle(SETTLE_STEPS, &mut |id| probe(shared, id));
         }
         self.unsettled
+    }
+
+    /// When there may be something to do although nothing happens.
+    pub(super) fn wakes_at(&self) -> Option<Instant> {
+        self.cools_at
     }
 }
 

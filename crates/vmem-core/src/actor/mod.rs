@@ -2,7 +2,8 @@
 //!
 //! Invariant: the actor itself never waits for I/O or for room; it decides, and each migration that
 //! it decides on is a task of its own. When there is nothing to decide it sleeps, and only a
-//! request, a release that somebody waits for, or the end of a migration wakes it.
+//! request, a release that somebody waits for, the end of a migration, or, while a prefetch waits
+//! for what is too hot, a timer wakes it.
 //!
 //! ```text
 //!   readers, promote, demote ---> demand ----+
@@ -21,6 +22,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 pub(crate) use request::{Move, PrefetchEnd, Request, Requests};
 
@@ -100,9 +102,11 @@ impl Actor {
                 self.take_what_is_there();
                 continue;
             }
+            let wakes_at = self.evict.wakes_at();
             tokio::select! {
                 biased;
                 () = self.shared.wake.asleep() => {}
+                () = sleep_until(wakes_at), if wakes_at.is_some() => {}
                 Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
                     self.account(ended);
                 }
@@ -187,6 +191,13 @@ impl Actor {
         self.shared.events.end();
         let closed = self.shared.disk.close().await;
         closed.map_err(|error| self.shared.disk_error(0, error))
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

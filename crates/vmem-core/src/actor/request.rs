@@ -3,12 +3,13 @@
 //! Invariant: each request is answered exactly once: by its task, by a refusal, or, if the runtime
 //! itself goes, by the drop of its reply. Sent by the public methods.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use futures::channel::oneshot as shared_oneshot;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::Ended;
@@ -16,7 +17,7 @@ use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::host_queue::Class;
 use crate::migrate::{self, Fetch};
-use crate::object::{Flight, Object};
+use crate::object::{Object, WeakFlight};
 
 /// A migration that somebody asked for.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub(crate) enum Request {
     /// The bytes of one object; everybody who joined the flight gets them.
     Fetch {
         job: Fetch,
-        flight: Flight,
+        flight: WeakFlight,
         reply: shared_oneshot::Sender<Result<Bytes, VirtualMemoryError>>,
     },
     /// One object to another tier, or to where its home tier has it all.
@@ -81,21 +82,22 @@ impl Request {
     /// Carries it out.
     pub(super) async fn serve(self) {
         match self {
-            Request::Fetch { job, flight, reply } => {
-                let outcome = migrate::fetch(&job).await;
+            Request::Fetch { job, flight, mut reply } => {
+                let object = job.object.clone();
+                let outcome = fetch_while_wanted(job, reply.cancellation()).await;
                 // First, so that nobody joins a flight that has landed.
-                job.object.end_flight(&flight);
-                drop(flight);
+                object.end_flight(flight);
                 // Whoever asked may have gone.
                 drop(reply.send(outcome));
             }
-            Request::Move { object, what, asked, deadline, reply } => {
+            Request::Move { object, what, asked, deadline, mut reply } => {
                 let outcome = match what {
                     Move::Up => {
                         let cause = MigrationCause::Promote;
                         let class = Class::Demand;
-                        let job = Fetch { object, class, cause, stay: true, asked, deadline };
-                        migrate::fetch(&job).await.map(drop)
+                        let (stay, unwanted) = (true, None);
+                        let job = Fetch { object, class, cause, stay, asked, deadline, unwanted };
+                        fetch_while_wanted(job, reply.closed()).await.map(drop)
                     }
                     Move::Down => migrate::demote(&object, asked, deadline).await,
                     Move::Flush => migrate::flush(&object, asked, deadline).await,
@@ -117,7 +119,7 @@ impl Request {
     pub(super) fn refuse(self, error: VirtualMemoryError) {
         match self {
             Request::Fetch { job, flight, reply } => {
-                job.object.end_flight(&flight);
+                job.object.end_flight(flight);
                 drop(reply.send(Err(error)));
             }
             Request::Move { reply, .. } => drop(reply.send(Err(error))),
@@ -136,6 +138,24 @@ impl PrefetchEnd {
     }
 }
 
+/// A fetch that no longer waits for room once whoever asked has `gone`; I/O that has begun comes to
+/// its end, so that calls with short deadlines over a slow disk get there by and by.
+async fn fetch_while_wanted(
+    mut job: Fetch,
+    gone: impl Future,
+) -> Result<Bytes, VirtualMemoryError> {
+    let unwanted = Arc::new(Notify::new());
+    job.unwanted = Some(unwanted.clone());
+    let fetch = migrate::fetch(&job);
+    tokio::pin!(fetch);
+    tokio::select! {
+        biased;
+        outcome = &mut fetch => return outcome,
+        _ = gone => unwanted.notify_one(),
+    }
+    fetch.await
+}
+
 /// Brings objects up in order. One that fails does not keep the others; the first error counts.
 async fn prefetch(
     objects: Vec<Arc<Object>>,
@@ -145,7 +165,8 @@ async fn prefetch(
     let mut outcome = Ok(());
     for object in objects {
         let (class, cause) = (Class::Prefetch, MigrationCause::Prefetch);
-        let job = Fetch { object, class, cause, stay: true, asked, deadline };
+        let (stay, unwanted) = (true, None);
+        let job = Fetch { object, class, cause, stay, asked, deadline, unwanted };
         outcome = outcome.and(migrate::fetch(&job).await.map(drop));
     }
     outcome

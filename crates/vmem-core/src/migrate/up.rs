@@ -5,6 +5,7 @@
 //! to the operation, which gives them back when it ends.
 
 use bytes::Bytes;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::{Record, load};
@@ -29,6 +30,8 @@ pub(crate) struct Fetch {
     pub(crate) stay: bool,
     pub(crate) asked: Instant,
     pub(crate) deadline: Instant,
+    /// Told once whoever asked has gone: then it is not worth waiting for room.
+    pub(crate) unwanted: Option<Arc<Notify>>,
 }
 
 /// Brings the bytes of an object to host memory.
@@ -108,7 +111,16 @@ pub(crate) async fn fetch_into(
 async fn room(job: &Fetch) -> Result<OwnedCopy, VirtualMemoryError> {
     let (len, owner) = (job.object.len, job.object.id);
     let need = Need { len, owner, class: job.class, may_spill: false };
-    job.object.shared.host_room_or_error(need, job.deadline).await
+    let room = job.object.shared.host_room_or_error(need, job.deadline);
+    let Some(unwanted) = &job.unwanted else { return room.await };
+    tokio::select! {
+        biased;
+        room = room => room,
+        () = unwanted.notified() => Err(VirtualMemoryError::TimedOut {
+            operation: "a read that nobody waits for any more",
+            waited: job.asked.elapsed(),
+        }),
+    }
 }
 
 /// Copies and verifies the whole object into `room`.

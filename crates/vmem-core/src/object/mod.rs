@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures::channel::oneshot;
-use futures::future::Shared as SharedFuture;
+use futures::future::{Shared as SharedFuture, WeakShared};
 use parking_lot::Mutex;
 
 pub(crate) use disk_map::{DiskMap, Replaced, chunk_count, chunk_len, chunk_lens, chunks_of};
@@ -36,6 +36,9 @@ const NO_TOKEN: u32 = u32::MAX;
 /// A read from a slower tier that others may join. It ends with the bytes, or with one failure
 /// for all.
 pub(crate) type Flight = SharedFuture<oneshot::Receiver<Result<Bytes, VirtualMemoryError>>>;
+/// A flight as those see it who do not wait for it: it is gone when nobody does.
+pub(crate) type WeakFlight =
+    Option<WeakShared<oneshot::Receiver<Result<Bytes, VirtualMemoryError>>>>;
 
 /// Where an object stands, as the gauges count it.
 #[derive(Clone, Copy, Debug)]
@@ -77,7 +80,7 @@ struct Inner {
     spare: Option<OwnedCopy>,
     disk: DiskMap,
     /// The read in flight that a reader who comes now may join.
-    flight: Option<Flight>,
+    flight: WeakFlight,
     /// The damage that was found, until the next write of the whole object.
     corrupt: Option<Box<VirtualMemoryError>>,
 }
@@ -362,27 +365,30 @@ impl Object {
     /// Joins the read in flight, or registers `start` as the one. True if it was registered.
     pub(crate) fn join_or_start(&self, start: impl FnOnce() -> Flight) -> (Flight, bool) {
         let mut inner = self.inner.lock();
-        if let Some(flight) = &inner.flight {
-            return (flight.clone(), false);
+        if let Some(flight) = inner.flight.as_ref().and_then(WeakShared::upgrade) {
+            return (flight, false);
         }
         let flight = start();
-        inner.flight = Some(flight.clone());
+        inner.flight = flight.downgrade();
         (flight, true)
     }
 
     /// Ends the read in flight, if it is still the one that readers join.
-    pub(crate) fn end_flight(&self, flight: &Flight) {
+    pub(crate) fn end_flight(&self, flight: WeakFlight) {
+        // Without anybody who waits for it, it has ended already.
+        let Some(flight) = flight.and_then(|flight| flight.upgrade()) else { return };
         let mut inner = self.inner.lock();
-        if inner.flight.as_ref().is_some_and(|current| current.ptr_eq(flight)) {
-            let ended = inner.flight.take();
-            drop(inner);
-            drop(ended);
+        let current = inner.flight.as_ref().and_then(WeakShared::upgrade);
+        if current.as_ref().is_some_and(|current| current.ptr_eq(&flight)) {
+            inner.flight = None;
         }
+        drop(inner);
+        drop((current, flight));
     }
 
     /// Whether somebody waits for a read from a slower tier.
     pub(crate) fn has_flight(&self) -> bool {
-        self.inner.lock().flight.is_some()
+        self.inner.lock().flight.as_ref().and_then(WeakShared::upgrade).is_some()
     }
 
     /// Counts a read that host memory did not serve; says the how manieth.

@@ -193,7 +193,9 @@ impl VirtualMemory {
             }
             // It may have been evicted between the two; with the gate held it cannot be.
             let (class, cause) = (Class::Demand, MigrationCause::Promote);
-            let job = Fetch { object: object.clone(), class, cause, stay: true, asked, deadline };
+            let (stay, unwanted) = (true, None);
+            let job =
+                Fetch { object: object.clone(), class, cause, stay, asked, deadline, unwanted };
             drop(fetch_to_stay(&job, &pass).await?);
             if object.add_pin(&pass)
                 && let Some(charge) = charge.take()

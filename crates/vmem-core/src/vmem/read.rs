@@ -279,14 +279,18 @@ impl VirtualMemory {
                 stay,
                 asked: how.asked,
                 deadline: how.deadline,
+                unwanted: None,
             };
-            self.shared.requests.send(Request::Fetch { job, flight: flight.clone(), reply }).await;
+            self.shared
+                .requests
+                .send(Request::Fetch { job, flight: flight.downgrade(), reply })
+                .await;
         }
         match tokio::time::timeout_at(how.deadline, flight.clone()).await {
             Ok(Ok(outcome)) => Some(outcome),
             // Whoever started it was dropped before it was sent: start another.
             Ok(Err(oneshot::Canceled)) => {
-                object.end_flight(&flight);
+                object.end_flight(flight.downgrade());
                 None
             }
             // The fetch has the same deadline or an earlier one, and explains itself better.

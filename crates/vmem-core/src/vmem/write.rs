@@ -191,6 +191,7 @@ impl VirtualMemory {
             stay: true,
             asked: Instant::now(),
             deadline,
+            unwanted: None,
         };
         fetch_into(&job, pass, Some(room)).await?;
         Ok(true)
