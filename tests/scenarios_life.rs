@@ -375,7 +375,8 @@ async fn migrations_are_told() {
         vmem.demote(&handle, DISK).await.unwrap();
     }
     let (mut seen, mut missed) = (0, 0);
-    while let Some(Some(event)) = futures::future::FutureExt::now_or_never(events.next()) {
+    let patience = Duration::from_millis(200);
+    while let Ok(Some(event)) = tokio::time::timeout(patience, events.next()).await {
         seen += 1;
         missed += event.missed;
     }

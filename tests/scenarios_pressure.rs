@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{DISK, HOST, KIB, MIB, bytes};
-use rand::rngs::SmallRng;
 use rand::Rng;
+use rand::rngs::SmallRng;
 use tokio::time::Instant;
 use vmem::backend::Backends;
 use vmem::{Capabilities, VMemHandle, VirtualMemory, VirtualMemoryError};
@@ -267,13 +267,15 @@ async fn a_flight_has_many_passengers() {
     assert_eq!(driver.stats().reads, before + 1);
 
     driver.damage(|image| {
-        let byte = image.read_vec(100, 1)[0];
-        image.write(100, &[byte ^ 1]);
+        for at in (100..image.len()).step_by(4096) {
+            let byte = image.read_vec(at, 1)[0];
+            image.write(at, &[byte ^ 1]);
+        }
     });
     vmem.demote(&handle, DISK).await.unwrap();
     let asked: Vec<_> = ask().collect();
     for reader in asked {
-        let error = reader.await.unwrap().unwrap_err();
+        let error = reader.await.unwrap().err().unwrap();
         assert!(matches!(error, VirtualMemoryError::Corrupt { chunk: 0, .. }), "{error:?}");
     }
     assert_eq!(driver.stats().reads, before + 2);

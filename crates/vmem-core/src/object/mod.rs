@@ -48,8 +48,8 @@ struct Standing {
     dirty: bool,
 }
 
-/// See the module's documentation. What a hit touches comes first, in one cache line.
-#[repr(C, align(64))]
+/// See the module's documentation. What a hit touches comes first, close together.
+#[repr(C)]
 pub(crate) struct Object {
     /// The current host copy.
     pub(crate) copy: CopyCell,
