@@ -3,8 +3,7 @@
 //! Excluded: a cancelled call that leaks room, a pin, a reader count, a staging piece or an object;
 //! that tears or loses bytes; or that frees a buffer which the disk still uses. Noticed by figures
 //! that are exact again after each drop, by contents that no order of the calls explains, by
-//! memory that the driver poisoned (`common/mem_driver.rs`), and, for staging, of which there are
-//! two pieces only, by a call that never ends.
+//! memory that the driver poisoned, and, for the two pieces of staging, by a call that never ends.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 

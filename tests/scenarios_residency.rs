@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::{DISK, HOST, KIB, MIB, MemDriver, bytes, put_all, seed, settle, taken};
+use common::{DISK, HOST, KIB, MIB, MemDriver, Op, bytes, put_all, seed, settle, taken};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use vmem::{Promotion, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
+use vmem::{MemoryTier, Promotion, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
 
 // ---- 2: one of a set fails -----------------------------------------------------------------------
 
@@ -115,12 +115,20 @@ async fn scenario_02_one_of_64_is_damaged() {
 /// sees torn, freed or older bytes. Noticed since every buffer is of one version from its first byte
 /// to its last, never older than what was complete when the read began, nor than what the
 /// same reader saw before.
-async fn evict_against_read(len: usize, rounds: u64) {
+async fn evict_against_read(len: usize, rounds: u64, home: MemoryTier, slow: bool) {
     let seed = seed();
     let (vmem, driver) = common::open(6 * len.max(64 * KIB), 64 * MIB, |b| b);
     let versions: Arc<Vec<_>> =
         Arc::new((0..8).map(|version| bytes(5, version + 1, len)).collect());
-    let object = vmem.put(&versions[1], HOST).await.unwrap();
+    let object = vmem.put(&versions[1], home).await.unwrap();
+    if slow {
+        // Writes overtake reads: whoever joins a read that began before gets older bytes.
+        let mut rng = SmallRng::seed_from_u64(seed);
+        driver.delay(move |op| match op {
+            Op::Read => Duration::from_micros(rng.random_range(0..4000)),
+            Op::Write => Duration::ZERO,
+        });
+    }
     let (complete, begun) = (Arc::new(AtomicU64::new(1)), Arc::new(AtomicU64::new(1)));
     let (moves, done) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
     let mut readers = Vec::new();
@@ -159,6 +167,18 @@ async fn evict_against_read(len: usize, rounds: u64) {
             }
         })
     };
+    // Another object comes and goes beside it, so that descriptors pass from one to the other.
+    let decoy = {
+        let (vmem, done) = (vmem.clone(), done.clone());
+        let decoy = vmem.put(vec![0xDD; len], HOST).await.unwrap();
+        tokio::spawn(async move {
+            while !done.load(Ordering::SeqCst) {
+                vmem.demote(&decoy, DISK).await.unwrap();
+                vmem.promote(&decoy, HOST).await.unwrap();
+                assert!(vmem.read(&decoy).await.unwrap().iter().all(|&byte| byte == 0xDD));
+            }
+        })
+    };
     // Some rounds in any case, and more as long as it takes no more than seconds.
     let (mut version, began) = (1, std::time::Instant::now());
     while version <= rounds && (version < 40 || began.elapsed() < Duration::from_secs(2)) {
@@ -173,6 +193,7 @@ async fn evict_against_read(len: usize, rounds: u64) {
     }
     done.store(true, Ordering::SeqCst);
     mover.await.unwrap();
+    decoy.await.unwrap();
     let mut reads = 0;
     for reader in readers {
         reads += reader.await.unwrap();
@@ -187,12 +208,17 @@ async fn evict_against_read(len: usize, rounds: u64) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn scenario_06_evict_against_read_small() {
-    evict_against_read(3000, 6000).await;
+    evict_against_read(3000, 6000, HOST, false).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn scenario_06_evict_against_read_large() {
-    evict_against_read(270_000, 300).await;
+    evict_against_read(270_000, 300, HOST, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn scenario_06_evict_against_read_on_a_slow_disk() {
+    evict_against_read(3000, 6000, DISK, true).await;
 }
 
 // ---- 10: sets in opposite orders -----------------------------------------------------------------
@@ -201,15 +227,28 @@ async fn scenario_06_evict_against_read_large() {
 /// can never fit and waits all the same. Noticed by tasks that do not end, or end with an error.
 #[tokio::test(start_paused = true)]
 async fn scenario_10_sets_in_opposite_orders() {
+    let pairs = [[0, 1], [1, 0], [2, 3], [3, 2], [0, 1], [3, 2], [1, 0], [2, 3]];
+    // With copies that stay, sets share them; with copies that go, each set needs its own.
+    for promotion in [Promotion::OnNthRead(1), Promotion::OnNthRead(2), Promotion::Never] {
+        sets_in_opposite_orders(promotion, &pairs).await;
+    }
+    // Of three of four: whoever keeps what he has while he waits for the rest blocks the others.
+    let most = [[0, 1, 2], [3, 2, 1], [2, 3, 0], [1, 0, 3], [2, 1, 0], [0, 3, 2]];
+    for promotion in [Promotion::OnNthRead(1), Promotion::OnNthRead(2)] {
+        sets_in_opposite_orders(promotion, &most).await;
+    }
+}
+
+async fn sets_in_opposite_orders<const N: usize>(promotion: Promotion, sets: &[[usize; N]]) {
     const LEN: usize = 64 * KIB;
-    let (vmem, driver) = common::open(3 * LEN, 16 * MIB, |builder| builder);
+    let (vmem, driver) = common::open(3 * LEN, 16 * MIB, |b| b.promotion(promotion));
     let handles = put_all(&vmem, 4, LEN, DISK).await;
     let mut rng = SmallRng::seed_from_u64(seed());
     driver.delay(move |_| Duration::from_micros(rng.random_range(0..2000)));
     let mut tasks = Vec::new();
-    for set in [[0, 1], [1, 0], [2, 3], [3, 2], [0, 1], [3, 2], [1, 0], [2, 3]] {
+    for &set in sets {
         let vmem = vmem.clone();
-        let chosen = set.map(|at: usize| handles[at].clone());
+        let chosen = set.map(|at| handles[at].clone());
         tasks.push(tokio::spawn(async move {
             for round in 0..60_u64 {
                 let read = vmem.read_many(&chosen).await.unwrap();
@@ -304,7 +343,6 @@ async fn scenario_29_holding_one_and_awaiting_another() {
         let (served, refused) = task.await.unwrap();
         sum = (sum.0 + served, sum.1 + refused);
     }
-    println!("{} served, {} refused", sum.0, sum.1);
     assert!(sum.0 >= 4 && sum.1 >= 4, "some of each: {sum:?}");
     drop(handles);
     common::assert_empty(&settle(&vmem, &driver).await, "a round of holders");

@@ -15,6 +15,9 @@ mod report;
 use report::Report;
 
 fn main() -> anyhow::Result<()> {
+    if metadata::child()? {
+        return Ok(());
+    }
     let only = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
     let quick = std::env::var("VMEM_BENCH").is_ok_and(|value| value == "quick");
     let wanted = |id: &str| only.as_deref().is_none_or(|only| only.eq_ignore_ascii_case(id));

@@ -20,7 +20,7 @@ use vmem::{
 use vmem_io::DiskTier;
 
 pub(crate) use drops::{DropAt, dropped_at};
-pub(crate) use mem_driver::MemDriver;
+pub(crate) use mem_driver::{MemDriver, Op};
 
 pub(crate) const KIB: usize = 1024;
 pub(crate) const MIB: usize = 1024 * KIB;

@@ -36,7 +36,8 @@ pub(crate) use pool::Copies;
 use pool::{Anchor, CopyPool};
 use word::{Acquire, CopyWord, Detach, Release};
 
-/// A descriptor: see the module's documentation.
+/// A descriptor: see the module's documentation. A hit touches one cache line of it.
+#[repr(align(64))]
 pub(crate) struct HostCopy {
     word: CopyWord,
     slot: UnsafeCell<Option<HostSlot>>,

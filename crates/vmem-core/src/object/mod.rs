@@ -48,24 +48,25 @@ struct Standing {
     dirty: bool,
 }
 
-/// See the module's documentation.
+/// See the module's documentation. What a hit touches comes first, in one cache line.
+#[repr(C, align(64))]
 pub(crate) struct Object {
     /// The current host copy.
     pub(crate) copy: CopyCell,
     /// The last access, in nanoseconds of the store's clock; never goes back.
     stamp: AtomicU64,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) len: usize,
+    pub(crate) id: u64,
     /// `DEAD`, and how many handles there are.
     life: AtomicU32,
     /// Accesses since the policy last looked.
     touches: AtomicU32,
-    pub(crate) len: usize,
-    pub(crate) shared: Arc<Shared>,
-    pub(crate) id: u64,
     /// Pins in host memory.
     pins: AtomicU32,
-    pub(crate) home: MemoryTier,
     /// What the policy of the host tier calls this object; written under the policy's lock.
     token: AtomicU32,
+    pub(crate) home: MemoryTier,
     inner: Mutex<Inner>,
 }
 
