@@ -32,6 +32,10 @@ use crate::tier::MemoryTier;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
+/// The longest object, in bytes: 256 GiB. What is kept of each of its chunks has to fit into memory
+/// that no budget counts.
+pub const OBJECT_BYTES_MAX: u64 = 1 << 38;
+
 /// An open store: one awaitable handle over the tiers. Cheap to clone; the last clone that is
 /// dropped ends it, but only [`close`](Self::close) says how that went.
 #[derive(Clone, Debug)]
@@ -78,7 +82,7 @@ impl VirtualMemory {
     }
 
     /// Takes room for an object of `len` bytes in its home tier, or below it under pressure. The
-    /// object reads as zeros. Zero bytes are allowed.
+    /// object reads as zeros. Zero bytes are allowed, and [`OBJECT_BYTES_MAX`] at most.
     ///
     /// # Errors
     ///
@@ -174,7 +178,7 @@ impl VirtualMemory {
     }
 
     fn check_fits_somewhere(&self, len: usize, home: MemoryTier) -> Result<()> {
-        let on_disk = self.shared.disk.usage().capacity_bytes;
+        let on_disk = self.shared.disk.usage().capacity_bytes.min(OBJECT_BYTES_MAX);
         let fits_host = home == MemoryTier::Host && self.shared.fits_host(len);
         if fits_host || len as u64 <= on_disk {
             return Ok(());
