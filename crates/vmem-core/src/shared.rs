@@ -242,7 +242,8 @@ impl Shared {
 
     /// What kept a request from being served until its deadline.
     fn why_no_room(&self, len: usize, waited: Duration) -> VirtualMemoryError {
-        if !self.blocked_by_holds.load(Ordering::SeqCst) {
+        let holds = self.pinned_bytes() + self.copies.held_bytes();
+        if holds == 0 || !self.blocked_by_holds.load(Ordering::SeqCst) {
             return VirtualMemoryError::TimedOut { operation: "making room in host", waited };
         }
         VirtualMemoryError::AllPinned {
