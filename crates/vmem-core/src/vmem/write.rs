@@ -104,13 +104,14 @@ impl VirtualMemory {
         }
         Box::pin(async {
             let deadline = self.shared.deadline();
+            let room = || self.shared.host_room_or_error(need(object, false), deadline);
+            // Before the gate: the version before may be what has to make way for this one.
+            let taken = if object.has_spare() { None } else { Some(room().await?) };
             let pass = object.gate(deadline).await?;
-            let room = match Room::spare(&pass) {
-                Some(room) => room,
-                None => {
-                    let need = need(object, false);
-                    Room::taken(&pass, self.shared.host_room_or_error(need, deadline).await?)
-                }
+            let room = match (Room::spare(&pass), taken) {
+                (Some(spare), _) => spare,
+                (None, Some(taken)) => Room::taken(&pass, taken),
+                (None, None) => Room::taken(&pass, room().await?),
             };
             room.publish_whole(|bytes| {
                 bytes.fill(0);
