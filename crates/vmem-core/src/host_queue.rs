@@ -119,7 +119,9 @@ impl HostQueue {
     fn try_alloc(&self, need: Need) -> Result<HostSlot, NoRoom> {
         let footprint = HostArena::footprint(need.len);
         let used = self.arena.used_bytes();
-        if need.class == Class::Prefetch && used + footprint > self.prefetch_limit_bytes {
+        // One that is larger than the limit by itself gets room while nothing else has any.
+        let limit = self.prefetch_limit_bytes.max(footprint);
+        if need.class == Class::Prefetch && used + footprint > limit {
             return Err(NoRoom { scattered: false });
         }
         self.arena.try_alloc(need.len, need.owner)
