@@ -119,7 +119,7 @@ impl HostQueue {
     fn try_alloc(&self, need: Need) -> Result<HostSlot, NoRoom> {
         let footprint = HostArena::footprint(need.len);
         let used = self.arena.used_bytes();
-        // One that is larger than that alone has to have the tier to itself.
+        // One that is larger than the limit by itself gets room while nothing else has any.
         let limit = self.prefetch_limit_bytes.max(footprint);
         if need.class == Class::Prefetch && used + footprint > limit {
             return Err(NoRoom { scattered: false });

@@ -47,4 +47,4 @@ pub use options::{ReadClass, ReadOptions};
 pub use policy::PolicyKind;
 pub use stats::{TierStats, VirtualMemoryStats};
 pub use tier::MemoryTier;
-pub use vmem::{OBJECT_BYTES_MAX, PinGuard, Prefetch, Residency, VirtualMemory};
+pub use vmem::{OBJECT_LEN_MAX, PinGuard, Prefetch, Residency, VirtualMemory};

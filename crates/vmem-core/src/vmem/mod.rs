@@ -24,6 +24,7 @@ use crate::config::VirtualMemoryConfig;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationEvent;
 use crate::handle::VMemHandle;
+use crate::host::HostArena;
 use crate::host_queue::{Class, Need, Refused};
 use crate::object::{Object, chunk_count, chunk_lens};
 use crate::shared::{Limits, Shared};
@@ -32,9 +33,9 @@ use crate::tier::MemoryTier;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
-/// The longest object, in bytes: 256 GiB. What is kept of each of its chunks has to fit into memory
-/// that no budget counts.
-pub const OBJECT_BYTES_MAX: u64 = 1 << 38;
+/// The longest object, in bytes, however large the tiers are: 1 TiB. Where its chunks are takes
+/// about 2 GiB of memory then; without a bound a length alone could take all that there is.
+pub const OBJECT_LEN_MAX: u64 = 1 << 40;
 
 /// An open store: one awaitable handle over the tiers. Cheap to clone; the last clone that is
 /// dropped ends it, but only [`close`](Self::close) says how that went.
@@ -82,7 +83,7 @@ impl VirtualMemory {
     }
 
     /// Takes room for an object of `len` bytes in its home tier, or below it under pressure. The
-    /// object reads as zeros. Zero bytes are allowed, and [`OBJECT_BYTES_MAX`] at most.
+    /// object reads as zeros. Zero bytes are allowed; [`OBJECT_LEN_MAX`] is the most.
     ///
     /// # Errors
     ///
@@ -178,12 +179,13 @@ impl VirtualMemory {
     }
 
     fn check_fits_somewhere(&self, len: usize, home: MemoryTier) -> Result<()> {
-        let on_disk = self.shared.disk.usage().capacity_bytes.min(OBJECT_BYTES_MAX);
-        let fits_host = home == MemoryTier::Host && self.shared.fits_host(len);
+        let on_disk = self.shared.disk.usage().capacity_bytes.min(OBJECT_LEN_MAX);
+        let in_host = if home == MemoryTier::Host { self.shared.host_space() } else { 0 };
+        let in_host = in_host.min(OBJECT_LEN_MAX);
+        let fits_host = HostArena::footprint(len) <= in_host;
         if fits_host || len as u64 <= on_disk {
             return Ok(());
         }
-        let in_host = if home == MemoryTier::Host { self.shared.host_space() } else { 0 };
         let (tier, capacity_bytes) = [(MemoryTier::Host, in_host), (MemoryTier::Disk, on_disk)]
             .into_iter()
             .max_by_key(|&(_, capacity)| capacity)

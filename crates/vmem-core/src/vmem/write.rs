@@ -103,46 +103,25 @@ impl VirtualMemory {
             fill(&mut []);
             return Ok(());
         }
-        Box::pin(self.build(object, fill)).await
-    }
-
-    async fn build(&self, object: &Arc<Object>, fill: impl FnOnce(&mut [u8]) + Send) -> Result<()> {
-        let deadline = self.shared.deadline();
-        let mut pass = object.gate(deadline).await?;
-        let mut copy = None;
-        if !object.has_spare() {
-            copy = self.room_or_spill(object, deadline).await?;
-            if copy.is_none() {
-                // What is in the way may be the version before, which nobody but us can move.
-                drop(pass);
-                self.out_of_the_way(object).await?;
-                pass = object.gate(deadline).await?;
-            }
-        }
-        let room = match copy.map(|copy| Room::taken(&pass, copy)).or_else(|| Room::spare(&pass)) {
-            Some(room) => room,
-            None => {
-                let need = need(object, false);
-                Room::taken(&pass, self.shared.host_room_or_error(need, deadline).await?)
-            }
-        };
-        room.publish_whole(|bytes| {
-            bytes.fill(0);
-            fill(bytes);
-        });
-        object.touch();
-        Ok(())
-    }
-
-    /// Brings the object's own host copy down, if it may leave.
-    async fn out_of_the_way(&self, object: &Arc<Object>) -> Result<()> {
-        if !object.copy.is_some() || !self.shared.fits_host(object.len) {
-            return Ok(());
-        }
-        match self.ask(object, Move::Down).await {
-            Err(VirtualMemoryError::Pinned { .. }) => Ok(()),
-            outcome => outcome,
-        }
+        Box::pin(async {
+            let deadline = self.shared.deadline();
+            let room = || self.shared.host_room_or_error(need(object, false), deadline);
+            // Before the gate: the version before may be what has to make way for this one.
+            let taken = if object.has_spare() { None } else { Some(room().await?) };
+            let pass = object.gate(deadline).await?;
+            let room = match (Room::spare(&pass), taken) {
+                (Some(spare), _) => spare,
+                (None, Some(taken)) => Room::taken(&pass, taken),
+                (None, None) => Room::taken(&pass, room().await?),
+            };
+            room.publish_whole(|bytes| {
+                bytes.fill(0);
+                fill(bytes);
+            });
+            object.touch();
+            Ok(())
+        })
+        .await
     }
 
     async fn write_range(
