@@ -97,7 +97,7 @@ impl VirtualMemory {
         Err(error)
     }
 
-    pub(super) async fn ask(&self, object: &Arc<Object>, what: Move) -> Result<()> {
+    async fn ask(&self, object: &Arc<Object>, what: Move) -> Result<()> {
         let (reply, answer) = oneshot::channel();
         let (asked, deadline) = (Instant::now(), self.shared.deadline());
         let object = object.clone();
