@@ -143,10 +143,49 @@ fn same_at_every_size(report: &mut Report, rounds: usize) -> anyhow::Result<()> 
                 base.0.push(base_cost);
             }
         }
-        let (what, ours, theirs) = (what.to_owned(), &costs, &base);
-        report.add(&Bar { id: "P1", what, unit: "ns", ours, peer: "ours", theirs, bar: None });
+        let (name, ours, theirs) = (what.to_owned(), &costs, &base);
+        report.add(&Bar {
+            id: "P1",
+            what: name,
+            unit: "ns",
+            ours,
+            peer: "ours",
+            theirs,
+            bar: None,
+        });
     }
+    slope(report, rounds);
     Ok(())
+}
+
+/// The memory system's own slope from 10^2 to 10^6 objects: the same order of accesses to a vector
+/// of `Bytes`, each cloned, looked at and dropped.
+fn slope(report: &mut Report, rounds: usize) {
+    let set = |count| Set { len: 64, count, reads: 200_000 };
+    let (many, few) = (set(1_000_000), set(100));
+    let filled = |set: &Set| -> Vec<bytes::Bytes> {
+        (0..set.count).map(|n| bytes::Bytes::from(set.bytes(n))).collect()
+    };
+    let (large, small) = (filled(&many), filled(&few));
+    let round = |objects: &[bytes::Bytes], order: &[usize]| {
+        let before = thread_cpu_ns();
+        for &n in order {
+            let bytes = std::hint::black_box(objects[n].clone());
+            assert!(bytes[..8] == (n as u64).to_le_bytes());
+        }
+        (thread_cpu_ns() - before) / order.len() as f64
+    };
+    let (mut costs, mut base) = (Rounds::default(), Rounds::default());
+    for seed in 0..=rounds as u64 {
+        let (cost, base_cost) = (round(&large, &many.order(seed)), round(&small, &few.order(seed)));
+        if seed > 0 {
+            costs.0.push(cost);
+            base.0.push(base_cost);
+        }
+    }
+    let what = "control: a vector of 10^6 Bytes against 10^2, 64 bytes".into();
+    let (ours, theirs) = (&costs, &base);
+    report.add(&Bar { id: "P1", what, unit: "ns", ours, peer: "control", theirs, bar: None });
 }
 
 /// P2: the same on two threads over distinct objects, against one thread.

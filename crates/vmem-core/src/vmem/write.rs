@@ -19,7 +19,6 @@ use tokio::time::Instant;
 
 use super::read::copy_politely;
 use super::{Result, VirtualMemory};
-use crate::actor::Move;
 use crate::buffer::IoBuf;
 use crate::copy::{Found, OwnedCopy};
 use crate::disk::{CHUNK_BYTES, DiskError, Extent};
