@@ -164,6 +164,7 @@ impl Evictor {
         let mut batch = Vec::new();
         let (mut freed, mut payload, mut reclaims) = (0, 0, 0);
         let mut round = Round::Bounded;
+        let mut clean_only = false;
         for _ in 0..TRIES_MAX {
             if freed + reclaims >= target || payload >= BATCH_BYTES || batch.len() >= BATCH_OBJECTS
             {
@@ -171,10 +172,13 @@ impl Evictor {
             }
             let id = match scattered.next() {
                 Some(id) => id,
-                None => match self.pick(shared, spare_hot) {
+                None => match self.pick(shared, spare_hot, clean_only) {
                     Some(id) => id,
                     None => {
                         round = self.found_nothing(shared, wanted);
+                        if clean_only && round == Round::Nothing {
+                            round = Round::DiskFull;
+                        }
                         break;
                     }
                 },
@@ -188,14 +192,11 @@ impl Evictor {
                     batch.push(victim);
                 }
                 Step::Busy => self.fruitless += 1,
-                Step::NoDisk => {
-                    round = Round::DiskFull;
-                    break;
-                }
+                // What is clean can go all the same.
+                Step::NoDisk => clean_only = true,
                 Step::Failed(error) => {
                     tracing::warn!(target: "vmem::actor", ?error, "the disk refuses space");
-                    round = Round::DiskFull;
-                    break;
+                    clean_only = true;
                 }
             }
         }
@@ -208,8 +209,14 @@ impl Evictor {
     }
 
     /// The next victim of the policy, if a bounded look finds one.
-    fn pick(&mut self, shared: &Shared, spare_hot: bool) -> Option<u64> {
-        let pick = shared.policy.lock().victim(&mut |id| probe(shared, id));
+    /// With `clean_only` what would have to be written counts as in use.
+    fn pick(&mut self, shared: &Shared, spare_hot: bool, clean_only: bool) -> Option<u64> {
+        let pick = shared.policy.lock().victim(&mut |id| match probe(shared, id) {
+            Probe::Evictable { .. } if clean_only && needs_disk(shared, id) => {
+                Probe::Busy { stamp: shared.now() }
+            }
+            probe => probe,
+        });
         match pick {
             Pick::Victim { id, hurried } => {
                 self.unsettled |= hurried;
@@ -374,6 +381,11 @@ impl Evictor {
     pub(super) fn wakes_at(&self) -> Option<Instant> {
         self.cools_at
     }
+}
+
+/// Whether an object cannot leave host memory without new space on disk.
+fn needs_disk(shared: &Shared, id: u64) -> bool {
+    shared.find(id).is_some_and(|object| object.is_dirty() || object.has_spare())
 }
 
 /// How an object stands, for the policy.

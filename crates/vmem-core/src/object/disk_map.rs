@@ -165,21 +165,29 @@ impl DiskMap {
     }
 
     /// Takes the extents that were reserved and never written, for the first write of a whole
-    /// object: all of them, or none.
+    /// object: all of them, or none. A reader who has the map keeps them where they are.
     pub(crate) fn take_reserved(&mut self, len: usize) -> Option<Vec<Extent>> {
-        let whole = self.is_whole(len) && len > 0;
-        let reserved =
+        let unwritten =
             |extent: &Arc<Extent>| extent.sum().is_none() && Arc::strong_count(extent) == 1;
-        let all = whole && (0..chunk_count(len)).all(|i| self.chunk(i).is_some_and(reserved));
-        if !all {
+        let mine = match self {
+            DiskMap::Empty => false,
+            DiskMap::One(extent) => unwritten(extent),
+            DiskMap::Many(extents) => {
+                let whole = extents.len() == chunk_count(len);
+                let unwritten =
+                    |extent: &Option<Arc<Extent>>| extent.as_ref().is_some_and(unwritten);
+                whole && Arc::get_mut(extents).is_some_and(|all| all.iter().all(unwritten))
+            }
+        };
+        if !mine {
             return None;
         }
         let extents = match std::mem::take(self) {
-            DiskMap::Empty => return None,
+            DiskMap::Empty => Vec::new(),
             DiskMap::One(extent) => vec![Some(extent)],
-            DiskMap::Many(extents) => Arc::try_unwrap(extents).unwrap_or_else(|map| (*map).clone()),
+            DiskMap::Many(extents) => Arc::try_unwrap(extents).unwrap_or_default(),
         };
-        // A reader that cloned the map in between keeps its extent: then new space is taken.
+        // Nobody else had any of them just now, and nobody gets one who does not see the map.
         extents.into_iter().map(|extent| Arc::try_unwrap(extent?).ok()).collect()
     }
 }

@@ -24,11 +24,14 @@ pub(super) type Line = VecDeque<oneshot::Sender<GatePass>>;
 pub(crate) struct GatePass {
     /// Empty once the right was handed on.
     object: Option<Arc<Object>>,
+    /// Whether the evictor is told when the gate opens. Not by the evictor's own passes: it would
+    /// wake itself for ever.
+    rings: bool,
 }
 
 impl GatePass {
     fn to(object: &Arc<Object>) -> Self {
-        GatePass { object: Some(object.clone()) }
+        GatePass { object: Some(object.clone()), rings: true }
     }
 
     pub(crate) fn object(&self) -> &Arc<Object> {
@@ -37,9 +40,14 @@ impl GatePass {
 }
 
 impl Object {
-    /// The pass, if nobody has it and the object is alive.
+    /// The pass, if nobody has it and the object is alive; for the evictor.
     pub(crate) fn try_gate(self: &Arc<Self>) -> Option<GatePass> {
-        if self.is_dead() { None } else { self.try_gate_dead_or_alive() }
+        if self.is_dead() {
+            return None;
+        }
+        let mut pass = self.try_gate_dead_or_alive()?;
+        pass.rings = false;
+        Some(pass)
     }
 
     /// The pass, if nobody has it.
@@ -95,7 +103,7 @@ impl Drop for GatePass {
     fn drop(&mut self) {
         let Some(object) = self.object.take() else { return };
         loop {
-            let Some(next) = object.next_in_line() else { return };
+            let Some(next) = object.next_in_line(self.rings) else { return };
             match next.send(GatePass::to(&object)) {
                 Ok(()) => return,
                 // Whoever stood there has left: the right goes to the one behind.
@@ -108,7 +116,7 @@ impl Drop for GatePass {
 impl Object {
     /// Who gets the gate next. If nobody does, it is open, or, if the object was freed, everything
     /// that it owns is given back, and the gate stays shut.
-    fn next_in_line(&self) -> Option<oneshot::Sender<GatePass>> {
+    fn next_in_line(&self, rings: bool) -> Option<oneshot::Sender<GatePass>> {
         let mut inner = self.inner.lock();
         if let Some(next) = inner.line.as_mut().and_then(|line| line.pop_front()) {
             return Some(next);
@@ -120,8 +128,10 @@ impl Object {
         } else {
             inner.gate_taken = false;
             drop(inner);
-            // What was being changed can be evicted now.
-            self.shared.room_was_freed();
+            if rings {
+                // What was being changed can be evicted now.
+                self.shared.room_was_freed();
+            }
         }
         None
     }

@@ -262,7 +262,12 @@ impl VirtualMemory {
         deadline: Instant,
     ) -> Result<()> {
         let object = pass.object();
-        let base = Base::of(pass)?;
+        let whole = range.len() == object.len;
+        // Before anybody looks at the map: a clone of it would keep the reservation there.
+        let reserved = whole
+            .then(|| object.with_disk(pass, |disk, _| disk.take_reserved(object.len)))
+            .flatten();
+        let base = Base::of(pass, whole);
         let mut chunks: Vec<usize> = match &base {
             // What only host memory has must be on disk before the host copy goes.
             Base::Host { .. } => object.disk().missing(object.len),
@@ -271,12 +276,6 @@ impl VirtualMemory {
         chunks.extend(chunks_of(&range));
         chunks.sort_unstable();
         chunks.dedup();
-        let whole = range.len() == object.len;
-        let reserved = if whole {
-            object.with_disk(pass, |disk, _| disk.take_reserved(object.len))
-        } else {
-            None
-        };
         let mut extents: VecDeque<Extent> = match reserved {
             Some(extents) => extents.into(),
             None => self.reserve(object, &chunks)?.into(),
@@ -394,11 +393,15 @@ enum Base {
 }
 
 impl Base {
-    fn of(pass: &GatePass) -> Result<Base> {
+    /// With `whole` nothing of it is needed.
+    fn of(pass: &GatePass, whole: bool) -> Base {
         let object = pass.object();
+        if whole {
+            return Base::Disk(DiskMap::Empty);
+        }
         match object.copy.acquire(&object.shared.copies) {
-            Found::Copy(old) => Ok(Base::Host { old }),
-            Found::Locked | Found::Nothing => Ok(Base::Disk(object.disk())),
+            Found::Copy(old) => Base::Host { old },
+            Found::Locked | Found::Nothing => Base::Disk(object.disk()),
         }
     }
 
