@@ -206,9 +206,9 @@ fn spawn_named<F>(name: &str, future: F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    #[cfg(tokio_unstable)]
+    #[cfg(all(tokio_unstable, feature = "tokio-console"))]
     let spawned = tokio::task::Builder::new().name(name).spawn(future).map(drop);
-    #[cfg(not(tokio_unstable))]
+    #[cfg(not(all(tokio_unstable, feature = "tokio-console")))]
     let spawned = {
         drop(tokio::spawn(future));
         Ok::<(), std::io::Error>(())
@@ -223,9 +223,9 @@ pub(super) fn spawn_into<F>(tasks: &mut JoinSet<Ended>, name: &'static str, futu
 where
     F: Future<Output = Ended> + Send + 'static,
 {
-    #[cfg(tokio_unstable)]
+    #[cfg(all(tokio_unstable, feature = "tokio-console"))]
     let spawned = tasks.build_task().name(name).spawn(future).map(drop);
-    #[cfg(not(tokio_unstable))]
+    #[cfg(not(all(tokio_unstable, feature = "tokio-console")))]
     let spawned = {
         tasks.spawn(future);
         Ok::<(), std::io::Error>(())
