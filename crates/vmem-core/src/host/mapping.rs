@@ -38,6 +38,7 @@ impl Mapping {
         let past = raw.as_ptr().align_offset(SLAB_BYTES);
         // SAFETY: `past` is less than a slab, by which the mapping is longer than `len`.
         let base = unsafe { raw.add(past) };
+        advise_all(raw, raw_len);
         Ok(Mapping { raw, raw_len, base, len })
     }
 
@@ -49,10 +50,16 @@ impl Mapping {
     }
 
     /// Gives the pages of this range back; they read as zeros afterwards. The caller owns them.
-    pub(super) fn give_back(&self, range: Range<usize>) {
+    /// False if they stay, with what was in them.
+    #[must_use]
+    pub(super) fn give_back(&self, range: Range<usize>) -> bool {
         assert!(range.start <= range.end && range.end <= self.len, "inside of the mapping");
-        let (start, len) = (self.at(range.start), range.len());
-        discard(start, len);
+        // The machine's pages may be larger than ours: only whole ones, or the neighbours go too.
+        let page = machine_page_bytes();
+        if !range.start.is_multiple_of(page) || !range.end.is_multiple_of(page) {
+            return false;
+        }
+        discard(self.at(range.start), range.len())
     }
 }
 
@@ -81,19 +88,48 @@ fn unmap(start: NonNull<u8>, len: usize) {
     }
 }
 
+/// No huge pages, of which a part in use would keep the whole; no copy in a forked child.
 #[cfg(all(target_os = "linux", not(miri)))]
-fn discard(start: NonNull<u8>, len: usize) {
+fn advise_all(start: NonNull<u8>, len: usize) {
+    use rustix::mm::{Advice, madvise};
+    for advice in [Advice::LinuxNoHugepage, Advice::LinuxDontFork] {
+        // SAFETY: the whole of a mapping of ours; its contents and protection do not change.
+        let advised = unsafe { madvise(start.as_ptr().cast(), len, advice) };
+        if let Err(error) = advised {
+            tracing::debug!(target: "vmem::host", %error, ?advice, "advice was not taken");
+        }
+    }
+}
+
+#[cfg(not(all(target_os = "linux", not(miri))))]
+fn advise_all(_start: NonNull<u8>, _len: usize) {}
+
+#[cfg(not(miri))]
+fn machine_page_bytes() -> usize {
+    rustix::param::page_size()
+}
+
+#[cfg(miri)]
+fn machine_page_bytes() -> usize {
+    PAGE_BYTES
+}
+
+#[cfg(all(target_os = "linux", not(miri)))]
+fn discard(start: NonNull<u8>, len: usize) -> bool {
     use rustix::mm::{Advice, madvise};
     // SAFETY: whole pages inside of the mapping, owned by the caller; they stay mapped, as zeros.
     let given_back = unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxDontNeed) };
     if let Err(error) = given_back {
         tracing::warn!(target: "vmem::host", %error, "pages were not given back");
     }
+    given_back.is_ok()
 }
 
 /// Elsewhere there is no call with these semantics: the pages stay, with what was in them.
 #[cfg(not(all(target_os = "linux", not(miri))))]
-fn discard(_start: NonNull<u8>, _len: usize) {}
+fn discard(_start: NonNull<u8>, _len: usize) -> bool {
+    false
+}
 
 #[cfg(miri)]
 fn layout(len: usize) -> std::alloc::Layout {

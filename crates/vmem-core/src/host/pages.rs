@@ -15,6 +15,9 @@ use super::runs::FreeRuns;
 /// One part in so many of the budget may be kept for reuse.
 const KEPT_PART: u64 = 8;
 
+/// Rounds of giving kept pages back that one allocation waits for.
+const GIVE_BACK_TRIES: usize = 8;
+
 /// The pages of object space.
 #[derive(Debug)]
 pub(super) struct Pages {
@@ -77,13 +80,15 @@ impl Pages {
 
     /// A run of `len` pages, with whatever bytes are in it.
     pub(super) fn take(&self, len: u64) -> Option<Range<u64>> {
-        loop {
+        // What the system does not take back is kept, so giving back may not help: not for ever.
+        for _ in 0..GIVE_BACK_TRIES {
             match self.plan(len) {
                 Plan::Take(run) => return Some(run),
                 Plan::NoRoom => return None,
                 Plan::GiveBack(runs) => self.give_back(runs),
             }
         }
+        None
     }
 
     fn plan(&self, len: u64) -> Plan {
@@ -116,16 +121,22 @@ impl Pages {
         if runs.is_empty() { Plan::NoRoom } else { Plan::GiveBack(runs) }
     }
 
-    /// Gives pages back to the system that are nobody's and are counted as leaving.
+    /// Gives pages back to the system that are nobody's and are counted as leaving. Those that the
+    /// system does not take stay, and count as kept.
     fn give_back(&self, runs: Vec<Range<u64>>) {
-        for run in &runs {
-            let bytes = |page: u64| page as usize * PAGE_BYTES;
-            self.mapping.give_back(bytes(run.start)..bytes(run.end));
-        }
+        let bytes = |page: u64| page as usize * PAGE_BYTES;
+        let gone: Vec<bool> = runs
+            .iter()
+            .map(|run| self.mapping.give_back(bytes(run.start)..bytes(run.end)))
+            .collect();
         let mut state = self.state.lock();
-        for run in runs {
+        for (run, gone) in runs.into_iter().zip(gone) {
             state.leaving -= run.end - run.start;
-            state.fresh.add(run);
+            if gone {
+                state.fresh.add(run);
+            } else {
+                state.kept.add(run);
+            }
         }
     }
 
