@@ -180,7 +180,10 @@ fn scenario_22_the_ledger_and_the_order() {
                 }
                 (4, Some(handle)) if pinned.len() < 4 => {
                     if pinned.iter().all(|(other, _)| *other != handle) {
+                        // Asking for it is a use of it.
                         let guard = vmem.pin(&handle, HOST).await.unwrap();
+                        order.retain(|other| *other != handle);
+                        order.push(handle.clone());
                         pinned.push((handle, guard));
                     }
                 }

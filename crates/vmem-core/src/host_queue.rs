@@ -61,6 +61,8 @@ pub(crate) struct Wanted {
     pub(crate) prefetch_bytes: u64,
     /// The footprint of the smallest prefetch request, in bytes.
     pub(crate) smallest_prefetch: u64,
+    /// As `scattered`, for the first prefetch request.
+    pub(crate) prefetch_scattered: bool,
     /// The first request would fit by its footprint, but the room lies in partly used spans.
     pub(crate) scattered: bool,
 }
@@ -208,7 +210,7 @@ impl HostQueue {
             let scattered = wanted.scattered;
             wanted.prefetch_bytes =
                 self.serve_class(&mut queue.prefetch, &mut wanted, &mut unclaimed);
-            wanted.scattered = scattered;
+            wanted.prefetch_scattered = std::mem::replace(&mut wanted.scattered, scattered);
             let footprints = queue.prefetch.iter().map(|waiter| waiter.footprint);
             wanted.smallest_prefetch = footprints.min().unwrap_or(0);
         }

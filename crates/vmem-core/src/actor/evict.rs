@@ -138,6 +138,9 @@ impl Evictor {
             let room = shared.limits.high_bytes.saturating_sub(used);
             let next = wanted.prefetch_bytes.min(BATCH_BYTES.max(wanted.smallest_prefetch));
             deficit = next.saturating_sub(room);
+            if wanted.prefetch_scattered {
+                deficit = deficit.max(wanted.smallest_prefetch);
+            }
         }
         if used > shared.limits.high_bytes {
             self.above_mark = true;

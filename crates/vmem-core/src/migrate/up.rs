@@ -44,31 +44,32 @@ pub(crate) async fn fetch(job: &Fetch) -> Result<Bytes, VirtualMemoryError> {
     if object.len == 0 {
         return Ok(Bytes::new());
     }
-    if object.has_host_room() {
-        let pass = object.gate(job.deadline).await?;
-        return fetch_to_stay(job, &pass).await;
-    }
-    // Before the gate, so that a write is not kept waiting by a read that finds no room.
-    let room = room(job).await?;
-    if job.stay {
-        let pass = object.gate(job.deadline).await?;
-        return fetch_into(job, &pass, Some(room)).await;
-    }
-    match object.cold_version() {
-        None => match object.copy.acquire(&object.shared.copies) {
-            Found::Copy(guard) => Ok(guard.into_bytes()),
-            // Somebody brings it, changes it or takes it away right now: in turn, then.
-            Found::Locked | Found::Nothing => {
-                drop(room);
-                let pass = object.gate(job.deadline).await?;
-                fetch_to_stay(job, &pass).await
+    loop {
+        if object.has_host_room() {
+            let pass = object.gate(job.deadline).await?;
+            if object.has_host_room() {
+                return fetch_to_stay(job, &pass).await;
             }
-        },
-        Some(disk) => {
+            // It has left meanwhile.
+        }
+        // Never behind the gate: those who have room wait for the gate, and a write is not to be
+        // kept waiting by a read that finds no room.
+        let room = room(job).await?;
+        if job.stay {
+            let pass = object.gate(job.deadline).await?;
+            return fetch_into(job, &pass, Some(room)).await;
+        }
+        if let Some(disk) = object.cold_version() {
             let copy = fill(job, &disk, room).await?;
             stats::add(&object.shared.counters.disk_hits, 1);
-            Ok(copy.into_bytes(&object.shared.copies))
+            return Ok(copy.into_bytes(&object.shared.copies));
         }
+        if let Found::Copy(guard) = object.copy.acquire(&object.shared.copies) {
+            return Ok(guard.into_bytes());
+        }
+        // Somebody brings it, changes it or takes it away right now: in turn, then.
+        drop(room);
+        drop(object.gate(job.deadline).await?);
     }
 }
 

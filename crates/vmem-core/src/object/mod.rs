@@ -194,10 +194,12 @@ impl Object {
         self.inner.lock().disk.clone()
     }
 
-    /// The map of the current version, if host memory holds no copy of it and no room for it.
+    /// The map of the current version, if host memory holds no copy of it and no room for it. None
+    /// of a dead object either: its map may have been given back, and an empty one reads as zeros.
     pub(crate) fn cold_version(&self) -> Option<DiskMap> {
         let inner = self.inner.lock();
-        (!self.copy.is_some() && inner.spare.is_none()).then(|| inner.disk.clone())
+        let cold = !self.copy.is_some() && inner.spare.is_none() && !self.is_dead();
+        cold.then(|| inner.disk.clone())
     }
 
     /// Whether host memory holds the only current bytes of some chunk.
@@ -288,6 +290,8 @@ impl Object {
         drop(spare);
         self.leave_policy();
         self.count_change(before);
+        // Whoever asked for it has not used it yet: it is not to be the next that leaves.
+        self.stamp.fetch_max(self.shared.now(), Ordering::Relaxed);
         self.enter_policy();
     }
 

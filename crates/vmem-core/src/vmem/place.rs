@@ -37,6 +37,7 @@ impl VirtualMemory {
             MemoryTier::Vram => Err(self.shared.no_vram()),
             MemoryTier::Host => {
                 self.check_fits_host(object)?;
+                object.touch();
                 self.ask(object, Move::Up).await
             }
             MemoryTier::Disk => Ok(()),
@@ -179,6 +180,7 @@ impl VirtualMemory {
     async fn pin_in_host(&self, handle: &VMemHandle) -> Result<PinGuard> {
         let object = handle.object();
         let (asked, deadline) = (Instant::now(), self.shared.deadline());
+        object.touch();
         // The first pin of an object is charged, for as long as there is any. Whoever turns out not
         // to be the first gives the charge back.
         let mut charge = None;
@@ -191,7 +193,11 @@ impl VirtualMemory {
             if charge.is_none() && object.pins() == 0 {
                 continue;
             }
-            // It may have been evicted between the two; with the gate held it cannot be.
+            if !object.has_host_room() && Instant::now() < deadline {
+                // Evicted between the two. With the gate held it cannot be, but nor is room to be
+                // waited for behind the gate: those who have room wait for the gate.
+                continue;
+            }
             let (class, cause) = (Class::Demand, MigrationCause::Promote);
             let (stay, unwanted) = (true, None);
             let job =
