@@ -236,37 +236,3 @@ fn scenario_23_a_burst_of_every_request_on_a_failing_disk() {
         assert_empty(&settle(&vmem, &driver).await, "the burst");
     });
 }
-
-/// Excluded: many who bring up the same object and each take room for it, so that others leave for
-/// copies that nobody needs. Noticed by how many leave.
-#[tokio::test(start_paused = true)]
-async fn scenario_15_one_object_asked_for_by_many_evicts_for_one() {
-    for what in ["read", "promote", "pin", "prefetch"] {
-        let (vmem, driver) = common::open(32 * LEN, 64 * MIB, |b| b.watermarks(0.98, 1.0));
-        let cold = vmem.put(bytes(99, 1, 4 * LEN), DISK).await.unwrap();
-        let warm = put_all(&vmem, 32, LEN, HOST).await;
-        tokio::time::sleep(Duration::from_secs(3)).await;
-        let before = settle(&vmem, &driver).await.evictions;
-        let asked: Vec<_> = (0..16)
-            .map(|_| {
-                let (vmem, cold) = (vmem.clone(), cold.clone());
-                tokio::spawn(async move {
-                    match what {
-                        "read" => vmem.read(&cold).await.map(drop),
-                        "promote" => vmem.promote(&cold, HOST).await,
-                        "pin" => vmem.pin(&cold, HOST).await.map(drop),
-                        _ => vmem.prefetch(&cold, HOST).await,
-                    }
-                })
-            })
-            .collect();
-        for call in asked {
-            call.await.unwrap().unwrap();
-        }
-        let evicted = settle(&vmem, &driver).await.evictions - before;
-        println!("{what}: {evicted} left for an object of the size of 4");
-        // One batch may have been under way already.
-        assert!(evicted <= 8, "{what}: {evicted} left for an object of the size of 4");
-        drop((warm, cold));
-    }
-}

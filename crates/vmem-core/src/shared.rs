@@ -151,12 +151,15 @@ impl Shared {
 
     // ---- The table ---------------------------------------------------------------------------
 
-    /// A new object, in the table, with one handle.
+    /// A new object with one handle, which nobody finds before `announce`.
     pub(crate) fn create(self: &Arc<Self>, len: usize, home: MemoryTier) -> Arc<Object> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let object = Object::new(self, id, len, home);
-        self.table.insert(id, object.clone());
-        object
+        Object::new(self, id, len, home)
+    }
+
+    /// Puts a new object, which has its room, into the table.
+    pub(crate) fn announce(&self, object: &Arc<Object>) {
+        self.table.insert(object.id, object.clone());
     }
 
     pub(crate) fn find(&self, id: u64) -> Option<Arc<Object>> {
@@ -182,6 +185,7 @@ impl Shared {
     pub(crate) fn set_closed(&self) -> bool {
         let first = !self.closed.swap(true, Ordering::SeqCst);
         self.wake.now();
+        self.unpinned.notify_waiters();
         first
     }
 

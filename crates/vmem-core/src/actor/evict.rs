@@ -194,7 +194,7 @@ impl Evictor {
                     payload += victim.payload();
                     batch.push(victim);
                 }
-                Step::Busy => self.fruitless += 1,
+                Step::Busy => self.fruitless = self.fruitless.saturating_add(1),
                 // What is clean can go all the same.
                 Step::NoDisk => clean_only = true,
                 Step::Failed(error) => {

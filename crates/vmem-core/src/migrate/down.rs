@@ -106,8 +106,10 @@ pub(crate) async fn write_down(
         return Err(error);
     }
     let mut first_error = None;
-    for victim in batch {
-        let alone = match Victim::prepare(victim.pass) {
+    for Victim { pass, bytes, .. } in batch {
+        // It counts as a reader, and would keep the copy from going.
+        drop(bytes);
+        let alone = match Victim::prepare(pass) {
             Ok(victim) => write_batch(&mut vec![victim], down, cause, asked).await,
             Err((_pass, error)) => Err(error),
         };

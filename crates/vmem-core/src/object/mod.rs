@@ -427,6 +427,12 @@ impl Object {
         self.pins.fetch_add(1, Ordering::SeqCst) == 0
     }
 
+    /// One more pin, unless it were the first: pins go without the gate.
+    pub(crate) fn try_add_pin(&self, _pass: &GatePass) -> bool {
+        let more = |pins: u32| (pins > 0).then(|| pins + 1);
+        self.pins.try_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
+    }
+
     /// One pin less; true if it was the last.
     pub(crate) fn remove_pin(&self) -> bool {
         let before = self.pins.fetch_sub(1, Ordering::SeqCst);

@@ -98,6 +98,8 @@ impl VirtualMemory {
         let handle = VMemHandle::adopt(self.shared.create(len, home));
         if len > 0 {
             self.take_room(handle.object(), home).await?;
+        } else {
+            self.shared.announce(handle.object());
         }
         Ok(handle)
     }
@@ -205,6 +207,8 @@ impl VirtualMemory {
             match self.shared.host_room(need, deadline).await {
                 Ok(room) => {
                     let pass = object.gate(deadline).await?;
+                    // With the gate held: whoever finds it now changes it after this.
+                    self.shared.announce(object);
                     object.set_spare(&pass, room);
                     return Ok(());
                 }
@@ -220,6 +224,7 @@ impl VirtualMemory {
             .reserve(&lens)
             .map_err(|error| self.shared.disk_error(object.id, error))?;
         let pass = object.gate(deadline).await?;
+        self.shared.announce(object);
         object.with_disk(&pass, |disk, _| *disk = crate::object::DiskMap::of(extents));
         Ok(())
     }

@@ -203,10 +203,12 @@ impl VirtualMemory {
             let job =
                 Fetch { object: object.clone(), class, cause, stay, asked, deadline, unwanted };
             drop(fetch_to_stay(&job, &pass).await?);
-            if object.add_pin(&pass)
-                && let Some(charge) = charge.take()
-            {
-                charge.keep();
+            match charge.take() {
+                Some(charge) if object.add_pin(&pass) => charge.keep(),
+                Some(_) => {}
+                // The last pin went meanwhile, and its charge with it.
+                None if !object.try_add_pin(&pass) => continue,
+                None => {}
             }
             return Ok(PinGuard { object: Some(object.clone()), _handle: handle.clone() });
         }
@@ -233,6 +235,7 @@ impl VirtualMemory {
             tokio::pin!(unpinned);
             // Before the look, so that a pin that goes in between is not missed.
             unpinned.as_mut().enable();
+            self.check_open()?;
             if self.shared.try_charge_pin(footprint) {
                 return Ok(Charge { object: Some(object.clone()) });
             }

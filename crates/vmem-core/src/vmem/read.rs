@@ -287,6 +287,13 @@ impl VirtualMemory {
                 .await;
         }
         match tokio::time::timeout_at(how.deadline, flight.clone()).await {
+            // It gave up at the deadline of whoever started it; ours is later.
+            Ok(Ok(Err(
+                VirtualMemoryError::AllPinned { .. } | VirtualMemoryError::TimedOut { .. },
+            ))) if !started && Instant::now() < how.deadline => {
+                object.end_flight(flight.downgrade());
+                None
+            }
             Ok(Ok(outcome)) => Some(outcome),
             // Whoever started it was dropped before it was sent: start another.
             Ok(Err(oneshot::Canceled)) => {
