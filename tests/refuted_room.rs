@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::{DISK, HOST, KIB, bytes, open, put_all};
 use tokio::time::{sleep, timeout};
-use vmem::{ReadClass, ReadOptions, VirtualMemory, VirtualMemoryError};
+use vmem::{ReadOptions, VirtualMemory, VirtualMemoryError};
 
 async fn until_waiters(vmem: &VirtualMemory, count: u64) {
     while vmem.stats().waiters != count {
