@@ -79,8 +79,10 @@ impl Report {
     pub(crate) fn finish(self) -> anyhow::Result<()> {
         println!("\n| bar | what | ours | beside it | ratio (spread) | bar | |");
         println!("|---|---|---|---|---|---|---|\n{}", self.table);
-        std::fs::create_dir_all("target/bars")?;
-        std::fs::write("target/bars/bars.json", serde_json::to_vec_pretty(&self.json)?)?;
+        // Cargo runs benches in the folder of their package.
+        let bars = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bars");
+        std::fs::create_dir_all(bars)?;
+        std::fs::write(format!("{bars}/bars.json"), serde_json::to_vec_pretty(&self.json)?)?;
         Ok(())
     }
 }
