@@ -17,7 +17,7 @@ use tracing::Span;
 pub(crate) use down::{Down, Victim, demote, flush, move_room_down, write_down};
 pub(crate) use link::Link;
 pub(crate) use load::load;
-pub(crate) use up::{Fetch, fetch, fetch_into, fetch_to_stay};
+pub(crate) use up::{Fetch, fetch, fetch_into};
 
 use crate::error::VirtualMemoryError;
 use crate::events::{MigrationCause, MigrationEvent};

@@ -19,8 +19,8 @@ use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::host::HostArena;
-use crate::host_queue::Class;
-use crate::migrate::{Fetch, fetch_to_stay};
+use crate::host_queue::{Class, Need};
+use crate::migrate::{Fetch, fetch_into};
 use crate::object::Object;
 use crate::shared::Shared;
 use crate::tier::MemoryTier;
@@ -183,26 +183,33 @@ impl VirtualMemory {
         object.touch();
         // The first pin of an object is charged, for as long as there is any. Whoever turns out not
         // to be the first gives the charge back.
-        let mut charge = None;
+        let (mut charge, mut asked_for) = (None, false);
         loop {
             if charge.is_none() && object.pins() == 0 {
                 charge = Some(self.charge_pin(object, asked, deadline).await?);
             }
-            self.ask(object, Move::Up).await?;
-            let pass = object.gate(deadline).await?;
-            if charge.is_none() && object.pins() == 0 {
-                continue;
+            let mut room = None;
+            if asked_for {
+                // It came up and left again at once: this time the room is ours before the gate.
+                if !object.has_host_room() {
+                    let (len, owner, class) = (object.len, object.id, Class::Demand);
+                    let need = Need { len, owner, class, may_spill: false };
+                    room = Some(self.shared.host_room_or_error(need, deadline).await?);
+                }
+            } else {
+                self.ask(object, Move::Up).await?;
+                asked_for = true;
             }
-            if !object.has_host_room() && Instant::now() < deadline {
-                // Evicted between the two. With the gate held it cannot be, but nor is room to be
-                // waited for behind the gate: those who have room wait for the gate.
+            let pass = object.gate(deadline).await?;
+            let missing = room.is_none() && object.len > 0 && !object.has_host_room();
+            if missing || (charge.is_none() && object.pins() == 0) {
                 continue;
             }
             let (class, cause) = (Class::Demand, MigrationCause::Promote);
             let (stay, unwanted) = (true, None);
             let job =
                 Fetch { object: object.clone(), class, cause, stay, asked, deadline, unwanted };
-            drop(fetch_to_stay(&job, &pass).await?);
+            drop(fetch_into(&job, &pass, room).await?);
             match charge.take() {
                 Some(charge) if object.add_pin(&pass) => charge.keep(),
                 Some(_) => {}
