@@ -42,25 +42,29 @@ use vmem_core::backend::Backends;
 /// with the field that cannot work here; `TierNotAvailable` if a driver or a GPU was asked for
 /// that is not to be had; `Io` with what was attempted.
 pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
-    let driver = config.io_driver();
-    if !matches!(driver, IoDriver::Auto | IoDriver::Blocking) {
-        return Err(VirtualMemoryError::TierNotAvailable {
-            tier: MemoryTier::Disk,
-            reason: format!("no {driver:?} driver in this version; Auto and Blocking serve").into(),
-        });
-    }
     let vram_reason = vmem_gpu::probe(config.gpu())?;
-    let (path, capacity) = (config.disk_path().map(ToOwned::to_owned), config.disk_capacity());
-    let disk = tokio::task::spawn_blocking(move || vmem_io::open_disk(path.as_deref(), capacity))
-        .await
-        .map_err(|error| VirtualMemoryError::io("opening the disk tier", error.into()))??;
+    // Opening makes, tries and registers things, which blocks for a moment.
+    let opening = tokio::task::spawn_blocking(move || open_blocking(&config, vram_reason));
+    let lost = |error: tokio::task::JoinError| VirtualMemoryError::io("opening", error.into());
+    opening.await.map_err(lost)?
+}
+
+fn open_blocking(
+    config: &VirtualMemoryConfig,
+    vram_reason: std::sync::Arc<str>,
+) -> Result<VirtualMemory, VirtualMemoryError> {
+    let (path, capacity) = (config.disk_path(), config.disk_capacity());
+    let disk = vmem_io::open_disk(path, capacity, config.io_driver())?;
     let mut capabilities = Capabilities::new(disk.backend.describe(), vram_reason);
+    capabilities.disk_driver = Some(disk.driver);
+    capabilities.disk_direct = disk.direct;
+    capabilities.disk_notes = disk.notes;
     capabilities.disk_path = Some(disk.path);
     capabilities.disk_is_tmpfs = disk.tmpfs;
     let host_capacity_bytes =
         config.host_capacity().unwrap_or_else(|| vmem_io::memory_limit_bytes() / 4);
     VirtualMemory::with_backends(
-        &config,
+        config,
         Backends { host_capacity_bytes, disk: disk.backend, capabilities },
     )
 }

@@ -10,6 +10,8 @@ pub use crate::disk::{
     CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, ReadChunk,
 };
 
+pub use crate::host::StagingMemory;
+
 use crate::capabilities::Capabilities;
 
 /// The parts of a store.

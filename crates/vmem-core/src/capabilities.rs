@@ -6,12 +6,21 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::config::IoDriver;
+
 /// What serves each tier, and why not something better.
 #[non_exhaustive]
 #[derive(Clone, Debug)]
 pub struct Capabilities {
     /// The driver of the disk tier, and what it found.
     pub disk: Arc<str>,
+    /// Which driver serves; `None` for a backend that was brought along.
+    pub disk_driver: Option<IoDriver>,
+    /// Whether the disk tier bypasses the page cache (`O_DIRECT`). If not, each write is followed by a sync,
+    /// shared with others, before memory relies on it.
+    pub disk_direct: bool,
+    /// What would have been better and was refused, each with its cause.
+    pub disk_notes: Vec<Arc<str>>,
     /// The directory of the store.
     pub disk_path: Option<PathBuf>,
     /// Whether that directory lies in memory (tmpfs): then the disk tier takes RAM that no budget
@@ -25,13 +34,24 @@ impl Capabilities {
     /// For whoever brings backends of his own: what serves the disk tier, and why there is no
     /// VRAM tier.
     pub fn new(disk: Arc<str>, vram_reason: Arc<str>) -> Self {
-        Capabilities { disk, disk_path: None, disk_is_tmpfs: false, vram_reason }
+        Capabilities {
+            disk,
+            disk_driver: None,
+            disk_direct: false,
+            disk_notes: Vec::new(),
+            disk_path: None,
+            disk_is_tmpfs: false,
+            vram_reason,
+        }
     }
 }
 
 impl fmt::Display for Capabilities {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "disk: {}", self.disk)?;
+        for note in &self.disk_notes {
+            writeln!(f, "disk: not to be had: {note}")?;
+        }
         if let Some(path) = &self.disk_path {
             writeln!(f, "directory: {}", path.display())?;
         }

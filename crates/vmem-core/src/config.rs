@@ -4,7 +4,9 @@
 //! names the field. What depends on the machine (free memory, free space) is left open here and
 //! filled in when the store opens. Called by users; read by the facade and by `Shared`.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use crate::error::VirtualMemoryError;
@@ -45,6 +47,31 @@ pub enum IoDriver {
     TokioUring,
     /// Positional reads and writes on a bounded pool of threads.
     Blocking,
+}
+
+impl fmt::Display for IoDriver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            IoDriver::Auto => "auto",
+            IoDriver::Reactor => "reactor",
+            IoDriver::TokioUring => "tokio-uring",
+            IoDriver::Blocking => "blocking",
+        })
+    }
+}
+
+impl FromStr for IoDriver {
+    type Err = VirtualMemoryError;
+
+    /// The words that `Display` writes.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let all = [IoDriver::Auto, IoDriver::Reactor, IoDriver::TokioUring, IoDriver::Blocking];
+        let named = all.into_iter().find(|driver| driver.to_string() == text);
+        named.ok_or_else(|| VirtualMemoryError::InvalidConfig {
+            field: "io_driver",
+            reason: format!("{text:?} is none of auto, reactor, tokio-uring, blocking").into(),
+        })
+    }
 }
 
 /// When a read brings an object up to stay.

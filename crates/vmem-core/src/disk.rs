@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 
 use crate::buffer::IoBuf;
+use crate::host::StagingMemory;
 
 /// The unit of checksums and of partial rewrites, in bytes: objects up to this size are one chunk,
 /// larger ones are cut at its multiples.
@@ -49,6 +50,18 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
         chunks: Vec<ReadChunk>,
         buf: IoBuf,
     ) -> BoxFuture<'static, (IoBuf, Result<(), DiskError>)>;
+
+    /// Registers memory through which much will pass with whatever moves the bytes. Called once,
+    /// before anything else; the backend keeps `memory` until it is unregistered.
+    ///
+    /// # Errors
+    ///
+    /// Why it was not, [`Unsupported`](io::ErrorKind::Unsupported) where there is nothing to
+    /// register with; everything works all the same.
+    fn register(&self, memory: StagingMemory) -> io::Result<()> {
+        drop(memory);
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// The space that a chunk of `len` bytes takes, in bytes, rounding included.
     fn footprint(&self, len: u32) -> u64;

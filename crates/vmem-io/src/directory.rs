@@ -117,6 +117,15 @@ impl StoreDirectory {
         Ok(status.f_bavail.saturating_mul(status.f_frsize))
     }
 
+    /// An empty file without a name, for trials.
+    ///
+    /// # Errors
+    ///
+    /// The refusal of the operating system.
+    pub(crate) fn scratch(&self) -> io::Result<File> {
+        tempfile::tempfile_in(&self.path)
+    }
+
     /// The directory in words.
     pub fn describe(&self) -> String {
         let kind = match (&self.temporary, self.tmpfs) {

@@ -6,11 +6,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vmem_core::VirtualMemoryError;
+use vmem_core::{IoDriver, VirtualMemoryError};
 use vmem_core::backend::{CHUNK_BYTES, DiskBackend};
 
 use crate::directory::StoreDirectory;
-use crate::driver::{BlockingDriver, BlockingOptions, Driver};
+use crate::driver::{Chosen, choose};
 use crate::tier::DiskTier;
 
 /// A disk tier that is ready, and what was found.
@@ -24,20 +24,29 @@ pub struct OpenedDisk {
     pub capacity_bytes: u64,
     /// Whether the directory is in memory.
     pub tmpfs: bool,
-    /// The driver in words.
-    pub driver: Arc<str>,
+    /// Which driver serves.
+    pub driver: IoDriver,
+    /// Whether it bypasses the page cache.
+    pub direct: bool,
+    /// What would have been better and was refused, each with its cause.
+    pub notes: Vec<Arc<str>>,
 }
 
 /// Opens the disk tier in a directory, or in a private temporary one, with a budget in bytes; by
-/// default half of what the file system has free. The calls that this makes block for a moment.
+/// default half of what the file system has free. The calls that this makes block for a moment. The
+/// reactor driver is to be had inside of a tokio runtime alone.
 ///
 /// # Errors
 ///
 /// Those of [`StoreDirectory::open`], and [`InvalidConfig`](VirtualMemoryError::InvalidConfig) for a
-/// budget that holds not one full chunk (64 KiB).
+/// budget that holds not one full chunk (64 KiB);
+/// [`TierNotAvailable`](VirtualMemoryError::TierNotAvailable) for a driver that was asked for and
+/// is not to be had.
 ///
 /// ```
-/// let disk = vmem_io::open_disk(None, Some(1 << 20))?;
+/// use vmem_core::IoDriver;
+///
+/// let disk = vmem_io::open_disk(None, Some(1 << 20), IoDriver::Auto)?;
 /// assert_eq!(disk.backend.usage().capacity_bytes, 1 << 20);
 /// # futures::executor::block_on(disk.backend.close()).unwrap();
 /// # Ok::<(), vmem_core::VirtualMemoryError>(())
@@ -45,6 +54,7 @@ pub struct OpenedDisk {
 pub fn open_disk(
     path: Option<&Path>,
     capacity_bytes: Option<u64>,
+    driver: IoDriver,
 ) -> Result<OpenedDisk, VirtualMemoryError> {
     let (directory, data) = StoreDirectory::open(path)?;
     let capacity_bytes = match capacity_bytes {
@@ -61,14 +71,15 @@ pub fn open_disk(
         let path = directory.path().display();
         tracing::warn!(%path, "the disk tier is in memory: it takes RAM, not disk");
     }
-    let driver: Arc<dyn Driver> = Arc::new(BlockingDriver::new(data, BlockingOptions::default()));
+    let Chosen { driver, kind, direct, notes } = choose(driver, data, || directory.scratch())?;
     let (path, tmpfs) = (directory.path().to_owned(), directory.is_tmpfs());
-    let described = driver.describe();
     Ok(OpenedDisk {
         backend: DiskTier::in_directory(driver, capacity_bytes, directory),
         path,
         capacity_bytes,
         tmpfs,
-        driver: described,
+        driver: kind,
+        direct,
+        notes,
     })
 }

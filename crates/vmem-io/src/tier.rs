@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use vmem_core::backend::{
     CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf, ReadChunk,
+    StagingMemory,
 };
 
 use crate::directory::StoreDirectory;
@@ -193,6 +194,10 @@ impl DiskBackend for DiskTier {
             }
         }
         .boxed()
+    }
+
+    fn register(&self, memory: StagingMemory) -> io::Result<()> {
+        self.inner.driver.register(memory)
     }
 
     fn footprint(&self, len: u32) -> u64 {

@@ -27,7 +27,7 @@ fn driver(
     queue_max: usize,
 ) -> (BlockingDriver<SharedFile>, Arc<FaultyFile>) {
     let file = Arc::new(FaultyFile::new(script));
-    let options = BlockingOptions { threads_max, queue_max, block_bytes: 512 };
+    let options = BlockingOptions { threads_max, queue_max, ..Default::default() };
     let driver = BlockingDriver::new(SharedFile(Arc::clone(&file)), options);
     (driver, file)
 }

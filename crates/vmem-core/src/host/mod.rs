@@ -24,4 +24,5 @@ mod spans;
 mod staging;
 
 pub(crate) use arena::{HostArena, HostSlot, NoRoom};
+pub use staging::StagingMemory;
 pub(crate) use staging::{StagingPiece, StagingPool};

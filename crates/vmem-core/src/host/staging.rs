@@ -25,6 +25,7 @@ const PIECES_WANTED: usize = 8;
 pub(crate) struct StagingPool {
     mapping: Mapping,
     piece_bytes: usize,
+    pieces: usize,
     free: Mutex<Vec<u32>>,
     permits: Arc<Semaphore>,
 }
@@ -44,6 +45,7 @@ impl StagingPool {
         Ok(Arc::new(StagingPool {
             mapping: Mapping::reserve(pieces * piece_bytes)?,
             piece_bytes,
+            pieces,
             free: Mutex::new((0..pieces as u32).rev().collect()),
             permits: Arc::new(Semaphore::new(pieces)),
         }))
@@ -60,6 +62,30 @@ impl StagingPool {
         let permit = permit.expect("invariant: the semaphore is never closed");
         let number = self.free.lock().pop().expect("invariant: as many pieces as permits");
         StagingPiece { pool: self.clone(), number, _permit: permit }
+    }
+}
+
+/// The staging reserve as a whole, for a backend that registers memory with a device.
+///
+/// It stays mapped, and none of its pages is given back to the system, as long as this lives. Its
+/// bytes belong to whoever holds the pieces.
+#[derive(Clone, Debug)]
+pub struct StagingMemory(Arc<StagingPool>);
+
+impl StagingMemory {
+    pub(crate) fn new(pool: Arc<StagingPool>) -> Self {
+        StagingMemory(pool)
+    }
+
+    /// Where it begins; the provenance of the memory is exposed.
+    pub fn address(&self) -> usize {
+        self.0.mapping.at(0).as_ptr().expose_provenance()
+    }
+
+    /// Its length, in bytes: not zero.
+    #[allow(clippy::len_without_is_empty, reason = "it never is")]
+    pub fn len(&self) -> usize {
+        self.0.pieces * self.0.piece_bytes
     }
 }
 

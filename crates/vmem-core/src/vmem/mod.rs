@@ -9,6 +9,7 @@ mod read;
 mod residency;
 mod write;
 
+use std::io;
 use std::sync::Arc;
 
 use futures::Stream;
@@ -18,7 +19,7 @@ pub use place::{PinGuard, Prefetch};
 pub use residency::Residency;
 
 use crate::actor::{self, Outcome};
-use crate::backend::Backends;
+use crate::backend::{Backends, StagingMemory};
 use crate::capabilities::Capabilities;
 use crate::config::VirtualMemoryConfig;
 use crate::error::VirtualMemoryError;
@@ -74,9 +75,14 @@ impl VirtualMemory {
     pub fn with_backends(config: &VirtualMemoryConfig, backends: Backends) -> Result<Self> {
         let limits = Limits::of(config, backends.host_capacity_bytes)?;
         let (requests, inbox) = actor::channels();
-        let capabilities = backends.capabilities;
+        let mut capabilities = backends.capabilities;
         let vram_reason = capabilities.vram_reason.clone();
         let shared = Shared::new(config, limits, backends.disk, requests, vram_reason)?;
+        if let Err(error) = shared.disk.register(StagingMemory::new(shared.staging.clone()))
+            && error.kind() != io::ErrorKind::Unsupported
+        {
+            capabilities.disk_notes.push(format!("registered memory: {error}").into());
+        }
         let outcome = actor::start(shared.clone(), inbox);
         let lifetime = Lifetime { shared: shared.clone(), capabilities, outcome };
         Ok(VirtualMemory { shared, lifetime: Arc::new(lifetime) })

@@ -8,21 +8,37 @@
 //! the disk tier alone.
 
 mod blocking;
+mod choose;
+mod direct;
 mod file;
+mod job;
+mod memory;
 mod pool;
+mod queued;
+#[cfg(target_os = "linux")]
+mod reactor;
+#[cfg(target_os = "linux")]
+mod tokio_uring;
 
 use std::any::Any;
 use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use vmem_core::backend::IoBuf;
+use vmem_core::backend::{IoBuf, StagingMemory};
 
 pub use blocking::{BlockingDriver, BlockingOptions};
+pub(crate) use choose::{Chosen, choose};
+pub use direct::Alignment;
 pub use file::PositionalFile;
+#[cfg(target_os = "linux")]
+pub use reactor::ReactorDriver;
+#[cfg(target_os = "linux")]
+pub use tokio_uring::TokioUringDriver;
 
 /// Positional I/O on one file.
 ///
@@ -65,11 +81,57 @@ pub trait Driver: fmt::Debug + Send + Sync + 'static {
         true
     }
 
+    /// Registers memory, from which and to which much will be transferred, with the kernel, so that it need not
+    /// be pinned for each operation. The driver keeps `memory` until it has unregistered it.
+    ///
+    /// # Errors
+    ///
+    /// Why it was not; transfers work all the same.
+    fn register(&self, memory: StagingMemory) -> io::Result<()> {
+        drop(memory);
+        Err(io::Error::new(io::ErrorKind::Unsupported, "this driver registers no memory"))
+    }
+
     /// The alignment that offsets and lengths should have, in bytes, a power of two.
     fn block_bytes(&self) -> u32;
 
     /// The name of the driver and what it found, in words.
     fn describe(&self) -> Arc<str>;
+}
+
+/// How long the kernel is left alone after it was out of something.
+const RETRY_AFTER: Duration = Duration::from_millis(1);
+
+/// Limits of the io_uring drivers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingOptions {
+    /// At most so many reads and writes are accepted and not done.
+    pub queue_max: usize,
+    /// So many rings; and threads, where each ring has its own.
+    pub rings: usize,
+    /// How the file was opened.
+    pub alignment: Alignment,
+}
+
+impl Default for RingOptions {
+    /// Two rings, through the page cache.
+    fn default() -> Self {
+        RingOptions { queue_max: 256, rings: 2, alignment: Alignment::NONE }
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl RingOptions {
+    /// Limits that cannot work are moved to the nearest that can.
+    fn clamped(self) -> Self {
+        let (queue_max, rings) = (self.queue_max.clamp(1, 4096), self.rings.clamp(1, 64));
+        RingOptions { queue_max, rings, ..self }
+    }
+
+    fn bounds(self) -> queued::Bounds {
+        let RingOptions { queue_max, alignment, .. } = self;
+        queued::Bounds { queue_max, alignment, block_bytes: alignment.block_bytes() }
+    }
 }
 
 /// One contiguous read: `range` of the buffer from `offset` of the file, both in bytes.

@@ -1,0 +1,682 @@
+//! A call of the driver on its way: what it owns, and the kernel operations that it comes to.
+//!
+//! Ownership, the rule that every engine stands on: a job owns its buffers, its `Keep` and its
+//! bounce buffers from the call until its last operation has completed. An engine marks an
+//! operation as running with [`Job::start_op`] before the kernel can know of it, and hands the
+//! result of each to [`Job::complete`]. A job that is dropped while an operation runs, which only
+//! a panic can bring about, leaks what it owns: leaked memory is safe, freed memory is not.
+//! Called by `queued`, which plans and settles jobs, and by the engines, which run them.
+//!
+//! With direct I/O, offsets, lengths and memory must be aligned. What is, goes as it is; the rest
+//! goes through bounce buffers. A job whose bounce buffers exceed its part of the budget runs in
+//! several waves.
+
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use futures::channel::oneshot;
+use rustix::io::Errno;
+use tokio::sync::OwnedSemaphorePermit;
+use vmem_core::backend::IoBuf;
+
+use super::direct::Alignment;
+use super::memory::{
+    BOUNCE_JOB_BYTES, BOUNCE_MAX, Bounce, BounceBudget, BounceShare, Region, bounce_footprint,
+};
+use super::{Keep, ReadPiece, WriteRun};
+
+/// The longest single operation, in bytes. Longer transfers are several, which run at once.
+const TRANSFER_MAX: usize = 1024 * 1024;
+/// Aligned memory shorter than this is gathered with its neighbours rather than sent alone; and a
+/// read up to this long goes through one bounce buffer rather than in two parts.
+const WORTH_ALONE: usize = 64 * 1024;
+/// As many parts as one system call takes; the common `IOV_MAX`.
+const PARTS_MAX: usize = 1024;
+/// Operations of one job that run at once.
+pub(super) const WINDOW: usize = 8;
+/// Interruptions in a row, without a byte of progress, that are still taken for bad luck.
+const INTERRUPTS_MAX: u32 = 10_000;
+/// The same for a kernel that is out of something; the engine waits between these.
+const SHORTAGES_MAX: u32 = 2_000;
+
+/// What an operation does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Read,
+    Write,
+    /// Memory is not used; the length is that of the hole.
+    Punch,
+    /// Neither memory nor offset is used.
+    Sync,
+}
+
+/// What an engine hands to the kernel.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Submission {
+    pub(super) kind: Kind,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    /// Of `len` bytes, but for punches and syncs.
+    pub(super) memory: Option<Region>,
+}
+
+/// What an engine does after a completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// The operation has ended.
+    Ended,
+    /// Submit what is left of it.
+    Again,
+    /// The same, after a short while.
+    Later,
+}
+
+#[derive(Debug)]
+struct Op {
+    kind: Kind,
+    offset: u64,
+    len: u64,
+    memory: Memory,
+    /// How much of `len` is asked for: a read for alignment's sake may run into the end of the file.
+    need: u64,
+    done: u64,
+    /// Of a write that needs no bounce buffer: the run, and the part of it in which the memory begins or
+    /// a later one.
+    run: usize,
+    part: usize,
+    /// Failures without progress.
+    interrupts: u32,
+    shortages: u32,
+}
+
+#[derive(Debug)]
+enum Memory {
+    None,
+    Direct(Region),
+    /// Written from the front of a bounce buffer.
+    Gather { parts: Vec<Bytes>, bounce: Option<Bounce> },
+    /// Read to the front of a bounce buffer; `from..` of it belongs to `to` of the job's buffer.
+    Scatter { from: usize, to: Range<usize>, bounce: Option<Bounce> },
+}
+
+/// What the caller gets back, and what must not be freed before that.
+#[derive(Debug)]
+enum Cargo {
+    Read(IoBuf),
+    Write { runs: Vec<WriteRun> },
+    Punch { refused: Arc<AtomicBool> },
+    Sync,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Job {
+    cargo: Cargo,
+    keep: Keep,
+    /// In the order in which they start; what has ended stays, until the job is settled.
+    ops: Vec<Op>,
+    /// The ops of this wave end here.
+    wave_end: usize,
+    next: usize,
+    running: usize,
+    error: Option<io::Error>,
+    align: Alignment,
+    bounce_share: Option<BounceShare>,
+    pub(super) permit: Option<OwnedSemaphorePermit>,
+    reply: Option<oneshot::Sender<Box<Job>>>,
+}
+
+impl Job {
+    fn new(cargo: Cargo, keep: Keep, align: Alignment, planned: io::Result<Vec<Op>>) -> Box<Self> {
+        let (ops, error) = match planned {
+            Ok(ops) => (ops, None),
+            Err(error) => (Vec::new(), Some(error)),
+        };
+        Box::new(Job {
+            cargo,
+            keep,
+            ops,
+            wave_end: 0,
+            next: 0,
+            running: 0,
+            error,
+            align,
+            bounce_share: None,
+            permit: None,
+            reply: None,
+        })
+    }
+
+    /// Reads `pieces` of the file into `buf`.
+    pub(super) fn read(
+        mut buf: IoBuf,
+        pieces: &[ReadPiece],
+        keep: Keep,
+        align: Alignment,
+    ) -> Box<Self> {
+        let mut ops = Vec::with_capacity(pieces.len());
+        let planned =
+            pieces.iter().try_for_each(|piece| plan_read(&mut ops, &mut buf, piece, align));
+        Job::new(Cargo::Read(buf), keep, align, planned.map(|()| ops))
+    }
+
+    /// Writes `runs` to the file.
+    pub(super) fn write(runs: Vec<WriteRun>, keep: Keep, align: Alignment) -> Box<Self> {
+        let mut ops = Vec::with_capacity(runs.len());
+        let mut numbered = runs.iter().enumerate();
+        let planned = numbered.try_for_each(|(number, run)| plan_write(&mut ops, number, run, align));
+        Job::new(Cargo::Write { runs }, keep, align, planned.map(|()| ops))
+    }
+
+    /// Punches holes, unless the file system has refused that before.
+    pub(super) fn punch(ranges: &[Range<u64>], keep: Keep, refused: Arc<AtomicBool>) -> Box<Self> {
+        let ops = match refused.load(Ordering::Relaxed) {
+            true => Vec::new(),
+            false => {
+                let wanted = ranges.iter().filter(|range| !range.is_empty());
+                let hole = |r: &Range<u64>| Op::new(Kind::Punch, r.start, r.end - r.start);
+                wanted.map(hole).collect()
+            }
+        };
+        Job::new(Cargo::Punch { refused }, keep, Alignment::NONE, Ok(ops))
+    }
+
+    pub(super) fn sync() -> Box<Self> {
+        let ops = vec![Op::new(Kind::Sync, 0, 0)];
+        Job::new(Cargo::Sync, Keep::none(), Alignment::NONE, Ok(ops))
+    }
+
+    /// Sets the next wave out: what its bounce buffers take, in bytes.
+    pub(super) fn plan_wave(&mut self) -> usize {
+        let mut bytes = 0;
+        self.wave_end = self.next;
+        for op in &self.ops[self.next..] {
+            let more = op.bounce_len().map_or(0, bounce_footprint);
+            if bytes > 0 && bytes + more > BOUNCE_JOB_BYTES {
+                break;
+            }
+            bytes += more;
+            self.wave_end += 1;
+        }
+        bytes
+    }
+
+    /// Gives the wave its bounce buffers, filled with what is to be written.
+    pub(super) fn equip(&mut self, budget: &BounceBudget, share: Option<BounceShare>) {
+        for op in &mut self.ops[self.next..self.wave_end] {
+            op.equip(budget);
+        }
+        self.bounce_share = share;
+    }
+
+    /// Where the job goes when its wave is over.
+    pub(super) fn reply_to(&mut self) -> oneshot::Receiver<Box<Job>> {
+        let (sender, receiver) = oneshot::channel();
+        self.reply = Some(sender);
+        receiver
+    }
+
+    /// Whether an operation may run beside those that do.
+    pub(super) fn can_start(&self) -> bool {
+        self.next < self.wave_end && self.running < WINDOW && self.error.is_none()
+    }
+
+    /// The next operation that may run, which counts as running from now on.
+    pub(super) fn start_op(&mut self) -> Option<usize> {
+        self.can_start().then(|| {
+            self.running += 1;
+            self.next += 1;
+            self.next - 1
+        })
+    }
+
+    /// Whether any of its operations runs.
+    pub(super) fn is_running(&self) -> bool {
+        self.running > 0
+    }
+
+    /// Whether nothing of its wave runs or may be started.
+    pub(super) fn wave_is_over(&self) -> bool {
+        self.running == 0 && (self.next == self.wave_end || self.error.is_some())
+    }
+
+    /// Whether it has come to its end, good or bad.
+    pub(super) fn is_settled(&self) -> bool {
+        self.running == 0 && (self.next == self.ops.len() || self.error.is_some())
+    }
+
+    /// What is left of an operation.
+    pub(super) fn submission(&self, op: usize) -> Submission {
+        self.ops[op].submission()
+    }
+
+    /// What is left of a read, as memory: for engines whose calls return when they are done.
+    pub(super) fn target(&mut self, op: usize) -> &mut [u8] {
+        let op = &mut self.ops[op];
+        let left = op.done as usize..op.len as usize;
+        match (&mut op.memory, &mut self.cargo) {
+            (Memory::Scatter { bounce: Some(bounce), .. }, _) => &mut bounce.bytes_mut()[left],
+            (Memory::Direct(region), Cargo::Read(buf)) => {
+                let start = region.address() - Region::of(buf).address();
+                &mut buf[start + left.start..start + left.end]
+            }
+            _ => &mut [],
+        }
+    }
+
+    /// What is left of a write, or the front of it, as memory.
+    pub(super) fn sources(&self, op: usize) -> Vec<IoSlice<'_>> {
+        let op = &self.ops[op];
+        match (&op.memory, &self.cargo) {
+            (Memory::Gather { bounce: Some(bounce), .. }, _) => {
+                vec![IoSlice::new(&bounce.bytes()[op.done as usize..op.len as usize])]
+            }
+            (Memory::Direct(region), Cargo::Write { runs }) => {
+                let left = region.part(op.done as usize..op.len as usize);
+                slices_of(left, runs[op.run].parts.iter().skip(op.part))
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The kernel answered: a count, or an errno below zero.
+    pub(super) fn complete(&mut self, op: usize, result: i32) -> Step {
+        let step = self.ops[op].advance(result, u64::from(self.align.offset)).unwrap_or_else(|error| {
+            self.note(error);
+            Step::Ended
+        });
+        if step == Step::Ended {
+            self.running -= 1;
+        }
+        step
+    }
+
+    /// An operation never got to the kernel, or is given up between two attempts.
+    pub(super) fn fail(&mut self, error: io::Error) {
+        self.running -= 1;
+        self.note(error);
+    }
+
+    fn note(&mut self, error: io::Error) {
+        if let Cargo::Punch { refused } = &self.cargo
+            && error.kind() == io::ErrorKind::Unsupported
+        {
+            refused.store(true, Ordering::Relaxed);
+            self.next = self.ops.len();
+            self.wave_end = self.ops.len();
+            return;
+        }
+        self.error.get_or_insert(error);
+    }
+
+    /// Ends a job of which nothing runs with an error.
+    pub(super) fn refuse(mut self: Box<Self>, error: io::Error) {
+        self.error.get_or_insert(error);
+        self.deliver();
+    }
+
+    /// Ends a job that no engine has.
+    pub(super) fn refused(mut self: Box<Self>, error: io::Error) -> Box<Self> {
+        self.error.get_or_insert(error);
+        self
+    }
+
+    /// The wave is over: what it read goes to its place, what it borrowed goes back, and the job goes to
+    /// whoever waits for it; if nobody does, what it owns is dropped, now that nothing runs.
+    /// Called with no lock held.
+    pub(super) fn deliver(mut self: Box<Self>) {
+        debug_assert!(self.running == 0, "delivered while it runs");
+        self.unload();
+        self.permit = None;
+        if let Some(reply) = self.reply.take() {
+            drop(reply.send(self));
+        }
+    }
+
+    fn unload(&mut self) {
+        for op in &mut self.ops[..self.wave_end] {
+            op.unload(&mut self.cargo);
+        }
+        self.bounce_share = None;
+    }
+
+    /// The result of a settled job, with what it owned.
+    pub(super) fn into_result(mut self: Box<Self>) -> (Option<IoBuf>, Keep, io::Result<()>) {
+        let keep = std::mem::replace(&mut self.keep, Keep::none());
+        let buf = match std::mem::replace(&mut self.cargo, Cargo::Sync) {
+            Cargo::Read(buf) => Some(buf),
+            _ => None,
+        };
+        (buf, keep, self.error.take().map_or(Ok(()), Err))
+    }
+}
+
+/// Runs a job of each kind by `run`, on an empty file, and looks at what comes back.
+///
+/// # Errors
+///
+/// What was refused, or that other bytes came back than were written.
+pub(super) fn prove(
+    align: Alignment,
+    mut run: impl FnMut(Box<Job>) -> io::Result<Box<Job>>,
+) -> io::Result<()> {
+    const LEN: usize = 8192;
+    let budget = BounceBudget::new();
+    let mut finish = |mut job: Box<Job>| {
+        job.plan_wave();
+        job.equip(&budget, None);
+        let mut job = run(job)?;
+        // A job that came without a reply was not delivered.
+        job.unload();
+        let (buf, _, result) = job.into_result();
+        result.map(|()| buf)
+    };
+    let pattern: Vec<u8> = (0..LEN).map(|n| (n % 253) as u8 ^ 0xa5).collect();
+    let whole = ReadPiece { offset: 0, range: 0..LEN };
+    let runs = vec![WriteRun { offset: 0, parts: vec![pattern.clone().into()] }];
+    finish(Job::write(runs, Keep::none(), align))?;
+    let buf = IoBuf::from_vec(vec![0; LEN]);
+    let read = finish(Job::read(buf, &[whole], Keep::none(), align))?;
+    finish(Job::punch(&[0..4096], Keep::none(), Arc::default()))?;
+    finish(Job::sync())?;
+    match read {
+        Some(read) if read[..] == pattern[..] => Ok(()),
+        _ => Err(io::Error::other("other bytes came back than were written")),
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if self.running == 0 {
+            return;
+        }
+        tracing::error!(running = self.running, "the kernel still has a job: its memory is leaked");
+        std::mem::forget(std::mem::replace(&mut self.cargo, Cargo::Sync));
+        std::mem::forget(std::mem::replace(&mut self.keep, Keep::none()));
+        std::mem::forget(std::mem::take(&mut self.ops));
+        std::mem::forget(self.bounce_share.take());
+    }
+}
+
+impl Op {
+    fn new(kind: Kind, offset: u64, len: u64) -> Self {
+        Op {
+            kind,
+            offset,
+            len,
+            memory: Memory::None,
+            need: len,
+            done: 0,
+            run: 0,
+            part: 0,
+            interrupts: 0,
+            shortages: 0,
+        }
+    }
+
+    fn direct(kind: Kind, offset: u64, region: Region) -> Self {
+        Op { memory: Memory::Direct(region), ..Op::new(kind, offset, region.len() as u64) }
+    }
+
+    fn bounce_len(&self) -> Option<usize> {
+        match self.memory {
+            Memory::Gather { .. } | Memory::Scatter { .. } => Some(self.len as usize),
+            Memory::None | Memory::Direct(_) => None,
+        }
+    }
+
+    fn equip(&mut self, budget: &BounceBudget) {
+        let len = self.len as usize;
+        match &mut self.memory {
+            Memory::None | Memory::Direct(_) => {}
+            Memory::Scatter { bounce, .. } => *bounce = Some(budget.take(len)),
+            Memory::Gather { parts, bounce } => {
+                let mut taken = budget.take(len);
+                let mut rest = taken.bytes_mut();
+                for part in parts.drain(..) {
+                    let (front, back) = rest.split_at_mut(part.len());
+                    front.copy_from_slice(&part);
+                    rest = back;
+                }
+                *bounce = Some(taken);
+            }
+        }
+    }
+
+    fn submission(&self) -> Submission {
+        let whole = match &self.memory {
+            Memory::None => None,
+            Memory::Direct(region) => Some(*region),
+            Memory::Gather { bounce, .. } | Memory::Scatter { bounce, .. } => {
+                let bytes = bounce.as_ref().map_or(&[][..], Bounce::bytes);
+                Some(Region::of(bytes).part(0..self.len as usize))
+            }
+        };
+        Submission {
+            kind: self.kind,
+            offset: self.offset + self.done,
+            len: self.len - self.done,
+            memory: whole.map(|region| region.part(self.done as usize..self.len as usize)),
+        }
+    }
+
+    fn advance(&mut self, result: i32, align: u64) -> io::Result<Step> {
+        let Ok(moved) = u64::try_from(result) else {
+            return self.retry(io::Error::from_raw_os_error(-result), Errno::from_raw_os_error(-result));
+        };
+        if matches!(self.kind, Kind::Punch | Kind::Sync) {
+            return Ok(Step::Ended);
+        }
+        let total = (self.done + moved).min(self.len);
+        // What is left must start at a block again; the part of a block is moved once more.
+        let whole = total - total % align;
+        if total < self.need && whole > self.done {
+            self.done = whole;
+            (self.interrupts, self.shortages) = (0, 0);
+            return Ok(Step::Again);
+        }
+        self.done = total;
+        match self.kind {
+            _ if total >= self.need => Ok(Step::Ended),
+            Kind::Write => Err(io::ErrorKind::WriteZero.into()),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    fn retry(&mut self, error: io::Error, errno: Errno) -> io::Result<Step> {
+        match errno {
+            // The thread that submitted it has ended: the kernel cancels what it had not begun.
+            Errno::INTR | Errno::CANCELED if self.interrupts < INTERRUPTS_MAX => {
+                self.interrupts += 1;
+                Ok(Step::Again)
+            }
+            Errno::AGAIN | Errno::NOMEM | Errno::BUSY | Errno::NOBUFS
+                if self.shortages < SHORTAGES_MAX =>
+            {
+                self.shortages += 1;
+                Ok(Step::Later)
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// Gives the bounce buffer back; what was read to it goes to its place in the job's buffer.
+    fn unload(&mut self, cargo: &mut Cargo) {
+        match &mut self.memory {
+            Memory::None | Memory::Direct(_) => {}
+            Memory::Gather { bounce, .. } => *bounce = None,
+            Memory::Scatter { from, to, bounce } => {
+                let Some(bounce) = bounce.take() else { return };
+                let arrived = (self.done.min(self.need) as usize).saturating_sub(*from);
+                let to = to.start..to.start + arrived.min(to.len());
+                if let Cargo::Read(buf) = cargo
+                    && let Some(target) = buf.get_mut(to)
+                {
+                    target.copy_from_slice(&bounce.bytes()[*from..*from + target.len()]);
+                }
+            }
+        }
+    }
+}
+
+fn plan_read(
+    ops: &mut Vec<Op>,
+    buf: &mut IoBuf,
+    piece: &ReadPiece,
+    align: Alignment,
+) -> io::Result<()> {
+    let target = buf.get_mut(piece.range.clone()).ok_or_else(outside)?;
+    check_end(piece.offset, target.len() as u64)?;
+    let (len, region, block) = (target.len(), Region::of_mut(target), align.offset as usize);
+    let begins = piece.offset.is_multiple_of(block as u64) && region.is_aligned(align.memory as usize);
+    let whole = len - len % block;
+    let direct = match begins {
+        true if whole == len || len > WORTH_ALONE => whole,
+        _ => 0,
+    };
+    for part in parts_of(direct) {
+        ops.push(Op::direct(Kind::Read, piece.offset + part.start as u64, region.part(part)));
+    }
+    let mut at = direct;
+    while at < len {
+        let offset = piece.offset + at as u64;
+        let from = (offset % block as u64) as usize;
+        let take = (BOUNCE_MAX - from).min(len - at);
+        let start = piece.range.start + at;
+        let memory = Memory::Scatter { from, to: start..start + take, bounce: None };
+        let read = (from + take).next_multiple_of(block) as u64;
+        let need = (from + take) as u64;
+        ops.push(Op { memory, need, ..Op::new(Kind::Read, offset - from as u64, read) });
+        at += take;
+    }
+    Ok(())
+}
+
+fn plan_write(
+    ops: &mut Vec<Op>,
+    number: usize,
+    run: &WriteRun,
+    align: Alignment,
+) -> io::Result<()> {
+    let (total, block) = (run.len(), u64::from(align.offset));
+    check_end(run.offset, total)?;
+    if !run.offset.is_multiple_of(block) || !total.is_multiple_of(block) {
+        let why = "direct I/O writes whole blocks";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
+    let mut gather = Gathered { ops, offset: run.offset, parts: Vec::new(), len: 0 };
+    let mut parts = &run.parts[..];
+    while let Some((stretch, count)) = stretch(parts) {
+        let first = run.parts.len() - parts.len();
+        let here = &parts[..count];
+        parts = &parts[count..];
+        let at = gather.offset + gather.len as u64;
+        let begins = at.is_multiple_of(block) && stretch.is_aligned(align.memory as usize);
+        let whole = stretch.len() - stretch.len() % block as usize;
+        let alone = gather.len == 0 && parts.iter().all(Bytes::is_empty) && whole == stretch.len();
+        let mut skip = 0;
+        if begins && whole > 0 && (stretch.len() >= WORTH_ALONE || alone) {
+            gather.flush();
+            for part in parts_of(whole) {
+                let offset = at + part.start as u64;
+                let op = Op::direct(Kind::Write, offset, stretch.part(part));
+                gather.ops.push(Op { run: number, part: first, ..op });
+            }
+            gather.offset = at + whole as u64;
+            skip = whole;
+        }
+        for part in here {
+            let skipped = skip.min(part.len());
+            skip -= skipped;
+            gather.add(part.slice(skipped..));
+        }
+    }
+    gather.flush();
+    Ok(())
+}
+
+/// The front of a region as slices of the parts that it was made of.
+fn slices_of<'a>(region: Region, parts: impl Iterator<Item = &'a Bytes>) -> Vec<IoSlice<'a>> {
+    let mut slices = Vec::new();
+    let mut left = region;
+    for part in parts {
+        let whole = Region::of(part);
+        if left.len() == 0 || slices.len() == PARTS_MAX {
+            break;
+        }
+        if whole.len() > 0 && whole.contains(left.part(0..1)) {
+            let start = left.address() - whole.address();
+            let end = (start + left.len()).min(part.len());
+            slices.push(IoSlice::new(&part[start..end]));
+            left = left.part(end - start..left.len());
+        }
+    }
+    slices
+}
+
+/// The longest front of `parts` that is contiguous in memory, and how many parts that is.
+fn stretch(parts: &[Bytes]) -> Option<(Region, usize)> {
+    let mut region = Region::of(parts.first()?);
+    let mut count = 1;
+    for part in &parts[1..] {
+        match region.joined(Region::of(part)) {
+            Some(joined) => region = joined,
+            None if part.is_empty() => {}
+            None => break,
+        }
+        count += 1;
+    }
+    Some((region, count))
+}
+
+/// Small or unaligned parts on their way into bounce buffers.
+struct Gathered<'a> {
+    ops: &'a mut Vec<Op>,
+    offset: u64,
+    parts: Vec<Bytes>,
+    len: usize,
+}
+
+impl Gathered<'_> {
+    fn add(&mut self, mut bytes: Bytes) {
+        while !bytes.is_empty() {
+            let front = bytes.split_to(bytes.len().min(BOUNCE_MAX - self.len));
+            self.len += front.len();
+            self.parts.push(front);
+            if self.len == BOUNCE_MAX {
+                self.flush();
+            }
+        }
+    }
+
+    fn flush(&mut self) {
+        if self.len == 0 {
+            return;
+        }
+        let memory = Memory::Gather { parts: std::mem::take(&mut self.parts), bounce: None };
+        self.ops.push(Op { memory, ..Op::new(Kind::Write, self.offset, self.len as u64) });
+        self.offset += self.len as u64;
+        self.len = 0;
+    }
+}
+
+/// `0..len` in parts of [`TRANSFER_MAX`].
+fn parts_of(len: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len).step_by(TRANSFER_MAX).map(move |start| start..(start + TRANSFER_MAX).min(len))
+}
+
+/// Offsets are signed in the kernel, and the largest of them has a meaning of its own.
+fn check_end(offset: u64, len: u64) -> io::Result<()> {
+    let end = offset.checked_add(len).ok_or_else(outside)?;
+    match i64::try_from(end) {
+        Ok(end) if end < i64::MAX - BOUNCE_MAX as i64 => Ok(()),
+        _ => Err(outside()),
+    }
+}
+
+fn outside() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "a transfer outside of its buffer or file")
+}
