@@ -12,6 +12,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use common::{eventually, random_bytes, rng};
 use rand::Rng;
+use vmem_core::IoDriver;
 use vmem_core::backend::{DiskBackend, DiskError, Extent, IoBuf, ReadChunk};
 use vmem_io::{DATA_FILE, OpenedDisk, open_disk};
 
@@ -27,7 +28,7 @@ struct Store {
 fn store(capacity: u64) -> Store {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store");
-    let disk = open_disk(Some(&path), Some(capacity)).unwrap();
+    let disk = open_disk(Some(&path), Some(capacity), IoDriver::Auto).unwrap();
     let file = OpenOptions::new().read(true).write(true).open(path.join(DATA_FILE));
     Store { disk, file: file.unwrap(), _directory: directory }
 }
@@ -181,7 +182,7 @@ async fn after_close_everything_is_closed_and_the_files_are_gone() {
     drop(extents);
     assert_eq!(backend.usage().used_bytes, 0);
     // The lock went, although the backend is still there.
-    let again = open_disk(Some(&store.disk.path), Some(MIB)).unwrap();
+    let again = open_disk(Some(&store.disk.path), Some(MIB), IoDriver::Auto).unwrap();
     again.backend.close().await.unwrap();
 }
 
@@ -225,7 +226,7 @@ async fn ten_times_the_capacity_goes_through() {
     backend.close().await.unwrap();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_file_shrinks_when_objects_go() {
     let store = store(32 * MIB);
     let backend = &store.disk.backend;
@@ -270,7 +271,7 @@ async fn a_full_file_system_is_reported_and_recovers() {
     };
     let other = mount.0.join("other");
     std::fs::write(&other, vec![1; 2 << 20]).unwrap();
-    let disk = open_disk(Some(&mount.0), Some(64 * MIB)).unwrap();
+    let disk = open_disk(Some(&mount.0), Some(64 * MIB), IoDriver::Auto).unwrap();
     assert!(disk.tmpfs && disk.backend.describe().contains("tmpfs"));
     let backend = &disk.backend;
     let payload = [Bytes::from(vec![3; 65536])];
@@ -321,7 +322,7 @@ async fn a_file_system_for_reading_only_is_refused_by_name() {
     let Some(mount) = Mounted::new("ro,size=1m") else {
         return;
     };
-    let error = open_disk(Some(&mount.0), Some(MIB)).unwrap_err().to_string();
+    let error = open_disk(Some(&mount.0), Some(MIB), IoDriver::Auto).unwrap_err().to_string();
     assert!(error.contains(mount.0.to_str().unwrap()), "{error}");
     assert!(error.contains("Read-only"), "{error}");
 }
