@@ -680,3 +680,6 @@ fn check_end(offset: u64, len: u64) -> io::Result<()> {
 fn outside() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, "a transfer outside of its buffer or file")
 }
+
+#[cfg(test)]
+mod tests;
