@@ -6,8 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vmem_core::{IoDriver, VirtualMemoryError};
 use vmem_core::backend::{CHUNK_BYTES, DiskBackend};
+use vmem_core::{IoDriver, VirtualMemoryError};
 
 use crate::directory::StoreDirectory;
 use crate::driver::{Chosen, choose};

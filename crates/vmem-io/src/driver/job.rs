@@ -97,9 +97,16 @@ enum Memory {
     None,
     Direct(Region),
     /// Written from the front of a bounce buffer.
-    Gather { parts: Vec<Bytes>, bounce: Option<Bounce> },
+    Gather {
+        parts: Vec<Bytes>,
+        bounce: Option<Bounce>,
+    },
     /// Read to the front of a bounce buffer; `from..` of it belongs to `to` of the job's buffer.
-    Scatter { from: usize, to: Range<usize>, bounce: Option<Bounce> },
+    Scatter {
+        from: usize,
+        to: Range<usize>,
+        bounce: Option<Bounce>,
+    },
 }
 
 /// What the caller gets back, and what must not be freed before that.
@@ -167,7 +174,8 @@ impl Job {
     pub(super) fn write(runs: Vec<WriteRun>, keep: Keep, align: Alignment) -> Box<Self> {
         let mut ops = Vec::with_capacity(runs.len());
         let mut numbered = runs.iter().enumerate();
-        let planned = numbered.try_for_each(|(number, run)| plan_write(&mut ops, number, run, align));
+        let planned =
+            numbered.try_for_each(|(number, run)| plan_write(&mut ops, number, run, align));
         Job::new(Cargo::Write { runs }, keep, align, planned.map(|()| ops))
     }
 
@@ -284,10 +292,11 @@ impl Job {
 
     /// The kernel answered: a count, or an errno below zero.
     pub(super) fn complete(&mut self, op: usize, result: i32) -> Step {
-        let step = self.ops[op].advance(result, u64::from(self.align.offset)).unwrap_or_else(|error| {
-            self.note(error);
-            Step::Ended
-        });
+        let step =
+            self.ops[op].advance(result, u64::from(self.align.offset)).unwrap_or_else(|error| {
+                self.note(error);
+                Step::Ended
+            });
         if step == Step::Ended {
             self.running -= 1;
         }
@@ -465,7 +474,8 @@ impl Op {
 
     fn advance(&mut self, result: i32, align: u64) -> io::Result<Step> {
         let Ok(moved) = u64::try_from(result) else {
-            return self.retry(io::Error::from_raw_os_error(-result), Errno::from_raw_os_error(-result));
+            return self
+                .retry(io::Error::from_raw_os_error(-result), Errno::from_raw_os_error(-result));
         };
         if matches!(self.kind, Kind::Punch | Kind::Sync) {
             return Ok(Step::Ended);
@@ -531,7 +541,8 @@ fn plan_read(
     let target = buf.get_mut(piece.range.clone()).ok_or_else(outside)?;
     check_end(piece.offset, target.len() as u64)?;
     let (len, region, block) = (target.len(), Region::of_mut(target), align.offset as usize);
-    let begins = piece.offset.is_multiple_of(block as u64) && region.is_aligned(align.memory as usize);
+    let begins =
+        piece.offset.is_multiple_of(block as u64) && region.is_aligned(align.memory as usize);
     let whole = len - len % block;
     let direct = match begins {
         true if whole == len || len > WORTH_ALONE => whole,

@@ -98,7 +98,10 @@ impl<E: Engine> Queued<E> {
     }
 
     /// Starts the job now if there is room, and drives it to its end.
-    fn run(&self, job: Box<Job>) -> impl Future<Output = Option<Box<Job>>> + Send + 'static + use<E> {
+    fn run(
+        &self,
+        job: Box<Job>,
+    ) -> impl Future<Output = Option<Box<Job>>> + Send + 'static + use<E> {
         let core = Arc::clone(&self.core);
         let mut state = core.try_start(job);
         async move {

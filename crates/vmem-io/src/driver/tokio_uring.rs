@@ -37,8 +37,8 @@ use super::closed_error;
 use super::direct::Alignment;
 use super::job::{self, Job, Kind, Step, Submission};
 use super::memory::Region;
-use super::{RETRY_AFTER, RingOptions};
 use super::queued::{Engine, Queued};
+use super::{RETRY_AFTER, RingOptions};
 
 /// Entries of the submission queue; the completion queue has twice as many.
 const ENTRIES: u32 = 512;

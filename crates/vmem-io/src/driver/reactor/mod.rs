@@ -216,7 +216,12 @@ impl fmt::Debug for Reactor {
 impl Lane {
     fn new(ring: Ring) -> Self {
         Lane {
-            state: Mutex::new(State { ring: Some(ring), closing: false, refusal: None, stuck_since: None }),
+            state: Mutex::new(State {
+                ring: Some(ring),
+                closing: false,
+                refusal: None,
+                stuck_since: None,
+            }),
             kick: Notify::new(),
             idle: Notify::new(),
         }
