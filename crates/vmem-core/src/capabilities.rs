@@ -19,6 +19,9 @@ pub struct Capabilities {
     /// Whether the disk tier bypasses the page cache (`O_DIRECT`). If not, each write is followed by a sync,
     /// shared with others, before memory relies on it.
     pub disk_direct: bool,
+    /// Whether staging memory is registered with the driver, which then moves large pieces through it at
+    /// less cost.
+    pub staging_registered: bool,
     /// What would have been better and was refused, each with its cause.
     pub disk_notes: Vec<Arc<str>>,
     /// The directory of the store.
@@ -38,6 +41,7 @@ impl Capabilities {
             disk,
             disk_driver: None,
             disk_direct: false,
+            staging_registered: false,
             disk_notes: Vec::new(),
             disk_path: None,
             disk_is_tmpfs: false,

@@ -78,10 +78,12 @@ impl VirtualMemory {
         let mut capabilities = backends.capabilities;
         let vram_reason = capabilities.vram_reason.clone();
         let shared = Shared::new(config, limits, backends.disk, requests, vram_reason)?;
-        if let Err(error) = shared.disk.register(StagingMemory::new(shared.staging.clone()))
-            && error.kind() != io::ErrorKind::Unsupported
-        {
-            capabilities.disk_notes.push(format!("registered memory: {error}").into());
+        match shared.disk.register(StagingMemory::new(shared.staging.clone())) {
+            Ok(()) => capabilities.staging_registered = true,
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+            Err(error) => {
+                capabilities.disk_notes.push(format!("registered memory: {error}").into());
+            }
         }
         let outcome = actor::start(shared.clone(), inbox);
         let lifetime = Lifetime { shared: shared.clone(), capabilities, outcome };
