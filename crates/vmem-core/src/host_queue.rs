@@ -86,6 +86,8 @@ struct Queue {
     next_ticket: u64,
     demand: VecDeque<Waiter>,
     prefetch: VecDeque<Waiter>,
+    /// Nobody makes room any more.
+    closed: bool,
 }
 
 impl Queue {
@@ -188,7 +190,9 @@ impl HostQueue {
         let mut queue = self.queue.lock();
         let ticket = queue.next_ticket;
         queue.next_ticket += 1;
-        queue.of(need.class).push_back(Waiter { ticket, need, footprint, passed: 0, reply });
+        if !queue.closed {
+            queue.of(need.class).push_back(Waiter { ticket, need, footprint, passed: 0, reply });
+        }
         self.waiters.store(queue.len(), Ordering::SeqCst);
         drop(queue);
         self.wake.add_waiting();
@@ -260,6 +264,12 @@ impl HostQueue {
             }
         }
         bytes
+    }
+
+    /// Nobody makes room any more: those who wait, and those who would, get `Closed`.
+    pub(crate) fn close(&self) {
+        self.queue.lock().closed = true;
+        self.refuse(|_, _| Some(Refused::Error(VirtualMemoryError::Closed)));
     }
 
     /// Refuses those for whom `verdict` has an answer.

@@ -11,6 +11,8 @@
 //!   allocations, releases -----> wake -------+       ^------------ their ends ---------+
 //! ```
 //!
+//! A read that leaves the object where it is moves nothing between tiers and needs no decision: whoever
+//! reads starts its task at once ([`Requests::read_now`]), which spares two switches between tasks.
 //! Requests for room do not come through the channels: they stand in the queue of object space
 //! (`host_queue.rs`), where the actor sees them whole. Started by `VirtualMemory::with_backends`.
 
@@ -20,14 +22,14 @@ mod request;
 use std::future::Future;
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, watch};
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 pub(crate) use request::{Move, PrefetchEnd, Request, Requests};
 
 use crate::error::VirtualMemoryError;
-use crate::host_queue::Refused;
 use crate::shared::Shared;
 
 /// Requests of one class that wait in its channel; a caller beyond that waits as a future.
@@ -57,13 +59,16 @@ pub(crate) type Outcome = Option<Result<(), VirtualMemoryError>>;
 pub(crate) struct Inbox {
     demand: mpsc::Receiver<Request>,
     ahead: mpsc::Receiver<Request>,
+    /// Permits of the reads that are started past the channels.
+    reads: Arc<Semaphore>,
 }
 
 /// The channels between the store and its actor.
 pub(crate) fn channels() -> (Requests, Inbox) {
     let (demand_tx, demand) = mpsc::channel(QUEUE_MAX);
     let (ahead_tx, ahead) = mpsc::channel(QUEUE_MAX);
-    (Requests::new(demand_tx, ahead_tx), Inbox { demand, ahead })
+    let reads = Arc::new(Semaphore::new(DEMAND_MAX));
+    (Requests::new(demand_tx, ahead_tx, reads.clone()), Inbox { demand, ahead, reads })
 }
 
 /// Starts the actor on the current runtime. The receiver gets the outcome of its end.
@@ -77,7 +82,8 @@ pub(crate) fn start(shared: Arc<Shared>, inbox: Inbox) -> watch::Receiver<Outcom
         ahead: 0,
         evict: evict::Evictor::default(),
     };
-    spawn_named("vmem-actor", actor.run(done));
+    let runtime = actor.shared.runtime.clone();
+    spawn_named(&runtime, "vmem-actor", actor.run(done));
     outcome
 }
 
@@ -88,6 +94,14 @@ struct Actor {
     demand: usize,
     ahead: usize,
     evict: evict::Evictor,
+}
+
+/// However it ends, with its runtime too: nobody waits for what the actor alone brings about.
+impl Drop for Actor {
+    fn drop(&mut self) {
+        self.shared.set_closed();
+        self.shared.host.close();
+    }
 }
 
 impl Actor {
@@ -176,17 +190,14 @@ impl Actor {
         while let Some(request) = self.inbox.ahead.recv().await {
             request.refuse(VirtualMemoryError::Closed);
         }
-        loop {
-            let closed = |_: &_, _| Some(Refused::Error(VirtualMemoryError::Closed));
-            self.shared.host.refuse(closed);
-            tokio::select! {
-                biased;
-                ended = self.tasks.join_next() => match ended {
-                    Some(ended) => self.account(ended),
-                    None => break,
-                },
-                () = self.shared.wake.asleep() => {}
-            }
+        self.shared.host.close();
+        while let Some(ended) = self.tasks.join_next().await {
+            self.account(ended);
+        }
+        // Reads that were started past the channels have ended when all their permits are here, and
+        // none is started after that: the permits stay.
+        if let Ok(all) = self.inbox.reads.acquire_many(DEMAND_MAX as u32).await {
+            all.forget();
         }
         self.shared.events.end();
         let closed = self.shared.disk.close().await;
@@ -202,15 +213,15 @@ async fn sleep_until(at: Option<Instant>) {
 }
 
 /// Spawns a task with a name that tokio-console shows.
-fn spawn_named<F>(name: &str, future: F)
+pub(super) fn spawn_named<F>(runtime: &Handle, name: &str, future: F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
     #[cfg(all(tokio_unstable, feature = "tokio-console"))]
-    let spawned = tokio::task::Builder::new().name(name).spawn(future).map(drop);
+    let spawned = tokio::task::Builder::new().name(name).spawn_on(future, runtime).map(drop);
     #[cfg(not(all(tokio_unstable, feature = "tokio-console")))]
     let spawned = {
-        drop(tokio::spawn(future));
+        drop(runtime.spawn(future));
         Ok::<(), std::io::Error>(())
     };
     if let Err(error) = spawned {

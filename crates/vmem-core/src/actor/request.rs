@@ -4,15 +4,17 @@
 //! itself goes, by the drop of its reply. Sent by the public methods.
 
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
+use futures::FutureExt;
 use futures::channel::oneshot as shared_oneshot;
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 
-use super::Ended;
+use super::{Ended, spawn_named};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::host_queue::Class;
@@ -177,11 +179,38 @@ async fn prefetch(
 pub(crate) struct Requests {
     demand: mpsc::Sender<Request>,
     ahead: mpsc::Sender<Request>,
+    reads: Arc<Semaphore>,
 }
 
 impl Requests {
-    pub(super) fn new(demand: mpsc::Sender<Request>, ahead: mpsc::Sender<Request>) -> Self {
-        Requests { demand, ahead }
+    pub(super) fn new(
+        demand: mpsc::Sender<Request>,
+        ahead: mpsc::Sender<Request>,
+        reads: Arc<Semaphore>,
+    ) -> Self {
+        Requests { demand, ahead, reads }
+    }
+
+    /// Starts a read that moves nothing between tiers as a task of its own, past the actor. If it
+    /// is to stay, or too many are under way, or the actor is gone, the request comes back.
+    pub(crate) fn read_now(&self, request: Request) -> Result<(), Request> {
+        let Request::Fetch { job, .. } = &request else { return Err(request) };
+        if job.stay || job.class != Class::Demand || self.demand.is_closed() {
+            return Err(request);
+        }
+        let Ok(permit) = self.reads.clone().try_acquire_owned() else { return Err(request) };
+        let shared = job.object.shared.clone();
+        let runtime = shared.runtime.clone();
+        let served = async move {
+            // A migration never panics; if one does, the store is not to be trusted with more.
+            if AssertUnwindSafe(request.serve()).catch_unwind().await.is_err() {
+                tracing::error!(target: "vmem::actor", "a read ended in a panic");
+                shared.set_closed();
+            }
+            drop(permit);
+        };
+        spawn_named(&runtime, "vmem-read", served);
+        Ok(())
     }
 
     fn channel(&self, request: &Request) -> &mpsc::Sender<Request> {

@@ -281,10 +281,10 @@ impl VirtualMemory {
                 deadline: how.deadline,
                 unwanted: None,
             };
-            self.shared
-                .requests
-                .send(Request::Fetch { job, flight: flight.downgrade(), reply })
-                .await;
+            let request = Request::Fetch { job, flight: flight.downgrade(), reply };
+            if let Err(request) = self.shared.requests.read_now(request) {
+                self.shared.requests.send(request).await;
+            }
         }
         match tokio::time::timeout_at(how.deadline, flight.clone()).await {
             // It gave up at the deadline of whoever started it; ours is later.
