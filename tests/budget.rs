@@ -115,6 +115,7 @@ async fn scenario_13_resident_memory_within_the_budgets() {
     let until = Instant::now() + Duration::from_secs(seconds.unwrap_or(3));
     let mut rng = SmallRng::seed_from_u64(seed());
     let config = VirtualMemoryConfig::builder()
+        .io_driver(vmem_testkit::driver_under_test())
         .host_capacity(HOST_CAPACITY as u64)
         .disk_capacity(2 * WORKING_SET as u64)
         .wait_timeout(Duration::from_secs(10))

@@ -44,6 +44,7 @@ impl Drop for Tmpfs {
 
 async fn open(path: &Path) -> VirtualMemory {
     let config = VirtualMemoryConfig::builder()
+        .io_driver(vmem_testkit::driver_under_test())
         .disk_path(path.join("store"))
         .host_capacity(4 * MIB as u64)
         .disk_capacity(256 * MIB as u64)

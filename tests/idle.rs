@@ -20,6 +20,7 @@ fn cpu() -> Duration {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_27_idle_costs_nothing() {
     let config = VirtualMemoryConfig::builder()
+        .io_driver(vmem_testkit::driver_under_test())
         .host_capacity(8 << 20)
         .disk_capacity(256 << 20)
         .build()

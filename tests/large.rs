@@ -10,6 +10,7 @@ const MIB: usize = 1 << 20;
 
 async fn store(host: usize, disk: usize) -> VirtualMemory {
     let config = VirtualMemoryConfig::builder()
+        .io_driver(vmem_testkit::driver_under_test())
         .host_capacity(host as u64)
         .disk_capacity(disk as u64)
         .build()

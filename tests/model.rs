@@ -23,11 +23,11 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 use rand::rngs::SmallRng;
 use vmem::{PolicyKind, Promotion, VirtualMemoryConfig};
-use vmem_io::driver::{BlockingDriver, BlockingOptions};
 use vmem_testkit::seed::SEED_VARIABLE;
 use vmem_testkit::sim::Speed;
 use vmem_testkit::{
     DelayDriver, Errno, Fault, FaultDriver, FaultPlan, OpKind, Seed, SimConfig, SimDriver, When,
+    driver_under_test, real_driver,
 };
 
 use task::Task;
@@ -152,11 +152,10 @@ fn simulated(seed: Seed, trouble: Trouble) -> Trace {
 /// One run over a real file, on two threads and the real clock.
 fn real(seed: Seed, trouble: Trouble) -> Trace {
     let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build();
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.unwrap().block_on(async {
         let mut rng = seed.fork("shape").rng();
-        let file = tempfile::tempfile().unwrap();
-        let driver = Arc::new(BlockingDriver::new(file, BlockingOptions::default()));
+        let driver = real_driver(driver_under_test(), &std::env::temp_dir()).unwrap();
         let faulty = FaultDriver::new(driver, seed.fork("faults"));
         let world = World::open(seed, trouble, &config(&mut rng), &mut rng, faulty, None);
         run(seed, world).await

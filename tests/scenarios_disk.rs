@@ -38,6 +38,7 @@ async fn check(vmem: &VirtualMemory, objects: &[(u64, VMemHandle)]) {
 async fn scenario_31_memory_is_given_back_beside_registered_reads() {
     let dir = tempfile::tempdir().unwrap();
     let config = VirtualMemoryConfig::builder()
+        .io_driver(vmem_testkit::driver_under_test())
         .disk_path(dir.path())
         .host_capacity(12 * MIB as u64)
         .staging_capacity(4 * MIB as u64)

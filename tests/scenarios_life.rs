@@ -18,6 +18,7 @@ const MIB: usize = 1 << 20;
 
 fn small() -> VirtualMemoryConfigBuilder {
     VirtualMemoryConfig::builder()
+        .io_driver(vmem_testkit::driver_under_test())
         .host_capacity(4 * MIB as u64)
         .disk_capacity(64 * MIB as u64)
         .wait_timeout(Duration::from_secs(5))

@@ -185,6 +185,7 @@ async fn odd_sizes_every_operation() {
 async fn odd_sizes_on_a_real_disk() {
     let dir = tempfile::tempdir().unwrap();
     let config = vmem::VirtualMemoryConfig::builder()
+        .io_driver(vmem_testkit::driver_under_test())
         .disk_path(dir.path())
         .host_capacity((SPACE + common::STAGING) as u64)
         .staging_capacity(common::STAGING as u64)

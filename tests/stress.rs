@@ -318,6 +318,7 @@ async fn every_operation_at_random() {
     let seed: u64 = std::env::var("VMEM_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(7);
     println!("VMEM_SEED={seed} VMEM_STRESS_SECONDS={seconds}");
     let config = VirtualMemoryConfig::builder()
+        .io_driver(vmem_testkit::driver_under_test())
         .host_capacity(HOST_CAPACITY)
         .disk_capacity(512 << 20)
         .wait_timeout(Duration::from_secs(5))

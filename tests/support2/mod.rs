@@ -39,6 +39,7 @@ pub(crate) fn over(
 /// A real store in this directory.
 pub(crate) fn real_config(dir: &Path, host: usize, disk: usize) -> VirtualMemoryConfig {
     VirtualMemoryConfig::builder()
+        .io_driver(vmem_testkit::driver_under_test())
         .disk_path(dir)
         .host_capacity(host as u64)
         .disk_capacity(disk as u64)

@@ -6,13 +6,15 @@
 //! Reading order: [`seed`] starts a test; [`sim`] is the disk under it; [`fault`] and [`decorate`]
 //! make that disk fail, wait, stand still or tell; [`cancel`] drops futures at every point;
 //! [`model`] knows which bytes a read may return; [`conformance`] is what every driver and every
-//! disk tier has to pass.
+//! disk tier has to pass; [`place`] denies what machines deny.
 
 pub mod cancel;
 pub mod conformance;
 pub mod decorate;
 pub mod fault;
 pub mod model;
+#[cfg(target_os = "linux")]
+pub mod place;
 pub mod seed;
 pub mod sim;
 
@@ -20,5 +22,7 @@ pub use cancel::{exhaust, exhaust_with, poll_then_drop, poll_wake_then_drop};
 pub use decorate::{DelayDriver, GateDriver, OpKind, ThrottleDriver, TraceDriver};
 pub use fault::{Errno, Fault, FaultDriver, FaultPlan, When};
 pub use model::{Model, Pattern, Settles, Violation};
+#[cfg(target_os = "linux")]
+pub use place::{Denied, driver_under_test, real_driver};
 pub use seed::Seed;
 pub use sim::{SimConfig, SimDriver, SparseImage};

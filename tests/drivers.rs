@@ -1,0 +1,109 @@
+//! The suite of this package once more, over each disk driver, and where io_uring is denied.
+//!
+//! Invariant: the test binaries that run are those of this build: cargo itself names them. Each runs
+//! in a process of its own, with the driver in `VMEM_TEST_DRIVER`; a driver that this machine
+//! has not is skipped aloud. Tests that bring a simulated disk run again too, which costs little.
+#![cfg(target_os = "linux")]
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::time::Instant;
+
+use vmem::{IoDriver, VirtualMemoryConfig, VirtualMemoryError};
+use vmem_testkit::Denied;
+use vmem_testkit::place::DRIVER_VARIABLE;
+
+/// This one would run itself for ever; the others have no disk, or choose their drivers.
+const NOT_AGAIN: [&str; 7] =
+    ["vmem", "drivers", "hostile", "docs", "readme", "drop_order", "real_faults"];
+/// The stress test is bounded by time: so long, in seconds, in each pass.
+const STRESS_SECONDS: &str = "6";
+
+/// The other test binaries of this package, as cargo has built them, or builds them now.
+fn suite() -> Vec<(String, PathBuf)> {
+    let own = std::env::current_exe().unwrap();
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["test", "--package", "vmem", "--tests", "--no-run", "--message-format=json"]);
+    if !cfg!(debug_assertions) {
+        cargo.arg("--release");
+    }
+    // Built for a target by name, as under a sanitizer: its own folder says so.
+    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    if own.components().any(|part| part.as_os_str() == triple.as_str()) {
+        cargo.args(["--target", &triple]);
+    }
+    let Output { status, stdout, stderr } = cargo.output().unwrap();
+    assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+    let mut suite: Vec<(String, PathBuf)> = String::from_utf8_lossy(&stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter_map(|message| {
+            let name = message["target"]["name"].as_str()?.to_owned();
+            Some((name, message["executable"].as_str()?.into()))
+        })
+        .filter(|(name, _)| !NOT_AGAIN.contains(&name.as_str()))
+        .collect();
+    suite.sort();
+    assert!(suite.len() >= 15, "the suite has shrunk: {suite:?}");
+    suite
+}
+
+/// Runs the whole suite with this driver, under what the calling thread is denied.
+fn pass(what: &str, driver: IoDriver) {
+    let began = Instant::now();
+    let mut failed = Vec::new();
+    for (name, binary) in suite() {
+        let mut child = Command::new(&binary);
+        child.env(DRIVER_VARIABLE, driver.to_string()).env("VMEM_STRESS_SECONDS", STRESS_SECONDS);
+        let output = child.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let result = text.lines().rev().find(|line| line.starts_with("test result"));
+        println!("{what}: {name}: {}", result.unwrap_or("no result"));
+        if !output.status.success() {
+            println!("{text}\n{}", String::from_utf8_lossy(&output.stderr));
+            failed.push(name);
+        }
+    }
+    println!("{what}: in {:.0?}", began.elapsed());
+    assert!(failed.is_empty(), "{what}: {failed:?} failed");
+}
+
+/// Whether this machine has the driver; if not, says why.
+fn is_to_be_had(driver: IoDriver) -> bool {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let config = VirtualMemoryConfig::builder().io_driver(driver).disk_capacity(1 << 20);
+    match runtime.block_on(vmem::open(config.build().unwrap())) {
+        Ok(vmem) => {
+            assert_eq!(vmem.capabilities().disk_driver, Some(driver));
+            runtime.block_on(vmem.close()).unwrap();
+            true
+        }
+        Err(VirtualMemoryError::TierNotAvailable { reason, .. }) => {
+            println!("SKIPPED the suite over {driver}: {reason}");
+            false
+        }
+        Err(error) => panic!("{driver}: {error}"),
+    }
+}
+
+/// One after the other: the suite has tests that measure processor time.
+#[test]
+fn the_suite_passes_on_every_driver_and_without_io_uring() {
+    for driver in [IoDriver::Reactor, IoDriver::TokioUring, IoDriver::Blocking] {
+        if is_to_be_had(driver) {
+            pass(&driver.to_string(), driver);
+        }
+    }
+    // What a thread is denied, its children are denied.
+    let denied = std::thread::spawn(|| {
+        if let Err(why) = (Denied::IoUring { errno: 1 }).enforce() {
+            println!("SKIPPED the suite without io_uring: {why}");
+            return;
+        }
+        assert!(!is_to_be_had(IoDriver::Reactor), "it was denied");
+        assert!(!is_to_be_had(IoDriver::TokioUring), "it was denied");
+        pass("io_uring denied", IoDriver::Auto);
+    });
+    denied.join().unwrap();
+}
