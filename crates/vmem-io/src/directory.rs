@@ -13,7 +13,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags, openat};
+use rustix::fs::{AtFlags, Mode, OFlags, fcntl_getfl, fcntl_setfl, openat};
 use rustix::io::Errno;
 use tempfile::TempDir;
 use vmem_core::VirtualMemoryError;
@@ -217,15 +217,18 @@ fn take_lock(path: &Path, directory: &File) -> Result<(Lock, bool), VirtualMemor
     file.set_permissions(Permissions::from_mode(0o600))
         .and_then(|()| file.write_all_at(pid.as_bytes(), 0))
         .and_then(|()| file.set_len(pid.len() as u64))
+        // Before there is a data file: after a power cut it is this file that says whose that is.
+        .and_then(|()| file.sync_all())
         .map_err(io)?;
     Ok((lock, used_before))
 }
 
-/// The first bytes of a file, as text.
+/// The first bytes of a file, as text. Zeros around it are what a power cut leaves of bytes that
+/// were not on the disk yet.
 fn read_start(file: &File) -> io::Result<String> {
     let mut text = Vec::new();
     file.take(64).read_to_end(&mut text)?;
-    Ok(String::from_utf8_lossy(&text).into_owned())
+    Ok(String::from_utf8_lossy(&text).trim_matches('\0').to_owned())
 }
 
 /// Opens the data file and reclaims what a dead process left in it.
@@ -267,6 +270,10 @@ fn open_own(path: &Path, directory: &File, name: &str) -> Result<File, VirtualMe
     if status.uid() != rustix::process::geteuid().as_raw() {
         return Err(unusable(&full, "belongs to another user"));
     }
+    // It kept us from waiting for the other end of a pipe. Of a file it would tell io_uring that its
+    // file system never blocks; one that does then blocks the task that submits.
+    let flags = fcntl_getfl(&file).and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK));
+    flags.map_err(|errno| refused(&full, errno.into()))?;
     Ok(file)
 }
 
