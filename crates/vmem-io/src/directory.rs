@@ -106,6 +106,12 @@ impl StoreDirectory {
         self.tmpfs
     }
 
+    /// Whether a process serves the file system.
+    pub(crate) fn is_fuse(&self) -> bool {
+        const FUSE: i64 = 0x6573_5546;
+        kind_of(&self.directory).is_ok_and(|kind| kind == FUSE)
+    }
+
     /// What the file system has free for this user, in bytes.
     ///
     /// # Errors
@@ -281,8 +287,18 @@ fn open_own(path: &Path, directory: &File, name: &str) -> Result<File, VirtualMe
 fn is_tmpfs(directory: &File) -> io::Result<bool> {
     const TMPFS: i64 = 0x0102_1994;
     const RAMFS: i64 = 0x8584_58f6;
-    let kind = rustix::fs::fstatfs(directory)?.f_type as i64;
-    Ok([TMPFS, RAMFS].contains(&kind))
+    Ok([TMPFS, RAMFS].contains(&kind_of(directory)?))
+}
+
+/// The number by which Linux knows the kind of the file system.
+#[cfg(target_os = "linux")]
+fn kind_of(directory: &File) -> io::Result<i64> {
+    Ok(rustix::fs::fstatfs(directory)?.f_type as i64)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn kind_of(_directory: &File) -> io::Result<i64> {
+    Ok(0)
 }
 
 #[cfg(not(target_os = "linux"))]

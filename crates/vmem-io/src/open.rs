@@ -71,7 +71,7 @@ pub fn open_disk(
         let path = directory.path().display();
         tracing::warn!(%path, "the disk tier is in memory: it takes RAM, not disk");
     }
-    let Chosen { driver, kind, direct, notes } = choose(driver, data, || directory.scratch())?;
+    let Chosen { driver, kind, direct, notes } = choose(driver, data, &directory)?;
     let (path, tmpfs) = (directory.path().to_owned(), directory.is_tmpfs());
     Ok(OpenedDisk {
         backend: DiskTier::in_directory(driver, capacity_bytes, directory),

@@ -12,6 +12,7 @@ use vmem_core::{IoDriver, MemoryTier, VirtualMemoryError};
 
 use super::direct::Alignment;
 use super::{BlockingDriver, BlockingOptions, Driver};
+use crate::directory::StoreDirectory;
 
 /// The driver of a store, and why not another one.
 #[derive(Debug)]
@@ -22,8 +23,7 @@ pub(crate) struct Chosen {
     pub(crate) notes: Vec<Arc<str>>,
 }
 
-/// Takes `data` into the driver that was asked for, or into the best that works. `scratch` makes an
-/// empty file of the same file system, for trials.
+/// Takes `data`, a file of `directory`, into the driver that was asked for, or into the best that works.
 ///
 /// # Errors
 ///
@@ -32,8 +32,9 @@ pub(crate) struct Chosen {
 pub(crate) fn choose(
     asked: IoDriver,
     data: File,
-    scratch: impl Fn() -> io::Result<File>,
+    directory: &StoreDirectory,
 ) -> Result<Chosen, VirtualMemoryError> {
+    let scratch = || directory.scratch();
     let io = |error| VirtualMemoryError::io("trying the disk drivers", error);
     let mut notes: Vec<Arc<str>> = Vec::new();
     let probed = scratch().and_then(|scratch| Alignment::probe(&data, &scratch));
@@ -42,6 +43,12 @@ pub(crate) fn choose(
         Alignment::NONE
     });
     let candidates: &[IoDriver] = match asked {
+        // Seen with Linux 6.18: the kernel waits for the answer of the server inside of the call that submits,
+        // and goes on by itself after a short direct transfer, at the wrong offset.
+        IoDriver::Auto if directory.is_fuse() => {
+            notes.push("io_uring: not trusted with a FUSE file system".into());
+            &[IoDriver::Blocking]
+        }
         IoDriver::Auto => &[IoDriver::Reactor, IoDriver::TokioUring, IoDriver::Blocking],
         _ => &[asked],
     };
@@ -94,6 +101,9 @@ fn make(
         }
         #[cfg(target_os = "linux")]
         IoDriver::TokioUring => {
+            // A bare ring first: where submission is denied, tokio-uring waits for ever.
+            reactor::prove(trial.try_clone()?, alignment)?;
+            trial.set_len(0)?;
             tokio_uring::prove(trial, alignment)?;
             let rings = (cores / 2).clamp(1, 4);
             let options = RingOptions { alignment, rings, ..Default::default() };
