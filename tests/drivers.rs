@@ -50,11 +50,11 @@ fn suite() -> Vec<(String, PathBuf)> {
 }
 
 /// Runs the whole suite with this driver, under what the calling thread is denied.
-fn pass(what: &str, driver: IoDriver) {
+fn pass(what: &str, driver: IoDriver, suite: &[(String, PathBuf)]) {
     let began = Instant::now();
     let mut failed = Vec::new();
-    for (name, binary) in suite() {
-        let mut child = Command::new(&binary);
+    for (name, binary) in suite {
+        let mut child = Command::new(binary);
         child.env(DRIVER_VARIABLE, driver.to_string()).env("VMEM_STRESS_SECONDS", STRESS_SECONDS);
         let output = child.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
@@ -62,7 +62,7 @@ fn pass(what: &str, driver: IoDriver) {
         println!("{what}: {name}: {}", result.unwrap_or("no result"));
         if !output.status.success() {
             println!("{text}\n{}", String::from_utf8_lossy(&output.stderr));
-            failed.push(name);
+            failed.push(name.clone());
         }
     }
     println!("{what}: in {:.0?}", began.elapsed());
@@ -90,20 +90,21 @@ fn is_to_be_had(driver: IoDriver) -> bool {
 /// One after the other: the suite has tests that measure processor time.
 #[test]
 fn the_suite_passes_on_every_driver_and_without_io_uring() {
+    let suite = suite();
     for driver in [IoDriver::Reactor, IoDriver::TokioUring, IoDriver::Blocking] {
         if is_to_be_had(driver) {
-            pass(&driver.to_string(), driver);
+            pass(&driver.to_string(), driver, &suite);
         }
     }
     // What a thread is denied, its children are denied.
-    let denied = std::thread::spawn(|| {
+    let denied = std::thread::spawn(move || {
         if let Err(why) = (Denied::IoUring { errno: 1 }).enforce() {
             println!("SKIPPED the suite without io_uring: {why}");
             return;
         }
         assert!(!is_to_be_had(IoDriver::Reactor), "it was denied");
         assert!(!is_to_be_had(IoDriver::TokioUring), "it was denied");
-        pass("io_uring denied", IoDriver::Auto);
+        pass("io_uring denied", IoDriver::Auto, &suite);
     });
     denied.join().unwrap();
 }

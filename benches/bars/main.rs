@@ -5,11 +5,15 @@
 //! id as argument runs one bar; `VMEM_BENCH=quick` takes fewer rounds. It measures, a reader
 //! judges: the process ends with 0 whether or not the bars hold.
 
+#[cfg(target_os = "linux")]
+mod cold;
 mod evict;
 mod hot;
 mod metadata;
 #[cfg(feature = "peers")]
 mod peer;
+#[cfg(target_os = "linux")]
+mod raw;
 mod report;
 
 use report::Report;
@@ -30,6 +34,10 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("P2") {
         hot::p2(&mut report, rounds)?;
+    }
+    #[cfg(target_os = "linux")]
+    if wanted("P3") {
+        cold::p3(&mut report, quick)?;
     }
     if wanted("P6") {
         evict::p6(&mut report, if quick { 3 } else { 5 })?;

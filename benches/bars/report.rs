@@ -87,6 +87,12 @@ impl Report {
     }
 }
 
+/// CPU time of this process, with what the kernel did for it, in nanoseconds.
+pub(crate) fn process_cpu_ns() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec as f64 * 1e9 + time.tv_nsec as f64
+}
+
 /// CPU time of this thread, in nanoseconds.
 pub(crate) fn thread_cpu_ns() -> f64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
