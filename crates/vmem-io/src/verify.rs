@@ -9,13 +9,17 @@ use vmem_core::backend::{DiskError, IoBuf, ReadChunk};
 /// After so many bytes of checksums, other tasks get their turn.
 const YIELD_BYTES: usize = 256 * 1024;
 
+fn crc32c(bytes: &[u8]) -> u32 {
+    crc_fast::crc32_iscsi(bytes)
+}
+
 /// The CRC-32C of each chunk.
 pub(crate) async fn checksums(payloads: Vec<Bytes>) -> Vec<u32> {
     let mut turn = Turn::default();
     let mut sums = Vec::with_capacity(payloads.len());
     for payload in payloads {
         turn.took(payload.len()).await;
-        sums.push(crc32c::crc32c(&payload));
+        sums.push(crc32c(&payload));
     }
     sums
 }
@@ -35,7 +39,7 @@ pub(crate) async fn settle(
         match extent.sum() {
             None => bytes.fill(0),
             Some(expected) => {
-                let actual = crc32c::crc32c(bytes);
+                let actual = crc32c(bytes);
                 if actual != expected {
                     let actual = if cut { 0 } else { actual };
                     let corrupt = DiskError::Corrupt { chunk, expected, actual };
