@@ -137,7 +137,7 @@ impl Store {
 }
 
 enum Side {
-    Raw(Raw),
+    Raw(Box<Raw>),
     Ours(IoDriver, Store),
 }
 
@@ -171,7 +171,7 @@ pub(crate) fn p3(report: &mut Report, quick: bool) -> anyhow::Result<()> {
         let data = Data { len, count: total / len };
         let mut sides = Vec::new();
         match Raw::with(data, directory.path()) {
-            Ok(raw) => sides.push(Side::Raw(raw)),
+            Ok(raw) => sides.push(Side::Raw(Box::new(raw))),
             Err(error) => println!("SKIPPED P3 over a raw ring: {error:#}"),
         }
         for driver in [IoDriver::Reactor, IoDriver::TokioUring, IoDriver::Blocking] {

@@ -353,7 +353,7 @@ impl Job {
     }
 
     /// The result of a settled job, with what it owned.
-    pub(super) fn into_result(mut self: Box<Self>) -> (Option<IoBuf>, Keep, io::Result<()>) {
+    pub(super) fn into_result(mut self) -> (Option<IoBuf>, Keep, io::Result<()>) {
         let keep = std::mem::replace(&mut self.keep, Keep::none());
         let buf = match std::mem::replace(&mut self.cargo, Cargo::Sync) {
             Cargo::Read(buf) => Some(buf),
@@ -389,7 +389,8 @@ pub(super) fn prove(
     finish(Job::write(runs, Keep::none(), align))?;
     let buf = IoBuf::from_vec(vec![0; LEN]);
     let read = finish(Job::read(buf, &[whole], Keep::none(), align))?;
-    finish(Job::punch(&[0..4096], Keep::none(), Arc::default()))?;
+    let hole = std::slice::from_ref(&(0..4096));
+    finish(Job::punch(hole, Keep::none(), Arc::default()))?;
     finish(Job::sync())?;
     match read {
         Some(read) if read[..] == pattern[..] => Ok(()),

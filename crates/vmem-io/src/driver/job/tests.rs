@@ -211,7 +211,7 @@ fn the_end_of_the_file_is_an_error_and_what_is_before_it_arrives() {
 }
 
 /// Answers the same to each operation.
-fn answer(mut job: Box<Job>, result: i32) -> (io::Result<()>, usize) {
+fn answer(mut job: Job, result: i32) -> (io::Result<()>, usize) {
     job.plan_wave();
     job.equip(&BounceBudget::new(), None);
     let mut calls = 0;
@@ -234,13 +234,13 @@ fn write_of(len: usize) -> Box<Job> {
 #[test]
 fn refusals_keep_their_errno_and_end() {
     for (errno, calls_max) in [(EIO, 1), (EINTR, INTERRUPTS_MAX + 1), (EAGAIN, SHORTAGES_MAX + 1)] {
-        let (result, calls) = answer(write_of(3), -errno);
+        let (result, calls) = answer(*write_of(3), -errno);
         assert_eq!(result.expect_err("refused").raw_os_error(), Some(errno));
         assert_eq!(calls, calls_max as usize);
     }
-    let (result, _) = answer(write_of(3), 0);
+    let (result, _) = answer(*write_of(3), 0);
     assert_eq!(result.expect_err("no progress").kind(), io::ErrorKind::WriteZero);
-    let (result, calls) = answer(Job::sync(), -EIO);
+    let (result, calls) = answer(*Job::sync(), -EIO);
     assert_eq!((result.expect_err("refused").raw_os_error(), calls), (Some(EIO), 1));
 }
 
@@ -249,7 +249,7 @@ fn a_file_system_that_cannot_punch_is_asked_once() {
     let refused = Arc::new(AtomicBool::new(false));
     let ranges = [0..4096, 8192..16384];
     let job = Job::punch(&ranges, Keep::none(), Arc::clone(&refused));
-    let (result, calls) = answer(job, -EOPNOTSUPP);
+    let (result, calls) = answer(*job, -EOPNOTSUPP);
     assert!(result.is_ok() && calls == 1 && refused.load(Ordering::Relaxed));
     assert!(Job::punch(&ranges, Keep::none(), refused).is_settled());
 }

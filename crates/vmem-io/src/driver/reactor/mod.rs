@@ -9,6 +9,8 @@
 //! There are several lanes, because the call that submits is made under the lock of the lane:
 //! threads use different ones, and one that is taken is passed by.
 
+#![allow(clippy::vec_box, reason = "jobs change hands as pointers")]
+
 mod ring;
 
 use std::cell::Cell;
