@@ -18,6 +18,8 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 use vmem_core::VirtualMemoryError;
 
+use crate::lock::Lock;
+
 /// The name of the data file.
 pub const DATA_FILE: &str = "vmem.data";
 
@@ -46,18 +48,7 @@ pub struct StoreDirectory {
     directory: File,
     temporary: Option<TempDir>,
     /// Last, so that the lock goes last.
-    _lock: Lock,
-}
-
-/// A lock that is held. It is given back by name and not by closing the file alone: a child that
-/// another thread is just starting shares the open file, and with it the lock, until it executes.
-#[derive(Debug)]
-struct Lock(File);
-
-impl Drop for Lock {
-    fn drop(&mut self) {
-        let _ = self.0.unlock();
-    }
+    lock: Lock,
 }
 
 impl StoreDirectory {
@@ -67,7 +58,8 @@ impl StoreDirectory {
     ///
     /// # Errors
     ///
-    /// [`InUse`](VirtualMemoryError::InUse) if somebody has it, in this process or another;
+    /// [`InUse`](VirtualMemoryError::InUse) if somebody has it, in this process or another; a
+    /// store of this process that was dropped is waited for, while its last operations end;
     /// [`InvalidConfig`](VirtualMemoryError::InvalidConfig), which names the path, if it cannot serve;
     /// [`Io`](VirtualMemoryError::Io) for what is not the fault of the path.
     pub fn open(path: Option<&Path>) -> Result<(Self, File), VirtualMemoryError> {
@@ -88,7 +80,7 @@ impl StoreDirectory {
             named: Some((status.dev(), status.ino())),
             directory,
             temporary,
-            _lock: lock,
+            lock,
         };
         if store.temporary.is_some() {
             store.remove_data().map_err(|error| refused(&store.path, error))?;
@@ -141,6 +133,11 @@ impl StoreDirectory {
             (None, true) => "in memory (tmpfs) ",
         };
         format!("{kind}{}", self.path.display())
+    }
+
+    /// Says that it goes when nothing is in flight any more, for which [`open`](Self::open) then waits.
+    pub(crate) fn leave(&mut self) {
+        self.lock.leave();
     }
 
     /// Gives everything back: the data file, a temporary directory, and last the lock. Dropping it
@@ -202,18 +199,14 @@ fn create(path: &Path) -> Result<PathBuf, VirtualMemoryError> {
 fn take_lock(path: &Path, directory: &File) -> Result<(Lock, bool), VirtualMemoryError> {
     let file = open_own(path, directory, LOCK_FILE)?;
     let io = |error| refused(&path.join(LOCK_FILE), error);
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            return Err(VirtualMemoryError::InUse {
-                path: path.to_owned(),
-                pid: read_start(&file).ok().and_then(|text| text.trim().parse().ok()),
-            });
-        }
-        Err(TryLockError::Error(error)) => return Err(io(error)),
-    }
-    let lock = Lock(file);
-    let file = &lock.0;
+    let lock = Lock::take(file).map_err(|(file, error)| match error {
+        TryLockError::WouldBlock => VirtualMemoryError::InUse {
+            path: path.to_owned(),
+            pid: read_start(&file).ok().and_then(|text| text.trim().parse().ok()),
+        },
+        TryLockError::Error(error) => io(error),
+    })?;
+    let file = lock.file();
     let text = read_start(file).map_err(io)?;
     let used_before = text.trim().parse::<u32>().is_ok();
     if !used_before && !text.is_empty() {

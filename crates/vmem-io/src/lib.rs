@@ -10,6 +10,7 @@
 mod directory;
 pub mod driver;
 mod ledger;
+mod lock;
 mod machine;
 mod open;
 mod plan;

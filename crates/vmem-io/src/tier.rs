@@ -111,6 +111,15 @@ impl DiskTier {
     }
 }
 
+impl Drop for DiskTier {
+    /// What is in flight, and extents that somebody still has, keep the rest; nobody waits for it here.
+    fn drop(&mut self) {
+        if let Some(directory) = &mut *self.inner.directory.lock() {
+            directory.leave();
+        }
+    }
+}
+
 impl DiskBackend for DiskTier {
     fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
         self.inner.check_open()?;

@@ -8,11 +8,18 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
 
 use bytes::Bytes;
+use common::{Fault, FaultyFile, SharedFile};
 use futures::executor::block_on;
+use vmem_core::backend::DiskBackend;
 use vmem_core::{IoDriver, VirtualMemoryError};
-use vmem_io::{DATA_FILE, LOCK_FILE, StoreDirectory, open_disk};
+use vmem_io::driver::{BlockingDriver, BlockingOptions};
+use vmem_io::{DATA_FILE, DiskTier, LOCK_FILE, StoreDirectory, open_disk};
 
 const MIB: u64 = 1 << 20;
 
@@ -51,6 +58,29 @@ fn files_are_private_to_the_user() {
     let again = StoreDirectory::open(Some(&nested)).unwrap();
     assert_eq!(mode(&nested.join(LOCK_FILE)), 0o600);
     drop(again);
+}
+
+/// A write is in flight, whose future is gone: dropping the tier does not wait for it, opening does.
+#[test]
+fn a_directory_opens_again_when_the_last_operation_of_a_dropped_tier_has_ended() {
+    let (_scratch, path) = scratch();
+    let (directory, _data) = StoreDirectory::open(Some(&path)).unwrap();
+    let file = Arc::new(FaultyFile::new(|_| Fault::None));
+    let driver = BlockingDriver::new(SharedFile(Arc::clone(&file)), BlockingOptions::default());
+    let tier = DiskTier::in_directory(Arc::new(driver), MIB, directory);
+    let extent = tier.reserve(&[5]).unwrap().remove(0);
+    file.hold();
+    drop(tier.write(vec![(extent, Bytes::from_static(b"chunk"))]));
+    while file.entered.load(Ordering::SeqCst) == 0 {
+        thread::yield_now();
+    }
+    drop(tier);
+    let disk = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(50));
+        file.let_go();
+    });
+    drop(StoreDirectory::open(Some(&path)).unwrap());
+    disk.join().unwrap();
 }
 
 #[test]

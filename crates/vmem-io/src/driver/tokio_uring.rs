@@ -90,14 +90,14 @@ pub(super) fn prove(trial: File, alignment: Alignment) -> io::Result<()> {
 /// See the module's documentation.
 pub struct TokioUring {
     lanes: Vec<Arc<Lane>>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
     next: AtomicUsize,
     ended: Arc<Ended>,
 }
 
-/// How many threads run, and who waits for them.
+/// The threads, how many of them run, and who waits for them.
 #[derive(Default)]
 struct Ended {
+    threads: Mutex<Vec<JoinHandle<()>>>,
     live: AtomicUsize,
     bell: Notify,
 }
@@ -118,12 +118,8 @@ struct Queue {
 
 impl TokioUring {
     fn start(file: File, lanes: usize) -> io::Result<Self> {
-        let mut engine = TokioUring {
-            lanes: Vec::new(),
-            threads: Mutex::default(),
-            next: AtomicUsize::new(0),
-            ended: Arc::default(),
-        };
+        let mut engine =
+            TokioUring { lanes: Vec::new(), next: AtomicUsize::new(0), ended: Arc::default() };
         for number in 0..lanes {
             // The engine that is dropped on an error ends the threads that it has.
             engine.add_lane(number, file.try_clone()?)?;
@@ -141,7 +137,7 @@ impl TokioUring {
             run_thread(&own, file, &report);
         };
         let spawned = thread::Builder::new().name(format!("vmem-uring-{number}")).spawn(body);
-        self.threads.lock().push(spawned?);
+        self.ended.threads.lock().push(spawned?);
         self.lanes.push(lane);
         reported.recv().map_err(|_| io::Error::other("a ring thread was lost at its start"))?
     }
@@ -152,7 +148,13 @@ impl TokioUring {
             lane.sleeper.wake();
         }
     }
+}
 
+fn current_id() -> ThreadId {
+    thread::current().id()
+}
+
+impl Ended {
     fn join(&self) {
         for thread in std::mem::take(&mut *self.threads.lock()) {
             // The last owner of an engine may be a job, dropped on one of its own threads: that one
@@ -162,10 +164,6 @@ impl TokioUring {
             }
         }
     }
-}
-
-fn current_id() -> ThreadId {
-    thread::current().id()
 }
 
 /// Counts a thread out, however it ends.
@@ -186,7 +184,6 @@ impl Engine for TokioUring {
 
     fn close(&self) -> BoxFuture<'static, ()> {
         self.begin_close();
-        let threads = std::mem::take(&mut *self.threads.lock());
         let ended = Arc::clone(&self.ended);
         async move {
             loop {
@@ -199,16 +196,14 @@ impl Engine for TokioUring {
                 bell.await;
             }
             // They have nothing left to do, so this takes no time worth yielding for.
-            for thread in threads {
-                let _ = thread.join();
-            }
+            ended.join();
         }
         .boxed()
     }
 
     fn shut_down(&self) {
         self.begin_close();
-        self.join();
+        self.ended.join();
     }
 
     fn register(&self, _memory: StagingMemory) -> io::Result<()> {

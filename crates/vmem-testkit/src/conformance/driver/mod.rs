@@ -9,6 +9,7 @@ mod tools;
 
 use std::io;
 
+use bytes::Bytes;
 use futures::future::join_all;
 use rand::Rng;
 use vmem_core::backend::IoBuf;
@@ -32,6 +33,7 @@ pub async fn all<D: IntoDriver>(seed: Seed, make: impl AsyncFn() -> D) {
     round_trips(seed, &*make().await).await;
     unaligned(seed, &*make().await).await;
     many_pieces(seed, &*make().await).await;
+    large_transfers(seed, &*make().await).await;
     end_of_file(seed, &*make().await).await;
     holes_are_zeros(seed, &*make().await).await;
     bad_input(&*make().await).await;
@@ -119,6 +121,49 @@ pub async fn many_pieces(seed: Seed, driver: &dyn Driver) {
     assert_ok("no pieces", result);
     assert_eq!(buf.len(), (COUNT + 1) * 2 * block, "another buffer came back");
     assert_ok("no runs", within("no runs", start_write(driver, Vec::new())).await);
+}
+
+/// Transfers of many system calls: parts that are neighbours in memory, as the chunks of a large
+/// object are, among small ones that are not; memory that is aligned and memory that is not.
+pub async fn large_transfers(seed: Seed, driver: &dyn Driver) {
+    let block = block(driver);
+    let unit = round(65_536, block);
+    let mut rng = seed.fork("large transfers").rng();
+    let pattern = Pattern::new(seed.value(), 1);
+    let mut run = WriteRun { offset: 4 * block as u64, parts: Vec::new() };
+    let mut end = run.offset;
+    for nth in 0..6 {
+        let large = aligned_bytes(&pattern.bytes(end, (2 + nth) * unit), block);
+        end += large.len() as u64;
+        run.parts.extend((0..2 + nth).map(|chunk| large.slice(chunk * unit..(chunk + 1) * unit)));
+        for _ in 0..rng.random_range(0..20) {
+            // A victim and what fills its extent up, with memory of its own each.
+            let len = rng.random_range(1..=block);
+            let victim = Bytes::from(pattern.bytes(end, block).to_vec());
+            run.parts.extend([victim.slice(..len), Bytes::from(victim[len..].to_vec())]);
+            end += block as u64;
+        }
+    }
+    let (from, len) = (run.offset, (end - run.offset) as usize);
+    let writing = start_write(driver, vec![run]);
+    assert_ok("a large write", within("a large write", writing).await);
+    expect(driver, "a large read", from, &pattern.bytes(from, len)).await;
+    let (mut beside, start) = aligned_buf(len + 1, block);
+    beside.fill(POISON);
+    let range = start + 1..start + 1 + len;
+    let pieces = vec![ReadPiece { offset: from, range: range.clone() }];
+    let reading = start_read(driver, beside, pieces);
+    let (beside, result) = within("a large read to odd memory", reading).await;
+    match result {
+        Ok(()) => {
+            let expected = pattern.bytes(from, len);
+            assert_same("a large read to odd memory", &beside[range.clone()], &expected);
+            assert_eq!(beside[range.start - 1], POISON, "the byte before it");
+            assert_eq!(beside[range.end], POISON, "the byte behind it");
+        }
+        Err(error) if is_refusal(&error) => {}
+        Err(error) => panic!("a large read to odd memory: {error}"),
+    }
 }
 
 /// A read past the end is an error and not zeros or old bytes.

@@ -1,0 +1,83 @@
+//! The lock on a directory, and the wait for one that is about to be given back.
+//!
+//! Invariant: a store that is dropped without being closed keeps its lock until the kernel has done with
+//! its last operation, because until then the data file is written to. Nobody waits for that in a
+//! destructor; who opens the directory in the same process does, for a bounded time. Called by
+//! `StoreDirectory`.
+
+use std::fs::{File, TryLockError};
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+/// Operations that take longer than this hang.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Device and inode of the lock files whose stores have been dropped.
+static LEAVING: Mutex<Vec<Id>> = Mutex::new(Vec::new());
+
+/// Rung when one of them has been unlocked.
+static LEFT: Condvar = Condvar::new();
+
+type Id = (u64, u64);
+
+/// A lock that is held. It is given back by name and not by closing the file alone: a child that
+/// another thread is just starting shares the open file, and with it the lock, until it executes.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    file: File,
+    leaving: Option<Id>,
+}
+
+impl Lock {
+    /// Locks the file; blocks only where a store of this process is leaving it.
+    ///
+    /// # Errors
+    ///
+    /// As `File::try_lock`, with the file.
+    pub(crate) fn take(file: File) -> Result<Self, (File, TryLockError)> {
+        let deadline = Instant::now() + PATIENCE;
+        let id = identity(&file);
+        let mut leaving = LEAVING.lock();
+        loop {
+            let error = match file.try_lock() {
+                Ok(()) => return Ok(Lock { file, leaving: None }),
+                Err(error) => error,
+            };
+            // Who leaves unlocks before it goes from the list, so none is missed here.
+            let hope = matches!(error, TryLockError::WouldBlock)
+                && id.is_some_and(|id| leaving.contains(&id));
+            if !hope || LEFT.wait_until(&mut leaving, deadline).timed_out() {
+                return Err((file, error));
+            }
+        }
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Its store was dropped: it goes when nothing is in flight any more.
+    pub(crate) fn leave(&mut self) {
+        if let (None, Some(id)) = (self.leaving, identity(&self.file)) {
+            self.leaving = Some(id);
+            LEAVING.lock().push(id);
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = self.file.unlock();
+        if let Some(id) = self.leaving {
+            LEAVING.lock().retain(|&other| other != id);
+            LEFT.notify_all();
+        }
+    }
+}
+
+fn identity(file: &File) -> Option<Id> {
+    let status = file.metadata().ok()?;
+    Some((status.dev(), status.ino()))
+}
