@@ -65,6 +65,11 @@ fn open_blocking(
         config.host_capacity().unwrap_or_else(|| vmem_io::memory_limit_bytes() / 4);
     VirtualMemory::with_backends(
         config,
-        Backends { host_capacity_bytes, disk: disk.backend, capabilities },
+        Backends {
+            host_capacity_bytes,
+            disk: disk.backend,
+            catalog: Some(disk.catalog),
+            capabilities,
+        },
     )
 }

@@ -31,6 +31,7 @@ pub(crate) fn over(
     let backends = Backends {
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(driver, disk),
+        catalog: None,
         capabilities: Capabilities::new("of the test".into(), "not in this test".into()),
     };
     VirtualMemory::with_backends(&config(space, set), backends).expect("opens")

@@ -6,6 +6,10 @@
 use std::sync::Arc;
 
 pub use crate::buffer::IoBuf;
+pub use crate::catalog::{
+    Catalog, CatalogChange, CatalogObject, CatalogRecord, METADATA_LEN_MAX, NAME_LEN_MAX,
+    SEGMENT_CHUNKS, StoredChunk,
+};
 pub use crate::disk::{
     CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, ReadChunk,
 };
@@ -21,6 +25,8 @@ pub struct Backends {
     pub host_capacity_bytes: u64,
     /// The tier below it.
     pub disk: Arc<dyn DiskBackend>,
+    /// Where names are stored; without one there are no named objects.
+    pub catalog: Option<Arc<dyn Catalog>>,
     /// What was found when they were opened.
     pub capabilities: Capabilities,
 }

@@ -9,11 +9,13 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
 use crate::buffer::IoBuf;
+use crate::catalog::StoredChunk;
 use crate::host::StagingMemory;
 
 /// The unit of checksums and of partial rewrites, in bytes: objects up to this size are one chunk,
@@ -63,6 +65,26 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    /// Waits until every write that completed before the call is on stable storage.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError::Io`]: nothing that was written since the sync before can be trusted to be there.
+    fn sync(&self) -> BoxFuture<'static, Result<(), DiskError>> {
+        Box::pin(std::future::ready(Err(unsupported("sync"))))
+    }
+
+    /// An extent that this backend was opened with, because a catalog names it: written with this
+    /// checksum, and [kept](Extent::keep).
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError::Io`] if no such space was taken when the backend was opened.
+    fn adopt(&self, len: u32, chunk: StoredChunk) -> Result<Extent, DiskError> {
+        let _ = (len, chunk);
+        Err(unsupported("adopt"))
+    }
+
     /// The space that a chunk of `len` bytes takes, in bytes, rounding included.
     fn footprint(&self, len: u32) -> u64;
 
@@ -72,18 +94,29 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
     /// What serves, and why, in words.
     fn describe(&self) -> Arc<str>;
 
+    /// Its store has begun to end by itself, because it was dropped: whoever opens the same place may wait
+    /// for that.
+    fn leave(&self) {}
+
     /// Ends the backend: waits for what is in flight, refuses what comes after, gives back files
     /// and, last, the lock of the directory.
     fn close(&self) -> BoxFuture<'static, Result<(), DiskError>>;
 }
 
-/// A piece of the disk tier that holds, or will hold, one chunk. Dropping it frees the space.
+/// Of a backend that serves no catalog.
+fn unsupported(operation: &'static str) -> DiskError {
+    DiskError::Io { operation, source: Arc::new(io::ErrorKind::Unsupported.into()) }
+}
+
+/// A piece of the disk tier that holds, or will hold, one chunk. Dropping it frees the space, unless it is
+/// [kept](Self::keep).
 pub struct Extent {
     offset: u64,
     len: u32,
     footprint: u32,
     sum: u32,
     sealed: bool,
+    kept: AtomicBool,
     owner: Arc<dyn ExtentOwner>,
 }
 
@@ -118,13 +151,37 @@ impl Extent {
     /// An unwritten extent; for backends.
     pub fn new(offset: u64, len: u32, footprint: u32, owner: Arc<dyn ExtentOwner>) -> Self {
         assert!(len as usize <= CHUNK_BYTES && len <= footprint, "a chunk fits its extent");
-        Extent { offset, len, footprint, sum: 0, sealed: false, owner }
+        Extent {
+            offset,
+            len,
+            footprint,
+            sum: 0,
+            sealed: false,
+            kept: AtomicBool::new(false),
+            owner,
+        }
     }
 
     /// Marks the chunk as written, with the CRC-32C of its bytes; for backends.
     pub fn seal(&mut self, sum: u32) {
         self.sum = sum;
         self.sealed = true;
+    }
+
+    /// From now on its space outlives it, because something durable leads there, or may.
+    pub fn keep(&self) {
+        self.kept.store(true, Ordering::Release);
+    }
+
+    /// Nothing durable leads to it any more: its space goes with it.
+    pub fn let_go(&self) {
+        self.kept.store(false, Ordering::Release);
+    }
+
+    /// Where the chunk is, if it was written.
+    pub fn stored(&self) -> Option<StoredChunk> {
+        let (offset, footprint, sum) = (self.offset, self.footprint, self.sum()?);
+        Some(StoredChunk { offset, footprint, sum })
     }
 
     /// Where it starts, in bytes.
@@ -155,7 +212,9 @@ impl Extent {
 
 impl Drop for Extent {
     fn drop(&mut self) {
-        self.owner.release(self.offset, self.footprint);
+        if !*self.kept.get_mut() {
+            self.owner.release(self.offset, self.footprint);
+        }
     }
 }
 

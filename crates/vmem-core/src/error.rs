@@ -179,6 +179,33 @@ pub enum VirtualMemoryError {
         /// The process that holds it, where it could be read.
         pid: Option<u32>,
     },
+    /// What is stored in the directory is not what was written; `vmem_io::verify` says what can
+    /// still be read.
+    #[error("{} is damaged: {reason}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was found, and what can still be read where that is known.
+        reason: Arc<str>,
+    },
+    /// The directory was written by another version of the format.
+    #[error("{} has format {found}, this version reads {known}", path.display())]
+    UnknownFormat {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+        /// The version that would do.
+        known: u32,
+    },
+    /// These named objects have changes that are not durable.
+    #[error("{} named objects were not flushed, {:?} first: {source}", names.len(), names.first())]
+    NotFlushed {
+        /// Their names.
+        names: Vec<Arc<str>>,
+        /// The first error.
+        source: Box<VirtualMemoryError>,
+    },
     /// The store was closed.
     #[error("the store is closed")]
     Closed,

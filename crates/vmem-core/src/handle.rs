@@ -12,7 +12,8 @@ use crate::object::Object;
 use crate::shared::Shared;
 use crate::tier::MemoryTier;
 
-/// Names one object of one store. Dropping the last clone of an unnamed object frees it.
+/// Leads to one object of one store. Dropping the last clone of an unnamed object frees it; of a named
+/// one it does not.
 ///
 /// Two handles are equal if they name the same object of the same store.
 pub struct VMemHandle {
@@ -53,9 +54,10 @@ impl VMemHandle {
         self.object.home
     }
 
-    /// The name of the object, if it has one.
+    /// The name that the object had when it came into memory, if it had one. A handle keeps its
+    /// version when the name is given to another one, and does not follow a rename.
     pub fn name(&self) -> Option<&str> {
-        None
+        self.object.named.get().map(|named| named.first())
     }
 }
 

@@ -9,6 +9,7 @@
 //! - `host/`, `host_queue`: object space in slabs, the staging reserve, and the queue for room.
 //! - `actor/`: the one task that evicts, and that starts every migration as a task of its own.
 //! - `migrate/`: what such a task does: reserve, copy, verify, publish, release.
+//! - `names/`, `catalog`: named objects, and what a catalog of them implements.
 //! - `policy/`: who is evicted first.
 //! - `disk`, `buffer`: what a tier below host memory implements.
 //! - `config`, `options`, `error`, `events`, `stats`, `capabilities`: what goes in and comes out.
@@ -17,6 +18,7 @@ mod actor;
 pub mod backend;
 mod buffer;
 mod capabilities;
+mod catalog;
 mod config;
 mod copy;
 mod disk;
@@ -26,6 +28,7 @@ mod handle;
 mod host;
 mod host_queue;
 mod migrate;
+mod names;
 mod object;
 mod options;
 pub mod policy;
@@ -47,4 +50,4 @@ pub use options::{ReadClass, ReadOptions};
 pub use policy::PolicyKind;
 pub use stats::{TierStats, VirtualMemoryStats};
 pub use tier::MemoryTier;
-pub use vmem::{OBJECT_LEN_MAX, PinGuard, Prefetch, Residency, VirtualMemory};
+pub use vmem::{NamedEntry, OBJECT_LEN_MAX, PinGuard, Prefetch, Residency, VirtualMemory};

@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::actor::Requests;
+use crate::catalog::Catalog;
 use crate::config::{self, Promotion, VirtualMemoryConfig};
 use crate::copy::{Copies, OwnedCopy};
 use crate::disk::{DiskBackend, DiskError};
@@ -23,6 +24,7 @@ use crate::events::Events;
 use crate::host::{HostArena, StagingPool};
 use crate::host_queue::{HostQueue, Need, Refused};
 use crate::migrate::Link;
+use crate::names::Names;
 use crate::object::Object;
 use crate::policy::{self, Policy};
 use crate::stats::{Counters, TierStats, VirtualMemoryStats, get};
@@ -81,6 +83,7 @@ pub(crate) struct Shared {
     pub(crate) staging: Arc<StagingPool>,
     pub(crate) disk: Arc<dyn DiskBackend>,
     pub(crate) disk_link: Link,
+    pub(crate) names: Names,
     pub(crate) policy: Mutex<Box<dyn Policy>>,
     pub(crate) requests: Requests,
     /// Where the actor runs.
@@ -104,6 +107,7 @@ impl Shared {
         config: &VirtualMemoryConfig,
         limits: Limits,
         disk: Arc<dyn DiskBackend>,
+        catalog: Option<Arc<dyn Catalog>>,
         requests: Requests,
         vram_reason: Arc<str>,
     ) -> Result<Arc<Self>, VirtualMemoryError> {
@@ -121,6 +125,7 @@ impl Shared {
             host: HostQueue::new(arena, limits.high_bytes, wake.clone()),
             copies: Copies::new(wake.clone()),
             staging,
+            names: Names::start(catalog, &disk),
             disk,
             disk_link: Link::default(),
             policy: Mutex::new(policy::build(config.policy())),

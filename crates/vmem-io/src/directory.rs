@@ -4,14 +4,17 @@
 //! lock on the lock file, and gives it back after everything else. Nothing is truncated or removed
 //! that vmem did not make. Called when a store is opened.
 //!
-//! In this version nothing in the data file outlives its store, so what a dead process left is
-//! truncated when the directory is opened again. In a private temporary directory the data file
-//! has no name at all once it is open, so that not even a killed process leaves its bytes behind.
+//! What the data file holds is worth as much as the catalog of names beside it: where the catalog names
+//! nothing, both go with the store, and what a dead process left is truncated. In a private temporary
+//! directory the data file has no name at all once it is open, so that not even a killed process leaves
+//! its bytes behind.
 
 use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
 use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, Mode, OFlags, fcntl_getfl, fcntl_setfl, openat};
 use rustix::io::Errno;
@@ -27,6 +30,15 @@ pub const DATA_FILE: &str = "vmem.data";
 /// open, and stays when the store is closed: removing it would let two processes hold "the" lock.
 pub const LOCK_FILE: &str = "vmem.lock";
 
+/// The name of the catalog of names, which is there while anything has a name.
+pub const CATALOG_FILE: &str = "vmem.catalog";
+
+/// How many names the catalog has, for who decides whether the files stay; `UNKNOWN` keeps them.
+pub(crate) type Tally = Arc<AtomicU64>;
+
+/// A [`Tally`] of a catalog that nobody has read yet.
+pub(crate) const UNKNOWN: u64 = u64::MAX;
+
 /// A directory that this store alone uses, with the files in it readable by its user alone.
 ///
 /// ```
@@ -41,18 +53,60 @@ pub const LOCK_FILE: &str = "vmem.lock";
 /// ```
 #[derive(Debug)]
 pub struct StoreDirectory {
-    path: PathBuf,
     tmpfs: bool,
     /// Device and inode of the data file while it has its name.
     named: Option<(u64, u64)>,
-    directory: File,
+    tally: Tally,
     temporary: Option<TempDir>,
     /// Last, so that the lock goes last.
-    lock: Lock,
+    files: Files,
+}
+
+/// The files of a directory, and a share of its lock: it is given back when the last share goes.
+#[derive(Clone, Debug)]
+pub(crate) struct Files {
+    path: PathBuf,
+    directory: Arc<File>,
+    lock: Arc<Lock>,
+}
+
+impl Files {
+    /// The path of the file of this name.
+    pub(crate) fn path_of(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Opens the file of this name, or makes it, as this store's own.
+    pub(crate) fn open(&self, name: &str) -> Result<File, VirtualMemoryError> {
+        open_own(&self.path, &self.directory, name)
+    }
+
+    /// Whether there is something of this name.
+    pub(crate) fn has(&self, name: &str) -> io::Result<bool> {
+        match rustix::fs::statat(&*self.directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Removes the file of this name, if there is one.
+    pub(crate) fn remove(&self, name: &str) -> io::Result<()> {
+        match rustix::fs::unlinkat(&*self.directory, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Gives a file its final name, durably: it was synced before.
+    pub(crate) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        rustix::fs::renameat(&*self.directory, from, &*self.directory, to)?;
+        self.directory.sync_all()
+    }
 }
 
 impl StoreDirectory {
-    /// Takes the directory, and returns it with its data file, which is empty. `None` makes a
+    /// Takes the directory, and returns it with its data file as it is there. `None` makes a
     /// private temporary directory, removed when this is closed or dropped; a path that does not
     /// exist is created, mode 0700.
     ///
@@ -72,25 +126,42 @@ impl StoreDirectory {
         };
         let directory = File::open(&path).map_err(|error| refused(&path, error))?;
         let (lock, used_before) = take_lock(&path, &directory)?;
-        let data = open_data(&path, &directory, used_before)?;
-        let status = data.metadata().map_err(|error| refused(&path, error))?;
+        let files = Files { path, directory: Arc::new(directory), lock: Arc::new(lock) };
+        let refused = |error| refused(&files.path, error);
+        let data = open_data(&files, used_before)?;
+        let status = data.metadata().map_err(refused)?;
+        let names = if files.has(CATALOG_FILE).map_err(refused)? { UNKNOWN } else { 0 };
         let mut store = StoreDirectory {
-            tmpfs: is_tmpfs(&directory).map_err(|error| refused(&path, error))?,
-            path,
+            tmpfs: is_tmpfs(&files.directory).map_err(refused)?,
             named: Some((status.dev(), status.ino())),
-            directory,
+            tally: Arc::new(AtomicU64::new(names)),
             temporary,
-            lock,
+            files: files.clone(),
         };
         if store.temporary.is_some() {
-            store.remove_data().map_err(|error| refused(&store.path, error))?;
+            store.remove_data().map_err(refused)?;
         }
         Ok((store, data))
     }
 
     /// Where it is, absolute.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.files.path
+    }
+
+    /// A share of its files, and of its lock.
+    pub(crate) fn files(&self) -> Files {
+        self.files.clone()
+    }
+
+    /// Whether its catalog has names, as far as is known.
+    pub(crate) fn has_names(&self) -> bool {
+        self.tally.load(Ordering::Acquire) > 0
+    }
+
+    /// How many names its catalog has.
+    pub(crate) fn tally(&self) -> Tally {
+        Arc::clone(&self.tally)
     }
 
     /// Whether it is in memory, so that what is stored there takes RAM and not disk.
@@ -101,7 +172,7 @@ impl StoreDirectory {
     /// Whether a process serves the file system.
     pub(crate) fn is_fuse(&self) -> bool {
         const FUSE: i64 = 0x6573_5546;
-        kind_of(&self.directory).is_ok_and(|kind| kind == FUSE)
+        kind_of(&self.files.directory).is_ok_and(|kind| kind == FUSE)
     }
 
     /// What the file system has free for this user, in bytes.
@@ -110,8 +181,8 @@ impl StoreDirectory {
     ///
     /// [`Io`](VirtualMemoryError::Io) if it does not say.
     pub fn free_bytes(&self) -> Result<u64, VirtualMemoryError> {
-        let status = rustix::fs::fstatvfs(&self.directory);
-        let status = status.map_err(|errno| refused(&self.path, errno.into()))?;
+        let status = rustix::fs::fstatvfs(&*self.files.directory);
+        let status = status.map_err(|errno| refused(self.path(), errno.into()))?;
         Ok(status.f_bavail.saturating_mul(status.f_frsize))
     }
 
@@ -121,7 +192,7 @@ impl StoreDirectory {
     ///
     /// The refusal of the operating system.
     pub(crate) fn scratch(&self) -> io::Result<File> {
-        tempfile::tempfile_in(&self.path)
+        tempfile::tempfile_in(self.path())
     }
 
     /// The directory in words.
@@ -132,16 +203,16 @@ impl StoreDirectory {
             (None, false) => "",
             (None, true) => "in memory (tmpfs) ",
         };
-        format!("{kind}{}", self.path.display())
+        format!("{kind}{}", self.path().display())
     }
 
     /// Says that it goes when nothing is in flight any more, for which [`open`](Self::open) then waits.
-    pub(crate) fn leave(&mut self) {
-        self.lock.leave();
+    pub(crate) fn leave(&self) {
+        self.files.lock.leave();
     }
 
-    /// Gives everything back: the data file, a temporary directory, and last the lock. Dropping it
-    /// does the same, without a word where it fails.
+    /// Gives everything back: the data file and the catalog, unless something has a name; a temporary
+    /// directory; and last the lock. Dropping it does the same, without a word where it fails.
     ///
     /// # Errors
     ///
@@ -152,14 +223,20 @@ impl StoreDirectory {
         unnamed.and(removed)
     }
 
-    /// Removes the name of the data file, if that is still the file which was opened.
+    /// Removes the names of the data file, if that is still the file which was opened, and of the
+    /// catalog, unless that has names.
     pub(crate) fn remove_data(&mut self) -> io::Result<()> {
+        if self.temporary.is_none() && self.has_names() {
+            return Ok(());
+        }
         let Some(identity) = self.named.take() else {
             return Ok(());
         };
-        match rustix::fs::statat(&self.directory, DATA_FILE, AtFlags::SYMLINK_NOFOLLOW) {
+        match rustix::fs::statat(&*self.files.directory, DATA_FILE, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(status) if (status.st_dev, status.st_ino) == identity => {
-                Ok(rustix::fs::unlinkat(&self.directory, DATA_FILE, AtFlags::empty())?)
+                // What leads to the data goes first.
+                self.files.remove(CATALOG_FILE)?;
+                self.files.remove(DATA_FILE)
             }
             Ok(_) | Err(Errno::NOENT) => Ok(()),
             Err(errno) => Err(errno.into()),
@@ -170,7 +247,7 @@ impl StoreDirectory {
 impl Drop for StoreDirectory {
     fn drop(&mut self) {
         if let Err(error) = self.remove_data() {
-            tracing::warn!(path = %self.path.display(), %error, "the data file stays");
+            tracing::warn!(path = %self.path().display(), %error, "the data file stays");
         }
     }
 }
@@ -185,14 +262,21 @@ fn temporary() -> Result<TempDir, VirtualMemoryError> {
 
 /// Makes the directory where there is none; returns its absolute path.
 fn create(path: &Path) -> Result<PathBuf, VirtualMemoryError> {
-    if !path.is_dir() {
+    let missing = path.ancestors().take_while(|part| !part.is_dir()).count();
+    if missing > 0 {
         let created = DirBuilder::new().recursive(true).mode(0o700).create(path);
         created.map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => unusable(path, "is not a directory"),
             _ => refused(path, error),
         })?;
     }
-    fs::canonicalize(path).map_err(|error| refused(path, error))
+    let path = fs::canonicalize(path).map_err(|error| refused(path, error))?;
+    // What is stored in it must not be lost with it.
+    for parent in path.ancestors().skip(1).take(missing) {
+        let synced = File::open(parent).and_then(|parent| parent.sync_all());
+        synced.map_err(|error| refused(parent, error))?;
+    }
+    Ok(path)
 }
 
 /// Locks the lock file and writes our process into it. Also returns whether it named one before.
@@ -230,18 +314,17 @@ fn read_start(file: &File) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&text).trim_matches('\0').to_owned())
 }
 
-/// Opens the data file and reclaims what a dead process left in it.
-fn open_data(path: &Path, directory: &File, used_before: bool) -> Result<File, VirtualMemoryError> {
-    let data = open_own(path, directory, DATA_FILE)?;
-    let name = path.join(DATA_FILE);
+/// Opens the data file.
+fn open_data(files: &Files, used_before: bool) -> Result<File, VirtualMemoryError> {
+    let data = files.open(DATA_FILE)?;
+    let name = files.path_of(DATA_FILE);
     let status = data.metadata().map_err(|error| refused(&name, error))?;
     if status.len() > 0 && !used_before {
         let why = "holds data, but no store was ever open here: move it away";
         return Err(unusable(&name, why));
     }
-    data.set_permissions(Permissions::from_mode(0o600))
-        .and_then(|()| data.set_len(0))
-        .map_err(|error| refused(&name, error))?;
+    let private = data.set_permissions(Permissions::from_mode(0o600));
+    private.map_err(|error| refused(&name, error))?;
     Ok(data)
 }
 

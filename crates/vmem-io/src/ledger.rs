@@ -32,13 +32,15 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    pub(crate) fn new(capacity_bytes: u64, block_bytes: u32) -> Self {
-        Ledger {
-            space: Space::new(capacity_bytes, block_bytes),
-            stale: Stale::new(),
-            punching: None,
-            pumping: false,
+    /// What lies between the extents that are there is stale: it was somebody's, or was never used.
+    pub(crate) fn new(space: Space, taken: &[(u64, u32)]) -> Self {
+        let mut stale = Stale::new();
+        let mut end = 0;
+        for &(offset, footprint) in taken {
+            stale.add(end..offset);
+            end = offset + u64::from(footprint);
         }
+        Ledger { space, stale, punching: None, pumping: false }
     }
 
     pub(crate) fn reserve(&mut self, lens: &[u32]) -> Result<Vec<u64>, DiskError> {
@@ -91,6 +93,18 @@ impl Inner {
         self.ledger.lock().stale.hurry();
         self.pump();
         self.while_punching(|ledger| ledger.punching.is_some()).await;
+    }
+
+    /// Gives back all that is stale, but for what is less than a page.
+    pub(crate) async fn reclaim_all(&self) {
+        loop {
+            self.while_punching(|ledger| ledger.punching.is_some()).await;
+            self.ledger.lock().stale.hurry();
+            self.pump();
+            if self.ledger.lock().punching.is_none() {
+                return;
+            }
+        }
     }
 
     /// Waits for ends of punches until there is nothing to wait for.

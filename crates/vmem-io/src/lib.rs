@@ -7,6 +7,8 @@
 //! [`DiskTier`]; the tier finds space, plans transfers, and verifies what comes back; a
 //! [`Driver`](driver::Driver) moves the bytes.
 
+pub mod catalog;
+mod checksum;
 mod directory;
 pub mod driver;
 mod ledger;
@@ -14,13 +16,15 @@ mod lock;
 mod machine;
 mod open;
 mod plan;
+mod pool;
 mod space;
 mod stale;
 mod sync_gate;
 mod tier;
 mod verify;
 
-pub use directory::{DATA_FILE, LOCK_FILE, StoreDirectory};
+pub use directory::{CATALOG_FILE, DATA_FILE, LOCK_FILE, StoreDirectory};
 pub use machine::memory_limit_bytes;
 pub use open::{OpenedDisk, open_disk};
-pub use tier::DiskTier;
+pub use tier::{DiskTier, Taken};
+pub use verify::{Verified, verify};

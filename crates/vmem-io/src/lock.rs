@@ -1,12 +1,13 @@
 //! The lock on a directory, and the wait for one that is about to be given back.
 //!
-//! Invariant: a store that is dropped without being closed keeps its lock until the kernel has done with
-//! its last operation, because until then the data file is written to. Nobody waits for that in a
+//! Invariant: a store that is dropped without being closed keeps its lock until what has a name is durable
+//! and the kernel has done with its last operation: until then its files are written to. Nobody waits for that in a
 //! destructor; who opens the directory in the same process does, for a bounded time. Called by
 //! `StoreDirectory`.
 
 use std::fs::{File, TryLockError};
 use std::os::unix::fs::MetadataExt;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -27,7 +28,7 @@ type Id = (u64, u64);
 #[derive(Debug)]
 pub(crate) struct Lock {
     file: File,
-    leaving: Option<Id>,
+    leaving: OnceLock<Id>,
 }
 
 impl Lock {
@@ -42,7 +43,7 @@ impl Lock {
         let mut leaving = LEAVING.lock();
         loop {
             let error = match file.try_lock() {
-                Ok(()) => return Ok(Lock { file, leaving: None }),
+                Ok(()) => return Ok(Lock { file, leaving: OnceLock::new() }),
                 Err(error) => error,
             };
             // Who leaves unlocks before it goes from the list, so none is missed here.
@@ -59,9 +60,10 @@ impl Lock {
     }
 
     /// Its store was dropped: it goes when nothing is in flight any more.
-    pub(crate) fn leave(&mut self) {
-        if let (None, Some(id)) = (self.leaving, identity(&self.file)) {
-            self.leaving = Some(id);
+    pub(crate) fn leave(&self) {
+        if let Some(id) = identity(&self.file)
+            && self.leaving.set(id).is_ok()
+        {
             LEAVING.lock().push(id);
         }
     }
@@ -70,8 +72,8 @@ impl Lock {
 impl Drop for Lock {
     fn drop(&mut self) {
         let _ = self.file.unlock();
-        if let Some(id) = self.leaving {
-            LEAVING.lock().retain(|&other| other != id);
+        if let Some(id) = self.leaving.get() {
+            LEAVING.lock().retain(|other| other != id);
             LEFT.notify_all();
         }
     }

@@ -3,21 +3,30 @@
 //! Invariant: an error leaves nothing behind but, at most, the directory that was asked for with
 //! the lock file in it. Called by the facade.
 
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vmem_core::backend::{CHUNK_BYTES, DiskBackend};
+use vmem_core::backend::{CHUNK_BYTES, Catalog, DiskBackend};
 use vmem_core::{IoDriver, VirtualMemoryError};
 
+use crate::catalog::NameCatalog;
 use crate::directory::StoreDirectory;
 use crate::driver::{Chosen, choose};
 use crate::tier::DiskTier;
+
+/// What the catalog keeps of itself in memory, in bytes.
+const CATALOG_CACHE: usize = 8 << 20;
 
 /// A disk tier that is ready, and what was found.
 #[derive(Clone, Debug)]
 pub struct OpenedDisk {
     /// The tier.
     pub backend: Arc<dyn DiskBackend>,
+    /// The catalog of its named objects; closed before the tier, it too has a share of the directory's lock.
+    pub catalog: Arc<dyn Catalog>,
     /// Its directory, absolute.
     pub path: PathBuf,
     /// Its budget, in bytes.
@@ -57,6 +66,12 @@ pub fn open_disk(
     driver: IoDriver,
 ) -> Result<OpenedDisk, VirtualMemoryError> {
     let (directory, data) = StoreDirectory::open(path)?;
+    let (catalog, taken) = NameCatalog::open(&directory, CATALOG_CACHE)?;
+    let io = |error| VirtualMemoryError::io("reclaiming the data file", error);
+    // What is behind the last extent that something leads to was unnamed.
+    if data.metadata().map_err(io)?.len() > taken.end() {
+        data.set_len(taken.end()).map_err(io)?;
+    }
     let capacity_bytes = match capacity_bytes {
         Some(bytes) => bytes,
         None => directory.free_bytes()? / 2,
@@ -71,10 +86,14 @@ pub fn open_disk(
         let path = directory.path().display();
         tracing::warn!(%path, "the disk tier is in memory: it takes RAM, not disk");
     }
-    let Chosen { driver, kind, direct, notes } = choose(driver, data, &directory)?;
+    let buffered = reopened(&data).map_err(io)?;
+    let block = catalog.block_bytes();
+    let Chosen { driver, kind, direct, notes } = choose(driver, data, &directory, block)?;
+    catalog.set_disk(buffered, driver.block_bytes());
     let (path, tmpfs) = (directory.path().to_owned(), directory.is_tmpfs());
     Ok(OpenedDisk {
-        backend: DiskTier::in_directory(driver, capacity_bytes, directory),
+        backend: DiskTier::with_taken(driver, capacity_bytes, &taken, Some(directory))?,
+        catalog: Arc::new(catalog),
         path,
         capacity_bytes,
         tmpfs,
@@ -82,4 +101,9 @@ pub fn open_disk(
         direct,
         notes,
     })
+}
+
+/// The file again, opened anew: what is set for the one, such as direct I/O, is not for the other.
+fn reopened(data: &File) -> io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", data.as_raw_fd()))
 }

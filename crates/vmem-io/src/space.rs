@@ -1,7 +1,7 @@
 //! The extent allocator: which blocks of the data file are free, and the budget.
 //!
 //! Invariant: the free runs are disjoint, never touch each other (they are coalesced at once), and
-//! together with `used` make up the capacity exactly, so what is used never exceeds it. Called by
+//! together with `used` make up the file exactly; what is used never exceeds the capacity. Called by
 //! the disk tier under its lock.
 //!
 //! Memory grows with the number of free runs alone. Taking and giving back cost O(log runs).
@@ -23,7 +23,10 @@ use vmem_core::backend::{CHUNK_BYTES, DiskUsage};
 #[derive(Debug)]
 pub(crate) struct Space {
     block: u64,
+    /// How many may be used.
     capacity: u64,
+    /// How many there are: more than the capacity only where that was larger once.
+    end: u64,
     used: u64,
     peak: u64,
     extents: u64,
@@ -57,6 +60,7 @@ impl Space {
         let mut space = Space {
             block,
             capacity: capacity_bytes / block,
+            end: capacity_bytes / block,
             used: 0,
             peak: 0,
             extents: 0,
@@ -67,6 +71,44 @@ impl Space {
             space.insert(0, space.capacity);
         }
         space
+    }
+
+    /// The same, but for these extents, which are in the order of the file and do not overlap: offset
+    /// and footprint in bytes. Where they lie beyond the capacity, so does what is free between them; what
+    /// may be used is the capacity all the same.
+    ///
+    /// # Errors
+    ///
+    /// How many bytes they take, if that is more than the capacity.
+    pub(crate) fn with_taken(
+        capacity_bytes: u64,
+        block_bytes: u32,
+        taken: &[(u64, u32)],
+    ) -> Result<Self, u64> {
+        let mut space = Space::new(0, block_bytes);
+        let block = space.block;
+        let bytes: u64 = taken.iter().map(|&(_, footprint)| u64::from(footprint)).sum();
+        space.capacity = capacity_bytes / block;
+        if bytes / block > space.capacity {
+            return Err(bytes);
+        }
+        let mut free_from = 0;
+        for &(offset, footprint) in taken {
+            let (start, len) = (offset / block, u64::from(footprint) / block);
+            assert!(free_from <= start, "extents do not overlap");
+            if free_from < start {
+                space.insert(free_from, start - free_from);
+            }
+            free_from = start + len;
+        }
+        space.end = space.capacity.max(free_from);
+        if free_from < space.end {
+            space.insert(free_from, space.end - free_from);
+        }
+        space.used = bytes / block;
+        space.peak = space.used;
+        space.extents = taken.len() as u64;
+        Ok(space)
     }
 
     /// What a chunk of `len` bytes takes, in bytes. An empty chunk takes nothing.
@@ -214,7 +256,7 @@ impl Space {
     /// Makes `len` blocks at `start` free and joins them with their free neighbours.
     fn give(&mut self, start: u64, len: u64) {
         let end = start + len;
-        assert!(end <= self.capacity, "an extent lies in the file");
+        assert!(end <= self.end, "an extent lies in the file");
         assert!(len <= self.used, "what is released was taken");
         let before = self.by_start.range(..=start).next_back();
         let before = before.map(|(&run, &run_len)| (run, run_len));

@@ -17,17 +17,19 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, ready};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use vmem_core::VirtualMemoryError;
 use vmem_core::backend::{
     CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf, ReadChunk,
-    StagingMemory,
+    StagingMemory, StoredChunk,
 };
 
+use crate::checksum::{checksums, settle};
 use crate::directory::StoreDirectory;
 use crate::driver::{Driver, Keep, is_closed};
 use crate::ledger::Ledger;
 use crate::plan;
+use crate::space::Space;
 use crate::sync_gate::SyncGate;
-use crate::verify::{checksums, settle};
 
 /// A [`DiskBackend`] over any [`Driver`].
 ///
@@ -55,6 +57,22 @@ pub struct DiskTier {
     inner: Arc<Inner>,
 }
 
+/// Space of a data file that a catalog leads to.
+#[derive(Clone, Debug, Default)]
+pub struct Taken {
+    /// Offset and footprint of each extent, in bytes, in the order of the file.
+    pub ranges: Vec<(u64, u32)>,
+    /// What they are rounded to, in bytes, if there are or were any.
+    pub block_bytes: Option<u32>,
+}
+
+impl Taken {
+    /// Where the last one ends, in bytes.
+    pub fn end(&self) -> u64 {
+        self.ranges.last().map_or(0, |&(offset, footprint)| offset + u64::from(footprint))
+    }
+}
+
 /// What extents keep alive.
 pub(crate) struct Inner {
     pub(crate) driver: Arc<dyn Driver>,
@@ -72,24 +90,52 @@ pub(crate) struct Inner {
 impl DiskTier {
     /// A tier of at most `capacity_bytes` in the file of `driver`, from its start.
     pub fn new(driver: Arc<dyn Driver>, capacity_bytes: u64) -> Arc<Self> {
-        Self::build(driver, capacity_bytes, None)
+        let driver_block = driver.block_bytes();
+        Self::build(driver, Space::new(capacity_bytes, driver_block), &[], None)
     }
 
-    /// The same, in a directory that is given back when the tier is closed or its last extent
-    /// and the tier itself are dropped.
-    pub fn in_directory(
+    /// The same, with extents in the file already, to be [adopted](DiskBackend::adopt); and in a directory,
+    /// if one is given, that is given back when the tier is closed or its last extent and the tier
+    /// itself are dropped. What the extents leave free of the file goes back to the file system.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConfig`](VirtualMemoryError::InvalidConfig) if the extents take more than the capacity,
+    /// or are of another block size than the driver's.
+    pub fn with_taken(
         driver: Arc<dyn Driver>,
         capacity_bytes: u64,
-        directory: StoreDirectory,
-    ) -> Arc<Self> {
-        Self::build(driver, capacity_bytes, Some(directory))
+        taken: &Taken,
+        directory: Option<StoreDirectory>,
+    ) -> Result<Arc<Self>, VirtualMemoryError> {
+        let invalid = |field, reason: String| VirtualMemoryError::InvalidConfig {
+            field,
+            reason: reason.into(),
+        };
+        let block = driver.block_bytes();
+        if taken.block_bytes.is_some_and(|bytes| bytes != block) {
+            let reason = format!("it works in blocks of {block} bytes, the store in others");
+            return Err(invalid("io_driver", reason));
+        }
+        let space = Space::with_taken(capacity_bytes, block, &taken.ranges).map_err(|bytes| {
+            let reason = format!("{capacity_bytes} bytes, but named objects take {bytes}");
+            invalid("disk_capacity", reason)
+        })?;
+        let tier = Self::build(driver, space, &taken.ranges, directory);
+        if !taken.ranges.is_empty() {
+            tier.inner.ledger.lock().stale.hurry();
+            tier.inner.pump();
+        }
+        Ok(tier)
     }
 
     fn build(
         driver: Arc<dyn Driver>,
-        capacity_bytes: u64,
+        space: Space,
+        taken: &[(u64, u32)],
         directory: Option<StoreDirectory>,
     ) -> Arc<Self> {
+        let capacity_bytes = space.usage().capacity_bytes;
         let place = directory.as_ref().map(StoreDirectory::describe);
         let described = format!(
             "{} bytes of disk, {}{}",
@@ -98,7 +144,7 @@ impl DiskTier {
             place.map(|place| format!(", {place}")).unwrap_or_default()
         );
         let inner = Arc::new_cyclic(|me| Inner {
-            ledger: Mutex::new(Ledger::new(capacity_bytes, driver.block_bytes())),
+            ledger: Mutex::new(Ledger::new(space, taken)),
             driver,
             punched: Notify::new(),
             gate: SyncGate::new(),
@@ -114,9 +160,7 @@ impl DiskTier {
 impl Drop for DiskTier {
     /// What is in flight, and extents that somebody still has, keep the rest; nobody waits for it here.
     fn drop(&mut self) {
-        if let Some(directory) = &mut *self.inner.directory.lock() {
-            directory.leave();
-        }
+        self.leave();
     }
 }
 
@@ -209,6 +253,27 @@ impl DiskBackend for DiskTier {
         self.inner.driver.register(memory)
     }
 
+    fn sync(&self) -> BoxFuture<'static, Result<(), DiskError>> {
+        // Through the page cache a write is not reported before it was synced.
+        if self.inner.driver.buffers_writes() {
+            return ready(Ok(())).boxed();
+        }
+        let sync = self.inner.driver.sync();
+        async move { sync.await.map_err(|error| failure("sync", Arc::new(error))) }.boxed()
+    }
+
+    fn adopt(&self, len: u32, chunk: StoredChunk) -> Result<Extent, DiskError> {
+        let StoredChunk { offset, footprint, sum } = chunk;
+        if u64::from(footprint) != self.footprint(len) || len as usize > CHUNK_BYTES {
+            return Err(invalid("adopt", "an extent of another length than its chunk"));
+        }
+        let owner = Arc::clone(&self.inner) as Arc<dyn ExtentOwner>;
+        let mut extent = Extent::new(offset, len, footprint, owner);
+        extent.seal(sum);
+        extent.keep();
+        Ok(extent)
+    }
+
     fn footprint(&self, len: u32) -> u64 {
         let block = u64::from(self.inner.driver.block_bytes());
         u64::from(len).next_multiple_of(block)
@@ -222,6 +287,12 @@ impl DiskBackend for DiskTier {
         Arc::clone(&self.inner.described)
     }
 
+    fn leave(&self) {
+        if let Some(directory) = &*self.inner.directory.lock() {
+            directory.leave();
+        }
+    }
+
     fn close(&self) -> BoxFuture<'static, Result<(), DiskError>> {
         self.inner.closed.store(true, Ordering::Release);
         // The name goes before the file is closed, so that its blocks are freed where the driver
@@ -230,10 +301,14 @@ impl DiskBackend for DiskTier {
             Some(directory) => directory.remove_data(),
             None => Ok(()),
         };
-        let closing = self.inner.driver.close();
         let inner = Arc::clone(&self.inner);
         async move {
-            let closed = closing.await;
+            // A file that stays takes no more than it needs.
+            let stays = inner.directory.lock().as_ref().is_some_and(StoreDirectory::has_names);
+            if stays {
+                inner.reclaim_all().await;
+            }
+            let closed = inner.driver.close().await;
             let directory = inner.directory.lock().take();
             let given_back = directory.map_or(Ok(()), StoreDirectory::close);
             closed.and(unnamed).and(given_back).map_err(|error| failure("close", Arc::new(error)))

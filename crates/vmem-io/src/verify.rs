@@ -1,68 +1,87 @@
-//! Checksums of chunks, made and compared in slices that leave other tasks their turn.
+//! Reading everything that a closed store has a name for, and comparing it with its checksums.
 //!
-//! Invariant: a chunk passes only if its CRC-32C is the one that was sealed into its extent, and
-//! what was never written is zeros. Called by the disk tier.
+//! Invariant: changes nothing, and goes on past what is damaged. Called by users, off line.
 
-use bytes::Bytes;
-use vmem_core::backend::{DiskError, IoBuf, ReadChunk};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::Ordering;
 
-/// After so many bytes of checksums, other tasks get their turn.
-const YIELD_BYTES: usize = 256 * 1024;
+use vmem_core::VirtualMemoryError;
+use vmem_core::backend::{CHUNK_BYTES, CatalogObject};
 
-fn crc32c(bytes: &[u8]) -> u32 {
-    crc_fast::crc32_iscsi(bytes)
+use crate::catalog::NameCatalog;
+use crate::checksum::crc32c;
+use crate::directory::{StoreDirectory, UNKNOWN};
+
+/// What [`verify`] found.
+#[non_exhaustive]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verified {
+    /// Objects that are whole.
+    pub objects: u64,
+    /// What they hold, in bytes.
+    pub bytes: u64,
+    /// The names of those that are not, each with what is wrong.
+    pub damaged: Vec<(String, String)>,
 }
 
-/// The CRC-32C of each chunk.
-pub(crate) async fn checksums(payloads: Vec<Bytes>) -> Vec<u32> {
-    let mut turn = Turn::default();
-    let mut sums = Vec::with_capacity(payloads.len());
-    for payload in payloads {
-        turn.took(payload.len()).await;
-        sums.push(crc32c(&payload));
+/// Reads every named object of the store in this directory, which nobody has open, and compares it with
+/// its checksums. Blocks until it is done.
+///
+/// # Errors
+///
+/// [`InUse`](VirtualMemoryError::InUse); [`InvalidConfig`](VirtualMemoryError::InvalidConfig) if there is no
+/// store; [`Damaged`](VirtualMemoryError::Damaged) if the catalog itself is, with how many names of
+/// it can be read; `Io`.
+///
+/// ```
+/// let directory = tempfile::tempdir()?;
+/// assert!(vmem_io::verify(&directory.path().join("nothing")).is_err());
+/// # Ok::<(), std::io::Error>(())
+/// ```
+pub fn verify(path: &Path) -> Result<Verified, VirtualMemoryError> {
+    if !path.join(crate::LOCK_FILE).is_file() {
+        let reason = format!("{} holds no store", path.display()).into();
+        return Err(VirtualMemoryError::InvalidConfig { field: "disk_path", reason });
     }
-    sums
-}
-
-/// Verifies what was read, chunk by chunk, and makes the zeros of what was never written. After
-/// an unexpected end of the file (`cut`) the first chunk that does not verify is the one that is
-/// missing.
-pub(crate) async fn settle(
-    chunks: Vec<ReadChunk>,
-    mut buf: IoBuf,
-    cut: bool,
-) -> (IoBuf, Result<(), DiskError>) {
-    let mut turn = Turn::default();
-    for (chunk, ReadChunk { extent, at }) in chunks.iter().enumerate() {
-        let bytes = &mut buf[*at..at + extent.len() as usize];
-        turn.took(bytes.len()).await;
-        match extent.sum() {
-            None => bytes.fill(0),
-            Some(expected) => {
-                let actual = crc32c(bytes);
-                if actual != expected {
-                    let actual = if cut { 0 } else { actual };
-                    let corrupt = DiskError::Corrupt { chunk, expected, actual };
-                    return (buf, Err(corrupt));
-                }
+    let (directory, data) = StoreDirectory::open(Some(path))?;
+    let opened = NameCatalog::open(&directory, 8 << 20);
+    directory.tally().store(UNKNOWN, Ordering::Release);
+    let (catalog, _) = opened?;
+    let mut verified = Verified::default();
+    let unreadable = catalog.each_object(|name, object| {
+        match read(&data, &object)? {
+            None => {
+                verified.objects += 1;
+                verified.bytes += object.record.len;
+            }
+            Some(chunk) => {
+                let why = format!("chunk {chunk} is not what was written");
+                verified.damaged.push((name.to_owned(), why));
             }
         }
-    }
-    (buf, Ok(()))
+        Ok(())
+    })?;
+    let why = "its rows in the catalog are not what was written";
+    verified.damaged.extend(unreadable.into_iter().map(|name| (name, why.to_owned())));
+    Ok(verified)
 }
 
-/// Counts bytes of work and yields between slices of it.
-#[derive(Default)]
-struct Turn {
-    bytes: usize,
-}
-
-impl Turn {
-    async fn took(&mut self, bytes: usize) {
-        if self.bytes >= YIELD_BYTES {
-            self.bytes = 0;
-            tokio::task::yield_now().await;
+/// The first chunk that is damaged.
+fn read(data: &File, object: &CatalogObject) -> io::Result<Option<usize>> {
+    let mut buffer = vec![0; CHUNK_BYTES];
+    for (index, chunk) in object.chunks.iter().enumerate() {
+        let Some(chunk) = chunk else { continue };
+        let start = (index * CHUNK_BYTES) as u64;
+        let len = (object.record.len - start).min(CHUNK_BYTES as u64) as usize;
+        match data.read_exact_at(&mut buffer[..len], chunk.offset) {
+            Ok(()) if crc32c(&buffer[..len]) == chunk.sum => {}
+            Ok(()) => return Ok(Some(index)),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Some(index)),
+            Err(error) => return Err(error),
         }
-        self.bytes += bytes;
     }
+    Ok(None)
 }

@@ -19,7 +19,7 @@ use futures::executor::block_on;
 use vmem_core::backend::DiskBackend;
 use vmem_core::{IoDriver, VirtualMemoryError};
 use vmem_io::driver::{BlockingDriver, BlockingOptions};
-use vmem_io::{DATA_FILE, DiskTier, LOCK_FILE, StoreDirectory, open_disk};
+use vmem_io::{DATA_FILE, DiskTier, LOCK_FILE, StoreDirectory, Taken, open_disk};
 
 const MIB: u64 = 1 << 20;
 
@@ -67,7 +67,8 @@ fn a_directory_opens_again_when_the_last_operation_of_a_dropped_tier_has_ended()
     let (directory, _data) = StoreDirectory::open(Some(&path)).unwrap();
     let file = Arc::new(FaultyFile::new(|_| Fault::None));
     let driver = BlockingDriver::new(SharedFile(Arc::clone(&file)), BlockingOptions::default());
-    let tier = DiskTier::in_directory(Arc::new(driver), MIB, directory);
+    let tier =
+        DiskTier::with_taken(Arc::new(driver), MIB, &Taken::default(), Some(directory)).unwrap();
     let extent = tier.reserve(&[5]).unwrap().remove(0);
     file.hold();
     drop(tier.write(vec![(extent, Bytes::from_static(b"chunk"))]));

@@ -181,7 +181,8 @@ async fn after_close_everything_is_closed_and_the_files_are_gone() {
     assert!(!store.disk.path.join(DATA_FILE).exists());
     drop(extents);
     assert_eq!(backend.usage().used_bytes, 0);
-    // The lock went, although the backend is still there.
+    // The lock went, although backend and catalog are still there.
+    store.disk.catalog.close().await.unwrap();
     let again = open_disk(Some(&store.disk.path), Some(MIB), IoDriver::Auto).unwrap();
     again.backend.close().await.unwrap();
 }

@@ -33,7 +33,7 @@ fn make(kind: Kind, direct: bool, rings: usize, queue_max: usize) -> io::Result<
         true => Alignment::probe(&file, &scratch()?)?,
         false => Alignment::NONE,
     };
-    let options = RingOptions { alignment, rings, queue_max };
+    let options = RingOptions { alignment, rings, queue_max, ..Default::default() };
     Ok(match kind {
         Kind::Reactor => Arc::new(ReactorDriver::new(file, options)?),
         Kind::TokioUring => Arc::new(TokioUringDriver::new(file, options)?),

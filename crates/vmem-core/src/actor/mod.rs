@@ -30,6 +30,7 @@ use tokio::time::Instant;
 pub(crate) use request::{Move, PrefetchEnd, Request, Requests};
 
 use crate::error::VirtualMemoryError;
+use crate::names;
 use crate::shared::Shared;
 
 /// Requests of one class that wait in its channel; a caller beyond that waits as a future.
@@ -101,6 +102,7 @@ impl Drop for Actor {
     fn drop(&mut self) {
         self.shared.set_closed();
         self.shared.host.close();
+        self.shared.names.clear();
     }
 }
 
@@ -180,7 +182,8 @@ impl Actor {
         }
     }
 
-    /// Refuses what waits, lets what runs come to its end, and closes the disk.
+    /// Refuses what waits, lets what runs come to its end, makes the named objects durable, and closes
+    /// the disk.
     async fn end(&mut self) -> Result<(), VirtualMemoryError> {
         self.inbox.demand.close();
         self.inbox.ahead.close();
@@ -199,9 +202,17 @@ impl Actor {
         if let Ok(all) = self.inbox.reads.acquire_many(DEMAND_MAX as u32).await {
             all.forget();
         }
+        self.shared.names.end_tasks().await;
+        let flushed = names::flush_all(&self.shared).await;
+        self.shared.names.clear();
         self.shared.events.end();
+        // The catalog first: the disk gives the directory back.
+        let unnamed = match self.shared.names.catalog() {
+            Ok(catalog) => catalog.close().await,
+            Err(_) => Ok(()),
+        };
         let closed = self.shared.disk.close().await;
-        closed.map_err(|error| self.shared.disk_error(0, error))
+        flushed.and(unnamed).and(closed.map_err(|error| self.shared.disk_error(0, error)))
     }
 }
 
@@ -213,7 +224,7 @@ async fn sleep_until(at: Option<Instant>) {
 }
 
 /// Spawns a task with a name that tokio-console shows.
-pub(super) fn spawn_named<F>(runtime: &Handle, name: &str, future: F)
+pub(crate) fn spawn_named<F>(runtime: &Handle, name: &str, future: F)
 where
     F: Future<Output = ()> + Send + 'static,
 {

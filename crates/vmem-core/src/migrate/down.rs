@@ -14,7 +14,7 @@ use crate::copy::Found;
 use crate::disk::{CHUNK_BYTES, DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
-use crate::object::{GatePass, Object, chunk_count, chunk_lens};
+use crate::object::{DiskMap, GatePass, Object, chunk_count, chunk_lens};
 use crate::stats::{self, add};
 use crate::tier::MemoryTier;
 
@@ -71,12 +71,16 @@ impl Victim {
         self.missing.iter().zip(std::mem::take(&mut self.extents)).map(piece).collect()
     }
 
-    /// The disk has it all: says so, and lets the host copy go as asked.
-    fn publish(self, written: Vec<Extent>, down: Down) {
+    /// The disk has it all: says so, and lets the host copy go as asked. Returns where the disk has
+    /// it.
+    fn publish(self, written: Vec<Extent>, down: Down) -> DiskMap {
         let Victim { pass, missing, bytes, .. } = self;
         let object = pass.object();
         let extents = missing.into_iter().zip(written);
-        object.with_disk(&pass, |disk, old| disk.put(object.len, extents, old));
+        let map = object.with_disk(&pass, |disk, old| {
+            disk.put(object.len, extents, old);
+            disk.clone()
+        });
         drop(bytes);
         let gone = match down {
             Down::Drop => object.drop_clean_copy(&pass).is_some(),
@@ -89,6 +93,7 @@ impl Victim {
         if gone {
             add(&object.shared.counters.evictions, 1);
         }
+        map
     }
 }
 
@@ -110,7 +115,7 @@ pub(crate) async fn write_down(
         // It counts as a reader, and would keep the copy from going.
         drop(bytes);
         let alone = match Victim::prepare(pass) {
-            Ok(victim) => write_batch(&mut vec![victim], down, cause, asked).await,
+            Ok(victim) => write_batch(&mut vec![victim], down, cause, asked).await.map(drop),
             Err((_pass, error)) => Err(error),
         };
         if let Err(error) = alone {
@@ -120,14 +125,15 @@ pub(crate) async fn write_down(
     first_error.map_or(Ok(()), Err)
 }
 
-/// Writes a batch, all or none. After an error the batch still holds its passes.
+/// Writes a batch, all or none, and returns where each is. After an error the batch still holds its
+/// passes.
 async fn write_batch(
     batch: &mut Vec<Victim>,
     down: Down,
     cause: MigrationCause,
     asked: Instant,
-) -> Result<(), DiskError> {
-    let Some(first) = batch.first() else { return Ok(()) };
+) -> Result<Vec<DiskMap>, DiskError> {
+    let Some(first) = batch.first() else { return Ok(Vec::new()) };
     let shared = first.pass.object().shared.clone();
     let route = (MemoryTier::Host, MemoryTier::Disk);
     let start =
@@ -140,14 +146,15 @@ async fn write_batch(
         Ok(written) => {
             add(&shared.counters.host_to_disk_bytes, payload);
             let mut written = written.into_iter();
+            let mut maps = Vec::with_capacity(counts.len());
             for ((victim, count), record) in batch.drain(..).zip(counts).zip(records) {
                 let extents: Vec<_> = written.by_ref().take(count).collect();
                 let bytes = extents.iter().map(|extent| u64::from(extent.len())).sum();
-                victim.publish(extents, down);
+                maps.push(victim.publish(extents, down));
                 record.end(Ok(bytes));
             }
             shared.room_was_freed();
-            Ok(())
+            Ok(maps)
         }
         Err(error) => {
             for (victim, record) in batch.iter().zip(records) {
@@ -192,6 +199,29 @@ pub(crate) async fn flush(
 ) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
     write_one(pass, Down::Keep, MigrationCause::Flush, asked).await
+}
+
+/// Brings the current bytes of one object to disk, where it keeps its host copy, and says where they are.
+/// What has no extent there is zeros.
+///
+/// # Errors
+///
+/// What the disk says.
+pub(crate) async fn settle(
+    object: &Arc<Object>,
+    asked: Instant,
+    deadline: Instant,
+) -> Result<DiskMap, VirtualMemoryError> {
+    let pass = object.gate(deadline).await?;
+    if !object.copy.is_some() {
+        return Ok(object.disk());
+    }
+    let public = |error| object.shared.disk_error(object.id, error);
+    let victim = Victim::prepare(pass).map_err(|(_pass, error)| public(error))?;
+    let mut batch = vec![victim];
+    let written = write_batch(&mut batch, Down::Keep, MigrationCause::Flush, asked).await;
+    let map = written.map_err(public)?.pop();
+    Ok(map.expect("invariant: one went down"))
 }
 
 async fn write_one(

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::Span;
 
-pub(crate) use down::{Down, Victim, demote, flush, move_room_down, write_down};
+pub(crate) use down::{Down, Victim, demote, flush, move_room_down, settle, write_down};
 pub(crate) use link::Link;
 pub(crate) use load::load;
 pub(crate) use up::{Fetch, fetch, fetch_into};

@@ -61,6 +61,15 @@ impl DiskMap {
         }
     }
 
+    /// A map of an object whose other chunks are zeros.
+    pub(crate) fn of_some(extents: Vec<Option<Extent>>) -> Self {
+        let mut extents: Vec<_> = extents.into_iter().map(|extent| extent.map(Arc::new)).collect();
+        match extents.len() {
+            0 | 1 => extents.pop().flatten().map_or(DiskMap::Empty, DiskMap::One),
+            _ => DiskMap::Many(Arc::new(extents)),
+        }
+    }
+
     /// The extent of chunk `index`.
     pub(crate) fn chunk(&self, index: usize) -> Option<&Arc<Extent>> {
         match self {

@@ -10,8 +10,8 @@
 mod disk_map;
 mod gate;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use futures::channel::oneshot;
@@ -23,6 +23,7 @@ pub(crate) use gate::GatePass;
 
 use crate::copy::{CopyCell, OwnedCopy};
 use crate::error::VirtualMemoryError;
+use crate::names::Named;
 use crate::policy::Token;
 use crate::shared::Shared;
 use crate::stats;
@@ -68,6 +69,8 @@ pub(crate) struct Object {
     token: AtomicU32,
     pub(crate) home: MemoryTier,
     inner: Mutex<Inner>,
+    /// What it knows of its name, if it ever had one.
+    pub(crate) named: OnceLock<Box<Named>>,
 }
 
 /// What changes rarely; the lock is held for a few instructions and never across an await.
@@ -101,6 +104,7 @@ impl Object {
             home,
             token: AtomicU32::new(NO_TOKEN),
             inner: Mutex::default(),
+            named: OnceLock::new(),
         })
     }
 
@@ -122,6 +126,19 @@ impl Object {
     /// Accesses since the last call.
     pub(crate) fn take_touches(&self) -> u32 {
         self.touches.swap(0, Ordering::Relaxed)
+    }
+
+    // ---- The name ---------------------------------------------------------------------------
+
+    /// Gives it its first name.
+    pub(crate) fn name(&self, named: Named) {
+        let fresh = self.named.set(Box::new(named)).is_ok();
+        assert!(fresh, "an object is named once, and then renamed");
+    }
+
+    /// Whether it has a name now.
+    pub(crate) fn has_name(&self) -> bool {
+        self.named.get().is_some_and(|named| named.current().is_some())
     }
 
     // ---- Life -----------------------------------------------------------------------------

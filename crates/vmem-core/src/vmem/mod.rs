@@ -4,6 +4,7 @@
 //! other than through a guard that the future owns; so dropping it gives everything back. Each
 //! method checks, in this order: closed, a handle of ours, alive, its arguments.
 
+mod named;
 mod place;
 mod read;
 mod residency;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use futures::Stream;
 use tokio::sync::watch;
 
+pub use named::NamedEntry;
 pub use place::{PinGuard, Prefetch};
 pub use residency::Residency;
 
@@ -56,7 +58,9 @@ struct Lifetime {
 
 impl Drop for Lifetime {
     fn drop(&mut self) {
-        self.shared.set_closed();
+        if self.shared.set_closed() {
+            self.shared.disk.leave();
+        }
     }
 }
 
@@ -77,7 +81,8 @@ impl VirtualMemory {
         let (requests, inbox) = actor::channels();
         let mut capabilities = backends.capabilities;
         let vram_reason = capabilities.vram_reason.clone();
-        let shared = Shared::new(config, limits, backends.disk, requests, vram_reason)?;
+        let shared =
+            Shared::new(config, limits, backends.disk, backends.catalog, requests, vram_reason)?;
         match shared.disk.register(StagingMemory::new(shared.staging.clone())) {
             Ok(()) => capabilities.staging_registered = true,
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
@@ -124,13 +129,16 @@ impl VirtualMemory {
     }
 
     /// Frees the object, whoever else has a handle of it: they get `HandleNotFound` from now on.
-    /// `Bytes` that were read stay valid.
+    /// `Bytes` that were read stay valid. Of an object that has a name it closes this handle only.
     ///
     /// # Errors
     ///
     /// `HandleNotFound` if it was freed before, or belongs to another store; `Closed`.
     pub async fn free(&self, handle: VMemHandle) -> Result<()> {
         let object = self.check(&handle)?;
+        if object.has_name() {
+            return Ok(());
+        }
         if object.free() { Ok(()) } else { Err(object.not_found()) }
     }
 
@@ -156,11 +164,13 @@ impl VirtualMemory {
     }
 
     /// Ends the store: refuses new calls and what waits, lets what is in flight come to its end,
-    /// and gives back files and the directory's lock. `Bytes` stay valid.
+    /// makes the named objects durable, and gives back files and the directory's lock. `Bytes` stay
+    /// valid.
     ///
     /// # Errors
     ///
-    /// What the backends said of their end; `Closed` if it was closed before.
+    /// `NotFlushed` with the names of what was not made durable; what the backends said of their end;
+    /// `Closed` if it was closed before.
     pub async fn close(self) -> Result<()> {
         let first = self.shared.set_closed();
         let mut outcome = self.lifetime.outcome.clone();

@@ -58,13 +58,19 @@ impl VirtualMemory {
     }
 
     /// Puts the current bytes where the object's home tier is; what is already there costs nothing.
-    /// Covers every write that completed before the call.
+    /// Covers every write that completed before the call. A named object is durable then, wherever its
+    /// home is: its bytes and its name survive the process and the power.
     ///
     /// # Errors
     ///
-    /// `TierFull`, `Io`.
+    /// `TierFull`, `Io`; `Damaged`. After an `Io` error of a sync or of the catalog nothing more is made
+    /// durable until the store is opened again, and every flush says so: what the kernel could not
+    /// write it takes for written from then on.
     pub async fn flush(&self, handle: &VMemHandle) -> Result<()> {
         let object = self.check(handle)?;
+        if object.has_name() {
+            return self.flush_named(object.clone()).await;
+        }
         match object.home {
             MemoryTier::Disk => self.ask(object, Move::Flush).await,
             MemoryTier::Vram | MemoryTier::Host => Ok(()),
@@ -75,13 +81,15 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// The first error; how many there were goes to the log.
+    /// `NotFlushed` with the names of those that are not durable; else the first error, and how many
+    /// there were goes to the log.
     pub async fn flush_all(&self) -> Result<()> {
         self.check_open()?;
+        let named = self.flush_all_named().await;
         let mut failed = 0_usize;
         let mut first_error = None;
         for object in self.shared.all().into_iter().filter(|object| object.is_dirty()) {
-            if object.home != MemoryTier::Disk || object.is_dead() {
+            if object.home != MemoryTier::Disk || object.is_dead() || object.has_name() {
                 continue;
             }
             match self.ask(&object, Move::Flush).await {
@@ -93,9 +101,10 @@ impl VirtualMemory {
                 }
             }
         }
-        let Some(error) = first_error else { return Ok(()) };
-        tracing::warn!(target: "vmem", failed, %error, "objects were not flushed");
-        Err(error)
+        if let Some(error) = &first_error {
+            tracing::warn!(target: "vmem", failed, %error, "objects were not flushed");
+        }
+        named.and(first_error.map_or(Ok(()), Err))
     }
 
     async fn ask(&self, object: &Arc<Object>, what: Move) -> Result<()> {

@@ -20,8 +20,8 @@ use super::closed_error;
 use super::direct::Alignment;
 use super::file::PositionalFile;
 use super::job::{Job, Kind, Step};
-use super::pool::Pool;
 use super::queued::{Bounds, Engine, Queued};
+use crate::pool::Pool;
 
 /// Limits of a [`BlockingDriver`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +98,7 @@ impl<F: PositionalFile> Blocking<F> {
         // Closing a large file that has no name any more frees its blocks, which takes a while:
         // the last thread of the pool does it, not the task that closes.
         let finish = Box::new(move || drop(closing.lock().take()));
-        Blocking { file, pool: Pool::new(threads_max, finish), threads_max }
+        Blocking { file, pool: Pool::new("vmem-io", threads_max, finish), threads_max }
     }
 }
 

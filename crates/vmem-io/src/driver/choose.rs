@@ -24,6 +24,7 @@ pub(crate) struct Chosen {
 }
 
 /// Takes `data`, a file of `directory`, into the driver that was asked for, or into the best that works.
+/// A file that has extents already keeps its `block_bytes`.
 ///
 /// # Errors
 ///
@@ -33,15 +34,26 @@ pub(crate) fn choose(
     asked: IoDriver,
     data: File,
     directory: &StoreDirectory,
+    block_bytes: Option<u32>,
 ) -> Result<Chosen, VirtualMemoryError> {
     let scratch = || directory.scratch();
     let io = |error| VirtualMemoryError::io("trying the disk drivers", error);
     let mut notes: Vec<Arc<str>> = Vec::new();
     let probed = scratch().and_then(|scratch| Alignment::probe(&data, &scratch));
-    let alignment = probed.unwrap_or_else(|error| {
+    let fits = probed.and_then(|alignment| match block_bytes {
+        Some(block) if block < alignment.block_bytes() => {
+            super::direct::set_direct(&data, false)?;
+            let sector = alignment.block_bytes();
+            let why = format!("the store has blocks of {block} bytes, the device of {sector}");
+            Err(io::Error::other(why))
+        }
+        _ => Ok(alignment),
+    });
+    let alignment = fits.unwrap_or_else(|error| {
         notes.push(format!("direct I/O (O_DIRECT): {error}").into());
         Alignment::NONE
     });
+    let block_bytes = block_bytes.unwrap_or(alignment.block_bytes());
     let candidates: &[IoDriver] = match asked {
         // Seen with Linux 6.18: the kernel waits for the answer of the server inside of the call that submits,
         // and goes on by itself after a short direct transfer, at the wrong offset.
@@ -55,7 +67,7 @@ pub(crate) fn choose(
     for &kind in candidates {
         let trial = scratch().map_err(io)?;
         let data = data.try_clone().map_err(io)?;
-        match make(kind, data, trial, alignment) {
+        match make(kind, data, trial, alignment, block_bytes) {
             Ok(driver) => {
                 let direct = alignment.is_direct();
                 return Ok(Chosen { driver, kind, direct, notes });
@@ -84,6 +96,7 @@ fn make(
     data: File,
     trial: File,
     alignment: Alignment,
+    block_bytes: u32,
 ) -> io::Result<Arc<dyn Driver>> {
     #[cfg(target_os = "linux")]
     use super::{RingOptions, reactor, tokio_uring};
@@ -96,7 +109,7 @@ fn make(
         IoDriver::Reactor => {
             reactor::prove(trial, alignment)?;
             let rings = cores.min(8);
-            let options = RingOptions { alignment, rings, ..Default::default() };
+            let options = RingOptions { alignment, rings, block_bytes, ..Default::default() };
             Ok(Arc::new(super::ReactorDriver::new(data, options)?))
         }
         #[cfg(target_os = "linux")]
@@ -106,11 +119,11 @@ fn make(
             trial.set_len(0)?;
             tokio_uring::prove(trial, alignment)?;
             let rings = (cores / 2).clamp(1, 4);
-            let options = RingOptions { alignment, rings, ..Default::default() };
+            let options = RingOptions { alignment, rings, block_bytes, ..Default::default() };
             Ok(Arc::new(super::TokioUringDriver::new(data, options)?))
         }
         IoDriver::Blocking => {
-            let options = BlockingOptions { alignment, ..Default::default() };
+            let options = BlockingOptions { alignment, block_bytes, ..Default::default() };
             Ok(Arc::new(BlockingDriver::new(data, options)))
         }
         _ => Err(io::ErrorKind::Unsupported.into()),

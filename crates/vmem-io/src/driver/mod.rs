@@ -13,7 +13,6 @@ mod direct;
 mod file;
 mod job;
 mod memory;
-mod pool;
 mod queued;
 #[cfg(target_os = "linux")]
 mod reactor;
@@ -109,6 +108,8 @@ pub struct RingOptions {
     pub queue_max: usize,
     /// So many rings; and threads, where each ring has its own.
     pub rings: usize,
+    /// What extents are rounded to, in bytes: a power of two, at most 64 KiB.
+    pub block_bytes: u32,
     /// How the file was opened.
     pub alignment: Alignment,
 }
@@ -116,7 +117,7 @@ pub struct RingOptions {
 impl Default for RingOptions {
     /// Two rings, through the page cache.
     fn default() -> Self {
-        RingOptions { queue_max: 256, rings: 2, alignment: Alignment::NONE }
+        RingOptions { queue_max: 256, rings: 2, block_bytes: 512, alignment: Alignment::NONE }
     }
 }
 
@@ -125,12 +126,14 @@ impl RingOptions {
     /// Limits that cannot work are moved to the nearest that can.
     fn clamped(self) -> Self {
         let (queue_max, rings) = (self.queue_max.clamp(1, 4096), self.rings.clamp(1, 64));
-        RingOptions { queue_max, rings, ..self }
+        let block_bytes = self.block_bytes.clamp(512, 65536).next_power_of_two();
+        RingOptions { queue_max, rings, block_bytes, ..self }
     }
 
     fn bounds(self) -> queued::Bounds {
         let RingOptions { queue_max, alignment, .. } = self;
-        queued::Bounds { queue_max, alignment, block_bytes: alignment.block_bytes() }
+        let block_bytes = alignment.block_bytes().max(self.block_bytes);
+        queued::Bounds { queue_max, alignment, block_bytes }
     }
 }
 

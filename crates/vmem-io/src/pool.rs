@@ -2,7 +2,7 @@
 //!
 //! Invariant: every job that was handed in is called exactly once, with `Ok` on a thread of the
 //! pool, or with an error if it is refused; and a job that panics takes no thread with it. Idle
-//! threads are parked. Called by the blocking driver.
+//! threads are parked. Called by the blocking driver and by the catalog.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -14,17 +14,18 @@ use std::thread::{self, JoinHandle};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::Notify;
 
-use super::closed_error;
+use crate::driver::closed_error;
 
 /// A job; the argument says whether it runs.
-pub(super) type Job = Box<dyn FnOnce(io::Result<()>) + Send>;
+pub(crate) type Job = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 /// What the last thread does before it ends.
 type Finish = Box<dyn FnOnce() + Send>;
 
 /// A bounded number of threads, started when there is work for them.
-pub(super) struct Pool {
+pub(crate) struct Pool {
     shared: Arc<Shared>,
+    name: &'static str,
     threads_max: usize,
 }
 
@@ -46,8 +47,8 @@ struct State {
 }
 
 impl Pool {
-    /// A pool with no thread yet. `finish` runs once: after the last job of a closed pool.
-    pub(super) fn new(threads_max: usize, finish: Finish) -> Self {
+    /// A pool of threads of this name, with none yet. `finish` runs once: after the last job of a closed pool.
+    pub(crate) fn new(name: &'static str, threads_max: usize, finish: Finish) -> Self {
         let state = State {
             queue: VecDeque::new(),
             idle: 0,
@@ -63,12 +64,13 @@ impl Pool {
                 work: Condvar::new(),
                 ended: Notify::new(),
             }),
+            name,
             threads_max: threads_max.max(1),
         }
     }
 
     /// Hands a job in; a closed pool, or one that can start no thread at all, refuses it.
-    pub(super) fn submit(&self, job: Job) {
+    pub(crate) fn submit(&self, job: Job) {
         if let Err((job, error)) = self.enqueue(job) {
             job(Err(error));
         }
@@ -97,12 +99,12 @@ impl Pool {
     }
 
     fn start_thread(&self, number: usize) -> io::Result<JoinHandle<()>> {
-        let shared = Arc::clone(&self.shared);
-        thread::Builder::new().name(format!("vmem-io-{number}")).spawn(move || shared.serve())
+        let (shared, name) = (Arc::clone(&self.shared), self.name);
+        thread::Builder::new().name(format!("{name}-{number}")).spawn(move || shared.serve())
     }
 
     /// Refuses what comes after; what was handed in before is still done.
-    pub(super) fn begin_close(&self) {
+    pub(crate) fn begin_close(&self) {
         let finish = {
             let mut state = self.shared.state.lock();
             state.closing = true;
@@ -118,7 +120,7 @@ impl Pool {
     }
 
     /// Waits, without blocking, until a pool that closes has done its last job; then joins.
-    pub(super) fn closed(&self) -> impl Future<Output = ()> + Send + 'static {
+    pub(crate) fn closed(&self) -> impl Future<Output = ()> + Send + 'static {
         let shared = Arc::clone(&self.shared);
         async move {
             loop {
@@ -136,14 +138,14 @@ impl Pool {
     }
 
     /// Waits, blocking, for the same.
-    pub(super) fn shut_down(&self) {
+    pub(crate) fn shut_down(&self) {
         self.begin_close();
         self.shared.join();
     }
 
     /// How many threads run.
     #[cfg(test)]
-    pub(super) fn live(&self) -> usize {
+    pub(crate) fn live(&self) -> usize {
         self.shared.state.lock().live
     }
 }
@@ -210,7 +212,7 @@ mod tests {
     fn pool(threads: usize) -> (Pool, mpsc::Receiver<&'static str>) {
         let (sender, receiver) = mpsc::channel();
         let finish = Box::new(move || sender.send("finished").unwrap());
-        (Pool::new(threads, finish), receiver)
+        (Pool::new("test", threads, finish), receiver)
     }
 
     #[test]
@@ -231,7 +233,7 @@ mod tests {
         }
         assert_eq!(pool.live(), 3, "no more than allowed");
         pool.begin_close();
-        pool.submit(Box::new(|run| assert!(super::super::is_closed(&run.unwrap_err()))));
+        pool.submit(Box::new(|run| assert!(crate::driver::is_closed(&run.unwrap_err()))));
         drop(held);
         pool.shut_down();
         assert_eq!(entered.1.try_iter().count(), 5, "what was accepted was done");

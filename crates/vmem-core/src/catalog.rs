@@ -1,0 +1,142 @@
+//! What core needs of the catalog of named objects: changes in, committed together; rows out.
+//!
+//! Invariant: a commit is durable when it succeeds, and all of it or nothing is there after any crash.
+//! What a row leads to was durable before it was handed in. Called by `names/`; implemented in
+//! `vmem-io`.
+
+use std::fmt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+
+use crate::error::VirtualMemoryError;
+use crate::tier::MemoryTier;
+
+/// The longest name, in bytes of UTF-8.
+pub const NAME_LEN_MAX: usize = 1024;
+/// The longest metadata of a name, in bytes.
+pub const METADATA_LEN_MAX: usize = 4096;
+/// Chunks whose places are stored, and rewritten, as one row.
+pub const SEGMENT_CHUNKS: usize = 1024;
+
+/// A transactional store of names.
+///
+/// Every method may be called from any task; none blocks it. A commit whose future was dropped goes on.
+pub trait Catalog: fmt::Debug + Send + Sync + 'static {
+    /// Applies the changes in this order, all or none, and makes them durable.
+    ///
+    /// # Errors
+    ///
+    /// After an error it is not known whether they are durable: the next start tells.
+    fn commit(
+        &self,
+        changes: Vec<CatalogChange>,
+    ) -> BoxFuture<'static, Result<(), VirtualMemoryError>>;
+
+    /// What has this name.
+    ///
+    /// # Errors
+    ///
+    /// [`Damaged`](VirtualMemoryError::Damaged) if its rows are not what was written; `Io`.
+    fn find(
+        &self,
+        name: Arc<str>,
+    ) -> BoxFuture<'static, Result<Option<CatalogObject>, VirtualMemoryError>>;
+
+    /// At most `limit` names that start with `prefix`, from the first one behind `after`, in the order of
+    /// their bytes.
+    ///
+    /// # Errors
+    ///
+    /// As `find`.
+    fn names(
+        &self,
+        prefix: Arc<str>,
+        after: Option<Arc<str>>,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<(Arc<str>, CatalogRecord)>, VirtualMemoryError>>;
+
+    /// Copies what is committed now into an empty directory, which opens as a store then. Nothing that
+    /// is committed now may lose its space before this ends.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidConfig` if the directory cannot serve, `Damaged`, `Io`.
+    fn snapshot(
+        &self,
+        directory: std::path::PathBuf,
+    ) -> BoxFuture<'static, Result<(), VirtualMemoryError>>;
+
+    /// The first number that no object in the catalog has.
+    fn next_id(&self) -> u64;
+
+    /// Ends it: waits for what is in flight and refuses what comes after.
+    fn close(&self) -> BoxFuture<'static, Result<(), VirtualMemoryError>>;
+}
+
+/// What is stored of a name, but for where the bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CatalogRecord {
+    /// The number of the version; never used for another one.
+    pub id: u64,
+    /// The length of the object, in bytes.
+    pub len: u64,
+    /// The home tier.
+    pub home: MemoryTier,
+    /// What the user stored beside it.
+    pub metadata: Bytes,
+}
+
+/// A named object as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CatalogObject {
+    /// What it is.
+    pub record: CatalogRecord,
+    /// Where its chunks are; none is a chunk of zeros.
+    pub chunks: Vec<Option<StoredChunk>>,
+}
+
+/// Where the disk tier has a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredChunk {
+    /// Where it starts, in bytes.
+    pub offset: u64,
+    /// Space taken, in bytes, rounding included.
+    pub footprint: u32,
+    /// The CRC-32C of the chunk.
+    pub sum: u32,
+}
+
+/// One change of the catalog.
+#[derive(Clone, Debug)]
+pub enum CatalogChange {
+    /// Gives a name to a version. The rows of another version that had it go.
+    Put {
+        /// The name.
+        name: Arc<str>,
+        /// The version.
+        record: CatalogRecord,
+    },
+    /// Where some chunks of a version are: number `segment` of [`SEGMENT_CHUNKS`] each.
+    Segment {
+        /// The version.
+        id: u64,
+        /// Which of its segments.
+        segment: u32,
+        /// The chunks of the segment, all of them.
+        chunks: Vec<Option<StoredChunk>>,
+    },
+    /// Moves a version to another name. The rows of one that had that name go.
+    Rename {
+        /// The name that it has.
+        from: Arc<str>,
+        /// The name that it gets.
+        to: Arc<str>,
+    },
+    /// Forgets a name and its version.
+    Remove {
+        /// The name.
+        name: Arc<str>,
+    },
+}

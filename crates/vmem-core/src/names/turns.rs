@@ -1,0 +1,62 @@
+//! Turns: one change of a name at a time, first come first served.
+//!
+//! Invariant: there is an entry for a name exactly while somebody has its turn or waits for it. Called by
+//! `vmem/named.rs`.
+
+use std::sync::Arc;
+
+use dashmap::DashMap;
+use tokio::sync::{Mutex, OwnedMutexGuard};
+
+use crate::shared::Shared;
+
+/// The names that are being changed.
+#[derive(Debug, Default)]
+pub(super) struct Turns(DashMap<Arc<str>, Arc<Mutex<()>>>);
+
+/// The right to change what a name stands for.
+pub(crate) struct Turn {
+    shared: Arc<Shared>,
+    name: Arc<str>,
+    /// Empty while it waits.
+    guard: Option<OwnedMutexGuard<()>>,
+}
+
+impl Turn {
+    /// Waits for the turn of one name.
+    pub(crate) async fn of(shared: &Arc<Shared>, name: Arc<str>) -> Turn {
+        // Whoever goes away while it waits drops this, which tidies up.
+        let mut turn = Turn { shared: shared.clone(), name: name.clone(), guard: None };
+        let mutex = shared.names.turns.0.entry(name).or_default().clone();
+        turn.guard = Some(mutex.lock_owned().await);
+        turn
+    }
+
+    /// Waits for the turns of two names that differ, in an order that all keep.
+    pub(crate) async fn of_both(
+        shared: &Arc<Shared>,
+        one: Arc<str>,
+        other: Arc<str>,
+    ) -> (Turn, Turn) {
+        if one < other {
+            let first = Turn::of(shared, one).await;
+            (first, Turn::of(shared, other).await)
+        } else {
+            let first = Turn::of(shared, other).await;
+            (Turn::of(shared, one).await, first)
+        }
+    }
+
+    pub(crate) fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.guard = None;
+        let turns = &self.shared.names.turns.0;
+        // Under the lock of the entry nobody comes by a share of it.
+        turns.remove_if(&self.name, |_, mutex| Arc::strong_count(mutex) == 1);
+    }
+}

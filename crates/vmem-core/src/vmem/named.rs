@@ -1,0 +1,317 @@
+//! Named objects: those that are found again after a restart.
+//!
+//! Invariant: every change of a name runs as a task of its own, which has the turn of the name; the
+//! caller's future waits for the answer and owns nothing. A change whose caller went away may have
+//! happened, or happens still, whole.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::Stream;
+use futures::stream::try_unfold;
+use tokio::sync::oneshot;
+
+use super::{Result, VirtualMemory};
+use crate::actor::spawn_named;
+use crate::catalog::{CatalogRecord, METADATA_LEN_MAX};
+use crate::error::VirtualMemoryError;
+use crate::handle::VMemHandle;
+use crate::names::{self, Names, Turn};
+use crate::object::Object;
+use crate::shared::Shared;
+use crate::tier::MemoryTier;
+
+/// Names that are read from the catalog at a time.
+const PAGE: usize = 256;
+
+/// One named object, as [`VirtualMemory::names`] lists it.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedEntry {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its length, in bytes.
+    pub len: u64,
+    /// Its home tier.
+    pub home: MemoryTier,
+    /// What was stored beside it.
+    pub metadata: Bytes,
+}
+
+impl NamedEntry {
+    fn new(name: Arc<str>, record: CatalogRecord) -> Self {
+        NamedEntry { name, len: record.len, home: record.home, metadata: record.metadata }
+    }
+}
+
+impl VirtualMemory {
+    /// [`allocate`](Self::allocate) under a name: 1 to 1024 bytes of UTF-8. The name, and zeros, become
+    /// durable with the first [`flush`](Self::flush); the object stays although its last handle is dropped.
+    ///
+    /// # Errors
+    ///
+    /// `NameExists`, `InvalidConfig` for a name that cannot be one, those of `allocate`, `Damaged`,
+    /// `Io`.
+    pub async fn allocate_named(
+        &self,
+        name: &str,
+        len: usize,
+        home: MemoryTier,
+    ) -> Result<VMemHandle> {
+        let name = self.check_named(name)?;
+        let handle = self.allocate(len, home).await?;
+        self.change(move |shared| async move {
+            let turn = Turn::of(&shared, name).await;
+            if names::find(&shared, &turn).await?.is_some() {
+                return Err(VirtualMemoryError::NameExists { name: turn.name().clone() });
+            }
+            names::call(&shared, &turn, &handle);
+            Ok(handle)
+        })
+        .await
+    }
+
+    /// Stores these bytes under a name: the object is created, or atomically takes the name from the one
+    /// that has it, whose handles keep the old version. Durable on return. The metadata of the name
+    /// start empty.
+    ///
+    /// ```
+    /// # use vmem::{MemoryTier, VirtualMemoryConfig};
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+    /// # let directory = tempfile::tempdir().unwrap();
+    /// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
+    /// # let config = config.disk_path(directory.path()).build()?;
+    /// let vmem = vmem::open(config.clone()).await?;
+    /// let first = vmem.put_named("adapter", b"one", MemoryTier::Host).await?;
+    /// vmem.put_named("adapter", b"two", MemoryTier::Host).await?;
+    /// assert_eq!(&vmem.read(&first).await?[..], b"one");
+    /// # drop(first);
+    /// vmem.close().await?;
+    ///
+    /// let again = vmem::open(config).await?;
+    /// let handle = again.open_named("adapter").await?;
+    /// assert_eq!(&again.read(&handle).await?[..], b"two");
+    /// # drop(handle);
+    /// # again.close().await
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`put`](Self::put); `InvalidConfig` for a name that cannot be one; `Damaged`, `Io`. If
+    /// making it durable failed, the name leads to the version before, or, after a crash, perhaps to
+    /// this one.
+    pub async fn put_named(
+        &self,
+        name: &str,
+        data: impl AsRef<[u8]> + Send,
+        home: MemoryTier,
+    ) -> Result<VMemHandle> {
+        let name = self.check_named(name)?;
+        let handle = self.put(data, home).await?;
+        self.change(move |shared| async move {
+            let turn = Turn::of(&shared, name).await;
+            names::replace(&shared, &turn, &handle).await?;
+            Ok(handle)
+        })
+        .await
+    }
+
+    /// The object that has this name.
+    ///
+    /// # Errors
+    ///
+    /// `NameNotFound`; `InvalidConfig` for a name that cannot be one; `TierNotAvailable` if its
+    /// home tier is not there; `Damaged`, `Io`.
+    pub async fn open_named(&self, name: &str) -> Result<VMemHandle> {
+        let name = self.check_named(name)?;
+        if let Some(handle) = self.shared.names.get(&name) {
+            return Ok(handle);
+        }
+        self.change(move |shared| async move {
+            let turn = Turn::of(&shared, name).await;
+            names::find_or_error(&shared, &turn).await
+        })
+        .await
+    }
+
+    /// Gives the object of one name another one, atomically; what had that name loses it, its handles keep
+    /// it. Durable on return, as is the object.
+    ///
+    /// # Errors
+    ///
+    /// `NameNotFound`; `InvalidConfig` for a name that cannot be one; those of [`flush`](Self::flush).
+    pub async fn rename_named(&self, from: &str, to: &str) -> Result<()> {
+        let (from, to) = (self.check_named(from)?, self.check_named(to)?);
+        self.change(move |shared| async move {
+            if from == to {
+                let turn = Turn::of(&shared, from).await;
+                let handle = names::find_or_error(&shared, &turn).await?;
+                return names::persist(&shared, &turn, handle.object()).await;
+            }
+            let (from, to) = Turn::of_both(&shared, from, to).await;
+            names::rename(&shared, &from, &to).await
+        })
+        .await
+    }
+
+    /// Forgets the name. Durable on return. Handles keep the object; it goes with the last of them.
+    ///
+    /// # Errors
+    ///
+    /// `NameNotFound`; `InvalidConfig` for a name that cannot be one; `Damaged`, `Io`.
+    pub async fn remove_named(&self, name: &str) -> Result<()> {
+        let name = self.check_named(name)?;
+        self.change(move |shared| async move {
+            let turn = Turn::of(&shared, name).await;
+            names::remove(&shared, &turn).await
+        })
+        .await
+    }
+
+    /// Every name that starts with `prefix`, in the order of their bytes; those too that were not
+    /// flushed yet. Names that come or go while it is read may be listed or not.
+    pub fn names(
+        &self,
+        prefix: &str,
+    ) -> impl Stream<Item = Result<NamedEntry>> + Send + 'static + use<> {
+        let listing = Listing {
+            shared: self.shared.clone(),
+            prefix: prefix.into(),
+            after: None,
+            page: VecDeque::new(),
+            volatile: None,
+            ended: false,
+        };
+        try_unfold(listing, |mut listing| async move {
+            Ok(listing.next().await?.map(|entry| (entry, listing)))
+        })
+    }
+
+    /// Stores up to 4096 bytes beside a name. Durable on return, as is the object.
+    ///
+    /// # Errors
+    ///
+    /// `NameNotFound`; `InvalidConfig` for a name that cannot be one, or metadata that are too long;
+    /// those of [`flush`](Self::flush).
+    pub async fn set_metadata(&self, name: &str, metadata: &[u8]) -> Result<()> {
+        let name = self.check_named(name)?;
+        if metadata.len() > METADATA_LEN_MAX {
+            let (field, len) = ("metadata", metadata.len());
+            let reason = format!("at most {METADATA_LEN_MAX} bytes, not {len}").into();
+            return Err(VirtualMemoryError::InvalidConfig { field, reason });
+        }
+        let metadata = Bytes::copy_from_slice(metadata);
+        self.change(move |shared| async move {
+            let turn = Turn::of(&shared, name).await;
+            names::set_metadata(&shared, &turn, metadata).await
+        })
+        .await
+    }
+
+    /// Copies all named objects, as they are durable at one moment, to `directory`, which is empty or does
+    /// not exist and which opens as a store then. Covers every write that completed before the call;
+    /// writers go on meanwhile. Where the file system shares extents nothing is copied.
+    ///
+    /// # Errors
+    ///
+    /// `NotFlushed`, `InvalidConfig` if the directory cannot serve, `Damaged`, `Io`.
+    pub async fn snapshot(&self, directory: &Path) -> Result<()> {
+        self.check_open()?;
+        let directory = directory.to_owned();
+        self.change(move |shared| async move {
+            names::flush_all(&shared).await?;
+            let frozen = Names::freeze(&shared);
+            let copied = shared.names.catalog()?.snapshot(directory).await;
+            drop(frozen);
+            copied
+        })
+        .await
+    }
+
+    // ---- For `place.rs` ------------------------------------------------------------------------
+
+    pub(super) async fn flush_named(&self, object: Arc<Object>) -> Result<()> {
+        self.change(move |shared| async move { names::flush(&shared, &object).await }).await
+    }
+
+    pub(super) async fn flush_all_named(&self) -> Result<()> {
+        self.change(move |shared| async move { names::flush_all(&shared).await }).await
+    }
+
+    /// A name that may be one, of a store that is open.
+    fn check_named(&self, name: &str) -> Result<Arc<str>> {
+        self.check_open()?;
+        names::check_name(name)?;
+        self.shared.names.catalog()?;
+        Ok(name.into())
+    }
+
+    /// Runs a change as a task of its own, and waits for its answer.
+    async fn change<T, F>(&self, make: impl FnOnce(Arc<Shared>) -> F + Send) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let permit = self.shared.names.task().await?;
+        self.check_open()?;
+        let (reply, answer) = oneshot::channel();
+        let change = make(self.shared.clone());
+        let runtime = self.shared.runtime.clone();
+        spawn_named(&runtime, "vmem-name", async move {
+            let outcome = change.await;
+            drop(permit);
+            let _ = reply.send(outcome);
+        });
+        // Without an answer the runtime has gone.
+        answer.await.unwrap_or(Err(VirtualMemoryError::Closed))
+    }
+}
+
+/// Where a listing of names is.
+struct Listing {
+    shared: Arc<Shared>,
+    prefix: Arc<str>,
+    after: Option<Arc<str>>,
+    page: VecDeque<(Arc<str>, CatalogRecord)>,
+    /// Names that the catalog does not know yet.
+    volatile: Option<BTreeMap<Arc<str>, CatalogRecord>>,
+    ended: bool,
+}
+
+impl Listing {
+    async fn next(&mut self) -> Result<Option<NamedEntry>> {
+        if self.shared.is_closed() {
+            return Err(VirtualMemoryError::Closed);
+        }
+        if self.volatile.is_none() {
+            self.volatile = Some(self.shared.names.volatile(&self.prefix));
+        }
+        if self.page.is_empty() && !self.ended {
+            let catalog = self.shared.names.catalog()?.clone();
+            let page = catalog.names(self.prefix.clone(), self.after.clone(), PAGE).await?;
+            self.ended = page.len() < PAGE;
+            self.after = page.last().map(|(name, _)| name.clone()).or(self.after.take());
+            self.page = page.into();
+        }
+        let volatile = self.volatile.get_or_insert_default();
+        let first = volatile.first_key_value().map(|(name, _)| name.clone());
+        let stored = self.page.front().map(|(name, _)| name.clone());
+        let entry = match (first, stored) {
+            (Some(first), Some(stored)) if first == stored => {
+                // It was flushed since the listing began.
+                volatile.pop_first();
+                self.page.pop_front()
+            }
+            (Some(first), stored) if stored.as_ref().is_none_or(|stored| first < *stored) => {
+                volatile.pop_first()
+            }
+            _ => self.page.pop_front(),
+        };
+        Ok(entry.map(|(name, record)| NamedEntry::new(name, record)))
+    }
+}

@@ -1,0 +1,426 @@
+//! The catalog of named objects: a redb database in one file.
+//!
+//! Invariant: the file appears under its name with its first commit in it, by a rename, and every later
+//! change is one redb transaction: at any moment of a crash it is whole. It is read and written on
+//! threads of its own. Opened with the disk tier, called by core.
+//!
+//! redb was chosen because it is one file, in Rust alone, transactional, checksummed page by page and
+//! verified when it is opened, and lets its storage be replaced, so that power cuts can be simulated
+//! below it. Of the others looked at, SQLite and LMDB bring C and no checksums, fjall many files and
+//! background threads of its own.
+
+mod rows;
+mod storage;
+mod tables;
+
+use std::fs::File;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
+
+use futures::FutureExt;
+use futures::channel::oneshot;
+use futures::future::BoxFuture;
+use parking_lot::{Mutex, RwLock};
+use redb::{Builder, Database, StorageBackend};
+use vmem_core::VirtualMemoryError;
+use vmem_core::backend::{Catalog, CatalogChange, CatalogObject, CatalogRecord};
+
+use self::rows::Head;
+use self::storage::{FileStorage, Storage};
+use self::tables::{Failure, Summary};
+use crate::directory::{CATALOG_FILE, Files, StoreDirectory, Tally};
+use crate::driver::is_closed;
+use crate::pool::Pool;
+use crate::tier::Taken;
+
+type Result<T> = std::result::Result<T, VirtualMemoryError>;
+
+/// Reads and the one commit that run at once.
+const THREADS: usize = 3;
+
+/// The name of a catalog that is being made.
+const UNFINISHED: &str = "vmem.catalog.new";
+
+/// See the module's documentation.
+pub struct NameCatalog {
+    inner: Arc<Inner>,
+    pool: Pool,
+}
+
+struct Inner {
+    /// For errors.
+    path: PathBuf,
+    cache_bytes: usize,
+    /// None once it is closed, and of a catalog over other storage.
+    files: Mutex<Option<Files>>,
+    tally: Tally,
+    /// None before the first commit, and after the end.
+    open: RwLock<Option<Arc<Database>>>,
+    /// What the head row says; whoever commits has it.
+    head: Mutex<Head>,
+    /// The data file, through the page cache, for snapshots.
+    data: OnceLock<File>,
+}
+
+impl NameCatalog {
+    /// Opens the catalog of a directory, if it has one, and verifies it. `cache_bytes` bounds what it keeps
+    /// in memory.
+    ///
+    /// # Errors
+    ///
+    /// [`Damaged`](VirtualMemoryError::Damaged) with what can still be read,
+    /// [`UnknownFormat`](VirtualMemoryError::UnknownFormat), `Io`.
+    pub(crate) fn open(directory: &StoreDirectory, cache_bytes: usize) -> Result<(Self, Taken)> {
+        let files = directory.files();
+        let path = files.path_of(CATALOG_FILE);
+        let io = |error| VirtualMemoryError::io("opening the catalog", error);
+        files.remove(UNFINISHED).map_err(io)?;
+        let mut inner = Inner::new(path, cache_bytes, directory.tally());
+        let mut taken = Taken::default();
+        if files.has(CATALOG_FILE).map_err(io)? {
+            let file = files.open(CATALOG_FILE)?;
+            // What was made and cut off before anything was written.
+            if file.metadata().map_err(io)?.len() > 0 {
+                taken = inner.load(Storage(Arc::new(FileStorage(file))))?;
+            }
+        }
+        inner.tally.store(inner.head.get_mut().names, Ordering::Release);
+        inner.files = Mutex::new(Some(files));
+        Ok((Self::over_inner(inner), taken))
+    }
+
+    /// A catalog over storage of the caller's, for tests; begun if it is empty. Also says which extents
+    /// it leads to.
+    ///
+    /// # Errors
+    ///
+    /// [`Damaged`](VirtualMemoryError::Damaged), `Io`.
+    pub fn over(storage: Arc<dyn StorageBackend>, block_bytes: u32) -> Result<(Self, Taken)> {
+        let inner = Inner::new(PathBuf::from("catalog"), 1 << 20, Tally::default());
+        let storage = Storage(storage);
+        let len = storage.len().map_err(|error| VirtualMemoryError::io("the catalog", error))?;
+        let taken = match len {
+            0 => {
+                let (db, head) = inner.begin(storage, block_bytes)?;
+                inner.install(db, head);
+                Taken::default()
+            }
+            _ => inner.load(storage)?,
+        };
+        Ok((Self::over_inner(inner), taken))
+    }
+
+    fn over_inner(inner: Inner) -> Self {
+        let inner = Arc::new(inner);
+        let ending = Arc::clone(&inner);
+        NameCatalog {
+            inner,
+            pool: Pool::new("vmem-catalog", THREADS, Box::new(move || ending.end())),
+        }
+    }
+
+    /// What the disk tier turned out to be; before anything else.
+    pub(crate) fn set_disk(&self, data: File, block_bytes: u32) {
+        let _ = self.inner.data.set(data);
+        let mut head = self.inner.head.lock();
+        if head.block_bytes == 0 {
+            head.block_bytes = block_bytes;
+        }
+    }
+
+    /// What extents are rounded to, if that is settled, in bytes.
+    pub(crate) fn block_bytes(&self) -> Option<u32> {
+        Some(self.inner.head.lock().block_bytes).filter(|&bytes| bytes > 0)
+    }
+
+    /// Every object whose rows are whole; and the names of the others.
+    pub(crate) fn each_object(
+        &self,
+        mut each: impl FnMut(&str, CatalogObject) -> io::Result<()>,
+    ) -> Result<Vec<String>> {
+        let Some(db) = self.inner.db() else { return Ok(Vec::new()) };
+        self.inner.guarded("reading the catalog", || {
+            tables::each_object(&db, |name, object| each(name, object).map_err(Failure::Io))
+        })
+    }
+
+    /// Runs `work` on a thread.
+    fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T> + Send + 'static,
+    ) -> BoxFuture<'static, Result<T>> {
+        let (reply, answer) = oneshot::channel();
+        let inner = Arc::clone(&self.inner);
+        self.pool.submit(Box::new(move |run| {
+            let outcome = match run {
+                Ok(()) => work(&inner),
+                Err(error) if is_closed(&error) => Err(VirtualMemoryError::Closed),
+                Err(error) => Err(VirtualMemoryError::io("starting a thread", error)),
+            };
+            // Its share goes before the answer: whoever waits for it may be closing.
+            drop(inner);
+            let _ = reply.send(outcome);
+        }));
+        async move { answer.await.unwrap_or(Err(VirtualMemoryError::Closed)) }.boxed()
+    }
+}
+
+impl Catalog for NameCatalog {
+    fn commit(&self, changes: Vec<CatalogChange>) -> BoxFuture<'static, Result<()>> {
+        self.run(move |inner| inner.commit(&changes))
+    }
+
+    fn find(&self, name: Arc<str>) -> BoxFuture<'static, Result<Option<CatalogObject>>> {
+        self.run(move |inner| match inner.db() {
+            None => Ok(None),
+            Some(db) => inner.guarded("reading the catalog", || tables::find(&db, &name)),
+        })
+    }
+
+    fn names(
+        &self,
+        prefix: Arc<str>,
+        after: Option<Arc<str>>,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<(Arc<str>, CatalogRecord)>>> {
+        self.run(move |inner| match inner.db() {
+            None => Ok(Vec::new()),
+            Some(db) => inner.guarded("reading the catalog", || {
+                tables::names(&db, &prefix, after.as_deref(), limit)
+            }),
+        })
+    }
+
+    fn snapshot(&self, directory: PathBuf) -> BoxFuture<'static, Result<()>> {
+        self.run(move |inner| inner.snapshot(&directory))
+    }
+
+    fn next_id(&self) -> u64 {
+        self.inner.head.lock().next_id
+    }
+
+    fn close(&self) -> BoxFuture<'static, Result<()>> {
+        self.pool.begin_close();
+        self.pool.closed().map(Ok).boxed()
+    }
+}
+
+impl Drop for NameCatalog {
+    /// What is in flight ends on its thread, which has shares of all that it needs, the lock of the
+    /// directory too.
+    fn drop(&mut self) {
+        self.pool.begin_close();
+    }
+}
+
+impl Inner {
+    fn new(path: PathBuf, cache_bytes: usize, tally: Tally) -> Self {
+        Inner {
+            path,
+            cache_bytes,
+            files: Mutex::new(None),
+            tally,
+            open: RwLock::new(None),
+            head: Mutex::new(Head { format: rows::FORMAT, block_bytes: 0, names: 0, next_id: 0 }),
+            data: OnceLock::new(),
+        }
+    }
+
+    fn db(&self) -> Option<Arc<Database>> {
+        self.open.read().clone()
+    }
+
+    fn install(&self, db: Database, head: Head) {
+        *self.head.lock() = head;
+        *self.open.write() = Some(Arc::new(db));
+    }
+
+    /// Calls redb, which may panic over a file that somebody has changed under it.
+    fn guarded<T>(
+        &self,
+        operation: &'static str,
+        work: impl FnOnce() -> std::result::Result<T, Failure>,
+    ) -> Result<T> {
+        let gave_up = |_| Err(Failure::Damaged("no database can be made of it".to_owned()));
+        let outcome = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(gave_up);
+        outcome.map_err(|failure| failure.public(operation, &self.path))
+    }
+
+    fn builder(&self) -> Builder {
+        let mut builder = Builder::new();
+        builder.set_cache_size(self.cache_bytes);
+        builder
+    }
+
+    /// Opens what is there, verifies all of it, and says which extents it leads to.
+    fn load(&self, storage: Storage) -> Result<Taken> {
+        let again = storage.clone();
+        let opened = self.guarded("opening the catalog", || {
+            let mut builder = self.builder();
+            builder.set_check_integrity_on_open(true);
+            let db = builder.create_with_backend(storage)?;
+            let Summary { head, taken } = tables::summary(&db)?;
+            Ok((db, head, taken))
+        });
+        let (db, head, taken) = opened.map_err(|error| self.with_salvage(error, again))?;
+        let block_bytes = head.block_bytes;
+        self.install(db, head);
+        Ok(Taken { ranges: taken, block_bytes: Some(block_bytes) })
+    }
+
+    /// Adds to `Damaged` what can still be read.
+    fn with_salvage(&self, error: VirtualMemoryError, storage: Storage) -> VirtualMemoryError {
+        let VirtualMemoryError::Damaged { path, reason } = error else { return error };
+        let mut whole = 0_u64;
+        let salvage = self.guarded("reading the catalog", || {
+            let db = self.builder().create_with_backend(storage)?;
+            tables::each_object(&db, |_, _| {
+                whole += 1;
+                Ok(())
+            })
+        });
+        let reason = match salvage {
+            Ok(bad) => format!("{reason}; {whole} names can still be read, {} cannot", bad.len()),
+            Err(_) => format!("{reason}; {whole} names could still be read"),
+        };
+        VirtualMemoryError::Damaged { path, reason: reason.into() }
+    }
+
+    /// Makes an empty database.
+    fn begin(&self, storage: Storage, block_bytes: u32) -> Result<(Database, Head)> {
+        self.guarded("making the catalog", || {
+            let db = self.builder().create_with_backend(storage)?;
+            let head = tables::begin(&db, block_bytes)?;
+            Ok((db, head))
+        })
+    }
+
+    fn commit(&self, changes: &[CatalogChange]) -> Result<()> {
+        let mut head = self.head.lock();
+        // Until it is known otherwise.
+        self.tally.fetch_max(1, Ordering::AcqRel);
+        let db = match self.db() {
+            Some(db) => db,
+            None => {
+                let files = self.files.lock().clone().ok_or(VirtualMemoryError::Closed)?;
+                let (db, first) = self.make_in(&files, head.block_bytes)?;
+                publish(&files)?;
+                *head = first;
+                let db = Arc::new(db);
+                *self.open.write() = Some(Arc::clone(&db));
+                db
+            }
+        };
+        *head = self.guarded("committing names", || tables::commit(&db, *head, changes))?;
+        self.tally.store(head.names, Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes an empty database in a directory, under a name that nobody takes for a catalog.
+    fn make_in(&self, files: &Files, block_bytes: u32) -> Result<(Database, Head)> {
+        let io = |error| VirtualMemoryError::io("making the catalog", error);
+        files.remove(UNFINISHED).map_err(io)?;
+        let file = files.open(UNFINISHED)?;
+        self.begin(Storage(Arc::new(FileStorage(file))), block_bytes)
+    }
+
+    fn snapshot(&self, target: &Path) -> Result<()> {
+        let invalid = |reason: &str| VirtualMemoryError::InvalidConfig {
+            field: "directory",
+            reason: format!("{} {reason}", target.display()).into(),
+        };
+        let (directory, data) = StoreDirectory::open(Some(target))?;
+        let io = |error| VirtualMemoryError::io("writing the snapshot", error);
+        let files = directory.files();
+        let used = files.has(CATALOG_FILE).map_err(io)? || data.metadata().map_err(io)?.len() > 0;
+        if used {
+            return Err(invalid("holds a store already"));
+        }
+        let (Some(db), Some(source)) = (self.db(), self.data.get()) else { return Ok(()) };
+        let (copy, _) = self.make_in(&files, self.head.lock().block_bytes)?;
+        self.guarded("writing the snapshot", || {
+            tables::copy(&db, &copy, |taken| {
+                copy_bytes(source, &data, &taken)?;
+                data.sync_all()
+            })
+        })?;
+        drop(copy);
+        publish(&files)?;
+        directory.tally().store(crate::directory::UNKNOWN, Ordering::Release);
+        Ok(())
+    }
+
+    /// After the last job.
+    fn end(&self) {
+        // Closing it writes.
+        drop(self.open.write().take());
+        drop(self.files.lock().take());
+    }
+}
+
+/// A catalog that was made gets its name.
+fn publish(files: &Files) -> Result<()> {
+    let io = |error| VirtualMemoryError::io("making the catalog", error);
+    files.rename(UNFINISHED, CATALOG_FILE).map_err(io)
+}
+
+/// Makes `to` the same as `from` where these extents are; the file system shares them where it can.
+fn copy_bytes(from: &File, to: &File, taken: &[(u64, u32)]) -> io::Result<()> {
+    if rustix::fs::ioctl_ficlone(to, from).is_ok() {
+        return Ok(());
+    }
+    let mut taken = taken.iter().copied().peekable();
+    while let Some((start, len)) = taken.next() {
+        let mut end = start + u64::from(len);
+        while let Some((_, more)) = taken.next_if(|&(start, _)| start == end) {
+            end += u64::from(more);
+        }
+        copy_range(from, to, start, end)?;
+    }
+    Ok(())
+}
+
+fn copy_range(from: &File, to: &File, mut at: u64, end: u64) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    let mut buffer = Vec::new();
+    while at < end {
+        let (mut off_in, mut off_out) = (at, at);
+        let len = (end - at).min(1 << 20) as usize;
+        let copied = match buffer.is_empty() {
+            true => {
+                rustix::fs::copy_file_range(from, Some(&mut off_in), to, Some(&mut off_out), len)
+            }
+            false => Err(rustix::io::Errno::OPNOTSUPP),
+        };
+        at += match copied {
+            Ok(count) if count > 0 => count as u64,
+            // Over the border of a file system, or of one that cannot; or the file has ended.
+            _ => {
+                buffer.resize(1 << 20, 0);
+                match from.read_at(&mut buffer[..len], at)? {
+                    // Lost already: whoever reads the copy is told by its checksum.
+                    0 => return Ok(()),
+                    count => {
+                        to.write_all_at(&buffer[..count], at)?;
+                        count as u64
+                    }
+                }
+            }
+        };
+    }
+    Ok(())
+}
+
+impl std::fmt::Debug for NameCatalog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NameCatalog")
+            .field("path", &self.inner.path)
+            .field("head", &*self.inner.head.lock())
+            .field("pool", &self.pool)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,201 @@
+//! The rows of the catalog, byte by byte. `docs/format.md` is their specification.
+//!
+//! Invariant: each row ends with the CRC-32C of its key and of what is before it, so that a row which is not
+//! what was written, or is not where it was written, is never taken for one. Called by the catalog.
+
+use bytes::{Buf, BufMut, Bytes};
+use vmem_core::MemoryTier;
+use vmem_core::backend::{
+    CHUNK_BYTES, CatalogRecord, METADATA_LEN_MAX, SEGMENT_CHUNKS, StoredChunk,
+};
+
+use crate::checksum::crc32c;
+
+/// The version of the format that is written, and the only one that is read.
+pub(super) const FORMAT: u32 = 0;
+
+/// In place of an offset: a chunk of zeros.
+const ZEROS: u64 = u64::MAX;
+
+/// A row that is not what was written, in words.
+pub(super) type Flaw = &'static str;
+
+/// The one row about the store itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Head {
+    pub(super) format: u32,
+    /// What extents are rounded to, in bytes.
+    pub(super) block_bytes: u32,
+    /// How many names there are.
+    pub(super) names: u64,
+    /// The first number that no version has had.
+    pub(super) next_id: u64,
+}
+
+impl Head {
+    pub(super) fn encode(&self, key: &[u8]) -> Vec<u8> {
+        let mut row = Vec::with_capacity(28);
+        row.put_u32_le(self.format);
+        row.put_u32_le(self.block_bytes);
+        row.put_u64_le(self.names);
+        row.put_u64_le(self.next_id);
+        sealed(key, row)
+    }
+
+    /// The format comes first and is read even if all behind it is of another version.
+    pub(super) fn decode(key: &[u8], row: &[u8]) -> Result<Self, Flaw> {
+        let mut body = unsealed(key, row)?;
+        let format = body.try_get_u32_le().map_err(|_| SHORT)?;
+        if format != FORMAT {
+            return Ok(Head { format, block_bytes: 0, names: 0, next_id: 0 });
+        }
+        let head = Head {
+            format,
+            block_bytes: body.try_get_u32_le().map_err(|_| SHORT)?,
+            names: body.try_get_u64_le().map_err(|_| SHORT)?,
+            next_id: body.try_get_u64_le().map_err(|_| SHORT)?,
+        };
+        if !head.block_bytes.is_power_of_two() || head.block_bytes as usize > CHUNK_BYTES {
+            return Err("a block size that is none");
+        }
+        all_of(body, head)
+    }
+}
+
+/// What a name stands for.
+pub(super) fn encode_record(name: &[u8], record: &CatalogRecord) -> Vec<u8> {
+    let mut row = Vec::with_capacity(23 + record.metadata.len());
+    row.put_u8(match record.home {
+        MemoryTier::Vram => 0,
+        MemoryTier::Host => 1,
+        _ => 2,
+    });
+    row.put_u64_le(record.id);
+    row.put_u64_le(record.len);
+    row.put_u16_le(record.metadata.len() as u16);
+    row.put_slice(&record.metadata);
+    sealed(name, row)
+}
+
+pub(super) fn decode_record(name: &[u8], row: &[u8]) -> Result<CatalogRecord, Flaw> {
+    let mut body = unsealed(name, row)?;
+    let home = match body.try_get_u8().map_err(|_| SHORT)? {
+        0 => MemoryTier::Vram,
+        1 => MemoryTier::Host,
+        2 => MemoryTier::Disk,
+        _ => return Err("a tier that is none"),
+    };
+    let id = body.try_get_u64_le().map_err(|_| SHORT)?;
+    let len = body.try_get_u64_le().map_err(|_| SHORT)?;
+    let metadata_len = usize::from(body.try_get_u16_le().map_err(|_| SHORT)?);
+    if metadata_len > METADATA_LEN_MAX || body.remaining() != metadata_len {
+        return Err("metadata of another length");
+    }
+    let metadata = Bytes::copy_from_slice(body);
+    Ok(CatalogRecord { id, len, home, metadata })
+}
+
+/// Where the chunks of a segment are.
+pub(super) fn encode_segment(key: (u64, u32), chunks: &[Option<StoredChunk>]) -> Vec<u8> {
+    let mut row = Vec::with_capacity(8 + 16 * chunks.len());
+    row.put_u32_le(chunks.len() as u32);
+    for chunk in chunks {
+        let zeros = StoredChunk { offset: ZEROS, footprint: 0, sum: 0 };
+        let StoredChunk { offset, footprint, sum } = chunk.unwrap_or(zeros);
+        row.put_u64_le(offset);
+        row.put_u32_le(footprint);
+        row.put_u32_le(sum);
+    }
+    sealed(&segment_key(key), row)
+}
+
+pub(super) fn decode_segment(
+    key: (u64, u32),
+    row: &[u8],
+) -> Result<Vec<Option<StoredChunk>>, Flaw> {
+    let mut body = unsealed(&segment_key(key), row)?;
+    let count = body.try_get_u32_le().map_err(|_| SHORT)? as usize;
+    if count > SEGMENT_CHUNKS || body.remaining() != 16 * count {
+        return Err("a segment of another length");
+    }
+    let mut chunks = Vec::with_capacity(count);
+    for _ in 0..count {
+        let offset = body.try_get_u64_le().map_err(|_| SHORT)?;
+        let footprint = body.try_get_u32_le().map_err(|_| SHORT)?;
+        let sum = body.try_get_u32_le().map_err(|_| SHORT)?;
+        if offset != ZEROS && (footprint == 0 || offset.checked_add(footprint.into()).is_none()) {
+            return Err("an extent that is none");
+        }
+        chunks.push((offset != ZEROS).then_some(StoredChunk { offset, footprint, sum }));
+    }
+    Ok(chunks)
+}
+
+const SHORT: Flaw = "a row that is too short";
+
+fn segment_key((id, segment): (u64, u32)) -> [u8; 12] {
+    let mut key = [0; 12];
+    key[..8].copy_from_slice(&id.to_le_bytes());
+    key[8..].copy_from_slice(&segment.to_le_bytes());
+    key
+}
+
+fn sum_of(key: &[u8], body: &[u8]) -> u32 {
+    crc32c(&[&(key.len() as u32).to_le_bytes(), key, body].concat())
+}
+
+fn sealed(key: &[u8], mut row: Vec<u8>) -> Vec<u8> {
+    row.put_u32_le(sum_of(key, &row));
+    row
+}
+
+fn unsealed<'a>(key: &[u8], row: &'a [u8]) -> Result<&'a [u8], Flaw> {
+    let (body, sum) = row.split_last_chunk::<4>().ok_or(SHORT)?;
+    match u32::from_le_bytes(*sum) == sum_of(key, body) {
+        true => Ok(body),
+        false => Err("a row whose checksum does not fit"),
+    }
+}
+
+fn all_of<T>(rest: &[u8], value: T) -> Result<T, Flaw> {
+    if rest.is_empty() { Ok(value) } else { Err("a row that is too long") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_come_back_and_every_flipped_bit_is_seen() {
+        let head = Head { format: FORMAT, block_bytes: 512, names: 3, next_id: 9 };
+        let record = CatalogRecord {
+            id: 7,
+            len: 1 << 40,
+            home: MemoryTier::Disk,
+            metadata: Bytes::from_static(b"beside it"),
+        };
+        let chunk = StoredChunk { offset: 4096, footprint: 65536, sum: 0xdead_beef };
+        let chunks = vec![Some(chunk), None];
+        let rows = [
+            head.encode(b"head"),
+            encode_record(b"name", &record),
+            encode_segment((7, 1), &chunks),
+        ];
+        let read = |at: usize, row: &[u8]| match at {
+            0 => Head::decode(b"head", row).is_ok_and(|read| read == head),
+            1 => decode_record(b"name", row).is_ok_and(|read| read == record),
+            _ => decode_segment((7, 1), row).is_ok_and(|read| read == chunks),
+        };
+        for (at, row) in rows.iter().enumerate() {
+            assert!(read(at, row));
+            for bit in 0..row.len() * 8 {
+                let mut flipped = row.clone();
+                flipped[bit / 8] ^= 1 << (bit % 8);
+                assert!(!read(at, &flipped), "bit {bit} of row {at}");
+            }
+            assert!(!read(at, &row[1..]) && !read(at, &[]));
+        }
+        assert!(decode_record(b"eman", &rows[1]).is_err(), "the row of another name");
+        assert!(decode_segment((7, 2), &rows[2]).is_err(), "another segment");
+    }
+}
