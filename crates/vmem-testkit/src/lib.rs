@@ -6,7 +6,7 @@
 //! Reading order: [`seed`] starts a test; [`sim`] is the disk under it; [`fault`] and [`decorate`]
 //! make that disk fail, wait, stand still or tell; [`cancel`] drops futures at every point;
 //! [`model`] knows which bytes a read may return; [`conformance`] is what every driver and every
-//! disk tier has to pass; [`place`] denies what machines deny.
+//! disk tier has to pass; [`tape`] cuts the power; [`place`] denies what machines deny.
 
 pub mod cancel;
 pub mod conformance;
@@ -17,6 +17,7 @@ pub mod model;
 pub mod place;
 pub mod seed;
 pub mod sim;
+pub mod tape;
 
 pub use cancel::{exhaust, exhaust_with, poll_then_drop, poll_wake_then_drop};
 pub use decorate::{DelayDriver, GateDriver, OpKind, ThrottleDriver, TraceDriver};
@@ -26,3 +27,4 @@ pub use model::{Model, Pattern, Settles, Violation};
 pub use place::{Denied, driver_under_test, real_driver};
 pub use seed::Seed;
 pub use sim::{SimConfig, SimDriver, SparseImage};
+pub use tape::{Tape, TapeDriver, TapeStorage};
