@@ -10,6 +10,7 @@ mod cold;
 mod evict;
 mod hot;
 mod metadata;
+mod named;
 #[cfg(feature = "peers")]
 mod peer;
 #[cfg(target_os = "linux")]
@@ -19,7 +20,7 @@ mod report;
 use report::Report;
 
 fn main() -> anyhow::Result<()> {
-    if metadata::child()? {
+    if metadata::child()? || named::child()? {
         return Ok(());
     }
     let only = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
@@ -44,6 +45,12 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("P7") {
         metadata::p7(&mut report, if quick { 200_000 } else { 1_000_000 })?;
+    }
+    if wanted("P12") {
+        named::p12(&mut report, if quick { 3 } else { 7 })?;
+    }
+    if wanted("names") {
+        named::million(&mut report, if quick { 50_000 } else { 1_000_000 })?;
     }
     report.finish()
 }

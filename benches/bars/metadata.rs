@@ -6,7 +6,7 @@ use vmem::{MemoryTier, VirtualMemoryConfig};
 use crate::report::Report;
 
 /// Resident memory of this process, in bytes.
-fn resident_bytes() -> anyhow::Result<f64> {
+pub(crate) fn resident_bytes() -> anyhow::Result<f64> {
     let status = std::fs::read_to_string("/proc/self/statm")?;
     let pages: f64 = status.split(' ').nth(1).unwrap_or("0").parse()?;
     Ok(pages * 4096.0)

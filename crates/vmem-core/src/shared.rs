@@ -371,6 +371,8 @@ impl Shared {
             clean_drops: get(&counters.clean_drops),
             disk_to_host_bytes: get(&counters.disk_to_host_bytes),
             host_to_disk_bytes: get(&counters.host_to_disk_bytes),
+            named_changes: self.names.committed().0,
+            commits: self.names.committed().1,
             errors: get(&counters.errors),
         }
     }

@@ -59,6 +59,10 @@ pub struct VirtualMemoryStats {
     pub disk_to_host_bytes: u64,
     /// Payload written to disk, in bytes.
     pub host_to_disk_bytes: u64,
+    /// Changes of named objects that were made durable.
+    pub named_changes: u64,
+    /// Commits that made them so, each one for all that waited, after one sync of the data.
+    pub commits: u64,
     /// Operations of a backend that failed.
     pub errors: u64,
 }

@@ -6,6 +6,7 @@
 //! Started with the store, ends with the last of its owners.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -13,6 +14,7 @@ use crate::actor::spawn_named;
 use crate::catalog::{Catalog, CatalogChange};
 use crate::disk::{DiskBackend, DiskError};
 use crate::error::VirtualMemoryError;
+use crate::stats::{add, get};
 
 /// Changes of so many callers go into one commit at most, and wait at most.
 const BATCH_MAX: usize = 1024;
@@ -21,6 +23,13 @@ const BATCH_MAX: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct Commits {
     queue: mpsc::Sender<Commit>,
+    counts: Arc<Counts>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    changes: AtomicU64,
+    commits: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -35,8 +44,15 @@ impl Commits {
     pub(super) fn start(catalog: Arc<dyn Catalog>, disk: Arc<dyn DiskBackend>) -> Self {
         let (queue, inbox) = mpsc::channel(BATCH_MAX);
         let runtime = tokio::runtime::Handle::current();
-        spawn_named(&runtime, "vmem-commit", commit_in_turn(inbox, catalog, disk));
-        Commits { queue }
+        let counts = Arc::new(Counts::default());
+        let task = commit_in_turn(inbox, catalog, disk, counts.clone());
+        spawn_named(&runtime, "vmem-commit", task);
+        Commits { queue, counts }
+    }
+
+    /// Changes that were made durable, and the commits that did it.
+    pub(super) fn committed(&self) -> (u64, u64) {
+        (get(&self.counts.changes), get(&self.counts.commits))
     }
 
     /// Commits these changes, all or none.
@@ -57,6 +73,7 @@ async fn commit_in_turn(
     mut inbox: mpsc::Receiver<Commit>,
     catalog: Arc<dyn Catalog>,
     disk: Arc<dyn DiskBackend>,
+    counts: Arc<Counts>,
 ) {
     let mut poisoned = None;
     let mut batch = Vec::new();
@@ -68,6 +85,10 @@ async fn commit_in_turn(
         if let (Err(error), None) = (&outcome, &poisoned) {
             tracing::error!(target: "vmem::names", %error, "no more commits until the store is opened again");
             poisoned = Some(after(error));
+        }
+        if outcome.is_ok() {
+            add(&counts.changes, batch.len() as u64);
+            add(&counts.commits, 1);
         }
         for commit in batch.drain(..) {
             let _ = commit.reply.send(outcome.clone());

@@ -99,6 +99,11 @@ impl Names {
         }
     }
 
+    /// Changes that were made durable, and the commits that did it.
+    pub(crate) fn committed(&self) -> (u64, u64) {
+        self.commits.as_ref().map_or((0, 0), Commits::committed)
+    }
+
     pub(crate) fn next_id(&self) -> u64 {
         self.next_id.fetch_add(1, Ordering::Relaxed)
     }
