@@ -54,7 +54,7 @@ fn open_blocking(
     vram_reason: std::sync::Arc<str>,
 ) -> Result<VirtualMemory, VirtualMemoryError> {
     let (path, capacity) = (config.disk_path(), config.disk_capacity());
-    let disk = vmem_io::open_disk(path, capacity, config.io_driver())?;
+    let disk = vmem_io::open_disk(path, capacity, config.io_driver(), config.catalog_cache())?;
     let mut capabilities = Capabilities::new(disk.backend.describe(), vram_reason);
     capabilities.disk_driver = Some(disk.driver);
     capabilities.disk_direct = disk.direct;

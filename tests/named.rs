@@ -53,7 +53,7 @@ async fn what_was_put_is_there_after_a_restart() {
         is(&vmem, &handle, n as u8, len).await;
     }
     vmem.set_metadata("object/2", b"beside it").await.unwrap();
-    vmem.put([9; 300_000], Disk).await.unwrap();
+    vmem.put(vec![9; 300_000], Disk).await.unwrap();
     vmem.close().await.unwrap();
 
     let vmem = open(directory.path()).await;
@@ -77,15 +77,15 @@ async fn what_was_put_is_there_after_a_restart() {
 async fn replaced_renamed_removed() {
     let directory = tempfile::tempdir().unwrap();
     let vmem = open(directory.path()).await;
-    let one = vmem.put_named("a", [1; 100_000], Host).await.unwrap();
+    let one = vmem.put_named("a", vec![1; 100_000], Host).await.unwrap();
     let two = vmem.put_named("a", [2; 50], Disk).await.unwrap();
     is(&vmem, &one, 1, 100_000).await;
     is(&vmem, &vmem.open_named("a").await.unwrap(), 2, 50).await;
-    vmem.write(&one, [7; 100_000]).await.unwrap();
+    vmem.write(&one, vec![7; 100_000]).await.unwrap();
     vmem.flush(&one).await.unwrap();
     is(&vmem, &vmem.open_named("a").await.unwrap(), 2, 50).await;
 
-    vmem.put_named("b", [3; 70_000], Host).await.unwrap();
+    vmem.put_named("b", vec![3; 70_000], Host).await.unwrap();
     vmem.rename_named("a", "b").await.unwrap();
     assert_eq!(listed(&vmem, "").await, ["b"]);
     assert_eq!(vmem.open_named("b").await.unwrap(), two);

@@ -73,10 +73,10 @@ fn flushes(runtime: &Runtime, vmem: &VirtualMemory) -> anyhow::Result<f64> {
             let (vmem, done) = (vmem.clone(), done.clone());
             runtime.spawn(async move {
                 let name = format!("object {task}");
-                let handle = vmem.put_named(&name, [task as u8; LEN], MemoryTier::Host).await?;
+                let handle = vmem.put_named(&name, vec![task as u8; LEN], MemoryTier::Host).await?;
                 while began.elapsed() < ROUND {
                     let n = done.fetch_add(1, Ordering::Relaxed);
-                    vmem.write(&handle, [n as u8; LEN]).await?;
+                    vmem.write(&handle, vec![n as u8; LEN]).await?;
                     vmem.flush(&handle).await?;
                 }
                 anyhow::Ok(())

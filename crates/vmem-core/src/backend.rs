@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 pub use crate::buffer::IoBuf;
 pub use crate::catalog::{
-    Catalog, CatalogChange, CatalogObject, CatalogRecord, METADATA_LEN_MAX, NAME_LEN_MAX,
+    Answer, Catalog, CatalogChange, CatalogObject, CatalogRecord, METADATA_LEN_MAX, NAME_LEN_MAX,
     SEGMENT_CHUNKS, StoredChunk,
 };
 pub use crate::disk::{

@@ -20,6 +20,9 @@ pub const METADATA_LEN_MAX: usize = 4096;
 /// Chunks whose places are stored, and rewritten, as one row.
 pub const SEGMENT_CHUNKS: usize = 1024;
 
+/// What a catalog answers, later.
+pub type Answer<T> = BoxFuture<'static, Result<T, VirtualMemoryError>>;
+
 /// A transactional store of names.
 ///
 /// Every method may be called from any task; none blocks it. A commit whose future was dropped goes on.
@@ -29,20 +32,14 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     ///
     /// After an error it is not known whether they are durable: the next start tells.
-    fn commit(
-        &self,
-        changes: Vec<CatalogChange>,
-    ) -> BoxFuture<'static, Result<(), VirtualMemoryError>>;
+    fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()>;
 
     /// What has this name.
     ///
     /// # Errors
     ///
     /// [`Damaged`](VirtualMemoryError::Damaged) if its rows are not what was written; `Io`.
-    fn find(
-        &self,
-        name: Arc<str>,
-    ) -> BoxFuture<'static, Result<Option<CatalogObject>, VirtualMemoryError>>;
+    fn find(&self, name: Arc<str>) -> Answer<Option<CatalogObject>>;
 
     /// At most `limit` names that start with `prefix`, from the first one behind `after`, in the order of
     /// their bytes.
@@ -55,7 +52,7 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
         prefix: Arc<str>,
         after: Option<Arc<str>>,
         limit: usize,
-    ) -> BoxFuture<'static, Result<Vec<(Arc<str>, CatalogRecord)>, VirtualMemoryError>>;
+    ) -> Answer<Vec<(Arc<str>, CatalogRecord)>>;
 
     /// Copies what is committed now into an empty directory, which opens as a store then. Nothing that
     /// is committed now may lose its space before this ends.
@@ -63,16 +60,13 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     ///
     /// `InvalidConfig` if the directory cannot serve, `Damaged`, `Io`.
-    fn snapshot(
-        &self,
-        directory: std::path::PathBuf,
-    ) -> BoxFuture<'static, Result<(), VirtualMemoryError>>;
+    fn snapshot(&self, directory: std::path::PathBuf) -> Answer<()>;
 
     /// The first number that no object in the catalog has.
     fn next_id(&self) -> u64;
 
     /// Ends it: waits for what is in flight and refuses what comes after.
-    fn close(&self) -> BoxFuture<'static, Result<(), VirtualMemoryError>>;
+    fn close(&self) -> Answer<()>;
 }
 
 /// What is stored of a name, but for where the bytes are.

@@ -171,6 +171,11 @@ impl VirtualMemoryConfig {
         self.fields.promotion
     }
 
+    /// What the catalog of names keeps of itself in memory, in bytes.
+    pub fn catalog_cache(&self) -> u64 {
+        self.fields.catalog_cache
+    }
+
     /// How long a request waits for room.
     pub fn wait_timeout(&self) -> Duration {
         self.fields.wait_timeout
@@ -191,6 +196,7 @@ pub struct VirtualMemoryConfigBuilder {
     max_pinned: f64,
     policy: PolicyKind,
     promotion: Promotion,
+    catalog_cache: u64,
     wait_timeout: Duration,
 }
 
@@ -208,6 +214,7 @@ impl Default for VirtualMemoryConfigBuilder {
             max_pinned: 0.8,
             policy: PolicyKind::default(),
             promotion: Promotion::default(),
+            catalog_cache: 8 << 20,
             wait_timeout: Duration::from_secs(30),
         }
     }
@@ -285,6 +292,13 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
+    /// What the catalog of names may keep of itself in memory, in bytes, at least 64 KiB; beside
+    /// `host_capacity`. Default: 8 MiB.
+    pub fn catalog_cache(mut self, bytes: u64) -> Self {
+        self.catalog_cache = bytes;
+        self
+    }
+
     /// How long a request waits for room before it fails, more than zero. Default: 30 s.
     pub fn wait_timeout(mut self, timeout: Duration) -> Self {
         self.wait_timeout = timeout;
@@ -323,6 +337,7 @@ impl VirtualMemoryConfigBuilder {
         at_least("staging_capacity", self.staging_capacity, STAGING_CAPACITY_MIN)?;
         at_least("disk_capacity", self.disk_capacity, 1)?;
         at_least("vram_capacity", self.vram_capacity, 1)?;
+        at_least("catalog_cache", Some(self.catalog_cache), 64 << 10)?;
         match (self.staging_capacity, self.host_capacity) {
             (Some(staging), Some(host)) if staging >= host => {
                 let reason = format!("{staging} leaves nothing of host_capacity {host}");

@@ -17,9 +17,6 @@ use crate::directory::StoreDirectory;
 use crate::driver::{Chosen, choose};
 use crate::tier::DiskTier;
 
-/// What the catalog keeps of itself in memory, in bytes.
-const CATALOG_CACHE: usize = 8 << 20;
-
 /// A disk tier that is ready, and what was found.
 #[derive(Clone, Debug)]
 pub struct OpenedDisk {
@@ -42,7 +39,8 @@ pub struct OpenedDisk {
 }
 
 /// Opens the disk tier in a directory, or in a private temporary one, with a budget in bytes; by
-/// default half of what the file system has free. The calls that this makes block for a moment. The
+/// default half of what the file system has free. The catalog of names keeps at most `catalog_cache` bytes of
+/// itself in memory. The calls that this makes block for a moment. The
 /// reactor driver is to be had inside of a tokio runtime alone.
 ///
 /// # Errors
@@ -55,7 +53,7 @@ pub struct OpenedDisk {
 /// ```
 /// use vmem_core::IoDriver;
 ///
-/// let disk = vmem_io::open_disk(None, Some(1 << 20), IoDriver::Auto)?;
+/// let disk = vmem_io::open_disk(None, Some(1 << 20), IoDriver::Auto, 1 << 20)?;
 /// assert_eq!(disk.backend.usage().capacity_bytes, 1 << 20);
 /// # futures::executor::block_on(disk.backend.close()).unwrap();
 /// # Ok::<(), vmem_core::VirtualMemoryError>(())
@@ -64,9 +62,11 @@ pub fn open_disk(
     path: Option<&Path>,
     capacity_bytes: Option<u64>,
     driver: IoDriver,
+    catalog_cache: u64,
 ) -> Result<OpenedDisk, VirtualMemoryError> {
     let (directory, data) = StoreDirectory::open(path)?;
-    let (catalog, taken) = NameCatalog::open(&directory, CATALOG_CACHE)?;
+    let (catalog, taken) =
+        NameCatalog::open(&directory, usize::try_from(catalog_cache).unwrap_or(usize::MAX))?;
     let io = |error| VirtualMemoryError::io("reclaiming the data file", error);
     // What is behind the last extent that something leads to was unnamed.
     if data.metadata().map_err(io)?.len() > taken.end() {

@@ -98,7 +98,7 @@ fn a_temporary_directory_is_private_and_goes() {
     drop(other);
     assert!(!path.exists() && !other_path.exists(), "closed or dropped");
 
-    let disk = open_disk(None, Some(MIB), IoDriver::Auto).unwrap();
+    let disk = open_disk(None, Some(MIB), IoDriver::Auto, 1 << 20).unwrap();
     let extents = disk.backend.reserve(&[5]).unwrap();
     assert!(disk.path.exists());
     drop(disk.backend);
@@ -131,7 +131,7 @@ fn child_holds_a_store() {
     let Some(path) = std::env::var_os("VMEM_TEST_CHILD") else {
         return;
     };
-    let disk = open_disk(Some(Path::new(&path)), Some(8 * MIB), IoDriver::Auto).unwrap();
+    let disk = open_disk(Some(Path::new(&path)), Some(8 * MIB), IoDriver::Auto, 1 << 20).unwrap();
     let extents = disk.backend.reserve(&[65536; 64]).unwrap();
     let payload = Bytes::from(vec![9; 65536]);
     let pieces = extents.into_iter().map(|extent| (extent, payload.clone()));
@@ -153,7 +153,7 @@ fn leftovers_of_a_killed_process_are_reclaimed() {
         .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     assert!(lines.any(|line| line.unwrap() == "ready"));
-    match open_disk(Some(&path), Some(MIB), IoDriver::Auto) {
+    match open_disk(Some(&path), Some(MIB), IoDriver::Auto, 1 << 20) {
         Err(VirtualMemoryError::InUse { pid, .. }) => assert_eq!(pid, Some(child.id())),
         other => panic!("{other:?}"),
     }
@@ -161,7 +161,7 @@ fn leftovers_of_a_killed_process_are_reclaimed() {
     child.wait().unwrap();
     let data = path.join(DATA_FILE);
     assert_eq!(fs::metadata(&data).unwrap().len(), 4 * MIB, "it left something");
-    let disk = open_disk(Some(&path), Some(MIB), IoDriver::Auto).unwrap();
+    let disk = open_disk(Some(&path), Some(MIB), IoDriver::Auto, 1 << 20).unwrap();
     assert_eq!(fs::metadata(&data).unwrap().len(), 0);
     assert_eq!(disk.backend.usage().used_bytes, 0);
     block_on(disk.backend.close()).unwrap();
@@ -185,7 +185,7 @@ fn what_cannot_serve_is_refused_by_name() {
         fs::set_permissions(&locked, Permissions::from_mode(0o500)).unwrap();
         assert!(refusal(&locked).contains("Permission denied"));
     }
-    let tiny = open_disk(None, Some(100), IoDriver::Auto).unwrap_err();
+    let tiny = open_disk(None, Some(100), IoDriver::Auto, 1 << 20).unwrap_err();
     assert!(matches!(tiny, VirtualMemoryError::InvalidConfig { field: "disk_capacity", .. }));
 }
 
@@ -234,7 +234,7 @@ fn only_the_file_that_was_opened_is_removed() {
 #[test]
 fn a_default_budget_is_half_of_what_is_free() {
     let (_scratch, path) = scratch();
-    let disk = open_disk(Some(&path), None, IoDriver::Auto).unwrap();
+    let disk = open_disk(Some(&path), None, IoDriver::Auto, 1 << 20).unwrap();
     // Others write to the same file system meanwhile.
     let directory = StoreDirectory::open(None).unwrap().0;
     let about = directory.free_bytes().unwrap() / 2;

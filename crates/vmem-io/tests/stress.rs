@@ -85,7 +85,7 @@ async fn work(backend: Arc<dyn DiskBackend>, mut rng: SmallRng, rounds: u32) -> 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn many_tasks_drop_futures_and_leak_nothing() {
     let mut rng = rng(6);
-    let disk = open_disk(None, Some(12 << 20), IoDriver::Auto).unwrap();
+    let disk = open_disk(None, Some(12 << 20), IoDriver::Auto, 1 << 20).unwrap();
     let tasks: Vec<_> = (0..8)
         .map(|_| SmallRng::seed_from_u64(rng.random()))
         .map(|rng| tokio::spawn(work(Arc::clone(&disk.backend), rng, 150)))
@@ -106,7 +106,7 @@ async fn many_tasks_drop_futures_and_leak_nothing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn close_in_the_middle_ends_everything() {
     let mut rng = rng(7);
-    let disk = open_disk(None, Some(64 << 20), IoDriver::Auto).unwrap();
+    let disk = open_disk(None, Some(64 << 20), IoDriver::Auto, 1 << 20).unwrap();
     let tasks: Vec<_> = (0..64)
         .map(|_| SmallRng::seed_from_u64(rng.random()))
         .map(|rng| tokio::spawn(work(Arc::clone(&disk.backend), rng, u32::MAX)))

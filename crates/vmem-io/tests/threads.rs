@@ -28,7 +28,7 @@ fn threads() -> (usize, u64) {
 #[test]
 fn threads_come_with_work_sleep_without_and_go_with_the_tier() {
     for dropped in [false, true] {
-        let disk = open_disk(None, Some(64 << 20), vmem_core::IoDriver::Blocking).unwrap();
+        let disk = open_disk(None, Some(64 << 20), vmem_core::IoDriver::Blocking, 1 << 20).unwrap();
         assert_eq!(threads().0, 0, "none before there is work");
         let write = || {
             let extents = disk.backend.reserve(&[65536; 16]).unwrap();

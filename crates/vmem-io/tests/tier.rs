@@ -28,7 +28,7 @@ struct Store {
 fn store(capacity: u64) -> Store {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store");
-    let disk = open_disk(Some(&path), Some(capacity), IoDriver::Auto).unwrap();
+    let disk = open_disk(Some(&path), Some(capacity), IoDriver::Auto, 1 << 20).unwrap();
     let file = OpenOptions::new().read(true).write(true).open(path.join(DATA_FILE));
     Store { disk, file: file.unwrap(), _directory: directory }
 }
@@ -183,7 +183,7 @@ async fn after_close_everything_is_closed_and_the_files_are_gone() {
     assert_eq!(backend.usage().used_bytes, 0);
     // The lock went, although backend and catalog are still there.
     store.disk.catalog.close().await.unwrap();
-    let again = open_disk(Some(&store.disk.path), Some(MIB), IoDriver::Auto).unwrap();
+    let again = open_disk(Some(&store.disk.path), Some(MIB), IoDriver::Auto, 1 << 20).unwrap();
     again.backend.close().await.unwrap();
 }
 
@@ -272,7 +272,7 @@ async fn a_full_file_system_is_reported_and_recovers() {
     };
     let other = mount.0.join("other");
     std::fs::write(&other, vec![1; 2 << 20]).unwrap();
-    let disk = open_disk(Some(&mount.0), Some(64 * MIB), IoDriver::Auto).unwrap();
+    let disk = open_disk(Some(&mount.0), Some(64 * MIB), IoDriver::Auto, 1 << 20).unwrap();
     assert!(disk.tmpfs && disk.backend.describe().contains("tmpfs"));
     let backend = &disk.backend;
     let payload = [Bytes::from(vec![3; 65536])];
@@ -323,7 +323,8 @@ async fn a_file_system_for_reading_only_is_refused_by_name() {
     let Some(mount) = Mounted::new("ro,size=1m") else {
         return;
     };
-    let error = open_disk(Some(&mount.0), Some(MIB), IoDriver::Auto).unwrap_err().to_string();
+    let error =
+        open_disk(Some(&mount.0), Some(MIB), IoDriver::Auto, 1 << 20).unwrap_err().to_string();
     assert!(error.contains(mount.0.to_str().unwrap()), "{error}");
     assert!(error.contains("Read-only"), "{error}");
 }

@@ -23,11 +23,10 @@ use std::sync::atomic::Ordering;
 
 use futures::FutureExt;
 use futures::channel::oneshot;
-use futures::future::BoxFuture;
 use parking_lot::{Mutex, RwLock};
 use redb::{Builder, Database, StorageBackend};
 use vmem_core::VirtualMemoryError;
-use vmem_core::backend::{Catalog, CatalogChange, CatalogObject, CatalogRecord};
+use vmem_core::backend::{Answer, Catalog, CatalogChange, CatalogObject, CatalogRecord};
 
 use self::rows::Head;
 use self::storage::{FileStorage, Storage};
@@ -152,7 +151,7 @@ impl NameCatalog {
     fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Inner) -> Result<T> + Send + 'static,
-    ) -> BoxFuture<'static, Result<T>> {
+    ) -> Answer<T> {
         let (reply, answer) = oneshot::channel();
         let inner = Arc::clone(&self.inner);
         self.pool.submit(Box::new(move |run| {
@@ -170,11 +169,11 @@ impl NameCatalog {
 }
 
 impl Catalog for NameCatalog {
-    fn commit(&self, changes: Vec<CatalogChange>) -> BoxFuture<'static, Result<()>> {
+    fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
         self.run(move |inner| inner.commit(&changes))
     }
 
-    fn find(&self, name: Arc<str>) -> BoxFuture<'static, Result<Option<CatalogObject>>> {
+    fn find(&self, name: Arc<str>) -> Answer<Option<CatalogObject>> {
         self.run(move |inner| match inner.db() {
             None => Ok(None),
             Some(db) => inner.guarded("reading the catalog", || tables::find(&db, &name)),
@@ -186,7 +185,7 @@ impl Catalog for NameCatalog {
         prefix: Arc<str>,
         after: Option<Arc<str>>,
         limit: usize,
-    ) -> BoxFuture<'static, Result<Vec<(Arc<str>, CatalogRecord)>>> {
+    ) -> Answer<Vec<(Arc<str>, CatalogRecord)>> {
         self.run(move |inner| match inner.db() {
             None => Ok(Vec::new()),
             Some(db) => inner.guarded("reading the catalog", || {
@@ -195,7 +194,7 @@ impl Catalog for NameCatalog {
         })
     }
 
-    fn snapshot(&self, directory: PathBuf) -> BoxFuture<'static, Result<()>> {
+    fn snapshot(&self, directory: PathBuf) -> Answer<()> {
         self.run(move |inner| inner.snapshot(&directory))
     }
 
@@ -203,7 +202,7 @@ impl Catalog for NameCatalog {
         self.inner.head.lock().next_id
     }
 
-    fn close(&self) -> BoxFuture<'static, Result<()>> {
+    fn close(&self) -> Answer<()> {
         self.pool.begin_close();
         self.pool.closed().map(Ok).boxed()
     }
