@@ -20,7 +20,25 @@ use vmem_testkit::{
 
 /// The catalog of a tape, which fails when it is told to.
 #[derive(Debug)]
-struct Failing(TapeStorage, Arc<AtomicBool>);
+struct Failing(TapeStorage, Arc<CatalogFails>);
+
+/// What fails of the catalog.
+#[derive(Debug, Default)]
+struct CatalogFails {
+    sync: AtomicBool,
+    space: AtomicBool,
+    all_writes: bool,
+}
+
+impl CatalogFails {
+    /// `grows` says whether the file does, which is all that most file systems refuse then.
+    fn full(&self, grows: bool) -> io::Result<()> {
+        match self.space.load(Ordering::SeqCst) && (grows || self.all_writes) {
+            true => Err(Errno::NOSPC.into()),
+            false => Ok(()),
+        }
+    }
+}
 
 impl StorageBackend for Failing {
     fn len(&self) -> io::Result<u64> {
@@ -32,17 +50,22 @@ impl StorageBackend for Failing {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
+        self.1.full(len > self.len()?)?;
         self.0.set_len(len)
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        match self.1.load(Ordering::SeqCst) {
+        match self.1.sync.load(Ordering::SeqCst) {
             true => Err(Errno::IO.into()),
             false => self.0.sync_data(),
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        // What was never written takes space now.
+        let mut before = vec![0; data.len()];
+        let new = self.0.read(offset, &mut before).is_err() || before.iter().all(|&byte| byte == 0);
+        self.1.full(new)?;
         self.0.write(offset, data)
     }
 }
@@ -51,12 +74,16 @@ struct Place {
     vmem: VirtualMemory,
     tape: Arc<Tape>,
     disk: Arc<FaultDriver>,
-    catalog_fails: Arc<AtomicBool>,
+    catalog_fails: Arc<CatalogFails>,
 }
 
 fn open(image: Image, buffered: bool) -> Place {
+    open_where(image, buffered, false)
+}
+
+fn open_where(image: Image, buffered: bool, all_writes: bool) -> Place {
     let tape = Tape::of(image);
-    let catalog_fails = Arc::new(AtomicBool::new(false));
+    let catalog_fails = Arc::new(CatalogFails { all_writes, ..Default::default() });
     let storage = Failing(TapeStorage(tape.clone()), catalog_fails.clone());
     let (catalog, taken) = NameCatalog::over(Arc::new(storage), 512).unwrap();
     let disk = FaultDriver::new(TapeDriver::new(&tape, buffered), Seed::new(3));
@@ -99,7 +126,7 @@ async fn poisons(place: Place, fail: impl FnOnce(&Place)) {
     assert!(is_eio(&failed), "{failed:?}");
     // The cause has gone; what it hit is not known to be durable all the same.
     place.disk.clear();
-    place.catalog_fails.store(false, Ordering::SeqCst);
+    place.catalog_fails.sync.store(false, Ordering::SeqCst);
     for refused in [
         vmem.flush(&kept).await.err(),
         vmem.put_named("new", [3; 10], MemoryTier::Disk).await.err(),
@@ -160,7 +187,50 @@ async fn a_failed_sync_of_the_data_is_not_retried() {
 #[tokio::test]
 async fn a_failed_commit_is_not_retried() {
     let place = open(Image::default(), true);
-    poisons(place, |place| place.catalog_fails.store(true, Ordering::SeqCst)).await;
+    poisons(place, |place| place.catalog_fails.sync.store(true, Ordering::SeqCst)).await;
+}
+
+/// Nothing of it was made durable, nothing is lost, and when there is space again it goes on.
+#[tokio::test]
+async fn a_full_disk_under_the_catalog_is_recovered_from() {
+    for all_writes in [false, true] {
+        full_under_the_catalog(all_writes).await;
+    }
+}
+
+async fn full_under_the_catalog(all_writes: bool) {
+    let Place { vmem, tape, catalog_fails, .. } = open_where(Image::default(), false, all_writes);
+    let kept = vmem.put_named("kept", vec![1; 100_000], MemoryTier::Host).await.unwrap();
+    let used = vmem.stats().disk.used_bytes;
+    catalog_fails.space.store(true, Ordering::SeqCst);
+    for byte in 2..5 {
+        vmem.write(&kept, vec![byte; 100_000]).await.unwrap();
+        for refused in [
+            vmem.flush(&kept).await.err(),
+            vmem.put_named("new", vec![3; 10], MemoryTier::Disk).await.err(),
+            vmem.rename_named("kept", "another").await.err(),
+            vmem.remove_named("kept").await.err(),
+        ] {
+            let Some(VirtualMemoryError::Io { source, .. }) = &refused else {
+                panic!("{refused:?}");
+            };
+            let shut = all_writes && source.kind() == io::ErrorKind::Other;
+            assert!(shut || source.kind() == io::ErrorKind::StorageFull, "{refused:?}");
+        }
+        assert_eq!(byte_of(&vmem, "kept").await, byte);
+    }
+    catalog_fails.space.store(false, Ordering::SeqCst);
+    vmem.flush(&kept).await.unwrap();
+    vmem.put_named("new", vec![3; 10], MemoryTier::Disk).await.unwrap();
+    if !all_writes {
+        assert_eq!(vmem.stats().disk.used_bytes, used + 512, "nothing is kept in vain");
+    }
+    drop(kept);
+    vmem.close().await.unwrap();
+    let again = open(tape.image(), false).vmem;
+    assert_eq!((byte_of(&again, "kept").await, byte_of(&again, "new").await), (4, 3));
+    assert_eq!(again.stats().disk.used_bytes, used + 512);
+    again.close().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

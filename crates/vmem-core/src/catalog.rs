@@ -31,8 +31,17 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// After an error it is not known whether they are durable: the next start tells.
+    /// After an error none is applied, unless the catalog [is poisoned](Self::is_poisoned) or [is
+    /// shut](Self::is_shut) then.
     fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()>;
+
+    /// Whether a commit failed in a way after which it is not known whether it is durable. The next start
+    /// tells; until then nothing more can be committed.
+    fn is_poisoned(&self) -> bool;
+
+    /// Whether a commit failed, and the catalog could not be opened again so far. Each commit tries; it
+    /// goes on only if the one that failed turns out not to have been made.
+    fn is_shut(&self) -> bool;
 
     /// What has this name.
     ///

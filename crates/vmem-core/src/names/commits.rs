@@ -1,8 +1,9 @@
 //! The one task that commits: all that waits at a time, with one sync of the data before it.
 //!
-//! Invariant: bytes are on stable storage before the catalog leads to them. After a sync or a commit that
-//! failed nothing more is committed: the kernel takes pages for clean that it could not write, so a later
-//! success would prove nothing, and what the catalog has is only known when it is opened again.
+//! Invariant: bytes are on stable storage before the catalog leads to them. After a sync that failed, of the
+//! data or of the catalog, nothing more is committed: the kernel takes pages for clean that it could
+//! not write, so a later success would prove nothing. A commit that failed otherwise, for want of
+//! space above all, was not made, and the next one may succeed.
 //! Started with the store, ends with the last of its owners.
 
 use std::sync::Arc;
@@ -37,7 +38,29 @@ struct Commit {
     changes: Vec<CatalogChange>,
     /// Whether they lead to bytes that may not have been synced.
     new_data: bool,
-    reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
+    reply: oneshot::Sender<Result<(), NotCommitted>>,
+}
+
+/// Why changes are not known to be durable.
+#[derive(Clone, Debug)]
+pub(crate) struct NotCommitted {
+    pub(crate) error: VirtualMemoryError,
+    /// They may be all the same.
+    pub(crate) perhaps: bool,
+    /// So may be what comes after.
+    poison: bool,
+}
+
+impl NotCommitted {
+    /// They are certainly not.
+    pub(super) fn not(error: VirtualMemoryError) -> Self {
+        NotCommitted { error, perhaps: false, poison: false }
+    }
+
+    /// Nobody knows, nor will before the next start.
+    fn perhaps(error: VirtualMemoryError) -> Self {
+        NotCommitted { error, perhaps: true, poison: true }
+    }
 }
 
 impl Commits {
@@ -60,12 +83,13 @@ impl Commits {
         &self,
         changes: Vec<CatalogChange>,
         new_data: bool,
-    ) -> Result<(), VirtualMemoryError> {
+    ) -> Result<(), NotCommitted> {
         let (reply, answer) = oneshot::channel();
         let commit = Commit { changes, new_data, reply };
         // Neither end is dropped but with the runtime.
-        self.queue.send(commit).await.map_err(|_| VirtualMemoryError::Closed)?;
-        answer.await.unwrap_or(Err(VirtualMemoryError::Closed))
+        let gone = || NotCommitted::perhaps(VirtualMemoryError::Closed);
+        self.queue.send(commit).await.map_err(|_| gone())?;
+        answer.await.unwrap_or_else(|_| Err(gone()))
     }
 }
 
@@ -75,16 +99,16 @@ async fn commit_in_turn(
     disk: Arc<dyn DiskBackend>,
     counts: Arc<Counts>,
 ) {
-    let mut poisoned = None;
+    let mut poisoned: Option<NotCommitted> = None;
     let mut batch = Vec::new();
     while inbox.recv_many(&mut batch, BATCH_MAX).await > 0 {
         let outcome = match &poisoned {
-            Some(why) => Err(VirtualMemoryError::clone(why)),
+            Some(why) => Err(why.clone()),
             None => commit_batch(&mut batch, &*catalog, &*disk).await,
         };
-        if let (Err(error), None) = (&outcome, &poisoned) {
+        if let (Err(NotCommitted { error, poison: true, .. }), None) = (&outcome, &poisoned) {
             tracing::error!(target: "vmem::names", %error, "no more commits until the store is opened again");
-            poisoned = Some(after(error));
+            poisoned = Some(NotCommitted::not(after(error)));
         }
         if outcome.is_ok() {
             add(&counts.changes, batch.len() as u64);
@@ -100,16 +124,23 @@ async fn commit_batch(
     batch: &mut [Commit],
     catalog: &dyn Catalog,
     disk: &dyn DiskBackend,
-) -> Result<(), VirtualMemoryError> {
-    if batch.iter().any(|commit| commit.new_data) {
-        disk.sync().await.map_err(|error| match error {
+) -> Result<(), NotCommitted> {
+    if batch.iter().any(|commit| commit.new_data)
+        && let Err(error) = disk.sync().await
+    {
+        let error = match error {
             DiskError::Closed => VirtualMemoryError::Closed,
             DiskError::Io { operation, source } => VirtualMemoryError::Io { operation, source },
             other => VirtualMemoryError::io("sync", std::io::Error::other(format!("{other:?}"))),
-        })?;
+        };
+        return Err(NotCommitted::perhaps(error));
     }
     let changes = batch.iter_mut().flat_map(|commit| std::mem::take(&mut commit.changes));
-    catalog.commit(changes.collect()).await
+    let committed = catalog.commit(changes.collect()).await;
+    committed.map_err(|error| {
+        let poison = catalog.is_poisoned();
+        NotCommitted { error, perhaps: poison || catalog.is_shut(), poison }
+    })
 }
 
 /// What those get who come after a failure.

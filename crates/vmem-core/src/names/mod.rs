@@ -20,7 +20,7 @@ use dashmap::DashMap;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-pub(crate) use commits::Commits;
+pub(crate) use commits::{Commits, NotCommitted};
 pub(crate) use persist::{Durable, Named, flush, flush_all, persist};
 pub(crate) use turns::Turn;
 
@@ -28,7 +28,7 @@ use crate::catalog::{Catalog, CatalogChange, CatalogObject, CatalogRecord, NAME_
 use crate::disk::{DiskBackend, DiskError};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
-use crate::object::{DiskMap, Object, chunk_count, chunk_len};
+use crate::object::{DiskMap, Object, chunk_len};
 use crate::shared::Shared;
 use crate::tier::MemoryTier;
 
@@ -91,11 +91,14 @@ impl Names {
     }
 
     /// Commits, together with whatever else waits for that.
-    pub(crate) async fn commit(&self, changes: Vec<CatalogChange>, new_data: bool) -> Result<()> {
-        self.catalog()?;
+    pub(crate) async fn commit(
+        &self,
+        changes: Vec<CatalogChange>,
+        new_data: bool,
+    ) -> std::result::Result<(), NotCommitted> {
         match &self.commits {
             Some(commits) => commits.commit(changes, new_data).await,
-            None => Err(VirtualMemoryError::Closed),
+            None => Err(NotCommitted::not(VirtualMemoryError::Closed)),
         }
     }
 
@@ -154,12 +157,7 @@ impl Names {
 
     /// A version that the catalog named no longer, or one that it names without these chunks.
     fn retire(&self, old: DiskMap, len: usize, new: &DiskMap) {
-        for index in 0..chunk_count(len) {
-            let Some(extent) = old.chunk(index) else { continue };
-            if new.chunk(index).is_none_or(|other| !Arc::ptr_eq(extent, other)) {
-                extent.let_go();
-            }
-        }
+        persist::let_go(&old, len, new);
         let mut frozen = self.frozen.lock();
         if frozen.snapshots > 0 {
             frozen.limbo.push(old);
@@ -277,7 +275,7 @@ pub(crate) async fn rename(shared: &Arc<Shared>, from: &Turn, to: &Turn) -> Resu
     let before = find(shared, to).await?;
     persist(shared, from, moved.object()).await?;
     let change = CatalogChange::Rename { from: from.name().clone(), to: to.name().clone() };
-    shared.names.commit(vec![change], false).await?;
+    shared.names.commit(vec![change], false).await.map_err(|why| why.error)?;
     if let Some(named) = moved.object().named.get() {
         named.rename(to.name().clone());
     }
@@ -295,7 +293,7 @@ pub(crate) async fn remove(shared: &Arc<Shared>, turn: &Turn) -> Result<()> {
     let handle = find_or_error(shared, turn).await?;
     if handle.object().named.get().is_some_and(|named| named.is_durable()) {
         let change = CatalogChange::Remove { name: turn.name().clone() };
-        shared.names.commit(vec![change], false).await?;
+        shared.names.commit(vec![change], false).await.map_err(|why| why.error)?;
     }
     drop(shared.names.table.remove(turn.name()));
     lose_name(shared, handle.object());
@@ -315,7 +313,7 @@ pub(crate) async fn set_metadata(
     let Some(mut record) = named.record() else { return Err(object.not_found()) };
     record.metadata = metadata;
     let change = CatalogChange::Put { name: turn.name().clone(), record: record.clone() };
-    shared.names.commit(vec![change], false).await?;
+    shared.names.commit(vec![change], false).await.map_err(|why| why.error)?;
     named.set_record(record);
     Ok(())
 }

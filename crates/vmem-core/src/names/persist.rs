@@ -10,7 +10,7 @@ use futures::StreamExt;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::{Result, Turn};
+use super::{NotCommitted, Result, Turn};
 use crate::catalog::{CatalogChange, CatalogRecord, SEGMENT_CHUNKS, StoredChunk};
 use crate::error::VirtualMemoryError;
 use crate::migrate;
@@ -159,7 +159,8 @@ pub(super) async fn store(
         None => new_record(object, shared.names.next_id()),
     };
     let is_new = before.is_none();
-    let mut changes = segments(record.id, object.len, &map, before.map(|before| before.map));
+    let before = before.map_or(DiskMap::Empty, |before| before.map);
+    let mut changes = segments(record.id, object.len, &map, (!is_new).then_some(&before));
     if changes.is_empty() {
         return Ok(Durable { record, map });
     }
@@ -169,8 +170,25 @@ pub(super) async fn store(
     if is_new {
         changes.push(CatalogChange::Put { name: name.clone(), record: record.clone() });
     }
-    shared.names.commit(changes, true).await?;
-    Ok(Durable { record, map })
+    match shared.names.commit(changes, true).await {
+        Ok(()) => Ok(Durable { record, map }),
+        Err(NotCommitted { error, perhaps, .. }) => {
+            if !perhaps {
+                let_go(&map, object.len, &before);
+            }
+            Err(error)
+        }
+    }
+}
+
+/// The catalog does not lead to those extents of `map` that `other` has not.
+pub(super) fn let_go(map: &DiskMap, len: usize, other: &DiskMap) {
+    for index in 0..chunk_count(len) {
+        let Some(extent) = map.chunk(index) else { continue };
+        if other.chunk(index).is_none_or(|other| !Arc::ptr_eq(extent, other)) {
+            extent.let_go();
+        }
+    }
 }
 
 /// The record of a version that is not stored yet.
@@ -180,7 +198,7 @@ pub(super) fn new_record(object: &Object, id: u64) -> CatalogRecord {
 
 /// The segments that differ from those before; all of them where there is nothing before. An object
 /// of no bytes has one too.
-fn segments(id: u64, len: usize, map: &DiskMap, before: Option<DiskMap>) -> Vec<CatalogChange> {
+fn segments(id: u64, len: usize, map: &DiskMap, before: Option<&DiskMap>) -> Vec<CatalogChange> {
     let count = chunk_count(len);
     let stored = |map: &DiskMap, index: usize| map.chunk(index).and_then(|extent| extent.stored());
     let mut changes = Vec::new();
@@ -190,7 +208,7 @@ fn segments(id: u64, len: usize, map: &DiskMap, before: Option<DiskMap>) -> Vec<
             range.clone().map(|index| stored(map, index)).collect();
         let same =
             |before: &DiskMap| range.clone().map(|i| stored(before, i)).eq(chunks.iter().copied());
-        if before.as_ref().is_none_or(|before| !same(before)) {
+        if before.is_none_or(|before| !same(before)) {
             changes.push(CatalogChange::Segment { id, segment: segment as u32, chunks });
         }
     }

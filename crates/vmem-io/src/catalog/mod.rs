@@ -19,7 +19,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures::FutureExt;
 use futures::channel::oneshot;
@@ -29,7 +29,7 @@ use vmem_core::VirtualMemoryError;
 use vmem_core::backend::{Answer, Catalog, CatalogChange, CatalogObject, CatalogRecord};
 
 use self::rows::Head;
-use self::storage::{FileStorage, Storage};
+use self::storage::Storage;
 use self::tables::{Failure, Summary};
 use crate::directory::{CATALOG_FILE, Files, StoreDirectory, Tally};
 use crate::driver::is_closed;
@@ -58,11 +58,20 @@ struct Inner {
     files: Mutex<Option<Files>>,
     tally: Tally,
     /// None before the first commit, and after the end.
-    open: RwLock<Option<Arc<Database>>>,
+    open: RwLock<Option<Open>>,
+    /// Nothing more is committed.
+    poisoned: AtomicBool,
     /// What the head row says; whoever commits has it.
     head: Mutex<Head>,
     /// The data file, through the page cache, for snapshots.
     data: OnceLock<File>,
+}
+
+/// A database, and what it lies in.
+struct Open {
+    /// None after a commit that failed, until it could be opened again.
+    db: Option<Database>,
+    storage: Storage,
 }
 
 impl NameCatalog {
@@ -84,7 +93,7 @@ impl NameCatalog {
             let file = files.open(CATALOG_FILE)?;
             // What was made and cut off before anything was written.
             if file.metadata().map_err(io)?.len() > 0 {
-                taken = inner.load(Storage(Arc::new(FileStorage(file))))?;
+                taken = inner.load(Storage::of_file(file))?;
             }
         }
         inner.tally.store(inner.head.get_mut().names, Ordering::Release);
@@ -100,12 +109,12 @@ impl NameCatalog {
     /// [`Damaged`](VirtualMemoryError::Damaged), `Io`.
     pub fn over(storage: Arc<dyn StorageBackend>, block_bytes: u32) -> Result<(Self, Taken)> {
         let inner = Inner::new(PathBuf::from("catalog"), 1 << 20, Tally::default());
-        let storage = Storage(storage);
+        let storage = Storage::new(storage);
         let len = storage.len().map_err(|error| VirtualMemoryError::io("the catalog", error))?;
         let taken = match len {
             0 => {
-                let (db, head) = inner.begin(storage, block_bytes)?;
-                inner.install(db, head);
+                let (db, head) = inner.begin(storage.clone(), block_bytes)?;
+                inner.install(Open { db: Some(db), storage }, head);
                 Taken::default()
             }
             _ => inner.load(storage)?,
@@ -141,9 +150,8 @@ impl NameCatalog {
         &self,
         mut each: impl FnMut(&str, CatalogObject) -> io::Result<()>,
     ) -> Result<Vec<String>> {
-        let Some(db) = self.inner.db() else { return Ok(Vec::new()) };
-        self.inner.guarded("reading the catalog", || {
-            tables::each_object(&db, |name, object| each(name, object).map_err(Failure::Io))
+        self.inner.read(Vec::new(), |db| {
+            tables::each_object(db, |name, object| each(name, object).map_err(Failure::Io))
         })
     }
 
@@ -173,11 +181,16 @@ impl Catalog for NameCatalog {
         self.run(move |inner| inner.commit(&changes))
     }
 
+    fn is_poisoned(&self) -> bool {
+        self.inner.poisoned.load(Ordering::Acquire)
+    }
+
+    fn is_shut(&self) -> bool {
+        self.inner.is_shut()
+    }
+
     fn find(&self, name: Arc<str>) -> Answer<Option<CatalogObject>> {
-        self.run(move |inner| match inner.db() {
-            None => Ok(None),
-            Some(db) => inner.guarded("reading the catalog", || tables::find(&db, &name)),
-        })
+        self.run(move |inner| inner.read(None, |db| tables::find(db, &name)))
     }
 
     fn names(
@@ -186,11 +199,8 @@ impl Catalog for NameCatalog {
         after: Option<Arc<str>>,
         limit: usize,
     ) -> Answer<Vec<(Arc<str>, CatalogRecord)>> {
-        self.run(move |inner| match inner.db() {
-            None => Ok(Vec::new()),
-            Some(db) => inner.guarded("reading the catalog", || {
-                tables::names(&db, &prefix, after.as_deref(), limit)
-            }),
+        self.run(move |inner| {
+            inner.read(Vec::new(), |db| tables::names(db, &prefix, after.as_deref(), limit))
         })
     }
 
@@ -224,18 +234,36 @@ impl Inner {
             files: Mutex::new(None),
             tally,
             open: RwLock::new(None),
-            head: Mutex::new(Head { format: rows::FORMAT, block_bytes: 0, names: 0, next_id: 0 }),
+            poisoned: AtomicBool::new(false),
+            head: Mutex::new(Head { format: rows::FORMAT, ..Head::default() }),
             data: OnceLock::new(),
         }
     }
 
-    fn db(&self) -> Option<Arc<Database>> {
-        self.open.read().clone()
+    /// Reads; `nothing` where there is no database.
+    fn read<T>(
+        &self,
+        nothing: T,
+        work: impl FnOnce(&Database) -> std::result::Result<T, Failure>,
+    ) -> Result<T> {
+        if self.is_shut() {
+            // Where nothing more is committed it can still be read.
+            let _ = self.open_again(&self.head.lock());
+        }
+        match &*self.open.read() {
+            None => Ok(nothing),
+            Some(Open { db: Some(db), .. }) => self.guarded("reading the catalog", || work(db)),
+            Some(Open { db: None, .. }) => Err(self.shut("reading the catalog")),
+        }
     }
 
-    fn install(&self, db: Database, head: Head) {
+    fn is_shut(&self) -> bool {
+        self.open.read().as_ref().is_some_and(|open| open.db.is_none())
+    }
+
+    fn install(&self, open: Open, head: Head) {
         *self.head.lock() = head;
-        *self.open.write() = Some(Arc::new(db));
+        *self.open.write() = Some(open);
     }
 
     /// Calls redb, which may panic over a file that somebody has changed under it.
@@ -257,17 +285,17 @@ impl Inner {
 
     /// Opens what is there, verifies all of it, and says which extents it leads to.
     fn load(&self, storage: Storage) -> Result<Taken> {
-        let again = storage.clone();
         let opened = self.guarded("opening the catalog", || {
             let mut builder = self.builder();
             builder.set_check_integrity_on_open(true);
-            let db = builder.create_with_backend(storage)?;
+            let db = builder.create_with_backend(storage.clone())?;
             let Summary { head, taken } = tables::summary(&db)?;
             Ok((db, head, taken))
         });
-        let (db, head, taken) = opened.map_err(|error| self.with_salvage(error, again))?;
+        let (db, head, taken) =
+            opened.map_err(|error| self.with_salvage(error, storage.clone()))?;
         let block_bytes = head.block_bytes;
-        self.install(db, head);
+        self.install(Open { db: Some(db), storage }, head);
         Ok(Taken { ranges: taken, block_bytes: Some(block_bytes) })
     }
 
@@ -300,31 +328,81 @@ impl Inner {
 
     fn commit(&self, changes: &[CatalogChange]) -> Result<()> {
         let mut head = self.head.lock();
+        let operation = "committing names";
+        if self.poisoned.load(Ordering::Acquire) {
+            return Err(self.shut(operation));
+        }
         // Until it is known otherwise.
         self.tally.fetch_max(1, Ordering::AcqRel);
-        let db = match self.db() {
-            Some(db) => db,
-            None => {
-                let files = self.files.lock().clone().ok_or(VirtualMemoryError::Closed)?;
-                let (db, first) = self.make_in(&files, head.block_bytes)?;
-                publish(&files)?;
-                *head = first;
-                let db = Arc::new(db);
-                *self.open.write() = Some(Arc::clone(&db));
-                db
+        if self.open.read().is_none() {
+            let files = self.files.lock().clone().ok_or(VirtualMemoryError::Closed)?;
+            let (open, first) = self.make_in(&files, head.block_bytes)?;
+            publish(&files)?;
+            *head = first;
+            *self.open.write() = Some(open);
+        }
+        self.open_again(&head)?;
+        let committed = match &*self.open.read() {
+            Some(Open { db: Some(db), .. }) => {
+                self.guarded(operation, || tables::commit(db, *head, changes))
             }
+            _ => return Err(self.shut(operation)),
         };
-        *head = self.guarded("committing names", || tables::commit(&db, *head, changes))?;
-        self.tally.store(head.names, Ordering::Release);
+        let error = match committed {
+            Ok(new) => {
+                *head = new;
+                self.tally.store(head.names, Ordering::Release);
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        if let Some(open) = &mut *self.open.write() {
+            // Closing it may want to write, and fail again.
+            let db = open.db.take();
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(db)));
+            self.poisoned.fetch_or(open.storage.sync_failed(), Ordering::AcqRel);
+        }
+        // At once, so that what was not committed is known not to be.
+        match self.open_again(&head) {
+            Ok(()) => self.tally.store(head.names, Ordering::Release),
+            Err(again) => tracing::warn!(error = %again, "the catalog is not open"),
+        }
+        Err(error)
+    }
+
+    /// Opens the database again after a commit that failed. Unless it was a sync that did, what is there is
+    /// what was there before.
+    fn open_again(&self, before: &Head) -> Result<()> {
+        let mut open = self.open.write();
+        let Some(Open { db: shut @ None, storage }) = &mut *open else { return Ok(()) };
+        let (db, head) = self.guarded("opening the catalog", || {
+            let db = self.builder().create_with_backend(storage.clone())?;
+            let head = tables::head(&db)?;
+            Ok((db, head))
+        })?;
+        let unknown = storage.sync_failed() || head.commits != before.commits;
+        // It can be read all the same.
+        *shut = Some(db);
+        if unknown {
+            self.poisoned.store(true, Ordering::Release);
+            return Err(self.shut("committing names"));
+        }
         Ok(())
     }
 
+    /// What those get who come when it is not open, or nothing more can be committed.
+    fn shut(&self, operation: &'static str) -> VirtualMemoryError {
+        let why = "a commit before it failed, and the catalog could not be opened again";
+        VirtualMemoryError::io(operation, io::Error::other(why))
+    }
+
     /// Makes an empty database in a directory, under a name that nobody takes for a catalog.
-    fn make_in(&self, files: &Files, block_bytes: u32) -> Result<(Database, Head)> {
+    fn make_in(&self, files: &Files, block_bytes: u32) -> Result<(Open, Head)> {
         let io = |error| VirtualMemoryError::io("making the catalog", error);
         files.remove(UNFINISHED).map_err(io)?;
-        let file = files.open(UNFINISHED)?;
-        self.begin(Storage(Arc::new(FileStorage(file))), block_bytes)
+        let storage = Storage::of_file(files.open(UNFINISHED)?);
+        let (db, head) = self.begin(storage.clone(), block_bytes)?;
+        Ok((Open { db: Some(db), storage }, head))
     }
 
     fn snapshot(&self, target: &Path) -> Result<()> {
@@ -339,10 +417,16 @@ impl Inner {
         if used {
             return Err(invalid("holds a store already"));
         }
-        let (Some(db), Some(source)) = (self.db(), self.data.get()) else { return Ok(()) };
-        let (copy, _) = self.make_in(&files, self.head.lock().block_bytes)?;
+        let block_bytes = self.head.lock().block_bytes;
+        let open = self.open.read();
+        let (Some(Open { db, .. }), Some(source)) = (&*open, self.data.get()) else {
+            return Ok(());
+        };
+        let db = db.as_ref().ok_or_else(|| self.shut("writing the snapshot"))?;
+        let (copy, _) = self.make_in(&files, block_bytes)?;
+        let Some(into) = &copy.db else { return Err(self.shut("writing the snapshot")) };
         self.guarded("writing the snapshot", || {
-            tables::copy(&db, &copy, |taken| {
+            tables::copy(db, into, |taken| {
                 copy_bytes(source, &data, &taken)?;
                 data.sync_all()
             })

@@ -21,7 +21,7 @@ const ZEROS: u64 = u64::MAX;
 pub(super) type Flaw = &'static str;
 
 /// The one row about the store itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Head {
     pub(super) format: u32,
     /// What extents are rounded to, in bytes.
@@ -30,15 +30,18 @@ pub(super) struct Head {
     pub(super) names: u64,
     /// The first number that no version has had.
     pub(super) next_id: u64,
+    /// Commits so far: no two states of a catalog have the same.
+    pub(super) commits: u64,
 }
 
 impl Head {
     pub(super) fn encode(&self, key: &[u8]) -> Vec<u8> {
-        let mut row = Vec::with_capacity(28);
+        let mut row = Vec::with_capacity(36);
         row.put_u32_le(self.format);
         row.put_u32_le(self.block_bytes);
         row.put_u64_le(self.names);
         row.put_u64_le(self.next_id);
+        row.put_u64_le(self.commits);
         sealed(key, row)
     }
 
@@ -47,13 +50,14 @@ impl Head {
         let mut body = unsealed(key, row)?;
         let format = body.try_get_u32_le().map_err(|_| SHORT)?;
         if format != FORMAT {
-            return Ok(Head { format, block_bytes: 0, names: 0, next_id: 0 });
+            return Ok(Head { format, ..Head::default() });
         }
         let head = Head {
             format,
             block_bytes: body.try_get_u32_le().map_err(|_| SHORT)?,
             names: body.try_get_u64_le().map_err(|_| SHORT)?,
             next_id: body.try_get_u64_le().map_err(|_| SHORT)?,
+            commits: body.try_get_u64_le().map_err(|_| SHORT)?,
         };
         if !head.block_bytes.is_power_of_two() || head.block_bytes as usize > CHUNK_BYTES {
             return Err("a block size that is none");
@@ -167,7 +171,7 @@ mod tests {
 
     #[test]
     fn rows_come_back_and_every_flipped_bit_is_seen() {
-        let head = Head { format: FORMAT, block_bytes: 512, names: 3, next_id: 9 };
+        let head = Head { format: FORMAT, block_bytes: 512, names: 3, next_id: 9, commits: 4 };
         let record = CatalogRecord {
             id: 7,
             len: 1 << 40,

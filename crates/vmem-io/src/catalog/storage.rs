@@ -6,42 +6,62 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use redb::StorageBackend;
 
-/// What redb reads and writes through.
+/// What redb reads and writes through; remembers whether a sync failed.
 #[derive(Clone, Debug)]
-pub(super) struct Storage(pub(super) Arc<dyn StorageBackend>);
+pub(super) struct Storage {
+    inner: Arc<dyn StorageBackend>,
+    sync_failed: Arc<AtomicBool>,
+}
+
+impl Storage {
+    pub(super) fn new(inner: Arc<dyn StorageBackend>) -> Self {
+        Storage { inner, sync_failed: Arc::default() }
+    }
+
+    pub(super) fn of_file(file: File) -> Self {
+        Self::new(Arc::new(FileStorage(file)))
+    }
+
+    pub(super) fn sync_failed(&self) -> bool {
+        self.sync_failed.load(Ordering::Acquire)
+    }
+}
 
 impl StorageBackend for Storage {
     fn len(&self) -> io::Result<u64> {
-        self.0.len()
+        self.inner.len()
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.0.read(offset, out)
+        self.inner.read(offset, out)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
+        self.inner.set_len(len)
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.0.sync_data()
+        let synced = self.inner.sync_data();
+        self.sync_failed.fetch_or(synced.is_err(), Ordering::AcqRel);
+        synced
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.0.write(offset, data)
+        self.inner.write(offset, data)
     }
 
     fn close(&self) -> io::Result<()> {
-        self.0.close()
+        self.inner.close()
     }
 }
 
 /// A file.
 #[derive(Debug)]
-pub(super) struct FileStorage(pub(super) File);
+struct FileStorage(File);
 
 impl StorageBackend for FileStorage {
     fn len(&self) -> io::Result<u64> {

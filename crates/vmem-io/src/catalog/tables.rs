@@ -79,7 +79,7 @@ pub(super) struct Summary {
 
 /// Begins an empty catalog.
 pub(super) fn begin(db: &Database, block_bytes: u32) -> Result<Head, Failure> {
-    let head = Head { format: FORMAT, block_bytes, names: 0, next_id: 0 };
+    let head = Head { format: FORMAT, block_bytes, ..Head::default() };
     let change = db.begin_write()?;
     change.open_table(NAMES)?;
     change.open_table(CHUNKS)?;
@@ -95,6 +95,7 @@ pub(super) fn commit(
     changes: &[CatalogChange],
 ) -> Result<Head, Failure> {
     let transaction = db.begin_write()?;
+    head.commits += 1;
     apply(&transaction, &mut head, changes)?;
     transaction.commit()?;
     Ok(head)
@@ -233,12 +234,8 @@ pub(super) fn names(
     Ok(page)
 }
 
-/// Reads every row once.
-///
-/// # Errors
-///
-/// `Damaged` for the first row that is not what was written, or rows that do not fit each other.
-pub(super) fn summary(db: &Database) -> Result<Summary, Failure> {
+/// The head row.
+pub(super) fn head(db: &Database) -> Result<Head, Failure> {
     let transaction = db.begin_read()?;
     let heads = transaction.open_table(HEAD)?;
     let row = heads.get(HEAD_KEY)?.ok_or_else(|| flaw("the head", "has gone"))?;
@@ -246,6 +243,17 @@ pub(super) fn summary(db: &Database) -> Result<Summary, Failure> {
     if head.format != FORMAT {
         return Err(Failure::Format(head.format));
     }
+    Ok(head)
+}
+
+/// Reads every row once.
+///
+/// # Errors
+///
+/// `Damaged` for the first row that is not what was written, or rows that do not fit each other.
+pub(super) fn summary(db: &Database) -> Result<Summary, Failure> {
+    let head = head(db)?;
+    let transaction = db.begin_read()?;
     // How many segments of each version are still to come.
     let mut due: HashMap<u64, (u64, u32)> = HashMap::new();
     for row in transaction.open_table(NAMES)?.iter()? {
