@@ -63,8 +63,9 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// `TierFull`, `Io`; `Damaged`. After an `Io` error of a sync nothing more is made durable until the store is opened again, and every flush says so: what the kernel could not
-    /// write it takes for written from then on.
+    /// `TierFull`, `Io`; `Damaged`. After an `Io` error of a sync nothing more is made durable until
+    /// the store is opened again, and every flush says so: what the kernel could not write it takes
+    /// for written from then on.
     pub async fn flush(&self, handle: &VMemHandle) -> Result<()> {
         let object = self.check(handle)?;
         if object.has_name() {
