@@ -4,6 +4,9 @@
 //! names the field. What depends on the machine (free memory, free space) is left open here and
 //! filled in when the store opens. Called by users; read by the facade and by `Shared`.
 
+#[cfg(feature = "serde")]
+mod file;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -91,6 +94,10 @@ impl Default for Promotion {
 }
 
 /// A valid configuration. Sizes are bytes.
+///
+/// With the feature `serde` it is read from a file: the fields have the names of the builder's setters, sizes are
+/// numbers or text such as `"512MiB"`, `wait_timeout` is text such as `"30s"`, `gpu` is `"auto"`, `"off"`, an
+/// ordinal or a UUID, `promotion` the number of the read or `"never"`. An unknown field is an error.
 ///
 /// ```
 /// use vmem_core::{MemoryTier, VirtualMemoryConfig};

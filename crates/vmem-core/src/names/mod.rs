@@ -227,6 +227,9 @@ async fn bring_in(
     stored: CatalogObject,
 ) -> Result<VMemHandle> {
     let CatalogObject { record, chunks } = stored;
+    if record.home == MemoryTier::Vram {
+        return Err(shared.no_vram());
+    }
     let len = usize::try_from(record.len).map_err(|_| VirtualMemoryError::ExceedsCapacity {
         tier: MemoryTier::Disk,
         requested_bytes: record.len,
