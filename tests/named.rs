@@ -267,6 +267,42 @@ async fn scenario_19_no_orphan_space_beside_names() {
     assert!(disk_used(directory.path()) <= named + slack, "{}", disk_used(directory.path()));
 }
 
+/// Where the free space is in pieces smaller than a chunk, chunks are taken apart, and found again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn chunks_in_pieces_are_found_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let vmem = open(directory.path()).await;
+    let mut small = Vec::new();
+    while let Ok(handle) = vmem.put(vec![1; 32_768], Disk).await {
+        small.push(handle);
+    }
+    let mut nth = 0;
+    small.retain(|_| {
+        nth += 1;
+        nth % 2 == 0
+    });
+    let pattern: Vec<u8> = (0..1_000_000_u32).map(|n| (n / 251) as u8).collect();
+    let handle = vmem.put_named("in pieces", &pattern, Disk).await.unwrap();
+    vmem.write_at(&handle, 500_000, [7; 1000]).await.unwrap();
+    vmem.flush(&handle).await.unwrap();
+    drop((small, handle));
+    let snapshot = tempfile::tempdir().unwrap();
+    vmem.snapshot(snapshot.path()).await.unwrap();
+    vmem.close().await.unwrap();
+    for path in [directory.path(), snapshot.path()] {
+        assert_eq!(vmem_io::verify(path).unwrap().objects, 1);
+        let vmem = open(path).await;
+        let handle = vmem.open_named("in pieces").await.unwrap();
+        let bytes = vmem.read(&handle).await.unwrap();
+        assert!(bytes[..500_000] == pattern[..500_000] && bytes[501_000..] == pattern[501_000..]);
+        assert_eq!(bytes[500_000..501_000], [7; 1000]);
+        drop((handle, bytes));
+        vmem.remove_named("in pieces").await.unwrap();
+        assert_eq!(vmem.stats().disk.used_bytes, 0);
+        vmem.close().await.unwrap();
+    }
+}
+
 /// Scenario 34: the flush ends, and covers what was complete when it was called.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_34_a_thousand_writers_while_it_is_flushed() {

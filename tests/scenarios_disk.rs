@@ -377,7 +377,6 @@ fn disk_alone(disk: usize) -> VirtualMemory {
 /// Excluded: a disk whose free space is of no use. A simulated day at 90 % fill, sizes from 512 B to a
 /// fifteenth of the disk: whatever fits by its footprint is served.
 #[test]
-#[ignore = "known limit: a chunk of up to 64 KiB needs one run of free space on disk"]
 fn scenario_21_a_day_of_a_disk_at_90_percent() {
     Seed::simulate("scenario_21_disk", async |seed| {
         let disk = 16 * MIB;
@@ -415,7 +414,6 @@ fn scenario_21_a_day_of_a_disk_at_90_percent() {
 /// The worst order of events: the disk is full of small objects and every second one goes, so that no
 /// hole holds a chunk. Half of the disk is free; an object of a quarter of it must find room.
 #[tokio::test(start_paused = true)]
-#[ignore = "known limit: a chunk of up to 64 KiB needs one run of free space on disk"]
 async fn scenario_21_holes_that_are_smaller_than_a_chunk() {
     let vmem = disk_alone(8 * MIB);
     let mut live = Vec::new();

@@ -11,7 +11,7 @@ pub use crate::catalog::{
     SEGMENT_CHUNKS, StoredChunk,
 };
 pub use crate::disk::{
-    CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, ReadChunk,
+    CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, ReadChunk, Run, Runs,
 };
 
 pub use crate::host::StagingMemory;

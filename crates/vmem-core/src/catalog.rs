@@ -10,6 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
+use crate::disk::Runs;
 use crate::error::VirtualMemoryError;
 use crate::tier::MemoryTier;
 
@@ -101,12 +102,10 @@ pub struct CatalogObject {
 }
 
 /// Where the disk tier has a chunk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredChunk {
-    /// Where it starts, in bytes.
-    pub offset: u64,
-    /// Space taken, in bytes, rounding included.
-    pub footprint: u32,
+    /// Its runs, in the order in which it fills them.
+    pub runs: Runs,
     /// The CRC-32C of the chunk.
     pub sum: u32,
 }

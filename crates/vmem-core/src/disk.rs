@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use smallvec::SmallVec;
 
 use crate::buffer::IoBuf;
 use crate::catalog::StoredChunk;
@@ -29,7 +30,7 @@ pub const CHUNK_BYTES: usize = 64 * 1024;
 pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
     /// Takes space for chunks of these lengths (each at most [`CHUNK_BYTES`], in bytes), all or
     /// none. Contiguous and in this order where the free space allows it, so that they can be
-    /// written in one run. Never blocks on I/O.
+    /// written in one run; chunks in pieces only where it allows nothing else. Never blocks on I/O.
     ///
     /// # Errors
     ///
@@ -108,12 +109,25 @@ fn unsupported(operation: &'static str) -> DiskError {
     DiskError::Io { operation, source: Arc::new(io::ErrorKind::Unsupported.into()) }
 }
 
+/// A run of bytes of the disk tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Where it starts, in bytes.
+    pub offset: u64,
+    /// Space taken, in bytes, rounding included.
+    pub footprint: u32,
+}
+
+/// The runs of one chunk, in its order. Only where the free space is in pieces it is more than one.
+pub type Runs = SmallVec<[Run; 1]>;
+
 /// A piece of the disk tier that holds, or will hold, one chunk. Dropping it frees the space, unless it is
 /// [kept](Self::keep).
 pub struct Extent {
-    offset: u64,
+    first: Run,
+    /// The runs behind it; most extents are one.
+    more: Option<Box<Runs>>,
     len: u32,
-    footprint: u32,
     sum: u32,
     sealed: bool,
     kept: AtomicBool,
@@ -143,23 +157,25 @@ impl ReadChunk {
 
 /// Who takes space back.
 pub trait ExtentOwner: fmt::Debug + Send + Sync + 'static {
-    /// The extent at `offset` with `footprint` bytes is no longer used by anybody.
+    /// This run of an extent is no longer used by anybody.
     fn release(&self, offset: u64, footprint: u32);
 }
 
 impl Extent {
-    /// An unwritten extent; for backends.
+    /// An unwritten extent of one run; for backends.
     pub fn new(offset: u64, len: u32, footprint: u32, owner: Arc<dyn ExtentOwner>) -> Self {
-        assert!(len as usize <= CHUNK_BYTES && len <= footprint, "a chunk fits its extent");
-        Extent {
-            offset,
-            len,
-            footprint,
-            sum: 0,
-            sealed: false,
-            kept: AtomicBool::new(false),
-            owner,
-        }
+        Self::in_runs(&[Run { offset, footprint }], len, owner)
+    }
+
+    /// An unwritten extent of these runs, which the chunk fills in this order; for backends.
+    pub fn in_runs(runs: &[Run], len: u32, owner: Arc<dyn ExtentOwner>) -> Self {
+        let footprint: u64 = runs.iter().map(|run| u64::from(run.footprint)).sum();
+        let fits = len as usize <= CHUNK_BYTES && u64::from(len) <= footprint;
+        assert!(fits && u32::try_from(footprint).is_ok(), "a chunk fits its extent");
+        let first = runs.first().copied().unwrap_or(Run { offset: 0, footprint: 0 });
+        let more = runs.get(1..).filter(|more| !more.is_empty());
+        let more = more.map(|more| Box::new(Runs::from_slice(more)));
+        Extent { first, more, len, sum: 0, sealed: false, kept: AtomicBool::new(false), owner }
     }
 
     /// Marks the chunk as written, with the CRC-32C of its bytes; for backends.
@@ -180,13 +196,17 @@ impl Extent {
 
     /// Where the chunk is, if it was written.
     pub fn stored(&self) -> Option<StoredChunk> {
-        let (offset, footprint, sum) = (self.offset, self.footprint, self.sum()?);
-        Some(StoredChunk { offset, footprint, sum })
+        Some(StoredChunk { sum: self.sum()?, runs: self.runs().collect() })
     }
 
-    /// Where it starts, in bytes.
+    /// Where its first run starts, in bytes.
     pub fn offset(&self) -> u64 {
-        self.offset
+        self.first.offset
+    }
+
+    /// Its runs, in the order in which the chunk fills them.
+    pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
+        std::iter::once(self.first).chain(self.more.iter().flat_map(|more| more.iter().copied()))
     }
 
     /// Payload, in bytes.
@@ -201,7 +221,7 @@ impl Extent {
 
     /// Space taken, in bytes, rounding included.
     pub fn footprint(&self) -> u32 {
-        self.footprint
+        self.runs().map(|run| run.footprint).sum()
     }
 
     /// The CRC-32C of the chunk; `None` while it was only reserved.
@@ -213,7 +233,9 @@ impl Extent {
 impl Drop for Extent {
     fn drop(&mut self) {
         if !*self.kept.get_mut() {
-            self.owner.release(self.offset, self.footprint);
+            for Run { offset, footprint } in self.runs() {
+                self.owner.release(offset, footprint);
+            }
         }
     }
 }
@@ -221,9 +243,8 @@ impl Drop for Extent {
 impl fmt::Debug for Extent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Extent")
-            .field("offset", &self.offset)
+            .field("runs", &self.runs().collect::<Runs>())
             .field("len", &self.len)
-            .field("footprint", &self.footprint)
             .field("sum", &self.sum())
             .finish()
     }
@@ -240,7 +261,7 @@ pub struct DiskUsage {
     pub peak_bytes: u64,
     /// The largest contiguous free run.
     pub largest_free_bytes: u64,
-    /// How many extents exist.
+    /// How many runs the extents that exist have: one each, but where free space is in pieces.
     pub extents: u64,
 }
 

@@ -13,7 +13,7 @@ use std::sync::{Arc, Weak};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, ready};
-use vmem_core::backend::DiskError;
+use vmem_core::backend::{DiskError, Run, Runs};
 
 use crate::driver::{Keep, WriteRun};
 use crate::plan;
@@ -43,16 +43,16 @@ impl Ledger {
         Ledger { space, stale, punching: None, pumping: false }
     }
 
-    pub(crate) fn reserve(&mut self, lens: &[u32]) -> Result<Vec<u64>, DiskError> {
-        let starts = self.space.reserve(lens).map_err(|no_space| DiskError::Full {
+    pub(crate) fn reserve(&mut self, lens: &[u32]) -> Result<Vec<Runs>, DiskError> {
+        let placed = self.space.reserve(lens).map_err(|no_space| DiskError::Full {
             requested_bytes: no_space.requested_bytes,
             free_bytes: no_space.free_bytes,
             source: None,
         })?;
-        for (&offset, &len) in starts.iter().zip(lens) {
-            self.stale.remove(offset..offset + self.space.footprint(len));
+        for &Run { offset, footprint } in placed.iter().flatten() {
+            self.stale.remove(offset..offset + u64::from(footprint));
         }
-        Ok(starts)
+        Ok(placed)
     }
 
     /// Whether the punch in flight touches any of `ranges`.

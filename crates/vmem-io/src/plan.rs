@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use bytes::Bytes;
-use vmem_core::backend::{Extent, ReadChunk};
+use vmem_core::backend::{Extent, ReadChunk, Run};
 
 use crate::driver::{ReadPiece, WriteRun};
 
@@ -15,24 +15,39 @@ static ZEROS: [u8; 65536] = [0; 65536];
 
 /// The runs that write these chunks, padded to their extents, in the order of the file.
 pub(crate) fn write_runs(pieces: &[(Extent, Bytes)]) -> Vec<WriteRun> {
-    let mut order: Vec<_> = pieces.iter().filter(|(extent, _)| extent.footprint() > 0).collect();
-    order.sort_by_key(|(extent, _)| extent.offset());
+    let mut order: Vec<_> = pieces
+        .iter()
+        .flat_map(|(extent, payload)| {
+            parts(extent, payload.len()).map(|(run, part)| (run, payload.slice(part)))
+        })
+        .collect();
+    order.sort_by_key(|(run, _)| run.offset);
     let mut runs: Vec<WriteRun> = Vec::new();
     let mut end = None;
-    for (extent, payload) in order {
-        if end != Some(extent.offset()) {
-            runs.push(WriteRun { offset: extent.offset(), parts: Vec::new() });
+    for (Run { offset, footprint }, payload) in order {
+        if end != Some(offset) {
+            runs.push(WriteRun { offset, parts: Vec::new() });
         }
         if let Some(run) = runs.last_mut() {
-            run.parts.push(payload.clone());
-            let padding = extent.footprint() as usize - payload.len();
+            let padding = footprint as usize - payload.len();
+            run.parts.push(payload);
             if padding > 0 {
                 run.parts.push(Bytes::from_static(&ZEROS[..padding]));
             }
         }
-        end = Some(extent.offset() + u64::from(extent.footprint()));
+        end = Some(offset + u64::from(footprint));
     }
     runs
+}
+
+/// Which bytes of a chunk of `len` bytes are in which run of its extent.
+fn parts(extent: &Extent, len: usize) -> impl Iterator<Item = (Run, Range<usize>)> + '_ {
+    let taking = extent.runs().filter(|run| run.footprint > 0);
+    taking.scan(0, move |at, run| {
+        let part = *at..len.min(*at + run.footprint as usize);
+        *at = part.end;
+        Some((run, part))
+    })
 }
 
 /// The file ranges that the runs cover, in their order, which is that of the file.
@@ -50,13 +65,18 @@ pub(crate) fn read_pieces(chunks: &[ReadChunk]) -> Vec<ReadPiece> {
         if extent.sum().is_none() || extent.is_empty() {
             continue;
         }
-        let end = at + extent.len() as usize;
-        match pieces.last_mut() {
-            Some(last) if joinable == Some((extent.offset(), *at)) => last.range.end = end,
-            _ => pieces.push(ReadPiece { offset: extent.offset(), range: *at..end }),
+        for (run, part) in parts(extent, extent.len() as usize) {
+            let range = at + part.start..at + part.end;
+            let full = run.footprint as usize == range.len();
+            let behind = (run.offset + u64::from(run.footprint), range.end);
+            match pieces.last_mut() {
+                Some(last) if joinable == Some((run.offset, range.start)) => {
+                    last.range.end = range.end;
+                }
+                _ => pieces.push(ReadPiece { offset: run.offset, range }),
+            }
+            joinable = full.then_some(behind);
         }
-        let full = extent.len() == extent.footprint();
-        joinable = full.then(|| (extent.offset() + u64::from(extent.len()), end));
     }
     pieces
 }

@@ -6,18 +6,18 @@
 //!
 //! Memory grows with the number of free runs alone. Taking and giving back cost O(log runs).
 //!
-//! Fragmentation: a chunk needs one contiguous run, so a chunk fails to fit only when every free
-//! run is shorter than it; anything else that is free in blocks is found. Three rules keep long
+//! Fragmentation: whatever is free in blocks is found, in the last resort by taking a chunk apart. Three rules keep long
 //! runs long. Each request takes the shortest run that holds it. Requests shorter than a full chunk
 //! take the high end of their run, and the highest of equal runs, while longer ones take the low
 //! end, so that short-lived small chunks do not end up between large ones. And a request that no
 //! single run holds is spread: first in order over the longest runs, and if that fails longest
-//! chunk first, each into the shortest run that holds it. For the chunks of large objects, which
-//! all have the same length, the second attempt fits whatever could be fitted at all.
+//! chunk first, each into the shortest run that holds it. Only what does not fit so, because free runs are
+//! shorter than chunks, goes in pieces, the longest first.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use vmem_core::backend::{CHUNK_BYTES, DiskUsage};
+use smallvec::smallvec;
+use vmem_core::backend::{CHUNK_BYTES, DiskUsage, Run, Runs};
 
 /// The free runs and the ledger of one data file. Counts in blocks, speaks bytes.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ pub(crate) struct Space {
 pub(crate) struct NoSpace {
     /// What was asked for, rounding included.
     pub(crate) requested_bytes: u64,
-    /// What is free; more than was asked for where no run is long enough.
+    /// What is free: less than that.
     pub(crate) free_bytes: u64,
 }
 
@@ -116,8 +116,8 @@ impl Space {
         u64::from(len).div_ceil(self.block) * self.block
     }
 
-    /// Where chunks of these lengths go, in bytes: all of them, or nothing is taken.
-    pub(crate) fn reserve(&mut self, lens: &[u32]) -> Result<Vec<u64>, NoSpace> {
+    /// The runs in which chunks of these lengths go: all of them, or nothing is taken.
+    pub(crate) fn reserve(&mut self, lens: &[u32]) -> Result<Vec<Runs>, NoSpace> {
         let blocks: Vec<u64> = lens.iter().map(|&len| self.footprint(len) / self.block).collect();
         let total: u64 = blocks.iter().sum();
         let no_space = NoSpace {
@@ -127,17 +127,54 @@ impl Space {
         if total > self.capacity - self.used {
             return Err(no_space);
         }
-        let starts = self
+        let whole = self
             .contiguous(&blocks, total)
             .or_else(|| self.spread_in_order(&blocks))
-            .or_else(|| self.spread_longest_first(&blocks))
-            .ok_or(no_space)?;
-        self.extents += lens.len() as u64;
+            .or_else(|| self.spread_longest_first(&blocks));
+        let placed: Vec<Runs> = match whole {
+            Some(starts) => {
+                let places = starts.into_iter().zip(blocks);
+                places.map(|(start, len)| smallvec![self.run(start, len)]).collect()
+            }
+            None => blocks.into_iter().map(|len| self.in_pieces(len)).collect(),
+        };
+        self.extents += placed.iter().map(|runs| runs.len() as u64).sum::<u64>();
         self.peak = self.peak.max(self.used);
-        Ok(starts.into_iter().map(|start| start * self.block).collect())
+        Ok(placed)
     }
 
-    /// Gives back one extent: `footprint` bytes at `offset`.
+    fn run(&self, start: u64, len: u64) -> Run {
+        Run { offset: start * self.block, footprint: (len * self.block) as u32 }
+    }
+
+    /// A chunk in as few runs as there are; there is space for it.
+    fn in_pieces(&mut self, len: u64) -> Runs {
+        if len == 0 {
+            return smallvec![self.run(0, 0)];
+        }
+        let mut runs = Runs::new();
+        let mut left = len;
+        while left > 0 {
+            let (start, taken) = match self.take_best(left) {
+                Some(start) => (start, left),
+                None => {
+                    let longest = self.longest();
+                    let (taken, run) = longest.expect("invariant: what is asked for is free");
+                    (self.take(run, taken, End::Low), taken)
+                }
+            };
+            runs.push(self.run(start, taken));
+            left -= taken;
+        }
+        runs
+    }
+
+    /// Where the last block ends, in bytes.
+    pub(crate) fn end_bytes(&self) -> u64 {
+        self.end * self.block
+    }
+
+    /// Gives back one run of an extent: `footprint` bytes at `offset`.
     pub(crate) fn release(&mut self, offset: u64, footprint: u32) {
         let footprint = u64::from(footprint);
         assert!(self.extents > 0, "an extent is released once");

@@ -170,13 +170,10 @@ impl DiskBackend for DiskTier {
         if lens.iter().any(|&len| len as usize > CHUNK_BYTES) {
             return Err(invalid("reserve", "a chunk is longer than 64 KiB"));
         }
-        let starts = self.inner.ledger.lock().reserve(lens)?;
-        let footprint = |len| self.footprint(len) as u32;
+        let placed = self.inner.ledger.lock().reserve(lens)?;
         let owner = || Arc::clone(&self.inner) as Arc<dyn ExtentOwner>;
-        let extents = starts.into_iter().zip(lens);
-        Ok(extents
-            .map(|(offset, &len)| Extent::new(offset, len, footprint(len), owner()))
-            .collect())
+        let extents = placed.iter().zip(lens);
+        Ok(extents.map(|(runs, &len)| Extent::in_runs(runs, len, owner())).collect())
     }
 
     fn write(
@@ -263,12 +260,13 @@ impl DiskBackend for DiskTier {
     }
 
     fn adopt(&self, len: u32, chunk: StoredChunk) -> Result<Extent, DiskError> {
-        let StoredChunk { offset, footprint, sum } = chunk;
-        if u64::from(footprint) != self.footprint(len) || len as usize > CHUNK_BYTES {
+        let StoredChunk { runs, sum } = chunk;
+        let footprint: u64 = runs.iter().map(|run| u64::from(run.footprint)).sum();
+        if footprint != self.footprint(len) || len as usize > CHUNK_BYTES {
             return Err(invalid("adopt", "an extent of another length than its chunk"));
         }
         let owner = Arc::clone(&self.inner) as Arc<dyn ExtentOwner>;
-        let mut extent = Extent::new(offset, len, footprint, owner);
+        let mut extent = Extent::in_runs(&runs, len, owner);
         extent.seal(sum);
         extent.keep();
         Ok(extent)
@@ -327,12 +325,12 @@ impl Inner {
 
     fn check_write(&self, pieces: &[(Extent, Bytes)]) -> Result<(), DiskError> {
         self.check_open()?;
-        let capacity = self.ledger.lock().space.usage().capacity_bytes;
+        let end = self.ledger.lock().space.end_bytes();
         for (extent, payload) in pieces {
             if payload.len() != extent.len() as usize {
                 return Err(invalid("write", "a chunk has not the length of its extent"));
             }
-            if extent.offset() + u64::from(extent.footprint()) > capacity {
+            if extent.runs().any(|run| run.offset + u64::from(run.footprint) > end) {
                 return Err(invalid("write", "an extent of another tier"));
             }
         }

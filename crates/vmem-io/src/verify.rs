@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use vmem_core::VirtualMemoryError;
-use vmem_core::backend::{CHUNK_BYTES, CatalogObject};
+use vmem_core::backend::{CHUNK_BYTES, CatalogObject, Run};
 
 use crate::catalog::NameCatalog;
 use crate::checksum::crc32c;
@@ -76,7 +76,7 @@ fn read(data: &File, object: &CatalogObject) -> io::Result<Option<usize>> {
         let Some(chunk) = chunk else { continue };
         let start = (index * CHUNK_BYTES) as u64;
         let len = (object.record.len - start).min(CHUNK_BYTES as u64) as usize;
-        match data.read_exact_at(&mut buffer[..len], chunk.offset) {
+        match read_runs(data, &mut buffer[..len], &chunk.runs) {
             Ok(()) if crc32c(&buffer[..len]) == chunk.sum => {}
             Ok(()) => return Ok(Some(index)),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Some(index)),
@@ -84,4 +84,14 @@ fn read(data: &File, object: &CatalogObject) -> io::Result<Option<usize>> {
         }
     }
     Ok(None)
+}
+
+fn read_runs(data: &File, mut chunk: &mut [u8], runs: &[Run]) -> io::Result<()> {
+    for run in runs {
+        let part = chunk.len().min(run.footprint as usize);
+        let (now, later) = std::mem::take(&mut chunk).split_at_mut(part);
+        data.read_exact_at(now, run.offset)?;
+        chunk = later;
+    }
+    Ok(())
 }

@@ -207,7 +207,7 @@ fn segments(id: u64, len: usize, map: &DiskMap, before: Option<&DiskMap>) -> Vec
         let chunks: Vec<Option<StoredChunk>> =
             range.clone().map(|index| stored(map, index)).collect();
         let same =
-            |before: &DiskMap| range.clone().map(|i| stored(before, i)).eq(chunks.iter().copied());
+            |before: &DiskMap| range.clone().map(|i| stored(before, i)).eq(chunks.iter().cloned());
         if before.is_none_or(|before| !same(before)) {
             changes.push(CatalogChange::Segment { id, segment: segment as u32, chunks });
         }

@@ -6,16 +6,13 @@
 use bytes::{Buf, BufMut, Bytes};
 use vmem_core::MemoryTier;
 use vmem_core::backend::{
-    CHUNK_BYTES, CatalogRecord, METADATA_LEN_MAX, SEGMENT_CHUNKS, StoredChunk,
+    CHUNK_BYTES, CatalogRecord, METADATA_LEN_MAX, Run, Runs, SEGMENT_CHUNKS, StoredChunk,
 };
 
 use crate::checksum::crc32c;
 
 /// The version of the format that is written, and the only one that is read.
 pub(super) const FORMAT: u32 = 0;
-
-/// In place of an offset: a chunk of zeros.
-const ZEROS: u64 = u64::MAX;
 
 /// A row that is not what was written, in words.
 pub(super) type Flaw = &'static str;
@@ -101,14 +98,19 @@ pub(super) fn decode_record(name: &[u8], row: &[u8]) -> Result<CatalogRecord, Fl
 
 /// Where the chunks of a segment are.
 pub(super) fn encode_segment(key: (u64, u32), chunks: &[Option<StoredChunk>]) -> Vec<u8> {
-    let mut row = Vec::with_capacity(8 + 16 * chunks.len());
+    let mut row = Vec::with_capacity(8 + 17 * chunks.len());
     row.put_u32_le(chunks.len() as u32);
     for chunk in chunks {
-        let zeros = StoredChunk { offset: ZEROS, footprint: 0, sum: 0 };
-        let StoredChunk { offset, footprint, sum } = chunk.unwrap_or(zeros);
-        row.put_u64_le(offset);
-        row.put_u32_le(footprint);
-        row.put_u32_le(sum);
+        let Some(StoredChunk { runs, sum }) = chunk else {
+            row.put_u8(0);
+            continue;
+        };
+        row.put_u8(runs.len() as u8);
+        row.put_u32_le(*sum);
+        for Run { offset, footprint } in runs {
+            row.put_u64_le(*offset);
+            row.put_u32_le(*footprint);
+        }
     }
     sealed(&segment_key(key), row)
 }
@@ -119,20 +121,29 @@ pub(super) fn decode_segment(
 ) -> Result<Vec<Option<StoredChunk>>, Flaw> {
     let mut body = unsealed(&segment_key(key), row)?;
     let count = body.try_get_u32_le().map_err(|_| SHORT)? as usize;
-    if count > SEGMENT_CHUNKS || body.remaining() != 16 * count {
+    if count > SEGMENT_CHUNKS {
         return Err("a segment of another length");
     }
     let mut chunks = Vec::with_capacity(count);
     for _ in 0..count {
-        let offset = body.try_get_u64_le().map_err(|_| SHORT)?;
-        let footprint = body.try_get_u32_le().map_err(|_| SHORT)?;
-        let sum = body.try_get_u32_le().map_err(|_| SHORT)?;
-        if offset != ZEROS && (footprint == 0 || offset.checked_add(footprint.into()).is_none()) {
-            return Err("an extent that is none");
+        let pieces = body.try_get_u8().map_err(|_| SHORT)?;
+        if pieces == 0 {
+            chunks.push(None);
+            continue;
         }
-        chunks.push((offset != ZEROS).then_some(StoredChunk { offset, footprint, sum }));
+        let sum = body.try_get_u32_le().map_err(|_| SHORT)?;
+        let mut runs = Runs::new();
+        for _ in 0..pieces {
+            let offset = body.try_get_u64_le().map_err(|_| SHORT)?;
+            let footprint = body.try_get_u32_le().map_err(|_| SHORT)?;
+            if footprint == 0 || offset.checked_add(footprint.into()).is_none() {
+                return Err("an extent that is none");
+            }
+            runs.push(Run { offset, footprint });
+        }
+        chunks.push(Some(StoredChunk { runs, sum }));
     }
-    Ok(chunks)
+    all_of(body, chunks)
 }
 
 const SHORT: Flaw = "a row that is too short";
@@ -178,8 +189,11 @@ mod tests {
             home: MemoryTier::Disk,
             metadata: Bytes::from_static(b"beside it"),
         };
-        let chunk = StoredChunk { offset: 4096, footprint: 65536, sum: 0xdead_beef };
-        let chunks = vec![Some(chunk), None];
+        let run = |offset, footprint| Run { offset, footprint };
+        let whole = StoredChunk { runs: [run(4096, 65536)].into(), sum: 0xdead_beef };
+        let pieces = vec![run(512, 1024), run(1 << 40, 64512)];
+        let in_pieces = StoredChunk { runs: pieces.into(), sum: 7 };
+        let chunks = vec![Some(whole), None, Some(in_pieces)];
         let rows = [
             head.encode(b"head"),
             encode_record(b"name", &record),

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use redb::{Database, ReadableDatabase, ReadableTable, Table, TableDefinition, WriteTransaction};
 use vmem_core::VirtualMemoryError;
 use vmem_core::backend::{
-    CHUNK_BYTES, CatalogChange, CatalogObject, CatalogRecord, SEGMENT_CHUNKS, StoredChunk,
+    CHUNK_BYTES, CatalogChange, CatalogObject, CatalogRecord, Run, SEGMENT_CHUNKS,
 };
 
 use super::rows::{self, FORMAT, Head};
@@ -281,15 +281,15 @@ pub(super) fn summary(db: &Database) -> Result<Summary, Failure> {
             return Err(bad("has another length"));
         }
         *left -= 1;
-        let whole_blocks = |chunk: &StoredChunk| {
-            chunk.offset.is_multiple_of(head.block_bytes.into())
-                && chunk.footprint.is_multiple_of(head.block_bytes)
+        let whole_blocks = |run: &Run| {
+            run.offset.is_multiple_of(head.block_bytes.into())
+                && run.footprint.is_multiple_of(head.block_bytes)
         };
-        for chunk in places.into_iter().flatten() {
-            if !whole_blocks(&chunk) {
+        for run in places.into_iter().flatten().flat_map(|chunk| chunk.runs) {
+            if !whole_blocks(&run) {
                 return Err(bad("is not of whole blocks"));
             }
-            taken.push((chunk.offset, chunk.footprint));
+            taken.push((run.offset, run.footprint));
         }
     }
     if due.values().any(|&(_, left)| left > 0) {
@@ -347,7 +347,8 @@ pub(super) fn copy(
             let (key, places) = row?;
             let read = rows::decode_segment(key.value(), places.value());
             let read = read.map_err(|why| flaw("a segment", why))?;
-            taken.extend(read.into_iter().flatten().map(|chunk| (chunk.offset, chunk.footprint)));
+            let runs = read.into_iter().flatten().flat_map(|chunk| chunk.runs);
+            taken.extend(runs.map(|run| (run.offset, run.footprint)));
             chunks.insert(key.value(), places.value())?;
         }
         let mut heads = target.open_table(HEAD)?;

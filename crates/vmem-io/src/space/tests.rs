@@ -73,31 +73,46 @@ fn step_reserve(space: &mut Space, model: &mut Model, lens: &[u32]) {
     let free = space.usage().capacity_bytes - model.used();
     let runs = model.runs();
     match space.reserve(lens) {
-        Ok(starts) => {
-            assert_eq!(starts.len(), lens.len());
+        Ok(placed) => {
+            assert!(total <= free);
+            assert_eq!(placed.len(), lens.len());
             let mut next = None;
             let fits_one = runs.iter().any(|&run| run >= total);
-            for (&offset, &len) in starts.iter().zip(lens) {
+            for (pieces, &len) in placed.iter().zip(lens) {
                 let footprint = space.footprint(len);
-                if footprint == 0 {
-                    assert_eq!(offset, 0);
-                } else {
-                    model.mark(offset, footprint, true);
-                    if fits_one {
-                        assert_eq!(next.unwrap_or(offset), offset, "contiguous where it fits");
+                let sum: u64 = pieces.iter().map(|run| u64::from(run.footprint)).sum();
+                assert_eq!(sum, footprint, "its runs are what it takes");
+                for run in pieces {
+                    if footprint == 0 {
+                        assert_eq!((run.offset, pieces.len()), (0, 1));
+                    } else {
+                        model.mark(run.offset, run.footprint.into(), true);
+                        if fits_one {
+                            let due = next.unwrap_or(run.offset);
+                            assert_eq!(
+                                (due, pieces.len()),
+                                (run.offset, 1),
+                                "contiguous where it fits"
+                            );
+                        }
+                        next = Some(run.offset + u64::from(run.footprint));
                     }
-                    next = Some(offset + footprint);
+                    model.extents.push((run.offset, run.footprint));
                 }
-                model.extents.push((offset, footprint as u32));
             }
         }
         Err(no) => {
             assert_eq!((no.requested_bytes, no.free_bytes), (total, free));
-            // It may fail for want of space, or because a chunk has no run left that holds it.
-            let slots: u64 = runs.iter().map(|run| run / u64::from(CHUNK)).sum();
-            assert!(total > free || slots < lens.len() as u64, "{lens:?} would have fitted");
+            assert!(total > free, "{lens:?} would have fitted");
         }
     }
+}
+
+/// Where chunks go that are not taken apart.
+fn starts_of(space: &mut Space, lens: &[u32]) -> Result<Vec<u64>, NoSpace> {
+    let placed = space.reserve(lens)?;
+    assert!(placed.iter().all(|runs| runs.len() == 1), "{placed:?}");
+    Ok(placed.iter().map(|runs| runs[0].offset).collect())
 }
 
 #[test]
@@ -141,21 +156,21 @@ fn all_or_nothing() {
     let mut space = Space::new(4 * 65536, 512);
     assert!(space.reserve(&[CHUNK; 5]).is_err());
     assert_eq!(space.usage(), Space::new(4 * 65536, 512).usage());
-    let starts = space.reserve(&[CHUNK; 4]).unwrap();
+    let starts = starts_of(&mut space, &[CHUNK; 4]).unwrap();
     assert_eq!(starts, [0, 65536, 131_072, 196_608]);
     let full = space.reserve(&[1]).unwrap_err();
     assert_eq!((full.requested_bytes, full.free_bytes), (512, 0));
-    assert_eq!(space.reserve(&[0, 0]), Ok(vec![0, 0]), "nothing always fits");
+    assert_eq!(starts_of(&mut space, &[0, 0]), Ok(vec![0, 0]), "nothing always fits");
 }
 
 #[test]
 fn chunks_scatter_over_the_holes() {
     let mut space = Space::new(8 * 65536, 512);
-    let starts = space.reserve(&[CHUNK; 8]).unwrap();
+    let starts = starts_of(&mut space, &[CHUNK; 8]).unwrap();
     for index in [1, 3, 6] {
         space.release(starts[index], CHUNK);
     }
-    let mut again = space.reserve(&[CHUNK, CHUNK, 100]).unwrap();
+    let mut again = starts_of(&mut space, &[CHUNK, CHUNK, 100]).unwrap();
     again.sort_unstable();
     assert_eq!(again, [starts[1], starts[3], starts[6]]);
 }
@@ -165,11 +180,11 @@ fn the_order_of_the_chunks_does_not_decide() {
     // Free: a run of 64 KiB and one of 48 KiB. In order, the 40 KiB chunk would break the first.
     let mut space = Space::new(65536 + 512 + 49152, 512);
     let wall = 65536;
-    let taken = space.reserve(&[CHUNK, 512, 49152]).unwrap();
+    let taken = starts_of(&mut space, &[CHUNK, 512, 49152]).unwrap();
     space.release(taken[0], CHUNK);
     space.release(taken[2], 49152);
     assert_eq!(taken[1], wall);
-    let starts = space.reserve(&[40960, CHUNK]).unwrap();
+    let starts = starts_of(&mut space, &[40960, CHUNK]).unwrap();
     assert_eq!(starts[1], 0);
     assert!(starts[0] > wall);
 }
@@ -177,8 +192,8 @@ fn the_order_of_the_chunks_does_not_decide() {
 #[test]
 fn small_chunks_keep_away_from_large_ones() {
     let mut space = Space::new(1024 * 1024, 512);
-    let large = space.reserve(&[CHUNK, CHUNK]).unwrap();
-    let small = space.reserve(&[700]).unwrap();
+    let large = starts_of(&mut space, &[CHUNK, CHUNK]).unwrap();
+    let small = starts_of(&mut space, &[700]).unwrap();
     assert_eq!(large, [0, 65536]);
     assert_eq!(small, [1024 * 1024 - 1024]);
 }
@@ -187,7 +202,7 @@ fn small_chunks_keep_away_from_large_ones() {
 #[should_panic(expected = "not free")]
 fn a_double_release_is_caught() {
     let mut space = Space::new(1024 * 1024, 512);
-    let starts = space.reserve(&[512, 512]).unwrap();
+    let starts = starts_of(&mut space, &[512, 512]).unwrap();
     space.release(starts[0], 512);
     space.release(starts[0], 512);
 }
@@ -197,6 +212,20 @@ fn odd_capacities() {
     assert_eq!(Space::new(511, 512).usage(), DiskUsage::default());
     assert!(Space::new(0, 512).reserve(&[1]).is_err());
     assert_eq!(Space::new(1023, 512).usage().capacity_bytes, 512);
-    let huge = Space::new(u64::MAX, 4096).reserve(&[CHUNK; 3]).unwrap();
+    let huge = starts_of(&mut Space::new(u64::MAX, 4096), &[CHUNK; 3]).unwrap();
     assert_eq!(huge, [0, 65536, 131_072]);
+}
+
+#[test]
+fn a_chunk_is_taken_apart_where_nothing_else_is_left() {
+    let mut space = Space::new(8 * 65536, 512);
+    let small = starts_of(&mut space, &[32768; 16]).unwrap();
+    for &start in small.iter().step_by(2) {
+        space.release(start, 32768);
+    }
+    let placed = space.reserve(&[CHUNK, CHUNK, 40_000]).unwrap();
+    assert!(placed.iter().all(|runs| runs.len() == 2), "{placed:?}");
+    assert_eq!(space.usage().used_bytes, 8 * 32768 + 2 * 65536 + 40_448);
+    let no = space.reserve(&[CHUNK, 30_000]).unwrap_err();
+    assert_eq!((no.requested_bytes, no.free_bytes), (65536 + 30_208, 4 * 32768 - 65536 + 25_088));
 }

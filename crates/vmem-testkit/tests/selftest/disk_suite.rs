@@ -71,7 +71,7 @@ fn every_planted_bug_fails() {
         (Bug::FreesEarly, "Corrupt"),
         (Bug::ShowsOldBytes, "a reserved chunk"),
         (Bug::KeepsHalf, "left == right"),
-        (Bug::SaysAllIsOneRun, "whether"),
+        (Bug::SaysAllIsOneRun, "do not fit"),
         (Bug::CountsPayload, "used by an extent"),
         (Bug::IgnoresPlaces, "the gap between chunks"),
         (Bug::NeverCloses, "after close"),

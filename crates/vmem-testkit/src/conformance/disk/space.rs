@@ -59,7 +59,7 @@ pub async fn full(seed: Seed, disk: &dyn DiskBackend) {
     empty(disk, "a full tier").await;
 }
 
-/// With the free space in pieces: the largest of them tells what fits.
+/// With the free space in pieces: what the largest of them holds fits.
 pub fn fragmented(seed: Seed, disk: &dyn DiskBackend) {
     let mut rng = seed.fork("fragmented").rng();
     let mut held: Vec<Extent> = Vec::new();
@@ -83,6 +83,7 @@ pub fn fragmented(seed: Seed, disk: &dyn DiskBackend) {
         let len = rng.random_range(1..=CHUNK_BYTES as u32);
         let should_fit = disk.footprint(len) <= usage.largest_free_bytes;
         let fits = disk.reserve(&[len]).is_ok();
-        assert_eq!(fits, should_fit, "whether {len} bytes fit, with {usage:?}");
+        // A disk may do better, and take the chunk apart.
+        assert!(fits || !should_fit, "{len} bytes do not fit, with {usage:?}");
     }
 }

@@ -19,27 +19,27 @@ pub(super) struct Space(Mutex<BTreeMap<u64, u64>>);
 
 impl Space {
     pub(super) fn enter(&self, extent: &Extent) {
-        let (start, end) = bounds(extent);
-        if start == end {
-            return;
-        }
         let mut taken = self.0.lock();
-        if let Some((other, until)) = taken.range(..end).next_back() {
-            assert!(*until <= start, "extents {start}..{end} and {other}..{until} overlap");
+        for (start, end) in bounds(extent).filter(|(start, end)| start < end) {
+            if let Some((other, until)) = taken.range(..end).next_back() {
+                assert!(*until <= start, "extents {start}..{end} and {other}..{until} overlap");
+            }
+            taken.insert(start, end);
         }
-        taken.insert(start, end);
     }
 
     /// To be called before the extent is dropped.
     pub(super) fn leave(&self, extent: &Extent) {
-        if extent.footprint() > 0 {
-            self.0.lock().remove(&extent.offset());
+        let mut taken = self.0.lock();
+        for (start, _) in bounds(extent).filter(|(start, end)| start < end) {
+            taken.remove(&start);
         }
     }
 }
 
-pub(super) fn bounds(extent: &Extent) -> (u64, u64) {
-    (extent.offset(), extent.offset() + u64::from(extent.footprint()))
+/// Where its runs start and end.
+pub(super) fn bounds(extent: &Extent) -> impl Iterator<Item = (u64, u64)> + '_ {
+    extent.runs().map(|run| (run.offset, run.offset + u64::from(run.footprint)))
 }
 
 pub(super) fn assert_disjoint(extents: &[Extent]) {
@@ -77,10 +77,10 @@ pub(super) async fn write(
     extents: Vec<Extent>,
     data: &[Bytes],
 ) -> Vec<Arc<Extent>> {
-    let places: Vec<(u64, u64)> = extents.iter().map(bounds).collect();
+    let places: Vec<(u64, u64)> = extents.iter().flat_map(bounds).collect();
     let pieces = extents.into_iter().zip(data.iter().cloned()).collect();
     let extents = assert_ok("a write", within("a write", disk.write(pieces)).await);
-    assert_eq!(extents.iter().map(bounds).collect::<Vec<_>>(), places, "the extents written");
+    assert_eq!(extents.iter().flat_map(bounds).collect::<Vec<_>>(), places, "the extents written");
     for (extent, chunk) in extents.iter().zip(data) {
         let sum = crc32c::crc32c(chunk);
         assert_eq!(extent.sum(), Some(sum), "checksum of a chunk of {} bytes", chunk.len());
