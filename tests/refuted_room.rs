@@ -147,7 +147,6 @@ async fn closing_refuses_a_pin_that_waits() {
 
 /// One write that fails is the matter of its object alone.
 #[tokio::test(start_paused = true)]
-#[ignore = "known limit: after a failed write the disk rests, and demand is refused meanwhile"]
 async fn one_failed_eviction_does_not_fail_a_read_of_another_object() {
     let len = 64 * KIB;
     let (vmem, driver) = open(4 * len, 64 * len, |config| config);

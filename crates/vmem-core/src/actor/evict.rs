@@ -33,12 +33,27 @@ const TRIES_MAX: usize = 1024;
 const WRITE_AHEAD_OBJECTS: usize = 256;
 /// Entries that background order-keeping handles in one turn.
 const SETTLE_STEPS: usize = 1024;
-/// After the file system said that it has no space, it is left alone for so long.
+/// After the file system said that it has no space, or failed several times in a row, it is left alone
+/// for so long.
 const DISK_REST: Duration = Duration::from_millis(50);
 /// An object that was used within this time never makes way for a prefetch, in nanoseconds.
 const HOT_NS: u64 = 1_000_000_000;
 /// It is looked for what has cooled down at most this often.
 const COOLS_MIN: Duration = Duration::from_millis(20);
+
+/// Batches that fail in a row before the disk is taken for broken: one failure is the matter of one batch,
+/// which is tried again elsewhere on the disk.
+const FAILURES_MAX: u32 = 8;
+
+/// Whether the disk took a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Took {
+    All,
+    /// It has no space for it.
+    NoSpace,
+    /// It failed otherwise.
+    Failed,
+}
 
 /// The state of the evictor between two turns.
 #[derive(Debug, Default)]
@@ -53,6 +68,8 @@ pub(super) struct Evictor {
     /// Entries that were looked at since the last wake-up, or the last success, for nothing.
     fruitless: usize,
     disk_rests_until: Option<Instant>,
+    /// Batches that failed since one went down.
+    failures: u32,
     /// A prefetch waits, and all that could make way for it is too hot until then.
     cools_at: Option<Instant>,
 }
@@ -87,10 +104,16 @@ enum Round {
 
 impl Evictor {
     /// A batch has ended.
-    pub(super) fn ended(&mut self, reclaims_bytes: u64, took: bool) {
+    pub(super) fn ended(&mut self, reclaims_bytes: u64, took: Took) {
         self.batches -= 1;
         self.reclaiming_bytes -= reclaims_bytes;
-        if !took {
+        self.failures = match took {
+            Took::All => 0,
+            Took::Failed => self.failures + 1,
+            Took::NoSpace => FAILURES_MAX,
+        };
+        if self.failures >= FAILURES_MAX {
+            self.failures = 0;
             self.disk_rests_until = Some(Instant::now() + DISK_REST);
         }
     }
@@ -321,7 +344,12 @@ impl Evictor {
         let name = if down == Down::Keep { "vmem-write-back" } else { "vmem-evict" };
         spawn_into(tasks, name, async move {
             let outcome = write_down(batch, down, cause, asked).await;
-            Ended::Evicted { reclaims_bytes, took: outcome.is_ok() }
+            let took = match outcome {
+                Ok(()) => Took::All,
+                Err(DiskError::Full { .. }) => Took::NoSpace,
+                Err(_) => Took::Failed,
+            };
+            Ended::Evicted { reclaims_bytes, took }
         });
     }
 

@@ -48,7 +48,7 @@ pub(super) enum Ended {
     /// A batch on its way down, which was to free so many bytes, and whether the disk took it.
     Evicted {
         reclaims_bytes: u64,
-        took: bool,
+        took: evict::Took,
     },
 }
 
