@@ -47,7 +47,7 @@ const FAILURES_MAX: u32 = 8;
 
 /// Whether the disk took a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Took {
+pub(crate) enum Took {
     All,
     /// It has no space for it.
     NoSpace,

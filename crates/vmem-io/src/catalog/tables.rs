@@ -50,6 +50,10 @@ impl Failure {
 impl<E: Into<redb::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         match error.into() {
+            // It is no file of redb's.
+            redb::Error::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                Failure::Damaged(error.to_string())
+            }
             redb::Error::Io(error) => Failure::Io(error),
             redb::Error::Corrupted(reason) => Failure::Damaged(reason),
             error @ (redb::Error::UpgradeRequired(_) | redb::Error::TableDoesNotExist(_)) => {
