@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use names::{Journal, Named, Pair, Task};
+use names::{Journal, May, Named, Pair, Task};
 use rand::Rng;
 use vmem::{VirtualMemory, VirtualMemoryConfig};
 use vmem_testkit::{Seed, driver_under_test};
@@ -83,7 +83,7 @@ fn child() {
         let tasks = states.into_iter().enumerate().map(|(number, state)| {
             let (vmem, rng) = (vmem.clone(), seed.fork_nth("task", number as u64).rng());
             let task = Task { number, state, version, largest: LARGEST, rng };
-            tokio::spawn(async move { task.run(&vmem, &Pipe, usize::MAX).await })
+            tokio::spawn(async move { task.run(&vmem, &Pipe, usize::MAX).await.unwrap() })
         });
         for task in futures::future::join_all(tasks).await {
             task.unwrap();
@@ -105,8 +105,7 @@ fn life(directory: &Path, seed: Seed, version: u64, states: &[Pair]) -> (Vec<Vec
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let mut may: Vec<Vec<Pair>> = states.iter().map(|&state| vec![state]).collect();
-    let mut acknowledged = 0;
+    let may = May::of(states);
     let mut killer = Some(seed.fork("moment").rng().random_range(0..80));
     // A pipe ends when the child has gone, with everything in it that the child said.
     while let Some(Ok(line)) = lines.next() {
@@ -114,13 +113,11 @@ fn life(directory: &Path, seed: Seed, version: u64, states: &[Pair]) -> (Vec<Vec
         match words.next() {
             Some("start") => {
                 let task: usize = words.next().unwrap().parse().unwrap();
-                may[task].push(read_pair(words.next().unwrap()));
+                may.started(task, read_pair(words.next().unwrap()));
             }
             Some("ack") => {
                 let task: usize = words.next().unwrap().parse().unwrap();
-                let last = *may[task].last().unwrap();
-                may[task] = vec![last];
-                acknowledged += 1;
+                may.acknowledged(task);
                 if let Some(wait) = killer.take() {
                     let id = child.id() as i32;
                     std::thread::spawn(move || {
@@ -135,7 +132,8 @@ fn life(directory: &Path, seed: Seed, version: u64, states: &[Pair]) -> (Vec<Vec
     }
     let status = child.wait().unwrap();
     assert!(!status.success() && status.code().is_none(), "it was killed, not: {status}");
-    (may, acknowledged)
+    let acknowledged = may.acknowledged_count();
+    (may.0.into_inner(), acknowledged)
 }
 
 #[test]
@@ -154,13 +152,7 @@ fn what_was_acknowledged_survives_a_kill() {
             let used = runtime.block_on(async {
                 let vmem = open(directory.path()).await;
                 let found = names::found(&vmem, TASKS, 512).await;
-                for (task, found) in found.iter().enumerate() {
-                    let right = may[task].iter().find(|pair| names::is(pair, found, task, LARGEST));
-                    let Some(pair) = right else {
-                        panic!("kill {kill}, task {task}: {found:.80?}, allowed {:?}", may[task]);
-                    };
-                    states[task] = *pair;
-                }
+                states = names::settle(&found, &may, LARGEST, &format!("kill {kill}"));
                 let used = vmem.stats().disk.used_bytes;
                 vmem.close().await.unwrap();
                 used

@@ -6,11 +6,14 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use bytes::Bytes;
 use futures::TryStreamExt;
+use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::SmallRng;
-use vmem::{MemoryTier, VMemHandle, VirtualMemory};
+use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
 
 /// Lengths of versions, in turn.
 const LENS: [usize; 6] = [0, 100, 700, 65_536, 150_000, 1 << 20];
@@ -54,14 +57,24 @@ pub(crate) struct Task {
 }
 
 impl Task {
-    /// Changes its two names so many times.
-    pub(crate) async fn run(mut self, vmem: &VirtualMemory, journal: &dyn Journal, times: usize) {
+    /// Changes its two names so many times, or up to the first error.
+    pub(crate) async fn run(
+        mut self,
+        vmem: &VirtualMemory,
+        journal: &dyn Journal,
+        times: usize,
+    ) -> Result<(), VirtualMemoryError> {
         for _ in 0..times {
-            self.change(vmem, journal).await;
+            self.change(vmem, journal).await?;
         }
+        Ok(())
     }
 
-    async fn change(&mut self, vmem: &VirtualMemory, journal: &dyn Journal) {
+    async fn change(
+        &mut self,
+        vmem: &VirtualMemory,
+        journal: &dyn Journal,
+    ) -> Result<(), VirtualMemoryError> {
         let task = self.number;
         let which = self.rng.random_range(0..2);
         let (own, other) = (name(task, which), name(task, 1 - which));
@@ -89,29 +102,30 @@ impl Task {
         journal.started(task, after);
         match operation {
             2 => {
-                let handle = vmem.open_named(&own).await.unwrap();
+                let handle = vmem.open_named(&own).await?;
                 if bytes.len() > 1 && self.rng.random_bool(0.5) {
                     let half = bytes.len() / 2;
-                    vmem.write_at(&handle, 0, &bytes[..half]).await.unwrap();
-                    vmem.write_at(&handle, half, &bytes[half..]).await.unwrap();
+                    vmem.write_at(&handle, 0, &bytes[..half]).await?;
+                    vmem.write_at(&handle, half, &bytes[half..]).await?;
                 } else {
-                    vmem.write(&handle, &bytes).await.unwrap();
+                    vmem.write(&handle, &bytes).await?;
                 }
-                vmem.flush(&handle).await.unwrap();
+                vmem.flush(&handle).await?;
                 written = Some(handle);
             }
-            3 => vmem.set_metadata(&own, &self.version.to_le_bytes()).await.unwrap(),
-            4 => vmem.rename_named(&own, &other).await.unwrap(),
-            5 => vmem.remove_named(&own).await.unwrap(),
-            _ => drop(vmem.put_named(&own, &bytes, home).await.unwrap()),
+            3 => vmem.set_metadata(&own, &self.version.to_le_bytes()).await?,
+            4 => vmem.rename_named(&own, &other).await?,
+            5 => vmem.remove_named(&own).await?,
+            _ => drop(vmem.put_named(&own, &bytes, home).await?),
         }
         journal.acknowledged(task);
         self.state = after;
         drop(written);
         // Beside it, what is never named.
         if self.rng.random_bool(0.3) {
-            drop(vmem.put(&bytes[..bytes.len().min(5000)], MemoryTier::Disk).await.unwrap());
+            drop(vmem.put(&bytes[..bytes.len().min(5000)], MemoryTier::Disk).await?);
         }
+        Ok(())
     }
 }
 
@@ -136,6 +150,42 @@ pub(crate) async fn found(vmem: &VirtualMemory, tasks: usize, block: usize) -> V
     }
     assert_eq!(vmem.stats().disk.used_bytes, footprint, "space that nothing leads to");
     found
+}
+
+/// What is told in memory: what the names of each task may stand for.
+#[derive(Debug)]
+pub(crate) struct May(pub(crate) Mutex<Vec<Vec<Pair>>>, AtomicUsize);
+
+impl May {
+    pub(crate) fn of(states: &[Pair]) -> Self {
+        May(Mutex::new(states.iter().map(|&state| vec![state]).collect()), AtomicUsize::new(0))
+    }
+
+    /// How many changes were acknowledged.
+    pub(crate) fn acknowledged_count(&self) -> usize {
+        self.1.load(Ordering::SeqCst)
+    }
+}
+
+impl Journal for May {
+    fn started(&self, task: usize, after: Pair) {
+        self.0.lock()[task].push(after);
+    }
+
+    fn acknowledged(&self, task: usize) {
+        self.1.fetch_add(1, Ordering::SeqCst);
+        let may = &mut self.0.lock()[task];
+        *may = may.split_off(may.len() - 1);
+    }
+}
+
+/// What the names of each task stand for, which is one of what they may.
+pub(crate) fn settle(found: &[Found], may: &[Vec<Pair>], largest: usize, when: &str) -> Vec<Pair> {
+    let settled = found.iter().zip(may).enumerate().map(|(task, (found, may))| {
+        let right = may.iter().find(|pair| is(pair, found, task, largest));
+        *right.unwrap_or_else(|| panic!("{when}, task {task}: {found:.80?}, allowed {may:?}"))
+    });
+    settled.collect()
 }
 
 /// Whether this is what was found.

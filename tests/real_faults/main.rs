@@ -10,6 +10,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../names/mod.rs"]
+mod names;
 #[path = "../support2/mod.rs"]
 mod support2;
 
@@ -18,5 +20,6 @@ mod ext4;
 mod fuse;
 mod machine;
 mod place;
+mod power_cut;
 mod slow;
 mod transfers;
