@@ -47,9 +47,8 @@ pub fn verify(path: &Path) -> Result<Verified, VirtualMemoryError> {
         return Err(VirtualMemoryError::InvalidConfig { field: "disk_path", reason });
     }
     let (directory, data) = StoreDirectory::open(Some(path))?;
-    let opened = NameCatalog::open(&directory, 8 << 20);
     directory.tally().store(UNKNOWN, Ordering::Release);
-    let (catalog, _) = opened?;
+    let catalog = NameCatalog::look_at(&directory, 8 << 20)?;
     let mut verified = Verified::default();
     let unreadable = catalog.each_object(|name, object| {
         match read(&data, &object)? {

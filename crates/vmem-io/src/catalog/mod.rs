@@ -29,9 +29,9 @@ use vmem_core::VirtualMemoryError;
 use vmem_core::backend::{Answer, Catalog, CatalogChange, CatalogObject, CatalogRecord};
 
 use self::rows::Head;
-use self::storage::Storage;
+use self::storage::{Overlay, Storage};
 use self::tables::{Failure, Summary};
-use crate::directory::{CATALOG_FILE, Files, StoreDirectory, Tally};
+use crate::directory::{CATALOG_FILE, Files, StoreDirectory, Tally, UNKNOWN};
 use crate::driver::is_closed;
 use crate::pool::Pool;
 use crate::tier::Taken;
@@ -83,6 +83,25 @@ impl NameCatalog {
     /// [`Damaged`](VirtualMemoryError::Damaged) with what can still be read,
     /// [`UnknownFormat`](VirtualMemoryError::UnknownFormat), `Io`.
     pub(crate) fn open(directory: &StoreDirectory, cache_bytes: usize) -> Result<(Self, Taken)> {
+        Self::open_through(directory, cache_bytes, Ok)
+    }
+
+    /// The same, to look at: nothing is written to the file.
+    ///
+    /// # Errors
+    ///
+    /// Those of `open`.
+    pub(crate) fn look_at(directory: &StoreDirectory, cache_bytes: usize) -> Result<Self> {
+        let (catalog, _) = Self::open_through(directory, cache_bytes, Overlay::over)?;
+        directory.tally().store(UNKNOWN, Ordering::Release);
+        Ok(catalog)
+    }
+
+    fn open_through(
+        directory: &StoreDirectory,
+        cache_bytes: usize,
+        through: impl FnOnce(Storage) -> io::Result<Storage>,
+    ) -> Result<(Self, Taken)> {
         let files = directory.files();
         let path = files.path_of(CATALOG_FILE);
         let io = |error| VirtualMemoryError::io("opening the catalog", error);
@@ -93,7 +112,7 @@ impl NameCatalog {
             let file = files.open(CATALOG_FILE)?;
             // What was made and cut off before anything was written.
             if file.metadata().map_err(io)?.len() > 0 {
-                taken = inner.load(Storage::of_file(file))?;
+                taken = inner.load(through(Storage::of_file(file)).map_err(io)?)?;
             }
         }
         inner.tally.store(inner.head.get_mut().names, Ordering::Release);
@@ -304,7 +323,8 @@ impl Inner {
         let VirtualMemoryError::Damaged { path, reason } = error else { return error };
         let mut whole = 0_u64;
         let salvage = self.guarded("reading the catalog", || {
-            let db = self.builder().create_with_backend(storage)?;
+            let looked_at = Overlay::over(storage).map_err(Failure::Io)?;
+            let db = self.builder().create_with_backend(looked_at)?;
             tables::each_object(&db, |_, _| {
                 whole += 1;
                 Ok(())
@@ -433,7 +453,7 @@ impl Inner {
         })?;
         drop(copy);
         publish(&files)?;
-        directory.tally().store(crate::directory::UNKNOWN, Ordering::Release);
+        directory.tally().store(UNKNOWN, Ordering::Release);
         Ok(())
     }
 

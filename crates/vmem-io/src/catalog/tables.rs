@@ -5,6 +5,7 @@
 //! catalog on its threads.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -50,8 +51,10 @@ impl Failure {
 impl<E: Into<redb::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         match error.into() {
-            // It is no file of redb's.
-            redb::Error::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+            // It is no file of redb's, or has been cut.
+            redb::Error::Io(error)
+                if matches!(error.kind(), ErrorKind::InvalidData | ErrorKind::UnexpectedEof) =>
+            {
                 Failure::Damaged(error.to_string())
             }
             redb::Error::Io(error) => Failure::Io(error),
@@ -84,7 +87,8 @@ pub(super) struct Summary {
 /// Begins an empty catalog.
 pub(super) fn begin(db: &Database, block_bytes: u32) -> Result<Head, Failure> {
     let head = Head { format: FORMAT, block_bytes, ..Head::default() };
-    let change = db.begin_write()?;
+    let mut change = db.begin_write()?;
+    change.set_two_phase_commit(true);
     change.open_table(NAMES)?;
     change.open_table(CHUNKS)?;
     change.open_table(HEAD)?.insert(HEAD_KEY, &*head.encode(HEAD_KEY))?;
@@ -98,7 +102,9 @@ pub(super) fn commit(
     mut head: Head,
     changes: &[CatalogChange],
 ) -> Result<Head, Failure> {
-    let transaction = db.begin_write()?;
+    let mut transaction = db.begin_write()?;
+    // Else redb takes a last commit that was damaged later for one that was cut off, and forgets it.
+    transaction.set_two_phase_commit(true);
     head.commits += 1;
     apply(&transaction, &mut head, changes)?;
     transaction.commit()?;
@@ -338,7 +344,8 @@ pub(super) fn copy(
     into: &Database,
     bytes_first: impl FnOnce(Vec<(u64, u32)>) -> std::io::Result<()>,
 ) -> Result<(), Failure> {
-    let (source, target) = (from.begin_read()?, into.begin_write()?);
+    let (source, mut target) = (from.begin_read()?, into.begin_write()?);
+    target.set_two_phase_commit(true);
     let mut taken = Vec::new();
     {
         let mut names = target.open_table(NAMES)?;
