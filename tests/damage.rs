@@ -202,6 +202,9 @@ async fn flipped_bits_of_every_file() {
     }
 }
 
+/// What is done to the files of a store that lies in the folder given.
+type Damage = Box<dyn Fn(&Path)>;
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn files_that_are_cut_missing_or_swapped() {
     let (good, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -220,7 +223,7 @@ async fn files_that_are_cut_missing_or_swapped() {
             fs::File::options().write(true).open(place.join(file)).unwrap().set_len(len).unwrap();
         }
     };
-    let mut damages: Vec<(String, Box<dyn Fn(&Path)>)> = vec![
+    let mut damages: Vec<(String, Damage)> = vec![
         ("no data".into(), Box::new(|place| fs::remove_file(place.join(DATA_FILE)).unwrap())),
         ("no bytes of data".into(), Box::new(cut(DATA_FILE, 0))),
         ("half of the data".into(), Box::new(cut(DATA_FILE, data_len / 2))),
