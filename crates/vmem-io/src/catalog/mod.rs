@@ -527,3 +527,32 @@ impl std::fmt::Debug for NameCatalog {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_catalog_of_another_version_is_refused_and_left_as_it_is() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join(CATALOG_FILE);
+        {
+            let db = Database::create(&path).unwrap();
+            tables::begin(&db, 512).unwrap();
+            tables::set_head(&db, Head { format: 1, block_bytes: 512, ..Head::default() });
+        }
+        for _ in 0..2 {
+            let (directory, data) = StoreDirectory::open(Some(place.path())).unwrap();
+            drop(data);
+            let error = NameCatalog::open(&directory, 1 << 20).err();
+            let Some(VirtualMemoryError::UnknownFormat { path: of, found: 1, known: 0 }) = error
+            else {
+                panic!("{error:?}")
+            };
+            assert_eq!(of, directory.path().join(CATALOG_FILE));
+            let error = NameCatalog::look_at(&directory, 1 << 20).err();
+            assert!(matches!(error, Some(VirtualMemoryError::UnknownFormat { found: 1, .. })));
+        }
+        assert!(path.exists(), "what is not understood is not removed");
+    }
+}

@@ -372,3 +372,11 @@ pub(super) fn copy(
     target.commit()?;
     Ok(())
 }
+
+/// Replaces the head row, whatever it says.
+#[cfg(test)]
+pub(super) fn set_head(db: &Database, head: Head) {
+    let change = db.begin_write().unwrap();
+    change.open_table(HEAD).unwrap().insert(HEAD_KEY, &*head.encode(HEAD_KEY)).unwrap();
+    change.commit().unwrap();
+}
