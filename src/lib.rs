@@ -27,7 +27,7 @@
 //! # }
 //! ```
 //!
-//! `vmem-core` decides, `vmem-io` is the disk tier, `vmem-gpu` the place of the VRAM tier;
+//! `vmem-core` decides, `vmem-io` is the disk tier, `vmem-gpu` the VRAM tier;
 //! this crate opens them together. See `docs/architecture.md` for the life of a read.
 
 pub use vmem_core::*;
@@ -42,20 +42,17 @@ use vmem_core::backend::Backends;
 /// with the field that cannot work here; `TierNotAvailable` if a driver or a GPU was asked for
 /// that is not to be had; `Io` with what was attempted.
 pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
-    let vram_reason = vmem_gpu::probe(config.gpu())?;
     // Opening makes, tries and registers things, which blocks for a moment.
-    let opening = tokio::task::spawn_blocking(move || open_blocking(&config, vram_reason));
+    let opening = tokio::task::spawn_blocking(move || open_blocking(&config));
     let lost = |error: tokio::task::JoinError| VirtualMemoryError::io("opening", error.into());
     opening.await.map_err(lost)?
 }
 
-fn open_blocking(
-    config: &VirtualMemoryConfig,
-    vram_reason: std::sync::Arc<str>,
-) -> Result<VirtualMemory, VirtualMemoryError> {
+fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
+    let gpu = vmem_gpu::open_device(config.gpu(), config.vram_capacity())?;
     let (path, capacity) = (config.disk_path(), config.disk_capacity());
     let disk = vmem_io::open_disk(path, capacity, config.io_driver(), config.catalog_cache())?;
-    let mut capabilities = Capabilities::new(disk.backend.describe(), vram_reason);
+    let mut capabilities = Capabilities::new(disk.backend.describe(), gpu.reason);
     capabilities.disk_driver = Some(disk.driver);
     capabilities.disk_direct = disk.direct;
     capabilities.disk_notes = disk.notes;
@@ -69,6 +66,7 @@ fn open_blocking(
             host_capacity_bytes,
             disk: disk.backend,
             catalog: Some(disk.catalog),
+            device: gpu.device,
             capabilities,
         },
     )

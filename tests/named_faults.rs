@@ -97,6 +97,7 @@ fn open_where(image: Image, buffered: bool, all_writes: bool) -> Place {
         host_capacity_bytes: 2 << 20,
         disk: DiskTier::with_taken(disk.clone(), 8 << 20, &taken, None).unwrap(),
         catalog: Some(Arc::new(catalog)),
+        device: None,
         capabilities: Capabilities::new("a tape".into(), "not in this test".into()),
     };
     let vmem = VirtualMemory::with_backends(&config, backends).unwrap();

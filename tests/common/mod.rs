@@ -59,6 +59,7 @@ pub(crate) fn open(
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(driver.clone(), disk as u64),
         catalog: None,
+        device: None,
         capabilities: Capabilities::new("memory".into(), "not in this test".into()),
     };
     let vmem = VirtualMemory::with_backends(&config(space, set), backends).expect("opens");

@@ -66,6 +66,7 @@ impl World {
             host_capacity_bytes: STAGING + rng.random_range(512 << 10..1536 << 10),
             disk: DiskTier::new(faults.clone(), rng.random_range(2 << 20..6 << 20)),
             catalog: None,
+            device: None,
             capabilities: Capabilities::new("sim".into(), "no gpu".into()),
         };
         let vmem = VirtualMemory::with_backends(config, backends).unwrap();

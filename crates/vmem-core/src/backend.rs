@@ -10,6 +10,9 @@ pub use crate::catalog::{
     Answer, Catalog, CatalogChange, CatalogObject, CatalogRecord, METADATA_LEN_MAX, NAME_LEN_MAX,
     SEGMENT_CHUNKS, StoredChunk,
 };
+pub use crate::device::{
+    DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, RangeLedger, RangeOwner,
+};
 pub use crate::disk::{
     CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, ReadChunk, Run, Runs,
 };
@@ -27,6 +30,8 @@ pub struct Backends {
     pub disk: Arc<dyn DiskBackend>,
     /// Where names are stored; without one there are no named objects.
     pub catalog: Option<Arc<dyn Catalog>>,
+    /// The tier above it, if there is one.
+    pub device: Option<Arc<dyn DeviceBackend>>,
     /// What was found when they were opened.
     pub capabilities: Capabilities,
 }

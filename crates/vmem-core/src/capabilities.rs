@@ -29,7 +29,9 @@ pub struct Capabilities {
     /// Whether that directory lies in memory (tmpfs): then the disk tier takes RAM that no budget
     /// here counts.
     pub disk_is_tmpfs: bool,
-    /// Why there is no VRAM tier.
+    /// What serves the VRAM tier.
+    pub vram: Option<Arc<str>>,
+    /// Why there is no VRAM tier, or what of it is not as good as it could be.
     pub vram_reason: Arc<str>,
 }
 
@@ -45,6 +47,7 @@ impl Capabilities {
             disk_notes: Vec::new(),
             disk_path: None,
             disk_is_tmpfs: false,
+            vram: None,
             vram_reason,
         }
     }
@@ -62,6 +65,10 @@ impl fmt::Display for Capabilities {
         if self.disk_is_tmpfs {
             writeln!(f, "warning: the directory is a tmpfs; its files take memory, not disk")?;
         }
-        write!(f, "vram: none: {}", self.vram_reason)
+        match &self.vram {
+            None => write!(f, "vram: none: {}", self.vram_reason),
+            Some(vram) if self.vram_reason.is_empty() => write!(f, "vram: {vram}"),
+            Some(vram) => write!(f, "vram: {vram} ({})", self.vram_reason),
+        }
     }
 }

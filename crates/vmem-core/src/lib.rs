@@ -12,6 +12,7 @@
 //! - `names/`, `catalog`: named objects, and what a catalog of them implements.
 //! - `policy/`: who is evicted first.
 //! - `disk`, `buffer`: what a tier below host memory implements.
+//! - `device`, `vram`: what a tier above it implements, and who is in it.
 //! - `config`, `options`, `error`, `events`, `stats`, `capabilities`: what goes in and comes out.
 
 mod actor;
@@ -21,6 +22,7 @@ mod capabilities;
 mod catalog;
 mod config;
 mod copy;
+mod device;
 mod disk;
 mod error;
 mod events;
@@ -31,11 +33,13 @@ mod migrate;
 mod names;
 mod object;
 mod options;
+mod pins;
 pub mod policy;
 mod shared;
 mod stats;
 mod tier;
 mod vmem;
+mod vram;
 mod wake;
 
 pub use capabilities::Capabilities;

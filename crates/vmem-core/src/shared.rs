@@ -11,11 +11,10 @@ use std::time::Duration;
 use dashmap::DashMap;
 use foldhash::fast::FixedState;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::actor::Requests;
-use crate::catalog::Catalog;
+use crate::backend::Backends;
 use crate::config::{self, Promotion, VirtualMemoryConfig};
 use crate::copy::{Copies, OwnedCopy};
 use crate::disk::{DiskBackend, DiskError};
@@ -26,9 +25,11 @@ use crate::host_queue::{HostQueue, Need, Refused};
 use crate::migrate::Link;
 use crate::names::Names;
 use crate::object::Object;
+use crate::pins::PinBudget;
 use crate::policy::{self, Policy};
 use crate::stats::{Counters, TierStats, VirtualMemoryStats, get};
 use crate::tier::MemoryTier;
+use crate::vram::Vram;
 use crate::wake::Wake;
 
 /// What the configuration comes to on this machine.
@@ -39,7 +40,6 @@ pub(crate) struct Limits {
     /// Eviction ends here and starts there, in bytes of object space.
     pub(crate) low_bytes: u64,
     pub(crate) high_bytes: u64,
-    pub(crate) pinned_bytes_max: u64,
     pub(crate) promotion: Promotion,
     pub(crate) wait_timeout: Duration,
 }
@@ -65,7 +65,6 @@ impl Limits {
             staging_capacity: staging,
             low_bytes: (space * low) as u64,
             high_bytes: (space * high) as u64,
-            pinned_bytes_max: (space * config.max_pinned()) as u64,
             promotion: config.promotion(),
             wait_timeout: config.wait_timeout(),
         })
@@ -91,10 +90,11 @@ pub(crate) struct Shared {
     pub(crate) wake: Arc<Wake>,
     pub(crate) events: Events,
     pub(crate) counters: Counters,
-    pub(crate) vram_reason: Arc<str>,
-    pinned_bytes: AtomicU64,
-    /// Rung when a pin goes.
-    pub(crate) unpinned: Notify,
+    /// The tier above host memory, if there is one; and if not, why.
+    vram: Option<Vram>,
+    vram_reason: Arc<str>,
+    /// The pins in host memory.
+    host_pins: PinBudget,
     /// The evictor found nothing that it could take but what is pinned, leased or held.
     pub(crate) blocked_by_holds: AtomicBool,
     /// The turn of the one set of objects that gathers room.
@@ -106,11 +106,13 @@ impl Shared {
     pub(crate) fn new(
         config: &VirtualMemoryConfig,
         limits: Limits,
-        disk: Arc<dyn DiskBackend>,
-        catalog: Option<Arc<dyn Catalog>>,
+        backends: Backends,
         requests: Requests,
         vram_reason: Arc<str>,
     ) -> Result<Arc<Self>, VirtualMemoryError> {
+        let Backends { disk, catalog, device, .. } = backends;
+        let pinned_max =
+            (limits.host_capacity - limits.staging_capacity) as f64 * config.max_pinned();
         let reserve = |e| VirtualMemoryError::io("reserving host memory", e);
         let arena =
             HostArena::new(limits.host_capacity - limits.staging_capacity).map_err(reserve)?;
@@ -134,9 +136,11 @@ impl Shared {
             wake,
             events: Events::new(),
             counters: Counters::default(),
+            vram: device.map(|device| {
+                Vram::new(device, policy::build(config.policy()), config.max_pinned())
+            }),
             vram_reason,
-            pinned_bytes: AtomicU64::new(0),
-            unpinned: Notify::new(),
+            host_pins: PinBudget::new(pinned_max as u64),
             blocked_by_holds: AtomicBool::new(false),
             set_turn: tokio::sync::Mutex::const_new(()),
             closed: AtomicBool::new(false),
@@ -190,7 +194,11 @@ impl Shared {
     pub(crate) fn set_closed(&self) -> bool {
         let first = !self.closed.swap(true, Ordering::SeqCst);
         self.wake.now();
-        self.unpinned.notify_waiters();
+        self.host_pins.ring();
+        if let Some(vram) = &self.vram {
+            vram.pins.ring();
+            vram.ring();
+        }
         first
     }
 
@@ -251,14 +259,14 @@ impl Shared {
 
     /// What kept a request from being served until its deadline.
     fn why_no_room(&self, len: usize, waited: Duration) -> VirtualMemoryError {
-        let holds = self.pinned_bytes() + self.copies.held_bytes();
+        let holds = self.host_pins.bytes() + self.copies.held_bytes();
         if holds == 0 || !self.blocked_by_holds.load(Ordering::SeqCst) {
             return VirtualMemoryError::TimedOut { operation: "making room in host", waited };
         }
         VirtualMemoryError::AllPinned {
             tier: MemoryTier::Host,
             requested_bytes: HostArena::footprint(len),
-            pinned_bytes: self.pinned_bytes(),
+            pinned_bytes: self.host_pins.bytes(),
             leased_bytes: 0,
             held_bytes: self.copies.held_bytes(),
             capacity_bytes: self.host_space(),
@@ -286,30 +294,67 @@ impl Shared {
     /// Tells those who wait that something went.
     pub(crate) fn room_was_freed(&self) {
         self.wake.if_waiting();
+        self.vram_was_released();
+    }
+
+    // ---- VRAM --------------------------------------------------------------------------------
+
+    /// The tier above host memory.
+    ///
+    /// # Errors
+    ///
+    /// `TierNotAvailable` with the reason.
+    pub(crate) fn vram(&self) -> Result<&Vram, VirtualMemoryError> {
+        let lost = |reason| VirtualMemoryError::TierNotAvailable { tier: MemoryTier::Vram, reason };
+        let vram = self.vram.as_ref().ok_or_else(|| lost(self.vram_reason.clone()))?;
+        match vram.backend.lost() {
+            None => Ok(vram),
+            Some(reason) => Err(lost(reason)),
+        }
+    }
+
+    /// The tier above host memory, in use or lost.
+    pub(crate) fn vram_if_any(&self) -> Option<&Vram> {
+        self.vram.as_ref()
+    }
+
+    /// Tells those who wait for room in device memory that something may have become free there.
+    pub(crate) fn vram_was_released(&self) {
+        if let Some(vram) = &self.vram {
+            vram.ring();
+        }
     }
 
     // ---- Pins --------------------------------------------------------------------------------
 
-    pub(crate) fn pinned_bytes(&self) -> u64 {
-        self.pinned_bytes.load(Ordering::SeqCst)
+    /// The pins of a tier that has any.
+    ///
+    /// # Errors
+    ///
+    /// `TierNotAvailable` with the reason.
+    pub(crate) fn pins(&self, tier: MemoryTier) -> Result<&PinBudget, VirtualMemoryError> {
+        match tier {
+            MemoryTier::Vram => self.vram().map(|vram| &vram.pins),
+            MemoryTier::Host | MemoryTier::Disk => Ok(&self.host_pins),
+        }
     }
 
-    /// Charges the first pin of an object, within `max_pinned`.
-    pub(crate) fn try_charge_pin(&self, footprint: u64) -> bool {
-        self.pinned_bytes
-            .try_update(Ordering::SeqCst, Ordering::SeqCst, |bytes| {
-                let bytes = bytes + footprint;
-                (bytes <= self.limits.pinned_bytes_max).then_some(bytes)
-            })
-            .is_ok()
+    /// What an object of `len` bytes takes of this tier, in bytes.
+    pub(crate) fn footprint_in(&self, tier: MemoryTier, len: usize) -> u64 {
+        match (tier, &self.vram) {
+            (MemoryTier::Vram, Some(vram)) => vram.backend.footprint(len),
+            _ => HostArena::footprint(len),
+        }
     }
 
     /// Gives back what the first pin of an object was charged.
-    pub(crate) fn uncharge_pin(&self, footprint: u64) {
-        let before = self.pinned_bytes.fetch_sub(footprint, Ordering::SeqCst);
-        assert!(before >= footprint, "pinned bytes never fall below zero");
-        self.unpinned.notify_waiters();
-        self.wake.if_waiting();
+    pub(crate) fn uncharge_pin(&self, tier: MemoryTier, len: usize) {
+        let footprint = self.footprint_in(tier, len);
+        match (tier, &self.vram) {
+            (MemoryTier::Vram, Some(vram)) => vram.pins.uncharge(footprint),
+            _ => self.host_pins.uncharge(footprint),
+        }
+        self.room_was_freed();
     }
 
     // ---- Errors and figures --------------------------------------------------------------------
@@ -331,17 +376,20 @@ impl Shared {
         }
     }
 
-    pub(crate) fn no_vram(&self) -> VirtualMemoryError {
-        VirtualMemoryError::TierNotAvailable {
-            tier: MemoryTier::Vram,
-            reason: self.vram_reason.clone(),
-        }
-    }
-
     pub(crate) fn stats(&self) -> VirtualMemoryStats {
         let (arena, disk, counters) = (self.host.arena(), self.disk.usage(), &self.counters);
         VirtualMemoryStats {
-            vram: TierStats::default(),
+            vram: self.vram.as_ref().map_or_else(TierStats::default, |vram| {
+                let usage = vram.usage();
+                TierStats {
+                    used_bytes: usage.used_bytes,
+                    capacity_bytes: usage.capacity_bytes,
+                    peak_bytes: usage.peak_bytes,
+                    objects: get(&counters.vram_objects),
+                    hits: get(&counters.vram_hits),
+                    largest_free_bytes: usage.largest_free_bytes,
+                }
+            }),
             host: TierStats {
                 used_bytes: arena.used_bytes(),
                 capacity_bytes: arena.capacity_bytes(),
@@ -361,14 +409,17 @@ impl Shared {
             objects: self.table.len() as u64,
             staging_bytes: self.limits.staging_capacity,
             held_bytes: self.copies.held_bytes(),
-            pinned_bytes: self.pinned_bytes(),
+            pinned_bytes: self.host_pins.bytes(),
             dirty_bytes: get(&counters.dirty_bytes),
-            waiters: self.host.waiters() as u64,
+            waiters: self.host.waiters() as u64
+                + self.vram.as_ref().map_or(0, |vram| vram.waiters() as u64),
             migrations_in_flight: get(&counters.in_flight),
             misses: get(&counters.misses),
             evictions: get(&counters.evictions),
             promotions: get(&counters.promotions),
             clean_drops: get(&counters.clean_drops),
+            host_to_vram_bytes: get(&counters.host_to_vram_bytes),
+            vram_to_host_bytes: get(&counters.vram_to_host_bytes),
             disk_to_host_bytes: get(&counters.disk_to_host_bytes),
             host_to_disk_bytes: get(&counters.host_to_disk_bytes),
             named_changes: self.names.committed().0,

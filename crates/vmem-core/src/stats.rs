@@ -39,11 +39,11 @@ pub struct VirtualMemoryStats {
     pub staging_bytes: u64,
     /// Footprint that `Bytes` given to callers keep in host memory, in bytes.
     pub held_bytes: u64,
-    /// Footprint that pins keep in host memory, in bytes.
+    /// Footprint that pins keep in host memory, in bytes; those in device memory are counted apart.
     pub pinned_bytes: u64,
     /// Payload in host memory without an equal copy below, in bytes.
     pub dirty_bytes: u64,
-    /// Requests that wait for room in host memory.
+    /// Requests that wait for room in host or device memory.
     pub waiters: u64,
     /// Migrations that have started and not ended.
     pub migrations_in_flight: u64,
@@ -55,6 +55,10 @@ pub struct VirtualMemoryStats {
     pub promotions: u64,
     /// Evictions that had nothing to write.
     pub clean_drops: u64,
+    /// Payload copied to device memory, in bytes.
+    pub host_to_vram_bytes: u64,
+    /// Payload copied from device memory, in bytes.
+    pub vram_to_host_bytes: u64,
     /// Payload read from disk, in bytes.
     pub disk_to_host_bytes: u64,
     /// Payload written to disk, in bytes.
@@ -80,6 +84,10 @@ impl VirtualMemoryStats {
 pub(crate) struct Counters {
     pub(crate) host_objects: AtomicU64,
     pub(crate) disk_objects: AtomicU64,
+    pub(crate) vram_objects: AtomicU64,
+    pub(crate) vram_hits: AtomicU64,
+    pub(crate) host_to_vram_bytes: AtomicU64,
+    pub(crate) vram_to_host_bytes: AtomicU64,
     pub(crate) dirty_bytes: AtomicU64,
     pub(crate) in_flight: AtomicU64,
     pub(crate) misses: AtomicU64,

@@ -1,33 +1,93 @@
-//! The VRAM tier of vmem: its place.
+//! The VRAM tier of vmem, over CUDA through cudarc.
 //!
-//! Invariant: until the tier exists, whoever asks for VRAM is told so in a typed error, never
-//! served from somewhere else. Called by the facade.
+//! Invariant: opening never panics and never fails for want of a GPU: what is not there is a reason. Called by the
+//! facade.
+//!
+//! # Layout
+//!
+//! - `probe`: whether there is a driver with everything that is needed, found out without calling it.
+//! - `card`: all unsafe code: the context, the memory, streams, events, copies and who owns what they touch.
+//! - `lane`: a thread for each direction, which hands copies to the driver and waits for their events.
+//! - `tier`: the ledger of device memory, and what the core calls.
+
+mod card;
+mod lane;
+mod probe;
+mod tier;
 
 use std::sync::Arc;
 
-use vmem_core::{GpuSelection, VirtualMemoryError};
+use vmem_core::backend::DeviceBackend;
+use vmem_core::{GpuSelection, MemoryTier, VirtualMemoryError};
 
-/// Looks for a VRAM tier. There is none in this version, whatever the machine has: the text says
-/// why.
+use crate::card::Listed;
+pub use crate::tier::CudaTier;
+
+/// What was found.
+#[derive(Debug)]
+pub struct Opened {
+    /// The tier, if there is one.
+    pub device: Option<Arc<dyn DeviceBackend>>,
+    /// Why there is none; empty if there is.
+    pub reason: Arc<str>,
+}
+
+/// Opens the VRAM tier, if the machine has a device for it: `capacity` bytes of its memory, or three quarters of what is
+/// free. Blocks while the driver starts.
 ///
 /// # Errors
 ///
-/// `TierNotAvailable` if a certain GPU was asked for.
+/// `TierNotAvailable` with the reason, if a certain GPU was asked for.
 ///
 /// ```
 /// use vmem_core::GpuSelection;
 ///
-/// let reason = vmem_gpu::probe(&GpuSelection::Auto).unwrap();
-/// assert!(reason.contains("VRAM"));
-/// assert!(vmem_gpu::probe(&GpuSelection::Device(0)).is_err());
+/// let opened = vmem_gpu::open_device(&GpuSelection::Off, None).unwrap();
+/// assert!(opened.device.is_none());
+/// assert!(opened.reason.contains("configuration"));
 /// ```
-pub fn probe(selection: &GpuSelection) -> Result<Arc<str>, VirtualMemoryError> {
-    let reason: Arc<str> = "this version of vmem has no VRAM tier yet".into();
+pub fn open_device(
+    selection: &GpuSelection,
+    capacity: Option<u64>,
+) -> Result<Opened, VirtualMemoryError> {
+    if *selection == GpuSelection::Off {
+        return Ok(Opened { device: None, reason: "switched off by the configuration".into() });
+    }
+    let selected = selection.clone();
+    // A thread of its own: the context of whoever calls stays what it is.
+    let opening = std::thread::spawn(move || find_and_open(&selected, capacity));
+    let opened = opening.join().unwrap_or_else(|_| Err("the CUDA driver panicked".to_owned()));
+    match (opened, selection) {
+        (Ok(tier), _) => Ok(Opened { device: Some(tier), reason: "".into() }),
+        (Err(reason), GpuSelection::Auto) => Ok(Opened { device: None, reason: reason.into() }),
+        (Err(reason), _) => Err(VirtualMemoryError::TierNotAvailable {
+            tier: MemoryTier::Vram,
+            reason: reason.into(),
+        }),
+    }
+}
+
+fn find_and_open(selection: &GpuSelection, capacity: Option<u64>) -> Result<Arc<CudaTier>, String> {
+    probe::find_driver()?;
+    let devices = probe::guarded(card::list)?;
+    let Listed { ordinal, name, .. } = select(&devices, selection)?;
+    let (ordinal, name) = (*ordinal, name.clone());
+    probe::guarded(move || CudaTier::open(ordinal, &name, capacity))
+}
+
+fn select<'a>(devices: &'a [Listed], selection: &GpuSelection) -> Result<&'a Listed, String> {
+    let there = || {
+        let list = devices.iter().map(|device| format!("{} {}", device.ordinal, device.uuid));
+        list.collect::<Vec<_>>().join(", ")
+    };
     match selection {
-        GpuSelection::Auto => Ok(reason),
-        GpuSelection::Off => Ok("switched off by the configuration".into()),
-        _ => {
-            Err(VirtualMemoryError::TierNotAvailable { tier: vmem_core::MemoryTier::Vram, reason })
-        }
+        GpuSelection::Device(ordinal) => devices
+            .get(*ordinal)
+            .ok_or_else(|| format!("there is no device {ordinal}, but: {}", there())),
+        GpuSelection::Uuid(uuid) => devices
+            .iter()
+            .find(|device| device.uuid.eq_ignore_ascii_case(uuid))
+            .ok_or_else(|| format!("there is no device {uuid}, but: {}", there())),
+        _ => devices.first().ok_or_else(|| "the CUDA driver lists no device".to_owned()),
     }
 }

@@ -4,13 +4,14 @@
 //! the same again. Called by the tests of all crates of the workspace.
 //!
 //! Reading order: [`seed`] starts a test; [`sim`] is the disk under it; [`fault`] and [`decorate`]
-//! make that disk fail, wait, stand still or tell; [`cancel`] drops futures at every point;
+//! make that disk fail, wait, stand still or tell; [`device`] is the VRAM above; [`cancel`] drops futures at every point;
 //! [`model`] knows which bytes a read may return; [`conformance`] is what every driver and every
 //! disk tier has to pass; [`tape`] cuts the power; [`place`] denies what machines deny.
 
 pub mod cancel;
 pub mod conformance;
 pub mod decorate;
+pub mod device;
 pub mod fault;
 pub mod model;
 #[cfg(target_os = "linux")]
@@ -21,6 +22,7 @@ pub mod tape;
 
 pub use cancel::{exhaust, exhaust_with, poll_then_drop, poll_wake_then_drop};
 pub use decorate::{DelayDriver, GateDriver, OpKind, ThrottleDriver, TraceDriver};
+pub use device::SimDevice;
 pub use fault::{Errno, Fault, FaultDriver, FaultPlan, When};
 pub use model::{Model, Pattern, Settles, Violation};
 #[cfg(target_os = "linux")]

@@ -29,6 +29,7 @@ use tokio::time::Instant;
 
 pub(crate) use request::{Move, PrefetchEnd, Request, Requests};
 
+use crate::device::DeviceError;
 use crate::error::VirtualMemoryError;
 use crate::names;
 use crate::shared::Shared;
@@ -183,7 +184,7 @@ impl Actor {
     }
 
     /// Refuses what waits, lets what runs come to its end, makes the named objects durable, and closes
-    /// the disk.
+    /// the disk and the device.
     async fn end(&mut self) -> Result<(), VirtualMemoryError> {
         self.inbox.demand.close();
         self.inbox.ahead.close();
@@ -212,7 +213,12 @@ impl Actor {
             Err(_) => Ok(()),
         };
         let closed = self.shared.disk.close().await;
-        flushed.and(unnamed).and(closed.map_err(|error| self.shared.disk_error(0, error)))
+        let device = match self.shared.vram_if_any() {
+            Some(vram) => vram.backend.close().await.map_err(DeviceError::public),
+            None => Ok(()),
+        };
+        let closed = closed.map_err(|error| self.shared.disk_error(0, error));
+        flushed.and(unnamed).and(closed).and(device)
     }
 }
 

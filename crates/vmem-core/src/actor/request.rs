@@ -18,8 +18,9 @@ use super::{Ended, spawn_named};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::host_queue::Class;
-use crate::migrate::{self, Fetch};
+use crate::migrate::{self, Fetch, Raise};
 use crate::object::{Object, WeakFlight};
+use crate::tier::MemoryTier;
 
 /// A migration that somebody asked for.
 #[derive(Debug)]
@@ -38,13 +39,25 @@ pub(crate) enum Request {
         deadline: Instant,
         reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
     },
-    /// Objects to host memory ahead of need, in this order.
-    Prefetch { objects: Vec<Arc<Object>>, asked: Instant, deadline: Instant, end: PrefetchEnd },
+    /// Objects to a faster tier ahead of need, in this order.
+    Prefetch {
+        objects: Vec<Arc<Object>>,
+        to: MemoryTier,
+        asked: Instant,
+        deadline: Instant,
+        end: PrefetchEnd,
+    },
 }
 
 /// Where an object is to move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Move {
+    /// To VRAM.
+    Raise,
+    /// To VRAM again, behind a write, whoever waits for it.
+    Refresh,
+    /// Out of VRAM, to host memory if it has room.
+    Lower,
     /// To host memory, to stay.
     Up,
     /// To disk, out of host memory.
@@ -74,7 +87,8 @@ impl Request {
     pub(super) fn name(&self) -> &'static str {
         match self {
             Request::Fetch { .. } => "vmem-fetch",
-            Request::Move { what: Move::Up, .. } => "vmem-promote",
+            Request::Move { what: Move::Up | Move::Raise | Move::Refresh, .. } => "vmem-promote",
+            Request::Move { what: Move::Lower, .. } => "vmem-demote",
             Request::Move { what: Move::Down, .. } => "vmem-demote",
             Request::Move { what: Move::Flush, .. } => "vmem-flush",
             Request::Prefetch { .. } => "vmem-prefetch",
@@ -101,16 +115,27 @@ impl Request {
                         let job = Fetch { object, class, cause, stay, asked, deadline, unwanted };
                         fetch_while_wanted(job, reply.closed()).await.map(drop)
                     }
+                    Move::Raise => {
+                        let (class, cause) = (Class::Demand, MigrationCause::Promote);
+                        let job = Raise { object, class, cause, asked, deadline, unwanted: None };
+                        raise_while_wanted(job, reply.closed()).await
+                    }
+                    Move::Refresh => {
+                        let (class, cause) = (Class::Demand, MigrationCause::Promote);
+                        let job = Raise { object, class, cause, asked, deadline, unwanted: None };
+                        migrate::raise(&job).await
+                    }
+                    Move::Lower => migrate::lower(&object, asked, deadline).await,
                     Move::Down => migrate::demote(&object, asked, deadline).await,
                     Move::Flush => migrate::flush(&object, asked, deadline).await,
                 };
                 drop(reply.send(outcome));
             }
-            Request::Prefetch { objects, asked, deadline, mut end } => {
+            Request::Prefetch { objects, to, asked, deadline, mut end } => {
                 let outcome = tokio::select! {
                     biased;
                     () = end.cancelled() => return,
-                    outcome = prefetch(objects, asked, deadline) => outcome,
+                    outcome = prefetch(objects, to, asked, deadline) => outcome,
                 };
                 drop(end.reply.send(outcome));
             }
@@ -158,9 +183,24 @@ async fn fetch_while_wanted(
     fetch.await
 }
 
+/// As `fetch_while_wanted`, to VRAM.
+async fn raise_while_wanted(mut job: Raise, gone: impl Future) -> Result<(), VirtualMemoryError> {
+    let unwanted = Arc::new(Notify::new());
+    job.unwanted = Some(unwanted.clone());
+    let raise = migrate::raise(&job);
+    tokio::pin!(raise);
+    tokio::select! {
+        biased;
+        outcome = &mut raise => return outcome,
+        _ = gone => unwanted.notify_one(),
+    }
+    raise.await
+}
+
 /// Brings objects up in order. One that fails does not keep the others; the first error counts.
 async fn prefetch(
     objects: Vec<Arc<Object>>,
+    to: MemoryTier,
     asked: Instant,
     deadline: Instant,
 ) -> Result<(), VirtualMemoryError> {
@@ -168,6 +208,11 @@ async fn prefetch(
     for object in objects {
         let (class, cause) = (Class::Prefetch, MigrationCause::Prefetch);
         let (stay, unwanted) = (true, None);
+        if to == MemoryTier::Vram {
+            let job = Raise { object, class, cause, asked, deadline, unwanted };
+            outcome = outcome.and(migrate::raise(&job).await);
+            continue;
+        }
         let job = Fetch { object, class, cause, stay, asked, deadline, unwanted };
         outcome = outcome.and(migrate::fetch(&job).await.map(drop));
     }

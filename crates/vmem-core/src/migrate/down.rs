@@ -10,6 +10,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::Record;
+use super::raise::check_unpinned;
 use crate::copy::Found;
 use crate::disk::{CHUNK_BYTES, DiskError, Extent};
 use crate::error::VirtualMemoryError;
@@ -166,7 +167,7 @@ async fn write_batch(
     }
 }
 
-/// Brings one object down to disk, out of host memory.
+/// Brings one object down to disk, out of device and host memory.
 ///
 /// # Errors
 ///
@@ -177,10 +178,12 @@ pub(crate) async fn demote(
     deadline: Instant,
 ) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
+    check_unpinned(object)?;
     if object.pins() > 0 {
         let (handle, pins) = (object.id, object.pins());
         return Err(VirtualMemoryError::Pinned { handle, tier: MemoryTier::Host, pins });
     }
+    object.detach_from_vram(&pass);
     if object.has_spare() {
         return move_room_down(&pass).map_err(|error| object.shared.disk_error(object.id, error));
     }

@@ -1,24 +1,64 @@
-//! Reading chunks of one version from disk, verified.
+//! Reading chunks of one version from device memory, or from disk, verified.
 //!
-//! Invariant: the bytes are those of the disk map that was handed in, or an error; the clone of
-//! the map keeps its extents from being reused until the last of them was read. Used by fetches,
-//! range reads and partial writes.
+//! Invariant: the bytes are those of the version that was handed in, or an error; its shares keep
+//! range and extents from being reused until the last of them was read. Used by fetches, range
+//! reads, partial writes and the way up to VRAM.
 
 use std::ops::Range;
 
 use crate::buffer::IoBuf;
+use crate::device::DeviceError;
 use crate::disk::{CHUNK_BYTES, DiskError, ReadChunk};
 use crate::error::VirtualMemoryError;
 use crate::host_queue::Class;
-use crate::object::{DiskMap, Object, chunk_len};
+use crate::object::{DiskMap, Object, Version, VramUse, chunk_len};
 use crate::stats;
 
 /// Chunks that a read ahead of need takes at a time: small, since demand waits behind it.
 const AHEAD_CHUNKS: usize = 2;
 
-/// Reads these chunks of `object`, as `disk` has them, into `buf`, the first at `front`. Chunks that were
+/// Reads these chunks of `object`, as this version has them, into `buf`, the first at `front`. Chunks that were
 /// never written are zeros. The buffer comes back in any case.
 pub(crate) async fn load(
+    object: &Object,
+    version: &Version,
+    chunks: Range<usize>,
+    mut buf: IoBuf,
+    front: usize,
+    class: Class,
+) -> (IoBuf, Result<(), VirtualMemoryError>) {
+    if let Some(copy) = &version.vram {
+        let outcome;
+        (buf, outcome) = load_from_vram(object, copy, chunks.clone(), buf, front).await;
+        match outcome {
+            Ok(()) => return (buf, Ok(())),
+            // The copies below go on serving.
+            Err(error) => tracing::warn!(target: "vmem::migration", %error, "reading from vram"),
+        }
+    }
+    load_from_disk(object, &version.disk, chunks, buf, front, class).await
+}
+
+async fn load_from_vram(
+    object: &Object,
+    copy: &VramUse,
+    chunks: Range<usize>,
+    buf: IoBuf,
+    at: usize,
+) -> (IoBuf, Result<(), DeviceError>) {
+    let shared = &object.shared;
+    let Some(vram) = shared.vram_if_any() else { return (buf, Err(DeviceError::Closed)) };
+    let start = chunks.start * CHUNK_BYTES;
+    let len = object.len.min(chunks.end * CHUNK_BYTES) - start;
+    let (buf, outcome) = vram.backend.download(copy.range(), start, len, buf, at).await;
+    match &outcome {
+        Ok(()) => stats::add(&shared.counters.vram_to_host_bytes, len as u64),
+        Err(_) => stats::add(&shared.counters.errors, 1),
+    }
+    (buf, outcome)
+}
+
+async fn load_from_disk(
     object: &Object,
     disk: &DiskMap,
     chunks: Range<usize>,

@@ -7,6 +7,7 @@
 mod down;
 mod link;
 mod load;
+mod raise;
 mod up;
 
 use std::time::Duration;
@@ -17,7 +18,8 @@ use tracing::Span;
 pub(crate) use down::{Down, Victim, demote, flush, move_room_down, settle, write_down};
 pub(crate) use link::Link;
 pub(crate) use load::load;
-pub(crate) use up::{Fetch, fetch, fetch_into};
+pub(crate) use raise::{Raise, lower, raise};
+pub(crate) use up::{Fetch, count_hit, fetch, fetch_into};
 
 use crate::error::VirtualMemoryError;
 use crate::events::{MigrationCause, MigrationEvent};

@@ -1,4 +1,4 @@
-//! Upwards: from disk to host, to stay or for the readers of the moment.
+//! To host, from disk or from VRAM: to stay or for the readers of the moment.
 //!
 //! Ownership: the room is an [`OwnedCopy`]; it moves into the I/O buffer, and with it into the
 //! backend, until the read has completed. A fetch that is dropped half way leaves room and extents
@@ -14,7 +14,7 @@ use crate::copy::{Found, OwnedCopy};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::host_queue::{Class, Need};
-use crate::object::{DiskMap, GatePass, Object, chunk_count};
+use crate::object::{GatePass, Object, Version, chunk_count};
 use crate::stats;
 use crate::tier::MemoryTier;
 
@@ -59,9 +59,9 @@ pub(crate) async fn fetch(job: &Fetch) -> Result<Bytes, VirtualMemoryError> {
             let pass = object.gate(job.deadline).await?;
             return fetch_into(job, &pass, Some(room)).await;
         }
-        if let Some(disk) = object.cold_version() {
-            let copy = fill(job, &disk, room).await?;
-            stats::add(&object.shared.counters.disk_hits, 1);
+        if let Some(version) = object.cold_version() {
+            let copy = fill(job, &version, room).await?;
+            count_hit(object, &version);
             return Ok(copy.into_bytes(&object.shared.copies));
         }
         if let Found::Copy(guard) = object.copy.acquire(&object.shared.copies) {
@@ -97,7 +97,7 @@ pub(crate) async fn fetch_into(
             Some(room) => room,
             None => room(job).await?,
         };
-        let copy = fill(job, &object.disk(), room).await?;
+        let copy = fill(job, &object.version(), room).await?;
         object.publish_fetched(pass, copy);
         stats::add(&shared.counters.promotions, 1);
     }
@@ -107,6 +107,16 @@ pub(crate) async fn fetch_into(
             unreachable!("the holder of the gate alone locks a copy or takes it away")
         }
     }
+}
+
+/// Counts a read that the tier of this version served.
+pub(crate) fn count_hit(object: &Object, version: &Version) {
+    let counters = &object.shared.counters;
+    let hits = match version.tier() {
+        MemoryTier::Vram => &counters.vram_hits,
+        MemoryTier::Host | MemoryTier::Disk => &counters.disk_hits,
+    };
+    stats::add(hits, 1);
 }
 
 async fn room(job: &Fetch) -> Result<OwnedCopy, VirtualMemoryError> {
@@ -127,14 +137,14 @@ async fn room(job: &Fetch) -> Result<OwnedCopy, VirtualMemoryError> {
 /// Copies and verifies the whole object into `room`.
 async fn fill(
     job: &Fetch,
-    disk: &DiskMap,
+    version: &Version,
     room: OwnedCopy,
 ) -> Result<OwnedCopy, VirtualMemoryError> {
     let object = &job.object;
-    let route = (MemoryTier::Disk, MemoryTier::Host);
+    let route = (version.tier(), MemoryTier::Host);
     let record = Record::start(&object.shared, object.id, route, job.cause, job.asked);
     let chunks = 0..chunk_count(object.len);
-    let (buf, outcome) = load(object, disk, chunks, IoBuf::from_copy(room), 0, job.class).await;
+    let (buf, outcome) = load(object, version, chunks, IoBuf::from_copy(room), 0, job.class).await;
     match outcome {
         Ok(()) => {
             record.end(Ok(object.len as u64));

@@ -228,7 +228,7 @@ async fn bring_in(
 ) -> Result<VMemHandle> {
     let CatalogObject { record, chunks } = stored;
     if record.home == MemoryTier::Vram {
-        return Err(shared.no_vram());
+        shared.vram()?;
     }
     let len = usize::try_from(record.len).map_err(|_| VirtualMemoryError::ExceedsCapacity {
         tier: MemoryTier::Disk,

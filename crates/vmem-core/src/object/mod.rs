@@ -2,13 +2,14 @@
 //!
 //! Invariant: at every moment the current version of an object is in exactly these places: its
 //! host copy if it has one; else, chunk by chunk, the extents of its disk map; and zeros where
-//! there is neither. Everything but the access marks and the reader counts is changed by the
+//! there is neither. Device memory may have all of it besides (`in_vram.rs`). Everything but the access marks and the reader counts is changed by the
 //! holder of the gate only (`gate.rs`).
 //!
 //! Handles hold objects; the table, the actor and the migrations borrow them.
 
 mod disk_map;
 mod gate;
+mod in_vram;
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -20,6 +21,7 @@ use parking_lot::Mutex;
 
 pub(crate) use disk_map::{DiskMap, Replaced, chunk_count, chunk_len, chunk_lens, chunks_of};
 pub(crate) use gate::GatePass;
+pub(crate) use in_vram::VramUse;
 
 use crate::copy::{CopyCell, OwnedCopy};
 use crate::error::VirtualMemoryError;
@@ -40,6 +42,28 @@ pub(crate) type Flight = SharedFuture<oneshot::Receiver<Result<Bytes, VirtualMem
 /// A flight as those see it who do not wait for it: it is gone when nobody does.
 pub(crate) type WeakFlight =
     Option<WeakShared<oneshot::Receiver<Result<Bytes, VirtualMemoryError>>>>;
+
+/// One version of an object as it is outside of host memory: whoever has it can read all of it, whatever
+/// becomes of the object.
+#[derive(Debug)]
+pub(crate) struct Version {
+    /// The clone keeps the extents alive.
+    pub(crate) disk: DiskMap,
+    /// The whole of it, in device memory.
+    pub(crate) vram: Option<VramUse>,
+}
+
+impl Version {
+    /// One that needs nothing of any tier.
+    pub(crate) fn zeros() -> Self {
+        Version { disk: DiskMap::Empty, vram: None }
+    }
+
+    /// The tier that a read of it comes from.
+    pub(crate) fn tier(&self) -> MemoryTier {
+        if self.vram.is_some() { MemoryTier::Vram } else { MemoryTier::Disk }
+    }
+}
 
 /// Where an object stands, as the gauges count it.
 #[derive(Clone, Copy, Debug)]
@@ -65,6 +89,8 @@ pub(crate) struct Object {
     touches: AtomicU32,
     /// Pins in host memory.
     pins: AtomicU32,
+    /// Pins in device memory.
+    vram_pins: AtomicU32,
     /// What the policy of the host tier calls this object; written under the policy's lock.
     token: AtomicU32,
     pub(crate) home: MemoryTier,
@@ -83,6 +109,7 @@ struct Inner {
     /// Host memory that was taken for an object that nobody has written yet.
     spare: Option<OwnedCopy>,
     disk: DiskMap,
+    vram: Option<Box<in_vram::InVram>>,
     /// The read in flight that a reader who comes now may join.
     flight: WeakFlight,
     /// The damage that was found, until the next write of the whole object.
@@ -101,6 +128,7 @@ impl Object {
             shared: shared.clone(),
             id,
             pins: AtomicU32::new(0),
+            vram_pins: AtomicU32::new(0),
             home,
             token: AtomicU32::new(NO_TOKEN),
             inner: Mutex::default(),
@@ -188,11 +216,13 @@ impl Object {
     fn reclaim(&self) {
         self.leave_policy();
         let before = self.standing();
-        let owned = {
+        let (owned, in_vram) = {
             let mut inner = self.inner.lock();
             inner.corrupt = None;
-            (inner.spare.take(), std::mem::take(&mut inner.disk), inner.flight.take())
+            let owned = (inner.spare.take(), std::mem::take(&mut inner.disk), inner.flight.take());
+            (owned, inner.vram.take())
         };
+        self.left_vram(in_vram);
         self.copy.detach(&self.shared.copies);
         self.count_change(before);
         drop(owned);
@@ -211,12 +241,19 @@ impl Object {
         self.inner.lock().disk.clone()
     }
 
-    /// The map of the current version, if host memory holds no copy of it and no room for it. None
+    /// The current version without its host copy; for the holder of the gate, or whoever knows that host
+    /// memory has none.
+    pub(crate) fn version(&self) -> Version {
+        let inner = self.inner.lock();
+        Version { disk: inner.disk.clone(), vram: self.vram_share(&inner) }
+    }
+
+    /// The current version, if host memory holds no copy of it and no room for it. None
     /// of a dead object either: its map may have been given back, and an empty one reads as zeros.
-    pub(crate) fn cold_version(&self) -> Option<DiskMap> {
+    pub(crate) fn cold_version(&self) -> Option<Version> {
         let inner = self.inner.lock();
         let cold = !self.copy.is_some() && inner.spare.is_none() && !self.is_dead();
-        cold.then(|| inner.disk.clone())
+        cold.then(|| Version { disk: inner.disk.clone(), vram: self.vram_share(&inner) })
     }
 
     /// Whether host memory holds the only current bytes of some chunk.
@@ -276,11 +313,14 @@ impl Object {
     ) {
         let before = self.standing();
         let mut old = Replaced::new();
+        let keep_room = self.belongs_in_vram();
+        let in_vram;
         let leftover = {
             let mut inner = self.inner.lock();
             // Together under the lock: a reader that finds no copy sees the map of this version.
             change(&mut inner.disk, &mut old);
             inner.corrupt = None;
+            in_vram = inner.outdate_vram(keep_room);
             match copy {
                 Some(copy) => self.copy.publish(copy, &self.shared.copies),
                 None => self.copy.detach(&self.shared.copies),
@@ -288,6 +328,7 @@ impl Object {
             (inner.flight.take(), inner.spare.take())
         };
         drop((old, leftover));
+        self.left_vram(in_vram);
         self.leave_policy();
         self.count_change(before);
         if self.copy.is_some() {
@@ -323,15 +364,19 @@ impl Object {
         let before = self.standing();
         let mut old = Replaced::new();
         let mut flight = None;
+        let keep_room = self.belongs_in_vram();
+        let mut in_vram = None;
         let written = self.copy.write_in_place(|bytes| {
             // Under the copy's own lock: nobody sees new bytes with an old map.
             let mut inner = self.inner.lock();
             inner.disk.forget(self.len, chunks_of(&range), &mut old);
+            in_vram = inner.outdate_vram(keep_room);
             flight = inner.flight.take();
             drop(inner);
             bytes[range].copy_from_slice(data);
         });
         drop((old, flight));
+        self.left_vram(in_vram);
         if written {
             self.count_change(before);
         }
@@ -439,22 +484,37 @@ impl Object {
         self.pins.load(Ordering::SeqCst)
     }
 
+    /// How often it is pinned in this tier; below disk there is nothing, so that nothing is pinned there.
+    pub(crate) fn pins_in(&self, tier: MemoryTier) -> &AtomicU32 {
+        match tier {
+            MemoryTier::Vram => &self.vram_pins,
+            MemoryTier::Host | MemoryTier::Disk => &self.pins,
+        }
+    }
+
     /// One more pin; true if it is the first.
-    pub(crate) fn add_pin(&self, _pass: &GatePass) -> bool {
-        self.pins.fetch_add(1, Ordering::SeqCst) == 0
+    pub(crate) fn add_pin(&self, tier: MemoryTier, _pass: &GatePass) -> bool {
+        self.pins_in(tier).fetch_add(1, Ordering::SeqCst) == 0
     }
 
     /// One more pin, unless it were the first: pins go without the gate.
-    pub(crate) fn try_add_pin(&self, _pass: &GatePass) -> bool {
+    pub(crate) fn try_add_pin(&self, tier: MemoryTier, _pass: &GatePass) -> bool {
         let more = |pins: u32| (pins > 0).then(|| pins + 1);
-        self.pins.try_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
+        self.pins_in(tier).try_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
     }
 
-    /// One pin less; true if it was the last.
-    pub(crate) fn remove_pin(&self) -> bool {
-        let before = self.pins.fetch_sub(1, Ordering::SeqCst);
+    /// One pin less; after the last one the policy asks about the object again. True if it was that.
+    pub(crate) fn remove_pin(&self, tier: MemoryTier) -> bool {
+        let before = self.pins_in(tier).fetch_sub(1, Ordering::SeqCst);
         assert!(before > 0, "unpinned more often than pinned");
-        before == 1
+        if before > 1 {
+            return false;
+        }
+        match tier {
+            MemoryTier::Vram => self.unpark_in_vram(),
+            MemoryTier::Host | MemoryTier::Disk => self.unpark(),
+        }
+        true
     }
 
     // ---- The policy's order ----------------------------------------------------------------
@@ -479,7 +539,7 @@ impl Object {
     }
 
     /// Is asked about again by the policy, after the last pin went.
-    pub(crate) fn unpark(&self) {
+    fn unpark(&self) {
         let mut policy = self.shared.policy.lock();
         let token = self.token.load(Ordering::Relaxed);
         if token != NO_TOKEN {

@@ -79,10 +79,16 @@ impl VirtualMemory {
     pub fn with_backends(config: &VirtualMemoryConfig, backends: Backends) -> Result<Self> {
         let limits = Limits::of(config, backends.host_capacity_bytes)?;
         let (requests, inbox) = actor::channels();
-        let mut capabilities = backends.capabilities;
+        let mut capabilities = backends.capabilities.clone();
         let vram_reason = capabilities.vram_reason.clone();
-        let shared =
-            Shared::new(config, limits, backends.disk, backends.catalog, requests, vram_reason)?;
+        let shared = Shared::new(config, limits, backends, requests, vram_reason)?;
+        if let Some(vram) = shared.vram_if_any() {
+            capabilities.vram = Some(vram.backend.describe());
+            let staging = StagingMemory::new(shared.staging.clone());
+            if let Err(error) = vram.backend.register(staging) {
+                capabilities.vram_reason = format!("staging is not registered: {error}").into();
+            }
+        }
         match shared.disk.register(StagingMemory::new(shared.staging.clone())) {
             Ok(()) => capabilities.staging_registered = true,
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
@@ -105,12 +111,13 @@ impl VirtualMemory {
     pub async fn allocate(&self, len: usize, home: MemoryTier) -> Result<VMemHandle> {
         self.check_open()?;
         if home == MemoryTier::Vram {
-            return Err(self.shared.no_vram());
+            self.shared.vram()?;
         }
         self.check_fits_somewhere(len, home)?;
         let handle = VMemHandle::adopt(self.shared.create(len, home));
         if len > 0 {
             self.take_room(handle.object(), home).await?;
+            self.take_vram_room(handle.object()).await?;
         } else {
             self.shared.announce(handle.object());
         }
@@ -200,7 +207,7 @@ impl VirtualMemory {
 
     fn check_fits_somewhere(&self, len: usize, home: MemoryTier) -> Result<()> {
         let on_disk = self.shared.disk.usage().capacity_bytes.min(OBJECT_LEN_MAX);
-        let in_host = if home == MemoryTier::Host { self.shared.host_space() } else { 0 };
+        let in_host = if home != MemoryTier::Disk { self.shared.host_space() } else { 0 };
         let in_host = in_host.min(OBJECT_LEN_MAX);
         let fits_host = HostArena::footprint(len) <= in_host;
         if fits_host || len as u64 <= on_disk {
@@ -216,10 +223,27 @@ impl VirtualMemory {
 
     // ---- Room ----------------------------------------------------------------------------------
 
+    /// Takes device memory for a new object that lives there, if there is some or what nobody uses can make
+    /// way for it.
+    async fn take_vram_room(&self, object: &Arc<Object>) -> Result<()> {
+        if object.home != MemoryTier::Vram {
+            return Ok(());
+        }
+        let room = self.shared.vram()?.try_room(&self.shared, object.len, Class::Demand);
+        if let Some(room) = room {
+            let pass = object.gate(self.shared.deadline()).await?;
+            // Somebody who found it by its number may have been faster.
+            if !object.has_vram_room() {
+                object.set_vram_room(&pass, room);
+            }
+        }
+        Ok(())
+    }
+
     /// Takes the footprint of a new object, in its home tier or below it.
     async fn take_room(&self, object: &Arc<Object>, home: MemoryTier) -> Result<()> {
         let deadline = self.shared.deadline();
-        if home == MemoryTier::Host && self.shared.fits_host(object.len) {
+        if home != MemoryTier::Disk && self.shared.fits_host(object.len) {
             let (len, owner) = (object.len, object.id);
             let need = Need { len, owner, class: Class::Demand, may_spill: true };
             match self.shared.host_room(need, deadline).await {

@@ -18,10 +18,9 @@ use crate::actor::{Move, PrefetchEnd, Request};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
-use crate::host::HostArena;
 use crate::host_queue::{Class, Need};
 use crate::migrate::{Fetch, fetch_into};
-use crate::object::Object;
+use crate::object::{GatePass, Object};
 use crate::shared::Shared;
 use crate::tier::MemoryTier;
 
@@ -34,7 +33,12 @@ impl VirtualMemory {
     pub async fn promote(&self, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
         let object = self.check(handle)?;
         match to {
-            MemoryTier::Vram => Err(self.shared.no_vram()),
+            MemoryTier::Vram => {
+                self.shared.vram()?;
+                object.touch();
+                self.ask(object, Move::Raise).await
+            }
+            MemoryTier::Host if object.in_vram() => Ok(()),
             MemoryTier::Host => {
                 self.check_fits_host(object)?;
                 object.touch();
@@ -52,7 +56,9 @@ impl VirtualMemory {
     pub async fn demote(&self, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
         let object = self.check(handle)?;
         match to {
-            MemoryTier::Vram | MemoryTier::Host => Ok(()),
+            MemoryTier::Vram => Ok(()),
+            MemoryTier::Host if !object.has_vram_room() => Ok(()),
+            MemoryTier::Host => self.ask(object, Move::Lower).await,
             MemoryTier::Disk => self.ask(object, Move::Down).await,
         }
     }
@@ -73,7 +79,8 @@ impl VirtualMemory {
         }
         match object.home {
             MemoryTier::Disk => self.ask(object, Move::Flush).await,
-            MemoryTier::Vram | MemoryTier::Host => Ok(()),
+            MemoryTier::Vram => self.ask(object, Move::Raise).await,
+            MemoryTier::Host => Ok(()),
         }
     }
 
@@ -88,11 +95,16 @@ impl VirtualMemory {
         let named = self.flush_all_named().await;
         let mut failed = 0_usize;
         let mut first_error = None;
-        for object in self.shared.all().into_iter().filter(|object| object.is_dirty()) {
-            if object.home != MemoryTier::Disk || object.is_dead() || object.has_name() {
+        for object in self.shared.all() {
+            let what = match object.home {
+                MemoryTier::Disk if object.is_dirty() => Move::Flush,
+                MemoryTier::Vram if object.len > 0 && !object.in_vram() => Move::Raise,
+                _ => continue,
+            };
+            if object.is_dead() || object.has_name() {
                 continue;
             }
-            match self.ask(&object, Move::Flush).await {
+            match self.ask(&object, what).await {
                 // Freed meanwhile: there is nothing left to flush.
                 Ok(()) | Err(VirtualMemoryError::HandleNotFound { .. }) => {}
                 Err(error) => {
@@ -137,7 +149,7 @@ impl VirtualMemory {
             .map(|handle| {
                 let object = self.check(handle)?;
                 match to {
-                    MemoryTier::Vram => Err(self.shared.no_vram()),
+                    MemoryTier::Vram => self.shared.vram().map(|_| object.clone()),
                     MemoryTier::Host => self.check_fits_host(object).map(|()| object.clone()),
                     MemoryTier::Disk => Ok(object.clone()),
                 }
@@ -146,7 +158,7 @@ impl VirtualMemory {
         match objects {
             Err(error) => Prefetch::ended(Err(error)),
             Ok(_) if to == MemoryTier::Disk => Prefetch::ended(Ok(())),
-            Ok(objects) => Prefetch::start(&self.shared, objects),
+            Ok(objects) => Prefetch::start(&self.shared, objects, to),
         }
     }
 
@@ -176,9 +188,9 @@ impl VirtualMemory {
     pub async fn pin(&self, handle: &VMemHandle, tier: MemoryTier) -> Result<PinGuard> {
         let object = self.check(handle)?;
         match tier {
-            MemoryTier::Vram => Err(self.shared.no_vram()),
+            MemoryTier::Vram => Box::pin(self.pin_in_vram(handle)).await,
             // Nothing is below disk: there is nothing to keep it from.
-            MemoryTier::Disk => Ok(PinGuard { object: None, _handle: handle.clone() }),
+            MemoryTier::Disk => Ok(PinGuard { object: None, tier, _handle: handle.clone() }),
             MemoryTier::Host => {
                 self.check_fits_host(object)?;
                 Box::pin(self.pin_in_host(handle)).await
@@ -187,7 +199,7 @@ impl VirtualMemory {
     }
 
     async fn pin_in_host(&self, handle: &VMemHandle) -> Result<PinGuard> {
-        let object = handle.object();
+        let (object, tier) = (handle.object(), MemoryTier::Host);
         let (asked, deadline) = (Instant::now(), self.shared.deadline());
         object.touch();
         // The first pin of an object is charged, for as long as there is any. Whoever turns out not
@@ -195,7 +207,7 @@ impl VirtualMemory {
         let (mut charge, mut asked_for) = (None, false);
         loop {
             if charge.is_none() && object.pins() == 0 {
-                charge = Some(self.charge_pin(object, asked, deadline).await?);
+                charge = Some(self.charge_pin(object, tier, asked, deadline).await?);
             }
             let mut room = None;
             if asked_for {
@@ -219,50 +231,97 @@ impl VirtualMemory {
             let job =
                 Fetch { object: object.clone(), class, cause, stay, asked, deadline, unwanted };
             drop(fetch_into(&job, &pass, room).await?);
-            match charge.take() {
-                Some(charge) if object.add_pin(&pass) => charge.keep(),
-                Some(_) => {}
-                // The last pin went meanwhile, and its charge with it.
-                None if !object.try_add_pin(&pass) => continue,
-                None => {}
+            if count_pin(&pass, tier, &mut charge) {
+                return Ok(PinGuard {
+                    object: Some(object.clone()),
+                    tier,
+                    _handle: handle.clone(),
+                });
             }
-            return Ok(PinGuard { object: Some(object.clone()), _handle: handle.clone() });
         }
+    }
+
+    async fn pin_in_vram(&self, handle: &VMemHandle) -> Result<PinGuard> {
+        let (object, tier) = (handle.object(), MemoryTier::Vram);
+        let (asked, deadline) = (Instant::now(), self.shared.deadline());
+        self.shared.vram()?;
+        object.touch();
+        let mut charge = None;
+        loop {
+            if charge.is_none() && object.vram_pins() == 0 {
+                charge = Some(self.charge_pin(object, tier, asked, deadline).await?);
+            }
+            self.ask(object, Move::Raise).await?;
+            let pass = object.gate(deadline).await?;
+            if object.len > 0 && !object.in_vram() {
+                // It left again at once, or was written.
+                drop(pass);
+                if Instant::now() >= deadline {
+                    let (operation, waited) = ("pinning in vram", asked.elapsed());
+                    return Err(VirtualMemoryError::TimedOut { operation, waited });
+                }
+                continue;
+            }
+            if charge.is_none() && object.vram_pins() == 0 {
+                continue;
+            }
+            if count_pin(&pass, tier, &mut charge) {
+                return Ok(PinGuard {
+                    object: Some(object.clone()),
+                    tier,
+                    _handle: handle.clone(),
+                });
+            }
+        }
+    }
+
+    /// Brings the object to VRAM again, in the background.
+    pub(super) fn refresh(&self, object: &Arc<Object>) {
+        let (reply, _nobody_waits) = oneshot::channel();
+        let (asked, deadline) = (Instant::now(), self.shared.deadline());
+        let (object, what) = (object.clone(), Move::Refresh);
+        let request = Request::Move { object, what, asked, deadline, reply };
+        send_now(&self.shared, request);
     }
 
     /// Charges one pin, as soon as `max_pinned` allows it.
     async fn charge_pin(
         &self,
         object: &Arc<Object>,
+        tier: MemoryTier,
         asked: Instant,
         deadline: Instant,
     ) -> Result<Charge> {
-        let footprint = HostArena::footprint(object.len);
-        let most = self.shared.limits.pinned_bytes_max;
-        if footprint > most {
+        let footprint = self.shared.footprint_in(tier, object.len);
+        let pins = self.shared.pins(tier)?;
+        if footprint > pins.max() {
             return Err(VirtualMemoryError::ExceedsCapacity {
-                tier: MemoryTier::Host,
+                tier,
                 requested_bytes: footprint,
-                capacity_bytes: most,
+                capacity_bytes: pins.max(),
             });
         }
         loop {
-            let unpinned = self.shared.unpinned.notified();
+            let unpinned = pins.gone();
             tokio::pin!(unpinned);
             // Before the look, so that a pin that goes in between is not missed.
             unpinned.as_mut().enable();
             self.check_open()?;
-            if self.shared.try_charge_pin(footprint) {
-                return Ok(Charge { object: Some(object.clone()) });
+            if pins.try_charge(footprint) {
+                return Ok(Charge { object: Some(object.clone()), tier });
             }
             if tokio::time::timeout_at(deadline, unpinned).await.is_err() {
+                let (held_bytes, capacity_bytes) = match tier {
+                    MemoryTier::Vram => (0, self.shared.vram()?.usage().capacity_bytes),
+                    _ => (self.shared.copies.held_bytes(), self.shared.host_space()),
+                };
                 return Err(VirtualMemoryError::AllPinned {
-                    tier: MemoryTier::Host,
+                    tier,
                     requested_bytes: footprint,
-                    pinned_bytes: self.shared.pinned_bytes(),
+                    pinned_bytes: pins.bytes(),
                     leased_bytes: 0,
-                    held_bytes: self.shared.copies.held_bytes(),
-                    capacity_bytes: self.shared.host_space(),
+                    held_bytes,
+                    capacity_bytes,
                     waited: asked.elapsed(),
                 });
             }
@@ -270,9 +329,34 @@ impl VirtualMemory {
     }
 }
 
+/// Counts one more pin under the gate. False if it needs a charge: the last pin went meanwhile, and its
+/// charge with it.
+fn count_pin(pass: &GatePass, tier: MemoryTier, charge: &mut Option<Charge>) -> bool {
+    let object = pass.object();
+    match charge.take() {
+        Some(charge) if object.add_pin(tier, pass) => {
+            charge.keep();
+            true
+        }
+        Some(_) => true,
+        None => object.try_add_pin(tier, pass),
+    }
+}
+
+/// Hands a request to the actor for which nobody waits.
+fn send_now(shared: &Arc<Shared>, request: Request) {
+    if let Err(request) = shared.requests.try_send(request) {
+        // The queue is full: it stands in line there, and the caller does not.
+        let shared = shared.clone();
+        let runtime = shared.runtime.clone();
+        drop(runtime.spawn(async move { shared.requests.send(request).await }));
+    }
+}
+
 /// A charge against `max_pinned`, until it is kept.
 struct Charge {
     object: Option<Arc<Object>>,
+    tier: MemoryTier,
 }
 
 impl Charge {
@@ -285,7 +369,7 @@ impl Charge {
 impl Drop for Charge {
     fn drop(&mut self) {
         if let Some(object) = self.object.take() {
-            object.shared.uncharge_pin(HostArena::footprint(object.len));
+            object.shared.uncharge_pin(self.tier, object.len);
         }
     }
 }
@@ -296,15 +380,15 @@ impl Drop for Charge {
 #[derive(Debug)]
 pub struct PinGuard {
     object: Option<Arc<Object>>,
+    tier: MemoryTier,
     _handle: VMemHandle,
 }
 
 impl Drop for PinGuard {
     fn drop(&mut self) {
         let Some(object) = self.object.take() else { return };
-        if object.remove_pin() {
-            object.unpark();
-            object.shared.uncharge_pin(HostArena::footprint(object.len));
+        if object.remove_pin(self.tier) {
+            object.shared.uncharge_pin(self.tier, object.len);
         }
     }
 }
@@ -328,18 +412,13 @@ impl Prefetch {
         Prefetch { state: State::Ended(outcome) }
     }
 
-    fn start(shared: &Arc<Shared>, objects: Vec<Arc<Object>>) -> Self {
+    fn start(shared: &Arc<Shared>, objects: Vec<Arc<Object>>, to: MemoryTier) -> Self {
         let (reply, answer) = oneshot::channel();
         let detached = Arc::new(AtomicBool::new(false));
         let end = PrefetchEnd { reply, detached: detached.clone() };
         let (asked, deadline) = (Instant::now(), shared.deadline());
-        let request = Request::Prefetch { objects, asked, deadline, end };
-        if let Err(request) = shared.requests.try_send(request) {
-            // The queue is full: it stands in line there, and the caller does not.
-            let shared = shared.clone();
-            let runtime = shared.runtime.clone();
-            drop(runtime.spawn(async move { shared.requests.send(request).await }));
-        }
+        let request = Request::Prefetch { objects, to, asked, deadline, end };
+        send_now(shared, request);
         Prefetch { state: State::Running { answer, detached } }
     }
 

@@ -24,8 +24,8 @@ use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::host::HostArena;
 use crate::host_queue::{Class, Need};
-use crate::migrate::{Fetch, load};
-use crate::object::{Object, chunks_of};
+use crate::migrate::{Fetch, count_hit, load};
+use crate::object::{Object, Version, chunks_of};
 use crate::options::{ReadClass, ReadOptions};
 use crate::shared::far_future_or;
 use crate::stats::add;
@@ -351,10 +351,10 @@ impl VirtualMemory {
         add(&self.shared.counters.misses, 1);
         object.touch();
         let deadline = self.shared.deadline();
-        // One version for the whole range: the map's clone keeps its extents alive.
-        let disk = loop {
-            if let Some(disk) = object.cold_version() {
-                break disk;
+        // One version for the whole range: it keeps what it leads to alive.
+        let version = loop {
+            if let Some(version) = object.cold_version() {
+                break version;
             }
             if let Some(guard) = self.hit(object) {
                 copy_politely(buf, &guard.as_ref()[range]).await;
@@ -375,25 +375,25 @@ impl VirtualMemory {
         let chunks = chunks_of(&range);
         for first in chunks.clone().step_by(per_piece) {
             let some = first..(first + per_piece).min(chunks.end);
-            let (piece, outcome) = self.staged(object, &disk, some.clone()).await;
+            let (piece, outcome) = self.staged(object, &version, some.clone()).await;
             outcome?;
             let start = range.start.max(first * CHUNK_BYTES);
             let end = range.end.min(some.end * CHUNK_BYTES);
             let from = &piece[start - first * CHUNK_BYTES..end - first * CHUNK_BYTES];
             buf[start - range.start..end - range.start].copy_from_slice(from);
         }
-        add(&self.shared.counters.disk_hits, 1);
+        count_hit(object, &version);
         Ok(())
     }
 
     async fn staged(
         &self,
         object: &Arc<Object>,
-        disk: &crate::object::DiskMap,
+        version: &Version,
         chunks: Range<usize>,
     ) -> (IoBuf, Result<()>) {
         let piece = IoBuf::from_staging(self.shared.staging.acquire().await);
-        load(object, disk, chunks, piece, 0, Class::Demand).await
+        load(object, version, chunks, piece, 0, Class::Demand).await
     }
 
     async fn many_slowly(&self, objects: &[&Arc<Object>]) -> Result<Vec<Bytes>> {

@@ -17,7 +17,7 @@ pub struct Residency {
     pub host: bool,
     /// The disk has a valid copy.
     pub disk: bool,
-    /// A faster tier has bytes that the disk does not have.
+    /// Host memory has bytes that the disk does not have.
     pub dirty: bool,
     /// Pins that hold it.
     pub pins: u32,
@@ -49,11 +49,11 @@ impl VirtualMemory {
     pub fn residency(&self, handle: &VMemHandle) -> Result<Residency> {
         let object = self.check(handle)?;
         Ok(Residency {
-            vram: false,
+            vram: object.in_vram(),
             host: object.has_host_room(),
             disk: object.len > 0 && object.disk().is_whole(object.len),
             dirty: object.is_dirty(),
-            pins: object.pins(),
+            pins: object.pins() + object.vram_pins(),
             held: object.copy.readers() > 0,
         })
     }

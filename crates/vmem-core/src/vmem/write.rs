@@ -27,7 +27,7 @@ use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::host_queue::{Class, Need, Refused};
 use crate::migrate::{Fetch, fetch_into, load};
-use crate::object::{DiskMap, GatePass, Object, chunk_len, chunks_of};
+use crate::object::{DiskMap, GatePass, Object, Version, chunk_len, chunks_of};
 use crate::stats::add;
 use crate::tier::MemoryTier;
 
@@ -59,7 +59,9 @@ impl VirtualMemory {
             let (handle, expected, actual) = (object.id, object.len, data.len());
             return Err(VirtualMemoryError::SizeMismatch { handle, expected, actual });
         }
-        Box::pin(self.write_range(object, 0..data.len(), data)).await
+        Box::pin(self.write_range(object, 0..data.len(), data)).await?;
+        self.bring_home(object);
+        Ok(())
     }
 
     /// Replaces a part of the object, from `offset` bytes from its start.
@@ -82,7 +84,9 @@ impl VirtualMemory {
             let (handle, len) = (object.id, object.len);
             return Err(VirtualMemoryError::OutOfRange { handle, start: offset, end, len });
         }
-        Box::pin(self.write_range(object, offset..end, data)).await
+        Box::pin(self.write_range(object, offset..end, data)).await?;
+        self.bring_home(object);
+        Ok(())
     }
 
     /// Builds all bytes of the object in place: `fill` gets zeros in host memory. If it panics the
@@ -120,7 +124,16 @@ impl VirtualMemory {
             object.touch();
             Ok(())
         })
-        .await
+        .await?;
+        self.bring_home(object);
+        Ok(())
+    }
+
+    /// What lives in device memory, or is pinned there, comes up again behind the write.
+    fn bring_home(&self, object: &Arc<Object>) {
+        if object.belongs_in_vram() && object.len > 0 {
+            self.refresh(object);
+        }
     }
 
     async fn write_range(
@@ -148,7 +161,7 @@ impl VirtualMemory {
             return Box::pin(self.write_resident(&pass, range, data, deadline)).await;
         }
         if range.len() == object.len
-            && object.home == MemoryTier::Host
+            && object.home != MemoryTier::Disk
             && let Some(room) = self.room_or_spill(object, deadline).await?
         {
             return Room::taken(&pass, room).fill_new(range, data).await;
@@ -181,7 +194,7 @@ impl VirtualMemory {
     ) -> Result<bool> {
         let object = pass.object();
         let partial = range.len() < object.len;
-        if !partial || object.home != MemoryTier::Host || object.len > IN_PLACE_MAX {
+        if !partial || object.home == MemoryTier::Disk || object.len > IN_PLACE_MAX {
             return Ok(false);
         }
         let Some(room) = self.shared.try_host_room(need(object, true)) else { return Ok(false) };
@@ -271,7 +284,7 @@ impl VirtualMemory {
         let mut chunks: Vec<usize> = match &base {
             // What only host memory has must be on disk before the host copy goes.
             Base::Host { .. } => object.disk().missing(object.len),
-            Base::Disk(_) => Vec::new(),
+            Base::Below(_) => Vec::new(),
         };
         chunks.extend(chunks_of(&range));
         chunks.sort_unstable();
@@ -388,8 +401,8 @@ impl VirtualMemory {
 enum Base {
     /// The host copy; read, so that it stays.
     Host { old: crate::copy::ReadGuard },
-    /// The extents on disk, and zeros.
-    Disk(DiskMap),
+    /// What device memory or the disk has, and zeros.
+    Below(Version),
 }
 
 impl Base {
@@ -397,11 +410,11 @@ impl Base {
     fn of(pass: &GatePass, whole: bool) -> Base {
         let object = pass.object();
         if whole {
-            return Base::Disk(DiskMap::Empty);
+            return Base::Below(Version::zeros());
         }
         match object.copy.acquire(&object.shared.copies) {
             Found::Copy(old) => Base::Host { old },
-            Found::Locked | Found::Nothing => Base::Disk(object.disk()),
+            Found::Locked | Found::Nothing => Base::Below(object.version()),
         }
     }
 
@@ -419,9 +432,9 @@ impl Base {
                 piece[at..at + chunk.len()].copy_from_slice(&old.as_ref()[chunk]);
                 Ok(piece)
             }
-            Base::Disk(disk) => {
+            Base::Below(version) => {
                 let one = index..index + 1;
-                let (loaded, outcome) = load(object, disk, one, piece, at, Class::Demand).await;
+                let (loaded, outcome) = load(object, version, one, piece, at, Class::Demand).await;
                 outcome.map(|()| loaded)
             }
         }

@@ -1,0 +1,179 @@
+//! What core needs of the VRAM tier: ranges of device memory, owned buffers in and out.
+//!
+//! Invariant: the memory of a [`DeviceRange`] is its own until the range is dropped, and it is dropped only
+//! after the last copy or kernel that touches it has completed: whoever uses a range holds a share of it,
+//! and the share of an operation goes with its completion. So a range that is reserved is in use
+//! by nobody. Called by the migrations; implemented in `vmem-gpu`, and by whoever brings another device.
+
+mod ledger;
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+
+use crate::buffer::IoBuf;
+use crate::error::VirtualMemoryError;
+use crate::host::StagingMemory;
+
+pub use ledger::RangeLedger;
+
+/// What an operation of the device comes to, later.
+pub type DeviceAnswer<T> = BoxFuture<'static, T>;
+
+/// A tier above host memory that holds whole objects.
+///
+/// Every method may be called from any task, and none blocks it. Futures may be dropped at any point: the
+/// operation then goes on, and what it owns is released when it ends.
+pub trait DeviceBackend: fmt::Debug + Send + Sync + 'static {
+    /// Takes memory for `len` bytes, within the budget; none if there is none in one piece now. What was
+    /// in it before is still there: it is for the caller never to show it.
+    fn reserve(&self, len: usize) -> Option<DeviceRange>;
+
+    /// What an object of `len` bytes takes of the budget, rounding included, in bytes.
+    fn footprint(&self, len: usize) -> u64;
+
+    /// Copies `bytes` to `offset` of the range.
+    fn upload(
+        &self,
+        to: Arc<DeviceRange>,
+        offset: usize,
+        bytes: Bytes,
+    ) -> DeviceAnswer<Result<(), DeviceError>>;
+
+    /// Makes the whole range zeros.
+    fn zero(&self, range: Arc<DeviceRange>) -> DeviceAnswer<Result<(), DeviceError>>;
+
+    /// Copies `len` bytes from `offset` of the range to `at` of the buffer, which comes back in any case.
+    fn download(
+        &self,
+        from: Arc<DeviceRange>,
+        offset: usize,
+        len: usize,
+        into: IoBuf,
+        at: usize,
+    ) -> DeviceAnswer<(IoBuf, Result<(), DeviceError>)>;
+
+    /// Makes memory through which much will pass fit for direct access by the device. Called once, before
+    /// anything else; the backend keeps `memory` until it is unregistered.
+    ///
+    /// # Errors
+    ///
+    /// The refusal of the driver; everything works without it, more slowly.
+    fn register(&self, memory: StagingMemory) -> io::Result<()>;
+
+    /// Calls `hook` whenever a range was given back, wherever that happens: it must not block.
+    fn set_freed_hook(&self, hook: Box<dyn Fn() + Send + Sync>);
+
+    /// The ledger, now.
+    fn usage(&self) -> DeviceUsage;
+
+    /// Why the device serves no more, once it does not. It never comes back.
+    fn lost(&self) -> Option<Arc<str>>;
+
+    /// The device, in words.
+    fn describe(&self) -> Arc<str>;
+
+    /// Lets what is in flight come to its end, and gives the device back. What will not end is reported, and
+    /// its memory never freed.
+    fn close(&self) -> DeviceAnswer<Result<(), DeviceError>>;
+}
+
+/// Where ranges go back to.
+pub trait RangeOwner: fmt::Debug + Send + Sync {
+    /// The range at this address is free.
+    fn release(&self, address: u64, footprint: u64);
+}
+
+/// Memory of a device, exclusively; dropping it gives it back.
+#[derive(Debug)]
+pub struct DeviceRange {
+    address: u64,
+    len: usize,
+    footprint: u64,
+    owner: Arc<dyn RangeOwner>,
+}
+
+impl DeviceRange {
+    /// For backends: this memory, which goes back to `owner`.
+    pub fn new(address: u64, len: usize, footprint: u64, owner: Arc<dyn RangeOwner>) -> Self {
+        DeviceRange { address, len, footprint, owner }
+    }
+
+    /// Where it begins, in terms of the device.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// What it was reserved for, in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// What it takes of the budget, in bytes.
+    pub fn footprint(&self) -> u64 {
+        self.footprint
+    }
+}
+
+impl Drop for DeviceRange {
+    fn drop(&mut self) {
+        self.owner.release(self.address, self.footprint);
+    }
+}
+
+/// The ledger of a device. Bytes are footprints: rounding included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceUsage {
+    /// In use.
+    pub used_bytes: u64,
+    /// The budget.
+    pub capacity_bytes: u64,
+    /// The largest that `used_bytes` ever was.
+    pub peak_bytes: u64,
+    /// The largest object that would fit now.
+    pub largest_free_bytes: u64,
+}
+
+/// What a device said.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// An operation failed; others may succeed.
+    #[error("{operation} failed on the device with code {code}: {message}")]
+    Failed {
+        /// What was attempted.
+        operation: &'static str,
+        /// The code of the driver.
+        code: i32,
+        /// Its text.
+        message: Arc<str>,
+    },
+    /// The device serves no more.
+    #[error("the device is lost: {0}")]
+    Lost(Arc<str>),
+    /// The backend was closed.
+    #[error("the device is closed")]
+    Closed,
+}
+
+impl DeviceError {
+    /// As the user sees it.
+    pub(crate) fn public(self) -> VirtualMemoryError {
+        match self {
+            DeviceError::Failed { operation, code, message } => {
+                VirtualMemoryError::Device { operation, code, message }
+            }
+            DeviceError::Lost(message) => {
+                VirtualMemoryError::Device { operation: "using the device", code: 0, message }
+            }
+            DeviceError::Closed => VirtualMemoryError::Closed,
+        }
+    }
+}

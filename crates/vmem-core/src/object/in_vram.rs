@@ -1,0 +1,164 @@
+//! What an object has in device memory.
+//!
+//! Invariant: a valid range holds the bytes of the current version, which host memory or the disk has too; one
+//! that is not valid is room that was set apart. Whatever changes the version makes it invalid in the same
+//! step. Changed by the holder of the gate only; whoever uses the range holds a share of it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{GatePass, Inner, Object};
+use crate::device::DeviceRange;
+use crate::policy::Token;
+use crate::shared::Shared;
+use crate::stats;
+use crate::tier::MemoryTier;
+
+/// A range, and what the policy of the tier calls it.
+#[derive(Debug)]
+pub(super) struct InVram {
+    range: Arc<DeviceRange>,
+    valid: bool,
+    token: Token,
+}
+
+/// A share of a copy in device memory; when it goes, whoever waits for room is told.
+#[derive(Debug)]
+pub(crate) struct VramUse {
+    /// None while it is being dropped.
+    range: Option<Arc<DeviceRange>>,
+    shared: Arc<Shared>,
+}
+
+impl VramUse {
+    /// A share for one operation.
+    pub(crate) fn range(&self) -> Arc<DeviceRange> {
+        self.range.clone().expect("invariant: taken by the drop alone")
+    }
+}
+
+impl Drop for VramUse {
+    fn drop(&mut self) {
+        drop(self.range.take());
+        self.shared.vram_was_released();
+    }
+}
+
+impl Inner {
+    /// The version has changed: a copy of the one before is no use. What it leaves is for
+    /// `Object::left_vram`, where no lock is held.
+    pub(super) fn outdate_vram(&mut self, keep_room: bool) -> Option<Box<InVram>> {
+        let in_vram = self.vram.as_mut()?;
+        in_vram.valid = false;
+        let mine = Arc::strong_count(&in_vram.range) == 1;
+        if keep_room && mine { None } else { self.vram.take() }
+    }
+}
+
+impl Object {
+    /// Whether device memory has the current version.
+    pub(crate) fn in_vram(&self) -> bool {
+        let valid = self.inner.lock().vram.as_ref().is_some_and(|in_vram| in_vram.valid);
+        valid && self.shared.vram().is_ok()
+    }
+
+    /// Whether it has device memory, with the current version in it or not.
+    pub(crate) fn has_vram_room(&self) -> bool {
+        self.inner.lock().vram.is_some()
+    }
+
+    /// Whether a copy or a kernel uses its device memory right now; a hint.
+    pub(crate) fn is_used_in_vram(&self) -> bool {
+        let inner = self.inner.lock();
+        inner.vram.as_ref().is_some_and(|in_vram| Arc::strong_count(&in_vram.range) > 1)
+    }
+
+    /// Whether a change of the object is to come up again: it lives in device memory, or is pinned there.
+    pub(crate) fn belongs_in_vram(&self) -> bool {
+        self.home == MemoryTier::Vram || self.vram_pins() > 0
+    }
+
+    /// Sets device memory apart.
+    pub(crate) fn set_vram_room(&self, _pass: &GatePass, range: DeviceRange) {
+        let Some(vram) = self.shared.vram_if_any() else { return };
+        assert!(!self.has_vram_room(), "device memory is set apart once");
+        let token = vram.enter(self.id, self.stamp(), range.footprint());
+        let in_vram = InVram { range: Arc::new(range), valid: false, token };
+        self.inner.lock().vram = Some(Box::new(in_vram));
+        stats::add(&self.shared.counters.vram_objects, 1);
+    }
+
+    /// A share of the room that was set apart, if nothing uses it any more.
+    pub(crate) fn vram_room(&self, _pass: &GatePass) -> Option<VramUse> {
+        let inner = self.inner.lock();
+        let in_vram = inner.vram.as_ref()?;
+        let idle = !in_vram.valid && Arc::strong_count(&in_vram.range) == 1;
+        idle.then(|| self.using(in_vram))
+    }
+
+    /// A share of the copy in device memory, under the object's lock.
+    pub(super) fn vram_share(&self, inner: &Inner) -> Option<VramUse> {
+        let in_vram = inner.vram.as_ref()?;
+        (in_vram.valid && self.shared.vram().is_ok()).then(|| self.using(in_vram))
+    }
+
+    fn using(&self, in_vram: &InVram) -> VramUse {
+        VramUse { range: Some(in_vram.range.clone()), shared: self.shared.clone() }
+    }
+
+    /// The room holds the current version now.
+    pub(crate) fn publish_in_vram(&self, _pass: &GatePass) {
+        if let Some(in_vram) = &mut self.inner.lock().vram {
+            in_vram.valid = true;
+        }
+        // Whoever asked for it has not used it yet: it is not to be the next that leaves.
+        self.stamp.fetch_max(self.shared.now(), Ordering::Relaxed);
+    }
+
+    /// Takes it out of device memory, unless it is pinned or used there. False if it stays.
+    pub(crate) fn leave_vram(&self, _pass: &GatePass) -> bool {
+        if self.vram_pins() > 0 {
+            return false;
+        }
+        let mut inner = self.inner.lock();
+        let idle =
+            inner.vram.as_ref().is_some_and(|in_vram| Arc::strong_count(&in_vram.range) == 1);
+        let in_vram = if idle { inner.vram.take() } else { None };
+        drop(inner);
+        let left = in_vram.is_some();
+        self.left_vram(in_vram);
+        left
+    }
+
+    /// Takes it out of device memory, whoever uses it there: they keep the range.
+    pub(crate) fn detach_from_vram(&self, _pass: &GatePass) {
+        let in_vram = self.inner.lock().vram.take();
+        self.left_vram(in_vram);
+    }
+
+    /// What was taken out of the object leaves the order of eviction; its range goes back with the last
+    /// share. Where no lock is held.
+    pub(super) fn left_vram(&self, in_vram: Option<Box<InVram>>) {
+        let Some(in_vram) = in_vram else { return };
+        let InVram { range, token, .. } = *in_vram;
+        if let Some(vram) = self.shared.vram_if_any() {
+            vram.leave(token);
+        }
+        stats::sub(&self.shared.counters.vram_objects, 1);
+        drop(range);
+    }
+
+    // ---- Pins ------------------------------------------------------------------------------
+
+    pub(crate) fn vram_pins(&self) -> u32 {
+        self.vram_pins.load(Ordering::SeqCst)
+    }
+
+    /// Is asked about again by the policy, after the last pin in device memory went.
+    pub(crate) fn unpark_in_vram(&self) {
+        if let Some(vram) = self.shared.vram_if_any() {
+            vram.unpark(|| self.inner.lock().vram.as_ref().map(|in_vram| in_vram.token));
+            vram.ring();
+        }
+    }
+}

@@ -1,0 +1,398 @@
+//! The driver: a context, the memory of the tier, streams, events, and the copies between them.
+//!
+//! Ownership: a copy that was handed to the driver is in a [`Batch`], with the bytes, the buffer and the share of
+//! the device range that it touches. A batch gives them up only after its event was seen complete, or the context is
+//! dead and takes no more part; one that is dropped otherwise leaks them. So no future that is dropped, no
+//! panic and no end of a runtime frees memory under a copy. All unsafe code that touches the driver is here.
+
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::mem::ManuallyDrop;
+use std::sync::{Arc, OnceLock};
+use std::thread::Thread;
+
+use bytes::Bytes;
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
+use futures::channel::oneshot;
+use parking_lot::Mutex;
+use vmem_core::backend::{DeviceError, DeviceRange, IoBuf, StagingMemory};
+
+/// Where objects begin is a multiple of this, in bytes.
+pub(crate) const UNIT: u64 = 512;
+/// A tier smaller than this is none, in bytes.
+pub(crate) const CAPACITY_MIN: u64 = 4 << 20;
+
+/// What the driver said, in words.
+pub(crate) fn told(what: &str, error: DriverError) -> String {
+    format!("{what}: {} ({})", message(error), error.0 as i32)
+}
+
+fn message(error: DriverError) -> String {
+    let name = error.error_name().map(|name| name.to_string_lossy().into_owned());
+    name.unwrap_or_else(|_| "an error without a name".into())
+}
+
+/// The error of an operation.
+pub(crate) fn failed(operation: &'static str, error: DriverError) -> DeviceError {
+    DeviceError::Failed { operation, code: error.0 as i32, message: message(error).into() }
+}
+
+/// One device of the machine, as the driver lists them.
+pub(crate) struct Listed {
+    pub(crate) ordinal: usize,
+    pub(crate) name: String,
+    pub(crate) uuid: String,
+}
+
+/// The devices that there are.
+///
+/// # Errors
+///
+/// What the driver says, in words.
+pub(crate) fn list() -> Result<Vec<Listed>, String> {
+    result::init().map_err(|error| told("the CUDA driver does not start", error))?;
+    let count = result::device::get_count().map_err(|error| told("counting devices", error))?;
+    let one = |ordinal: i32| {
+        let device = result::device::get(ordinal)?;
+        let name = result::device::get_name(device)?;
+        let uuid = result::device::get_uuid(device)?;
+        let hex: Vec<String> =
+            uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect();
+        let uuid = [0..4, 4..6, 6..8, 8..10, 10..16].map(|part| hex[part].concat()).join("-");
+        Ok(Listed { ordinal: ordinal as usize, name, uuid: format!("GPU-{uuid}") })
+    };
+    (0..count).map(one).collect::<Result<_, _>>().map_err(|error| told("asking a device", error))
+}
+
+/// The context of the tier and the memory that it has. It is freed when the last of its streams has ended.
+#[derive(Debug)]
+pub(crate) struct Card {
+    context: Arc<CudaContext>,
+    base: u64,
+    capacity: u64,
+    staging: Mutex<Option<StagingMemory>>,
+}
+
+impl Card {
+    /// Takes memory on a device: so many bytes, or three quarters of what is free; less if others are faster.
+    /// Called on a thread of ours, which it binds to the context.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says, in words.
+    pub(crate) fn open(ordinal: usize, capacity: Option<u64>) -> Result<Arc<Self>, String> {
+        let context =
+            CudaContext::new(ordinal).map_err(|error| told("opening a context", error))?;
+        // SAFETY: no slice of cudarc's is ever made in this context object, so nothing relies on it to track
+        // who uses one. With it, the first stream would synchronise the whole context.
+        unsafe { context.disable_event_tracking() };
+        relax_capture().map_err(|error| told("exchanging the capture mode", error))?;
+        let (free, _) = result::mem_get_info().map_err(|error| told("asking for memory", error))?;
+        let mut wanted = capacity.unwrap_or(free as u64 / 4 * 3).min(free as u64) / UNIT * UNIT;
+        let least = CAPACITY_MIN.min(capacity.unwrap_or(u64::MAX));
+        loop {
+            if wanted < least.max(UNIT) {
+                return Err(format!("the device has {free} bytes free, which is too little"));
+            }
+            // SAFETY: the memory is plain bytes, and whoever reads one has written it.
+            match unsafe { result::malloc_sync(wanted as usize) } {
+                Ok(base) => {
+                    let staging = Mutex::new(None);
+                    return Ok(Arc::new(Card { context, base, capacity: wanted, staging }));
+                }
+                // Others took some meanwhile, or it lies in pieces.
+                Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                    wanted = wanted / 8 * 7 / UNIT * UNIT;
+                }
+                Err(error) => return Err(told("allocating device memory", error)),
+            }
+        }
+    }
+
+    pub(crate) fn base(&self) -> u64 {
+        self.base
+    }
+
+    pub(crate) fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    /// Makes the context that of the calling thread, which is one of ours.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn bind(&self) -> Result<(), DriverError> {
+        self.context.bind_to_thread()?;
+        relax_capture()
+    }
+
+    /// Lets the device read and write this memory directly, from any context. On a thread that is bound.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn register(&self, memory: StagingMemory) -> Result<(), DriverError> {
+        let address = std::ptr::with_exposed_provenance_mut(memory.address());
+        // SAFETY: the memory stays mapped, and no page of it is given back, while `memory` lives, which is until it
+        // was unregistered.
+        unsafe {
+            sys::cuMemHostRegister_v2(address, memory.len(), sys::CU_MEMHOSTREGISTER_PORTABLE)
+        }
+        .result()?;
+        *self.staging.lock() = Some(memory);
+        Ok(())
+    }
+}
+
+impl Drop for Card {
+    /// On the thread of the last stream; all its copies have ended.
+    fn drop(&mut self) {
+        if let Some(memory) = self.staging.get_mut().take() {
+            let address = std::ptr::with_exposed_provenance_mut(memory.address());
+            // SAFETY: it was registered, and no copy uses it any more.
+            if unsafe { sys::cuMemHostUnregister(address) }.result().is_err() {
+                // It may still be known to the device: it is never to be unmapped then.
+                std::mem::forget(memory);
+            }
+        }
+        // SAFETY: it was allocated once, is freed here alone, and no copy uses it any more.
+        if let Err(error) = unsafe { result::free_sync(self.base) } {
+            tracing::warn!(target: "vmem::gpu", "{}", told("freeing device memory", error));
+        }
+    }
+}
+
+/// On our own threads a graph that somebody else captures is none of our business.
+fn relax_capture() -> Result<(), DriverError> {
+    let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    // SAFETY: the argument is a place for the mode that was set before.
+    unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) }.result()
+}
+
+/// Rung by the driver when a batch may have ended. It is a hint: what counts is what the event says.
+#[derive(Debug, Default)]
+pub(crate) struct Bell {
+    thread: OnceLock<Thread>,
+}
+
+impl Bell {
+    /// Wakes this thread from now on.
+    pub(crate) fn hang(&self, thread: Thread) {
+        let _ = self.thread.set(thread);
+    }
+
+    pub(crate) fn ring(&self) {
+        if let Some(thread) = self.thread.get() {
+            thread.unpark();
+        }
+    }
+}
+
+/// The host function: one wake, no call of the driver, no lock, nothing freed.
+unsafe extern "C" fn ring(bell: *mut c_void) {
+    // SAFETY: the pointer is that of a `Bell` that is never freed.
+    let bell = unsafe { &*bell.cast::<Bell>() };
+    bell.ring();
+}
+
+/// One operation, with all that it touches.
+pub(crate) enum Work {
+    Upload {
+        to: Arc<DeviceRange>,
+        offset: usize,
+        bytes: Bytes,
+        reply: oneshot::Sender<Result<(), DeviceError>>,
+    },
+    Zero {
+        range: Arc<DeviceRange>,
+        reply: oneshot::Sender<Result<(), DeviceError>>,
+    },
+    Download {
+        from: Arc<DeviceRange>,
+        offset: usize,
+        len: usize,
+        into: IoBuf,
+        at: usize,
+        reply: oneshot::Sender<(IoBuf, Result<(), DeviceError>)>,
+    },
+}
+
+impl Work {
+    /// What the driver calls it, for errors.
+    fn name(&self) -> &'static str {
+        match self {
+            Work::Upload { .. } => "copying to the device",
+            Work::Zero { .. } => "zeroing device memory",
+            Work::Download { .. } => "copying from the device",
+        }
+    }
+
+    /// Gives back what it owns and answers.
+    pub(crate) fn end(self, outcome: Result<(), DeviceError>) {
+        // Before the answer: whoever gets it may look at the ledger.
+        match self {
+            Work::Upload { to, bytes, reply, .. } => {
+                drop((to, bytes));
+                drop(reply.send(outcome));
+            }
+            Work::Zero { range, reply } => {
+                drop(range);
+                drop(reply.send(outcome));
+            }
+            Work::Download { from, into, reply, .. } => {
+                drop(from);
+                drop(reply.send((into, outcome)));
+            }
+        }
+    }
+}
+
+/// A stream for one direction, and one on which its ends are told, so that no copy waits for that.
+pub(crate) struct CopyStream {
+    stream: Arc<CudaStream>,
+    notices: Arc<CudaStream>,
+    /// Events that are free.
+    events: Vec<CudaEvent>,
+    bell: &'static Bell,
+    card: Arc<Card>,
+}
+
+/// Operations that were handed to the driver together.
+pub(crate) struct Batch {
+    /// None if it could not be recorded: then the context is dead.
+    event: Option<CudaEvent>,
+    /// With the error of what the driver refused at once.
+    works: ManuallyDrop<Vec<(Work, Option<DeviceError>)>>,
+}
+
+impl CopyStream {
+    /// On the thread that uses it, bound to the context.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn new(card: Arc<Card>, bell: Arc<Bell>) -> Result<Self, DriverError> {
+        let (stream, notices) = (card.context.new_stream()?, card.context.new_stream()?);
+        // SAFETY: the count is never given back: a host function may come late, or after everything else.
+        let bell = unsafe { &*Arc::into_raw(bell) };
+        Ok(CopyStream { stream, notices, events: Vec::new(), bell, card })
+    }
+
+    /// Hands operations to the driver, in order, and asks to be told of their end.
+    ///
+    /// # Errors
+    ///
+    /// With the batch: the driver refuses to say when it ends, so that the context is dead.
+    pub(crate) fn submit(&mut self, works: Vec<Work>) -> (Batch, Result<(), DriverError>) {
+        let issue = |mut work: Work| {
+            let refused = self.issue(&mut work).err().map(|error| failed(work.name(), error));
+            (work, refused)
+        };
+        let works = ManuallyDrop::new(works.into_iter().map(issue).collect());
+        match self.mark() {
+            Ok(event) => (Batch { event: Some(event), works }, Ok(())),
+            Err(error) => (Batch { event: None, works }, Err(error)),
+        }
+    }
+
+    fn issue(&self, work: &mut Work) -> Result<(), DriverError> {
+        let stream = self.stream.cu_stream();
+        match work {
+            Work::Upload { to, offset, bytes, .. } => {
+                check(*offset, bytes.len(), to)?;
+                // SAFETY: the range is the operation's until it has ended, and so are the bytes, which do not change:
+                // both are in the batch, which gives nothing up before that.
+                unsafe { result::memcpy_htod_async(to.address() + *offset as u64, bytes, stream) }
+            }
+            Work::Zero { range, .. } => {
+                // SAFETY: as above.
+                unsafe { result::memset_d8_async(range.address(), 0, range.len(), stream) }
+            }
+            Work::Download { from, offset, len, into, at, .. } => {
+                check(*offset, *len, from)?;
+                let end = at.checked_add(*len).filter(|&end| end <= into.len());
+                let into = &mut into[*at..end.ok_or(INVALID)?];
+                // SAFETY: as above; the buffer moves with the batch, its memory does not, and nobody else has it.
+                unsafe { result::memcpy_dtoh_async(into, from.address() + *offset as u64, stream) }
+            }
+        }
+    }
+
+    /// Records an event behind what was issued, and has the bell rung after it.
+    fn mark(&mut self) -> Result<CudaEvent, DriverError> {
+        let event = match self.events.pop() {
+            Some(event) => event,
+            None => self.card.context.new_event(None)?,
+        };
+        event.record(&self.stream)?;
+        let told = self.notices.wait(&event).and_then(|()| {
+            let bell: *const Bell = self.bell;
+            // SAFETY: the function takes the bell that is never freed.
+            unsafe {
+                result::stream::launch_host_function(
+                    self.notices.cu_stream(),
+                    ring,
+                    bell.cast_mut().cast(),
+                )
+            }
+        });
+        if let Err(error) = told {
+            // The watchdog sees it all the same.
+            tracing::warn!(target: "vmem::gpu", "{}", crate::card::told("asking for a notice", error));
+        }
+        Ok(event)
+    }
+
+    /// Waits for everything; after the context has died this returns at once.
+    pub(crate) fn drain(&self) {
+        let _ = self.stream.synchronize();
+    }
+}
+
+const INVALID: DriverError = DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE);
+
+/// A copy stays within its range.
+fn check(offset: usize, len: usize, range: &DeviceRange) -> Result<(), DriverError> {
+    match offset.checked_add(len) {
+        Some(end) if end <= range.len() => Ok(()),
+        _ => Err(INVALID),
+    }
+}
+
+impl Batch {
+    /// Whether it has ended.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says: the context is dead.
+    pub(crate) fn has_ended(&self) -> Result<bool, DriverError> {
+        match &self.event {
+            Some(event) => event.try_is_complete(),
+            None => Err(DriverError(sys::CUresult::CUDA_ERROR_UNKNOWN)),
+        }
+    }
+
+    /// Answers everything in it; `has_ended` has said so.
+    pub(crate) fn end(mut self, stream: &mut CopyStream) {
+        stream.events.extend(self.event.take());
+        // SAFETY: taken once: `self` is forgotten just below.
+        let works = unsafe { ManuallyDrop::take(&mut self.works) };
+        std::mem::forget(self);
+        for (work, refused) in works {
+            work.end(refused.map_or(Ok(()), Err));
+        }
+    }
+
+    /// Answers everything in it with an error; the context is dead and was drained.
+    pub(crate) fn end_dead(mut self, error: &DeviceError) {
+        // SAFETY: as above.
+        let works = unsafe { ManuallyDrop::take(&mut self.works) };
+        drop(self.event.take());
+        std::mem::forget(self);
+        for (work, _) in works {
+            work.end(Err(error.clone()));
+        }
+    }
+}

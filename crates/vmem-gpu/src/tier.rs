@@ -1,0 +1,193 @@
+//! The VRAM tier over CUDA: one block of device memory, a thread for each direction.
+//!
+//! Invariant: the ranges of the ledger are disjoint parts of the block, and one that is free is used by no copy
+//! and no kernel: whoever uses a range has a share of it. Called by the core.
+
+use std::io;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::channel::oneshot;
+use futures::executor::block_on;
+use parking_lot::Mutex;
+use vmem_core::backend::{
+    DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, IoBuf, RangeLedger,
+    RangeOwner, StagingMemory,
+};
+
+use crate::card::{Card, UNIT, Work};
+use crate::lane::{Lane, Lost};
+
+/// What is copied to see whether copying works, in bytes.
+const TRIAL_BYTES: usize = 4096;
+/// Copies that have not ended by then, after the tier was closed, are left behind with all that they own.
+const LAST_COPIES: Duration = Duration::from_secs(10);
+
+/// The VRAM tier of one device.
+#[derive(Debug)]
+pub struct CudaTier {
+    /// None after it was closed. First, so that the last share of it goes with a thread that is bound to it.
+    card: Mutex<Option<Arc<Card>>>,
+    inner: Arc<Inner>,
+    up: Lane,
+    down: Lane,
+    lost: Lost,
+    described: Arc<str>,
+}
+
+struct Inner {
+    base: u64,
+    ledger: Mutex<RangeLedger>,
+    freed: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+impl CudaTier {
+    /// Takes memory on the device and starts the threads.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says, in words.
+    pub(crate) fn open(
+        ordinal: usize,
+        name: &str,
+        capacity: Option<u64>,
+    ) -> Result<Arc<Self>, String> {
+        let card = Card::open(ordinal, capacity)?;
+        let lost = Lost::default();
+        let up = Lane::start("vmem-gpu-up", card.clone(), lost.clone())?;
+        let down = Lane::start("vmem-gpu-down", card.clone(), lost.clone())?;
+        let ledger = RangeLedger::new(card.capacity(), UNIT);
+        let described = format!("{name} (device {ordinal}), {} bytes", card.capacity()).into();
+        let inner = Inner { base: card.base(), ledger: Mutex::new(ledger), freed: OnceLock::new() };
+        let (inner, card) = (Arc::new(inner), Mutex::new(Some(card)));
+        let tier = Arc::new(CudaTier { card, inner, up, down, lost, described });
+        tier.try_it()?;
+        Ok(tier)
+    }
+
+    /// Copies some bytes up and down again.
+    fn try_it(&self) -> Result<(), String> {
+        let refused = |error: DeviceError| format!("a trial copy failed: {error}");
+        let range = self.reserve(TRIAL_BYTES).ok_or("a trial found no memory")?;
+        let range = Arc::new(range);
+        let bytes: Vec<u8> = (0..TRIAL_BYTES).map(|at| (at % 251) as u8 ^ 0x5a).collect();
+        block_on(self.upload(range.clone(), 0, bytes.clone().into())).map_err(refused)?;
+        let back = IoBuf::from_vec(vec![0; TRIAL_BYTES]);
+        let (back, outcome) = block_on(self.download(range.clone(), 0, TRIAL_BYTES, back, 0));
+        outcome.map_err(refused)?;
+        if back[..] != bytes[..] {
+            return Err("a trial copy came back with other bytes".to_owned());
+        }
+        block_on(self.zero(range)).map_err(refused)
+    }
+}
+
+impl DeviceBackend for CudaTier {
+    fn reserve(&self, len: usize) -> Option<DeviceRange> {
+        if self.lost.get().is_some() {
+            return None;
+        }
+        let (offset, footprint) = self.inner.ledger.lock().take(len)?;
+        let address = self.inner.base + offset;
+        Some(DeviceRange::new(address, len, footprint, self.inner.clone()))
+    }
+
+    fn footprint(&self, len: usize) -> u64 {
+        self.inner.ledger.lock().footprint(len)
+    }
+
+    fn upload(
+        &self,
+        to: Arc<DeviceRange>,
+        offset: usize,
+        bytes: Bytes,
+    ) -> DeviceAnswer<Result<(), DeviceError>> {
+        let (reply, answer) = oneshot::channel();
+        self.up.submit(Work::Upload { to, offset, bytes, reply });
+        answer.map(answered).boxed()
+    }
+
+    fn zero(&self, range: Arc<DeviceRange>) -> DeviceAnswer<Result<(), DeviceError>> {
+        let (reply, answer) = oneshot::channel();
+        self.up.submit(Work::Zero { range, reply });
+        answer.map(answered).boxed()
+    }
+
+    fn download(
+        &self,
+        from: Arc<DeviceRange>,
+        offset: usize,
+        len: usize,
+        into: IoBuf,
+        at: usize,
+    ) -> DeviceAnswer<(IoBuf, Result<(), DeviceError>)> {
+        let (reply, answer) = oneshot::channel();
+        self.down.submit(Work::Download { from, offset, len, into, at, reply });
+        let gone = |_| (IoBuf::from_vec(Vec::new()), Err(DeviceError::Closed));
+        answer.map(move |answer| answer.unwrap_or_else(gone)).boxed()
+    }
+
+    fn register(&self, memory: StagingMemory) -> io::Result<()> {
+        let card = self.card.lock().clone().ok_or(io::ErrorKind::NotConnected)?;
+        // The thread of whoever opens the store is his, and keeps the context that it has.
+        let registering = std::thread::spawn(move || {
+            card.bind().and_then(|()| card.register(memory)).map_err(|error| {
+                io::Error::other(crate::card::told("registering staging memory", error))
+            })
+        });
+        registering.join().unwrap_or_else(|_| Err(io::Error::other("the driver panicked")))
+    }
+
+    fn set_freed_hook(&self, hook: Box<dyn Fn() + Send + Sync>) {
+        let _ = self.inner.freed.set(hook);
+    }
+
+    fn usage(&self) -> DeviceUsage {
+        self.inner.ledger.lock().usage()
+    }
+
+    fn lost(&self) -> Option<Arc<str>> {
+        self.lost.get().cloned()
+    }
+
+    fn describe(&self) -> Arc<str> {
+        self.described.clone()
+    }
+
+    fn close(&self) -> DeviceAnswer<Result<(), DeviceError>> {
+        self.card.lock().take();
+        self.up.close();
+        self.down.close();
+        let ended = futures::future::join(self.up.ended(), self.down.ended());
+        async move {
+            let late = tokio::time::timeout(LAST_COPIES, ended).await;
+            late.map(drop).map_err(|_| DeviceError::Failed {
+                operation: "closing the device",
+                code: 0,
+                message: "copies have not ended; what they use is never freed".into(),
+            })
+        }
+        .boxed()
+    }
+}
+
+fn answered(answer: Result<Result<(), DeviceError>, oneshot::Canceled>) -> Result<(), DeviceError> {
+    answer.unwrap_or(Err(DeviceError::Closed))
+}
+
+impl RangeOwner for Inner {
+    fn release(&self, address: u64, footprint: u64) {
+        self.ledger.lock().give_back(address - self.base, footprint);
+        if let Some(hook) = self.freed.get() {
+            hook();
+        }
+    }
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner").field("usage", &self.ledger.lock().usage()).finish()
+    }
+}

@@ -1,0 +1,287 @@
+//! A device that is no device: memory of the heap behind a thread that does what it is told, late.
+//!
+//! Invariant: an operation owns its buffer and its share of the range from the call until it is done, on the
+//! thread, whatever becomes of the future; memory that was given back is filled with garbage, so that
+//! whoever reads what he did not write sees it. Called by the tests of the core.
+//!
+//! It stands for the order and the lateness of a device, not for the rules of a driver: those are
+//! the CUDA emulator's.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::channel::oneshot;
+use parking_lot::{Condvar, Mutex};
+use vmem_core::backend::{
+    DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, IoBuf, RangeLedger,
+    RangeOwner, StagingMemory,
+};
+
+const UNIT: u64 = 512;
+const GARBAGE: u8 = 0xEE;
+
+/// A simulated device. Cheap to clone.
+///
+/// ```
+/// use vmem_core::backend::DeviceBackend;
+/// use vmem_testkit::SimDevice;
+///
+/// let device = SimDevice::new(1 << 20);
+/// let range = device.reserve(100).unwrap();
+/// assert_eq!(device.usage().used_bytes, 512);
+/// drop(range);
+/// assert_eq!(device.usage().used_bytes, 0);
+/// ```
+#[derive(Clone, Debug)]
+pub struct SimDevice {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    memory: Mutex<Vec<u8>>,
+    ledger: Mutex<RangeLedger>,
+    freed: Mutex<Option<Box<dyn Fn() + Send + Sync>>>,
+    queue: Mutex<Queue>,
+    bell: Condvar,
+    lost: Mutex<Option<Arc<str>>>,
+    /// Operations that are still to fail.
+    failing: AtomicU64,
+    done: AtomicU64,
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    /// Operations that may run; none: all.
+    allowed: Option<u64>,
+    running: bool,
+    closed: bool,
+}
+
+type Job = Box<dyn FnOnce(Result<(), DeviceError>, &Inner) + Send>;
+
+impl SimDevice {
+    /// A device with so many bytes.
+    pub fn new(capacity: u64) -> Self {
+        let inner = Arc::new(Inner {
+            memory: Mutex::new(vec![GARBAGE; capacity as usize]),
+            ledger: Mutex::new(RangeLedger::new(capacity, UNIT)),
+            freed: Mutex::new(None),
+            queue: Mutex::default(),
+            bell: Condvar::new(),
+            lost: Mutex::new(None),
+            failing: AtomicU64::new(0),
+            done: AtomicU64::new(0),
+        });
+        let weak = Arc::downgrade(&inner);
+        std::thread::spawn(move || {
+            while let Some(inner) = weak.upgrade() {
+                if !inner.run_one() {
+                    return;
+                }
+            }
+        });
+        SimDevice { inner }
+    }
+
+    /// Lets no operation run until it is released.
+    pub fn hold(&self) {
+        self.inner.queue.lock().allowed = Some(0);
+    }
+
+    /// Lets `n` more operations run.
+    pub fn release(&self, n: u64) {
+        if let Some(allowed) = &mut self.inner.queue.lock().allowed {
+            *allowed += n;
+        }
+        self.inner.bell.notify_all();
+    }
+
+    /// Lets all operations run again.
+    pub fn release_all(&self) {
+        self.inner.queue.lock().allowed = None;
+        self.inner.bell.notify_all();
+    }
+
+    /// The next `n` operations fail.
+    pub fn fail_next(&self, n: u64) {
+        self.inner.failing.store(n, Ordering::SeqCst);
+    }
+
+    /// From now on every operation fails, and the device says that it is lost.
+    pub fn lose(&self) {
+        *self.inner.lost.lock() = Some("it was lost".into());
+    }
+
+    /// Operations that wait, or run.
+    pub fn in_flight(&self) -> usize {
+        let queue = self.inner.queue.lock();
+        queue.jobs.len() + usize::from(queue.running)
+    }
+
+    /// Operations that were done.
+    pub fn done(&self) -> u64 {
+        self.inner.done.load(Ordering::SeqCst)
+    }
+
+    fn submit<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(Result<(), DeviceError>, &Inner) -> T + Send + 'static,
+    ) -> oneshot::Receiver<T> {
+        let (reply, answer) = oneshot::channel();
+        let job: Job = Box::new(move |outcome, inner| drop(reply.send(work(outcome, inner))));
+        let mut queue = self.inner.queue.lock();
+        if queue.closed {
+            drop(queue);
+            job(Err(DeviceError::Closed), &self.inner);
+        } else {
+            queue.jobs.push_back(job);
+        }
+        self.inner.bell.notify_all();
+        answer
+    }
+}
+
+impl Inner {
+    /// Runs the next operation. False at the end.
+    fn run_one(&self) -> bool {
+        let mut queue = self.queue.lock();
+        if queue.jobs.is_empty() || queue.allowed == Some(0) {
+            if queue.closed && queue.jobs.is_empty() {
+                return false;
+            }
+            // Not for ever: the device itself may have gone.
+            self.bell.wait_for(&mut queue, std::time::Duration::from_millis(20));
+            return true;
+        }
+        let Some(job) = queue.jobs.pop_front() else { return true };
+        if let Some(allowed) = &mut queue.allowed {
+            *allowed -= 1;
+        }
+        queue.running = true;
+        drop(queue);
+        let fails = |left: u64| left.checked_sub(1);
+        let outcome = match self.lost.lock().clone() {
+            Some(reason) => Err(DeviceError::Lost(reason)),
+            None if self.failing.try_update(Ordering::SeqCst, Ordering::SeqCst, fails).is_ok() => {
+                let (operation, code) = ("a copy", 719);
+                Err(DeviceError::Failed { operation, code, message: "as it was told".into() })
+            }
+            None => Ok(()),
+        };
+        job(outcome, self);
+        self.done.fetch_add(1, Ordering::SeqCst);
+        self.queue.lock().running = false;
+        self.bell.notify_all();
+        true
+    }
+}
+
+impl RangeOwner for Inner {
+    fn release(&self, address: u64, footprint: u64) {
+        let at = address as usize..(address + footprint) as usize;
+        self.memory.lock()[at].fill(GARBAGE);
+        self.ledger.lock().give_back(address, footprint);
+        if let Some(hook) = &*self.freed.lock() {
+            hook();
+        }
+    }
+}
+
+impl DeviceBackend for SimDevice {
+    fn reserve(&self, len: usize) -> Option<DeviceRange> {
+        let (address, footprint) = self.inner.ledger.lock().take(len)?;
+        Some(DeviceRange::new(address, len, footprint, self.inner.clone()))
+    }
+
+    fn footprint(&self, len: usize) -> u64 {
+        self.inner.ledger.lock().footprint(len)
+    }
+
+    fn upload(
+        &self,
+        to: Arc<DeviceRange>,
+        offset: usize,
+        bytes: Bytes,
+    ) -> DeviceAnswer<Result<(), DeviceError>> {
+        let answer = self.submit(move |outcome, inner| {
+            assert!(offset + bytes.len() <= to.len(), "a copy stays within its range");
+            if outcome.is_ok() {
+                let start = to.address() as usize + offset;
+                inner.memory.lock()[start..start + bytes.len()].copy_from_slice(&bytes);
+            }
+            drop((bytes, to));
+            outcome
+        });
+        async move { answer.await.unwrap_or(Err(DeviceError::Closed)) }.boxed()
+    }
+
+    fn zero(&self, range: Arc<DeviceRange>) -> DeviceAnswer<Result<(), DeviceError>> {
+        let zeros = Bytes::from(vec![0; range.len()]);
+        self.upload(range, 0, zeros)
+    }
+
+    fn download(
+        &self,
+        from: Arc<DeviceRange>,
+        offset: usize,
+        len: usize,
+        mut into: IoBuf,
+        at: usize,
+    ) -> DeviceAnswer<(IoBuf, Result<(), DeviceError>)> {
+        let answer = self.submit(move |outcome, inner| {
+            assert!(offset + len <= from.len(), "a copy stays within its range");
+            if outcome.is_ok() {
+                let start = from.address() as usize + offset;
+                into[at..at + len].copy_from_slice(&inner.memory.lock()[start..start + len]);
+            } else {
+                into[at..at + len].fill(GARBAGE);
+            }
+            drop(from);
+            (into, outcome)
+        });
+        async move { answer.await.expect("the thread answers everything") }.boxed()
+    }
+
+    fn register(&self, _memory: StagingMemory) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_freed_hook(&self, hook: Box<dyn Fn() + Send + Sync>) {
+        *self.inner.freed.lock() = Some(hook);
+    }
+
+    fn usage(&self) -> DeviceUsage {
+        self.inner.ledger.lock().usage()
+    }
+
+    fn lost(&self) -> Option<Arc<str>> {
+        self.inner.lost.lock().clone()
+    }
+
+    fn describe(&self) -> Arc<str> {
+        "simulated".into()
+    }
+
+    fn close(&self) -> DeviceAnswer<Result<(), DeviceError>> {
+        self.inner.queue.lock().closed = true;
+        let inner = self.inner.clone();
+        async move {
+            while inner.queue.lock().running || !inner.queue.lock().jobs.is_empty() {
+                tokio::task::yield_now().await;
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SimDevice").field("usage", &self.ledger.lock().usage()).finish()
+    }
+}
