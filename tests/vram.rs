@@ -1,7 +1,8 @@
-//! The VRAM tier over a simulated device: residency through three tiers, the budget, pins, prefetches, failures.
+//! The VRAM tier, over a simulated device and over the CUDA tier on the emulated driver: residency through three tiers, the
+//! budget, pins, prefetches, failures.
 //!
-//! Invariant: the simulated device is late, owns what it was given, and spoils memory that was given back; so
-//! bytes that are right here were where they should be when they were read.
+//! Invariant: both devices are late, own what they were given, and hold garbage where nothing was written; so bytes that
+//! are right here were where they should be when they were read. The emulated driver has seen no rule broken.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
@@ -16,29 +17,154 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use vmem::backend::{Backends, DeviceBackend};
 use vmem::{
-    Capabilities, MemoryTier, MigrationCause, VMemHandle, VirtualMemory,
+    Capabilities, GpuSelection, MemoryTier, MigrationCause, VMemHandle, VirtualMemory,
     VirtualMemoryConfigBuilder, VirtualMemoryError,
 };
+use vmem_cuda_emulator::{Emulator, Kind};
 use vmem_io::DiskTier;
 use vmem_testkit::SimDevice;
 
 const VRAM: MemoryTier = MemoryTier::Vram;
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Which {
+    Simulated,
+    Emulated,
+}
+
+/// The device under test, which does what it is told.
+struct Gpu {
+    backend: Arc<dyn DeviceBackend>,
+    control: Control,
+}
+
+enum Control {
+    Simulated(SimDevice),
+    Emulated(Emulator),
+}
+
+impl Gpu {
+    fn new(which: Which, bytes: u64) -> Self {
+        match which {
+            Which::Simulated => {
+                let device = SimDevice::new(bytes);
+                Gpu { backend: Arc::new(device.clone()), control: Control::Simulated(device) }
+            }
+            Which::Emulated => {
+                let emulator = Emulator::load().unwrap();
+                let opened = vmem_gpu::open_device(&GpuSelection::Auto, Some(bytes)).unwrap();
+                Gpu { backend: opened.device.unwrap(), control: Control::Emulated(emulator) }
+            }
+        }
+    }
+
+    /// Nothing goes up until it is released.
+    fn hold(&self) {
+        match &self.control {
+            Control::Simulated(device) => device.hold(),
+            Control::Emulated(emulator) => emulator.hold(Kind::Up),
+        }
+    }
+
+    fn release_all(&self) {
+        match &self.control {
+            Control::Simulated(device) => device.release_all(),
+            Control::Emulated(emulator) => emulator.release_all(),
+        }
+    }
+
+    fn is_busy(&self) -> bool {
+        match &self.control {
+            Control::Simulated(device) => device.in_flight() > 0,
+            Control::Emulated(emulator) => emulator.counter("in_flight") > 0,
+        }
+    }
+
+    fn fail_next_upload(&self) {
+        match &self.control {
+            Control::Simulated(device) => device.fail_next(1),
+            Control::Emulated(emulator) => emulator.fail("cuMemcpyHtoDAsync_v2", 1, 719),
+        }
+    }
+
+    fn fail_next_download(&self) {
+        match &self.control {
+            Control::Simulated(device) => device.fail_next(1),
+            Control::Emulated(emulator) => emulator.fail("cuMemcpyDtoHAsync_v2", 1, 719),
+        }
+    }
+
+    fn lose(&self) {
+        match &self.control {
+            Control::Simulated(device) => device.lose(),
+            Control::Emulated(emulator) => emulator.sticky(700),
+        }
+    }
+
+    /// All came back, and no rule was broken.
+    fn assert_well(&self) {
+        assert_eq!(self.backend.usage().used_bytes, 0);
+        if let Control::Emulated(emulator) = &self.control {
+            assert_eq!(emulator.violations(), [""; 0]);
+            assert_eq!(emulator.counter("context_synchronisations"), 0, "never the whole device");
+        }
+    }
+}
+
+/// Each test with each device.
+macro_rules! on_each_device {
+    ($($name:ident)*) => {
+        mod simulated {
+            $(#[test]
+            fn $name() {
+                super::run(super::$name(super::Which::Simulated));
+            })*
+        }
+        #[cfg(target_os = "linux")]
+        mod emulated {
+            $(#[test]
+            fn $name() {
+                super::run(super::$name(super::Which::Emulated));
+            })*
+        }
+    };
+}
+
+on_each_device! {
+    allocate_on_host_write_promote_to_vram_read
+    a_read_takes_the_faster_copy
+    what_is_used_least_leaves
+    pins_keep_objects_in_vram
+    a_promotion_that_is_dropped_half_way
+    a_device_that_fails_and_one_that_is_lost
+    at_home_in_vram
+    prefetches_to_vram
+    from_disk_with_host_memory_held
+    every_tier_at_random
+    migrations_to_vram_are_told
+}
+
+fn run(test: impl Future<Output = ()>) {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    runtime.worker_threads(2).enable_all().build().unwrap().block_on(test);
+}
+
 fn open(
+    which: Which,
     vram: usize,
     space: usize,
     set: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
-) -> (VirtualMemory, Arc<MemDriver>, SimDevice) {
-    let (driver, device) = (MemDriver::new(), SimDevice::new(vram as u64));
+) -> (VirtualMemory, Arc<MemDriver>, Arc<Gpu>) {
+    let (driver, gpu) = (MemDriver::new(), Arc::new(Gpu::new(which, vram as u64)));
     let backends = Backends {
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(driver.clone(), 64 * MIB as u64),
         catalog: None,
-        device: Some(Arc::new(device.clone())),
+        device: Some(gpu.backend.clone()),
         capabilities: Capabilities::new("memory".into(), "".into()),
     };
     let vmem = VirtualMemory::with_backends(&config(space, set), backends).unwrap();
-    (vmem, driver, device)
+    (vmem, driver, gpu)
 }
 
 fn in_vram(vmem: &VirtualMemory, handle: &VMemHandle) -> bool {
@@ -49,7 +175,7 @@ fn in_vram(vmem: &VirtualMemory, handle: &VMemHandle) -> bool {
 async fn assert_all_back(
     vmem: VirtualMemory,
     driver: &MemDriver,
-    device: &SimDevice,
+    gpu: &Gpu,
     handles: Vec<VMemHandle>,
 ) {
     drop(handles);
@@ -57,14 +183,13 @@ async fn assert_all_back(
     common::assert_empty(&stats, "the end");
     assert_eq!((stats.vram.used_bytes, stats.vram.objects), (0, 0), "{stats:#?}");
     vmem.close().await.unwrap();
-    assert_eq!(device.usage().used_bytes, 0);
+    gpu.assert_well();
 }
 
 /// The example of the seed's documentation, with VRAM, awaited.
-#[tokio::test]
-async fn allocate_on_host_write_promote_to_vram_read() {
-    let (vmem, driver, device) = open(MIB, MIB, |config| config);
-    assert_eq!(vmem.capabilities().vram.as_deref(), Some("simulated"));
+async fn allocate_on_host_write_promote_to_vram_read(which: Which) {
+    let (vmem, driver, gpu) = open(which, MIB, MIB, |config| config);
+    assert!(vmem.capabilities().vram.is_some());
     let handle = vmem.allocate(5000, HOST).await.unwrap();
     vmem.write(&handle, bytes(1, 1, 5000)).await.unwrap();
     vmem.promote(&handle, VRAM).await.unwrap();
@@ -81,13 +206,12 @@ async fn allocate_on_host_write_promote_to_vram_read() {
     assert_eq!(vmem.stats().host_to_vram_bytes, 5000);
     vmem.demote(&handle, HOST).await.unwrap();
     assert!(!in_vram(&vmem, &handle));
-    assert_all_back(vmem, &driver, &device, vec![handle]).await;
+    assert_all_back(vmem, &driver, &gpu, vec![handle]).await;
 }
 
 /// What only device memory and the disk have is read from device memory: the disk fails every read.
-#[tokio::test]
-async fn a_read_takes_the_faster_copy() {
-    let (vmem, driver, device) = open(4 * MIB, 256 * KIB, |config| config);
+async fn a_read_takes_the_faster_copy(which: Which) {
+    let (vmem, driver, gpu) = open(which, 4 * MIB, 256 * KIB, |config| config);
     let len = 150_000;
     let handle = vmem.put(bytes(1, 1, len), HOST).await.unwrap();
     vmem.promote(&handle, VRAM).await.unwrap();
@@ -122,20 +246,18 @@ async fn a_read_takes_the_faster_copy() {
     }
     settle(&vmem, &driver).await;
     if !vmem.residency(&handle).unwrap().host {
-        device.fail_next(1);
+        gpu.fail_next_download();
         assert!(vmem.read(&handle).await.unwrap() == expected);
         assert!(vmem.stats().errors > 0);
-        device.fail_next(0);
     }
     let mut all = others;
     all.push(handle);
-    assert_all_back(vmem, &driver, &device, all).await;
+    assert_all_back(vmem, &driver, &gpu, all).await;
 }
 
 /// More than device memory holds: the least recently used leave it, for nothing, and the budget holds.
-#[tokio::test]
-async fn what_is_used_least_leaves() {
-    let (vmem, driver, device) = open(10 * 8192, 4 * MIB, |config| config);
+async fn what_is_used_least_leaves(which: Which) {
+    let (vmem, driver, gpu) = open(which, 10 * 8192, 4 * MIB, |config| config);
     let handles = put_all(&vmem, 30, 8192, HOST).await;
     for handle in &handles {
         vmem.promote(handle, VRAM).await.unwrap();
@@ -170,12 +292,11 @@ async fn what_is_used_least_leaves() {
     assert_eq!(error.to_string(), exceeds.to_string());
     let mut all = handles;
     all.push(large);
-    assert_all_back(vmem, &driver, &device, all).await;
+    assert_all_back(vmem, &driver, &gpu, all).await;
 }
 
-#[tokio::test]
-async fn pins_keep_objects_in_vram() {
-    let (vmem, driver, device) = open(4 * 8192, 4 * MIB, |config| {
+async fn pins_keep_objects_in_vram(which: Which) {
+    let (vmem, driver, gpu) = open(which, 4 * 8192, 4 * MIB, |config| {
         config.wait_timeout(Duration::from_millis(400)).max_pinned(0.75)
     });
     let handles = put_all(&vmem, 8, 8192, HOST).await;
@@ -218,20 +339,19 @@ async fn pins_keep_objects_in_vram() {
     vmem.demote(&handles[0], HOST).await.unwrap();
     assert!(vmem.read(&handles[0]).await.unwrap() == bytes(1, 2, 8192));
     drop(fourth);
-    assert_all_back(vmem, &driver, &device, handles).await;
+    assert_all_back(vmem, &driver, &gpu, handles).await;
 }
 
 /// An upload that is under way when its caller goes keeps what it uses; a write waits its turn.
-#[tokio::test]
-async fn a_promotion_that_is_dropped_half_way() {
-    let (vmem, driver, device) = open(MIB, MIB, |config| config);
+async fn a_promotion_that_is_dropped_half_way(which: Which) {
+    let (vmem, driver, gpu) = open(which, MIB, MIB, |config| config);
     let handle = vmem.put(bytes(1, 1, 100_000), HOST).await.unwrap();
-    device.hold();
+    gpu.hold();
     let promote = tokio::spawn({
         let (vmem, handle) = (vmem.clone(), handle.clone());
         async move { vmem.promote(&handle, VRAM).await }
     });
-    while device.in_flight() == 0 {
+    while !gpu.is_busy() {
         tokio::task::yield_now().await;
     }
     promote.abort();
@@ -242,33 +362,32 @@ async fn a_promotion_that_is_dropped_half_way() {
     // A write waits for it, and wins.
     let mut write = Box::pin(vmem.write(&handle, bytes(1, 2, 100_000)));
     assert!((&mut write).now_or_never().is_none());
-    device.release_all();
+    gpu.release_all();
     write.await.unwrap();
     assert!(!in_vram(&vmem, &handle));
     assert!(vmem.read(&handle).await.unwrap() == bytes(1, 2, 100_000));
 
     // Freed while it goes up.
-    device.hold();
+    gpu.hold();
     let promote = vmem.promote(&handle, VRAM);
     let mut promote = Box::pin(promote);
     assert!((&mut promote).now_or_never().is_none());
-    while device.in_flight() == 0 {
+    while !gpu.is_busy() {
         tokio::task::yield_now().await;
     }
     vmem.free(handle.clone()).await.unwrap();
     drop(promote);
     assert!(vmem.stats().vram.used_bytes > 0, "the copy in flight has it");
-    device.release_all();
-    assert_all_back(vmem, &driver, &device, Vec::new()).await;
+    gpu.release_all();
+    assert_all_back(vmem, &driver, &gpu, Vec::new()).await;
 }
 
-#[tokio::test]
-async fn a_device_that_fails_and_one_that_is_lost() {
-    let (vmem, driver, device) = open(MIB, MIB, |config| config);
+async fn a_device_that_fails_and_one_that_is_lost(which: Which) {
+    let (vmem, driver, gpu) = open(which, MIB, MIB, |config| config);
     let handles = put_all(&vmem, 3, 20_000, HOST).await;
     vmem.demote(&handles[2], DISK).await.unwrap();
     for handle in &handles {
-        device.fail_next(1);
+        gpu.fail_next_upload();
         let error = vmem.promote(handle, VRAM).await.unwrap_err();
         assert!(matches!(error, VirtualMemoryError::Device { code: 719, .. }), "{error:?}");
         assert_eq!(vmem.stats().vram.used_bytes, 0, "what was taken came back");
@@ -277,27 +396,27 @@ async fn a_device_that_fails_and_one_that_is_lost() {
         vmem.demote(handle, HOST).await.unwrap();
     }
     vmem.promote(&handles[1], VRAM).await.unwrap();
-    device.lose();
+    gpu.lose();
+    assert!(vmem.promote(&handles[0], VRAM).await.is_err());
     assert!(!in_vram(&vmem, &handles[1]));
     for (n, handle) in handles.iter().enumerate() {
         let error = vmem.promote(handle, VRAM).await.unwrap_err();
         let VirtualMemoryError::TierNotAvailable { tier: VRAM, reason } = error else {
             panic!("{error:?}")
         };
-        assert_eq!(&*reason, "it was lost");
+        assert!(!reason.is_empty());
         assert!(vmem.pin(handle, VRAM).await.is_err());
         assert!(vmem.allocate(10, VRAM).await.is_err());
         assert!(vmem.read(handle).await.unwrap() == bytes(n as u64 + 1, 1, 20_000));
         vmem.write(handle, bytes(n as u64 + 1, 2, 20_000)).await.unwrap();
         assert!(vmem.read(handle).await.unwrap() == bytes(n as u64 + 1, 2, 20_000));
     }
-    assert_all_back(vmem, &driver, &device, handles).await;
+    assert_all_back(vmem, &driver, &gpu, handles).await;
 }
 
 /// Home is VRAM: room is taken there, zeros are read, and what is written comes up by itself.
-#[tokio::test]
-async fn at_home_in_vram() {
-    let (vmem, driver, device) = open(MIB, MIB, |config| config);
+async fn at_home_in_vram(which: Which) {
+    let (vmem, driver, gpu) = open(which, MIB, MIB, |config| config);
     let handle = vmem.allocate(70_000, VRAM).await.unwrap();
     assert_eq!(handle.home_tier(), VRAM);
     assert_eq!(vmem.stats().vram.used_bytes, 70_144, "room is taken at home");
@@ -329,13 +448,12 @@ async fn at_home_in_vram() {
     all.push(handle);
     all.push(empty);
     vmem.flush_all().await.unwrap();
-    assert_all_back(vmem, &driver, &device, all).await;
+    assert_all_back(vmem, &driver, &gpu, all).await;
 }
 
 /// A prefetch comes up in order, makes nothing leave that is in use, and can be dropped.
-#[tokio::test]
-async fn prefetches_to_vram() {
-    let (vmem, driver, device) = open(4 * 8192, 4 * MIB, |config| config);
+async fn prefetches_to_vram(which: Which) {
+    let (vmem, driver, gpu) = open(which, 4 * 8192, 4 * MIB, |config| config);
     let handles = put_all(&vmem, 8, 8192, HOST).await;
     let group: Vec<_> = handles[..4].to_vec();
     vmem.prefetch_many(&group, VRAM).await.unwrap();
@@ -356,13 +474,12 @@ async fn prefetches_to_vram() {
     settle(&vmem, &driver).await;
     assert!(!in_vram(&vmem, &handles[5]));
     drop(group);
-    assert_all_back(vmem, &driver, &device, handles).await;
+    assert_all_back(vmem, &driver, &gpu, handles).await;
 }
 
 /// From disk, piece by piece through the least staging there is, with host memory full of what readers hold.
-#[tokio::test]
-async fn from_disk_with_host_memory_held() {
-    let (vmem, driver, device) = open(8 * MIB, 256 * KIB, |config| config);
+async fn from_disk_with_host_memory_held(which: Which) {
+    let (vmem, driver, gpu) = open(which, 8 * MIB, 256 * KIB, |config| config);
     let len = MIB + 12_345;
     let handle = vmem.put(bytes(1, 1, len), DISK).await.unwrap();
     let others = put_all(&vmem, 3, 65_536, HOST).await;
@@ -380,20 +497,19 @@ async fn from_disk_with_host_memory_held() {
     drop(held);
     let mut all = others;
     all.push(handle);
-    assert_all_back(vmem, &driver, &device, all).await;
+    assert_all_back(vmem, &driver, &gpu, all).await;
 }
 
 /// Every operation that names a tier, at random, from many tasks, with futures dropped at random: no wrong
 /// byte, never above the budget, nothing left.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_tier_at_random() {
+async fn every_tier_at_random(which: Which) {
     let seed = common::seed();
-    let (vmem, driver, device) = open(1500 * KIB, MIB, |config| {
+    let (vmem, driver, gpu) = open(which, 1500 * KIB, MIB, |config| {
         config.wait_timeout(Duration::from_millis(300)).max_pinned(0.5)
     });
     let mut tasks = tokio::task::JoinSet::new();
     for task in 0..8_u64 {
-        let (vmem, device) = (vmem.clone(), device.clone());
+        let (vmem, gpu) = (vmem.clone(), gpu.clone());
         tasks.spawn(async move {
             let mut rng = SmallRng::seed_from_u64(seed ^ (task << 32));
             let mut counts = [0_usize; 2];
@@ -416,7 +532,8 @@ async fn every_tier_at_random() {
                     _ => Duration::from_secs(20),
                 };
                 if rng.random_ratio(1, 50) {
-                    device.fail_next(1);
+                    gpu.fail_next_upload();
+                    gpu.fail_next_download();
                 }
                 let outcome = match rng.random_range(0..9) {
                     0..=2 => {
@@ -477,14 +594,13 @@ async fn every_tier_at_random() {
     let stats = vmem.stats();
     assert!(stats.vram.hits > 0 && stats.host_to_vram_bytes > 0 && stats.evictions > 0);
     assert!(counts.iter().map(|counts| counts[0]).sum::<usize>() > 1000, "{counts:?}");
-    assert_all_back(vmem, &driver, &device, Vec::new()).await;
+    assert_all_back(vmem, &driver, &gpu, Vec::new()).await;
 }
 
 /// A migration to VRAM is told with its route.
-#[tokio::test]
-async fn migrations_to_vram_are_told() {
+async fn migrations_to_vram_are_told(which: Which) {
     use futures::StreamExt;
-    let (vmem, driver, device) = open(MIB, MIB, |config| config);
+    let (vmem, driver, gpu) = open(which, MIB, MIB, |config| config);
     let mut migrations = Box::pin(vmem.migrations());
     let handle = vmem.put(bytes(1, 1, 3000), HOST).await.unwrap();
     vmem.promote(&handle, VRAM).await.unwrap();
@@ -500,5 +616,5 @@ async fn migrations_to_vram_are_told() {
     let event = migrations.next().await.unwrap();
     assert_eq!((event.from, event.to, event.cause), (VRAM, HOST, MigrationCause::Demote));
     assert!(vmem.residency(&handle).unwrap().host);
-    assert_all_back(vmem, &driver, &device, vec![handle]).await;
+    assert_all_back(vmem, &driver, &gpu, vec![handle]).await;
 }

@@ -1,0 +1,92 @@
+//! The library's end of the remote control: lines of text in, text out.
+//!
+//! Invariant: a line that is not understood is answered with `?`, and changes nothing. Called by `control` through one symbol.
+
+#![allow(unsafe_code)]
+
+use std::fmt::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::world::{CHANGED, Code, OpKind, World, world};
+
+/// Carries out the line at `text`, and writes the answer to `answer`. Returns its whole length.
+///
+/// # Safety
+///
+/// `text` is readable for `len` bytes, `answer` writable for `room`.
+#[unsafe(no_mangle)]
+#[allow(unreachable_pub, reason = "it is exported from the library, not from the crate")]
+pub unsafe extern "C" fn vmem_emulator_command(
+    text: *const u8,
+    len: usize,
+    answer: *mut u8,
+    room: usize,
+) -> usize {
+    // SAFETY: the caller promises it.
+    let text = unsafe { std::slice::from_raw_parts(text, len) };
+    let line = String::from_utf8_lossy(text).into_owned();
+    let reply = catch_unwind(AssertUnwindSafe(|| command(&line))).unwrap_or_else(|_| "?".into());
+    let part = reply.len().min(room);
+    // SAFETY: the caller promises `room` bytes there.
+    unsafe { std::ptr::copy_nonoverlapping(reply.as_ptr(), answer, part) };
+    reply.len()
+}
+
+fn command(line: &str) -> String {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let mut world = world();
+    let done = obey(&mut world, &words);
+    CHANGED.notify_all();
+    done.unwrap_or_else(|| "?".into())
+}
+
+fn obey(world: &mut World, words: &[&str]) -> Option<String> {
+    let number = |nth: usize| words.get(nth)?.parse::<u64>().ok();
+    let kind = |nth: usize| OpKind::parse(words.get(nth)?);
+    match *words.first()? {
+        "reset" => world.reset(),
+        "devices" => {
+            world.devices = number(1)? as i32;
+            world.initialized = false;
+        }
+        "memory" => world.total = number(1)?,
+        "others" => world.others = number(1)?,
+        "registered-max" => world.registered_max = number(1)?,
+        "queue-max" => world.queue_max = number(1)? as usize,
+        "delay" => drop(world.delays_us.insert(kind(1)?, number(2)?)),
+        "hold" => drop(world.gates.insert(kind(1)?, 0)),
+        "release" => *world.gates.get_mut(&kind(1)?)? += number(2)?,
+        "release-all" => world.gates.clear(),
+        "suppress" => world.suppress_host_functions = number(1)? != 0,
+        "fail" => {
+            let (function, nth) = (words.get(1)?.to_string(), number(2)?.max(1));
+            world.injected.push((function, nth, number(3)? as Code));
+        }
+        "sticky" => world.sticky = Some(number(1)? as Code).filter(|&code| code != 0),
+        "calls" => return Some(world.calls.get(words.get(1)?).copied().unwrap_or(0).to_string()),
+        "violations" => return Some(world.violations.join("\n")),
+        "counters" => return Some(counters(world)),
+        _ => return None,
+    }
+    Some("ok".into())
+}
+
+fn counters(world: &World) -> String {
+    let registered = world.pinned.values().filter(|pinned| !pinned.allocated);
+    let in_flight: u64 = world.streams.values().map(|stream| stream.submitted - stream.done).sum();
+    let live = [
+        ("device_bytes", world.used()),
+        ("allocations", world.allocations.len() as u64),
+        ("events", world.events.len() as u64),
+        ("streams", world.streams.values().filter(|stream| !stream.destroyed).count() as u64),
+        ("registrations", registered.count() as u64),
+        ("contexts", world.retained.values().sum::<i64>() as u64),
+        ("in_flight", in_flight),
+    ];
+    let mut text = String::new();
+    let counted = world.counters.iter().map(|(name, count)| (*name, *count));
+    for (name, count) in live.into_iter().chain(counted) {
+        let _ = writeln!(text, "{name} {count}");
+    }
+    text
+}

@@ -1,0 +1,348 @@
+//! The operations of a stream, and the thread that carries them out.
+//!
+//! Invariant: operations of one stream run one after the other, in order; each counts as done only after its effects. After a
+//! sticky error none has effects any more, and host functions are not called. Called by the symbols.
+
+use std::collections::VecDeque;
+use std::sync::{MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::races::{Access, Clock};
+use crate::raw::{HostFunction, HostMemory};
+use crate::world::{
+    CAPTURE_UNSUPPORTED, CHANGED, Code, ILLEGAL_ADDRESS, IN_HOST_FUNCTION, INVALID_HANDLE,
+    INVALID_VALUE, OK, OpKind, Reach, World, wait, world,
+};
+
+#[derive(Debug, Default)]
+pub(crate) struct Stream {
+    queue: VecDeque<Op>,
+    /// The host memory of the operation that runs.
+    running: Option<HostMemory>,
+    pub(crate) submitted: u64,
+    pub(crate) done: u64,
+    pub(crate) clock: Clock,
+    pub(crate) priority: i32,
+    pub(crate) flags: u32,
+    /// The mode of the capture that has begun on it.
+    pub(crate) capturing: Option<i32>,
+    /// Nobody has its handle any more.
+    pub(crate) destroyed: bool,
+}
+
+impl Stream {
+    pub(crate) fn host_memory(&self) -> impl Iterator<Item = HostMemory> + '_ {
+        self.queue.iter().filter_map(|op| op.work.host()).chain(self.running)
+    }
+}
+
+#[derive(Debug)]
+struct Op {
+    work: Work,
+    /// What its source held when it was issued, or that its destination was spoiled.
+    watched: Option<u64>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Work {
+    Up { to: u64, from: HostMemory },
+    Down { to: HostMemory, from: u64 },
+    Copy { to: u64, from: u64, len: u64 },
+    Fill { to: u64, pattern: Vec<u8>, len: u64 },
+    Kernel { name: &'static str, arguments: [u64; 4] },
+    HostFunction(HostFunction),
+    Record { event: u64 },
+    Wait { until: (u64, u64) },
+    Free { address: u64 },
+}
+
+impl Work {
+    fn kind(&self) -> OpKind {
+        match self {
+            Work::Up { .. } => OpKind::Up,
+            Work::Down { .. } => OpKind::Down,
+            Work::Copy { .. } | Work::Fill { .. } => OpKind::Within,
+            Work::Kernel { .. } => OpKind::Kernel,
+            Work::HostFunction(_) => OpKind::HostFunction,
+            Work::Record { .. } | Work::Wait { .. } | Work::Free { .. } => OpKind::Order,
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Work::Up { .. } => "a copy to the device",
+            Work::Down { .. } => "a copy from the device",
+            Work::Copy { .. } => "a copy within the device",
+            Work::Fill { .. } => "a fill",
+            Work::Kernel { name, .. } => name,
+            Work::HostFunction(_) => "a host function",
+            Work::Record { .. } | Work::Wait { .. } => "an event",
+            Work::Free { .. } => "a free",
+        }
+    }
+
+    fn host(&self) -> Option<HostMemory> {
+        match self {
+            Work::Up { from: memory, .. } | Work::Down { to: memory, .. } => Some(*memory),
+            _ => None,
+        }
+    }
+
+    /// What it does to device memory.
+    fn accesses(&self, world: &World) -> Vec<Access> {
+        let access =
+            |address: u64, len: u64, writes| Access { range: address..address + len, writes };
+        match *self {
+            Work::Up { to, from } => vec![access(to, from.len as u64, true)],
+            Work::Down { to, from } => vec![access(from, to.len as u64, false)],
+            Work::Copy { to, from, len } => vec![access(to, len, true), access(from, len, false)],
+            Work::Fill { to, len, .. } => vec![access(to, len, true)],
+            Work::Kernel { name, arguments: [a, b, c, _] } => match name {
+                "vmem_copy" | "vmem_slow_copy" => vec![access(a, c, true), access(b, c, false)],
+                _ => vec![access(a, b, true)],
+            },
+            Work::Free { address } => {
+                let len = world.allocations.get(&address).map_or(0, |allocation| allocation.len);
+                vec![access(address, len, true)]
+            }
+            Work::HostFunction(_) | Work::Record { .. } | Work::Wait { .. } => Vec::new(),
+        }
+    }
+}
+
+/// Puts a stream into the world and starts its thread.
+pub(crate) fn create(world: &mut World, handle: u64, flags: u32, priority: i32) {
+    let stream = Stream { flags, priority, ..Stream::default() };
+    world.streams.insert(handle, stream);
+    std::thread::spawn(move || run(handle));
+}
+
+/// Hands an operation to a stream; where the driver would block, so does this. Returns its count.
+pub(crate) fn submit(
+    mut guard: MutexGuard<'static, World>,
+    handle: u64,
+    work: Work,
+) -> Result<u64, Code> {
+    let reach = work.host().map_or(Reach::Pinned, |memory| guard.reach(memory));
+    if reach == Reach::Broken {
+        return Err(INVALID_VALUE);
+    }
+    loop {
+        let max = guard.queue_max;
+        let stream = guard.streams.get(&handle).ok_or(INVALID_HANDLE)?;
+        if stream.capturing.is_some() {
+            return Err(CAPTURE_UNSUPPORTED);
+        }
+        if stream.queue.len() < max {
+            break;
+        }
+        guard = wait(guard);
+    }
+    let watched = match (&work, reach) {
+        (Work::Up { from, .. }, Reach::Pinned) => Some(from.checksum()),
+        (Work::Down { to, .. }, Reach::Pinned) => {
+            to.scribble();
+            Some(0)
+        }
+        _ => None,
+    };
+    let (accesses, name) = (work.accesses(&guard), work.name());
+    let waited_for = match &work {
+        Work::Wait { until } => Some(*until),
+        _ => None,
+    };
+    let world = &mut *guard;
+    let Some(stream) = world.streams.get_mut(&handle) else { return Err(INVALID_HANDLE) };
+    stream.submitted += 1;
+    let count = stream.submitted;
+    stream.clock.join(&world.seen);
+    if let Some((other, count)) = waited_for {
+        let mut before = Clock::default();
+        before.set(other, count);
+        stream.clock.join(&before);
+    }
+    stream.clock.set(handle, count);
+    let clock = stream.clock.clone();
+    if let Work::Record { event } = &work
+        && let Some(event) = world.events.get_mut(event)
+    {
+        event.last = Some((handle, count));
+        event.clock = clock.clone();
+        event.at = None;
+    }
+    stream.queue.push_back(Op { work, watched });
+    let found = world.races.submit(handle, count, name, &accesses, &clock, &world.seen);
+    world.violations.extend(found);
+    CHANGED.notify_all();
+    if reach == Reach::Pageable {
+        guard.count("blocking_copies", 1);
+        while !guard.has_ended((handle, count)) {
+            guard = wait(guard);
+        }
+        let mut seen = Clock::default();
+        seen.set(handle, count);
+        guard.seen.join(&seen);
+        if let Some(code) = guard.sticky {
+            return Err(code);
+        }
+    }
+    Ok(count)
+}
+
+/// Waits until a stream has done all that it was given.
+pub(crate) fn synchronize(mut guard: MutexGuard<'static, World>, handle: u64) -> Code {
+    let Some(stream) = guard.streams.get(&handle) else { return INVALID_HANDLE };
+    let (last, clock) = (stream.submitted, stream.clock.clone());
+    while !guard.has_ended((handle, last)) {
+        if let Some(code) = guard.sticky {
+            return code;
+        }
+        guard = wait(guard);
+    }
+    guard.seen.join(&clock);
+    guard.sticky.unwrap_or(OK)
+}
+
+/// The thread of a stream.
+fn run(handle: u64) {
+    let mut guard = world();
+    loop {
+        let Some(stream) = guard.streams.get(&handle) else { return };
+        let Some(op) = stream.queue.front() else {
+            if stream.destroyed {
+                guard.streams.remove(&handle);
+                CHANGED.notify_all();
+                return;
+            }
+            guard = wait(guard);
+            continue;
+        };
+        let kind = op.work.kind();
+        let blocked = match &op.work {
+            Work::Wait { until } => !guard.has_ended(*until),
+            _ => guard.gates.get(&kind) == Some(&0),
+        };
+        if blocked && guard.sticky.is_none() {
+            guard = wait(guard);
+            continue;
+        }
+        if let Some(gate) = guard.gates.get_mut(&kind) {
+            *gate = gate.saturating_sub(1);
+        }
+        let delay = guard.delays_us.get(&kind).copied().unwrap_or(0);
+        let Some(stream) = guard.streams.get_mut(&handle) else { return };
+        let Some(op) = stream.queue.pop_front() else { continue };
+        stream.running = op.work.host();
+        drop(guard);
+        if delay > 0 {
+            std::thread::sleep(Duration::from_micros(delay));
+        }
+        let outcome = execute(handle, op);
+        guard = world();
+        if let Err(code) = outcome {
+            guard.sticky.get_or_insert(code);
+        }
+        if let Some(stream) = guard.streams.get_mut(&handle) {
+            stream.running = None;
+            stream.done += 1;
+        }
+        CHANGED.notify_all();
+    }
+}
+
+fn execute(handle: u64, op: Op) -> Result<(), Code> {
+    let mut guard = world();
+    if guard.sticky.is_some() {
+        return Ok(());
+    }
+    let place = |guard: &World, address, len| guard.find(address, len).ok_or(ILLEGAL_ADDRESS);
+    match op.work {
+        Work::Up { to, from } => {
+            let (allocation, at) = place(&guard, to, from.len as u64)?;
+            guard.count("copies_up", 1);
+            guard.count("bytes_up", from.len as u64);
+            drop(guard);
+            if op.watched.is_some_and(|before| before != from.checksum()) {
+                world().violation("the source of a copy to the device changed in flight".into());
+            }
+            let bytes = from.read();
+            lock(&allocation.bytes)[at..at + bytes.len()].copy_from_slice(&bytes);
+        }
+        Work::Down { to, from } => {
+            let (allocation, at) = place(&guard, from, to.len as u64)?;
+            guard.count("copies_down", 1);
+            guard.count("bytes_down", to.len as u64);
+            drop(guard);
+            if op.watched.is_some() && !to.is_scribbled() {
+                let text = "the destination of a copy from the device was used in flight";
+                world().violation(text.into());
+            }
+            let bytes = lock(&allocation.bytes)[at..at + to.len].to_vec();
+            to.write(&bytes);
+        }
+        Work::Copy { to, from, len } => {
+            let (source, from) = place(&guard, from, len)?;
+            let (target, to) = place(&guard, to, len)?;
+            drop(guard);
+            let bytes = lock(&source.bytes)[from..from + len as usize].to_vec();
+            lock(&target.bytes)[to..to + bytes.len()].copy_from_slice(&bytes);
+        }
+        Work::Fill { to, pattern, len } => {
+            let (target, to) = place(&guard, to, len)?;
+            drop(guard);
+            for part in lock(&target.bytes)[to..to + len as usize].chunks_mut(pattern.len()) {
+                part.copy_from_slice(&pattern[..part.len()]);
+            }
+        }
+        Work::Kernel { name, arguments: [a, b, c, _] } => {
+            guard.count("kernels", 1);
+            match name {
+                "vmem_copy" | "vmem_slow_copy" => {
+                    let (source, from) = place(&guard, b, c)?;
+                    let (target, to) = place(&guard, a, c)?;
+                    drop(guard);
+                    let bytes = lock(&source.bytes)[from..from + c as usize].to_vec();
+                    lock(&target.bytes)[to..to + bytes.len()].copy_from_slice(&bytes);
+                }
+                _ => {
+                    let (target, to) = place(&guard, a, b)?;
+                    drop(guard);
+                    for byte in &mut lock(&target.bytes)[to..to + b as usize] {
+                        *byte =
+                            if name == "vmem_fill" { c as u8 } else { byte.wrapping_add(c as u8) };
+                    }
+                }
+            }
+        }
+        Work::HostFunction(function) => {
+            if guard.suppress_host_functions {
+                guard.count("suppressed_host_functions", 1);
+                return Ok(());
+            }
+            guard.count("host_functions", 1);
+            drop(guard);
+            IN_HOST_FUNCTION.set(true);
+            function.call();
+            IN_HOST_FUNCTION.set(false);
+        }
+        Work::Record { event } => {
+            let count = guard.streams.get(&handle).map_or(0, |stream| stream.done + 1);
+            if let Some(event) = guard.events.get_mut(&event)
+                && event.last == Some((handle, count))
+            {
+                event.at = Some(Instant::now());
+            }
+        }
+        Work::Wait { .. } => {}
+        Work::Free { address } => {
+            if guard.allocations.remove(&address).is_none() {
+                guard.violation(format!("device memory {address:x} was freed twice"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,324 @@
+//! Everything that the driver knows.
+//!
+//! Invariant: one lock over all of it; what takes long (copies, host functions, delays) happens without it, on the
+//! threads of the streams, and `CHANGED` is rung after every change. Called by the symbols and the streams.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+
+use crate::races::{Clock, Races};
+use crate::raw::HostMemory;
+use crate::stream::Stream;
+
+/// The driver's results.
+pub(crate) type Code = i32;
+pub(crate) const OK: Code = 0;
+pub(crate) const INVALID_VALUE: Code = 1;
+pub(crate) const OUT_OF_MEMORY: Code = 2;
+pub(crate) const NOT_INITIALIZED: Code = 3;
+pub(crate) const INVALID_DEVICE_FUNCTION: Code = 98;
+pub(crate) const NO_DEVICE: Code = 100;
+pub(crate) const INVALID_DEVICE: Code = 101;
+pub(crate) const INVALID_CONTEXT: Code = 201;
+pub(crate) const INVALID_HANDLE: Code = 400;
+pub(crate) const NOT_FOUND: Code = 500;
+pub(crate) const NOT_READY: Code = 600;
+pub(crate) const ILLEGAL_ADDRESS: Code = 700;
+pub(crate) const ALREADY_REGISTERED: Code = 712;
+pub(crate) const NOT_REGISTERED: Code = 713;
+pub(crate) const NOT_PERMITTED: Code = 800;
+pub(crate) const CAPTURE_UNSUPPORTED: Code = 900;
+pub(crate) const UNKNOWN: Code = 999;
+
+/// The stream that is there without being made.
+pub(crate) const DEFAULT_STREAM: u64 = 0;
+/// The threads' own streams are numbered from here.
+pub(crate) const PER_THREAD: u64 = 1 << 40;
+/// Where device memory begins: addresses of it lead nowhere on the host.
+const DEVICE_BASE: u64 = 0x0dea_0000_0000;
+/// Between two allocations, so that who runs over the end of one hits none.
+const GUARD: u64 = 4096;
+const GARBAGE: u8 = 0xC7;
+
+pub(crate) static CHANGED: Condvar = Condvar::new();
+static WORLD: LazyLock<Mutex<World>> = LazyLock::new(|| Mutex::new(World::new()));
+
+thread_local! {
+    /// The stack of current contexts of this thread.
+    pub(crate) static CURRENT: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
+    /// Whether a host function runs on this thread: it may not call the driver.
+    pub(crate) static IN_HOST_FUNCTION: Cell<bool> = const { Cell::new(false) };
+    /// The capture mode of this thread: 0 global, 1 thread-local, 2 relaxed.
+    pub(crate) static CAPTURE_MODE: Cell<i32> = const { Cell::new(0) };
+}
+
+/// The world, locked.
+pub(crate) fn world() -> MutexGuard<'static, World> {
+    WORLD.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits until something has changed.
+pub(crate) fn wait(world: MutexGuard<'static, World>) -> MutexGuard<'static, World> {
+    CHANGED.wait(world).unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What kind of operation it is, for delays and gates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum OpKind {
+    Up,
+    Down,
+    /// Copies within the device, and fills.
+    Within,
+    Kernel,
+    HostFunction,
+    /// Events: never held.
+    Order,
+}
+
+impl OpKind {
+    pub(crate) fn parse(word: &str) -> Option<Self> {
+        Some(match word {
+            "up" => OpKind::Up,
+            "down" => OpKind::Down,
+            "within" => OpKind::Within,
+            "kernel" => OpKind::Kernel,
+            "host" => OpKind::HostFunction,
+            _ => return None,
+        })
+    }
+}
+
+/// Device memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Allocation {
+    pub(crate) len: u64,
+    pub(crate) bytes: Arc<Mutex<Vec<u8>>>,
+}
+
+/// Host memory that the device reaches directly.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pinned {
+    pub(crate) memory: HostMemory,
+    /// Allocated by the driver, not registered.
+    pub(crate) allocated: bool,
+}
+
+/// How some host memory lies to what is pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reach {
+    Pinned,
+    Pageable,
+    /// Across a border.
+    Broken,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Event {
+    /// The stream and the count of the last record.
+    pub(crate) last: Option<(u64, u64)>,
+    pub(crate) clock: Clock,
+    pub(crate) at: Option<std::time::Instant>,
+}
+
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) initialized: bool,
+    pub(crate) devices: i32,
+    pub(crate) total: u64,
+    /// What other processes have taken.
+    pub(crate) others: u64,
+    pub(crate) registered_max: u64,
+    pub(crate) queue_max: usize,
+    pub(crate) suppress_host_functions: bool,
+    pub(crate) delays_us: HashMap<OpKind, u64>,
+    /// How many operations of a kind may still run, where they are held.
+    pub(crate) gates: HashMap<OpKind, u64>,
+    /// Function, how many calls from now, result.
+    pub(crate) injected: Vec<(String, u64, Code)>,
+    pub(crate) sticky: Option<Code>,
+    pub(crate) retained: HashMap<u64, i64>,
+    pub(crate) allocations: BTreeMap<u64, Allocation>,
+    pub(crate) pinned: BTreeMap<usize, Pinned>,
+    pub(crate) streams: HashMap<u64, Stream>,
+    pub(crate) events: HashMap<u64, Event>,
+    /// The entries of each module, and what a function is called.
+    pub(crate) modules: HashMap<u64, Vec<String>>,
+    pub(crate) functions: HashMap<u64, String>,
+    pub(crate) races: Races,
+    /// What the host saw end.
+    pub(crate) seen: Clock,
+    pub(crate) violations: Vec<String>,
+    pub(crate) calls: HashMap<&'static str, u64>,
+    pub(crate) counters: BTreeMap<&'static str, u64>,
+    next_address: u64,
+    next_handle: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        World {
+            initialized: false,
+            devices: 1,
+            total: 256 << 20,
+            others: 0,
+            registered_max: u64::MAX,
+            queue_max: 1024,
+            suppress_host_functions: false,
+            delays_us: HashMap::new(),
+            gates: HashMap::new(),
+            injected: Vec::new(),
+            sticky: None,
+            retained: HashMap::new(),
+            allocations: BTreeMap::new(),
+            pinned: BTreeMap::new(),
+            streams: HashMap::new(),
+            events: HashMap::new(),
+            modules: HashMap::new(),
+            functions: HashMap::new(),
+            races: Races::default(),
+            seen: Clock::default(),
+            violations: Vec::new(),
+            calls: HashMap::new(),
+            counters: BTreeMap::new(),
+            next_address: DEVICE_BASE,
+            next_handle: 0x5000,
+        }
+    }
+
+    /// As it was at first: what an owner could not give up, after an error that sticks, is forgotten.
+    pub(crate) fn reset(&mut self) {
+        self.allocations.clear();
+        self.events.clear();
+        self.retained.clear();
+        self.pinned.retain(|_, pinned| pinned.allocated);
+        for (&handle, stream) in &mut self.streams {
+            // The null stream and the threads' own have no owner.
+            stream.destroyed |= handle != DEFAULT_STREAM && handle < PER_THREAD;
+        }
+        let fresh = World::new();
+        self.devices = fresh.devices;
+        self.total = fresh.total;
+        self.others = fresh.others;
+        self.registered_max = fresh.registered_max;
+        self.queue_max = fresh.queue_max;
+        self.suppress_host_functions = false;
+        self.delays_us.clear();
+        self.gates.clear();
+        self.injected.clear();
+        self.sticky = None;
+        self.violations.clear();
+        self.calls.clear();
+        self.counters.clear();
+        CHANGED.notify_all();
+    }
+
+    pub(crate) fn handle(&mut self) -> u64 {
+        self.next_handle += 1;
+        self.next_handle
+    }
+
+    pub(crate) fn count(&mut self, what: &'static str, n: u64) {
+        *self.counters.entry(what).or_default() += n;
+    }
+
+    pub(crate) fn violation(&mut self, text: String) {
+        self.violations.push(text);
+    }
+
+    // ---- Memory ------------------------------------------------------------------------------
+
+    pub(crate) fn used(&self) -> u64 {
+        self.allocations.values().map(|allocation| allocation.len).sum()
+    }
+
+    pub(crate) fn free_bytes(&self) -> u64 {
+        self.total.saturating_sub(self.used()).saturating_sub(self.others)
+    }
+
+    pub(crate) fn allocate(&mut self, len: u64) -> Result<u64, Code> {
+        if len == 0 {
+            return Err(INVALID_VALUE);
+        }
+        if len > self.free_bytes() {
+            return Err(OUT_OF_MEMORY);
+        }
+        let address = self.next_address;
+        self.next_address += len.next_multiple_of(512) + GUARD;
+        let bytes = Arc::new(Mutex::new(vec![GARBAGE; len as usize]));
+        self.allocations.insert(address, Allocation { len, bytes });
+        Ok(address)
+    }
+
+    /// The allocation that holds all of this range, and where in it the range begins.
+    pub(crate) fn find(&self, address: u64, len: u64) -> Option<(Allocation, usize)> {
+        let (&start, allocation) = self.allocations.range(..=address).next_back()?;
+        let offset = address - start;
+        (offset.checked_add(len)? <= allocation.len).then(|| (allocation.clone(), offset as usize))
+    }
+
+    pub(crate) fn reach(&self, memory: HostMemory) -> Reach {
+        let end = memory.address + memory.len;
+        let mut touched = self.pinned.values().filter(|pinned| {
+            let other = pinned.memory;
+            other.address < end && memory.address < other.address + other.len
+        });
+        match (touched.next(), touched.next()) {
+            (None, _) => Reach::Pageable,
+            (Some(one), None)
+                if one.memory.address <= memory.address
+                    && end <= one.memory.address + one.memory.len =>
+            {
+                Reach::Pinned
+            }
+            _ => Reach::Broken,
+        }
+    }
+
+    /// Makes host memory pinned.
+    pub(crate) fn pin(&mut self, memory: HostMemory, allocated: bool) -> Code {
+        if memory.len == 0 || memory.address == 0 {
+            return INVALID_VALUE;
+        }
+        if self.reach(memory) != Reach::Pageable {
+            return ALREADY_REGISTERED;
+        }
+        let registered: u64 = self.pinned.values().map(|pinned| pinned.memory.len as u64).sum();
+        if registered + memory.len as u64 > self.registered_max {
+            return OUT_OF_MEMORY;
+        }
+        self.pinned.insert(memory.address, Pinned { memory, allocated });
+        OK
+    }
+
+    /// Whether an operation that has not ended uses this host memory.
+    pub(crate) fn is_in_flight(&self, memory: HostMemory) -> bool {
+        let end = memory.address + memory.len;
+        self.streams
+            .values()
+            .flat_map(Stream::host_memory)
+            .any(|used| used.address < end && memory.address < used.address + used.len)
+    }
+
+    // ---- Order -------------------------------------------------------------------------------
+
+    /// Whether operation `count` of a stream has ended; those of streams that are gone have.
+    pub(crate) fn has_ended(&self, (stream, count): (u64, u64)) -> bool {
+        self.streams.get(&stream).is_none_or(|stream| stream.done >= count)
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.streams.values().all(|stream| stream.done == stream.submitted)
+    }
+}
+
+/// Waits until nothing is in flight, and says so if something was.
+pub(crate) fn drain(mut guard: MutexGuard<'static, World>) -> MutexGuard<'static, World> {
+    if !guard.is_idle() {
+        guard.count("implicit_synchronisations", 1);
+    }
+    while !guard.is_idle() && guard.sticky.is_none() {
+        guard = wait(guard);
+    }
+    guard
+}
