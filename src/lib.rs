@@ -32,6 +32,12 @@
 
 pub use vmem_core::*;
 
+/// Objects for kernels: leases on streams of cudarc's, whose types are re-exported.
+pub mod gpu {
+    pub use cudarc;
+    pub use vmem_gpu::{DeviceLease, DeviceLeaseMut, VramExt};
+}
+
 use vmem_core::backend::Backends;
 
 /// Opens a store on this machine, inside a tokio runtime whose timer is enabled.

@@ -19,6 +19,8 @@ pub use crate::disk::{
 
 pub use crate::host::StagingMemory;
 
+pub use crate::vmem::{VramChange, VramHold};
+
 use crate::capabilities::Capabilities;
 
 /// The parts of a store.

@@ -30,6 +30,8 @@ pub enum MigrationCause {
     Demote,
     /// Room was needed.
     Evict,
+    /// A kernel has written it.
+    Kernel,
     /// Written ahead of need; the faster copy stays.
     WriteBack,
     /// `flush`.
@@ -44,6 +46,7 @@ impl fmt::Display for MigrationCause {
             MigrationCause::Prefetch => "prefetch",
             MigrationCause::Demote => "demote",
             MigrationCause::Evict => "evict",
+            MigrationCause::Kernel => "kernel",
             MigrationCause::WriteBack => "write-back",
             MigrationCause::Flush => "flush",
         })

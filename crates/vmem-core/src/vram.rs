@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use crate::device::{DeviceBackend, DeviceRange, DeviceUsage};
 use crate::error::VirtualMemoryError;
 use crate::host_queue::Class;
+use crate::object::{GatePass, VramUse};
 use crate::pins::PinBudget;
 use crate::policy::{Pick, Policy, Probe, Token};
 use crate::shared::Shared;
@@ -180,6 +181,35 @@ impl Vram {
             }
             if !self.evict(shared, class) {
                 return None;
+            }
+        }
+    }
+
+    /// The object's device memory, once nobody else uses it: its holder may write to it.
+    ///
+    /// # Errors
+    ///
+    /// `AllPinned` or `TimedOut` at the deadline, `Closed`.
+    pub(crate) async fn until_idle(
+        &self,
+        pass: &GatePass,
+        asked: Instant,
+        deadline: Instant,
+    ) -> Result<VramUse, VirtualMemoryError> {
+        let object = pass.object();
+        let _waiting = Waiting::on(&self.bell);
+        loop {
+            let freed = self.bell.freed.notified();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
+            if object.shared.is_closed() {
+                return Err(VirtualMemoryError::Closed);
+            }
+            if let Some(range) = object.claim_vram(pass) {
+                return Ok(range);
+            }
+            if tokio::time::timeout_at(deadline, freed).await.is_err() {
+                return Err(self.late(self.backend.footprint(object.len), asked));
             }
         }
     }

@@ -13,7 +13,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::Thread;
 
 use bytes::Bytes;
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DriverError, result, sys};
 use futures::channel::oneshot;
 use parking_lot::Mutex;
 use vmem_core::backend::{DeviceError, DeviceRange, IoBuf, StagingMemory};
@@ -110,6 +110,22 @@ impl Card {
         }
     }
 
+    /// Whether a stream belongs to this context.
+    pub(crate) fn has(&self, stream: &CudaStream) -> bool {
+        stream.context().cu_ctx() == self.context.cu_ctx()
+    }
+
+    /// Does something in the context on a thread that is not ours, which afterwards has the context that it had.
+    pub(crate) fn visit<T>(&self, work: impl FnOnce() -> T) -> Result<T, DriverError> {
+        let mut before = std::ptr::null_mut();
+        // SAFETY: the context is retained, and is popped below.
+        unsafe { sys::cuCtxPushCurrent_v2(self.context.cu_ctx()) }.result()?;
+        let done = work();
+        // SAFETY: a place for what was pushed above.
+        unsafe { sys::cuCtxPopCurrent_v2(&mut before) }.result()?;
+        Ok(done)
+    }
+
     pub(crate) fn base(&self) -> u64 {
         self.base
     }
@@ -147,9 +163,19 @@ impl Card {
 }
 
 impl Drop for Card {
-    /// On the thread of the last stream; all its copies have ended.
+    /// With the last stream or the last lease; all copies have ended.
     fn drop(&mut self) {
-        if let Some(memory) = self.staging.get_mut().take() {
+        let staging = self.staging.get_mut().take();
+        let freed = self.visit(|| self.free(staging));
+        if let Err(error) = freed.and_then(|freed| freed) {
+            tracing::warn!(target: "vmem::gpu", "{}", told("freeing device memory", error));
+        }
+    }
+}
+
+impl Card {
+    fn free(&self, staging: Option<StagingMemory>) -> Result<(), DriverError> {
+        if let Some(memory) = staging {
             let address = std::ptr::with_exposed_provenance_mut(memory.address());
             // SAFETY: it was registered, and no copy uses it any more.
             if unsafe { sys::cuMemHostUnregister(address) }.result().is_err() {
@@ -157,10 +183,8 @@ impl Drop for Card {
                 std::mem::forget(memory);
             }
         }
-        // SAFETY: it was allocated once, is freed here alone, and no copy uses it any more.
-        if let Err(error) = unsafe { result::free_sync(self.base) } {
-            tracing::warn!(target: "vmem::gpu", "{}", told("freeing device memory", error));
-        }
+        // SAFETY: it was allocated once, is freed here alone, and no copy uses it any more; the driver waits for kernels.
+        unsafe { result::free_sync(self.base) }
     }
 }
 
@@ -327,21 +351,8 @@ impl CopyStream {
             None => self.card.context.new_event(None)?,
         };
         event.record(&self.stream)?;
-        let told = self.notices.wait(&event).and_then(|()| {
-            let bell: *const Bell = self.bell;
-            // SAFETY: the function takes the bell that is never freed.
-            unsafe {
-                result::stream::launch_host_function(
-                    self.notices.cu_stream(),
-                    ring,
-                    bell.cast_mut().cast(),
-                )
-            }
-        });
-        if let Err(error) = told {
-            // The watchdog sees it all the same.
-            tracing::warn!(target: "vmem::gpu", "{}", crate::card::told("asking for a notice", error));
-        }
+        // Without it the watchdog sees its end all the same.
+        ask_for_notice(&self.notices, &event, self.bell);
         Ok(event)
     }
 
@@ -349,6 +360,89 @@ impl CopyStream {
     pub(crate) fn drain(&self) {
         let _ = self.stream.synchronize();
     }
+}
+
+/// Streams on which the ends of foreign work are told, so that little waits behind a slow kernel.
+const NOTICE_STREAMS: usize = 4;
+
+/// Has a bell rung when events on streams of others have passed.
+pub(crate) struct Notices {
+    streams: Vec<Arc<CudaStream>>,
+    next: usize,
+    bell: &'static Bell,
+}
+
+impl Notices {
+    /// On the thread that uses it, bound to the context.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn new(card: &Card, bell: Arc<Bell>) -> Result<Self, DriverError> {
+        let streams =
+            (0..NOTICE_STREAMS).map(|_| card.context.new_stream()).collect::<Result<_, _>>()?;
+        // SAFETY: the count is never given back: a host function may come late, or after everything else.
+        let bell = unsafe { &*Arc::into_raw(bell) };
+        Ok(Notices { streams, next: 0, bell })
+    }
+
+    /// Has the bell rung behind this event. If the driver refuses, whoever waits has to look for himself.
+    pub(crate) fn ask(&mut self, event: &CudaEvent) {
+        self.next = (self.next + 1) % self.streams.len();
+        ask_for_notice(&self.streams[self.next], event, self.bell);
+    }
+}
+
+fn ask_for_notice(stream: &CudaStream, event: &CudaEvent, bell: &'static Bell) {
+    let told = stream.wait(event).and_then(|()| {
+        let bell: *const Bell = bell;
+        // SAFETY: the function takes the bell that is never freed.
+        unsafe {
+            result::stream::launch_host_function(stream.cu_stream(), ring, bell.cast_mut().cast())
+        }
+    });
+    if let Err(error) = told {
+        tracing::warn!(target: "vmem::gpu", "{}", crate::card::told("asking for a notice", error));
+    }
+}
+
+/// Whether a graph is being captured on a stream. On a thread that has its context.
+///
+/// # Errors
+///
+/// What the driver says.
+pub(crate) fn is_capturing(stream: &CudaStream) -> Result<bool, DriverError> {
+    // SAFETY: the stream is alive.
+    let status = unsafe { result::stream::is_capturing(stream.cu_stream()) }?;
+    Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
+/// The handle that means each thread's own stream.
+pub(crate) fn is_per_thread(stream: &CudaStream) -> bool {
+    stream.cu_stream().addr() == 2
+}
+
+/// Memory of the tier as a slice of cudarc's, for views. It must be leaked, never dropped.
+///
+/// # Errors
+///
+/// What the driver says.
+pub(crate) fn slice_of(
+    stream: &Arc<CudaStream>,
+    range: Option<&DeviceRange>,
+) -> Result<ManuallyDrop<CudaSlice<u8>>, DriverError> {
+    // The slice makes events of its own, and panics where it cannot: whether it can is seen here.
+    drop(stream.context().new_event(None)?);
+    let (address, len) = range.map_or((0, 0), |range| (range.address(), range.len()));
+    // SAFETY: the range is that long and alive for as long as the lease; the slice is never dropped, so that it
+    // does not free what is not its own.
+    Ok(ManuallyDrop::new(unsafe { stream.upgrade_device_ptr(address, len) }))
+}
+
+/// Ends a slice of `slice_of`, which frees nothing. Once.
+pub(crate) fn leak(slice: &mut ManuallyDrop<CudaSlice<u8>>) {
+    // SAFETY: its one caller is the end of a lease, which uses it no more.
+    unsafe { ManuallyDrop::take(slice) }.leak();
 }
 
 const INVALID: DriverError = DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE);

@@ -19,7 +19,7 @@ use vmem_core::backend::DeviceError;
 use crate::card::{Batch, Bell, Card, CopyStream, Work, told};
 
 /// How long a lost notice goes unnoticed.
-const WATCHDOG: Duration = Duration::from_millis(100);
+pub(crate) const WATCHDOG: Duration = Duration::from_millis(100);
 /// Operations that are handed to the driver before it is looked for their ends: fewer than its launch queue holds.
 const BATCH_MAX: usize = 256;
 /// Batches in flight.

@@ -8,12 +8,16 @@
 //! - `probe`: whether there is a driver with everything that is needed, found out without calling it.
 //! - `card`: all unsafe code: the context, the memory, streams, events, copies and who owns what they touch.
 //! - `lane`: a thread for each direction, which hands copies to the driver and waits for their events.
+//! - `watch`: a thread that waits for the kernels of users.
+//! - `lease`: objects for kernels, on streams of the user.
 //! - `tier`: the ledger of device memory, and what the core calls.
 
 mod card;
 mod lane;
+mod lease;
 mod probe;
 mod tier;
+mod watch;
 
 use std::sync::Arc;
 
@@ -21,6 +25,7 @@ use vmem_core::backend::DeviceBackend;
 use vmem_core::{GpuSelection, MemoryTier, VirtualMemoryError};
 
 use crate::card::Listed;
+pub use crate::lease::{DeviceLease, DeviceLeaseMut, VramExt};
 pub use crate::tier::CudaTier;
 
 /// What was found.

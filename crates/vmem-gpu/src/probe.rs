@@ -17,7 +17,7 @@ const NAMES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 const NAMES: [&str; 1] = ["nvcuda.dll"];
 
 /// Every function of the driver that this crate reaches, through cudarc or directly.
-const FUNCTIONS: [&str; 36] = [
+const FUNCTIONS: [&str; 37] = [
     "cuCtxGetCurrent",
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
@@ -51,6 +51,7 @@ const FUNCTIONS: [&str; 36] = [
     "cuMemsetD8Async",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
+    "cuStreamIsCapturing",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
     "cuThreadExchangeStreamCaptureMode",

@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
+use cudarc::driver::CudaEvent;
 use futures::FutureExt;
 use futures::channel::oneshot;
 use futures::executor::block_on;
@@ -17,8 +18,11 @@ use vmem_core::backend::{
     RangeOwner, StagingMemory,
 };
 
+use vmem_core::{MemoryTier, VirtualMemoryError};
+
 use crate::card::{Card, UNIT, Work};
 use crate::lane::{Lane, Lost};
+use crate::watch::{Keep, Watch};
 
 /// What is copied to see whether copying works, in bytes.
 const TRIAL_BYTES: usize = 4096;
@@ -33,6 +37,7 @@ pub struct CudaTier {
     inner: Arc<Inner>,
     up: Lane,
     down: Lane,
+    watch: Watch,
     lost: Lost,
     described: Arc<str>,
 }
@@ -58,13 +63,36 @@ impl CudaTier {
         let lost = Lost::default();
         let up = Lane::start("vmem-gpu-up", card.clone(), lost.clone())?;
         let down = Lane::start("vmem-gpu-down", card.clone(), lost.clone())?;
+        let watch = Watch::start(card.clone(), lost.clone())?;
         let ledger = RangeLedger::new(card.capacity(), UNIT);
         let described = format!("{name} (device {ordinal}), {} bytes", card.capacity()).into();
         let inner = Inner { base: card.base(), ledger: Mutex::new(ledger), freed: OnceLock::new() };
         let (inner, card) = (Arc::new(inner), Mutex::new(Some(card)));
-        let tier = Arc::new(CudaTier { card, inner, up, down, lost, described });
+        let tier = Arc::new(CudaTier { card, inner, up, down, watch, lost, described });
         tier.try_it()?;
         Ok(tier)
+    }
+
+    /// The context and its memory.
+    ///
+    /// # Errors
+    ///
+    /// `Closed`; `TierNotAvailable` if the device is lost.
+    pub(crate) fn card(&self) -> Result<Arc<Card>, VirtualMemoryError> {
+        if let Some(reason) = self.lost.get() {
+            let (tier, reason) = (MemoryTier::Vram, reason.clone());
+            return Err(VirtualMemoryError::TierNotAvailable { tier, reason });
+        }
+        self.card.lock().clone().ok_or(VirtualMemoryError::Closed)
+    }
+
+    /// Keeps `keep` until the event has passed.
+    pub(crate) fn watch(
+        &self,
+        event: CudaEvent,
+        keep: Keep,
+    ) -> oneshot::Receiver<Result<(), DeviceError>> {
+        self.watch.submit(event, keep)
     }
 
     /// Copies some bytes up and down again.
@@ -160,7 +188,8 @@ impl DeviceBackend for CudaTier {
         self.card.lock().take();
         self.up.close();
         self.down.close();
-        let ended = futures::future::join(self.up.ended(), self.down.ended());
+        self.watch.close();
+        let ended = futures::future::join3(self.up.ended(), self.down.ended(), self.watch.ended());
         async move {
             let late = tokio::time::timeout(LAST_COPIES, ended).await;
             late.map(drop).map_err(|_| DeviceError::Failed {

@@ -40,9 +40,9 @@ fn run_child(libraries: &Path, expected: &str) {
 /// A library that this process has loaded, for want of a smaller one.
 fn some_library() -> String {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    let path = maps.lines().filter_map(|line| line.split_whitespace().nth(5));
-    path.filter(|path| path.contains("libgcc_s") || path.contains("libc.so"))
-        .next()
+    let mut paths = maps.lines().filter_map(|line| line.split_whitespace().nth(5));
+    paths
+        .find(|path| path.contains("libgcc_s") || path.contains("libc.so"))
         .expect("a test is linked dynamically")
         .to_owned()
 }

@@ -15,15 +15,15 @@ use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::{Ended, spawn_named};
+use crate::device::{DeviceAnswer, DeviceError};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::host_queue::Class;
-use crate::migrate::{self, Fetch, Raise};
+use crate::migrate::{self, Changed, Fetch, Raise};
 use crate::object::{Object, WeakFlight};
 use crate::tier::MemoryTier;
 
 /// A migration that somebody asked for.
-#[derive(Debug)]
 pub(crate) enum Request {
     /// The bytes of one object; everybody who joined the flight gets them.
     Fetch {
@@ -39,6 +39,8 @@ pub(crate) enum Request {
         deadline: Instant,
         reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
     },
+    /// What a kernel wrote becomes the current version, once it is `ready`.
+    Finish { change: Changed, ready: DeviceAnswer<Result<(), DeviceError>> },
     /// Objects to a faster tier ahead of need, in this order.
     Prefetch {
         objects: Vec<Arc<Object>>,
@@ -78,7 +80,7 @@ impl Request {
     pub(super) fn kind(&self) -> Ended {
         match self {
             Request::Fetch { job, .. } if job.class == Class::Prefetch => Ended::Ahead,
-            Request::Fetch { .. } | Request::Move { .. } => Ended::Demand,
+            Request::Fetch { .. } | Request::Move { .. } | Request::Finish { .. } => Ended::Demand,
             Request::Prefetch { .. } => Ended::Ahead,
         }
     }
@@ -91,6 +93,7 @@ impl Request {
             Request::Move { what: Move::Lower, .. } => "vmem-demote",
             Request::Move { what: Move::Down, .. } => "vmem-demote",
             Request::Move { what: Move::Flush, .. } => "vmem-flush",
+            Request::Finish { .. } => "vmem-finish",
             Request::Prefetch { .. } => "vmem-prefetch",
         }
     }
@@ -131,6 +134,7 @@ impl Request {
                 };
                 drop(reply.send(outcome));
             }
+            Request::Finish { change, ready } => change.finish(ready).await,
             Request::Prefetch { objects, to, asked, deadline, mut end } => {
                 let outcome = tokio::select! {
                     biased;
@@ -150,6 +154,7 @@ impl Request {
                 drop(reply.send(Err(error)));
             }
             Request::Move { reply, .. } => drop(reply.send(Err(error))),
+            Request::Finish { change, .. } => drop(change),
             Request::Prefetch { end, .. } => drop(end.reply.send(Err(error))),
         }
     }

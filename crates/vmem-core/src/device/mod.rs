@@ -7,6 +7,7 @@
 
 mod ledger;
 
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ pub type DeviceAnswer<T> = BoxFuture<'static, T>;
 ///
 /// Every method may be called from any task, and none blocks it. Futures may be dropped at any point: the
 /// operation then goes on, and what it owns is released when it ends.
-pub trait DeviceBackend: fmt::Debug + Send + Sync + 'static {
+pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
     /// Takes memory for `len` bytes, within the budget; none if there is none in one piece now. What was
     /// in it before is still there: it is for the caller never to show it.
     fn reserve(&self, len: usize) -> Option<DeviceRange>;

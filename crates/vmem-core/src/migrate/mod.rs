@@ -4,6 +4,7 @@
 //! way out of it, an error or a cancel too, gives it back; nothing is visible to readers before
 //! the one step that publishes. Spawned by the actor alone.
 
+mod changed;
 mod down;
 mod link;
 mod load;
@@ -15,6 +16,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::Span;
 
+pub(crate) use changed::Changed;
 pub(crate) use down::{Down, Victim, demote, flush, move_room_down, settle, write_down};
 pub(crate) use link::Link;
 pub(crate) use load::load;

@@ -7,7 +7,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{GatePass, Inner, Object};
+use bytes::Bytes;
+
+use super::{DiskMap, GatePass, Inner, Object};
+use crate::copy::{Found, OwnedCopy};
 use crate::device::DeviceRange;
 use crate::policy::Token;
 use crate::shared::Shared;
@@ -48,6 +51,13 @@ impl Inner {
     /// The version has changed: a copy of the one before is no use. What it leaves is for
     /// `Object::left_vram`, where no lock is held.
     pub(super) fn outdate_vram(&mut self, keep_room: bool) -> Option<Box<InVram>> {
+        // What a kernel wrote is what is being published.
+        if self.pending {
+            if let Some(in_vram) = &mut self.vram {
+                in_vram.valid = true;
+            }
+            return None;
+        }
         let in_vram = self.vram.as_mut()?;
         in_vram.valid = false;
         let mine = Arc::strong_count(&in_vram.range) == 1;
@@ -146,6 +156,63 @@ impl Object {
         }
         stats::sub(&self.shared.counters.vram_objects, 1);
         drop(range);
+    }
+
+    // ---- Changes by kernels ------------------------------------------------------------------
+
+    /// The current copy, or the room, in device memory for somebody who will write to it: from now on it is
+    /// not the current version. None if somebody else uses it.
+    pub(crate) fn claim_vram(&self, _pass: &GatePass) -> Option<VramUse> {
+        let mut inner = self.inner.lock();
+        let in_vram = inner.vram.as_mut()?;
+        if Arc::strong_count(&in_vram.range) > 1 {
+            return None;
+        }
+        in_vram.valid = false;
+        Some(VramUse { range: Some(in_vram.range.clone()), shared: self.shared.clone() })
+    }
+
+    /// Hides the version that is in host memory or on disk until what a kernel wrote is published, or was given up.
+    /// Whoever reads already goes on. Returns the host copy.
+    pub(crate) fn begin_pending(&self, _pass: &GatePass) -> Option<Bytes> {
+        let before = self.standing();
+        let old = match self.copy.acquire(&self.shared.copies) {
+            Found::Copy(guard) => Some(guard.into_bytes()),
+            Found::Locked | Found::Nothing => None,
+        };
+        let flight = {
+            let mut inner = self.inner.lock();
+            inner.pending = true;
+            self.copy.detach(&self.shared.copies);
+            // A read that comes now does not join one of the version before.
+            inner.flight.take()
+        };
+        drop(flight);
+        self.leave_policy();
+        self.count_change(before);
+        if self.has_spare() {
+            self.enter_policy();
+        }
+        old
+    }
+
+    /// What a kernel wrote is the current version: in device memory, and here in host memory.
+    pub(crate) fn publish_changed(self: &Arc<Self>, pass: &GatePass, copy: OwnedCopy) {
+        self.publish(pass, Some(copy), DiskMap::clear);
+        self.inner.lock().pending = false;
+    }
+
+    /// Whether what a kernel wrote is on its way.
+    pub(crate) fn is_pending(&self) -> bool {
+        self.inner.lock().pending
+    }
+
+    /// The version before is the current one again; `old` is its host copy if it had one.
+    pub(crate) fn give_up_pending(self: &Arc<Self>, pass: &GatePass, old: Option<OwnedCopy>) {
+        if let Some(old) = old {
+            self.publish_fetched(pass, old);
+        }
+        self.inner.lock().pending = false;
     }
 
     // ---- Pins ------------------------------------------------------------------------------

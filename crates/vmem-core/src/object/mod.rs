@@ -110,6 +110,8 @@ struct Inner {
     spare: Option<OwnedCopy>,
     disk: DiskMap,
     vram: Option<Box<in_vram::InVram>>,
+    /// A kernel has written a new version, which is on its way: whoever reads waits for it.
+    pending: bool,
     /// The read in flight that a reader who comes now may join.
     flight: WeakFlight,
     /// The damage that was found, until the next write of the whole object.
@@ -252,7 +254,8 @@ impl Object {
     /// of a dead object either: its map may have been given back, and an empty one reads as zeros.
     pub(crate) fn cold_version(&self) -> Option<Version> {
         let inner = self.inner.lock();
-        let cold = !self.copy.is_some() && inner.spare.is_none() && !self.is_dead();
+        let held = self.copy.is_some() || inner.spare.is_some() || inner.pending;
+        let cold = !held && !self.is_dead();
         cold.then(|| Version { disk: inner.disk.clone(), vram: self.vram_share(&inner) })
     }
 

@@ -4,6 +4,7 @@
 //! other than through a guard that the future owns; so dropping it gives everything back. Each
 //! method checks, in this order: closed, a handle of ours, alive, its arguments.
 
+mod lease;
 mod named;
 mod place;
 mod read;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use futures::Stream;
 use tokio::sync::watch;
 
+pub use lease::{VramChange, VramHold};
 pub use named::NamedEntry;
 pub use place::{PinGuard, Prefetch};
 pub use residency::Residency;

@@ -119,7 +119,7 @@ impl VirtualMemory {
         named.and(first_error.map_or(Ok(()), Err))
     }
 
-    async fn ask(&self, object: &Arc<Object>, what: Move) -> Result<()> {
+    pub(super) async fn ask(&self, object: &Arc<Object>, what: Move) -> Result<()> {
         let (reply, answer) = oneshot::channel();
         let (asked, deadline) = (Instant::now(), self.shared.deadline());
         let object = object.clone();
@@ -285,7 +285,7 @@ impl VirtualMemory {
     }
 
     /// Charges one pin, as soon as `max_pinned` allows it.
-    async fn charge_pin(
+    pub(super) async fn charge_pin(
         &self,
         object: &Arc<Object>,
         tier: MemoryTier,
@@ -344,7 +344,7 @@ fn count_pin(pass: &GatePass, tier: MemoryTier, charge: &mut Option<Charge>) -> 
 }
 
 /// Hands a request to the actor for which nobody waits.
-fn send_now(shared: &Arc<Shared>, request: Request) {
+pub(super) fn send_now(shared: &Arc<Shared>, request: Request) {
     if let Err(request) = shared.requests.try_send(request) {
         // The queue is full: it stands in line there, and the caller does not.
         let shared = shared.clone();
@@ -354,7 +354,7 @@ fn send_now(shared: &Arc<Shared>, request: Request) {
 }
 
 /// A charge against `max_pinned`, until it is kept.
-struct Charge {
+pub(super) struct Charge {
     object: Option<Arc<Object>>,
     tier: MemoryTier,
 }

@@ -1,0 +1,109 @@
+//! What a kernel wrote becomes the current version.
+//!
+//! Ownership: the change holds the gate, a share of the range, the room in host memory that was taken before the kernel was
+//! let in, and the version before. Whatever becomes of it, either the new version is published in both tiers or the
+//! one before is again what readers get: nothing is lost, and nothing waits for ever.
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::Record;
+use crate::buffer::IoBuf;
+use crate::copy::OwnedCopy;
+use crate::device::{DeviceAnswer, DeviceError};
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
+use crate::object::{GatePass, VramUse};
+use crate::stats::add;
+use crate::tier::MemoryTier;
+
+/// A version that a kernel wrote, or is still writing, in device memory.
+pub(crate) struct Changed {
+    pass: GatePass,
+    range: VramUse,
+    /// Room for the new version; none once it was published.
+    room: Option<OwnedCopy>,
+    /// The host copy of the version before.
+    old: Option<Bytes>,
+    asked: Instant,
+    /// For whoever wants to know.
+    reply: Option<oneshot::Sender<Result<(), VirtualMemoryError>>>,
+}
+
+impl Changed {
+    /// Readers wait from now on.
+    pub(crate) fn begin(
+        pass: GatePass,
+        range: VramUse,
+        room: OwnedCopy,
+        reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
+    ) -> Self {
+        let old = pass.object().begin_pending(&pass);
+        let (room, reply) = (Some(room), Some(reply));
+        Changed { pass, range, room, old, asked: Instant::now(), reply }
+    }
+
+    /// Once the kernel has ended: copies the new version down, and publishes it.
+    pub(crate) async fn finish(mut self, ready: DeviceAnswer<Result<(), DeviceError>>) {
+        let object = self.pass.object().clone();
+        let shared = &object.shared;
+        let route = (MemoryTier::Vram, MemoryTier::Host);
+        let record = Record::start(shared, object.id, route, MigrationCause::Kernel, self.asked);
+        let outcome = match self.bring_down(ready).await {
+            Ok(copy) => {
+                add(&shared.counters.vram_to_host_bytes, object.len as u64);
+                object.publish_changed(&self.pass, copy);
+                record.end(Ok(object.len as u64));
+                Ok(())
+            }
+            Err(error) => {
+                record.end(Err(&error));
+                Err(error)
+            }
+        };
+        let reply = self.reply.take();
+        // After a failure this brings the version before back.
+        drop(self);
+        if let Some(reply) = reply {
+            drop(reply.send(outcome));
+        }
+    }
+
+    async fn bring_down(
+        &mut self,
+        ready: DeviceAnswer<Result<(), DeviceError>>,
+    ) -> Result<OwnedCopy, VirtualMemoryError> {
+        ready.await.map_err(DeviceError::public)?;
+        let shared = self.pass.object().shared.clone();
+        let vram = shared.vram()?;
+        let room = self.room.take().expect("invariant: taken here, and put back after a failure");
+        let into = IoBuf::from_copy(room);
+        let len = self.pass.object().len;
+        let (buf, outcome) = vram.backend.download(self.range.range(), 0, len, into, 0).await;
+        match outcome {
+            Ok(()) => Ok(buf.into_copy()),
+            Err(error) => {
+                self.room = Some(buf.into_copy());
+                Err(error.public())
+            }
+        }
+    }
+}
+
+impl Drop for Changed {
+    /// Not published: the version before counts. Half way through the copy down there is no room to restore it to, for
+    /// the copy has it; then, and only with the store itself, its host copy is gone.
+    fn drop(&mut self) {
+        let object = self.pass.object();
+        if !object.is_pending() {
+            return;
+        }
+        let restored = self.room.take().zip(self.old.take()).map(|(mut room, old)| {
+            room.as_mut_slice().copy_from_slice(&old);
+            room
+        });
+        object.give_up_pending(&self.pass, restored);
+        object.detach_from_vram(&self.pass);
+    }
+}

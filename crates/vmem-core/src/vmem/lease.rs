@@ -1,0 +1,192 @@
+//! What `vmem-gpu` builds its leases on: objects that stay in device memory while kernels use them.
+//!
+//! Invariant: a hold keeps the bytes of one version where they are; a change is alone with the object from when it is
+//! granted until what the kernel wrote is published or given up. Both own what they keep and give it back when they are
+//! dropped; a kernel that still runs is the caller's matter: he drops them after it.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::place::{Charge, send_now};
+use super::{PinGuard, Result, VirtualMemory};
+use crate::actor::{Move, Request};
+use crate::copy::OwnedCopy;
+use crate::device::{DeviceAnswer, DeviceBackend, DeviceError, DeviceRange};
+use crate::error::VirtualMemoryError;
+use crate::handle::VMemHandle;
+use crate::host_queue::{Class, Need};
+use crate::migrate::Changed;
+use crate::object::{GatePass, VramUse};
+use crate::tier::MemoryTier;
+use crate::vram::Wanted;
+
+/// One version of an object in device memory, which stays there until this is dropped.
+#[derive(Debug)]
+pub struct VramHold {
+    /// None for an object of no bytes.
+    range: Option<VramUse>,
+    _pin: PinGuard,
+}
+
+impl VramHold {
+    /// Where it is; none for an object of no bytes.
+    pub fn range(&self) -> Option<Arc<DeviceRange>> {
+        self.range.as_ref().map(VramUse::range)
+    }
+}
+
+/// An object in device memory that a kernel may write to, alone.
+#[must_use = "dropped, it leaves the version before; `finish` publishes what was written"]
+pub struct VramChange {
+    /// None for an object of no bytes.
+    inner: Option<Inner>,
+    /// The object lives as long as somebody changes it.
+    handle: VMemHandle,
+}
+
+struct Inner {
+    range: VramUse,
+    /// For the new version below: taken before, so that what was written can never be lost for want of room.
+    room: OwnedCopy,
+    pass: GatePass,
+    charge: Charge,
+}
+
+impl VramChange {
+    /// Where it is; none for an object of no bytes.
+    pub fn range(&self) -> Option<Arc<DeviceRange>> {
+        self.inner.as_ref().map(|inner| inner.range.range())
+    }
+
+    /// What was written is the new version, once `ready` says that it was written. Who reads from now on waits for that;
+    /// if it fails the version before stays. It goes on whether its answer is awaited or not.
+    ///
+    /// # Errors
+    ///
+    /// `Device` if the kernel or the copy of what it wrote failed; `Closed`.
+    pub fn finish(
+        mut self,
+        ready: DeviceAnswer<std::result::Result<(), DeviceError>>,
+    ) -> impl Future<Output = Result<()>> + Send + 'static + use<> {
+        let (reply, answer) = oneshot::channel();
+        match self.inner.take() {
+            Some(inner) => self.hand_over(inner, ready, reply),
+            None => drop(reply.send(Ok(()))),
+        }
+        async move { answer.await.unwrap_or(Err(VirtualMemoryError::Closed)) }
+    }
+
+    fn hand_over(
+        &self,
+        inner: Inner,
+        ready: DeviceAnswer<std::result::Result<(), DeviceError>>,
+        reply: oneshot::Sender<Result<()>>,
+    ) {
+        let Inner { range, room, pass, charge } = inner;
+        let (shared, handle) = (pass.object().shared.clone(), self.handle.clone());
+        let change = Changed::begin(pass, range, room, reply);
+        let ready = Box::pin(async move {
+            let outcome = ready.await;
+            // They were kept for as long as the kernel could write.
+            drop((charge, handle));
+            outcome
+        });
+        send_now(&shared, Request::Finish { change, ready });
+    }
+}
+
+impl Drop for VramChange {
+    /// Nothing was written, or nobody wants it: what is in the range means nothing.
+    fn drop(&mut self) {
+        if let Some(Inner { range, pass, .. }) = self.inner.take() {
+            drop(range);
+            pass.object().detach_from_vram(&pass);
+        }
+    }
+}
+
+impl std::fmt::Debug for VramChange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VramChange").field("handle", &self.handle).finish_non_exhaustive()
+    }
+}
+
+impl VirtualMemory {
+    /// The device of the VRAM tier, for those who extend the store with what only they know of it.
+    pub fn device(&self) -> Option<&Arc<dyn DeviceBackend>> {
+        self.shared.vram_if_any().map(|vram| &vram.backend)
+    }
+
+    /// Brings the object to device memory and keeps this version there, for a kernel that reads it.
+    ///
+    /// # Errors
+    ///
+    /// Those of a [`pin`](Self::pin) in VRAM.
+    pub async fn hold_in_vram(&self, handle: &VMemHandle) -> Result<VramHold> {
+        let asked = Instant::now();
+        let deadline = self.shared.deadline();
+        let pin = self.pin(handle, MemoryTier::Vram).await?;
+        let object = handle.object();
+        loop {
+            let pass = object.gate(deadline).await?;
+            let range = object.version().vram;
+            drop(pass);
+            if range.is_some() || object.len == 0 {
+                return Ok(VramHold { range, _pin: pin });
+            }
+            if Instant::now() >= deadline {
+                let (operation, waited) = ("bringing an object to vram", asked.elapsed());
+                return Err(VirtualMemoryError::TimedOut { operation, waited });
+            }
+            // It was written since: the new version comes up.
+            self.ask(object, Move::Raise).await?;
+        }
+    }
+
+    /// The object in device memory, for a kernel that writes to it: waits for whoever else uses it there. With
+    /// `overwrite` the kernel writes all of it, and the bytes before need not come up.
+    ///
+    /// # Errors
+    ///
+    /// Those of a [`pin`](Self::pin) in VRAM and of making room in host memory, where the new version will be too.
+    pub async fn change_in_vram(&self, handle: &VMemHandle, overwrite: bool) -> Result<VramChange> {
+        let object = self.check(handle)?;
+        self.shared.vram()?;
+        if object.len == 0 {
+            return Ok(VramChange { inner: None, handle: handle.clone() });
+        }
+        let (asked, deadline) = (Instant::now(), self.shared.deadline());
+        let (len, owner, class) = (object.len, object.id, Class::Demand);
+        let charge = self.charge_pin(object, MemoryTier::Vram, asked, deadline).await?;
+        let need = Need { len, owner, class, may_spill: false };
+        let room = self.shared.host_room_or_error(need, deadline).await?;
+        loop {
+            let vram = self.shared.vram()?;
+            let mut fresh = None;
+            if !overwrite {
+                self.ask(object, Move::Raise).await?;
+            } else if !object.has_vram_room() {
+                let wanted = Wanted { len, class, asked, deadline };
+                fresh = Some(vram.room(&self.shared, wanted).await?);
+            }
+            let pass = object.gate(deadline).await?;
+            object.touch();
+            if let Some(fresh) = fresh.filter(|_| !object.has_vram_room()) {
+                object.set_vram_room(&pass, fresh);
+            }
+            let there = if overwrite { object.has_vram_room() } else { object.in_vram() };
+            if there {
+                let range = vram.until_idle(&pass, asked, deadline).await?;
+                let inner = Inner { range, room, pass, charge };
+                return Ok(VramChange { inner: Some(inner), handle: handle.clone() });
+            }
+            if Instant::now() >= deadline {
+                let (operation, waited) = ("bringing an object to vram", asked.elapsed());
+                return Err(VirtualMemoryError::TimedOut { operation, waited });
+            }
+        }
+    }
+}

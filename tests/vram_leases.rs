@@ -1,0 +1,364 @@
+//! Leases: objects in device memory under the kernels of a user, on the emulated driver.
+//!
+//! Invariant: the emulated driver has seen no rule broken: no kernel and no copy touched a range that another one had not done with.
+#![allow(missing_docs, clippy::unwrap_used, unsafe_code)]
+#![cfg(target_os = "linux")]
+
+use std::ffi::{CString, c_void};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use vmem::gpu::VramExt;
+use vmem::gpu::cudarc::driver::{CudaContext, CudaStream, result, sys};
+use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
+use vmem_cuda_emulator::{Emulator, Kind};
+
+const VRAM: MemoryTier = MemoryTier::Vram;
+const HOST: MemoryTier = MemoryTier::Host;
+const LEN: usize = 100_000;
+
+async fn open(vram: u64) -> VirtualMemory {
+    let config = VirtualMemoryConfig::builder()
+        .host_capacity(4 << 20)
+        .disk_capacity(64 << 20)
+        .vram_capacity(vram)
+        .wait_timeout(Duration::from_secs(5));
+    vmem::open(config.build().unwrap()).await.unwrap()
+}
+
+/// A stream of a user, who has a context object of his own.
+fn stream() -> Arc<CudaStream> {
+    CudaContext::new(0).unwrap().new_stream().unwrap()
+}
+
+/// Launches one of the kernels that the emulator knows by name.
+fn launch(name: &str, first: u64, second: u64, third: u64, stream: &CudaStream) {
+    let text = CString::new(".entry vmem_fill( .entry vmem_add( .entry vmem_slow_copy(").unwrap();
+    stream.context().bind_to_thread().unwrap();
+    // SAFETY: a text that ends.
+    let module = unsafe { result::module::load_data(text.as_ptr().cast()) }.unwrap();
+    // SAFETY: the module was loaded just now, and stays.
+    let function = unsafe { result::module::get_function(module, CString::new(name).unwrap()) };
+    let (mut first, mut second, mut third) = (first, second, third);
+    let mut arguments: [*mut c_void; 3] =
+        [(&raw mut first).cast(), (&raw mut second).cast(), (&raw mut third).cast()];
+    let (grid, block) = ((1, 1, 1), (32, 1, 1));
+    // SAFETY: the arguments are those that the kernels take.
+    unsafe {
+        result::launch_kernel(function.unwrap(), grid, block, 0, stream.cu_stream(), &mut arguments)
+    }
+    .unwrap();
+}
+
+fn bytes(seed: u8) -> Vec<u8> {
+    (0..LEN).map(|at| (at >> 4) as u8 ^ seed).collect()
+}
+
+fn plus(bytes: &[u8], n: u8) -> Vec<u8> {
+    bytes.iter().map(|byte| byte.wrapping_add(n)).collect()
+}
+
+async fn end(vmem: VirtualMemory, handles: Vec<VMemHandle>, emulator: &Emulator) {
+    drop(handles);
+    for _ in 0..2000 {
+        if vmem.stats().vram.used_bytes == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let stats = vmem.stats();
+    assert_eq!((stats.vram.used_bytes, stats.vram.objects), (0, 0), "{stats:#?}");
+    vmem.close().await.unwrap();
+    assert_eq!(emulator.violations(), [""; 0]);
+}
+
+/// A kernel that reads, still running when its lease is dropped, the object freed and others in need of room.
+#[tokio::test]
+async fn a_range_is_not_reused_under_a_kernel() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(512 * 300).await;
+    let (stream, target) = (stream(), stream().context().new_stream().unwrap());
+    // SAFETY: it is written before it is read.
+    let mut sink = unsafe { target.alloc::<u8>(LEN) }.unwrap();
+    target.synchronize().unwrap();
+    let sink_at = {
+        use vmem::gpu::cudarc::driver::DevicePtrMut;
+        let (at, _sync) = sink.device_ptr_mut(&target);
+        at
+    };
+    let handle = vmem.put(bytes(1), HOST).await.unwrap();
+    let lease = vmem.device_on(&handle, &stream).await.unwrap();
+    assert_eq!((lease.len(), lease.is_empty()), (LEN, false));
+    // SAFETY: read by the kernel below, on the stream of the lease.
+    let source = unsafe { lease.device_ptr() };
+    assert_eq!(source % 256, 0);
+    emulator.hold(Kind::Kernel);
+    launch("vmem_slow_copy", sink_at, source, LEN as u64, &stream);
+    drop(lease);
+    vmem.free(handle).await.unwrap();
+    // Room for one of them: the second has to wait for the kernel.
+    let other = vmem.put(bytes(2), HOST).await.unwrap();
+    let mut promote = Box::pin(vmem.promote(&other, VRAM));
+    tokio::select! {
+        _ = &mut promote => panic!("it took what a kernel reads"),
+        () = tokio::time::sleep(Duration::from_millis(150)) => {}
+    }
+    assert_eq!(emulator.counter("kernels"), 0);
+    emulator.release_all();
+    promote.await.unwrap();
+    stream.synchronize().unwrap();
+    let copied = target.clone_dtoh(&sink).unwrap();
+    assert!(copied == bytes(1), "the kernel read what it was given");
+    drop(sink);
+    end(vmem, vec![other], &emulator).await;
+}
+
+/// What a kernel writes is the current version after the drop; until then the one before is read.
+#[tokio::test]
+async fn a_kernel_changes_an_object() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 << 20).await;
+    let stream = stream();
+    let handle = vmem.put(bytes(3), HOST).await.unwrap();
+    let mut expected = bytes(3);
+    for round in 1..4_u8 {
+        let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
+        emulator.hold(Kind::Kernel);
+        // SAFETY: used by the kernel below, on the stream of the lease.
+        launch("vmem_add", unsafe { lease.device_ptr() }, LEN as u64, round.into(), &stream);
+        assert!(vmem.read(&handle).await.unwrap() == expected, "the version before");
+        drop(lease);
+        // A read that comes after the drop waits for the kernel; so does a demotion.
+        let mut read = Box::pin(vmem.read(&handle));
+        assert!((&mut read).now_or_never().is_none());
+        let part = vmem.read_at(&handle, 10..20);
+        let demote = vmem.demote(&handle, MemoryTier::Disk);
+        let release = async {
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            emulator.release_all();
+        };
+        let (read, part, demote, ()) = futures::join!(read, part, demote, release);
+        expected = plus(&expected, round);
+        assert!(read.unwrap() == expected && part.unwrap() == expected[10..20]);
+        demote.unwrap();
+        assert!(vmem.read(&handle).await.unwrap() == expected, "it went down whole");
+    }
+    // It is where it was written, and below.
+    let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
+    // SAFETY: as above.
+    launch("vmem_add", unsafe { lease.device_ptr() }, LEN as u64, 7, &stream);
+    lease.finish().await.unwrap();
+    let residency = vmem.residency(&handle).unwrap();
+    assert!(residency.vram && residency.host && residency.dirty, "{residency:?}");
+    assert!(vmem.read(&handle).await.unwrap() == plus(&expected, 7));
+    end(vmem, vec![handle], &emulator).await;
+}
+
+/// All of it is written: what was there before is not brought up.
+#[tokio::test]
+async fn a_kernel_overwrites_an_object() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 << 20).await;
+    let stream = stream();
+    let handle = vmem.put(bytes(3), MemoryTier::Disk).await.unwrap();
+    let before = emulator.counter("bytes_up");
+    let lease = vmem.device_overwrite_on(&handle, &stream).await.unwrap();
+    assert_eq!(emulator.counter("bytes_up"), before);
+    // SAFETY: used by the kernel below, on the stream of the lease.
+    launch("vmem_fill", unsafe { lease.device_ptr() }, LEN as u64, 9, &stream);
+    drop(lease);
+    assert!(vmem.read(&handle).await.unwrap() == vec![9; LEN]);
+    // A named object is durable with what the kernel wrote.
+    let named = vmem.put_named("state", bytes(4), HOST).await.unwrap();
+    let lease = vmem.device_mut_on(&named, &stream).await.unwrap();
+    // SAFETY: as above.
+    launch("vmem_add", unsafe { lease.device_ptr() }, LEN as u64, 1, &stream);
+    drop(lease);
+    vmem.flush(&named).await.unwrap();
+    assert!(!vmem.residency(&named).unwrap().dirty);
+    assert!(vmem.read(&named).await.unwrap() == plus(&bytes(4), 1));
+    vmem.remove_named("state").await.unwrap();
+    end(vmem, vec![handle, named], &emulator).await;
+}
+
+/// Readers share, a writer is alone.
+#[tokio::test]
+async fn a_writer_waits_for_readers() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 << 20).await;
+    let (stream, other) = (stream(), stream());
+    let handle = vmem.put(bytes(5), HOST).await.unwrap();
+    let first = vmem.device_on(&handle, &stream).await.unwrap();
+    let second = vmem.device_on(&handle, &other).await.unwrap();
+    let mut writer = Box::pin(vmem.device_mut_on(&handle, &stream));
+    tokio::select! {
+        _ = &mut writer => panic!("it is not alone"),
+        () = tokio::time::sleep(Duration::from_millis(50)) => {}
+    }
+    drop(first);
+    // Its kernel still reads.
+    let sink = {
+        // SAFETY: it is written and never read.
+        let sink = unsafe { other.alloc::<u8>(LEN) }.unwrap();
+        sink.leak()
+    };
+    emulator.hold(Kind::Kernel);
+    // SAFETY: read by the kernel below, on the stream of the lease.
+    launch("vmem_slow_copy", sink, unsafe { second.device_ptr() }, LEN as u64, &other);
+    drop(second);
+    tokio::select! {
+        _ = &mut writer => panic!("a kernel still reads"),
+        () = tokio::time::sleep(Duration::from_millis(150)) => {}
+    }
+    emulator.release_all();
+    let lease = writer.await.unwrap();
+    // SAFETY: used by the kernel below, on the stream of the lease.
+    launch("vmem_add", unsafe { lease.device_ptr() }, LEN as u64, 1, &stream);
+    drop(lease);
+    // The next reader sees what it wrote.
+    let lease = vmem.device_on(&handle, &other).await.unwrap();
+    // SAFETY: as above.
+    launch("vmem_slow_copy", sink, unsafe { lease.device_ptr() }, LEN as u64, &other);
+    drop(lease);
+    let mut copied = vec![0; LEN];
+    // SAFETY: both are as long as the object; the memory of the vector is pageable, so the call waits.
+    unsafe { result::memcpy_dtoh_async(&mut copied, sink, other.cu_stream()) }.unwrap();
+    assert!(copied == plus(&bytes(5), 1));
+    // SAFETY: it was leaked above, and nothing uses it any more.
+    unsafe { result::free_sync(sink) }.unwrap();
+    end(vmem, vec![handle], &emulator).await;
+}
+
+/// Pins, writes and frees beside leases; a lease that is cancelled while it waits leaves nothing.
+#[tokio::test]
+async fn leases_among_other_calls() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(512 * 500).await;
+    let stream = stream();
+    let handle = vmem.put(bytes(6), HOST).await.unwrap();
+    let lease = vmem.device_on(&handle, &stream).await.unwrap();
+    let refused = vmem.demote(&handle, HOST).await;
+    assert!(matches!(refused, Err(VirtualMemoryError::Pinned { .. })), "{refused:?}");
+    // A write makes another version; the lease keeps its own.
+    vmem.write(&handle, bytes(7)).await.unwrap();
+    assert!(vmem.read(&handle).await.unwrap() == bytes(7));
+    let mut kept = vec![0; LEN];
+    // SAFETY: both are as long as the object; the memory of the vector is pageable, so the call waits.
+    unsafe { result::memcpy_dtoh_async(&mut kept, lease.device_ptr(), stream.cu_stream()) }
+        .unwrap();
+    assert!(kept == bytes(6));
+    // Cancelled at every stage of its waiting.
+    for wait in [0, 1, 5, 20] {
+        let mut writer = Box::pin(vmem.device_mut_on(&handle, &stream));
+        assert!((&mut writer).now_or_never().is_none_or(|lease| lease.is_ok()));
+        tokio::time::sleep(Duration::from_millis(wait)).await;
+        drop(writer);
+        assert!(vmem.read(&handle).await.unwrap() == bytes(7));
+    }
+    drop(lease);
+    let pins = vmem.residency(&handle).unwrap().pins;
+    assert!(pins <= 1, "{pins}");
+    // No bytes are an object too.
+    let empty = vmem.put([], HOST).await.unwrap();
+    let lease = vmem.device_on(&empty, &stream).await.unwrap();
+    assert!(lease.is_empty());
+    drop(lease);
+    vmem.device_mut_on(&empty, &stream).await.unwrap().finish().await.unwrap();
+    end(vmem, vec![handle, empty], &emulator).await;
+}
+
+/// A kernel that fails leaves the version before, in a store that goes on without its device.
+#[tokio::test]
+async fn a_kernel_that_fails() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 << 20).await;
+    let stream = stream();
+    let handle = vmem.put(bytes(8), HOST).await.unwrap();
+    let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
+    emulator.hold(Kind::Kernel);
+    // SAFETY: used by the kernel below, on the stream of the lease.
+    launch("vmem_add", unsafe { lease.device_ptr() }, LEN as u64, 1, &stream);
+    let finished = lease.finish();
+    emulator.sticky(719);
+    let error = finished.await.unwrap_err();
+    assert!(matches!(error, VirtualMemoryError::Device { .. }), "{error:?}");
+    assert!(vmem.read(&handle).await.unwrap() == bytes(8), "the version before");
+    let error = vmem.device_on(&handle, &stream).await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            VirtualMemoryError::TierNotAvailable { .. } | VirtualMemoryError::Device { .. }
+        ),
+        "{error:?}"
+    );
+    vmem.write(&handle, bytes(9)).await.unwrap();
+    assert!(vmem.read(&handle).await.unwrap() == bytes(9));
+    drop(handle);
+    vmem.close().await.unwrap();
+    emulator.sticky(0);
+}
+
+/// The notice of a kernel's end is lost: it is seen all the same.
+#[tokio::test]
+async fn a_lost_notice_of_a_kernel() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 << 20).await;
+    let stream = stream();
+    emulator.suppress_host_functions(true);
+    let handle = vmem.put(bytes(1), HOST).await.unwrap();
+    let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
+    // SAFETY: used by the kernel below, on the stream of the lease.
+    launch("vmem_add", unsafe { lease.device_ptr() }, LEN as u64, 1, &stream);
+    drop(lease);
+    assert!(vmem.read(&handle).await.unwrap() == plus(&bytes(1), 1));
+    end(vmem, vec![handle], &emulator).await;
+}
+
+#[tokio::test]
+async fn streams_that_will_not_do() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 << 20).await;
+    let handle = vmem.put(bytes(1), HOST).await.unwrap();
+    let context = CudaContext::new(0).unwrap();
+    let refused = |error: VirtualMemoryError, why: &str| {
+        let VirtualMemoryError::InvalidConfig { field: "stream", reason } = error else {
+            panic!("{error:?}")
+        };
+        assert!(reason.contains(why), "{reason}");
+    };
+    let own = context.per_thread_stream();
+    refused(vmem.device_on(&handle, &own).await.unwrap_err(), "on each thread");
+    let captured = context.new_stream().unwrap();
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    captured.begin_capture(mode).unwrap();
+    refused(vmem.device_mut_on(&handle, &captured).await.unwrap_err(), "captured");
+    drop(captured.end_capture(
+        sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH,
+    ));
+    emulator.devices(2);
+    let other = CudaContext::new(1).unwrap().new_stream().unwrap();
+    refused(vmem.device_on(&handle, &other).await.unwrap_err(), "another context");
+    end(vmem, vec![handle], &emulator).await;
+}
+
+/// The store is closed under a lease: its memory stays until it is dropped, and the kernel has ended.
+#[tokio::test]
+async fn a_lease_outlives_the_store() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 << 20).await;
+    let stream = stream();
+    let handle = vmem.put(bytes(2), HOST).await.unwrap();
+    let lease = vmem.device_on(&handle, &stream).await.unwrap();
+    vmem.close().await.unwrap();
+    assert_eq!(emulator.counter("device_bytes"), 4 << 20, "a lease has it");
+    let mut read = vec![0; LEN];
+    stream.context().bind_to_thread().unwrap();
+    // SAFETY: both are as long as the object; the memory of the vector is pageable, so the call waits.
+    unsafe { result::memcpy_dtoh_async(&mut read, lease.device_ptr(), stream.cu_stream()) }
+        .unwrap();
+    assert!(read == bytes(2));
+    drop((lease, handle));
+    assert_eq!(emulator.counter("device_bytes"), 0);
+    assert_eq!(emulator.violations(), [""; 0]);
+}
