@@ -35,7 +35,7 @@ pub use vmem_core::*;
 /// Objects for kernels: leases on streams of cudarc's, whose types are re-exported.
 pub mod gpu {
     pub use cudarc;
-    pub use vmem_gpu::{DeviceLease, DeviceLeaseMut, VramExt};
+    pub use vmem_gpu::{DeviceLease, DeviceLeaseMut, DeviceSet, DeviceSetRequest, VramExt};
 }
 
 use vmem_core::backend::Backends;

@@ -362,3 +362,55 @@ async fn a_lease_outlives_the_store() {
     assert_eq!(emulator.counter("device_bytes"), 0);
     assert_eq!(emulator.violations(), [""; 0]);
 }
+
+/// Tasks over {A, B} and {C, D}, and over both in opposite orders, in a tier that holds three of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn scenario_10_device_sets_in_opposite_orders() {
+    let emulator = Emulator::load().unwrap();
+    let config = VirtualMemoryConfig::builder()
+        .host_capacity(4 << 20)
+        .disk_capacity(64 << 20)
+        .vram_capacity(3 * 100_352)
+        .max_pinned(0.9)
+        .wait_timeout(Duration::from_secs(20));
+    let vmem = vmem::open(config.build().unwrap()).await.unwrap();
+    let mut handles = Vec::new();
+    for _ in 0..4 {
+        handles.push(vmem.put(vec![0; LEN], HOST).await.unwrap());
+    }
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..4 {
+        let (vmem, handles) = (vmem.clone(), handles.clone());
+        let order = [[0, 1], [1, 0], [2, 3], [3, 2]][task];
+        tasks.spawn(async move {
+            let stream = stream();
+            for round in 0..20_u64 {
+                let set = vmem.device_set(&stream).write(&handles[order[0]]);
+                let set = set.write(&handles[order[1]]).acquire().await.unwrap();
+                for lease in &set.write {
+                    // SAFETY: used by the kernel, on the stream of the lease.
+                    launch("vmem_add", unsafe { lease.device_ptr() }, LEN as u64, 1, &stream);
+                }
+                match round % 2 {
+                    0 => drop(set),
+                    _ => set.finish().await.unwrap(),
+                }
+            }
+        });
+    }
+    tasks.join_all().await;
+    for handle in &handles {
+        assert!(vmem.read(handle).await.unwrap() == vec![40; LEN], "each was changed 40 times");
+    }
+    let stream = stream();
+    let all = handles.iter().fold(vmem.device_set(&stream), |set, handle| set.read(handle));
+    let error = all.acquire().await.unwrap_err();
+    assert!(matches!(error, VirtualMemoryError::ExceedsCapacity { tier: VRAM, .. }), "{error:?}");
+    let both = vmem.device_set(&stream).read(&handles[0]).write(&handles[0]);
+    let error = both.acquire().await.unwrap_err();
+    assert!(matches!(error, VirtualMemoryError::InvalidConfig { field: "device_set", .. }));
+    let set = vmem.device_set(&stream).read(&handles[0]).read(&handles[0]).acquire().await.unwrap();
+    assert_eq!(set.read.len(), 2, "two kernels may read one object");
+    drop(set);
+    end(vmem, handles, &emulator).await;
+}

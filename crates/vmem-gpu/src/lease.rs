@@ -11,10 +11,12 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, CudaView, CudaViewMut, DriverError};
 use futures::FutureExt;
+use futures::future::BoxFuture;
 use vmem_core::backend::{DeviceAnswer, DeviceError, DeviceRange, VramChange, VramHold};
 use vmem_core::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::card::{self, Card, failed};
+use crate::set::DeviceSetRequest;
 use crate::tier::CudaTier;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
@@ -76,6 +78,9 @@ pub trait VramExt {
         handle: &VMemHandle,
         stream: &Arc<CudaStream>,
     ) -> impl Future<Output = Result<DeviceLeaseMut>> + Send;
+
+    /// Several objects at once, all or none: `vmem.device_set(&stream).read(&a).write(&b).acquire().await`.
+    fn device_set(&self, stream: &Arc<CudaStream>) -> DeviceSetRequest;
 }
 
 impl VramExt for VirtualMemory {
@@ -105,6 +110,10 @@ impl VramExt for VirtualMemory {
     ) -> Result<DeviceLeaseMut> {
         change(self, handle, stream, true).await
     }
+
+    fn device_set(&self, stream: &Arc<CudaStream>) -> DeviceSetRequest {
+        DeviceSetRequest::new(self, stream)
+    }
 }
 
 async fn change(
@@ -120,7 +129,7 @@ async fn change(
 }
 
 /// The tier of a store, if it is one of ours.
-fn tier(vmem: &VirtualMemory) -> Result<&CudaTier> {
+pub(crate) fn tier(vmem: &VirtualMemory) -> Result<&CudaTier> {
     let device = vmem.device().map(|device| &**device as &dyn Any);
     device.and_then(|device| device.downcast_ref()).ok_or_else(|| {
         let reason = vmem.capabilities().vram_reason.clone();
@@ -330,14 +339,16 @@ impl DeviceLeaseMut {
     /// # Errors
     ///
     /// `Device` if what was queued, or the copy of what it wrote, failed: the version before stays then.
-    pub async fn finish(mut self) -> Result<()> {
-        match self.end() {
-            Some(published) => published.await,
-            None => Ok(()),
-        }
+    pub async fn finish(self) -> Result<()> {
+        self.end_now().await
     }
 
-    fn end(&mut self) -> Option<futures::future::BoxFuture<'static, Result<()>>> {
+    /// Ends it before the future is polled.
+    pub(crate) fn end_now(mut self) -> BoxFuture<'static, Result<()>> {
+        self.end().unwrap_or_else(|| futures::future::ready(Ok(())).boxed())
+    }
+
+    fn end(&mut self) -> Option<BoxFuture<'static, Result<()>>> {
         let change = self.change.take()?;
         let ready = self.leased.release(Box::new(()));
         Some(change.finish(ready).boxed())

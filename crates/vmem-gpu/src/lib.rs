@@ -9,13 +9,14 @@
 //! - `card`: all unsafe code: the context, the memory, streams, events, copies and who owns what they touch.
 //! - `lane`: a thread for each direction, which hands copies to the driver and waits for their events.
 //! - `watch`: a thread that waits for the kernels of users.
-//! - `lease`: objects for kernels, on streams of the user.
+//! - `lease`, `set`: objects for kernels, on streams of the user, one or several.
 //! - `tier`: the ledger of device memory, and what the core calls.
 
 mod card;
 mod lane;
 mod lease;
 mod probe;
+mod set;
 mod tier;
 mod watch;
 
@@ -26,6 +27,7 @@ use vmem_core::{GpuSelection, MemoryTier, VirtualMemoryError};
 
 use crate::card::Listed;
 pub use crate::lease::{DeviceLease, DeviceLeaseMut, VramExt};
+pub use crate::set::{DeviceSet, DeviceSetRequest};
 pub use crate::tier::CudaTier;
 
 /// What was found.

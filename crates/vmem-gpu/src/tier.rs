@@ -40,6 +40,8 @@ pub struct CudaTier {
     watch: Watch,
     lost: Lost,
     described: Arc<str>,
+    /// The turn of the one set of leases that gathers what it needs.
+    sets: tokio::sync::Mutex<()>,
 }
 
 struct Inner {
@@ -68,7 +70,16 @@ impl CudaTier {
         let described = format!("{name} (device {ordinal}), {} bytes", card.capacity()).into();
         let inner = Inner { base: card.base(), ledger: Mutex::new(ledger), freed: OnceLock::new() };
         let (inner, card) = (Arc::new(inner), Mutex::new(Some(card)));
-        let tier = Arc::new(CudaTier { card, inner, up, down, watch, lost, described });
+        let tier = Arc::new(CudaTier {
+            card,
+            inner,
+            up,
+            down,
+            watch,
+            lost,
+            described,
+            sets: tokio::sync::Mutex::const_new(()),
+        });
         tier.try_it()?;
         Ok(tier)
     }
@@ -84,6 +95,11 @@ impl CudaTier {
             return Err(VirtualMemoryError::TierNotAvailable { tier, reason });
         }
         self.card.lock().clone().ok_or(VirtualMemoryError::Closed)
+    }
+
+    /// The turn of a set of leases; first come, first served.
+    pub(crate) async fn set_turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.sets.lock().await
     }
 
     /// Keeps `keep` until the event has passed.

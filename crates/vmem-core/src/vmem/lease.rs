@@ -120,6 +120,25 @@ impl VirtualMemory {
         self.shared.vram_if_any().map(|vram| &vram.backend)
     }
 
+    /// Whether leases of all these objects could ever be there at once.
+    ///
+    /// # Errors
+    ///
+    /// `ExceedsCapacity`; `HandleNotFound`, `TierNotAvailable`, `Closed`.
+    pub fn check_fits_leases(&self, handles: &[&VMemHandle]) -> Result<()> {
+        let capacity_bytes = self.shared.vram()?.pins.max();
+        let mut requested_bytes = 0_u64;
+        for handle in handles {
+            let footprint = self.shared.footprint_in(MemoryTier::Vram, self.check(handle)?.len);
+            requested_bytes = requested_bytes.saturating_add(footprint);
+        }
+        if requested_bytes <= capacity_bytes {
+            return Ok(());
+        }
+        let tier = MemoryTier::Vram;
+        Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
+    }
+
     /// Brings the object to device memory and keeps this version there, for a kernel that reads it.
     ///
     /// # Errors
