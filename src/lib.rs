@@ -35,7 +35,10 @@ pub use vmem_core::*;
 /// Objects for kernels: leases on streams of cudarc's, whose types are re-exported.
 pub mod gpu {
     pub use cudarc;
-    pub use vmem_gpu::{DeviceLease, DeviceLeaseMut, DeviceSet, DeviceSetRequest, VramExt};
+    pub use vmem_gpu::{
+        DeviceLease, DeviceLeaseMut, DeviceSet, DeviceSetRequest, DeviceTarget, Gathered,
+        Scattered, VramExt,
+    };
 }
 
 use vmem_core::backend::Backends;

@@ -6,11 +6,12 @@
 
 use std::ffi::{CString, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
-use vmem::gpu::VramExt;
 use vmem::gpu::cudarc::driver::{CudaContext, CudaStream, result, sys};
+use vmem::gpu::{DeviceTarget, VramExt};
 use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
 use vmem_cuda_emulator::{Emulator, Kind};
 
@@ -413,4 +414,111 @@ async fn scenario_10_device_sets_in_opposite_orders() {
     assert_eq!(set.read.len(), 2, "two kernels may read one object");
     drop(set);
     end(vmem, handles, &emulator).await;
+}
+
+/// A table of rows in three tiers, gathered into one buffer after what its stream does, and scattered back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_are_gathered_and_scattered() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(1 << 20).await;
+    let stream = stream();
+    let row = |n: usize, version: u8| -> Vec<u8> {
+        (0..3000).map(|at| (at / 7 + n * 13) as u8 ^ version).collect()
+    };
+    let mut rows = Vec::new();
+    for n in 0..90 {
+        let home = if n % 3 == 0 { MemoryTier::Disk } else { HOST };
+        let handle = vmem.put(row(n, 0), home).await.unwrap();
+        if n % 3 == 1 {
+            vmem.promote(&handle, VRAM).await.unwrap();
+        }
+        rows.push(handle);
+    }
+    let mut buffer = stream.alloc_zeros::<u8>(90 * 1000).unwrap();
+    let used = vmem.stats().vram.used_bytes;
+    // A kernel that is slow to fill the buffer comes first.
+    let address = {
+        use vmem::gpu::cudarc::driver::DevicePtr;
+        buffer.device_ptr(&stream).0
+    };
+    emulator.hold(Kind::Kernel);
+    launch("vmem_fill", address, 90_000, 0xFF, &stream);
+    let pieces: Vec<_> = (0..90).map(|n| (&rows[n], n..n + 900, n * 1000)).collect();
+    let target = DeviceTarget::from_slice(&mut buffer);
+    assert_eq!((target.len(), target.is_empty()), (90_000, false));
+    let mut gather = Box::pin(vmem.gather(&pieces, &target));
+    tokio::select! {
+        _ = &mut gather => panic!("it did not wait for the stream"),
+        () = tokio::time::sleep(Duration::from_millis(120)) => {}
+    }
+    emulator.release_all();
+    gather.await.unwrap();
+    assert_eq!(vmem.stats().vram.used_bytes, used, "it takes no room in device memory");
+    let got = stream.clone_dtoh(&buffer).unwrap();
+    for n in 0..90 {
+        assert!(got[n * 1000..n * 1000 + 900] == row(n, 0)[n..n + 900], "row {n}");
+        assert!(got[n * 1000 + 900..(n + 1) * 1000] == [0xFF; 100], "between the rows");
+    }
+
+    // The other way: what a kernel leaves there becomes parts of the rows.
+    launch("vmem_add", address, 90_000, 1, &stream);
+    let pieces: Vec<_> = (0..90).map(|n| (n * 1000, &rows[n], n..n + 900)).collect();
+    vmem.scatter(&DeviceTarget::from_slice(&mut buffer), &pieces).await.unwrap();
+    for (n, handle) in rows.iter().enumerate() {
+        let mut expected = row(n, 0);
+        expected[n..n + 900].copy_from_slice(&plus(&row(n, 0)[n..n + 900], 1));
+        assert!(vmem.read(handle).await.unwrap() == expected, "row {n}");
+    }
+
+    // What does not fit is refused before anything is touched.
+    let target = DeviceTarget::from_slice(&mut buffer);
+    let error = vmem.gather(&[(&rows[0], 0..10, 89_991)], &target).await.unwrap_err();
+    assert!(
+        matches!(error, VirtualMemoryError::InvalidConfig { field: "target", .. }),
+        "{error:?}"
+    );
+    let error = vmem.gather(&[(&rows[0], 2999..3001, 0)], &target).await.unwrap_err();
+    assert!(matches!(error, VirtualMemoryError::OutOfRange { .. }), "{error:?}");
+    emulator.fail("cuMemcpyHtoDAsync_v2", 1, 1);
+    let error = vmem.gather(&[(&rows[0], 0..10, 0)], &target).await.unwrap_err();
+    assert!(matches!(error, VirtualMemoryError::Device { code: 1, .. }), "{error:?}");
+    drop(buffer);
+    end(vmem, rows, &emulator).await;
+}
+
+/// A gather that is dropped ends only when no copy can still write to the buffer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gather_that_is_dropped_waits_for_its_copies() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(1 << 20).await;
+    let stream = stream();
+    let handle = vmem.put(bytes(1), HOST).await.unwrap();
+    vmem.promote(&handle, VRAM).await.unwrap();
+    let mut buffer = stream.alloc_zeros::<u8>(LEN).unwrap();
+    emulator.hold(Kind::Within);
+    let (began, dropped) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let dropping = {
+        let (vmem, handle) = (vmem.clone(), handle.clone());
+        let (began, dropped) = (began.clone(), dropped.clone());
+        std::thread::spawn(move || {
+            let pieces = [(&handle, 0..LEN, 0)];
+            let target = DeviceTarget::from_slice(&mut buffer);
+            let mut gather = Box::pin(vmem.gather(&pieces, &target));
+            assert!((&mut gather).now_or_never().is_none());
+            std::thread::sleep(Duration::from_millis(30));
+            began.store(true, Ordering::SeqCst);
+            drop(gather);
+            dropped.store(true, Ordering::SeqCst);
+            buffer
+        })
+    };
+    while !began.load(Ordering::SeqCst) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(80)).await;
+    assert!(!dropped.load(Ordering::SeqCst), "a copy can still write");
+    emulator.release_all();
+    drop(dropping.join().unwrap());
+    assert!(dropped.load(Ordering::SeqCst));
+    end(vmem, vec![handle], &emulator).await;
 }

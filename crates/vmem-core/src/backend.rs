@@ -19,7 +19,7 @@ pub use crate::disk::{
 
 pub use crate::host::StagingMemory;
 
-pub use crate::vmem::{VramChange, VramHold};
+pub use crate::vmem::{VramChange, VramHold, VramShare};
 
 use crate::capabilities::Capabilities;
 

@@ -9,6 +9,7 @@
 
 use std::ffi::c_void;
 use std::mem::ManuallyDrop;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::Thread;
 
@@ -221,8 +222,46 @@ unsafe extern "C" fn ring(bell: *mut c_void) {
     bell.ring();
 }
 
+/// Device memory of a caller, who promised that it stays until every operation with a share of `call` has ended.
+#[derive(Clone)]
+pub(crate) struct Foreign {
+    pub(crate) address: u64,
+    pub(crate) len: usize,
+    /// What the caller queued before.
+    pub(crate) after: Arc<CudaEvent>,
+    pub(crate) call: Arc<Call>,
+}
+
+/// One call over memory of a caller: whoever ends it waits for the last share.
+#[derive(Debug, Default)]
+pub(crate) struct Call {
+    /// The caller has gone: what was not begun is not begun any more.
+    pub(crate) cancelled: AtomicBool,
+}
+
+/// Where bytes for a caller come from.
+pub(crate) enum Source {
+    Device { range: Arc<DeviceRange>, offset: usize, len: usize },
+    Host(Bytes),
+}
+
 /// One operation, with all that it touches.
 pub(crate) enum Work {
+    /// Into device memory of a caller.
+    Give {
+        to: Foreign,
+        offset: usize,
+        source: Source,
+        reply: oneshot::Sender<Result<(), DeviceError>>,
+    },
+    /// Out of device memory of a caller.
+    Take {
+        from: Foreign,
+        offset: usize,
+        len: usize,
+        into: IoBuf,
+        reply: oneshot::Sender<(IoBuf, Result<(), DeviceError>)>,
+    },
     Upload {
         to: Arc<DeviceRange>,
         offset: usize,
@@ -250,6 +289,8 @@ impl Work {
             Work::Upload { .. } => "copying to the device",
             Work::Zero { .. } => "zeroing device memory",
             Work::Download { .. } => "copying from the device",
+            Work::Give { .. } => "gathering",
+            Work::Take { .. } => "scattering",
         }
     }
 
@@ -266,6 +307,14 @@ impl Work {
                 drop(reply.send(outcome));
             }
             Work::Download { from, into, reply, .. } => {
+                drop(from);
+                drop(reply.send((into, outcome)));
+            }
+            Work::Give { to, source, reply, .. } => {
+                drop((to, source));
+                drop(reply.send(outcome));
+            }
+            Work::Take { from, into, reply, .. } => {
                 drop(from);
                 drop(reply.send((into, outcome)));
             }
@@ -341,6 +390,43 @@ impl CopyStream {
                 // SAFETY: as above; the buffer moves with the batch, its memory does not, and nobody else has it.
                 unsafe { result::memcpy_dtoh_async(into, from.address() + *offset as u64, stream) }
             }
+            Work::Give { to, offset, source, .. } => {
+                let len = match source {
+                    Source::Device { len, .. } => *len,
+                    Source::Host(bytes) => bytes.len(),
+                };
+                self.enter(to, *offset, len)?;
+                let target = to.address + *offset as u64;
+                match source {
+                    Source::Device { range, offset, len } => {
+                        check(*offset, *len, range)?;
+                        let from = range.address() + *offset as u64;
+                        // SAFETY: the range as above; the target is promised to stay while the batch has a share of the call.
+                        unsafe { result::memcpy_dtod_async(target, from, *len, stream) }
+                    }
+                    Source::Host(bytes) => {
+                        // SAFETY: as above.
+                        unsafe { result::memcpy_htod_async(target, bytes, stream) }
+                    }
+                }
+            }
+            Work::Take { from, offset, len, into, .. } => {
+                self.enter(from, *offset, *len)?;
+                let into = into.get_mut(..*len).ok_or(INVALID)?;
+                // SAFETY: the buffer as above, the source is promised to stay while the batch has a share of the call.
+                unsafe { result::memcpy_dtoh_async(into, from.address + *offset as u64, stream) }
+            }
+        }
+    }
+
+    /// What comes now works on memory of a caller, after what he queued before.
+    fn enter(&self, foreign: &Foreign, offset: usize, len: usize) -> Result<(), DriverError> {
+        if foreign.call.cancelled.load(Ordering::SeqCst) {
+            return Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_PERMITTED));
+        }
+        match offset.checked_add(len) {
+            Some(end) if end <= foreign.len => self.stream.wait(&foreign.after),
+            _ => Err(INVALID),
         }
     }
 

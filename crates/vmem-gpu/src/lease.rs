@@ -16,6 +16,7 @@ use vmem_core::backend::{DeviceAnswer, DeviceError, DeviceRange, VramChange, Vra
 use vmem_core::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::card::{self, Card, failed};
+use crate::gather::{self, DeviceTarget, Gathered, Scattered};
 use crate::set::DeviceSetRequest;
 use crate::tier::CudaTier;
 
@@ -79,6 +80,32 @@ pub trait VramExt {
         stream: &Arc<CudaStream>,
     ) -> impl Future<Output = Result<DeviceLeaseMut>> + Send;
 
+    /// Copies parts of objects, from whichever tier has them, into one device buffer of the caller, each to its offset there. Takes
+    /// no room in device memory. When it has ended well, work that is queued on the buffer's stream finds all of
+    /// it there; after an error what the pieces hold is unspecified. Dropped before, it waits for copies that have begun.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`, `InvalidConfig` for a piece outside of the buffer or a stream that will not do; those of reading each piece;
+    /// `Device`.
+    fn gather(
+        &self,
+        pieces: &[Gathered<'_>],
+        target: &DeviceTarget<'_>,
+    ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Copies parts of one device buffer of the caller, as they are after what is queued on its stream now, into objects. Each object is
+    /// written as by `write_at`, a megabyte at a time; after an error some may have been.
+    ///
+    /// # Errors
+    ///
+    /// As [`gather`](Self::gather), and those of writing.
+    fn scatter(
+        &self,
+        target: &DeviceTarget<'_>,
+        pieces: &[Scattered<'_>],
+    ) -> impl Future<Output = Result<()>> + Send;
+
     /// Several objects at once, all or none: `vmem.device_set(&stream).read(&a).write(&b).acquire().await`.
     fn device_set(&self, stream: &Arc<CudaStream>) -> DeviceSetRequest;
 }
@@ -111,6 +138,14 @@ impl VramExt for VirtualMemory {
         change(self, handle, stream, true).await
     }
 
+    async fn gather(&self, pieces: &[Gathered<'_>], target: &DeviceTarget<'_>) -> Result<()> {
+        gather::gather(self, pieces, target).await
+    }
+
+    async fn scatter(&self, target: &DeviceTarget<'_>, pieces: &[Scattered<'_>]) -> Result<()> {
+        gather::scatter(self, target, pieces).await
+    }
+
     fn device_set(&self, stream: &Arc<CudaStream>) -> DeviceSetRequest {
         DeviceSetRequest::new(self, stream)
     }
@@ -137,7 +172,7 @@ pub(crate) fn tier(vmem: &VirtualMemory) -> Result<&CudaTier> {
     })
 }
 
-fn check_stream(vmem: &VirtualMemory, stream: &Arc<CudaStream>) -> Result<()> {
+pub(crate) fn check_stream(vmem: &VirtualMemory, stream: &Arc<CudaStream>) -> Result<()> {
     let card = tier(vmem)?.card()?;
     let invalid = |reason: &str| {
         Err(VirtualMemoryError::InvalidConfig { field: "stream", reason: reason.into() })
@@ -155,12 +190,19 @@ fn check_stream(vmem: &VirtualMemory, stream: &Arc<CudaStream>) -> Result<()> {
     }
 }
 
-fn device_error(operation: &'static str, error: DriverError) -> VirtualMemoryError {
-    match failed(operation, error) {
+pub(crate) fn device_error(operation: &'static str, error: DriverError) -> VirtualMemoryError {
+    public(failed(operation, error))
+}
+
+/// As the user sees it.
+pub(crate) fn public(error: DeviceError) -> VirtualMemoryError {
+    match error {
         DeviceError::Failed { operation, code, message } => {
             VirtualMemoryError::Device { operation, code, message }
         }
-        DeviceError::Lost(message) => VirtualMemoryError::Device { operation, code: 0, message },
+        DeviceError::Lost(message) => {
+            VirtualMemoryError::Device { operation: "using the device", code: 0, message }
+        }
         DeviceError::Closed => VirtualMemoryError::Closed,
     }
 }

@@ -9,10 +9,12 @@
 //! - `card`: all unsafe code: the context, the memory, streams, events, copies and who owns what they touch.
 //! - `lane`: a thread for each direction, which hands copies to the driver and waits for their events.
 //! - `watch`: a thread that waits for the kernels of users.
+//! - `gather`: copies between objects and one device buffer of the user.
 //! - `lease`, `set`: objects for kernels, on streams of the user, one or several.
 //! - `tier`: the ledger of device memory, and what the core calls.
 
 mod card;
+mod gather;
 mod lane;
 mod lease;
 mod probe;
@@ -26,6 +28,7 @@ use vmem_core::backend::DeviceBackend;
 use vmem_core::{GpuSelection, MemoryTier, VirtualMemoryError};
 
 use crate::card::Listed;
+pub use crate::gather::{DeviceTarget, Gathered, Scattered};
 pub use crate::lease::{DeviceLease, DeviceLeaseMut, VramExt};
 pub use crate::set::{DeviceSet, DeviceSetRequest};
 pub use crate::tier::CudaTier;

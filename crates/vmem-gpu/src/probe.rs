@@ -17,7 +17,7 @@ const NAMES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 const NAMES: [&str; 1] = ["nvcuda.dll"];
 
 /// Every function of the driver that this crate reaches, through cudarc or directly.
-const FUNCTIONS: [&str; 37] = [
+const FUNCTIONS: [&str; 38] = [
     "cuCtxGetCurrent",
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
@@ -46,6 +46,7 @@ const FUNCTIONS: [&str; 37] = [
     "cuMemGetInfo_v2",
     "cuMemHostRegister_v2",
     "cuMemHostUnregister",
+    "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",

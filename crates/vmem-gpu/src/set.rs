@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
-use vmem_core::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
+use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::lease::{DeviceLease, DeviceLeaseMut, VramExt, tier};
 

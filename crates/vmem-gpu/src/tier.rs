@@ -20,7 +20,7 @@ use vmem_core::backend::{
 
 use vmem_core::{MemoryTier, VirtualMemoryError};
 
-use crate::card::{Card, UNIT, Work};
+use crate::card::{Card, Foreign, Source, UNIT, Work};
 use crate::lane::{Lane, Lost};
 use crate::watch::{Keep, Watch};
 
@@ -37,6 +37,8 @@ pub struct CudaTier {
     inner: Arc<Inner>,
     up: Lane,
     down: Lane,
+    /// For copies from and to memory of callers, which wait for what those have queued.
+    side: Lane,
     watch: Watch,
     lost: Lost,
     described: Arc<str>,
@@ -65,6 +67,7 @@ impl CudaTier {
         let lost = Lost::default();
         let up = Lane::start("vmem-gpu-up", card.clone(), lost.clone())?;
         let down = Lane::start("vmem-gpu-down", card.clone(), lost.clone())?;
+        let side = Lane::start("vmem-gpu-side", card.clone(), lost.clone())?;
         let watch = Watch::start(card.clone(), lost.clone())?;
         let ledger = RangeLedger::new(card.capacity(), UNIT);
         let described = format!("{name} (device {ordinal}), {} bytes", card.capacity()).into();
@@ -75,6 +78,7 @@ impl CudaTier {
             inner,
             up,
             down,
+            side,
             watch,
             lost,
             described,
@@ -95,6 +99,32 @@ impl CudaTier {
             return Err(VirtualMemoryError::TierNotAvailable { tier, reason });
         }
         self.card.lock().clone().ok_or(VirtualMemoryError::Closed)
+    }
+
+    /// Copies bytes into memory of a caller.
+    pub(crate) fn give(
+        &self,
+        to: Foreign,
+        offset: usize,
+        source: Source,
+    ) -> DeviceAnswer<Result<(), DeviceError>> {
+        let (reply, answer) = oneshot::channel();
+        self.side.submit(Work::Give { to, offset, source, reply });
+        answer.map(answered).boxed()
+    }
+
+    /// Copies bytes out of memory of a caller, to the front of a buffer.
+    pub(crate) fn take(
+        &self,
+        from: Foreign,
+        offset: usize,
+        len: usize,
+        into: IoBuf,
+    ) -> DeviceAnswer<(IoBuf, Result<(), DeviceError>)> {
+        let (reply, answer) = oneshot::channel();
+        self.side.submit(Work::Take { from, offset, len, into, reply });
+        let gone = |_| (IoBuf::from_vec(Vec::new()), Err(DeviceError::Closed));
+        answer.map(move |answer| answer.unwrap_or_else(gone)).boxed()
     }
 
     /// The turn of a set of leases; first come, first served.
@@ -204,8 +234,10 @@ impl DeviceBackend for CudaTier {
         self.card.lock().take();
         self.up.close();
         self.down.close();
+        self.side.close();
         self.watch.close();
-        let ended = futures::future::join3(self.up.ended(), self.down.ended(), self.watch.ended());
+        let lanes = futures::future::join3(self.up.ended(), self.down.ended(), self.side.ended());
+        let ended = futures::future::join(lanes, self.watch.ended());
         async move {
             let late = tokio::time::timeout(LAST_COPIES, ended).await;
             late.map(drop).map_err(|_| DeviceError::Failed {

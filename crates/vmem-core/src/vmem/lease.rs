@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::place::{Charge, send_now};
 use super::{PinGuard, Result, VirtualMemory};
 use crate::actor::{Move, Request};
+use crate::buffer::IoBuf;
 use crate::copy::OwnedCopy;
 use crate::device::{DeviceAnswer, DeviceBackend, DeviceError, DeviceRange};
 use crate::error::VirtualMemoryError;
@@ -114,10 +115,48 @@ impl std::fmt::Debug for VramChange {
     }
 }
 
+/// A share of a copy in device memory.
+#[derive(Debug)]
+pub struct VramShare(VramUse);
+
+impl VramShare {
+    /// Where it is.
+    pub fn range(&self) -> Arc<DeviceRange> {
+        self.0.range()
+    }
+}
+
 impl VirtualMemory {
     /// The device of the VRAM tier, for those who extend the store with what only they know of it.
     pub fn device(&self) -> Option<&Arc<dyn DeviceBackend>> {
         self.shared.vram_if_any().map(|vram| &vram.backend)
+    }
+
+    /// A share of this version of the object, if device memory has it now. It is not pinned: its memory stays, and a
+    /// write makes another version.
+    ///
+    /// # Errors
+    ///
+    /// `HandleNotFound`, `Closed`.
+    pub fn share_in_vram(&self, handle: &VMemHandle) -> Result<Option<VramShare>> {
+        let object = self.check(handle)?;
+        let share = object.version().vram;
+        if share.is_some() {
+            object.touch();
+        }
+        Ok(share.map(VramShare))
+    }
+
+    /// Room in host memory for bytes in passage, charged like any other.
+    ///
+    /// # Errors
+    ///
+    /// Those of making room in host memory.
+    pub async fn scratch(&self, len: usize) -> Result<IoBuf> {
+        self.check_open()?;
+        let need = Need { len, owner: 0, class: Class::Demand, may_spill: false };
+        let room = self.shared.host_room_or_error(need, self.shared.deadline()).await?;
+        Ok(IoBuf::from_copy(room))
     }
 
     /// Whether leases of all these objects could ever be there at once.

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use futures::Stream;
 use tokio::sync::watch;
 
-pub use lease::{VramChange, VramHold};
+pub use lease::{VramChange, VramHold, VramShare};
 pub use named::NamedEntry;
 pub use place::{PinGuard, Prefetch};
 pub use residency::Residency;
