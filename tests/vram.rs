@@ -73,10 +73,11 @@ impl Gpu {
         }
     }
 
+    /// Whether something waits to go up.
     fn is_busy(&self) -> bool {
         match &self.control {
             Control::Simulated(device) => device.in_flight() > 0,
-            Control::Emulated(emulator) => emulator.counter("in_flight") > 0,
+            Control::Emulated(emulator) => emulator.counter("queued_up") > 0,
         }
     }
 
@@ -139,6 +140,7 @@ on_each_device! {
     a_device_that_fails_and_one_that_is_lost
     at_home_in_vram
     prefetches_to_vram
+    a_prefetch_that_is_dropped_half_way
     from_disk_with_host_memory_held
     every_tier_at_random
     migrations_to_vram_are_told
@@ -453,28 +455,57 @@ async fn at_home_in_vram(which: Which) {
 
 /// A prefetch comes up in order, makes nothing leave that is in use, and can be dropped.
 async fn prefetches_to_vram(which: Which) {
-    let (vmem, driver, gpu) = open(which, 4 * 8192, 4 * MIB, |config| config);
+    let (vmem, driver, gpu) = open(which, 4 * 8192, 4 * MIB, |config| config.max_pinned(1.0));
     let handles = put_all(&vmem, 8, 8192, HOST).await;
     let group: Vec<_> = handles[..4].to_vec();
     vmem.prefetch_many(&group, VRAM).await.unwrap();
     assert!(group.iter().all(|handle| in_vram(&vmem, handle)));
     assert_eq!(vmem.stats().vram.objects, 4);
-    // What is hot does not make way; once it has cooled down it does.
+    // It waits for what is pinned, and then takes nothing that was used since it was asked for.
+    let mut pins = Vec::new();
     for handle in &group {
-        vmem.promote(handle, VRAM).await.unwrap();
+        pins.push(vmem.pin(handle, VRAM).await.unwrap());
     }
     let mut prefetch = vmem.prefetch(&handles[4], VRAM);
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
     assert!((&mut prefetch).now_or_never().is_none());
-    assert!(group.iter().all(|handle| in_vram(&vmem, handle)));
+    vmem.promote(&group[0], VRAM).await.unwrap();
+    vmem.promote(&group[2], VRAM).await.unwrap();
     // A dropped one is gone.
     drop(vmem.prefetch(&handles[5], VRAM));
+    drop(pins);
     prefetch.await.unwrap();
-    assert!(in_vram(&vmem, &handles[4]));
+    let there: Vec<_> = handles.iter().map(|handle| in_vram(&vmem, handle)).collect();
+    assert!(there[0] && there[2] && there[4] && !(there[1] && there[3]), "{there:?}");
     settle(&vmem, &driver).await;
     assert!(!in_vram(&vmem, &handles[5]));
     drop(group);
     assert_all_back(vmem, &driver, &gpu, handles).await;
+}
+
+/// A prefetch that is dropped half way leaves nothing behind.
+async fn a_prefetch_that_is_dropped_half_way(which: Which) {
+    let (vmem, driver, gpu) = open(which, MIB, MIB, |config| config);
+    let handle = vmem.put(bytes(1, 1, 100_000), HOST).await.unwrap();
+    gpu.hold();
+    let prefetch = vmem.prefetch(&handle, VRAM);
+    while !gpu.is_busy() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(vmem.stats().vram.used_bytes > 0);
+    drop(prefetch);
+    gpu.release_all();
+    let mut left = vmem.stats().vram.used_bytes;
+    for _ in 0..2000 {
+        if left == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        left = vmem.stats().vram.used_bytes;
+    }
+    assert_eq!((left, vmem.stats().vram.objects), (0, 0));
+    assert!(vmem.read(&handle).await.unwrap() == bytes(1, 1, 100_000));
+    assert_all_back(vmem, &driver, &gpu, vec![handle]).await;
 }
 
 /// From disk, piece by piece through the least staging there is, with host memory full of what readers hold.

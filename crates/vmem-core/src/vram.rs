@@ -6,7 +6,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -22,10 +21,6 @@ use crate::shared::Shared;
 use crate::stats::add;
 use crate::tier::MemoryTier;
 
-/// An object that was used within this time never makes way for a prefetch, in nanoseconds.
-const HOT_NS: u64 = 1_000_000_000;
-/// A prefetch looks this often for what has cooled down.
-const COOLS: Duration = Duration::from_millis(50);
 /// Looks at the policy for one victim.
 const LOOKS_MAX: usize = 4096;
 
@@ -139,6 +134,13 @@ impl Vram {
             Class::Prefetch => None,
         };
         let _waiting = Waiting::on(&self.bell);
+        // What was used after a prefetch was asked for does not make way for it.
+        let colder_than = match wanted.class {
+            Class::Demand => u64::MAX,
+            Class::Prefetch => {
+                shared.now().saturating_sub(wanted.asked.elapsed().as_nanos() as u64)
+            }
+        };
         loop {
             let freed = self.bell.freed.notified();
             tokio::pin!(freed);
@@ -154,32 +156,27 @@ impl Vram {
                 });
             }
             let first = wanted.class == Class::Demand || self.turn.try_lock().is_ok();
-            if first && let Some(range) = self.try_room(shared, wanted.len, wanted.class) {
+            if first && let Some(range) = self.try_room(shared, wanted.len, colder_than) {
                 return Ok(range);
             }
-            let until = match wanted.class {
-                Class::Demand => wanted.deadline,
-                Class::Prefetch => wanted.deadline.min(Instant::now() + COOLS),
-            };
-            let timed_out = tokio::time::timeout_at(until, freed).await.is_err();
-            if timed_out && Instant::now() >= wanted.deadline {
+            if tokio::time::timeout_at(wanted.deadline, freed).await.is_err() {
                 return Err(self.late(footprint, wanted.asked));
             }
         }
     }
 
-    /// Device memory if there is some now, or what nobody uses can make way for it.
+    /// Device memory if there is some now, or what nobody uses, and nobody has used since, can make way for it.
     pub(crate) fn try_room(
         &self,
         shared: &Shared,
         len: usize,
-        class: Class,
+        colder_than: u64,
     ) -> Option<DeviceRange> {
         loop {
             if let Some(range) = self.backend.reserve(len) {
                 return Some(range);
             }
-            if !self.evict(shared, class) {
+            if !self.evict(shared, colder_than) {
                 return None;
             }
         }
@@ -249,8 +246,8 @@ impl Vram {
         }
     }
 
-    /// Drops the copy that is needed least. False if none can go.
-    fn evict(&self, shared: &Shared, class: Class) -> bool {
+    /// Drops the copy that is needed least, if it was not used since. False if none can go.
+    fn evict(&self, shared: &Shared, colder_than: u64) -> bool {
         for _ in 0..LOOKS_MAX {
             let pick = self.policy.lock().victim(&mut |id| probe(shared, id));
             let id = match pick {
@@ -259,9 +256,8 @@ impl Vram {
                 Pick::Empty => return false,
             };
             let Some(object) = shared.find(id) else { continue };
-            let hot_since = shared.now().saturating_sub(HOT_NS);
-            if class == Class::Prefetch && object.stamp() > hot_since {
-                // The coldest is too hot, and so is the rest.
+            if object.stamp() >= colder_than {
+                // So was the rest.
                 return false;
             }
             if object.try_gate().is_some_and(|pass| object.leave_vram(&pass)) {

@@ -82,6 +82,7 @@ fn counters(world: &World) -> String {
         ("registrations", registered.count() as u64),
         ("contexts", world.retained.values().sum::<i64>() as u64),
         ("in_flight", in_flight),
+        ("queued_up", world.streams.values().map(|stream| stream.queued(OpKind::Up)).sum()),
     ];
     let mut text = String::new();
     let counted = world.counters.iter().map(|(name, count)| (*name, *count));

@@ -31,6 +31,11 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
+    /// Operations of this kind that have not begun.
+    pub(crate) fn queued(&self, kind: OpKind) -> u64 {
+        self.queue.iter().filter(|op| op.work.kind() == kind).count() as u64
+    }
+
     pub(crate) fn host_memory(&self) -> impl Iterator<Item = HostMemory> + '_ {
         self.queue.iter().filter_map(|op| op.work.host()).chain(self.running)
     }

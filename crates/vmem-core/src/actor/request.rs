@@ -40,7 +40,7 @@ pub(crate) enum Request {
         reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
     },
     /// What a kernel wrote becomes the current version, once it is `ready`.
-    Finish { change: Changed, ready: DeviceAnswer<Result<(), DeviceError>> },
+    Finish { change: Box<Changed>, ready: DeviceAnswer<Result<(), DeviceError>> },
     /// Objects to a faster tier ahead of need, in this order.
     Prefetch {
         objects: Vec<Arc<Object>>,

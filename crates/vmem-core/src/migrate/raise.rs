@@ -75,17 +75,37 @@ pub(crate) async fn raise(job: &Raise) -> Result<()> {
             object.detach_from_vram(&pass);
             continue;
         };
+        let filling = Filling { pass: &pass, published: false };
         let outcome = fill(job, vram, &pass, &range).await;
         drop(range);
-        match outcome {
-            Ok(()) => {
-                object.publish_in_vram(&pass);
-                add(&object.shared.counters.promotions, 1);
-            }
-            Err(_) if object.belongs_in_vram() => {}
-            Err(_) => object.detach_from_vram(&pass),
+        if outcome.is_ok() {
+            filling.publish();
         }
         return outcome;
+    }
+}
+
+/// Room that is being filled. Whatever keeps it from being published, it goes back, unless the object lives there.
+struct Filling<'a> {
+    pass: &'a GatePass,
+    published: bool,
+}
+
+impl Filling<'_> {
+    fn publish(mut self) {
+        let object = self.pass.object();
+        object.publish_in_vram(self.pass);
+        add(&object.shared.counters.promotions, 1);
+        self.published = true;
+    }
+}
+
+impl Drop for Filling<'_> {
+    fn drop(&mut self) {
+        let object = self.pass.object();
+        if !self.published && !object.belongs_in_vram() {
+            object.detach_from_vram(self.pass);
+        }
     }
 }
 

@@ -88,7 +88,7 @@ impl VramChange {
     ) {
         let Inner { range, room, pass, charge } = inner;
         let (shared, handle) = (pass.object().shared.clone(), self.handle.clone());
-        let change = Changed::begin(pass, range, room, reply);
+        let change = Box::new(Changed::begin(pass, range, room, reply));
         let ready = Box::pin(async move {
             let outcome = ready.await;
             // They were kept for as long as the kernel could write.

@@ -231,7 +231,7 @@ impl VirtualMemory {
         if object.home != MemoryTier::Vram {
             return Ok(());
         }
-        let room = self.shared.vram()?.try_room(&self.shared, object.len, Class::Demand);
+        let room = self.shared.vram()?.try_room(&self.shared, object.len, u64::MAX);
         if let Some(room) = room {
             let pass = object.gate(self.shared.deadline()).await?;
             // Somebody who found it by its number may have been faster.
