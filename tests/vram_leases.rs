@@ -245,9 +245,10 @@ async fn leases_among_other_calls() {
     vmem.write(&handle, bytes(7)).await.unwrap();
     assert!(vmem.read(&handle).await.unwrap() == bytes(7));
     let mut kept = vec![0; LEN];
+    // SAFETY: it is read below, on the stream of the lease.
+    let at = unsafe { lease.device_ptr() };
     // SAFETY: both are as long as the object; the memory of the vector is pageable, so the call waits.
-    unsafe { result::memcpy_dtoh_async(&mut kept, lease.device_ptr(), stream.cu_stream()) }
-        .unwrap();
+    unsafe { result::memcpy_dtoh_async(&mut kept, at, stream.cu_stream()) }.unwrap();
     assert!(kept == bytes(6));
     // Cancelled at every stage of its waiting.
     for wait in [0, 1, 5, 20] {
@@ -355,9 +356,10 @@ async fn a_lease_outlives_the_store() {
     assert_eq!(emulator.counter("device_bytes"), 4 << 20, "a lease has it");
     let mut read = vec![0; LEN];
     stream.context().bind_to_thread().unwrap();
+    // SAFETY: it is read below, on the stream of the lease.
+    let at = unsafe { lease.device_ptr() };
     // SAFETY: both are as long as the object; the memory of the vector is pageable, so the call waits.
-    unsafe { result::memcpy_dtoh_async(&mut read, lease.device_ptr(), stream.cu_stream()) }
-        .unwrap();
+    unsafe { result::memcpy_dtoh_async(&mut read, at, stream.cu_stream()) }.unwrap();
     assert!(read == bytes(2));
     drop((lease, handle));
     assert_eq!(emulator.counter("device_bytes"), 0);
