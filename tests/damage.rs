@@ -228,7 +228,7 @@ async fn files_that_are_cut_missing_or_swapped() {
         ("no bytes of data".into(), Box::new(cut(DATA_FILE, 0))),
         ("half of the data".into(), Box::new(cut(DATA_FILE, data_len / 2))),
     ];
-    for len in [1, 100, 512, 4096, 4097, catalog_len / 2, catalog_len - 1] {
+    for len in [0, 1, 100, 512, 4096, 4097, catalog_len / 2, catalog_len - 1] {
         damages.push((format!("{len} bytes of catalog"), Box::new(cut(CATALOG_FILE, len))));
     }
     let from = other.path().to_owned();

@@ -104,3 +104,26 @@ async fn check_all(vmem: &VirtualMemory, handles: &[vmem::VMemHandle]) {
         assert!(read.iter().all(|&byte| byte == n as u8), "object {n}");
     }
 }
+
+/// With no capacity configured, a store that was closed opens again, however much of the file system its names take.
+#[tokio::test]
+async fn the_default_capacity_always_holds_what_is_named() {
+    let Some(tmpfs) = Tmpfs::mount("64m") else { return };
+    let config = || {
+        let config = VirtualMemoryConfig::builder().disk_path(tmpfs.path().join("store"));
+        config.host_capacity(8 << 20).build().unwrap()
+    };
+    let vmem = vmem::open(config()).await.unwrap();
+    for n in 0..10 {
+        vmem.put_named(&format!("{n}"), vec![n; 3 << 20], MemoryTier::Disk).await.unwrap();
+    }
+    vmem.close().await.unwrap();
+    for _ in 0..3 {
+        let vmem = vmem::open(config()).await.unwrap();
+        assert!(vmem.stats().disk.capacity_bytes >= 30 << 20, "{:?}", vmem.stats().disk);
+        let handle = vmem.open_named("7").await.unwrap();
+        assert!(vmem.read(&handle).await.unwrap()[..] == vec![7; 3 << 20]);
+        drop(handle);
+        vmem.close().await.unwrap();
+    }
+}

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::TryStreamExt;
 use vmem::{
@@ -396,4 +397,53 @@ async fn a_snapshot_is_a_store_of_one_moment() {
     is(&vmem, &unnamed, 1, 100_000).await;
     drop(unnamed);
     vmem.close().await.unwrap();
+}
+
+/// A process was killed while it wrote its number over a longer one.
+#[tokio::test]
+async fn a_lock_file_that_was_half_written() {
+    let place = tempfile::tempdir().unwrap();
+    let config = || {
+        let config = VirtualMemoryConfig::builder().disk_path(place.path());
+        config.host_capacity(2 << 20).disk_capacity(16 << 20).build().unwrap()
+    };
+    let vmem = vmem::open(config()).await.unwrap();
+    vmem.put_named("a", [1; 100], MemoryTier::Host).await.unwrap();
+    vmem.close().await.unwrap();
+    for left in ["678\n5\n", "12345\n", "7\n\0\0"] {
+        std::fs::write(place.path().join("vmem.lock"), left).unwrap();
+        assert_eq!(vmem_io::verify(place.path()).unwrap().objects, 1, "{left:?}");
+        let vmem = vmem::open(config()).await.unwrap();
+        let handle = vmem.open_named("a").await.unwrap();
+        assert!(vmem.read(&handle).await.unwrap() == [1; 100][..]);
+        drop(handle);
+        vmem.close().await.unwrap();
+    }
+}
+
+/// Changes of one name that wait for each other have one deadline each, from when they were asked for; so `close` ends
+/// soon after it, however many there are.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_that_wait_in_line_do_not_add_up() {
+    let config = VirtualMemoryConfig::builder()
+        .host_capacity(32 << 20)
+        .disk_capacity(64 << 20)
+        .wait_timeout(Duration::from_millis(500));
+    let vmem = vmem::open(config.build().unwrap()).await.unwrap();
+    let len = 8 << 20;
+    let handle = vmem.put_named("a", vec![1; len], MemoryTier::Host).await.unwrap();
+    // A write that is begun and not polled on has the object.
+    let data = vec![2; len];
+    let mut write = Box::pin(vmem.write(&handle, &data));
+    assert!(futures::poll!(&mut write).is_pending());
+    for _ in 0..20 {
+        let flush = tokio::time::timeout(Duration::from_millis(5), vmem.flush(&handle)).await;
+        assert!(flush.is_err(), "{flush:?}");
+    }
+    let begun = std::time::Instant::now();
+    let closed = vmem.clone().close().await;
+    assert!(matches!(closed, Err(VirtualMemoryError::NotFlushed { .. })), "{closed:?}");
+    // One after the other they would take twenty times the deadline.
+    assert!(begun.elapsed() < 10 * Duration::from_millis(500), "{:?}", begun.elapsed());
+    drop(write);
 }

@@ -223,9 +223,11 @@ async fn full_under_the_catalog(all_writes: bool) {
     catalog_fails.space.store(false, Ordering::SeqCst);
     vmem.flush(&kept).await.unwrap();
     vmem.put_named("new", vec![3; 10], MemoryTier::Disk).await.unwrap();
-    if !all_writes {
-        assert_eq!(vmem.stats().disk.used_bytes, used + 512, "nothing is kept in vain");
-    }
+    // Of one commit it was not known whether it was made: what it would have led to is kept until the next start. The others
+    // were refused before they began.
+    let in_doubt = if all_writes { used } else { 0 };
+    let kept_for = vmem.stats().disk.used_bytes - used - 512;
+    assert!(kept_for <= in_doubt, "{kept_for} bytes are kept in vain");
     drop(kept);
     vmem.close().await.unwrap();
     let again = open(tape.image(), false).vmem;

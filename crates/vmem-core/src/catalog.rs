@@ -36,6 +36,9 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     /// shut](Self::is_shut) then.
     fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()>;
 
+    /// How many commits were begun: one that is refused before it begins changes nothing.
+    fn attempts(&self) -> u64;
+
     /// Whether a commit failed in a way after which it is not known whether it is durable. The next start
     /// tells; until then nothing more can be committed.
     fn is_poisoned(&self) -> bool;

@@ -98,6 +98,11 @@ impl Files {
         }
     }
 
+    /// Says that its shares go when nothing is in flight any more, for which who opens it then waits.
+    pub(crate) fn leave(&self) {
+        self.lock.leave();
+    }
+
     /// Gives a file its final name, durably: it was synced before.
     pub(crate) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         rustix::fs::renameat(&*self.directory, from, &*self.directory, to)?;
@@ -129,6 +134,13 @@ impl StoreDirectory {
         let files = Files { path, directory: Arc::new(directory), lock: Arc::new(lock) };
         let refused = |error| refused(&files.path, error);
         let data = open_data(&files, used_before)?;
+        if temporary.is_none() {
+            // What becomes durable in the files is worth nothing without their names. Where a file system cannot do that,
+            // names are as durable as it makes them.
+            if let Err(error) = files.directory.sync_all() {
+                tracing::debug!(path = %files.path.display(), %error, "the directory is not synced");
+            }
+        }
         let status = data.metadata().map_err(refused)?;
         let names = if files.has(CATALOG_FILE).map_err(refused)? { UNKNOWN } else { 0 };
         let mut store = StoreDirectory {
@@ -208,7 +220,7 @@ impl StoreDirectory {
 
     /// Says that it goes when nothing is in flight any more, for which [`open`](Self::open) then waits.
     pub(crate) fn leave(&self) {
-        self.files.lock.leave();
+        self.files.leave();
     }
 
     /// Gives everything back: the data file and the catalog, unless something has a name; a temporary
@@ -286,13 +298,13 @@ fn take_lock(path: &Path, directory: &File) -> Result<(Lock, bool), VirtualMemor
     let lock = Lock::take(file).map_err(|(file, error)| match error {
         TryLockError::WouldBlock => VirtualMemoryError::InUse {
             path: path.to_owned(),
-            pid: read_start(&file).ok().and_then(|text| text.trim().parse().ok()),
+            pid: read_start(&file).ok().and_then(|text| pid_in(&text)),
         },
         TryLockError::Error(error) => io(error),
     })?;
     let file = lock.file();
     let text = read_start(file).map_err(io)?;
-    let used_before = text.trim().parse::<u32>().is_ok();
+    let used_before = pid_in(&text).is_some();
     if !used_before && !text.is_empty() {
         return Err(unusable(&path.join(LOCK_FILE), "is not a lock file of vmem"));
     }
@@ -304,6 +316,12 @@ fn take_lock(path: &Path, directory: &File) -> Result<(Lock, bool), VirtualMemor
         .and_then(|()| file.sync_all())
         .map_err(io)?;
     Ok((lock, used_before))
+}
+
+/// The process in a lock file. Behind its line may be the rest of a longer one, where whoever wrote it was killed before
+/// he cut that off.
+fn pid_in(text: &str) -> Option<u32> {
+    text.lines().next()?.trim().parse().ok()
 }
 
 /// The first bytes of a file, as text. Zeros around it are what a power cut leaves of bytes that

@@ -74,7 +74,11 @@ pub fn open_disk(
     }
     let capacity_bytes = match capacity_bytes {
         Some(bytes) => bytes,
-        None => directory.free_bytes()? / 2,
+        // What has a name is there already, and always fits.
+        None => {
+            let taken = taken.bytes();
+            (directory.free_bytes()?.saturating_add(taken) / 2).max(taken)
+        }
     };
     if capacity_bytes < CHUNK_BYTES as u64 {
         return Err(VirtualMemoryError::InvalidConfig {

@@ -112,6 +112,15 @@ impl Pool {
             if state.live > 0 {
                 return;
             }
+            // What ends it may block, and whoever closes may not.
+            if state.finish.is_some()
+                && let Ok(thread) = self.start_thread(state.started)
+            {
+                state.threads.push(thread);
+                state.started += 1;
+                state.live += 1;
+                return;
+            }
             state.finish.take()
         };
         if let Some(finish) = finish {

@@ -67,6 +67,11 @@ pub struct Taken {
 }
 
 impl Taken {
+    /// What they take together, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.ranges.iter().map(|&(_, footprint)| u64::from(footprint)).sum()
+    }
+
     /// Where the last one ends, in bytes.
     pub fn end(&self) -> u64 {
         self.ranges.last().map_or(0, |&(offset, footprint)| offset + u64::from(footprint))

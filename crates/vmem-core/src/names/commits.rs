@@ -136,10 +136,14 @@ async fn commit_batch(
         return Err(NotCommitted::perhaps(error));
     }
     let changes = batch.iter_mut().flat_map(|commit| std::mem::take(&mut commit.changes));
+    let before = catalog.attempts();
     let committed = catalog.commit(changes.collect()).await;
     committed.map_err(|error| {
+        // In this order: whoever opens it again poisons it first.
+        let shut = catalog.is_shut();
         let poison = catalog.is_poisoned();
-        NotCommitted { error, perhaps: poison || catalog.is_shut(), poison }
+        let begun = catalog.attempts() != before;
+        NotCommitted { error, perhaps: begun && (poison || shut), poison }
     })
 }
 

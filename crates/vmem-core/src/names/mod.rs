@@ -14,7 +14,7 @@ mod turns;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use dashmap::DashMap;
 use parking_lot::Mutex;
@@ -49,6 +49,8 @@ pub(crate) struct Names {
     next_id: AtomicU64,
     tasks: Arc<Semaphore>,
     frozen: Mutex<Frozen>,
+    /// The table was cleared, for good.
+    cleared: AtomicBool,
 }
 
 /// What the catalog no longer leads to, while somebody copies what it led to.
@@ -70,6 +72,7 @@ impl Names {
             turns: turns::Turns::default(),
             tasks: Arc::new(Semaphore::new(TASKS_MAX)),
             frozen: Mutex::default(),
+            cleared: AtomicBool::new(false),
         }
     }
 
@@ -148,11 +151,22 @@ impl Names {
 
     /// Lets the objects go; at the end of the store. Each holds the store, which holds the table.
     pub(crate) fn clear(&self) {
+        self.cleared.store(true, Ordering::SeqCst);
         // Not inside of the table: the last handle of an object frees it.
         for (name, handle) in self.all() {
             self.table.remove(&name);
             drop(handle);
         }
+    }
+
+    /// Puts an object into the table; returns what had the name there.
+    fn insert(&self, name: &Arc<str>, handle: VMemHandle) -> Option<VMemHandle> {
+        let before = self.table.insert(name.clone(), handle);
+        if self.cleared.load(Ordering::SeqCst) {
+            // The store has ended meanwhile, and nobody would take it out again.
+            drop(self.table.remove(name));
+        }
+        before
     }
 
     /// A version that the catalog named no longer, or one that it names without these chunks.
@@ -227,9 +241,6 @@ async fn bring_in(
     stored: CatalogObject,
 ) -> Result<VMemHandle> {
     let CatalogObject { record, chunks } = stored;
-    if record.home == MemoryTier::Vram {
-        shared.vram()?;
-    }
     let len = usize::try_from(record.len).map_err(|_| VirtualMemoryError::ExceedsCapacity {
         tier: MemoryTier::Disk,
         requested_bytes: record.len,
@@ -249,23 +260,23 @@ async fn bring_in(
     object.with_disk(&pass, |disk, _| *disk = map.clone());
     drop(pass);
     object.name(Named::stored(name.clone(), Durable { record, map }));
-    shared.names.table.insert(name.clone(), handle.clone());
+    drop(shared.names.insert(name, handle.clone()));
     Ok(handle)
 }
 
 /// Gives a name to an object that has none; no change of the catalog.
 pub(crate) fn call(shared: &Shared, turn: &Turn, handle: &VMemHandle) {
     handle.object().name(Named::new(turn.name().clone()));
-    shared.names.table.insert(turn.name().clone(), handle.clone());
+    drop(shared.names.insert(turn.name(), handle.clone()));
 }
 
 /// Gives the name to a version that has none, durably, and takes it from whatever had it.
 pub(crate) async fn replace(shared: &Arc<Shared>, turn: &Turn, handle: &VMemHandle) -> Result<()> {
     let before = find(shared, turn).await?;
     let object = handle.object();
-    let durable = persist::store(shared, turn.name(), object, None).await?;
+    let durable = persist::store(shared, turn, object, None).await?;
     object.name(Named::stored(turn.name().clone(), durable));
-    shared.names.table.insert(turn.name().clone(), handle.clone());
+    drop(shared.names.insert(turn.name(), handle.clone()));
     if let Some(before) = before {
         lose_name(shared, before.object());
     }
@@ -283,7 +294,7 @@ pub(crate) async fn rename(shared: &Arc<Shared>, from: &Turn, to: &Turn) -> Resu
         named.rename(to.name().clone());
     }
     drop(shared.names.table.remove(from.name()));
-    let replaced = shared.names.table.insert(to.name().clone(), moved);
+    let replaced = shared.names.insert(to.name(), moved);
     if let Some(before) = before {
         lose_name(shared, before.object());
     }

@@ -103,7 +103,7 @@ pub(crate) async fn persist(shared: &Arc<Shared>, turn: &Turn, object: &Arc<Obje
         .durable
         .as_ref()
         .map(|durable| Durable { record: durable.record.clone(), map: durable.map.clone() });
-    let durable = store(shared, turn.name(), object, before).await?;
+    let durable = store(shared, turn, object, before).await?;
     let map = durable.map.clone();
     let old = named.state.lock().durable.replace(durable);
     if let Some(old) = old {
@@ -117,10 +117,14 @@ pub(crate) async fn persist(shared: &Arc<Shared>, turn: &Turn, object: &Arc<Obje
 /// # Errors
 ///
 /// Those of [`persist`].
-pub(crate) async fn flush(shared: &Arc<Shared>, object: &Arc<Object>) -> Result<()> {
+pub(crate) async fn flush(
+    shared: &Arc<Shared>,
+    object: &Arc<Object>,
+    deadline: Instant,
+) -> Result<()> {
     let Some(named) = object.named.get() else { return Ok(()) };
     while let Some(name) = named.current() {
-        let turn = Turn::of(shared, name).await;
+        let turn = Turn::of(shared, name, deadline).await?;
         if named.current().as_ref() == Some(turn.name()) {
             return persist(shared, &turn, object).await;
         }
@@ -134,8 +138,10 @@ pub(crate) async fn flush(shared: &Arc<Shared>, object: &Arc<Object>) -> Result<
 ///
 /// `NotFlushed` with the names of those that are not.
 pub(crate) async fn flush_all(shared: &Arc<Shared>) -> Result<()> {
+    // One for all: what nobody keeps from it goes on after it.
+    let deadline = shared.deadline();
     let flushes = shared.names.all().into_iter().map(|(name, handle)| async move {
-        let outcome = flush(shared, handle.object()).await;
+        let outcome = flush(shared, handle.object(), deadline).await;
         outcome.map_err(|error| (name, error))
     });
     let outcomes: Vec<_> = futures::stream::iter(flushes).buffered(AT_ONCE).collect().await;
@@ -149,11 +155,11 @@ pub(crate) async fn flush_all(shared: &Arc<Shared>) -> Result<()> {
 /// Brings the current bytes down and commits where they are.
 pub(super) async fn store(
     shared: &Arc<Shared>,
-    name: &Arc<str>,
+    turn: &Turn,
     object: &Arc<Object>,
     before: Option<Durable>,
 ) -> Result<Durable> {
-    let map = migrate::settle(object, Instant::now(), shared.deadline()).await?;
+    let map = migrate::settle(object, Instant::now(), turn.deadline()).await?;
     let record = match &before {
         Some(before) => before.record.clone(),
         None => new_record(object, shared.names.next_id()),
@@ -168,7 +174,7 @@ pub(super) async fn store(
         extent.keep();
     }
     if is_new {
-        changes.push(CatalogChange::Put { name: name.clone(), record: record.clone() });
+        changes.push(CatalogChange::Put { name: turn.name().clone(), record: record.clone() });
     }
     match shared.names.commit(changes, true).await {
         Ok(()) => Ok(Durable { record, map }),

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use dashmap::DashMap;
 use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::time::Instant;
 
+use crate::error::VirtualMemoryError;
 use crate::shared::Shared;
 
 /// The names that are being changed.
@@ -20,31 +22,57 @@ pub(crate) struct Turn {
     name: Arc<str>,
     /// Empty while it waits.
     guard: Option<OwnedMutexGuard<()>>,
+    /// When the change is given up if it still waits.
+    deadline: Instant,
 }
 
 impl Turn {
     /// Waits for the turn of one name.
-    pub(crate) async fn of(shared: &Arc<Shared>, name: Arc<str>) -> Turn {
+    ///
+    /// # Errors
+    ///
+    /// `TimedOut` at the deadline, which also counts for what the change waits for later.
+    pub(crate) async fn of(
+        shared: &Arc<Shared>,
+        name: Arc<str>,
+        deadline: Instant,
+    ) -> Result<Turn, VirtualMemoryError> {
+        let asked = Instant::now();
         // Whoever goes away while it waits drops this, which tidies up.
-        let mut turn = Turn { shared: shared.clone(), name: name.clone(), guard: None };
+        let mut turn = Turn { shared: shared.clone(), name: name.clone(), guard: None, deadline };
         let mutex = shared.names.turns.0.entry(name).or_default().clone();
-        turn.guard = Some(mutex.lock_owned().await);
-        turn
+        match tokio::time::timeout_at(deadline, mutex.lock_owned()).await {
+            Ok(guard) => turn.guard = Some(guard),
+            Err(_) => {
+                let (operation, waited) = ("another change of the name", asked.elapsed());
+                return Err(VirtualMemoryError::TimedOut { operation, waited });
+            }
+        }
+        Ok(turn)
     }
 
     /// Waits for the turns of two names that differ, in an order that all keep.
+    ///
+    /// # Errors
+    ///
+    /// As `of`.
     pub(crate) async fn of_both(
         shared: &Arc<Shared>,
         one: Arc<str>,
         other: Arc<str>,
-    ) -> (Turn, Turn) {
+        deadline: Instant,
+    ) -> Result<(Turn, Turn), VirtualMemoryError> {
         if one < other {
-            let first = Turn::of(shared, one).await;
-            (first, Turn::of(shared, other).await)
+            let first = Turn::of(shared, one, deadline).await?;
+            Ok((first, Turn::of(shared, other, deadline).await?))
         } else {
-            let first = Turn::of(shared, other).await;
-            (Turn::of(shared, one).await, first)
+            let first = Turn::of(shared, other, deadline).await?;
+            Ok((Turn::of(shared, one, deadline).await?, first))
         }
+    }
+
+    pub(crate) fn deadline(&self) -> Instant {
+        self.deadline
     }
 
     pub(crate) fn name(&self) -> &Arc<str> {

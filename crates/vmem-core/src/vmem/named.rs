@@ -13,6 +13,7 @@ use bytes::Bytes;
 use futures::Stream;
 use futures::stream::try_unfold;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::{Result, VirtualMemory};
 use crate::actor::spawn_named;
@@ -63,8 +64,8 @@ impl VirtualMemory {
     ) -> Result<VMemHandle> {
         let name = self.check_named(name)?;
         let handle = self.allocate(len, home).await?;
-        self.change(move |shared| async move {
-            let turn = Turn::of(&shared, name).await;
+        self.change(move |shared, deadline| async move {
+            let turn = Turn::of(&shared, name, deadline).await?;
             if names::find(&shared, &turn).await?.is_some() {
                 return Err(VirtualMemoryError::NameExists { name: turn.name().clone() });
             }
@@ -113,8 +114,8 @@ impl VirtualMemory {
     ) -> Result<VMemHandle> {
         let name = self.check_named(name)?;
         let handle = self.put(data, home).await?;
-        self.change(move |shared| async move {
-            let turn = Turn::of(&shared, name).await;
+        self.change(move |shared, deadline| async move {
+            let turn = Turn::of(&shared, name, deadline).await?;
             names::replace(&shared, &turn, &handle).await?;
             Ok(handle)
         })
@@ -129,14 +130,19 @@ impl VirtualMemory {
     /// home tier is not there; `Damaged`, `Io`.
     pub async fn open_named(&self, name: &str) -> Result<VMemHandle> {
         let name = self.check_named(name)?;
+        let home_is_there = |handle: VMemHandle| match handle.home_tier() {
+            MemoryTier::Vram => self.shared.vram().map(|_| handle),
+            MemoryTier::Host | MemoryTier::Disk => Ok(handle),
+        };
         if let Some(handle) = self.shared.names.get(&name) {
-            return Ok(handle);
+            return home_is_there(handle);
         }
-        self.change(move |shared| async move {
-            let turn = Turn::of(&shared, name).await;
+        self.change(move |shared, deadline| async move {
+            let turn = Turn::of(&shared, name, deadline).await?;
             names::find_or_error(&shared, &turn).await
         })
         .await
+        .and_then(home_is_there)
     }
 
     /// Gives the object of one name another one, atomically; what had that name loses it, its handles keep
@@ -147,13 +153,13 @@ impl VirtualMemory {
     /// `NameNotFound`; `InvalidConfig` for a name that cannot be one; those of [`flush`](Self::flush).
     pub async fn rename_named(&self, from: &str, to: &str) -> Result<()> {
         let (from, to) = (self.check_named(from)?, self.check_named(to)?);
-        self.change(move |shared| async move {
+        self.change(move |shared, deadline| async move {
             if from == to {
-                let turn = Turn::of(&shared, from).await;
+                let turn = Turn::of(&shared, from, deadline).await?;
                 let handle = names::find_or_error(&shared, &turn).await?;
                 return names::persist(&shared, &turn, handle.object()).await;
             }
-            let (from, to) = Turn::of_both(&shared, from, to).await;
+            let (from, to) = Turn::of_both(&shared, from, to, deadline).await?;
             names::rename(&shared, &from, &to).await
         })
         .await
@@ -166,8 +172,8 @@ impl VirtualMemory {
     /// `NameNotFound`; `InvalidConfig` for a name that cannot be one; `Damaged`, `Io`.
     pub async fn remove_named(&self, name: &str) -> Result<()> {
         let name = self.check_named(name)?;
-        self.change(move |shared| async move {
-            let turn = Turn::of(&shared, name).await;
+        self.change(move |shared, deadline| async move {
+            let turn = Turn::of(&shared, name, deadline).await?;
             names::remove(&shared, &turn).await
         })
         .await
@@ -206,8 +212,8 @@ impl VirtualMemory {
             return Err(VirtualMemoryError::InvalidConfig { field, reason });
         }
         let metadata = Bytes::copy_from_slice(metadata);
-        self.change(move |shared| async move {
-            let turn = Turn::of(&shared, name).await;
+        self.change(move |shared, deadline| async move {
+            let turn = Turn::of(&shared, name, deadline).await?;
             names::set_metadata(&shared, &turn, metadata).await
         })
         .await
@@ -223,7 +229,7 @@ impl VirtualMemory {
     pub async fn snapshot(&self, directory: &Path) -> Result<()> {
         self.check_open()?;
         let directory = directory.to_owned();
-        self.change(move |shared| async move {
+        self.change(move |shared, _| async move {
             names::flush_all(&shared).await?;
             let frozen = Names::freeze(&shared);
             let copied = shared.names.catalog()?.snapshot(directory).await;
@@ -236,11 +242,14 @@ impl VirtualMemory {
     // ---- For `place.rs` ------------------------------------------------------------------------
 
     pub(super) async fn flush_named(&self, object: Arc<Object>) -> Result<()> {
-        self.change(move |shared| async move { names::flush(&shared, &object).await }).await
+        self.change(move |shared, deadline| async move {
+            names::flush(&shared, &object, deadline).await
+        })
+        .await
     }
 
     pub(super) async fn flush_all_named(&self) -> Result<()> {
-        self.change(move |shared| async move { names::flush_all(&shared).await }).await
+        self.change(move |shared, _| async move { names::flush_all(&shared).await }).await
     }
 
     /// A name that may be one, of a store that is open.
@@ -252,15 +261,20 @@ impl VirtualMemory {
     }
 
     /// Runs a change as a task of its own, and waits for its answer.
-    async fn change<T, F>(&self, make: impl FnOnce(Arc<Shared>) -> F + Send) -> Result<T>
+    async fn change<T, F>(&self, make: impl FnOnce(Arc<Shared>, Instant) -> F + Send) -> Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
-        let permit = self.shared.names.task().await?;
+        let (asked, deadline) = (Instant::now(), self.shared.deadline());
+        let permit = tokio::time::timeout_at(deadline, self.shared.names.task()).await;
+        let permit = permit.map_err(|_| VirtualMemoryError::TimedOut {
+            operation: "other changes of names",
+            waited: asked.elapsed(),
+        })??;
         self.check_open()?;
         let (reply, answer) = oneshot::channel();
-        let change = make(self.shared.clone());
+        let change = make(self.shared.clone(), deadline);
         let runtime = self.shared.runtime.clone();
         spawn_named(&runtime, "vmem-name", async move {
             let outcome = change.await;

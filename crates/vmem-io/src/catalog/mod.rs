@@ -19,7 +19,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use futures::FutureExt;
 use futures::channel::oneshot;
@@ -61,6 +61,8 @@ struct Inner {
     open: RwLock<Option<Open>>,
     /// Nothing more is committed.
     poisoned: AtomicBool,
+    /// Transactions that were begun.
+    attempts: AtomicU64,
     /// What the head row says; whoever commits has it.
     head: Mutex<Head>,
     /// The data file, through the page cache, for snapshots.
@@ -110,10 +112,12 @@ impl NameCatalog {
         let mut taken = Taken::default();
         if files.has(CATALOG_FILE).map_err(io)? {
             let file = files.open(CATALOG_FILE)?;
-            // What was made and cut off before anything was written.
-            if file.metadata().map_err(io)?.len() > 0 {
-                taken = inner.load(through(Storage::of_file(file)).map_err(io)?)?;
+            // It got its name with a commit in it: redb would take an empty file for a new one.
+            if file.metadata().map_err(io)?.len() == 0 {
+                let (path, reason) = (inner.path, "it is empty".into());
+                return Err(VirtualMemoryError::Damaged { path, reason });
             }
+            taken = inner.load(through(Storage::of_file(file)).map_err(io)?)?;
         }
         inner.tally.store(inner.head.get_mut().names, Ordering::Release);
         inner.files = Mutex::new(Some(files));
@@ -197,7 +201,13 @@ impl NameCatalog {
 
 impl Catalog for NameCatalog {
     fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
+        // Before it stands in line: whoever drops the store meanwhile leaves the files.
+        self.inner.tally.fetch_max(1, Ordering::AcqRel);
         self.run(move |inner| inner.commit(&changes))
+    }
+
+    fn attempts(&self) -> u64 {
+        self.inner.attempts.load(Ordering::Acquire)
     }
 
     fn is_poisoned(&self) -> bool {
@@ -239,8 +249,11 @@ impl Catalog for NameCatalog {
 
 impl Drop for NameCatalog {
     /// What is in flight ends on its thread, which has shares of all that it needs, the lock of the
-    /// directory too.
+    /// directory too; until then who opens it in this process waits.
     fn drop(&mut self) {
+        if let Some(files) = &*self.inner.files.lock() {
+            files.leave();
+        }
         self.pool.begin_close();
     }
 }
@@ -254,6 +267,7 @@ impl Inner {
             tally,
             open: RwLock::new(None),
             poisoned: AtomicBool::new(false),
+            attempts: AtomicU64::new(0),
             head: Mutex::new(Head { format: rows::FORMAT, ..Head::default() }),
             data: OnceLock::new(),
         }
@@ -302,17 +316,20 @@ impl Inner {
         builder
     }
 
-    /// Opens what is there, verifies all of it, and says which extents it leads to.
+    /// Verifies all of what is there, says which extents it leads to, and opens it. What is refused was only looked
+    /// at: it is as it was.
     fn load(&self, storage: Storage) -> Result<Taken> {
-        let opened = self.guarded("opening the catalog", || {
+        let verified = self.guarded("opening the catalog", || {
             let mut builder = self.builder();
             builder.set_check_integrity_on_open(true);
-            let db = builder.create_with_backend(storage.clone())?;
-            let Summary { head, taken } = tables::summary(&db)?;
-            Ok((db, head, taken))
+            let looked_at = Overlay::over(storage.clone()).map_err(Failure::Io)?;
+            tables::summary(&builder.create_with_backend(looked_at)?)
         });
-        let (db, head, taken) =
-            opened.map_err(|error| self.with_salvage(error, storage.clone()))?;
+        let Summary { head, taken } =
+            verified.map_err(|error| self.with_salvage(error, storage.clone()))?;
+        let db = self.guarded("opening the catalog", || {
+            Ok(self.builder().create_with_backend(storage.clone())?)
+        })?;
         let block_bytes = head.block_bytes;
         self.install(Open { db: Some(db), storage }, head);
         Ok(Taken { ranges: taken, block_bytes: Some(block_bytes) })
@@ -349,19 +366,15 @@ impl Inner {
     fn commit(&self, changes: &[CatalogChange]) -> Result<()> {
         let mut head = self.head.lock();
         let operation = "committing names";
-        if self.poisoned.load(Ordering::Acquire) {
-            return Err(self.shut(operation));
-        }
         // Until it is known otherwise.
         self.tally.fetch_max(1, Ordering::AcqRel);
-        if self.open.read().is_none() {
-            let files = self.files.lock().clone().ok_or(VirtualMemoryError::Closed)?;
-            let (open, first) = self.make_in(&files, head.block_bytes)?;
-            publish(&files)?;
-            *head = first;
-            *self.open.write() = Some(open);
+        if let Err(error) = self.prepare(&mut head) {
+            if !self.is_shut() {
+                self.tally.store(head.names, Ordering::Release);
+            }
+            return Err(error);
         }
-        self.open_again(&head)?;
+        self.attempts.fetch_add(1, Ordering::AcqRel);
         let committed = match &*self.open.read() {
             Some(Open { db: Some(db), .. }) => {
                 self.guarded(operation, || tables::commit(db, *head, changes))
@@ -390,9 +403,28 @@ impl Inner {
         Err(error)
     }
 
+    /// Sees to it that there is a database to commit to.
+    fn prepare(&self, head: &mut Head) -> Result<()> {
+        if self.poisoned.load(Ordering::Acquire) {
+            return Err(self.shut("committing names"));
+        }
+        if self.open.read().is_none() {
+            let files = self.files.lock().clone().ok_or(VirtualMemoryError::Closed)?;
+            let (open, first) = self.make_in(&files, head.block_bytes)?;
+            publish(&files)?;
+            *head = first;
+            *self.open.write() = Some(open);
+        }
+        self.open_again(head)
+    }
+
     /// Opens the database again after a commit that failed. Unless it was a sync that did, what is there is
     /// what was there before.
     fn open_again(&self, before: &Head) -> Result<()> {
+        // A snapshot that reads keeps nobody waiting.
+        if !self.is_shut() {
+            return Ok(());
+        }
         let mut open = self.open.write();
         let Some(Open { db: shut @ None, storage }) = &mut *open else { return Ok(()) };
         let (db, head) = self.guarded("opening the catalog", || {
@@ -530,6 +562,12 @@ impl std::fmt::Debug for NameCatalog {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
+    use bytes::Bytes;
+    use futures::executor::block_on;
+    use vmem_core::MemoryTier;
+
     use super::*;
 
     #[test]
@@ -540,7 +578,11 @@ mod tests {
             let db = Database::create(&path).unwrap();
             tables::begin(&db, 512).unwrap();
             tables::set_head(&db, Head { format: 1, block_bytes: 512, ..Head::default() });
+            // As a crash leaves it: opening it would write.
+            fs::copy(&path, place.path().join("copy")).unwrap();
         }
+        fs::rename(place.path().join("copy"), &path).unwrap();
+        let written = fs::read(&path).unwrap();
         for _ in 0..2 {
             let (directory, data) = StoreDirectory::open(Some(place.path())).unwrap();
             drop(data);
@@ -553,6 +595,29 @@ mod tests {
             let error = NameCatalog::look_at(&directory, 1 << 20).err();
             assert!(matches!(error, Some(VirtualMemoryError::UnknownFormat { found: 1, .. })));
         }
-        assert!(path.exists(), "what is not understood is not removed");
+        assert!(fs::read(&path).unwrap() == written, "what is not understood is not touched");
+    }
+
+    #[test]
+    fn a_snapshot_that_reads_keeps_no_commit_waiting() {
+        let place = tempfile::tempdir().unwrap();
+        let (directory, _data) = StoreDirectory::open(Some(place.path())).unwrap();
+        let (catalog, _) = NameCatalog::open(&directory, 1 << 20).unwrap();
+        catalog.set_disk(tempfile::tempfile().unwrap(), 512);
+        let record =
+            CatalogRecord { id: 0, len: 0, home: MemoryTier::Disk, metadata: Bytes::new() };
+        let put = |name: &str| {
+            let (name, record) = (name.into(), record.clone());
+            let segment = CatalogChange::Segment { id: 0, segment: 0, chunks: Vec::new() };
+            vec![CatalogChange::Put { name, record }, segment]
+        };
+        block_on(catalog.commit(put("a"))).unwrap();
+        let reading = catalog.inner.open.read();
+        let (done, is_done) = std::sync::mpsc::channel();
+        let committing = catalog.commit(put("a"));
+        std::thread::spawn(move || done.send(block_on(committing)));
+        is_done.recv_timeout(std::time::Duration::from_secs(20)).expect("it waits").unwrap();
+        drop(reading);
+        assert_eq!(catalog.attempts(), 2);
     }
 }
