@@ -436,14 +436,14 @@ async fn changes_that_wait_in_line_do_not_add_up() {
     let data = vec![2; len];
     let mut write = Box::pin(vmem.write(&handle, &data));
     assert!(futures::poll!(&mut write).is_pending());
-    for _ in 0..20 {
+    for _ in 0..40 {
         let flush = tokio::time::timeout(Duration::from_millis(5), vmem.flush(&handle)).await;
         assert!(flush.is_err(), "{flush:?}");
     }
     let begun = std::time::Instant::now();
     let closed = vmem.clone().close().await;
     assert!(matches!(closed, Err(VirtualMemoryError::NotFlushed { .. })), "{closed:?}");
-    // One after the other they would take twenty times the deadline.
-    assert!(begun.elapsed() < 10 * Duration::from_millis(500), "{:?}", begun.elapsed());
+    // One after the other they would take forty times the deadline.
+    assert!(begun.elapsed() < 20 * Duration::from_millis(500), "{:?}", begun.elapsed());
     drop(write);
 }
