@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures::TryStreamExt;
 use redb::StorageBackend;
-use vmem::backend::Backends;
+use vmem::backend::{Answer, Backends, Catalog, CatalogChange, CatalogObject, CatalogRecord};
 use vmem::{Capabilities, MemoryTier, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
 use vmem_io::DiskTier;
 use vmem_io::catalog::NameCatalog;
@@ -316,4 +316,85 @@ async fn quiet(vmem: &VirtualMemory) -> bool {
     let before = (vmem.stats().commits, vmem.stats().host_to_disk_bytes);
     tokio::time::sleep(Duration::from_millis(10)).await;
     before == (vmem.stats().commits, vmem.stats().host_to_disk_bytes)
+}
+
+/// A catalog of which the rows of one name are damaged.
+#[derive(Debug)]
+struct Picky(NameCatalog);
+
+impl Catalog for Picky {
+    fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
+        let of_bad = |change: &CatalogChange| matches!(change, CatalogChange::Put { name, .. } if &**name == "bad");
+        if changes.iter().any(of_bad) {
+            let (path, reason) = ("catalog".into(), "its row is not what was written".into());
+            return Box::pin(async { Err(VirtualMemoryError::Damaged { path, reason }) });
+        }
+        self.0.commit(changes)
+    }
+
+    fn attempts(&self) -> u64 {
+        self.0.attempts()
+    }
+
+    fn is_poisoned(&self) -> bool {
+        self.0.is_poisoned()
+    }
+
+    fn is_shut(&self) -> bool {
+        self.0.is_shut()
+    }
+
+    fn find(&self, name: Arc<str>) -> Answer<Option<CatalogObject>> {
+        self.0.find(name)
+    }
+
+    fn names(
+        &self,
+        prefix: Arc<str>,
+        after: Option<Arc<str>>,
+        limit: usize,
+    ) -> Answer<Vec<(Arc<str>, CatalogRecord)>> {
+        self.0.names(prefix, after, limit)
+    }
+
+    fn snapshot(&self, directory: std::path::PathBuf) -> Answer<()> {
+        self.0.snapshot(directory)
+    }
+
+    fn next_id(&self) -> u64 {
+        self.0.next_id()
+    }
+
+    fn close(&self) -> Answer<()> {
+        self.0.close()
+    }
+}
+
+/// What is damaged fails whoever changes it, and nobody whose changes were to be committed with it.
+#[tokio::test]
+async fn damage_of_one_name_is_the_matter_of_one() {
+    let tape = Tape::of(Image::default());
+    let storage = Arc::new(TapeStorage(tape.clone()));
+    let (catalog, taken) = NameCatalog::over(storage, 512).unwrap();
+    let disk = TapeDriver::new(&tape, false);
+    let backends = Backends {
+        host_capacity_bytes: 4 << 20,
+        disk: DiskTier::with_taken(disk, 8 << 20, &taken, None).unwrap(),
+        catalog: Some(Arc::new(Picky(catalog))),
+        device: None,
+        capabilities: Capabilities::new("tape".into(), "none".into()),
+    };
+    let config = VirtualMemoryConfig::builder().build().unwrap();
+    let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
+    let puts = ["a", "bad", "b", "c"].map(|name| vmem.put_named(name, b"bytes", MemoryTier::Host));
+    let outcomes = futures::future::join_all(puts).await;
+    for (nth, outcome) in outcomes.iter().enumerate() {
+        match outcome {
+            Err(error) => assert!(nth == 1, "{nth}: {error:?}"),
+            Ok(_) => assert!(nth != 1),
+        }
+    }
+    assert!(matches!(outcomes[1], Err(VirtualMemoryError::Damaged { .. })));
+    drop(outcomes);
+    vmem.close().await.unwrap();
 }

@@ -170,6 +170,14 @@ async fn a_kernel_overwrites_an_object() {
     launch("vmem_fill", unsafe { lease.device_ptr() }, LEN as u64, 9, &stream);
     drop(lease);
     assert!(vmem.read(&handle).await.unwrap() == vec![9; LEN]);
+    // What the kernel does not write is zeros, and nothing that others left there.
+    let lease = vmem.device_overwrite_on(&handle, &stream).await.unwrap();
+    // SAFETY: as above.
+    launch("vmem_fill", unsafe { lease.device_ptr() }, 10, 1, &stream);
+    drop(lease);
+    let read = vmem.read(&handle).await.unwrap();
+    assert!(read[..10] == [1; 10] && read[10..].iter().all(|&byte| byte == 0));
+    drop(read);
     // A named object is durable with what the kernel wrote.
     let named = vmem.put_named("state", bytes(4), HOST).await.unwrap();
     let lease = vmem.device_mut_on(&named, &stream).await.unwrap();

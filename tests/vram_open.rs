@@ -73,7 +73,7 @@ async fn a_store_without_vram_says_why() {
     let vmem = vmem::open(config().vram_capacity(8 << 20).build().unwrap()).await.unwrap();
     let told = vmem.capabilities().to_string();
     assert!(told.contains("staging is not registered"), "{told}");
-    let handle = vmem.put([7; 5000], MemoryTier::Disk).await.unwrap();
+    let handle = vmem.put(vec![7; 5000], MemoryTier::Disk).await.unwrap();
     vmem.promote(&handle, MemoryTier::Vram).await.unwrap();
     assert!(vmem.read(&handle).await.unwrap() == [7; 5000][..]);
     vmem.close().await.unwrap();

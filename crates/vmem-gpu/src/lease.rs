@@ -68,8 +68,8 @@ pub trait VramExt {
         stream: &Arc<CudaStream>,
     ) -> impl Future<Output = Result<DeviceLeaseMut>> + Send;
 
-    /// As [`device_mut_on`](Self::device_mut_on), for kernels that write all of it: the bytes before are not brought up, and
-    /// what the lease begins with is unspecified.
+    /// As [`device_mut_on`](Self::device_mut_on), for kernels that write all of it: the bytes before are not brought up, it
+    /// begins as zeros.
     ///
     /// # Errors
     ///

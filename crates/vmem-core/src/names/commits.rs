@@ -102,29 +102,31 @@ async fn commit_in_turn(
     let mut poisoned: Option<NotCommitted> = None;
     let mut batch = Vec::new();
     while inbox.recv_many(&mut batch, BATCH_MAX).await > 0 {
-        let outcome = match &poisoned {
-            Some(why) => Err(why.clone()),
-            None => commit_batch(&mut batch, &*catalog, &*disk).await,
+        let outcomes = match &poisoned {
+            Some(why) => vec![Err(why.clone()); batch.len()],
+            None => commit_all(&batch, &*catalog, &*disk, &counts).await,
         };
-        if let (Err(NotCommitted { error, poison: true, .. }), None) = (&outcome, &poisoned) {
+        let mut failures = outcomes.iter().filter_map(|outcome| outcome.as_ref().err());
+        if let (None, Some(failed)) = (&poisoned, failures.find(|failed| failed.poison)) {
+            let error = &failed.error;
             tracing::error!(target: "vmem::names", %error, "no more commits until the store is opened again");
             poisoned = Some(NotCommitted::not(after(error)));
         }
-        if outcome.is_ok() {
-            add(&counts.changes, batch.len() as u64);
-            add(&counts.commits, 1);
-        }
-        for commit in batch.drain(..) {
-            let _ = commit.reply.send(outcome.clone());
+        for (commit, outcome) in batch.drain(..).zip(outcomes) {
+            let _ = commit.reply.send(outcome);
         }
     }
 }
 
-async fn commit_batch(
-    batch: &mut [Commit],
+type Outcome = Result<(), NotCommitted>;
+
+/// Commits all of these at once; what became of each.
+async fn commit_all(
+    batch: &[Commit],
     catalog: &dyn Catalog,
     disk: &dyn DiskBackend,
-) -> Result<(), NotCommitted> {
+    counts: &Counts,
+) -> Vec<Outcome> {
     if batch.iter().any(|commit| commit.new_data)
         && let Err(error) = disk.sync().await
     {
@@ -133,18 +135,40 @@ async fn commit_batch(
             DiskError::Io { operation, source } => VirtualMemoryError::Io { operation, source },
             other => VirtualMemoryError::io("sync", std::io::Error::other(format!("{other:?}"))),
         };
-        return Err(NotCommitted::perhaps(error));
+        return vec![Err(NotCommitted::perhaps(error)); batch.len()];
     }
-    let changes = batch.iter_mut().flat_map(|commit| std::mem::take(&mut commit.changes));
+    let together = commit(batch, catalog, counts).await;
+    let of_one = |failed: &NotCommitted| {
+        matches!(failed.error, VirtualMemoryError::Damaged { .. }) && !failed.perhaps
+    };
+    if batch.len() < 2 || !together.as_ref().is_err_and(of_one) {
+        return vec![together; batch.len()];
+    }
+    // A row that is damaged is the matter of whoever changes it, and of nobody else.
+    let mut outcomes = Vec::with_capacity(batch.len());
+    for one in batch.chunks(1) {
+        outcomes.push(commit(one, catalog, counts).await);
+    }
+    outcomes
+}
+
+async fn commit(batch: &[Commit], catalog: &dyn Catalog, counts: &Counts) -> Outcome {
+    let changes = batch.iter().flat_map(|commit| commit.changes.iter().cloned()).collect();
     let before = catalog.attempts();
-    let committed = catalog.commit(changes.collect()).await;
-    committed.map_err(|error| {
-        // In this order: whoever opens it again poisons it first.
-        let shut = catalog.is_shut();
-        let poison = catalog.is_poisoned();
-        let begun = catalog.attempts() != before;
-        NotCommitted { error, perhaps: begun && (poison || shut), poison }
-    })
+    match catalog.commit(changes).await {
+        Ok(()) => {
+            add(&counts.changes, batch.len() as u64);
+            add(&counts.commits, 1);
+            Ok(())
+        }
+        Err(error) => {
+            // In this order: whoever opens it again poisons it first.
+            let shut = catalog.is_shut();
+            let poison = catalog.is_poisoned();
+            let begun = catalog.attempts() != before;
+            Err(NotCommitted { error, perhaps: begun && (poison || shut), poison })
+        }
+    }
 }
 
 /// What those get who come after a failure.

@@ -205,7 +205,7 @@ impl VirtualMemory {
     }
 
     /// The object in device memory, for a kernel that writes to it: waits for whoever else uses it there. With
-    /// `overwrite` the kernel writes all of it, and the bytes before need not come up.
+    /// `overwrite` the kernel writes all of it: the bytes before are not brought up, it begins as zeros.
     ///
     /// # Errors
     ///
@@ -238,6 +238,11 @@ impl VirtualMemory {
             let there = if overwrite { object.has_vram_room() } else { object.in_vram() };
             if there {
                 let range = vram.until_idle(&pass, asked, deadline).await?;
+                if overwrite {
+                    // What is not written must not show what others left there.
+                    let zeroed = vram.backend.zero(range.range()).await;
+                    zeroed.map_err(DeviceError::public)?;
+                }
                 let inner = Inner { range, room, pass, charge };
                 return Ok(VramChange { inner: Some(inner), handle: handle.clone() });
             }
