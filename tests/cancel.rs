@@ -9,13 +9,21 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use common::{
     DISK, DropAt, HOST, KIB, MIB, MemDriver, assert_empty, bytes, dropped_at, is_pressure, settle,
 };
-use vmem::{PinGuard, ReadClass, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
+use vmem::backend::{VramChange, VramHold};
+use vmem::{
+    MemoryTier, PinGuard, ReadClass, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError,
+};
+use vmem_testkit::SimDevice;
 
+const VRAM: MemoryTier = MemoryTier::Vram;
 const SPACE: usize = 768 * KIB;
+const VRAM_BYTES: usize = 2 * MIB;
 /// Small: one chunk. Middling: more than is ever copied in one go. Large: more than host memory.
 const SMALL: usize = 20_000;
 const MIDDLING: usize = 260 * KIB + 77;
@@ -35,9 +43,15 @@ enum State {
     Held,
     /// On disk, and host memory is full of others that were never written down.
     Crowded,
+    /// In host memory and in device memory.
+    Raised,
+    /// On disk and in device memory.
+    RaisedFromDisk,
+    /// At home in device memory, never written.
+    AtHome,
 }
 
-const STATES: [State; 8] = [
+const STATES: [State; 11] = [
     State::Spare,
     State::Reserved,
     State::Dirty,
@@ -46,6 +60,9 @@ const STATES: [State; 8] = [
     State::OnDisk,
     State::Held,
     State::Crowded,
+    State::Raised,
+    State::RaisedFromDisk,
+    State::AtHome,
 ];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,9 +84,17 @@ enum Call {
     Prefetch,
     Pin,
     Flush,
+    PutAtHome,
+    Raise,
+    Lower,
+    RaiseAhead,
+    PinRaised,
+    Hold,
+    Change,
+    ChangeAll,
 }
 
-const CALLS: [Call; 17] = [
+const CALLS: [Call; 25] = [
     Call::Allocate,
     Call::Put,
     Call::Free,
@@ -87,6 +112,14 @@ const CALLS: [Call; 17] = [
     Call::Prefetch,
     Call::Pin,
     Call::Flush,
+    Call::PutAtHome,
+    Call::Raise,
+    Call::Lower,
+    Call::RaiseAhead,
+    Call::PinRaised,
+    Call::Hold,
+    Call::Change,
+    Call::ChangeAll,
 ];
 
 /// What a call brought.
@@ -96,6 +129,9 @@ enum Brought {
     Copied(std::ops::Range<usize>, Vec<u8>),
     Object(VMemHandle),
     Guard(PinGuard),
+    Raised(PinGuard),
+    Held(VramHold),
+    Alone(VramChange),
 }
 
 /// The bytes of one length, made once.
@@ -152,7 +188,9 @@ struct Scene {
 
 impl Bench {
     fn new(len: usize) -> Self {
-        let (vmem, driver) = common::open(SPACE, 16 * MIB, |builder| builder);
+        let device = Arc::new(SimDevice::new(VRAM_BYTES as u64));
+        let (vmem, driver) =
+            common::open_below(Some(device), SPACE, 16 * MIB, |builder| builder.max_pinned(1.0));
         Bench { vmem, driver, len, versions: Versions::of(len) }
     }
 
@@ -160,11 +198,13 @@ impl Bench {
         let vmem = &self.vmem;
         let home = match state {
             State::Reserved | State::Clean | State::PartlyDirty | State::OnDisk => DISK,
+            State::RaisedFromDisk => DISK,
+            State::AtHome => VRAM,
             _ => HOST,
         };
         let object = vmem.allocate(self.len, home).await.unwrap();
         let beside = vmem.put(&self.versions.beside, DISK).await.unwrap();
-        let written = !matches!(state, State::Spare | State::Reserved);
+        let written = !matches!(state, State::Spare | State::Reserved | State::AtHome);
         if written {
             vmem.write(&object, &self.versions.one).await.unwrap();
         }
@@ -177,7 +217,8 @@ impl Bench {
             }
             State::Held => reader = Some(vmem.read(&object).await.unwrap()),
             State::Crowded => vmem.demote(&object, DISK).await.unwrap(),
-            State::Spare | State::Reserved | State::Dirty | State::OnDisk => {}
+            State::Raised | State::RaisedFromDisk => vmem.promote(&object, VRAM).await.unwrap(),
+            State::Spare | State::Reserved | State::Dirty | State::OnDisk | State::AtHome => {}
         }
         let mut crowd = Vec::new();
         if state == State::Crowded {
@@ -231,6 +272,14 @@ impl Bench {
             Call::Prefetch => vmem.prefetch(object, HOST).await.map(nothing)?,
             Call::Pin => Brought::Guard(vmem.pin(object, HOST).await?),
             Call::Flush => vmem.flush(object).await.map(nothing)?,
+            Call::PutAtHome => Brought::Object(vmem.put(&self.versions.one, VRAM).await?),
+            Call::Raise => vmem.promote(object, VRAM).await.map(nothing)?,
+            Call::Lower => vmem.demote(object, HOST).await.map(nothing)?,
+            Call::RaiseAhead => vmem.prefetch(object, VRAM).await.map(nothing)?,
+            Call::PinRaised => Brought::Raised(vmem.pin(object, VRAM).await?),
+            Call::Hold => Brought::Held(vmem.hold_in_vram(object).await?),
+            Call::Change => Brought::Alone(vmem.change_in_vram(object, false).await?),
+            Call::ChangeAll => Brought::Alone(vmem.change_in_vram(object, true).await?),
         })
     }
 
@@ -314,6 +363,16 @@ impl Bench {
                 assert!(self.vmem.stats().pinned_bytes > 0, "{when}");
                 drop(guard);
             }
+            Some(Ok(Brought::Raised(guard))) => {
+                assert!(self.vmem.stats().vram.used_bytes > 0, "{when}");
+                drop(guard);
+            }
+            Some(Ok(Brought::Held(hold))) => {
+                assert_eq!(hold.range().unwrap().len(), self.len, "{when}");
+            }
+            Some(Ok(Brought::Alone(change))) => {
+                assert_eq!(change.range().unwrap().len(), self.len, "{when}");
+            }
             Some(Ok(Brought::Nothing) | Err(_)) | None => {}
         }
     }
@@ -330,12 +389,16 @@ impl Bench {
         assert_eq!(stats.objects, there.len() as u64, "{when}: {stats:#?}");
         let mut host = 0;
         let mut disk_most = 0;
+        let mut vram = 0;
         let mut current_is_held = false;
         for handle in there {
             let residency = self.vmem.residency(handle).unwrap();
             assert_eq!(residency.pins, 0, "{when}");
             // All lengths here are rounded up to pages, in host memory, and to 512 bytes on disk.
             host += if residency.host { handle.len().next_multiple_of(4096) as u64 } else { 0 };
+            // At home in device memory it has room there, whatever is in it; unless it was taken down.
+            let most = handle.home_tier() == VRAM || residency.vram;
+            vram += if most { handle.len().next_multiple_of(512) as u64 } else { 0 };
             disk_most += handle.len().next_multiple_of(512) as u64;
             current_is_held |= residency.held;
         }
@@ -348,6 +411,7 @@ impl Bench {
         assert_eq!(stats.host.used_bytes, host + old, "{when}: {stats:#?}");
         assert_eq!((stats.held_bytes, stats.pinned_bytes), (held, 0), "{when}: {stats:#?}");
         assert!(stats.disk.used_bytes <= disk_most, "{when}: {stats:#?}");
+        assert!(stats.vram.used_bytes <= vram, "{when}: {stats:#?}");
     }
 
     async fn content(&self, handle: &VMemHandle) -> Vec<u8> {

@@ -1,4 +1,4 @@
-//! Every operation at random, from many tasks, over the real driver, with a fifth of the futures
+//! Every operation at random, from many tasks, over the real disk driver and the CUDA tier on an emulated one, with a fifth of the futures
 //! dropped at random moments: no wrong byte, never above the budget, nothing left at the end.
 //!
 //! `VMEM_STRESS_SECONDS` sets how long (20 by default), `VMEM_SEED` which choices.
@@ -17,6 +17,7 @@ use vmem::{
     MemoryTier, ReadClass, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryConfig,
     VirtualMemoryError,
 };
+use vmem_cuda_emulator::Emulator;
 
 const TASKS: u64 = 16;
 const OBJECTS_PER_TASK: usize = 12;
@@ -141,6 +142,11 @@ impl Worker {
         }
     }
 
+    /// Host memory, or device memory.
+    fn memory(&mut self) -> MemoryTier {
+        if self.rng.random_bool(0.3) { MemoryTier::Vram } else { MemoryTier::Host }
+    }
+
     fn any(&mut self) -> Arc<Object> {
         if self.rng.random_bool(0.3) {
             let everybody = self.everybody.lock();
@@ -167,7 +173,7 @@ impl Worker {
     async fn replace(&mut self) {
         let at = self.rng.random_range(0..self.mine.len());
         let old = self.mine[at].clone();
-        let home = if self.rng.random_bool(0.7) { MemoryTier::Host } else { MemoryTier::Disk };
+        let home = if self.rng.random_bool(0.7) { self.memory() } else { MemoryTier::Disk };
         let len = random_len(&mut self.rng);
         let drop_after = self.drop_after();
         let allocated = maybe_dropped(drop_after, self.vmem.allocate(len, home)).await;
@@ -268,19 +274,20 @@ impl Worker {
     async fn place(&mut self) {
         let object = self.any();
         let handle = &object.handle;
-        let drop_after = self.drop_after();
+        let (drop_after, memory) = (self.drop_after(), self.memory());
+        let below = if memory == MemoryTier::Vram { MemoryTier::Host } else { MemoryTier::Disk };
         match self.rng.random_range(0..6) {
             0 => {
-                let moved = self.vmem.promote(handle, MemoryTier::Host);
+                let moved = self.vmem.promote(handle, memory);
                 Self::expect("promote", maybe_dropped(drop_after, moved).await);
             }
             1 | 2 => {
-                let moved = self.vmem.demote(handle, MemoryTier::Disk);
+                let moved = self.vmem.demote(handle, below);
                 Self::expect("demote", maybe_dropped(drop_after, moved).await);
             }
-            3 => self.vmem.prefetch(handle, MemoryTier::Host).detach(),
+            3 => self.vmem.prefetch(handle, memory).detach(),
             4 => {
-                let fetched = self.vmem.prefetch(handle, MemoryTier::Host);
+                let fetched = self.vmem.prefetch(handle, memory);
                 let after = Some(drop_after.unwrap_or(Duration::from_millis(20)));
                 Self::expect("prefetch", maybe_dropped(after, fetched).await);
             }
@@ -297,12 +304,13 @@ impl Worker {
         if object.handle.len() > 200_000 {
             return;
         }
-        let drop_after = self.drop_after();
-        let pinned =
-            maybe_dropped(drop_after, self.vmem.pin(&object.handle, MemoryTier::Host)).await;
+        let (drop_after, memory) = (self.drop_after(), self.memory());
+        let pinned = maybe_dropped(drop_after, self.vmem.pin(&object.handle, memory)).await;
         if let Some(guard) = Self::expect("pin", pinned) {
             let residency = self.vmem.residency(&object.handle).expect("alive");
-            assert!(residency.host && residency.pins > 0, "{residency:?}");
+            // What is written while it is pinned in VRAM comes up again behind the write.
+            let there = residency.host || memory == MemoryTier::Vram;
+            assert!(there && residency.pins > 0, "{residency:?}");
             let from = object.completed.load(Ordering::SeqCst);
             let read = self.vmem.read(&object.handle).await.expect("pinned, so resident");
             object.check(from, 0..read.len(), &read);
@@ -317,7 +325,9 @@ async fn every_operation_at_random() {
         std::env::var("VMEM_STRESS_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(20);
     let seed: u64 = std::env::var("VMEM_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(7);
     println!("VMEM_SEED={seed} VMEM_STRESS_SECONDS={seconds}");
+    let emulator = Emulator::load().expect("the emulated driver");
     let config = VirtualMemoryConfig::builder()
+        .vram_capacity(6 << 20)
         .io_driver(vmem_testkit::driver_under_test())
         .host_capacity(HOST_CAPACITY)
         .disk_capacity(512 << 20)
@@ -325,6 +335,7 @@ async fn every_operation_at_random() {
         .build()
         .expect("valid");
     let vmem = vmem::open(config).await.expect("opens");
+    assert!(vmem.capabilities().vram.is_some());
     let everybody = Arc::new(parking_lot::Mutex::new(Vec::new()));
     let (operations, dropped) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
     let mut workers = Vec::new();
@@ -360,6 +371,7 @@ async fn every_operation_at_random() {
             let stats = vmem.stats();
             assert!(stats.host.used_bytes <= stats.host.capacity_bytes, "{stats:?}");
             assert!(stats.disk.used_bytes <= stats.disk.capacity_bytes, "{stats:?}");
+            assert!(stats.vram.used_bytes <= stats.vram.capacity_bytes, "{stats:?}");
             peak = peak.max(stats.host.used_bytes);
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -381,7 +393,8 @@ async fn every_operation_at_random() {
     );
     everybody.lock().clear();
     let gone = |stats: &vmem::VirtualMemoryStats| {
-        stats.host.used_bytes == 0 && stats.disk.used_bytes == 0 && stats.objects == 0
+        let used = [stats.host.used_bytes, stats.disk.used_bytes, stats.vram.used_bytes];
+        used == [0; 3] && stats.objects == 0
     };
     for _ in 0..200 {
         if gone(&vmem.stats()) {
@@ -393,5 +406,8 @@ async fn every_operation_at_random() {
     assert!(gone(&stats), "left behind: {stats:#?}");
     assert_eq!((stats.held_bytes, stats.pinned_bytes, stats.dirty_bytes), (0, 0, 0), "{stats:#?}");
     assert_eq!(stats.migrations_in_flight, 0);
+    assert!(stats.vram.hits > 0 && stats.host_to_vram_bytes > 0, "{stats:#?}");
     vmem.close().await.expect("closes");
+    assert_eq!(emulator.violations(), [""; 0]);
+    assert_eq!(emulator.counter("device_bytes"), 0);
 }

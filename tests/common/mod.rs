@@ -12,7 +12,7 @@ mod mem_driver;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vmem::backend::Backends;
+use vmem::backend::{Backends, DeviceBackend};
 use vmem::{
     Capabilities, MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfig,
     VirtualMemoryConfigBuilder, VirtualMemoryError, VirtualMemoryStats,
@@ -54,12 +54,22 @@ pub(crate) fn open(
     disk: usize,
     set: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
 ) -> (VirtualMemory, Arc<MemDriver>) {
+    open_below(None, space, disk, set)
+}
+
+/// The same, with a device above it if there is one.
+pub(crate) fn open_below(
+    device: Option<Arc<dyn DeviceBackend>>,
+    space: usize,
+    disk: usize,
+    set: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
+) -> (VirtualMemory, Arc<MemDriver>) {
     let driver = MemDriver::new();
     let backends = Backends {
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(driver.clone(), disk as u64),
         catalog: None,
-        device: None,
+        device,
         capabilities: Capabilities::new("memory".into(), "not in this test".into()),
     };
     let vmem = VirtualMemory::with_backends(&config(space, set), backends).expect("opens");
@@ -111,8 +121,10 @@ pub(crate) fn assert_empty(stats: &VirtualMemoryStats, when: &str) {
     let left = [
         stats.host.used_bytes,
         stats.disk.used_bytes,
+        stats.vram.used_bytes,
         stats.objects,
         stats.host.objects,
+        stats.vram.objects,
         stats.held_bytes,
         stats.pinned_bytes,
         stats.dirty_bytes,

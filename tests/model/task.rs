@@ -112,6 +112,12 @@ impl Task {
         }
     }
 
+    /// Host memory, or, where there is some, device memory.
+    fn memory(&mut self) -> MemoryTier {
+        let vram = self.world.has_vram && self.rng.random_bool(0.5);
+        if vram { MemoryTier::Vram } else { MemoryTier::Host }
+    }
+
     // ---- Life --------------------------------------------------------------------------------
 
     async fn create(&mut self) {
@@ -125,7 +131,7 @@ impl Task {
             14..19 => self.rng.random_range(65_537..=300_000),
             _ => self.rng.random_range(300_000..=1_600_000),
         };
-        let home = [MemoryTier::Host, MemoryTier::Disk][self.rng.random_range(0..2)];
+        let home = if self.rng.random_bool(0.5) { MemoryTier::Disk } else { self.memory() };
         let (ending, world) = (self.ending(), self.world.clone());
         let call = Call::new(self.number, "create", &[], &(len, home));
         let made = match self.rng.random_bool(0.2) {
@@ -283,10 +289,14 @@ impl Task {
 
     async fn place(&mut self, handle: VMemHandle) {
         let (ending, world) = (self.ending(), self.world.clone());
-        let (vmem, host) = (&world.vmem, MemoryTier::Host);
+        let (vmem, host) = (&world.vmem, self.memory());
+        let below = match host {
+            MemoryTier::Vram if self.rng.random_bool(0.3) => MemoryTier::Host,
+            _ => MemoryTier::Disk,
+        };
         let (name, moved) = match self.rng.random_range(0..12) {
             0..2 => ("promote", ending.of(vmem.promote(&handle, host)).await),
-            2..7 => ("demote", ending.of(vmem.demote(&handle, MemoryTier::Disk)).await),
+            2..7 => ("demote", ending.of(vmem.demote(&handle, below)).await),
             7 => {
                 vmem.prefetch(&handle, host).detach();
                 ("prefetch", None)
@@ -306,12 +316,14 @@ impl Task {
     async fn pin(&mut self, handle: VMemHandle) {
         let (ending, world) = (self.ending(), self.world.clone());
         let call = self.call("pin", &handle, &"");
-        let pinned = ending.of(world.vmem.pin(&handle, MemoryTier::Host)).await;
+        let tier = self.memory();
+        let pinned = ending.of(world.vmem.pin(&handle, tier)).await;
         let Some(guard) = world.judge(&call, pinned, |_| 0) else { return };
         self.pins.push(guard);
         match world.vmem.residency(&handle) {
             Ok(residency) => {
-                let there = handle.is_empty() || residency.host;
+                // What is written while it is pinned in VRAM comes up again behind the write.
+                let there = handle.is_empty() || residency.host || tier == MemoryTier::Vram;
                 assert!(there && residency.pins > 0, "{call}: {residency:?}");
             }
             Err(error) => drop(world.judge(&call, Some(Err::<(), _>(error)), |()| 0)),

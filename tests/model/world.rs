@@ -12,14 +12,14 @@ use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::SmallRng;
 use tokio::time::{Instant, sleep};
-use vmem::backend::Backends;
+use vmem::backend::{Backends, DeviceBackend};
 use vmem::{
     Capabilities, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError,
     VirtualMemoryStats,
 };
 use vmem_io::DiskTier;
 use vmem_testkit::model::Settles;
-use vmem_testkit::{Errno, FaultDriver, Model, Seed, SimDriver, Violation};
+use vmem_testkit::{Errno, FaultDriver, Model, Seed, SimDevice, SimDriver, Violation};
 
 use crate::{STAGING, Trouble};
 
@@ -47,6 +47,8 @@ pub(crate) struct World {
     pub(crate) model: Model,
     pub(crate) objects: Mutex<Vec<VMemHandle>>,
     pub(crate) sim: Option<Arc<SimDriver>>,
+    /// Whether there is a tier above host memory.
+    pub(crate) has_vram: bool,
     pub(crate) trouble: Trouble,
     faults: Arc<FaultDriver>,
     trace: Mutex<Trace>,
@@ -62,11 +64,18 @@ impl World {
         faults: Arc<FaultDriver>,
         sim: Option<Arc<SimDriver>>,
     ) -> Self {
+        let device =
+            rng.random_bool(0.7).then(|| SimDevice::new(rng.random_range(256 << 10..1 << 20)));
+        if let Some(device) = &device {
+            let slowest = Duration::from_millis(rng.random_range(0..5));
+            let fails = if trouble.has(Trouble::Errors) { 0.03 } else { 0.0 };
+            device.misbehave(seed.fork("device").rng(), slowest, fails);
+        }
         let backends = Backends {
             host_capacity_bytes: STAGING + rng.random_range(512 << 10..1536 << 10),
             disk: DiskTier::new(faults.clone(), rng.random_range(2 << 20..6 << 20)),
             catalog: None,
-            device: None,
+            device: device.clone().map(|device| Arc::new(device) as Arc<dyn DeviceBackend>),
             capabilities: Capabilities::new("sim".into(), "no gpu".into()),
         };
         let vmem = VirtualMemory::with_backends(config, backends).unwrap();
@@ -77,6 +86,7 @@ impl World {
             model: Model::with_settles(seed, Settles::AtDrop),
             objects: Mutex::default(),
             sim,
+            has_vram: device.is_some(),
             trouble,
             faults,
             trace: Mutex::default(),
@@ -141,6 +151,7 @@ impl World {
                 self.trouble.has(Trouble::Damage)
                     && (call.objects.is_empty() || call.objects.contains(handle))
             }
+            E::Device { code: 719, .. } => self.trouble.has(Trouble::Errors),
             E::Io { source, .. } => match source.raw_os_error() {
                 Some(errno) => {
                     errno == Errno::IO.raw_os_error() && self.trouble.has(Trouble::Errors)

@@ -1,7 +1,7 @@
-//! A device that is no device: memory of the heap behind a thread that does what it is told, late.
+//! A device that is no device: memory of the heap behind a task that does what it is told, late.
 //!
-//! Invariant: an operation owns its buffer and its share of the range from the call until it is done, on the
-//! thread, whatever becomes of the future; memory that was given back is filled with garbage, so that
+//! Invariant: an operation owns its buffer and its share of the range from the call until it is done, in that
+//! task, whatever becomes of the future; on a paused clock one seed gives one run; memory that was given back is filled with garbage, so that
 //! whoever reads what he did not write sees it. Called by the tests of the core.
 //!
 //! It stands for the order and the lateness of a device, not for the rules of a driver: those are
@@ -11,11 +11,15 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::channel::oneshot;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
+use rand::Rng;
+use rand::rngs::SmallRng;
+use tokio::sync::Notify;
 use vmem_core::backend::{
     DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, IoBuf, RangeLedger,
     RangeOwner, StagingMemory,
@@ -46,11 +50,21 @@ struct Inner {
     ledger: Mutex<RangeLedger>,
     freed: Mutex<Option<Box<dyn Fn() + Send + Sync>>>,
     queue: Mutex<Queue>,
-    bell: Condvar,
+    bell: Notify,
+    manners: Mutex<Option<Manners>>,
     lost: Mutex<Option<Arc<str>>>,
     /// Operations that are still to fail.
     failing: AtomicU64,
     done: AtomicU64,
+}
+
+/// How a device behaves that was not told what to do.
+struct Manners {
+    rng: SmallRng,
+    /// The longest that an operation takes.
+    slowest: Duration,
+    /// How often one fails.
+    fails: f64,
 }
 
 #[derive(Default)]
@@ -58,6 +72,8 @@ struct Queue {
     jobs: VecDeque<Job>,
     /// Operations that may run; none: all.
     allowed: Option<u64>,
+    /// Whether there is a task.
+    served: bool,
     running: bool,
     closed: bool,
 }
@@ -72,18 +88,11 @@ impl SimDevice {
             ledger: Mutex::new(RangeLedger::new(capacity, UNIT)),
             freed: Mutex::new(None),
             queue: Mutex::default(),
-            bell: Condvar::new(),
+            bell: Notify::new(),
+            manners: Mutex::new(None),
             lost: Mutex::new(None),
             failing: AtomicU64::new(0),
             done: AtomicU64::new(0),
-        });
-        let weak = Arc::downgrade(&inner);
-        std::thread::spawn(move || {
-            while let Some(inner) = weak.upgrade() {
-                if !inner.run_one() {
-                    return;
-                }
-            }
         });
         SimDevice { inner }
     }
@@ -98,13 +107,18 @@ impl SimDevice {
         if let Some(allowed) = &mut self.inner.queue.lock().allowed {
             *allowed += n;
         }
-        self.inner.bell.notify_all();
+        self.inner.bell.notify_one();
     }
 
     /// Lets all operations run again.
     pub fn release_all(&self) {
         self.inner.queue.lock().allowed = None;
-        self.inner.bell.notify_all();
+        self.inner.bell.notify_one();
+    }
+
+    /// From now on operations take up to `slowest`, and fail with this probability.
+    pub fn misbehave(&self, rng: SmallRng, slowest: Duration, fails: f64) {
+        *self.inner.manners.lock() = Some(Manners { rng, slowest, fails });
     }
 
     /// The next `n` operations fail.
@@ -140,44 +154,71 @@ impl SimDevice {
             job(Err(DeviceError::Closed), &self.inner);
         } else {
             queue.jobs.push_back(job);
+            if !std::mem::replace(&mut queue.served, true) {
+                tokio::spawn(self.inner.clone().serve());
+            }
         }
-        self.inner.bell.notify_all();
         answer
     }
 }
 
 impl Inner {
-    /// Runs the next operation. False at the end.
-    fn run_one(&self) -> bool {
-        let mut queue = self.queue.lock();
-        if queue.jobs.is_empty() || queue.allowed == Some(0) {
-            if queue.closed && queue.jobs.is_empty() {
-                return false;
+    /// Runs operations until there are none.
+    async fn serve(self: Arc<Self>) {
+        loop {
+            let may_run = {
+                let mut queue = self.queue.lock();
+                if queue.jobs.is_empty() {
+                    queue.served = false;
+                    return;
+                }
+                queue.allowed != Some(0)
+            };
+            if !may_run {
+                self.bell.notified().await;
+                continue;
             }
-            // Not for ever: the device itself may have gone.
-            self.bell.wait_for(&mut queue, std::time::Duration::from_millis(20));
-            return true;
+            let (delay, fails) = match &mut *self.manners.lock() {
+                Some(Manners { rng, slowest, fails }) => {
+                    (rng.random_range(Duration::ZERO..=*slowest), rng.random_bool(*fails))
+                }
+                None => (Duration::ZERO, false),
+            };
+            if delay.is_zero() {
+                tokio::task::yield_now().await;
+            } else {
+                tokio::time::sleep(delay).await;
+            }
+            self.run_one(fails);
         }
-        let Some(job) = queue.jobs.pop_front() else { return true };
-        if let Some(allowed) = &mut queue.allowed {
-            *allowed -= 1;
-        }
-        queue.running = true;
-        drop(queue);
-        let fails = |left: u64| left.checked_sub(1);
+    }
+
+    fn run_one(&self, fails: bool) {
+        let job = {
+            let mut queue = self.queue.lock();
+            if let Some(allowed) = &mut queue.allowed {
+                // It may have been held meanwhile.
+                let Some(left) = allowed.checked_sub(1) else { return };
+                *allowed = left;
+            }
+            queue.running = true;
+            queue.jobs.pop_front()
+        };
+        let left = |left: u64| left.checked_sub(1);
+        let told = || self.failing.try_update(Ordering::SeqCst, Ordering::SeqCst, left).is_ok();
         let outcome = match self.lost.lock().clone() {
             Some(reason) => Err(DeviceError::Lost(reason)),
-            None if self.failing.try_update(Ordering::SeqCst, Ordering::SeqCst, fails).is_ok() => {
+            None if fails || told() => {
                 let (operation, code) = ("a copy", 719);
                 Err(DeviceError::Failed { operation, code, message: "as it was told".into() })
             }
             None => Ok(()),
         };
-        job(outcome, self);
-        self.done.fetch_add(1, Ordering::SeqCst);
+        if let Some(job) = job {
+            job(outcome, self);
+            self.done.fetch_add(1, Ordering::SeqCst);
+        }
         self.queue.lock().running = false;
-        self.bell.notify_all();
-        true
     }
 }
 
@@ -244,7 +285,7 @@ impl DeviceBackend for SimDevice {
             drop(from);
             (into, outcome)
         });
-        async move { answer.await.expect("the thread answers everything") }.boxed()
+        async move { answer.await.expect("the task answers everything, unless its runtime has gone") }.boxed()
     }
 
     fn register(&self, _memory: StagingMemory) -> io::Result<()> {
@@ -271,8 +312,12 @@ impl DeviceBackend for SimDevice {
         self.inner.queue.lock().closed = true;
         let inner = self.inner.clone();
         async move {
-            while inner.queue.lock().running || !inner.queue.lock().jobs.is_empty() {
-                tokio::task::yield_now().await;
+            let busy = || {
+                let queue = inner.queue.lock();
+                queue.running || !queue.jobs.is_empty()
+            };
+            while busy() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
             }
             Ok(())
         }

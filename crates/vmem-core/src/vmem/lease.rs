@@ -238,13 +238,15 @@ impl VirtualMemory {
             let there = if overwrite { object.has_vram_room() } else { object.in_vram() };
             if there {
                 let range = vram.until_idle(&pass, asked, deadline).await?;
-                if overwrite {
-                    // What is not written must not show what others left there.
-                    let zeroed = vram.backend.zero(range.range()).await;
-                    zeroed.map_err(DeviceError::public)?;
-                }
+                let to_zero = overwrite.then(|| range.range());
                 let inner = Inner { range, room, pass, charge };
-                return Ok(VramChange { inner: Some(inner), handle: handle.clone() });
+                // From here on its drop gives everything back.
+                let change = VramChange { inner: Some(inner), handle: handle.clone() };
+                if let Some(range) = to_zero {
+                    // What is not written must not show what others left there.
+                    vram.backend.zero(range).await.map_err(DeviceError::public)?;
+                }
+                return Ok(change);
             }
             if Instant::now() >= deadline {
                 let (operation, waited) = ("bringing an object to vram", asked.elapsed());
