@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -31,7 +31,6 @@ use rand::Rng;
 use rand::rngs::SmallRng;
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, UnmountFlags};
-use rustix::thread::UnshareFlags;
 use tempfile::TempDir;
 use vmem_io::DATA_FILE;
 use vmem_testkit::{Errno, OpKind, Seed, When};
@@ -240,19 +239,14 @@ fn serve(served: Served, target: &Path, told: &Sender<io::Result<()>>) {
 
 /// On the server's thread: mounts over a connection that only the server has.
 fn connect(served: Served, target: &Path) -> io::Result<Session<Served>> {
-    // SAFETY: this thread has just begun and has no descriptor of anybody; nobody else sees those
-    // that it opens after this.
-    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FILES) }?;
-    let number = |entry: io::Result<fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse().ok();
-    let open: Vec<i32> = fs::read_dir("/proc/thread-self/fd")?.filter_map(number).collect();
-    for number in open {
-        // The directory that was just read is among them, and closed.
-        let there = Path::new("/proc/thread-self/fd").join(number.to_string());
-        if number > 2 && there.symlink_metadata().is_ok() {
-            // SAFETY: the descriptor is this table's copy of one that belongs to another thread,
-            // which keeps its own.
-            unsafe { rustix::io::close(number) };
-        }
+    // A table of this thread's own that never held what others have open: to close a copy of a file
+    // would tell its file system so, which may be a faulty one that is just being unmounted.
+    // SAFETY: this thread has just begun and uses no descriptor; nobody else sees those that it opens
+    // after this.
+    let own =
+        unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_UNSHARE) };
+    if own != 0 {
+        return Err(io::Error::last_os_error());
     }
     let device: File = OpenOptions::new().read(true).write(true).open("/dev/fuse")?;
     let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
