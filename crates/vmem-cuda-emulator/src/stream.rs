@@ -104,6 +104,7 @@ impl Work {
             Work::Fill { to, len, .. } => vec![access(to, len, true)],
             Work::Kernel { name, arguments: [a, b, c, _] } => match name {
                 "vmem_copy" | "vmem_slow_copy" => vec![access(a, c, true), access(b, c, false)],
+                "vmem_spin" => Vec::new(),
                 _ => vec![access(a, b, true)],
             },
             Work::Free { address } => {
@@ -308,6 +309,10 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
                     drop(guard);
                     let bytes = lock(&source.bytes)[from..from + c as usize].to_vec();
                     lock(&target.bytes)[to..to + bytes.len()].copy_from_slice(&bytes);
+                }
+                "vmem_spin" => {
+                    drop(guard);
+                    std::thread::sleep(Duration::from_nanos(a));
                 }
                 _ => {
                     let (target, to) = place(&guard, a, b)?;

@@ -584,12 +584,16 @@ driver! {
         _block_z: u32, _shared: u32, stream: Handle, parameters: *mut *mut c_void, _extra: *mut *mut c_void,
     ) |guard| {
         let Some(name) = guard.functions.get(&address(function)) else { return INVALID_HANDLE };
-        let known = ["vmem_fill", "vmem_add", "vmem_copy", "vmem_slow_copy"];
+        let known = ["vmem_fill", "vmem_add", "vmem_copy", "vmem_slow_copy", "vmem_spin"];
         let Some(name) = known.into_iter().find(|known| known == name) else {
             return INVALID_DEVICE_FUNCTION;
         };
         let word = |nth| raw::nth(parameters, nth).and_then(|place| raw::get::<u64>(place.cast_const().cast()));
         let byte = |nth| raw::nth(parameters, nth).and_then(|place| raw::get::<u8>(place.cast_const().cast()));
+        if name == "vmem_spin" {
+            let Some(nanoseconds) = word(0) else { return INVALID_VALUE };
+            return issue(guard, stream, Work::Kernel { name, arguments: [nanoseconds, 0, 0, 0] });
+        }
         let third = if name.ends_with("copy") { word(2) } else { byte(2).map(u64::from) };
         let (Some(a), Some(b), Some(c)) = (word(0), word(1), third) else { return INVALID_VALUE };
         issue(guard, stream, Work::Kernel { name, arguments: [a, b, c, 0] })

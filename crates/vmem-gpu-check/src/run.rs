@@ -1,0 +1,162 @@
+//! A part in a process of its own, and the record of what came of it.
+//!
+//! Invariant: the record has a line for each part that has ended, whole, written before the next part begins; a part that hangs is
+//! ended after eight minutes and counts as failed. Called by `main`.
+
+use std::collections::HashSet;
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::Options;
+use crate::parts::{self, On, Outcome, Part};
+use crate::user::Env;
+
+/// No part takes longer.
+const PART_MAX: Duration = Duration::from_secs(8 * 60);
+/// What begins the line with which a part ends.
+const RESULT: &str = "RESULT ";
+
+/// Runs a part here, and prints what it found.
+///
+/// # Errors
+///
+/// What does not hold.
+pub(crate) fn here(name: &str, options: &Options) -> Result<bool> {
+    let part = parts::all().into_iter().find(|part| part.name == name);
+    let Some(part) = part else { bail!("there is no part {name:?}: see --list") };
+    let env = Env::open(options)?;
+    let (outcome, good) = match (part.run)(&env) {
+        Ok(Outcome::Passed(figures)) => (json!({"outcome": "passed", "figures": figures}), true),
+        Ok(Outcome::Missed(figures)) => (json!({"outcome": "missed", "figures": figures}), true),
+        Ok(Outcome::Skipped(why)) => (json!({"outcome": "skipped", "why": why}), true),
+        Err(error) => (json!({"outcome": "failed", "why": format!("{error:?}")}), false),
+    };
+    let broken = env.rules_broken();
+    let outcome = match broken.is_empty() {
+        true => outcome,
+        false => json!({"outcome": "failed", "why": broken, "before": outcome}),
+    };
+    println!("{RESULT}{outcome}");
+    // Not by returning: a part may leave a driver behind that never ends.
+    std::io::stdout().flush()?;
+    std::process::exit(i32::from(!good || !broken.is_empty()));
+}
+
+/// Runs the parts that were asked for, each in a process of its own. True if none failed and no bar was missed.
+///
+/// # Errors
+///
+/// If the record cannot be kept.
+pub(crate) fn all(options: &Options) -> Result<bool> {
+    let done = if options.again { HashSet::new() } else { passed(options)? };
+    let mut record = OpenOptions::new().create(true).append(true).open(&options.json);
+    let record = record.as_mut().map_err(|error| anyhow::anyhow!("{error}"));
+    let record = record.with_context(|| format!("opening {}", options.json.display()))?;
+    let mut good = true;
+    let mut counts = [("passed", 0), ("missed", 0), ("skipped", 0), ("failed", 0)];
+    let wanted = |part: &Part| {
+        options.only.is_empty() || options.only.iter().any(|only| part.name.starts_with(only))
+    };
+    let wanted: Vec<Part> = parts::all().into_iter().filter(wanted).collect();
+    if wanted.is_empty() {
+        bail!("no part has such a name: see --list");
+    }
+    for part in wanted {
+        if done.contains(part.name) {
+            println!("{:<32} passed before", part.name);
+            continue;
+        }
+        let begun = Instant::now();
+        let mut line = match (part.on, options.emulated) {
+            (On::Card, true) => json!({"outcome": "skipped", "why": "it needs a card"}),
+            (On::Emulated, false) => {
+                json!({"outcome": "skipped", "why": "it needs the emulated driver"})
+            }
+            _ => apart(&part, options)?,
+        };
+        let outcome = line["outcome"].as_str().unwrap_or("failed").to_owned();
+        line["part"] = part.name.into();
+        line["seconds"] = begun.elapsed().as_secs_f64().into();
+        line["seed"] = options.seed.into();
+        line["emulated"] = options.emulated.into();
+        line["at"] = humantime::format_rfc3339_seconds(SystemTime::now()).to_string().into();
+        writeln!(record, "{line}").context("writing the record")?;
+        record.sync_data().context("writing the record")?;
+        let why = line["why"].as_str().unwrap_or_default();
+        println!("{:<32} {outcome} in {:.1} s {why}", part.name, begun.elapsed().as_secs_f64());
+        if let Some(figures) = line.get("figures").filter(|figures| !figures.is_null()) {
+            println!("{:<32} {figures}", "");
+        }
+        good &= outcome == "passed" || outcome == "skipped";
+        if let Some((_, count)) = counts.iter_mut().find(|(name, _)| *name == outcome) {
+            *count += 1;
+        }
+    }
+    println!("{}", counts.map(|(name, count)| format!("{count} {name}")).join(", "));
+    Ok(good)
+}
+
+/// The parts that the record says have passed, with this seed on this kind of driver.
+fn passed(options: &Options) -> Result<HashSet<String>> {
+    let text = match std::fs::read_to_string(&options.json) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(HashSet::new()),
+        text => text.with_context(|| format!("reading {}", options.json.display()))?,
+    };
+    // A line that was cut short is of a part that has not ended.
+    let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let passed = lines.filter(|line| {
+        line["outcome"] == "passed"
+            && line["seed"] == options.seed
+            && line["emulated"] == options.emulated
+    });
+    Ok(passed.filter_map(|line| line["part"].as_str().map(str::to_owned)).collect())
+}
+
+/// Runs a part in a process of its own, and returns what it found.
+fn apart(part: &Part, options: &Options) -> Result<Value> {
+    let mut child = Command::new(std::env::current_exe().context("finding this program")?);
+    child.args(["--part", part.name, "--seed", &options.seed.to_string()]);
+    child.args(["--device", &options.device.to_string()]);
+    if options.emulated {
+        child.arg("--emulated");
+    }
+    if let Some(dir) = &options.dir {
+        child.arg("--dir").arg(dir);
+    }
+    let mut child = child.stdout(Stdio::piped()).spawn().context("starting a part")?;
+    let mut output = child.stdout.take().context("a part has an output")?;
+    let reader = thread::spawn(move || {
+        let mut text = Vec::new();
+        let _ = output.read_to_end(&mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    let begun = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().context("waiting for a part")? {
+            break Some(status);
+        }
+        if begun.elapsed() > PART_MAX {
+            let _ = child.kill();
+            let _ = child.wait();
+            break None;
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
+    let text = reader.join().unwrap_or_default();
+    let result = text.lines().rev().find_map(|line| line.strip_prefix(RESULT));
+    let result = result.and_then(|result| serde_json::from_str::<Value>(result).ok());
+    let ended_well = status.is_some_and(|status| status.success());
+    Ok(match (result, status) {
+        (Some(result), _) if ended_well || result["outcome"] == "failed" => result,
+        (_, None) => {
+            json!({"outcome": "failed", "why": format!("it had not ended after {PART_MAX:?}")})
+        }
+        (_, Some(status)) => json!({"outcome": "failed", "why": format!("it ended with {status}")}),
+    })
+}

@@ -1,0 +1,380 @@
+//! What a user of the store does on the device: a context of his own, streams, memory, kernels.
+//!
+//! Invariant: memory is freed only after everything on the device has ended, by whoever allocated it. All unsafe code of
+//! this crate is here and in `contract`, which plays a careless user. Called by the parts.
+
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use cudarc::driver::{CudaContext, CudaStream, result, sys};
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use vmem::{GpuSelection, VirtualMemory, VirtualMemoryConfig, VirtualMemoryConfigBuilder};
+use vmem_cuda_emulator::Emulator;
+
+use crate::Options;
+
+/// The kernels, for any card.
+const KERNELS: &str = include_str!("kernels.ptx");
+/// Threads of a block, and blocks at most.
+const BLOCK: u32 = 256;
+const GRID_MAX: u64 = 4096;
+
+/// Where a part runs.
+pub(crate) struct Env {
+    /// The emulated driver, if that is where.
+    pub(crate) emulator: Option<Emulator>,
+    pub(crate) device: usize,
+    pub(crate) seed: u64,
+    dir: Option<PathBuf>,
+}
+
+impl Env {
+    /// Loads the emulated driver, if that is asked for, or finds the card.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub(crate) fn open(options: &Options) -> Result<Self> {
+        let emulator = match options.emulated {
+            true => Some(Emulator::load().map_err(|why| anyhow!("the emulated driver: {why}"))?),
+            false => None,
+        };
+        let opened = vmem_gpu::open_device(&GpuSelection::Device(options.device), Some(16 << 20));
+        let opened = opened.context("no card: see --emulated")?;
+        ensure!(opened.device.is_some(), "no card: {}", opened.reason);
+        let (device, seed, dir) = (options.device, options.seed, options.dir.clone());
+        Ok(Env { emulator, device, seed, dir })
+    }
+
+    pub(crate) fn rng(&self) -> SmallRng {
+        SmallRng::seed_from_u64(self.seed)
+    }
+
+    /// A folder for files, on the disk that is to be used.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be made.
+    pub(crate) fn folder(&self) -> Result<tempfile::TempDir> {
+        let made = match &self.dir {
+            Some(dir) => tempfile::tempdir_in(dir),
+            None => tempfile::tempdir(),
+        };
+        made.context("making a folder")
+    }
+
+    /// How much smaller everything is on the emulated driver, which copies with a processor.
+    pub(crate) fn scaled(&self, on_a_card: usize, emulated: usize) -> usize {
+        if self.emulator.is_some() { emulated } else { on_a_card }
+    }
+
+    /// Runs a part that awaits, on two workers.
+    ///
+    /// # Errors
+    ///
+    /// Those of the part.
+    pub(crate) fn block_on<T>(&self, part: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(2).enable_all().build().context("a runtime")?;
+        let outcome = runtime.block_on(part);
+        runtime.shutdown_timeout(Duration::from_secs(20));
+        outcome
+    }
+
+    /// A store with so much of each kind of memory, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// If it does not open, or without VRAM.
+    pub(crate) async fn store(
+        &self,
+        vram: usize,
+        host: usize,
+        set: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
+    ) -> Result<VirtualMemory> {
+        let mut builder = VirtualMemoryConfig::builder()
+            .gpu(GpuSelection::Device(self.device))
+            .vram_capacity(vram as u64)
+            .host_capacity(host as u64)
+            .disk_capacity(4 * host as u64 + (1 << 30))
+            .wait_timeout(Duration::from_secs(30));
+        if let Some(dir) = &self.dir {
+            builder = builder.disk_path(dir.join(format!("store-{}", std::process::id())));
+        }
+        let vmem = vmem::open(set(builder).build()?).await.context("opening a store")?;
+        ensure!(vmem.capabilities().vram.is_some(), "{}", vmem.capabilities().vram_reason);
+        Ok(vmem)
+    }
+
+    /// What the emulated driver saw that is against its rules.
+    pub(crate) fn rules_broken(&self) -> Vec<String> {
+        self.emulator.as_ref().map(Emulator::violations).unwrap_or_default()
+    }
+
+    /// The user.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn user(&self) -> Result<User> {
+        User::new(self.device)
+    }
+}
+
+/// Somebody else in the process, with a context object of his own.
+pub(crate) struct User {
+    pub(crate) context: Arc<CudaContext>,
+    pub(crate) stream: Arc<CudaStream>,
+    module: sys::CUmodule,
+    functions: RefCell<HashMap<&'static str, sys::CUfunction>>,
+}
+
+impl User {
+    fn new(device: usize) -> Result<Self> {
+        let context = CudaContext::new(device).context("a context")?;
+        let stream = context.new_stream().context("a stream")?;
+        let text = CString::new(KERNELS)?;
+        context.bind_to_thread()?;
+        // SAFETY: a text that ends with a zero.
+        let module = unsafe { result::module::load_data(text.as_ptr().cast()) };
+        let module = module.context("loading the kernels")?;
+        Ok(User { context, stream, module, functions: RefCell::default() })
+    }
+
+    /// Launches one of `kernels.ptx` over about `count` bytes, or things.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    ///
+    /// # Safety
+    ///
+    /// The arguments are those of the kernel, and what they point to stays until it has ended.
+    pub(crate) unsafe fn launch(
+        &self,
+        name: &'static str,
+        arguments: &[u64],
+        count: u64,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        self.context.bind_to_thread()?;
+        let known = self.functions.borrow().get(name).copied();
+        let function = match known {
+            Some(function) => function,
+            None => {
+                // SAFETY: the module is never unloaded.
+                let found =
+                    unsafe { result::module::get_function(self.module, CString::new(name)?) };
+                let found = found.with_context(|| format!("finding {name}"))?;
+                self.functions.borrow_mut().insert(name, found);
+                found
+            }
+        };
+        let mut values = arguments.to_vec();
+        let mut places: Vec<*mut c_void> =
+            values.iter_mut().map(|value| (&raw mut *value).cast()).collect();
+        let grid = count.div_ceil(u64::from(BLOCK)).clamp(1, GRID_MAX) as u32;
+        let (grid, block) = ((grid, 1, 1), (BLOCK, 1, 1));
+        // SAFETY: the caller promises that the arguments fit.
+        let launched = unsafe {
+            result::launch_kernel(function, grid, block, 0, stream.cu_stream(), &mut places)
+        };
+        launched.with_context(|| format!("launching {name}"))
+    }
+
+    /// Fills device memory.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    ///
+    /// # Safety
+    ///
+    /// It is the caller's until the kernel has ended.
+    pub(crate) unsafe fn fill(
+        &self,
+        at: u64,
+        len: usize,
+        value: u8,
+        on: &CudaStream,
+    ) -> Result<()> {
+        // SAFETY: the caller promises it.
+        unsafe { self.launch("vmem_fill", &[at, len as u64, u64::from(value)], len as u64, on) }
+    }
+
+    /// Adds to each byte of device memory.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    ///
+    /// # Safety
+    ///
+    /// As [`fill`](Self::fill).
+    pub(crate) unsafe fn add(&self, at: u64, len: usize, value: u8, on: &CudaStream) -> Result<()> {
+        // SAFETY: the caller promises it.
+        unsafe { self.launch("vmem_add", &[at, len as u64, u64::from(value)], len as u64, on) }
+    }
+
+    /// Copies device memory by a kernel.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    ///
+    /// # Safety
+    ///
+    /// As [`fill`](Self::fill).
+    pub(crate) unsafe fn copy(
+        &self,
+        to: u64,
+        from: u64,
+        len: usize,
+        on: &CudaStream,
+    ) -> Result<()> {
+        // SAFETY: the caller promises it.
+        unsafe { self.launch("vmem_copy", &[to, from, len as u64], len as u64, on) }
+    }
+
+    /// Keeps a stream busy for so long.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn spin(&self, time: Duration, on: &CudaStream) -> Result<()> {
+        // SAFETY: it touches no memory.
+        unsafe { self.launch("vmem_spin", &[time.as_nanos() as u64], 1, on) }
+    }
+
+    /// Device memory.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn allocate(&self, len: usize) -> Result<DeviceMemory> {
+        self.context.bind_to_thread()?;
+        // SAFETY: plain bytes, which are not read before they are written.
+        let address = unsafe { result::malloc_sync(len) }.context("allocating device memory")?;
+        Ok(DeviceMemory { address, len, context: self.context.clone() })
+    }
+
+    /// Host memory that the device reaches directly.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn pinned(&self, len: usize) -> Result<Pinned> {
+        self.context.bind_to_thread()?;
+        // SAFETY: freed by the drop of what owns it.
+        let address = unsafe { result::malloc_host(len, 0) }.context("allocating pinned memory")?;
+        // SAFETY: just allocated, that long.
+        unsafe { std::ptr::write_bytes(address.cast::<u8>(), 0, len) };
+        Ok(Pinned { address: address.cast(), len, context: self.context.clone() })
+    }
+}
+
+/// Device memory of the user.
+pub(crate) struct DeviceMemory {
+    pub(crate) address: u64,
+    pub(crate) len: usize,
+    context: Arc<CudaContext>,
+}
+
+impl DeviceMemory {
+    /// What is in it after what was queued on the stream.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn read(&self, stream: &CudaStream) -> Result<Vec<u8>> {
+        self.context.bind_to_thread()?;
+        let mut bytes = vec![0; self.len];
+        // SAFETY: the vector is alive until the stream was waited for below.
+        let copied =
+            unsafe { result::memcpy_dtoh_async(&mut bytes, self.address, stream.cu_stream()) };
+        let waited = stream.synchronize();
+        copied.context("reading device memory")?;
+        waited.context("reading device memory")?;
+        Ok(bytes)
+    }
+
+    /// Makes these its first bytes, and waits.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn write(&self, bytes: &[u8], stream: &CudaStream) -> Result<()> {
+        ensure!(bytes.len() <= self.len, "more bytes than there is memory");
+        self.context.bind_to_thread()?;
+        // SAFETY: the source is alive until the stream was waited for below.
+        let copied = unsafe { result::memcpy_htod_async(self.address, bytes, stream.cu_stream()) };
+        let waited = stream.synchronize();
+        copied.context("writing device memory")?;
+        waited.context("writing device memory")
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        // SAFETY: allocated once; the driver waits for what uses it.
+        let _ = unsafe { result::free_sync(self.address) };
+    }
+}
+
+/// Host memory that the device reaches directly.
+pub(crate) struct Pinned {
+    address: *mut u8,
+    len: usize,
+    context: Arc<CudaContext>,
+}
+
+impl Pinned {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: that long, initialised, and this type's own.
+        unsafe { std::slice::from_raw_parts(self.address, self.len) }
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.address, self.len) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        // SAFETY: allocated once, and whoever copies waits before he drops it.
+        let _ = unsafe { result::free_host(self.address.cast()) };
+    }
+}
+
+/// The kernel says how the card is called, and what of the driver it is.
+///
+/// # Errors
+///
+/// What the driver says.
+pub(crate) fn describe(env: &Env) -> Result<serde_json::Value> {
+    let context = CudaContext::new(env.device).context("a context")?;
+    let name = context.name().context("its name")?;
+    let mut version = 0;
+    // SAFETY: a place for the number.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().context("the driver's version")?;
+    context.bind_to_thread()?;
+    let (free, total) = result::mem_get_info().context("its memory")?;
+    let module = Path::new("/proc/driver/nvidia/version");
+    let module = std::fs::read_to_string(module).unwrap_or_default();
+    let module = module.lines().next().unwrap_or_default().to_owned();
+    Ok(serde_json::json!({
+        "card": name, "cuda": version, "driver": module, "free_bytes": free, "total_bytes": total,
+    }))
+}
