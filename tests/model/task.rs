@@ -320,13 +320,23 @@ impl Task {
         let pinned = ending.of(world.vmem.pin(&handle, tier)).await;
         let Some(guard) = world.judge(&call, pinned, |_| 0) else { return };
         self.pins.push(guard);
-        match world.vmem.residency(&handle) {
-            Ok(residency) => {
-                // What is written while it is pinned in VRAM comes up again behind the write.
-                let there = handle.is_empty() || residency.host || tier == MemoryTier::Vram;
-                assert!(there && residency.pins > 0, "{call}: {residency:?}");
+        // The first write to it may have the room in its hands for a moment.
+        for left in (0..1000).rev() {
+            match world.vmem.residency(&handle) {
+                Ok(residency) => {
+                    // What is written while it is pinned in VRAM comes up again behind the write.
+                    let there = handle.is_empty() || residency.host || tier == MemoryTier::Vram;
+                    assert!((there || left > 0) && residency.pins > 0, "{call}: {residency:?}");
+                    if there {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    drop(world.judge(&call, Some(Err::<(), _>(error)), |()| 0));
+                    break;
+                }
             }
-            Err(error) => drop(world.judge(&call, Some(Err::<(), _>(error)), |()| 0)),
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 

@@ -17,7 +17,7 @@ pub use crate::disk::{
     CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, ReadChunk, Run, Runs,
 };
 
-pub use crate::host::StagingMemory;
+pub use crate::host::{InUse, ObjectSpace, Part, Registrar, StagingMemory};
 
 pub use crate::vmem::{VramChange, VramHold, VramShare};
 

@@ -408,6 +408,7 @@ impl Shared {
             },
             objects: self.table.len() as u64,
             staging_bytes: self.limits.staging_capacity,
+            registered_bytes: arena.registered_bytes(),
             held_bytes: self.copies.held_bytes(),
             pinned_bytes: self.host_pins.bytes(),
             dirty_bytes: get(&counters.dirty_bytes),

@@ -37,6 +37,8 @@ pub struct VirtualMemoryStats {
     pub objects: u64,
     /// Host memory set apart for bytes in passage, in bytes.
     pub staging_bytes: u64,
+    /// Object space that the device reaches directly, in bytes; the rest goes by a detour of the driver.
+    pub registered_bytes: u64,
     /// Footprint that `Bytes` given to callers keep in host memory, in bytes.
     pub held_bytes: u64,
     /// Footprint that pins keep in host memory, in bytes; those in device memory are counted apart.

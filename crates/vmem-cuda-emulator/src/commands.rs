@@ -80,6 +80,7 @@ fn counters(world: &World) -> String {
         ("events", world.events.len() as u64),
         ("streams", world.streams.values().filter(|stream| !stream.destroyed).count() as u64),
         ("registrations", registered.count() as u64),
+        ("pinned", world.pinned.values().filter(|pinned| pinned.pages.is_some()).count() as u64),
         ("contexts", world.retained.values().sum::<i64>() as u64),
         ("in_flight", in_flight),
         ("queued_up", world.streams.values().map(|stream| stream.queued(OpKind::Up)).sum()),

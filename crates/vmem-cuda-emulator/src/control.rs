@@ -167,7 +167,7 @@ impl Emulator {
         self.command(&format!("calls {function}")).parse().unwrap_or(0)
     }
 
-    /// A gauge (`device_bytes`, `allocations`, `events`, `streams`, `registrations`, `contexts`, `in_flight`, `queued_up`) or a counter
+    /// A gauge (`device_bytes`, `allocations`, `events`, `streams`, `registrations`, `pinned` of them by the system, `contexts`, `in_flight`, `queued_up`) or a counter
     /// (`copies_up`, `bytes_up`, `copies_down`, `bytes_down`, `kernels`, `host_functions`, `blocking_copies`,
     /// `implicit_synchronisations`, `context_synchronisations`, `captures_broken`, `suppressed_host_functions`).
     pub fn counter(&self, name: &str) -> u64 {

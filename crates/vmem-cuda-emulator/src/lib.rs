@@ -10,6 +10,7 @@
 //! - `world`: everything that the driver knows, under one lock: devices, contexts, memory, streams, events.
 //! - `stream`: the operations and the thread of each stream.
 //! - `races`: which operations are ordered before which; pure.
+//! - `pages`: the pages behind registered memory, as a device sees them.
 //! - `raw`: reading and writing memory of the host; all other unsafe code.
 //! - `commands`: the other end of the remote control.
 //!
@@ -18,6 +19,7 @@
 
 mod commands;
 mod control;
+mod pages;
 mod races;
 mod raw;
 mod stream;

@@ -271,7 +271,7 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
             if op.watched.is_some_and(|before| before != from.checksum()) {
                 world().violation("the source of a copy to the device changed in flight".into());
             }
-            let bytes = from.read();
+            let bytes = from_host(from)?;
             lock(&allocation.bytes)[at..at + bytes.len()].copy_from_slice(&bytes);
         }
         Work::Down { to, from } => {
@@ -284,7 +284,11 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
                 world().violation(text.into());
             }
             let bytes = lock(&allocation.bytes)[at..at + to.len].to_vec();
-            to.write(&bytes);
+            let pages = world().pages(to);
+            match pages {
+                Some(pages) => pages.write(to, &bytes).map_err(|_| ILLEGAL_ADDRESS)?,
+                None => to.write(&bytes),
+            }
         }
         Work::Copy { to, from, len } => {
             let (source, from) = place(&guard, from, len)?;
@@ -351,6 +355,15 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
         }
     }
     Ok(())
+}
+
+/// The bytes that the device finds in host memory.
+fn from_host(memory: HostMemory) -> Result<Vec<u8>, Code> {
+    let pages = world().pages(memory);
+    match pages {
+        Some(pages) => pages.read(memory).map_err(|_| ILLEGAL_ADDRESS),
+        None => Ok(memory.read()),
+    }
 }
 
 fn lock<T>(mutex: &std::sync::Mutex<T>) -> MutexGuard<'_, T> {

@@ -361,7 +361,7 @@ driver! {
     Context fn cuMemHostUnregister(pointer: Handle) |guard| {
         let mut guard = guard;
         let address = pointer.addr();
-        match guard.pinned.get(&address).copied() {
+        match guard.pinned.get(&address).cloned() {
             Some(pinned) if !pinned.allocated => {
                 if guard.is_in_flight(pinned.memory) {
                     guard.violation("host memory was unregistered under a copy in flight".into());
@@ -385,7 +385,7 @@ driver! {
     Context fn cuMemFreeHost(pointer: Handle) |guard| {
         let mut guard = guard;
         let address = pointer.addr();
-        match guard.pinned.get(&address).copied() {
+        match guard.pinned.get(&address).cloned() {
             Some(pinned) if pinned.allocated => {
                 if guard.is_in_flight(pinned.memory) {
                     guard.violation("host memory was freed under a copy in flight".into());

@@ -7,6 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 
+use crate::pages::Pages;
 use crate::races::{Clock, Races};
 use crate::raw::HostMemory;
 use crate::stream::Stream;
@@ -97,9 +98,11 @@ pub(crate) struct Allocation {
 }
 
 /// Host memory that the device reaches directly.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Pinned {
     pub(crate) memory: HostMemory,
+    /// None where the system pins nothing.
+    pub(crate) pages: Option<Arc<Pages>>,
     /// Allocated by the driver, not registered.
     pub(crate) allocated: bool,
 }
@@ -275,6 +278,13 @@ impl World {
         }
     }
 
+    /// The pages behind host memory, if it is pinned.
+    pub(crate) fn pages(&self, memory: HostMemory) -> Option<Arc<Pages>> {
+        let (_, pinned) = self.pinned.range(..=memory.address).next_back()?;
+        let end = pinned.memory.address + pinned.memory.len;
+        if memory.address + memory.len <= end { pinned.pages.clone() } else { None }
+    }
+
     /// Makes host memory pinned.
     pub(crate) fn pin(&mut self, memory: HostMemory, allocated: bool) -> Code {
         if memory.len == 0 || memory.address == 0 {
@@ -287,7 +297,8 @@ impl World {
         if registered + memory.len as u64 > self.registered_max {
             return OUT_OF_MEMORY;
         }
-        self.pinned.insert(memory.address, Pinned { memory, allocated });
+        let pages = Pages::pin(memory).map(Arc::new);
+        self.pinned.insert(memory.address, Pinned { memory, pages, allocated });
         OK
     }
 

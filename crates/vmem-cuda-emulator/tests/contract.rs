@@ -461,3 +461,48 @@ fn kernels_by_name() {
     context.synchronize().unwrap();
     free(pointer);
 }
+
+/// What is registered is the pages that were there: whoever gives them back to the system under a registration
+/// has the device read what nobody sees any more.
+#[test]
+fn registered_memory_is_the_pages_that_were_there() {
+    let emulator = Emulator::load().unwrap();
+    let context = context();
+    let stream = context.new_stream().unwrap();
+    let len = 64 * 1024;
+    // SAFETY: a new mapping, at an address of the system's choice.
+    let memory = unsafe {
+        let (read_write, private) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        libc::mmap(std::ptr::null_mut(), len, read_write, private, -1, 0)
+    };
+    assert_ne!(memory, libc::MAP_FAILED);
+    // SAFETY: mapped above, that long, and this test's own.
+    let bytes = unsafe { std::slice::from_raw_parts_mut(memory.cast::<u8>(), len) };
+    bytes.fill(1);
+    // SAFETY: it stays mapped until it is unregistered.
+    unsafe { sys::cuMemHostRegister_v2(memory, len, 1) }.result().unwrap();
+    let device = alloc(len);
+    let mut back = vec![0; len];
+    let mut round = |bytes: &[u8]| -> u8 {
+        assert_eq!(up(device, bytes, &stream), 0);
+        stream.synchronize().unwrap();
+        assert_eq!(down(&mut back, device, &stream), 0);
+        back[len / 2]
+    };
+    assert_eq!(round(bytes), 1);
+    // SAFETY: whole pages of the mapping.
+    assert_eq!(unsafe { libc::madvise(memory, len, libc::MADV_DONTNEED) }, 0);
+    bytes.fill(2);
+    match emulator.counter("pinned") {
+        0 => println!("SKIPPED: the system pins no pages here"),
+        _ => assert_eq!(round(bytes), 1, "the pages of before, not those at the addresses"),
+    }
+    // SAFETY: registered above.
+    unsafe { sys::cuMemHostUnregister(memory) }.result().unwrap();
+    assert_eq!(round(bytes), 2);
+    free(device);
+    drop(emulator);
+    // SAFETY: mapped above, and used no more.
+    unsafe { libc::munmap(memory, len) };
+}

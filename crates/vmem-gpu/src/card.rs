@@ -8,16 +8,21 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
+use std::io;
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread::Thread;
 
 use bytes::Bytes;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DriverError, result, sys};
 use futures::channel::oneshot;
 use parking_lot::Mutex;
-use vmem_core::backend::{DeviceError, DeviceRange, IoBuf, StagingMemory};
+use vmem_core::backend::{
+    DeviceError, DeviceRange, InUse, IoBuf, ObjectSpace, Part, Registrar, StagingMemory,
+};
+
+use crate::lane::Lost;
 
 /// Where objects begin is a multiple of this, in bytes.
 pub(crate) const UNIT: u64 = 512;
@@ -73,6 +78,9 @@ pub(crate) struct Card {
     base: u64,
     capacity: u64,
     staging: Mutex<Option<StagingMemory>>,
+    /// Slabs of it are registered as copies pass through them.
+    space: OnceLock<ObjectSpace>,
+    lost: Lost,
 }
 
 impl Card {
@@ -82,7 +90,11 @@ impl Card {
     /// # Errors
     ///
     /// What the driver says, in words.
-    pub(crate) fn open(ordinal: usize, capacity: Option<u64>) -> Result<Arc<Self>, String> {
+    pub(crate) fn open(
+        ordinal: usize,
+        capacity: Option<u64>,
+        lost: Lost,
+    ) -> Result<Arc<Self>, String> {
         let context =
             CudaContext::new(ordinal).map_err(|error| told("opening a context", error))?;
         // SAFETY: no slice of cudarc's is ever made in this context object, so nothing relies on it to track
@@ -100,7 +112,9 @@ impl Card {
             match unsafe { result::malloc_sync(wanted as usize) } {
                 Ok(base) => {
                     let staging = Mutex::new(None);
-                    return Ok(Arc::new(Card { context, base, capacity: wanted, staging }));
+                    let space = OnceLock::new();
+                    let capacity = wanted;
+                    return Ok(Arc::new(Card { context, base, capacity, staging, space, lost }));
                 }
                 // Others took some meanwhile, or it lies in pieces.
                 Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
@@ -151,16 +165,66 @@ impl Card {
     ///
     /// What the driver says.
     pub(crate) fn register(&self, memory: StagingMemory) -> Result<(), DriverError> {
-        let address = std::ptr::with_exposed_provenance_mut(memory.address());
-        // SAFETY: the memory stays mapped, and no page of it is given back, while `memory` lives, which is until it
-        // was unregistered.
-        unsafe {
-            sys::cuMemHostRegister_v2(address, memory.len(), sys::CU_MEMHOSTREGISTER_PORTABLE)
-        }
-        .result()?;
+        pin(memory.address(), memory.len())?;
         *self.staging.lock() = Some(memory);
         Ok(())
     }
+
+    /// Registers slabs of this memory from now on, as copies pass through them.
+    pub(crate) fn serve(self: &Arc<Self>, space: ObjectSpace) {
+        if self.space.set(space.clone()).is_ok() {
+            space.serve(Arc::new(Slabs(Arc::downgrade(self))));
+        }
+    }
+
+    /// Memory of the host by what the device reaches directly. On a thread that is bound.
+    fn parts(&self, memory: &[u8]) -> Vec<Part> {
+        match self.space.get() {
+            Some(space) => space.enter(memory.as_ptr().addr(), memory.len()),
+            None => vec![Part { range: 0..memory.len(), in_use: None }],
+        }
+    }
+}
+
+/// What registers slabs of object space. It keeps no card alive: that has everything unregistered when it goes.
+#[derive(Debug)]
+struct Slabs(Weak<Card>);
+
+impl Slabs {
+    fn visit(&self, work: impl FnOnce() -> Result<(), DriverError>) -> io::Result<()> {
+        let card = self.0.upgrade().ok_or(io::ErrorKind::NotConnected)?;
+        let done = card.visit(work).and_then(|done| done);
+        done.map_err(|error| io::Error::other(told("registering memory", error)))
+    }
+}
+
+impl Registrar for Slabs {
+    fn register(&self, address: usize, len: usize) -> io::Result<()> {
+        self.visit(|| pin(address, len))
+    }
+
+    fn unregister(&self, address: usize, _len: usize) -> io::Result<()> {
+        self.visit(|| unpin(address)).or_else(|error| {
+            // A dead context takes no more part, whatever it says.
+            let dead = self.0.upgrade().is_some_and(|card| card.lost.get().is_some());
+            if dead { Ok(()) } else { Err(error) }
+        })
+    }
+}
+
+/// Has the device know memory of the host that stays mapped, with all its pages, until `unpin`.
+fn pin(address: usize, len: usize) -> Result<(), DriverError> {
+    let address = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: the callers have staging, which stays as it is while it lives, and slabs of object space, of which no page is
+    // given back before `unpin`.
+    unsafe { sys::cuMemHostRegister_v2(address, len, sys::CU_MEMHOSTREGISTER_PORTABLE) }.result()
+}
+
+/// Has the device forget memory that no copy uses.
+fn unpin(address: usize) -> Result<(), DriverError> {
+    let address = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: it was registered, and no copy uses it any more: that is counted.
+    unsafe { sys::cuMemHostUnregister(address) }.result()
 }
 
 impl Drop for Card {
@@ -176,13 +240,15 @@ impl Drop for Card {
 
 impl Card {
     fn free(&self, staging: Option<StagingMemory>) -> Result<(), DriverError> {
-        if let Some(memory) = staging {
-            let address = std::ptr::with_exposed_provenance_mut(memory.address());
-            // SAFETY: it was registered, and no copy uses it any more.
-            if unsafe { sys::cuMemHostUnregister(address) }.result().is_err() {
-                // It may still be known to the device: it is never to be unmapped then.
-                std::mem::forget(memory);
-            }
+        if let Some(memory) = staging
+            && unpin(memory.address()).is_err()
+        {
+            // It may still be known to the device: it is never to be unmapped then.
+            std::mem::forget(memory);
+        }
+        if let Some(space) = self.space.get() {
+            let dead = self.lost.get().is_some();
+            space.retire(&|address, _| unpin(address).is_ok() || dead);
         }
         // SAFETY: it was allocated once, is freed here alone, and no copy uses it any more; the driver waits for kernels.
         unsafe { result::free_sync(self.base) }
@@ -336,8 +402,16 @@ pub(crate) struct CopyStream {
 pub(crate) struct Batch {
     /// None if it could not be recorded: then the context is dead.
     event: Option<CudaEvent>,
-    /// With the error of what the driver refused at once.
-    works: ManuallyDrop<Vec<(Work, Option<DeviceError>)>>,
+    works: ManuallyDrop<Vec<Issued>>,
+}
+
+/// An operation that was handed to the driver.
+struct Issued {
+    work: Work,
+    /// What of object space it uses directly.
+    uses: Vec<InUse>,
+    /// What the driver said, if it refused it at once; a part of it may have been accepted.
+    refused: Option<DeviceError>,
 }
 
 impl CopyStream {
@@ -360,8 +434,10 @@ impl CopyStream {
     /// With the batch: the driver refuses to say when it ends, so that the context is dead.
     pub(crate) fn submit(&mut self, works: Vec<Work>) -> (Batch, Result<(), DriverError>) {
         let issue = |mut work: Work| {
-            let refused = self.issue(&mut work).err().map(|error| failed(work.name(), error));
-            (work, refused)
+            let mut uses = Vec::new();
+            let issued = self.issue(&mut work, &mut uses);
+            let refused = issued.err().map(|error| failed(work.name(), error));
+            Issued { work, uses, refused }
         };
         let works = ManuallyDrop::new(works.into_iter().map(issue).collect());
         match self.mark() {
@@ -370,25 +446,22 @@ impl CopyStream {
         }
     }
 
-    fn issue(&self, work: &mut Work) -> Result<(), DriverError> {
+    fn issue(&self, work: &mut Work, uses: &mut Vec<InUse>) -> Result<(), DriverError> {
         let stream = self.stream.cu_stream();
         match work {
             Work::Upload { to, offset, bytes, .. } => {
                 check(*offset, bytes.len(), to)?;
-                // SAFETY: the range is the operation's until it has ended, and so are the bytes, which do not change:
-                // both are in the batch, which gives nothing up before that.
-                unsafe { result::memcpy_htod_async(to.address() + *offset as u64, bytes, stream) }
+                self.up(to.address() + *offset as u64, bytes, uses)
             }
             Work::Zero { range, .. } => {
-                // SAFETY: as above.
+                // SAFETY: the range is the operation's until it has ended: it is in the batch, which gives nothing up before.
                 unsafe { result::memset_d8_async(range.address(), 0, range.len(), stream) }
             }
             Work::Download { from, offset, len, into, at, .. } => {
                 check(*offset, *len, from)?;
                 let end = at.checked_add(*len).filter(|&end| end <= into.len());
                 let into = &mut into[*at..end.ok_or(INVALID)?];
-                // SAFETY: as above; the buffer moves with the batch, its memory does not, and nobody else has it.
-                unsafe { result::memcpy_dtoh_async(into, from.address() + *offset as u64, stream) }
+                self.down(into, from.address() + *offset as u64, uses)
             }
             Work::Give { to, offset, source, .. } => {
                 let len = match source {
@@ -404,19 +477,38 @@ impl CopyStream {
                         // SAFETY: the range as above; the target is promised to stay while the batch has a share of the call.
                         unsafe { result::memcpy_dtod_async(target, from, *len, stream) }
                     }
-                    Source::Host(bytes) => {
-                        // SAFETY: as above.
-                        unsafe { result::memcpy_htod_async(target, bytes, stream) }
-                    }
+                    Source::Host(bytes) => self.up(target, bytes, uses),
                 }
             }
             Work::Take { from, offset, len, into, .. } => {
                 self.enter(from, *offset, *len)?;
                 let into = into.get_mut(..*len).ok_or(INVALID)?;
-                // SAFETY: the buffer as above, the source is promised to stay while the batch has a share of the call.
-                unsafe { result::memcpy_dtoh_async(into, from.address + *offset as u64, stream) }
+                self.down(into, from.address + *offset as u64, uses)
             }
         }
+    }
+
+    /// Copies up, in parts of which none crosses a registration.
+    fn up(&self, to: u64, bytes: &[u8], uses: &mut Vec<InUse>) -> Result<(), DriverError> {
+        for Part { range, in_use } in self.card.parts(bytes) {
+            uses.extend(in_use);
+            let (to, part) = (to + range.start as u64, &bytes[range]);
+            // SAFETY: the target is the operation's until it has ended, or is promised to stay while it has a share of its
+            // call, and so are the bytes, which do not change: all is in the batch, which gives nothing up before that.
+            unsafe { result::memcpy_htod_async(to, part, self.stream.cu_stream()) }?;
+        }
+        Ok(())
+    }
+
+    /// Copies down, likewise.
+    fn down(&self, into: &mut [u8], from: u64, uses: &mut Vec<InUse>) -> Result<(), DriverError> {
+        for Part { range, in_use } in self.card.parts(into) {
+            uses.extend(in_use);
+            let (from, part) = (from + range.start as u64, &mut into[range]);
+            // SAFETY: as above; the buffer moves with the batch, its memory does not, and nobody else has it.
+            unsafe { result::memcpy_dtoh_async(part, from, self.stream.cu_stream()) }?;
+        }
+        Ok(())
     }
 
     /// What comes now works on memory of a caller, after what he queued before.
@@ -560,7 +652,8 @@ impl Batch {
         // SAFETY: taken once: `self` is forgotten just below.
         let works = unsafe { ManuallyDrop::take(&mut self.works) };
         std::mem::forget(self);
-        for (work, refused) in works {
+        for Issued { work, uses, refused } in works {
+            drop(uses);
             work.end(refused.map_or(Ok(()), Err));
         }
     }
@@ -571,7 +664,8 @@ impl Batch {
         let works = unsafe { ManuallyDrop::take(&mut self.works) };
         drop(self.event.take());
         std::mem::forget(self);
-        for (work, _) in works {
+        for Issued { work, uses, .. } in works {
+            drop(uses);
             work.end(Err(error.clone()));
         }
     }

@@ -14,8 +14,8 @@ use futures::channel::oneshot;
 use futures::executor::block_on;
 use parking_lot::Mutex;
 use vmem_core::backend::{
-    DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, IoBuf, RangeLedger,
-    RangeOwner, StagingMemory,
+    DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, IoBuf, ObjectSpace,
+    RangeLedger, RangeOwner, StagingMemory,
 };
 
 use vmem_core::{MemoryTier, VirtualMemoryError};
@@ -63,8 +63,8 @@ impl CudaTier {
         name: &str,
         capacity: Option<u64>,
     ) -> Result<Arc<Self>, String> {
-        let card = Card::open(ordinal, capacity)?;
         let lost = Lost::default();
+        let card = Card::open(ordinal, capacity, lost.clone())?;
         let up = Lane::start("vmem-gpu-up", card.clone(), lost.clone())?;
         let down = Lane::start("vmem-gpu-down", card.clone(), lost.clone())?;
         let side = Lane::start("vmem-gpu-side", card.clone(), lost.clone())?;
@@ -212,6 +212,12 @@ impl DeviceBackend for CudaTier {
             })
         });
         registering.join().unwrap_or_else(|_| Err(io::Error::other("the driver panicked")))
+    }
+
+    fn register_space(&self, space: ObjectSpace) {
+        if let Some(card) = &*self.card.lock() {
+            card.serve(space);
+        }
     }
 
     fn set_freed_hook(&self, hook: Box<dyn Fn() + Send + Sync>) {

@@ -17,7 +17,7 @@ use futures::future::BoxFuture;
 
 use crate::buffer::IoBuf;
 use crate::error::VirtualMemoryError;
-use crate::host::StagingMemory;
+use crate::host::{ObjectSpace, StagingMemory};
 
 pub use ledger::RangeLedger;
 
@@ -64,6 +64,12 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
     ///
     /// The refusal of the driver; everything works without it, more slowly.
     fn register(&self, memory: StagingMemory) -> io::Result<()>;
+
+    /// Object space, parts of which the device may register as copies pass through them. Called once, before any
+    /// copy from or to it. A device to which all memory is the same does nothing.
+    fn register_space(&self, space: ObjectSpace) {
+        drop(space);
+    }
 
     /// Calls `hook` whenever a range was given back, wherever that happens: it must not block.
     fn set_freed_hook(&self, hook: Box<dyn Fn() + Send + Sync>);

@@ -118,6 +118,11 @@ impl HostArena {
         self.peak_bytes.load(Ordering::Relaxed)
     }
 
+    /// Bytes that a device reaches directly.
+    pub(crate) fn registered_bytes(&self) -> u64 {
+        self.pages.registered_bytes()
+    }
+
     /// The budget, in bytes.
     pub(crate) fn capacity_bytes(&self) -> u64 {
         self.pages.capacity() * PAGE_BYTES as u64
@@ -166,9 +171,18 @@ impl HostArena {
             }
             span => self.spans[class_of(slot.len)].put(&self.pages, span, slot.slot),
         }
+        self.tell_freed();
+    }
+
+    /// Something may have become free.
+    pub(super) fn tell_freed(&self) {
         if let Some(freed) = self.freed.get() {
             freed();
         }
+    }
+
+    pub(super) fn pages(&self) -> &Pages {
+        &self.pages
     }
 }
 

@@ -4,7 +4,8 @@
 //! Invariant: the memory of a mapping is readable, writable and initialised (with zeros, or with
 //! what was written) from its making to its drop. Pages that were given back read as zeros. Memory that
 //! is registered with a device must not be given back, or its transfers go to pages that nobody sees:
-//! only staging registers, which gives nothing back while it lives. Called by `arena` and `staging`, which decide who owns which part.
+//! `pages` has it unregistered first, and staging gives nothing back while it lives. Called by `arena` and
+//! `staging`, which decide who owns which part.
 
 use std::io;
 use std::ops::Range;
@@ -40,6 +41,11 @@ impl Mapping {
         let base = unsafe { raw.add(past) };
         advise_all(raw, raw_len);
         Ok(Mapping { raw, raw_len, base, len })
+    }
+
+    /// How long it is, in bytes.
+    pub(super) fn len(&self) -> usize {
+        self.len
     }
 
     /// The address of byte `at`.

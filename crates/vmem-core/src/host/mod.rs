@@ -7,10 +7,12 @@
 //!
 //! - `mapping`: address space from the operating system, and pages given back to it.
 //! - `runs`: free runs of numbered units, coalesced. Pure.
+//! - `slabs`: which parts a device has registered. Pure.
 //! - `pages`: which pages are live, kept for reuse, or given back. The hard budget.
 //! - `classes`: the size classes of small objects. Pure.
 //! - `spans`: the slots of one class.
 //! - `arena`: object space as its users see it.
+//! - `space`: object space as a device sees it.
 //! - `staging`: the reserve for bytes in passage.
 //!
 //! Called by the queue for room, and by the migrations.
@@ -20,9 +22,12 @@ mod classes;
 mod mapping;
 mod pages;
 mod runs;
+mod slabs;
+mod space;
 mod spans;
 mod staging;
 
 pub(crate) use arena::{HostArena, HostSlot, NoRoom};
+pub use space::{InUse, ObjectSpace, Part, Registrar};
 pub use staging::StagingMemory;
 pub(crate) use staging::{StagingPiece, StagingPool};

@@ -3,14 +3,18 @@
 //! Invariant: live pages and kept pages together are at most the budget, at every moment; asserted
 //! at every change. A page is in exactly one of four places: live (somebody owns it), kept (it has
 //! memory, nobody owns it), on its way back to the system (it still counts as kept), or fresh
-//! (it has no memory). Called by `arena` and `spans`; takes no other lock.
+//! (it has no memory). A page of a slab that a device has registered has memory, and is not given back before the slab
+//! was unregistered. Called by `arena` and `spans`, and by `space` for a device; takes no other lock.
 
 use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
 use super::mapping::{Mapping, PAGE_BYTES};
 use super::runs::FreeRuns;
+use super::slabs::{Slabs, Way};
+use super::space::Registrar;
 
 /// One part in so many of the budget may be kept for reuse.
 const KEPT_PART: u64 = 8;
@@ -24,6 +28,8 @@ pub(super) struct Pages {
     mapping: Mapping,
     capacity: u64,
     state: Mutex<State>,
+    /// The device that registers slabs, if there is one.
+    registrar: OnceLock<Arc<dyn Registrar>>,
 }
 
 #[derive(Debug, Default)]
@@ -33,6 +39,11 @@ struct State {
     live: u64,
     /// Pages that are being given back; they count as kept until that is done.
     leaving: u64,
+    leaving_runs: Vec<Range<u64>>,
+    /// None without a device.
+    slabs: Option<Slabs>,
+    /// Somebody found no room because copies use what could have been given back.
+    starved: bool,
 }
 
 impl State {
@@ -45,8 +56,225 @@ impl State {
 enum Plan {
     Take(Range<u64>),
     /// These have to be given back first.
-    GiveBack(Vec<Range<u64>>),
+    GiveBack(Vec<Leaving>),
     NoRoom,
+}
+
+/// Pages on their way back to the system, of one slab where there are slabs.
+struct Leaving {
+    pages: Range<u64>,
+    slab: u64,
+    /// The slab is registered, and the first that leaves it.
+    unregister: bool,
+}
+
+/// What of object space a copy touches: bytes of the mapping, and the slab that it uses directly.
+pub(super) type Entered = (Range<usize>, Option<u64>);
+
+impl State {
+    /// Chooses kept pages that are to be given back, at most `left`: of slabs that no device knows, or of those that one
+    /// knows and no copy uses.
+    fn choose(&mut self, left: &mut u64, registered: bool, leaving: &mut Vec<Leaving>) {
+        let mut aside = Vec::new();
+        while *left > 0
+            && let Some(run) = self.kept.take_longest(u64::MAX)
+        {
+            for (slab, pages) in self.split(run) {
+                let len = (pages.end - pages.start).min(*left);
+                if len == 0 || !self.may_leave(slab, registered, leaving) {
+                    aside.push(pages);
+                    continue;
+                }
+                aside.push(pages.start + len..pages.end);
+                *left -= len;
+                self.leave(slab, pages.start..pages.start + len, leaving);
+            }
+        }
+        aside.into_iter().for_each(|run| self.kept.add(run));
+    }
+
+    /// Chooses what goes at once of a run that has come back, because enough is kept: what no device knows, and slabs
+    /// that are kept as a whole.
+    fn let_go(&mut self, run: Range<u64>, kept_max: u64) -> Vec<Leaving> {
+        let mut leaving = Vec::new();
+        for (slab, pages) in self.split(run) {
+            let pages = match &self.slabs {
+                Some(slabs) if !slabs.is_plain(slab) => slabs.pages(slab),
+                _ => pages,
+            };
+            let may = self.may_leave(slab, true, &leaving) && self.kept.total() > kept_max;
+            if may && self.kept.take_these(&pages) {
+                self.leave(slab, pages, &mut leaving);
+            }
+        }
+        leaving
+    }
+
+    fn may_leave(&self, slab: u64, registered: bool, leaving: &[Leaving]) -> bool {
+        let Some(slabs) = &self.slabs else { return true };
+        let chosen = || leaving.iter().any(|one| one.slab == slab && one.unregister);
+        slabs.is_plain(slab) || (registered && (slabs.is_idle(slab) || chosen()))
+    }
+
+    /// Pages that are no longer kept are on their way.
+    fn leave(&mut self, slab: u64, pages: Range<u64>, leaving: &mut Vec<Leaving>) {
+        let unregister = match &mut self.slabs {
+            Some(slabs) if slabs.is_idle(slab) => {
+                slabs.change(slab);
+                true
+            }
+            _ => false,
+        };
+        self.leaving += pages.end - pages.start;
+        self.leaving_runs.push(pages.clone());
+        leaving.push(Leaving { pages, slab, unregister });
+    }
+
+    fn split(&self, run: Range<u64>) -> Vec<(u64, Range<u64>)> {
+        match &self.slabs {
+            Some(slabs) => slabs.split(run).collect(),
+            None => vec![(0, run)],
+        }
+    }
+
+    /// Whether each of these pages has memory, and none is about to lose it.
+    fn has_memory(&self, pages: &Range<u64>) -> bool {
+        let leaves = |run: &Range<u64>| run.start < pages.end && pages.start < run.end;
+        !self.fresh.touches(pages) && !self.leaving_runs.iter().any(leaves)
+    }
+}
+
+/// For a device.
+impl Pages {
+    /// A device registers slabs from now on. Once.
+    pub(super) fn serve(&self, registrar: Arc<dyn Registrar>) {
+        if self.registrar.set(registrar).is_ok() {
+            self.state.lock().slabs = Some(Slabs::new(self.capacity));
+        }
+    }
+
+    /// A copy touches these bytes, which are somebody's: its parts, none of which crosses a registration. Registers
+    /// slabs for which it is time.
+    pub(super) fn enter(&self, bytes: Range<usize>) -> Vec<Entered> {
+        let page = PAGE_BYTES as u64;
+        let pages = bytes.start as u64 / page..(bytes.end as u64).div_ceil(page);
+        let mut state = self.state.lock();
+        let Some(slabs) = &state.slabs else { return vec![(bytes, None)] };
+        let slab_bytes = slabs.pages_each() * page;
+        let (mut parts, mut due) = (Vec::new(), Vec::new());
+        for (slab, _) in slabs.split(pages) {
+            let start = (slab * slab_bytes).max(bytes.start as u64);
+            let end = ((slab + 1) * slab_bytes).min(bytes.end as u64);
+            let Some(slabs) = &mut state.slabs else { continue };
+            let whole = slabs.pages(slab);
+            let way = slabs.enter(slab, end - start, slab_bytes);
+            let direct = way == Way::Direct;
+            if way == Way::Due
+                && whole.end * page <= self.mapping.len() as u64
+                && state.has_memory(&whole)
+                && let Some(slabs) = &mut state.slabs
+            {
+                slabs.change(slab);
+                due.push((parts.len(), slab));
+            }
+            parts.push((start as usize..end as usize, direct.then_some(slab)));
+        }
+        drop(state);
+        for (part, slab) in due {
+            if self.register(slab) {
+                parts[part].1 = Some(slab);
+            }
+        }
+        parts
+    }
+
+    /// A copy that used a slab directly has ended. True if somebody waits for that.
+    pub(super) fn leave(&self, slab: u64) -> bool {
+        let mut state = self.state.lock();
+        if let Some(slabs) = &mut state.slabs {
+            slabs.leave(slab);
+        }
+        std::mem::take(&mut state.starved)
+    }
+
+    /// The device knows no slab any more, by the end of this; all its copies have ended. False if it may.
+    pub(super) fn retire(&self, unregister: &dyn Fn(usize, usize) -> bool) -> bool {
+        let slabs = {
+            let mut state = self.state.lock();
+            let Some(slabs) = &mut state.slabs else { return true };
+            let registered = slabs.all_registered();
+            registered.iter().for_each(|&slab| slabs.change(slab));
+            registered
+        };
+        let stays =
+            |slab: &u64| self.place(*slab).is_some_and(|(address, len)| !unregister(address, len));
+        let stuck: Vec<u64> = slabs.into_iter().filter(stays).collect();
+        let mut state = self.state.lock();
+        if let Some(slabs) = &mut state.slabs {
+            let known = slabs.all_registered();
+            known
+                .into_iter()
+                .filter(|slab| !stuck.contains(slab))
+                .for_each(|slab| slabs.plain(slab));
+            stuck.iter().for_each(|&slab| slabs.stuck(slab));
+        }
+        if stuck.is_empty() {
+            state.slabs = None;
+        }
+        stuck.is_empty()
+    }
+
+    /// Bytes that the device reaches directly.
+    pub(super) fn registered_bytes(&self) -> u64 {
+        let state = self.state.lock();
+        let slabs = state.slabs.as_ref();
+        slabs.map_or(0, |slabs| slabs.count_registered() * slabs.pages_each() * PAGE_BYTES as u64)
+    }
+
+    /// The length of a slab, in bytes; 0 without a device.
+    pub(super) fn slab_bytes(&self) -> usize {
+        let state = self.state.lock();
+        state.slabs.as_ref().map_or(0, |slabs| slabs.pages_each() as usize * PAGE_BYTES)
+    }
+
+    fn register(&self, slab: u64) -> bool {
+        let (Some(registrar), Some((address, len))) = (self.registrar.get(), self.place(slab))
+        else {
+            return false;
+        };
+        let registered = registrar.register(address, len);
+        let mut state = self.state.lock();
+        let Some(slabs) = &mut state.slabs else { return false };
+        match &registered {
+            Ok(()) => slabs.registered(slab),
+            // It is tried again when as much was copied by the detour again.
+            Err(_) => slabs.plain(slab),
+        }
+        drop(state);
+        if let Err(error) = &registered {
+            tracing::debug!(target: "vmem::host", %error, len, "a slab was not registered");
+        }
+        registered.is_ok()
+    }
+
+    fn unregister(&self, slab: u64) -> bool {
+        let (Some(registrar), Some((address, len))) = (self.registrar.get(), self.place(slab))
+        else {
+            return false;
+        };
+        let unregistered = registrar.unregister(address, len);
+        if let Err(error) = &unregistered {
+            tracing::warn!(target: "vmem::host", %error, len, "a slab stays registered for ever");
+        }
+        unregistered.is_ok()
+    }
+
+    /// Where a slab is, and its length in bytes.
+    fn place(&self, slab: u64) -> Option<(usize, usize)> {
+        let pages = self.state.lock().slabs.as_ref()?.pages(slab);
+        let (start, end) = (pages.start as usize * PAGE_BYTES, pages.end as usize * PAGE_BYTES);
+        Some((self.mapping.at(start).as_ptr().expose_provenance(), end - start))
+    }
 }
 
 impl Pages {
@@ -67,7 +295,7 @@ impl Pages {
         };
         let mut state = State::default();
         state.fresh.add(0..capacity * factor);
-        Ok(Pages { mapping, capacity, state: Mutex::new(state) })
+        Ok(Pages { mapping, capacity, state: Mutex::new(state), registrar: OnceLock::new() })
     }
 
     pub(super) fn mapping(&self) -> &Mapping {
@@ -109,33 +337,48 @@ impl Pages {
             state.check(self.capacity);
             return Plan::Take(run);
         }
-        let mut runs = Vec::new();
+        let mut leaving = Vec::new();
         let mut left = over;
-        while left > 0
-            && let Some(run) = state.kept.take_longest(left)
-        {
-            left -= run.end - run.start;
-            runs.push(run);
+        for registered in [false, true] {
+            state.choose(&mut left, registered, &mut leaving);
         }
-        state.leaving += over - left;
-        if runs.is_empty() { Plan::NoRoom } else { Plan::GiveBack(runs) }
+        if leaving.is_empty() {
+            state.starved |= state.kept.total() > 0;
+            return Plan::NoRoom;
+        }
+        Plan::GiveBack(leaving)
     }
 
     /// Gives pages back to the system that are nobody's and are counted as leaving. Those that the
     /// system does not take stay, and count as kept.
-    fn give_back(&self, runs: Vec<Range<u64>>) {
+    fn give_back(&self, leaving: Vec<Leaving>) {
         let bytes = |page: u64| page as usize * PAGE_BYTES;
-        let gone: Vec<bool> = runs
-            .iter()
-            .map(|run| self.mapping.give_back(bytes(run.start)..bytes(run.end)))
-            .collect();
+        let mut stuck = Vec::new();
+        for one in leaving.iter().filter(|one| one.unregister) {
+            let unregistered = self.unregister(one.slab);
+            let mut state = self.state.lock();
+            let Some(slabs) = &mut state.slabs else { continue };
+            match unregistered {
+                true => slabs.plain(one.slab),
+                false => {
+                    slabs.stuck(one.slab);
+                    stuck.push(one.slab);
+                }
+            }
+        }
+        let goes = |one: &Leaving| {
+            let range = bytes(one.pages.start)..bytes(one.pages.end);
+            !stuck.contains(&one.slab) && self.mapping.give_back(range)
+        };
+        let gone: Vec<bool> = leaving.iter().map(goes).collect();
         let mut state = self.state.lock();
-        for (run, gone) in runs.into_iter().zip(gone) {
-            state.leaving -= run.end - run.start;
+        for (Leaving { pages, .. }, gone) in leaving.into_iter().zip(gone) {
+            state.leaving -= pages.end - pages.start;
+            state.leaving_runs.retain(|run| *run != pages);
             if gone {
-                state.fresh.add(run);
+                state.fresh.add(pages);
             } else {
-                state.kept.add(run);
+                state.kept.add(pages);
             }
         }
     }
@@ -146,13 +389,16 @@ impl Pages {
         let mut state = self.state.lock();
         assert!(state.live >= len, "more pages come back than went out");
         state.live -= len;
-        if state.kept.total() + len <= self.capacity / KEPT_PART {
-            state.kept.add(run);
+        state.kept.add(run.clone());
+        let kept_max = self.capacity / KEPT_PART;
+        if state.kept.total() <= kept_max {
             return;
         }
-        state.leaving += len;
+        let leaving = state.let_go(run, kept_max);
         drop(state);
-        self.give_back(vec![run]);
+        if !leaving.is_empty() {
+            self.give_back(leaving);
+        }
     }
 
     /// Pages that could be taken now in one run.

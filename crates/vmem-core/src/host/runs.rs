@@ -70,6 +70,27 @@ impl FreeRuns {
         self.take(self.longest().min(len)).filter(|run| !run.is_empty())
     }
 
+    /// Whether any of these units is free.
+    pub(super) fn touches(&self, units: &Range<u64>) -> bool {
+        let before = self.by_start.range(..units.end).next_back();
+        before.is_some_and(|(_, &end)| end > units.start)
+    }
+
+    /// Takes these units, if all of them are free.
+    pub(super) fn take_these(&mut self, units: &Range<u64>) -> bool {
+        let Some((&start, &end)) = self.by_start.range(..=units.start).next_back() else {
+            return false;
+        };
+        if end < units.end {
+            return false;
+        }
+        self.unlink(start, end);
+        self.total -= end - start;
+        self.add(start..units.start);
+        self.add(units.end..end);
+        true
+    }
+
     fn unlink(&mut self, start: u64, end: u64) {
         let by_start = self.by_start.remove(&start);
         let by_len = self.by_len.remove(&(end - start, start));
@@ -109,6 +130,17 @@ mod tests {
                     let run = taken.swap_remove(rng.random_range(0..taken.len()));
                     free[run.start as usize..run.end as usize].fill(true);
                     runs.add(run);
+                }
+                let start = rng.random_range(0..UNITS - 8);
+                let units = start..start + rng.random_range(1..8);
+                let range = units.start as u64..units.end as u64;
+                let part = &mut free[units];
+                assert_eq!(runs.touches(&range), part.contains(&true), "seed {seed}");
+                let all = !part.contains(&false);
+                assert_eq!(runs.take_these(&range), all, "seed {seed}");
+                if all {
+                    part.fill(false);
+                    taken.push(range);
                 }
                 let longest = free.split(|free| !free).map(<[bool]>::len).max();
                 assert_eq!(Some(runs.longest() as usize), longest, "seed {seed}");

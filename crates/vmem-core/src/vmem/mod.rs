@@ -23,7 +23,7 @@ pub use place::{PinGuard, Prefetch};
 pub use residency::Residency;
 
 use crate::actor::{self, Outcome};
-use crate::backend::{Backends, StagingMemory};
+use crate::backend::{Backends, ObjectSpace, StagingMemory};
 use crate::capabilities::Capabilities;
 use crate::config::VirtualMemoryConfig;
 use crate::error::VirtualMemoryError;
@@ -86,6 +86,7 @@ impl VirtualMemory {
         let shared = Shared::new(config, limits, backends, requests, vram_reason)?;
         if let Some(vram) = shared.vram_if_any() {
             capabilities.vram = Some(vram.backend.describe());
+            vram.backend.register_space(ObjectSpace::new(shared.host.arena().clone()));
             let staging = StagingMemory::new(shared.staging.clone());
             if let Err(error) = vram.backend.register(staging) {
                 capabilities.vram_reason = format!("staging is not registered: {error}").into();

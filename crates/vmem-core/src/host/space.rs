@@ -1,0 +1,103 @@
+//! Object space as a device sees it: slabs that it registers one by one, as copies pass through them.
+//!
+//! Invariant: while a [`Part`] with a use lives, the memory that it names stays registered. What is not registered is copied by the
+//! detour of the driver: everything works without it, more slowly. Called by backends of a device.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::arena::HostArena;
+
+/// A device that can reach memory of the host directly. Called from whatever thread frees memory or copies.
+pub trait Registrar: fmt::Debug + Send + Sync {
+    /// Makes this memory known to the device. It has physical memory, which stays until it was unregistered.
+    ///
+    /// # Errors
+    ///
+    /// The refusal of the driver: it is not known then.
+    fn register(&self, address: usize, len: usize) -> io::Result<()>;
+
+    /// Makes the device forget this memory, which no copy uses.
+    ///
+    /// # Errors
+    ///
+    /// The refusal of the driver: it may be known then, and is never given back.
+    fn unregister(&self, address: usize, len: usize) -> io::Result<()>;
+}
+
+/// Object space, for a backend that registers memory with a device.
+#[derive(Clone, Debug)]
+pub struct ObjectSpace(Arc<HostArena>);
+
+/// A part of a copy that crosses no registration.
+#[derive(Debug)]
+pub struct Part {
+    /// Which bytes of the copy.
+    pub range: Range<usize>,
+    /// Kept until the copy has ended, if the device reaches this part directly.
+    pub in_use: Option<InUse>,
+}
+
+/// Memory that a copy uses directly: it stays registered until this is dropped.
+#[derive(Debug)]
+pub struct InUse {
+    space: ObjectSpace,
+    slab: u64,
+}
+
+impl ObjectSpace {
+    pub(crate) fn new(arena: Arc<HostArena>) -> Self {
+        ObjectSpace(arena)
+    }
+
+    /// From now on slabs are registered by this device. Of several calls the first counts.
+    pub fn serve(&self, registrar: Arc<dyn Registrar>) {
+        self.0.pages().serve(registrar);
+    }
+
+    /// The length of a slab, in bytes; 0 before `serve`.
+    pub fn slab_bytes(&self) -> usize {
+        self.0.pages().slab_bytes()
+    }
+
+    /// Bytes that are registered now.
+    pub fn registered_bytes(&self) -> u64 {
+        self.0.pages().registered_bytes()
+    }
+
+    /// The parts of a copy from or to this memory, which is the caller's; one part if it is not in object space. Registers
+    /// what was copied often enough: on a thread that may call the driver.
+    pub fn enter(&self, address: usize, len: usize) -> Vec<Part> {
+        let mapping = self.0.pages().mapping();
+        let base = mapping.at(0).as_ptr().addr();
+        let inside = address.checked_sub(base).filter(|&at| at < mapping.len());
+        let Some(at) = inside.filter(|at| len > 0 && len <= mapping.len() - at) else {
+            return vec![Part { range: 0..len, in_use: None }];
+        };
+        let parts = self.0.pages().enter(at..at + len).into_iter();
+        parts
+            .map(|(bytes, slab)| Part {
+                range: bytes.start - at..bytes.end - at,
+                in_use: slab.map(|slab| InUse { space: self.clone(), slab }),
+            })
+            .collect()
+    }
+
+    /// Has everything unregistered, by `unregister` rather than by the device's own way, for the device is going; all copies
+    /// have ended. What it will not forget is never unmapped.
+    pub fn retire(&self, unregister: &dyn Fn(usize, usize) -> bool) {
+        if !self.0.pages().retire(unregister) {
+            std::mem::forget(self.0.clone());
+        }
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        if self.space.0.pages().leave(self.slab) {
+            self.space.0.tell_freed();
+        }
+    }
+}
