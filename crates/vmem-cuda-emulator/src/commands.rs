@@ -58,6 +58,7 @@ fn obey(world: &mut World, words: &[&str]) -> Option<String> {
         "release" => *world.gates.get_mut(&kind(1)?)? += number(2)?,
         "release-all" => world.gates.clear(),
         "suppress" => world.suppress_host_functions = number(1)? != 0,
+        "double" => world.double_host_functions = number(1)? != 0,
         "fail" => {
             let (function, nth) = (words.get(1)?.to_string(), number(2)?.max(1));
             world.injected.push((function, nth, number(3)? as Code));

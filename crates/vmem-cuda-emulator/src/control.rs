@@ -152,6 +152,11 @@ impl Emulator {
         self.command(&format!("suppress {}", u8::from(on)));
     }
 
+    /// From now on host functions are called twice.
+    pub fn double_host_functions(&self, on: bool) {
+        self.command(&format!("double {}", u8::from(on)));
+    }
+
     /// The `nth` call of this function from now returns `code`, and does nothing.
     pub fn fail(&self, function: &str, nth: u64, code: i32) {
         self.command(&format!("fail {function} {nth} {code}"));

@@ -134,6 +134,7 @@ pub(crate) struct World {
     pub(crate) registered_max: u64,
     pub(crate) queue_max: usize,
     pub(crate) suppress_host_functions: bool,
+    pub(crate) double_host_functions: bool,
     pub(crate) delays_us: HashMap<OpKind, u64>,
     /// How many operations of a kind may still run, where they are held.
     pub(crate) gates: HashMap<OpKind, u64>,
@@ -168,6 +169,7 @@ impl World {
             registered_max: u64::MAX,
             queue_max: 1024,
             suppress_host_functions: false,
+            double_host_functions: false,
             delays_us: HashMap::new(),
             gates: HashMap::new(),
             injected: Vec::new(),
@@ -206,6 +208,7 @@ impl World {
         self.registered_max = fresh.registered_max;
         self.queue_max = fresh.queue_max;
         self.suppress_host_functions = false;
+        self.double_host_functions = false;
         self.delays_us.clear();
         self.gates.clear();
         self.injected.clear();

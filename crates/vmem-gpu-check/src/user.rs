@@ -11,6 +11,7 @@ use std::ffi::{CString, c_void};
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -358,7 +359,55 @@ impl Drop for Pinned {
     }
 }
 
-/// The kernel says how the card is called, and what of the driver it is.
+/// Captures graphs, allocates and frees like a library that minds nobody, until it is told to stop. Returns how many
+/// captures came to a good end.
+///
+/// # Errors
+///
+/// If a capture was broken by somebody else.
+pub(crate) fn capture_until(device: usize, stop: &AtomicBool) -> Result<usize> {
+    let user = User::new(device)?;
+    let memory = user.allocate(4096)?;
+    let mut captures = 0;
+    while !stop.load(Ordering::SeqCst) {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
+        // SAFETY: a stream of this thread's own.
+        unsafe { result::stream::begin_capture(user.stream.cu_stream(), mode) }
+            .context("a capture")?;
+        std::thread::sleep(Duration::from_millis(2));
+        // SAFETY: the capture that was begun.
+        let graph = unsafe { result::stream::end_capture(user.stream.cu_stream()) };
+        graph.context("somebody broke the capture")?;
+        captures += 1;
+        drop(user.allocate(8192)?);
+        // SAFETY: memory of this function, which waits below.
+        unsafe { user.fill(memory.address, memory.len, 1, &user.stream) }?;
+        user.stream.synchronize()?;
+    }
+    Ok(captures)
+}
+
+/// The context of this thread; 0 if it has none.
+///
+/// # Errors
+///
+/// What the driver says.
+pub(crate) fn current_context() -> Result<usize> {
+    let current = result::ctx::get_current().context("the current context")?;
+    Ok(current.map_or(0, |context| context.addr()))
+}
+
+/// This thread has no context from now on.
+///
+/// # Errors
+///
+/// What the driver says.
+pub(crate) fn without_context() -> Result<()> {
+    // SAFETY: null is no context.
+    unsafe { result::ctx::set_current(std::ptr::null_mut()) }.context("leaving the context")
+}
+
+/// How the card is called, and which driver it has.
 ///
 /// # Errors
 ///

@@ -1,5 +1,0 @@
-//! scenarios.
-use crate::parts::Part;
-pub(crate) fn parts() -> Vec<Part> {
-    Vec::new()
-}
