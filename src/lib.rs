@@ -35,6 +35,8 @@ pub use vmem_core::*;
 /// Objects for kernels: leases on streams of cudarc's, whose types are re-exported.
 pub mod gpu {
     pub use cudarc;
+    #[cfg(feature = "dlpack")]
+    pub use vmem_gpu::dlpack;
     pub use vmem_gpu::{
         DeviceLease, DeviceLeaseMut, DeviceSet, DeviceSetRequest, DeviceTarget, Gathered,
         Scattered, VramExt,

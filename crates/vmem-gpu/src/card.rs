@@ -141,6 +141,12 @@ impl Card {
         Ok(done)
     }
 
+    /// Which device it is, as the driver counts them.
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn ordinal(&self) -> usize {
+        self.context.ordinal()
+    }
+
     pub(crate) fn base(&self) -> u64 {
         self.base
     }

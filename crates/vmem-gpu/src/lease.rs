@@ -315,6 +315,12 @@ impl DeviceLease {
     pub unsafe fn device_ptr(&self) -> u64 {
         self.hold.as_ref().and_then(VramHold::range).map_or(0, |range| range.address())
     }
+
+    /// The device that the object is on, as the driver counts them.
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn ordinal(&self) -> usize {
+        self.leased.card.ordinal()
+    }
 }
 
 impl Drop for DeviceLease {

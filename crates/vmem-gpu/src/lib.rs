@@ -11,9 +11,12 @@
 //! - `watch`: a thread that waits for the kernels of users.
 //! - `gather`: copies between objects and one device buffer of the user.
 //! - `lease`, `set`: objects for kernels, on streams of the user, one or several.
+//! - `dlpack`, behind the feature of that name: a lease as a tensor of PyTorch and others.
 //! - `tier`: the ledger of device memory, and what the core calls.
 
 mod card;
+#[cfg(feature = "dlpack")]
+pub mod dlpack;
 mod gather;
 mod lane;
 mod lease;

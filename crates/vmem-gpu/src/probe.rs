@@ -1,7 +1,8 @@
 //! Whether there is a CUDA driver that has everything that is needed here.
 //!
 //! Invariant: nothing of cudarc is called before each function that it may look up was found: it panics over
-//! one that is missing. Called when a store is opened.
+//! one that is missing. Nothing that cudarc has only where it loads the driver itself is used, for beside crates such as candle it is
+//! linked (`checks/cudarc-union`). Called when a store is opened.
 
 #![allow(unsafe_code)]
 
