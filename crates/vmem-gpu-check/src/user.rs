@@ -131,6 +131,19 @@ impl Env {
     }
 }
 
+/// A stream of a context object of its own.
+///
+/// # Errors
+///
+/// What the driver says.
+pub(crate) fn stream(device: usize) -> Result<Arc<CudaStream>> {
+    let context = CudaContext::new(device).context("a context")?;
+    // SAFETY: the parts order what they do on several streams themselves. Otherwise the first stream would wait for
+    // everything in the context.
+    unsafe { context.disable_event_tracking() };
+    context.new_stream().context("a stream")
+}
+
 /// Somebody else in the process, with a context object of his own.
 pub(crate) struct User {
     pub(crate) context: Arc<CudaContext>,
@@ -141,8 +154,8 @@ pub(crate) struct User {
 
 impl User {
     fn new(device: usize) -> Result<Self> {
-        let context = CudaContext::new(device).context("a context")?;
-        let stream = context.new_stream().context("a stream")?;
+        let stream = stream(device)?;
+        let context = stream.context().clone();
         let text = CString::new(KERNELS)?;
         context.bind_to_thread()?;
         // SAFETY: a text that ends with a zero.

@@ -103,7 +103,7 @@ impl Card {
         relax_capture().map_err(|error| told("exchanging the capture mode", error))?;
         let (free, _) = result::mem_get_info().map_err(|error| told("asking for memory", error))?;
         let mut wanted = capacity.unwrap_or(free as u64 / 4 * 3).min(free as u64) / UNIT * UNIT;
-        let least = CAPACITY_MIN.min(capacity.unwrap_or(u64::MAX));
+        let least = CAPACITY_MIN.min(capacity.unwrap_or(u64::MAX)) / UNIT * UNIT;
         loop {
             if wanted < least.max(UNIT) {
                 return Err(format!("the device has {free} bytes free, which is too little"));

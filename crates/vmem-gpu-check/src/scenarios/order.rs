@@ -54,7 +54,7 @@ pub(super) fn reused_under_a_reader(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let (len, rounds) = (256 * KIB, env.scaled(100, 20));
         // Room for two.
-        let vmem = env.store(2 * len, 64 * MIB, |set| set).await?;
+        let vmem = env.store(2 * len, 64 * MIB, |set| set.max_pinned(1.0)).await?;
         let user = env.user()?;
         let mut waited = 0;
         for round in 0..rounds as u64 {
@@ -67,8 +67,9 @@ pub(super) fn reused_under_a_reader(env: &Env) -> Result<Outcome> {
             let sink = slow_copy(&vmem, &user, &read, SPIN, &stream).await?;
             vmem.free(read).await?;
             let begun = Instant::now();
+            let mut pins = Vec::new();
             for new in &new {
-                vmem.promote(new, VRAM).await.context("the second waits for the kernel")?;
+                pins.push(vmem.pin(new, VRAM).await.context("the second waits for the kernel")?);
             }
             waited += usize::from(begun.elapsed() > SPIN / 2);
             for (at, new) in new.iter().enumerate() {
@@ -159,8 +160,7 @@ pub(super) fn sets(env: &Env) -> Result<Outcome> {
         for task in 0..8_usize {
             let (vmem, objects, device) = (vmem.clone(), objects.clone(), env.device);
             tasks.push(tokio::spawn(async move {
-                let context = cudarc::driver::CudaContext::new(device)?;
-                let stream = context.new_stream()?;
+                let stream = crate::user::stream(device)?;
                 for round in 0..rounds {
                     let pair = if task % 2 == 0 { [0, 1] } else { [2, 3] };
                     let pair = if (task / 2 + round) % 2 == 0 { pair } else { [pair[1], pair[0]] };
@@ -197,6 +197,7 @@ pub(super) fn neighbours(env: &Env) -> Result<Outcome> {
             objects.push(vmem.put(bytes(object, 0, len), HOST).await?);
         }
         let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let own = env.user()?;
         let (device, stopped) = (env.device, stop.clone());
         let library = std::thread::spawn(move || crate::user::capture_until(device, &stopped));
         for round in 0..rounds {
@@ -204,16 +205,11 @@ pub(super) fn neighbours(env: &Env) -> Result<Outcome> {
                 vmem.promote(handle, VRAM).await.context("promoting beside a capture")?;
             }
             // Calls on this thread leave its context as it was.
-            let before = crate::user::current_context()?;
-            let own = env.user()?;
             crate::user::without_context()?;
             let lease = vmem.device_on(&objects[round % 8], &own.stream).await?;
             drop(lease);
             let after = crate::user::current_context()?;
-            ensure!(
-                after == 0,
-                "the thread had no context, and has {after:x} now (before: {before:x})"
-            );
+            ensure!(after == 0, "the thread had no context, and has {after:x} now");
         }
         stop.store(true, std::sync::atomic::Ordering::SeqCst);
         let captures = library.join().map_err(|_| anyhow::anyhow!("the library panicked"))??;

@@ -24,7 +24,7 @@ pub(super) fn dropped(env: &Env) -> Result<Outcome> {
             let (vmem, objects, device) = (vmem.clone(), objects.clone(), env.device);
             let mut rng = SmallRng::seed_from_u64(env.seed ^ (task << 32));
             tasks.push(tokio::spawn(async move {
-                let stream = cudarc::driver::CudaContext::new(device)?.new_stream()?;
+                let stream = crate::user::stream(device)?;
                 let mut dropped = 0;
                 for _ in 0..calls / 4 {
                     let object = rng.random_range(0..objects.len());
@@ -158,8 +158,7 @@ pub(super) fn closed(env: &Env) -> Result<Outcome> {
                     2 => vmem.demote(&handle, DISK).await,
                     3 => vmem.prefetch(&handle, VRAM).await,
                     _ => {
-                        let context = cudarc::driver::CudaContext::new(device);
-                        let stream = context.and_then(|context| context.new_stream());
+                        let stream = crate::user::stream(device);
                         match stream {
                             Ok(stream) => vmem.device_on(&handle, &stream).await.map(drop),
                             Err(_) => Ok(()),
@@ -213,7 +212,7 @@ pub(super) fn slabs(env: &Env) -> Result<Outcome> {
             let (vmem, device) = (vmem.clone(), env.device);
             let mut rng = SmallRng::seed_from_u64(env.seed ^ (task << 40));
             tasks.push(tokio::spawn(async move {
-                let stream = cudarc::driver::CudaContext::new(device)?.new_stream()?;
+                let stream = crate::user::stream(device)?;
                 for round in 0..rounds as u64 {
                     let len = rng.random_range(1..host / 12);
                     let object = task * 1_000_000 + round;
