@@ -64,7 +64,7 @@ struct Options {
 fn main() -> ExitCode {
     let options = Options::parse();
     if options.list {
-        for part in parts::all() {
+        for part in parts::all().into_iter().filter(|part| part.on != parts::On::Within) {
             println!("{:<32} {}", part.name, part.about);
         }
         return ExitCode::SUCCESS;

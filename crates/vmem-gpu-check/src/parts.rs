@@ -25,6 +25,8 @@ pub(crate) enum On {
     Emulated,
     /// It needs the hardware, or NVIDIA's tools.
     Card,
+    /// Another part runs it, for it is meant to fail.
+    Within,
 }
 
 /// What a part that did not fail came to.

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::Options;
 use crate::parts::{self, On, Outcome, Part};
-use crate::user::Env;
+use crate::user::{self, Env};
 
 /// No part takes longer.
 const PART_MAX: Duration = Duration::from_secs(8 * 60);
@@ -31,17 +31,20 @@ pub(crate) fn here(name: &str, options: &Options) -> Result<bool> {
     let part = parts::all().into_iter().find(|part| part.name == name);
     let Some(part) = part else { bail!("there is no part {name:?}: see --list") };
     let env = Env::open(options)?;
+    // Before the part, after which the driver may say nothing any more.
+    let device = user::describe(&env)?;
     let (outcome, good) = match (part.run)(&env) {
         Ok(Outcome::Passed(figures)) => (json!({"outcome": "passed", "figures": figures}), true),
         Ok(Outcome::Missed(figures)) => (json!({"outcome": "missed", "figures": figures}), true),
         Ok(Outcome::Skipped(why)) => (json!({"outcome": "skipped", "why": why}), true),
-        Err(error) => (json!({"outcome": "failed", "why": format!("{error:?}")}), false),
+        Err(error) => (json!({"outcome": "failed", "why": format!("{error:#}")}), false),
     };
     let broken = env.rules_broken();
-    let outcome = match broken.is_empty() {
+    let mut outcome = match broken.is_empty() {
         true => outcome,
         false => json!({"outcome": "failed", "why": broken, "before": outcome}),
     };
+    outcome["device"] = device;
     println!("{RESULT}{outcome}");
     // Not by returning: a part may leave a driver behind that never ends.
     std::io::stdout().flush()?;
@@ -61,7 +64,9 @@ pub(crate) fn all(options: &Options) -> Result<bool> {
     let mut good = true;
     let mut counts = [("passed", 0), ("missed", 0), ("skipped", 0), ("failed", 0)];
     let wanted = |part: &Part| {
-        options.only.is_empty() || options.only.iter().any(|only| part.name.starts_with(only))
+        let any = options.only.is_empty();
+        part.on != On::Within
+            && (any || options.only.iter().any(|only| part.name.starts_with(only)))
     };
     let wanted: Vec<Part> = parts::all().into_iter().filter(wanted).collect();
     if wanted.is_empty() {

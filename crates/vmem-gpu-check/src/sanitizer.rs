@@ -1,5 +1,99 @@
-//! sanitizer.
-use crate::parts::Part;
+//! Scenarios under NVIDIA's checker of memory, where it is installed.
+//!
+//! Invariant: it is seen to find a fault that was planted before it is believed. Each object has an allocation of its own, so that
+//! whatever goes beyond one is seen. Called by `parts`.
+
+#![allow(unsafe_code, reason = "a kernel that goes astray is launched")]
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use vmem::MemoryTier;
+use vmem::gpu::VramExt;
+
+use crate::parts::{On, Outcome, Part};
+use crate::user::Env;
+
+/// What the checker ends with if it found something.
+const FOUND: i32 = 77;
+/// Parts that it watches: few, for it is slow.
+const WATCHED: [&str; 4] = ["scenario-07", "scenario-08", "scenario-09", "scenario-04"];
+
 pub(crate) fn parts() -> Vec<Part> {
-    Vec::new()
+    let part = |name, on, run, about| Part { name, about, on, run };
+    vec![
+        part(
+            "sanitizer-planted",
+            On::Card,
+            planted,
+            "the memory checker finds a fault that was planted",
+        ),
+        part("sanitizer-memcheck", On::Card, memcheck, "scenarios under the memory checker"),
+        part("planted-fault", On::Within, fault, "a kernel that writes beyond an object"),
+    ]
+}
+
+/// Where the checker is.
+fn tool() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let usual = ["/usr/local/cuda/bin", "/opt/cuda/bin"].map(PathBuf::from);
+    let places = std::env::split_paths(&path).chain(usual);
+    places.map(|place| place.join("compute-sanitizer")).find(|tool| tool.is_file())
+}
+
+/// Runs a part under the checker. True if it found something.
+fn check(tool: &PathBuf, part: &str, env: &Env) -> Result<(bool, String)> {
+    let mut command = Command::new(tool);
+    command.args(["--tool", "memcheck", "--error-exitcode", &FOUND.to_string()]);
+    command.arg(std::env::current_exe().context("finding this program")?);
+    command.args(["--part", part, "--seed", &env.seed.to_string()]);
+    command.args(["--device", &env.device.to_string()]);
+    command.env("VMEM_GPU_ALLOCATIONS", "separate");
+    let output = command.output().context("running compute-sanitizer")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let found = output.status.code() == Some(FOUND);
+    ensure!(found || output.status.success(), "{part} ended with {}: {text}", output.status);
+    Ok((found, text))
+}
+
+fn planted(env: &Env) -> Result<Outcome> {
+    let Some(tool) = tool() else {
+        return Ok(Outcome::Skipped("compute-sanitizer is not installed".into()));
+    };
+    let (found, text) = check(&tool, "planted-fault", env)?;
+    ensure!(found, "the planted fault was not found: {text}");
+    Ok(Outcome::Passed(json!(null)))
+}
+
+fn memcheck(env: &Env) -> Result<Outcome> {
+    let Some(tool) = tool() else {
+        return Ok(Outcome::Skipped("compute-sanitizer is not installed".into()));
+    };
+    for part in WATCHED {
+        let (found, text) = check(&tool, part, env)?;
+        ensure!(!found, "{part}: {text}");
+    }
+    Ok(Outcome::Passed(json!({"parts": WATCHED})))
+}
+
+/// A kernel of the user writes a byte behind an object.
+fn fault(env: &Env) -> Result<Outcome> {
+    env.block_on(async {
+        let len = 4096;
+        let vmem = env.store(8 << 20, 64 << 20, |set| set).await?;
+        let user = env.user()?;
+        let handle = vmem.put(vec![1; len], MemoryTier::Host).await?;
+        let lease = vmem.device_on(&handle, &user.stream).await?;
+        // SAFETY: used on the stream of the lease, before it is dropped.
+        let at = unsafe { lease.device_ptr() };
+        // SAFETY: it is none: the byte behind the object is somebody else's, which is what is to be found.
+        unsafe { user.launch("vmem_outside", &[at, len as u64], 1, &user.stream) }?;
+        drop(lease);
+        let _ = user.stream.synchronize();
+        let _ = tokio::time::timeout(Duration::from_secs(20), vmem.close()).await;
+        Ok(Outcome::Passed(json!(null)))
+    })
 }

@@ -75,6 +75,7 @@ pub(crate) fn list() -> Result<Vec<Listed>, String> {
 #[derive(Debug)]
 pub(crate) struct Card {
     context: Arc<CudaContext>,
+    /// 0 where each object has an allocation of its own.
     base: u64,
     capacity: u64,
     staging: Mutex<Option<StagingMemory>>,
@@ -94,6 +95,7 @@ impl Card {
         ordinal: usize,
         capacity: Option<u64>,
         lost: Lost,
+        separate: bool,
     ) -> Result<Arc<Self>, String> {
         let context =
             CudaContext::new(ordinal).map_err(|error| told("opening a context", error))?;
@@ -108,8 +110,12 @@ impl Card {
             if wanted < least.max(UNIT) {
                 return Err(format!("the device has {free} bytes free, which is too little"));
             }
-            // SAFETY: the memory is plain bytes, and whoever reads one has written it.
-            match unsafe { result::malloc_sync(wanted as usize) } {
+            let block = match separate {
+                true => Ok(0),
+                // SAFETY: the memory is plain bytes, and whoever reads one has written it.
+                false => unsafe { result::malloc_sync(wanted as usize) },
+            };
+            match block {
                 Ok(base) => {
                     let staging = Mutex::new(None);
                     let space = OnceLock::new();
@@ -145,6 +151,21 @@ impl Card {
     #[cfg(feature = "dlpack")]
     pub(crate) fn ordinal(&self) -> usize {
         self.context.ordinal()
+    }
+
+    /// An allocation for one object; none if there is no memory.
+    pub(crate) fn allocate(&self, len: usize) -> Option<u64> {
+        // SAFETY: as for the block.
+        self.visit(|| unsafe { result::malloc_sync(len) }).and_then(|address| address).ok()
+    }
+
+    /// Frees one that `allocate` made, which nobody uses any more.
+    pub(crate) fn free_one(&self, address: u64) {
+        // SAFETY: its one caller is the end of the range that had it.
+        let freed = self.visit(|| unsafe { result::free_sync(address) }).and_then(|freed| freed);
+        if let Err(error) = freed {
+            tracing::warn!(target: "vmem::gpu", "{}", told("freeing device memory", error));
+        }
     }
 
     pub(crate) fn base(&self) -> u64 {
@@ -255,6 +276,9 @@ impl Card {
         if let Some(space) = self.space.get() {
             let dead = self.lost.get().is_some();
             space.retire(&|address, _| unpin(address).is_ok() || dead);
+        }
+        if self.base == 0 {
+            return Ok(());
         }
         // SAFETY: it was allocated once, is freed here alone, and no copy uses it any more; the driver waits for kernels.
         unsafe { result::free_sync(self.base) }

@@ -3,6 +3,7 @@
 //! Invariant: the ranges of the ledger are disjoint parts of the block, and one that is free is used by no copy
 //! and no kernel: whoever uses a range has a share of it. Called by the core.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -24,6 +25,8 @@ use crate::card::{Card, Foreign, Source, UNIT, Work};
 use crate::lane::{Lane, Lost};
 use crate::watch::{Keep, Watch};
 
+/// With the value `separate` each object has an allocation of its own, for checkers of memory.
+const ALLOCATIONS: &str = "VMEM_GPU_ALLOCATIONS";
 /// What is copied to see whether copying works, in bytes.
 const TRIAL_BYTES: usize = 4096;
 /// Copies that have not ended by then, after the tier was closed, are left behind with all that they own.
@@ -50,6 +53,15 @@ struct Inner {
     base: u64,
     ledger: Mutex<RangeLedger>,
     freed: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    /// Where each object has an allocation of its own.
+    separate: Option<Separate>,
+}
+
+/// Allocations of single objects: a checker of memory sees where each one ends. Slow, for each waits for the device.
+struct Separate {
+    card: Arc<Card>,
+    /// Where in the ledger each address is.
+    offsets: Mutex<HashMap<u64, u64>>,
 }
 
 impl CudaTier {
@@ -64,14 +76,18 @@ impl CudaTier {
         capacity: Option<u64>,
     ) -> Result<Arc<Self>, String> {
         let lost = Lost::default();
-        let card = Card::open(ordinal, capacity, lost.clone())?;
+        let separate = std::env::var_os(ALLOCATIONS).is_some_and(|value| value == "separate");
+        let card = Card::open(ordinal, capacity, lost.clone(), separate)?;
         let up = Lane::start("vmem-gpu-up", card.clone(), lost.clone())?;
         let down = Lane::start("vmem-gpu-down", card.clone(), lost.clone())?;
         let side = Lane::start("vmem-gpu-side", card.clone(), lost.clone())?;
         let watch = Watch::start(card.clone(), lost.clone())?;
         let ledger = RangeLedger::new(card.capacity(), UNIT);
         let described = format!("{name} (device {ordinal}), {} bytes", card.capacity()).into();
-        let inner = Inner { base: card.base(), ledger: Mutex::new(ledger), freed: OnceLock::new() };
+        let separate =
+            separate.then(|| Separate { card: card.clone(), offsets: Mutex::new(HashMap::new()) });
+        let (ledger, freed) = (Mutex::new(ledger), OnceLock::new());
+        let inner = Inner { base: card.base(), ledger, freed, separate };
         let (inner, card) = (Arc::new(inner), Mutex::new(Some(card)));
         let tier = Arc::new(CudaTier {
             card,
@@ -164,7 +180,17 @@ impl DeviceBackend for CudaTier {
             return None;
         }
         let (offset, footprint) = self.inner.ledger.lock().take(len)?;
-        let address = self.inner.base + offset;
+        let address = match &self.inner.separate {
+            None => self.inner.base + offset,
+            Some(separate) => {
+                let Some(address) = separate.card.allocate(len) else {
+                    self.inner.ledger.lock().give_back(offset, footprint);
+                    return None;
+                };
+                separate.offsets.lock().insert(address, offset);
+                address
+            }
+        };
         Some(DeviceRange::new(address, len, footprint, self.inner.clone()))
     }
 
@@ -262,7 +288,17 @@ fn answered(answer: Result<Result<(), DeviceError>, oneshot::Canceled>) -> Resul
 
 impl RangeOwner for Inner {
     fn release(&self, address: u64, footprint: u64) {
-        self.ledger.lock().give_back(address - self.base, footprint);
+        let offset = match &self.separate {
+            None => Some(address - self.base),
+            Some(separate) => {
+                let offset = separate.offsets.lock().remove(&address);
+                separate.card.free_one(address);
+                offset
+            }
+        };
+        if let Some(offset) = offset {
+            self.ledger.lock().give_back(offset, footprint);
+        }
         if let Some(hook) = self.freed.get() {
             hook();
         }

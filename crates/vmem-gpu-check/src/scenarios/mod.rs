@@ -101,8 +101,10 @@ async fn kernel_reads(vmem: &VirtualMemory, user: &User, handle: &VMemHandle) ->
     let stream = user.context.new_stream()?;
     let sink = user.allocate(handle.len())?;
     let lease = vmem.device_on(handle, &stream).await.context("a lease")?;
-    // SAFETY: read by the kernel on the stream of the lease, before it is dropped; the sink is read after it.
-    unsafe { user.copy(sink.address, lease.device_ptr(), handle.len(), &stream) }?;
+    // SAFETY: read by the kernel on the stream of the lease, before it is dropped.
+    let at = unsafe { lease.device_ptr() };
+    // SAFETY: as above; the sink is read after it.
+    unsafe { user.copy(sink.address, at, handle.len(), &stream) }?;
     drop(lease);
     sink.read(&stream)
 }
@@ -118,8 +120,10 @@ async fn slow_copy(
     let sink = user.allocate(handle.len())?;
     let lease = vmem.device_on(handle, stream).await.context("a lease")?;
     user.spin(time, stream)?;
+    // SAFETY: as above.
+    let at = unsafe { lease.device_ptr() };
     // SAFETY: as above; the caller keeps the sink until the stream has come to its end.
-    unsafe { user.copy(sink.address, lease.device_ptr(), handle.len(), stream) }?;
+    unsafe { user.copy(sink.address, at, handle.len(), stream) }?;
     drop(lease);
     Ok(sink)
 }

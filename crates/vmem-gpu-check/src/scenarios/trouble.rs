@@ -52,8 +52,10 @@ pub(super) fn errors(env: &Env) -> Result<Outcome> {
         }
         // What a kernel wrote does not come down: the version before stays.
         let lease = vmem.device_mut_on(&handle, &user.stream).await?;
-        // SAFETY: on the stream of the lease, before it ends.
-        unsafe { user.add(lease.device_ptr(), len, 1, &user.stream) }?;
+        // SAFETY: used on the stream of the lease, before it ends.
+        let at = unsafe { lease.device_ptr() };
+        // SAFETY: as above.
+        unsafe { user.add(at, len, 1, &user.stream) }?;
         emulator.fail("cuMemcpyDtoHAsync_v2", 1, REFUSED);
         let refused = lease.finish().await;
         ensure!(

@@ -1,0 +1,125 @@
+//! Every part of `gpu-check` on the emulated driver, each in a process of its own, as on a card.
+//!
+//! Invariant: a part that is listed has a test here, by its name; so a machine without a GPU misses none that can run there.
+#![allow(missing_docs, clippy::unwrap_used)]
+#![cfg(target_os = "linux")]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn gpu_check(arguments: &[&str], record: &Path) -> Output {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_gpu-check"));
+    program.args(["--emulated", "--json"]).arg(record).args(arguments);
+    if let Ok(seed) = std::env::var("VMEM_SEED") {
+        program.args(["--seed", &seed]);
+    }
+    program.output().unwrap()
+}
+
+fn lines(record: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(record).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Runs a part, which has to pass, or to say why it was skipped.
+fn part(name: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let record = folder.path().join("record.json");
+    let output = gpu_check(&["--only", name], &record);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{text}{errors}");
+    let record = lines(&record);
+    assert_eq!(record.len(), 1, "{text}");
+    assert_eq!(record[0]["part"], name);
+    let outcome = record[0]["outcome"].as_str().unwrap();
+    assert!(outcome == "passed" || outcome == "skipped", "{text}");
+    println!("{text}");
+}
+
+macro_rules! parts {
+    ($($test:ident = $name:literal)*) => {
+        $(#[test]
+        fn $test() {
+            part($name);
+        })*
+
+        #[test]
+        fn every_part_has_a_test() {
+            let folder = tempfile::tempdir().unwrap();
+            let listed = gpu_check(&["--list"], &folder.path().join("none"));
+            let listed = String::from_utf8(listed.stdout).unwrap();
+            let listed: Vec<&str> =
+                listed.lines().filter_map(|line| line.split_whitespace().next()).collect();
+            assert_eq!(listed, [$($name),*]);
+        }
+    };
+}
+
+parts! {
+    contract_copies = "contract-copies"
+    contract_registration = "contract-registration"
+    contract_stale_pages = "contract-stale-pages"
+    contract_events = "contract-events"
+    contract_host_functions = "contract-host-functions"
+    contract_contexts = "contract-contexts"
+    contract_capture = "contract-capture"
+    contract_memory = "contract-memory"
+    contract_queue = "contract-queue"
+    contract_order = "contract-order"
+    contract_sticky = "contract-sticky"
+    conformance_device = "conformance-device"
+    scenario_01_staging_exhaustion = "scenario-01"
+    scenario_04_dropped_futures = "scenario-04"
+    scenario_06_evict_against_read = "scenario-06"
+    scenario_07_eviction_after_a_kernel = "scenario-07"
+    scenario_08_reuse_under_a_reader = "scenario-08"
+    scenario_09_freed_under_a_kernel = "scenario-09"
+    scenario_10_sets_in_opposite_orders = "scenario-10"
+    scenario_12_everything_pinned = "scenario-12"
+    scenario_18_device_errors = "scenario-18"
+    scenario_21_fragmentation = "scenario-21"
+    scenario_24_close_among_operations = "scenario-24"
+    scenario_31_slabs_given_back = "scenario-31"
+    scenario_32_lost_notices = "scenario-32"
+    scenario_33_neighbours = "scenario-33"
+    sanitizer_planted = "sanitizer-planted"
+    sanitizer_memcheck = "sanitizer-memcheck"
+}
+
+/// What has passed is not run again; what is half written counts as not run.
+#[test]
+fn a_run_goes_on_where_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let record = folder.path().join("record.json");
+    assert!(
+        gpu_check(&["--only", "contract-contexts", "contract-events"], &record).status.success()
+    );
+    assert_eq!(lines(&record).len(), 2);
+    let again = gpu_check(&["--only", "contract-contexts"], &record);
+    assert!(String::from_utf8(again.stdout).unwrap().contains("passed before"));
+    assert_eq!(lines(&record).len(), 2, "and leaves no line");
+    let text = std::fs::read_to_string(&record).unwrap();
+    let cut = text.lines().next().unwrap();
+    std::fs::write(&record, format!("{cut}\n{{\"part\":\"contract-ev\n")).unwrap();
+    let rest = gpu_check(&["--only", "contract-contexts", "contract-events"], &record);
+    let rest = String::from_utf8(rest.stdout).unwrap();
+    assert_eq!(rest.matches("passed before").count(), 1, "{rest}");
+    assert!(rest.contains("1 passed"), "{rest}");
+    let again = gpu_check(&["--again", "--only", "contract-contexts"], &record);
+    assert!(String::from_utf8(again.stdout).unwrap().contains("1 passed"));
+}
+
+/// What cannot be asked for is said.
+#[test]
+fn a_part_that_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let record = folder.path().join("record.json");
+    let output = gpu_check(&["--only", "no-such-part"], &record);
+    assert!(!output.status.success());
+    assert!(String::from_utf8(output.stderr).unwrap().contains("--list"));
+    let nowhere = gpu_check(&["--only", "contract-events"], Path::new("/proc/no/such/record"));
+    assert!(!nowhere.status.success());
+}

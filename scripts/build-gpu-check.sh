@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Builds `gpu-check` for a machine with an NVIDIA driver and nothing else: one file, stripped, that needs no library but the C
+# library (2.34 or newer). Prints where it is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+cargo build --release --package vmem-gpu-check --bin gpu-check --config 'profile.release.strip=true'
+built=${CARGO_TARGET_DIR:-target}/release/gpu-check
+
+bytes=$(stat -c %s "$built")
+if [ "$bytes" -ge $((60 << 20)) ]; then
+    echo "it has $bytes bytes: more than 60 MiB" >&2
+    exit 1
+fi
+if command -v objdump >/dev/null; then
+    newest=$(objdump -T "$built" | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -1)
+    if [ "$(printf '%s\nGLIBC_2.34\n' "$newest" | sort -V | tail -1)" != GLIBC_2.34 ]; then
+        echo "it needs $newest, which is newer than GLIBC_2.34" >&2
+        exit 1
+    fi
+    needed=$(objdump -p "$built" | awk '/NEEDED/ { print $2 }' | tr '\n' ' ')
+    echo "$built: $bytes bytes, needs $newest and $needed"
+else
+    echo "$built: $bytes bytes; SKIPPED which libraries it needs: there is no objdump"
+fi
