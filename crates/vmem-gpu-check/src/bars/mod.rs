@@ -2,6 +2,8 @@
 //!
 //! Invariant: what is timed is compared byte for byte, and a figure is taken on a card only. Called by `parts`.
 
+mod timing;
+
 use crate::parts::Part;
 
 pub(crate) fn parts() -> Vec<Part> {
