@@ -339,7 +339,8 @@ async fn odd_sizes() {
 /// VRAM is refused everywhere, with a reason, and never served from somewhere else.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vram_is_not_available() {
-    let vmem = open().await;
+    let config = small().gpu(vmem::GpuSelection::Off).build().unwrap();
+    let vmem = vmem::open(config).await.unwrap();
     let handle = vmem.put([1; 10], HOST).await.unwrap();
     let refused = [
         vmem.allocate(1, MemoryTier::Vram).await.err(),

@@ -374,6 +374,105 @@ async fn a_lease_outlives_the_store() {
     assert_eq!(emulator.violations(), [""; 0]);
 }
 
+/// Kernels that have not ended take nobody's place, and are waited for at the end, but not for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kernel_that_does_not_end() {
+    let emulator = Emulator::load().unwrap();
+    for ends in [true, false] {
+        let config = VirtualMemoryConfig::builder()
+            .host_capacity(64 << 20)
+            .disk_capacity(64 << 20)
+            .vram_capacity(32 << 20)
+            .max_pinned(1.0)
+            .wait_timeout(Duration::from_millis(1500));
+        let vmem = vmem::open(config.build().unwrap()).await.unwrap();
+        let stream = stream();
+        emulator.hold(Kind::Kernel);
+        let mut changed = Vec::new();
+        // More than the places that there are for demand.
+        for object in 0..150_u8 {
+            let handle = vmem.put(bytes(object), HOST).await.unwrap();
+            let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
+            // SAFETY: used by the kernel below, on the stream of the lease.
+            let at = unsafe { lease.device_ptr() };
+            launch("vmem_add", at, LEN as u64, 1, &stream);
+            drop(lease);
+            changed.push(handle);
+        }
+        let other = vmem.put(bytes(200), MemoryTier::Disk).await.unwrap();
+        vmem.demote(&other, MemoryTier::Disk).await.unwrap();
+        assert!(vmem.read(&other).await.unwrap() == bytes(200), "a read is served beside them");
+        let named = vmem.put_named("kept", bytes(201), HOST).await.unwrap();
+        let releasing = ends.then(|| {
+            let release = || drop(emulator.release_all());
+            let begun = tokio::time::sleep(Duration::from_millis(200));
+            async move {
+                begun.await;
+                release();
+            }
+        });
+        let begun = std::time::Instant::now();
+        let closing = vmem.close();
+        let outcome = match releasing {
+            Some(releasing) => futures::future::join(closing, releasing).await.0,
+            None => tokio::time::timeout(Duration::from_secs(60), closing).await.expect("it ends"),
+        };
+        assert_eq!(outcome.is_ok(), ends, "{outcome:?} after {:?}", begun.elapsed());
+        if !ends {
+            assert!(matches!(outcome, Err(VirtualMemoryError::Device { .. })), "{outcome:?}");
+            assert!(emulator.counter("device_bytes") > 0, "what a kernel uses is not freed");
+        }
+        emulator.release_all();
+        stream.synchronize().unwrap();
+        drop((changed, other, named));
+        for _ in 0..2000 {
+            if emulator.counter("device_bytes") == 0 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(emulator.counter("device_bytes"), 0, "and is, once they have ended");
+        assert_eq!(emulator.violations(), [""; 0]);
+    }
+}
+
+/// What a kernel writes to a named object while the store is being closed is durable.
+#[tokio::test]
+async fn a_kernel_that_ends_while_the_store_is_closed() {
+    let emulator = Emulator::load().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let config = || {
+        let config = VirtualMemoryConfig::builder().disk_path(folder.path());
+        config
+            .host_capacity(16 << 20)
+            .disk_capacity(64 << 20)
+            .vram_capacity(8 << 20)
+            .build()
+            .unwrap()
+    };
+    let vmem = vmem::open(config()).await.unwrap();
+    let named = vmem.put_named("weights", bytes(3), HOST).await.unwrap();
+    let stream = stream();
+    emulator.hold(Kind::Kernel);
+    let lease = vmem.device_mut_on(&named, &stream).await.unwrap();
+    // SAFETY: used by the kernel below, on the stream of the lease.
+    let at = unsafe { lease.device_ptr() };
+    launch("vmem_add", at, LEN as u64, 4, &stream);
+    drop((lease, named));
+    let mut closing = Box::pin(vmem.close());
+    tokio::select! {
+        _ = &mut closing => panic!("a kernel still writes"),
+        () = tokio::time::sleep(Duration::from_millis(100)) => emulator.release_all(),
+    }
+    closing.await.unwrap();
+    let vmem = vmem::open(config()).await.unwrap();
+    let again = vmem.open_named("weights").await.unwrap();
+    assert!(vmem.read(&again).await.unwrap() == plus(&bytes(3), 4));
+    drop(again);
+    vmem.close().await.unwrap();
+    assert_eq!(emulator.violations(), [""; 0]);
+}
+
 /// Tasks over {A, B} and {C, D}, and over both in opposite orders, in a tier that holds three of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_10_device_sets_in_opposite_orders() {

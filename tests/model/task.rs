@@ -332,7 +332,7 @@ impl Task {
                     }
                 }
                 Err(error) => {
-                    drop(world.judge(&call, Some(Err::<(), _>(error)), |()| 0));
+                    world.judge(&call, Some(Err::<(), _>(error)), |()| 0);
                     break;
                 }
             }

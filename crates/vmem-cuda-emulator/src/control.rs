@@ -188,15 +188,25 @@ impl Emulator {
     }
 }
 
-fn load() -> Result<Symbol<Command>, String> {
+/// The library that lies beside this program. A process that finds it under the name `libcuda.so`, by `LD_LIBRARY_PATH` say, has
+/// the emulated driver without a word; `VMEM_EMULATED_MEMORY` is the memory of its device then, in bytes.
+///
+/// # Errors
+///
+/// Where it was looked for.
+pub fn library() -> Result<PathBuf, String> {
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
     let folders = program.ancestors().skip(1).take(2);
     let places: Vec<PathBuf> =
         folders.flat_map(|at| [at.join(FILE), at.join("deps").join(FILE)]).collect();
-    let place = places.iter().find(|place| place.exists());
-    let place = place.ok_or_else(|| format!("{FILE} is in none of {places:?}"))?;
+    let place = places.iter().find(|place| place.exists()).cloned();
+    place.ok_or_else(|| format!("{FILE} is in none of {places:?}"))
+}
+
+fn load() -> Result<Symbol<Command>, String> {
+    let place = library()?;
     // SAFETY: it is our own library, and its loading runs nothing.
-    let library = unsafe { Library::open(Some(place), RTLD_NOW | RTLD_GLOBAL) };
+    let library = unsafe { Library::open(Some(&place), RTLD_NOW | RTLD_GLOBAL) };
     let library = library.map_err(|error| error.to_string())?;
     // SAFETY: the symbol has this type in the library, which is built from these sources.
     let command = unsafe { library.get::<Command>(b"vmem_emulator_command") };

@@ -26,4 +26,4 @@ mod stream;
 mod symbols;
 mod world;
 
-pub use control::{Emulator, Kind};
+pub use control::{Emulator, Kind, library};

@@ -159,12 +159,21 @@ pub(crate) struct World {
     next_handle: u64,
 }
 
+/// The memory of a device that a test has, in bytes.
+const MEMORY: u64 = 256 << 20;
+
+/// The memory of the device in a process in which nobody has taken it, in bytes.
+fn memory() -> u64 {
+    let given = std::env::var("VMEM_EMULATED_MEMORY").ok();
+    given.and_then(|given| given.parse().ok()).unwrap_or(MEMORY)
+}
+
 impl World {
     fn new() -> Self {
         World {
             initialized: false,
             devices: 1,
-            total: 256 << 20,
+            total: memory(),
             others: 0,
             registered_max: u64::MAX,
             queue_max: 1024,
@@ -203,7 +212,7 @@ impl World {
         }
         let fresh = World::new();
         self.devices = fresh.devices;
-        self.total = fresh.total;
+        self.total = MEMORY;
         self.others = fresh.others;
         self.registered_max = fresh.registered_max;
         self.queue_max = fresh.queue_max;

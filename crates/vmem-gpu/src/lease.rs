@@ -398,7 +398,8 @@ impl DeviceLeaseMut {
 
     fn end(&mut self) -> Option<BoxFuture<'static, Result<()>>> {
         let change = self.change.take()?;
-        let ready = self.leased.release(Box::new(()));
+        // Whatever becomes of the change: the range is nobody else's before the kernel has ended.
+        let ready = self.leased.release(Box::new(change.range()));
         Some(change.finish(ready).boxed())
     }
 }

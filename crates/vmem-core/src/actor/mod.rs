@@ -25,7 +25,7 @@ use std::sync::Arc;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 pub(crate) use request::{Move, PrefetchEnd, Request, Requests};
 
@@ -46,6 +46,8 @@ const AHEAD_MAX: usize = 4;
 pub(super) enum Ended {
     Demand,
     Ahead,
+    /// One that waits for a kernel of a user.
+    Kernel,
     /// A batch on its way down, which was to free so many bytes, and whether the disk took it.
     Evicted {
         reclaims_bytes: u64,
@@ -80,6 +82,7 @@ pub(crate) fn start(shared: Arc<Shared>, inbox: Inbox) -> watch::Receiver<Outcom
         shared,
         inbox,
         tasks: JoinSet::new(),
+        kernels: JoinSet::new(),
         demand: 0,
         ahead: 0,
         evict: evict::Evictor::default(),
@@ -93,6 +96,8 @@ struct Actor {
     shared: Arc<Shared>,
     inbox: Inbox,
     tasks: JoinSet<Ended>,
+    /// Those that wait for kernels of users: they take no one else's place, and nobody knows for how long.
+    kernels: JoinSet<Ended>,
     demand: usize,
     ahead: usize,
     evict: evict::Evictor,
@@ -127,6 +132,9 @@ impl Actor {
                 Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
                     self.account(ended);
                 }
+                Some(ended) = self.kernels.join_next(), if !self.kernels.is_empty() => {
+                    self.account(ended);
+                }
                 Some(request) = self.inbox.demand.recv(), if self.demand < DEMAND_MAX => {
                     self.start(request);
                 }
@@ -143,6 +151,9 @@ impl Actor {
     /// Takes everything that is ready, without sleeping.
     fn take_what_is_there(&mut self) {
         while let Some(ended) = self.tasks.try_join_next() {
+            self.account(ended);
+        }
+        while let Some(ended) = self.kernels.try_join_next() {
             self.account(ended);
         }
         while self.demand < DEMAND_MAX
@@ -162,9 +173,14 @@ impl Actor {
         match ended {
             Ended::Ahead => self.ahead += 1,
             Ended::Demand | Ended::Evicted { .. } => self.demand += 1,
+            Ended::Kernel => {}
         }
         let name = request.name();
-        spawn_into(&mut self.tasks, name, async move {
+        let tasks = match ended {
+            Ended::Kernel => &mut self.kernels,
+            _ => &mut self.tasks,
+        };
+        spawn_into(tasks, name, async move {
             request.serve().await;
             ended
         });
@@ -174,7 +190,9 @@ impl Actor {
         match ended {
             Ok(Ended::Demand) => self.demand -= 1,
             Ok(Ended::Ahead) => self.ahead -= 1,
+            Ok(Ended::Kernel) => {}
             Ok(Ended::Evicted { reclaims_bytes, took }) => self.evict.ended(reclaims_bytes, took),
+            Err(error) if error.is_cancelled() => {}
             Err(error) => {
                 // A migration never panics; if one does, the store is not to be trusted with more.
                 tracing::error!(target: "vmem::actor", %error, "a migration ended in a panic");
@@ -189,7 +207,11 @@ impl Actor {
         self.inbox.demand.close();
         self.inbox.ahead.close();
         while let Some(request) = self.inbox.demand.recv().await {
-            request.refuse(VirtualMemoryError::Closed);
+            match request.kind() {
+                // What a kernel has written is not to be lost.
+                Ended::Kernel => self.start(request),
+                _ => request.refuse(VirtualMemoryError::Closed),
+            }
         }
         while let Some(request) = self.inbox.ahead.recv().await {
             request.refuse(VirtualMemoryError::Closed);
@@ -198,6 +220,7 @@ impl Actor {
         while let Some(ended) = self.tasks.join_next().await {
             self.account(ended);
         }
+        self.end_kernels().await;
         // Reads that were started past the channels have ended when all their permits are here, and
         // none is started after that: the permits stay.
         if let Ok(all) = self.inbox.reads.acquire_many(DEMAND_MAX as u32).await {
@@ -219,6 +242,25 @@ impl Actor {
         };
         let closed = closed.map_err(|error| self.shared.disk_error(0, error));
         flushed.and(unnamed).and(closed).and(device)
+    }
+
+    /// Waits for kernels as long as anybody waits for anything. The version before a kernel that does not end stays the
+    /// current one; its device memory is kept by whoever waits for its event.
+    async fn end_kernels(&mut self) {
+        let late = sleep(self.shared.limits.wait_timeout);
+        tokio::pin!(late);
+        loop {
+            tokio::select! {
+                biased;
+                ended = self.kernels.join_next() => match ended {
+                    Some(ended) => self.account(ended),
+                    None => return,
+                },
+                () = &mut late => break,
+            }
+        }
+        tracing::error!(target: "vmem::actor", kernels = self.kernels.len(), "kernels have not ended");
+        self.kernels.shutdown().await;
     }
 }
 

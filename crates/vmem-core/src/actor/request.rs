@@ -80,7 +80,8 @@ impl Request {
     pub(super) fn kind(&self) -> Ended {
         match self {
             Request::Fetch { job, .. } if job.class == Class::Prefetch => Ended::Ahead,
-            Request::Fetch { .. } | Request::Move { .. } | Request::Finish { .. } => Ended::Demand,
+            Request::Fetch { .. } | Request::Move { .. } => Ended::Demand,
+            Request::Finish { .. } => Ended::Kernel,
             Request::Prefetch { .. } => Ended::Ahead,
         }
     }
@@ -266,7 +267,7 @@ impl Requests {
     fn channel(&self, request: &Request) -> &mpsc::Sender<Request> {
         match request.kind() {
             Ended::Ahead => &self.ahead,
-            Ended::Demand | Ended::Evicted { .. } => &self.demand,
+            Ended::Demand | Ended::Kernel | Ended::Evicted { .. } => &self.demand,
         }
     }
 
