@@ -436,6 +436,49 @@ async fn a_kernel_that_does_not_end() {
     }
 }
 
+/// Within a scope the calling thread's own stream is in the order of the lease.
+#[tokio::test]
+async fn a_scope_orders_the_own_stream_of_a_thread() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 << 20).await;
+    let stream = stream();
+    let own = stream.context().per_thread_stream();
+    let handle = vmem.put(bytes(5), HOST).await.unwrap();
+    emulator.delay(Kind::Kernel, 20_000);
+    let mut lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
+    // SAFETY: used by the kernels below, on the stream of the lease and within its scope.
+    let at = unsafe { lease.device_ptr() };
+    launch("vmem_add", at, LEN as u64, 1, &stream);
+    lease.scope(|view| {
+        assert_eq!(view.len(), LEN);
+        launch("vmem_add", at, LEN as u64, 2, &own);
+    });
+    launch("vmem_add", at, LEN as u64, 4, &stream);
+    // A panic of the work leaves what it queued in order too.
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        lease.scope(|_| {
+            launch("vmem_add", at, LEN as u64, 8, &own);
+            panic!("of the work");
+        })
+    }));
+    assert!(panicked.is_err());
+    lease.finish().await.unwrap();
+    assert!(vmem.read(&handle).await.unwrap() == plus(&bytes(5), 15));
+    let lease = vmem.device_on(&handle, &stream).await.unwrap();
+    let sink = stream.alloc_zeros::<u8>(LEN).unwrap();
+    let to = {
+        use vmem::gpu::cudarc::driver::DevicePtr;
+        sink.device_ptr(&stream).0
+    };
+    lease.scope(|_| launch("vmem_slow_copy", to, at, LEN as u64, &own));
+    drop(lease);
+    vmem.free(handle).await.unwrap();
+    stream.synchronize().unwrap();
+    assert!(stream.clone_dtoh(&sink).unwrap() == plus(&bytes(5), 15));
+    drop(sink);
+    end(vmem, vec![], &emulator).await;
+}
+
 /// What a kernel writes to a named object while the store is being closed is durable.
 #[tokio::test]
 async fn a_kernel_that_ends_while_the_store_is_closed() {

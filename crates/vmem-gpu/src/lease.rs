@@ -271,6 +271,41 @@ impl Leased {
     }
 }
 
+/// Lends to work of the calling thread: what that queues on the thread's own stream comes after what the lease's has
+/// before, and before what it has after.
+fn within<T>(card: &Card, stream: &Arc<CudaStream>, work: impl FnOnce() -> T) -> T {
+    let own = stream.context().per_thread_stream();
+    order(card, stream, &own);
+    // However it ends: what was queued runs.
+    let _after = After { card, own: &own, stream };
+    work()
+}
+
+/// The end of a scope.
+struct After<'a> {
+    card: &'a Card,
+    own: &'a CudaStream,
+    stream: &'a CudaStream,
+}
+
+impl Drop for After<'_> {
+    fn drop(&mut self) {
+        order(self.card, self.own, self.stream);
+    }
+}
+
+/// What `then` gets from here on comes after what `first` has.
+fn order(card: &Card, first: &CudaStream, then: &CudaStream) {
+    let ordered = card.visit(|| {
+        let ordered = first.record_event(None).and_then(|event| then.wait(&event));
+        ordered.or_else(|_| first.synchronize())
+    });
+    if let Err(error) = ordered.and_then(|ordered| ordered) {
+        // The context is dead: nothing runs in it any more.
+        tracing::debug!(target: "vmem::gpu", "{}", card::told("ordering streams", error));
+    }
+}
+
 /// An object in device memory that kernels read.
 #[derive(Debug)]
 #[must_use = "dropping it ends the lease"]
@@ -286,9 +321,10 @@ impl DeviceLease {
         self.leased.slice.slice(..)
     }
 
-    /// Lends the bytes to `work`.
+    /// Lends the bytes to `work`, which may use them on the calling thread's own stream (the one that is another on each thread)
+    /// as well as on that of the lease.
     pub fn scope<T>(&self, work: impl FnOnce(CudaView<'_, u8>) -> T) -> T {
-        work(self.view())
+        within(&self.leased.card, &self.leased.stream, || work(self.view()))
     }
 
     /// The length of the object, in bytes.
@@ -352,9 +388,11 @@ impl DeviceLeaseMut {
         self.leased.slice.slice_mut(..)
     }
 
-    /// Lends the bytes to `work`.
+    /// Lends the bytes to `work`, which may use them on the calling thread's own stream (the one that is another on each thread)
+    /// as well as on that of the lease.
     pub fn scope<T>(&mut self, work: impl FnOnce(CudaViewMut<'_, u8>) -> T) -> T {
-        work(self.view_mut())
+        let Leased { slice, stream, card, .. } = &mut self.leased;
+        within(card, stream, || work(slice.slice_mut(..)))
     }
 
     /// The length of the object, in bytes.
