@@ -164,13 +164,19 @@ pub(super) fn sets(env: &Env) -> Result<Outcome> {
                 for round in 0..rounds {
                     let pair = if task % 2 == 0 { [0, 1] } else { [2, 3] };
                     let pair = if (task / 2 + round) % 2 == 0 { pair } else { [pair[1], pair[0]] };
-                    let set =
-                        vmem.device_set(&stream).read(&objects[pair[0]]).read(&objects[pair[1]]);
-                    let held = set
-                        .acquire()
-                        .await
-                        .with_context(|| format!("task {task}, round {round}"))?;
-                    ensure!(held.read.len() == 2, "all of it");
+                    let (first, second) = (&objects[pair[0]], &objects[pair[1]]);
+                    let set = vmem.device_set(&stream);
+                    let writes = (task + round) % 3 == 0;
+                    let set = match writes {
+                        true => set.write(first).write(second),
+                        false => set.read(first).read(second),
+                    };
+                    let held = set.acquire().await;
+                    let held = held.with_context(|| format!("task {task}, round {round}"))?;
+                    ensure!(held.read.len() + held.write.len() == 2, "all of it");
+                    if writes {
+                        held.finish().await?;
+                    }
                 }
                 anyhow::Ok(())
             }));
