@@ -104,7 +104,7 @@ pub(super) fn evicted_under_readers(env: &Env) -> Result<Outcome> {
                 anyhow::Ok(reads)
             }));
         }
-        let mut rng = env.rng();
+        let (mut rng, user) = (env.rng(), env.user()?);
         let limit = Instant::now() + Duration::from_secs(env.scaled(120, 10) as u64);
         let (mut moved, mut version) = (0, 0);
         while moved < moves && Instant::now() < limit {
@@ -115,7 +115,13 @@ pub(super) fn evicted_under_readers(env: &Env) -> Result<Outcome> {
                     vmem.write(&handle, bytes(1, version, len)).await?;
                     done.store(version, Ordering::SeqCst);
                 }
-                1..4 => vmem.promote(&handle, VRAM).await?,
+                1..4 => {
+                    vmem.promote(&handle, VRAM).await?;
+                    if moved % 8 == 0 {
+                        let there = kernel_reads(&vmem, &user, &handle).await?;
+                        ensure!(there == bytes(1, version, len), "a kernel reads another version");
+                    }
+                }
                 4 | 5 => vmem.demote(&handle, HOST).await?,
                 _ => {
                     vmem.promote(&handle, VRAM).await?;
