@@ -162,10 +162,10 @@ async fn the_deleter_is_called_on_another_thread() {
     emulator.hold(Kind::Kernel);
     copy_by_a_kernel(sink, consumer.tensor().data.addr() as u64, &stream);
     std::thread::spawn(move || consumer.delete()).join().unwrap();
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(pinned(&vmem, &handle).await, "its kernel still reads");
-    emulator.release_all();
     demoted(&vmem, &handle).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(vmem.stats().vram.used_bytes >= LEN as u64, "its kernel still reads");
+    emulator.release_all();
     let mut read = vec![0; LEN];
     // SAFETY: both are as long; the memory of the vector is pageable, so the call waits.
     unsafe { result::memcpy_dtoh_async(&mut read, sink, stream.cu_stream()) }.unwrap();

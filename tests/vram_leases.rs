@@ -424,9 +424,10 @@ async fn a_kernel_that_does_not_end() {
         }
         emulator.release_all();
         stream.synchronize().unwrap();
-        drop((changed, other, named));
-        for _ in 0..2000 {
-            if emulator.counter("device_bytes") == 0 {
+        drop((changed, other, named, stream));
+        // The threads of the store end by themselves now.
+        for _ in 0..5000 {
+            if emulator.counter("device_bytes") + emulator.counter("contexts") == 0 {
                 break;
             }
             tokio::time::sleep(Duration::from_millis(1)).await;

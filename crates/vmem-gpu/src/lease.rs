@@ -42,8 +42,8 @@ type Result<T> = std::result::Result<T, VirtualMemoryError>;
 /// # }
 /// ```
 pub trait VramExt {
-    /// The object in device memory, for kernels on `stream` that read it. It is pinned there until they have ended; what is
-    /// written to the object meanwhile is another version.
+    /// The object in device memory, for kernels on `stream` that read it. It is pinned there until the lease is dropped, and its
+    /// memory is kept until what was queued by then has ended; what is written to the object meanwhile is another version.
     ///
     /// # Errors
     ///
@@ -362,8 +362,8 @@ impl DeviceLease {
 impl Drop for DeviceLease {
     fn drop(&mut self) {
         if let Some(hold) = self.hold.take() {
-            // The thread keeps it, whether anybody awaits that or not.
-            drop(self.leased.release(Box::new(hold)));
+            // The pin goes now; the thread keeps the memory, whether anybody awaits that or not.
+            drop(self.leased.release(Box::new(hold.end())));
         }
     }
 }

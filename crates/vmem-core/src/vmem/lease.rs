@@ -37,6 +37,12 @@ impl VramHold {
     pub fn range(&self) -> Option<Arc<DeviceRange>> {
         self.range.as_ref().map(VramUse::range)
     }
+
+    /// Ends the hold, but for the memory, which a kernel may still read: the object may leave it, and nobody else gets it
+    /// before the share is dropped.
+    pub fn end(self) -> Option<VramShare> {
+        self.range.map(VramShare)
+    }
 }
 
 /// An object in device memory that a kernel may write to, alone.
