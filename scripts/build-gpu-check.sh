@@ -4,8 +4,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-cargo build --release --package vmem-gpu-check --bin gpu-check --config 'profile.release.strip=true'
-built=${CARGO_TARGET_DIR:-target}/release/gpu-check
+cargo build --release --package vmem-gpu-check --bin gpu-check
+built=${CARGO_TARGET_DIR:-target}/gpu-check
+# The linker that Rust needs comes with `strip`.
+strip -o "$built" "${CARGO_TARGET_DIR:-target}/release/gpu-check"
 
 bytes=$(stat -c %s "$built")
 if [ "$bytes" -ge $((60 << 20)) ]; then
