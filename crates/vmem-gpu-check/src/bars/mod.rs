@@ -13,6 +13,7 @@
 //! - `pump`: copies of one's own, so many in flight.
 
 mod g1;
+mod g2;
 mod pump;
 mod raw;
 mod report;
@@ -31,6 +32,7 @@ use crate::user::Env;
 
 const VRAM: MemoryTier = MemoryTier::Vram;
 const HOST: MemoryTier = MemoryTier::Host;
+const DISK: MemoryTier = MemoryTier::Disk;
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
 /// Tasks among which a user divides what he does at once.
@@ -40,7 +42,10 @@ const SHIFT: usize = 64;
 
 pub(crate) fn parts() -> Vec<Part> {
     let part = |name, run, about| Part { name, about, on: On::Both, run };
-    vec![part("bar-g1", g1::run, "host to device and back, against copies by hand")]
+    vec![
+        part("bar-g1", g1::run, "host to device and back, against copies by hand"),
+        part("bar-g2", g2::run, "disk to device, against the disk and the link by hand"),
+    ]
 }
 
 /// A store, on a runtime of its own that stays while others take their turns.
