@@ -15,6 +15,7 @@
 mod g1;
 mod g2;
 mod g3;
+mod g4;
 mod pump;
 mod raw;
 mod report;
@@ -47,6 +48,11 @@ pub(crate) fn parts() -> Vec<Part> {
         part("bar-g1", g1::run, "host to device and back, against copies by hand"),
         part("bar-g2", g2::run, "disk to device, against the disk and the link by hand"),
         part("bar-g3", g3::run, "the end of work on the device to the task that waits for it"),
+        part(
+            "bar-g4",
+            g4::run,
+            "a model larger than device memory, its layers ahead of their turn",
+        ),
     ]
 }
 

@@ -361,6 +361,14 @@ impl Sink {
         if work.is_zero() { Ok(()) } else { user.spin(work, &self.stream) }
     }
 
+    /// Nothing was read: what is kept from here on was read from here on.
+    pub(super) fn forget(&self) -> Result<()> {
+        let (to, len, stream) = (self.samples.address, self.samples.len, self.stream.cu_stream());
+        self.stream.context().bind_to_thread()?;
+        // SAFETY: the sink's own memory, on its own stream.
+        unsafe { result::memset_d8_async(to, 0, len, stream) }.context("clearing samples")
+    }
+
     /// What was kept, by slots, with the part of the object that it is.
     pub(super) fn samples(&self, count: usize, len: usize) -> Result<Vec<(Range<usize>, Vec<u8>)>> {
         let all = self.samples.read(&self.stream)?;
