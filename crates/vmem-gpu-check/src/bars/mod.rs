@@ -16,6 +16,7 @@ mod g1;
 mod g2;
 mod g3;
 mod g4;
+mod g5;
 mod pump;
 mod raw;
 mod report;
@@ -53,6 +54,7 @@ pub(crate) fn parts() -> Vec<Part> {
             g4::run,
             "a model larger than device memory, its layers ahead of their turn",
         ),
+        part("bar-g5", g5::run, "random access by kernels, against a cache by hand"),
     ]
 }
 
