@@ -17,6 +17,7 @@ mod g2;
 mod g3;
 mod g4;
 mod g5;
+mod g6;
 mod pump;
 mod raw;
 mod report;
@@ -55,6 +56,11 @@ pub(crate) fn parts() -> Vec<Part> {
             "a model larger than device memory, its layers ahead of their turn",
         ),
         part("bar-g5", g5::run, "random access by kernels, against a cache by hand"),
+        part(
+            "bar-g6",
+            g6::run,
+            "many pieces into one buffer, against batches, kernels and packing",
+        ),
     ]
 }
 

@@ -150,6 +150,17 @@ impl Link {
         self.device.read(&self.lanes[0])
     }
 
+    /// Nothing is in device memory any more: what is there from here on was copied from here on.
+    pub(super) fn clear_device(&self) -> Result<()> {
+        self.wait()?;
+        let (at, len, lane) = (self.device.address, self.device.len, &self.lanes[0]);
+        lane.context().bind_to_thread()?;
+        // SAFETY: the link's own memory, on its own stream.
+        let cleared = unsafe { result::memset_d8_async(at, 0, len, lane.cu_stream()) };
+        cleared.context("clearing device memory")?;
+        self.wait()
+    }
+
     /// Part of the device memory, for a kernel.
     pub(super) fn part(&self, at: usize, len: usize) -> Source<'_> {
         Source::Memory { memory: &self.device, at, len }
