@@ -1,7 +1,7 @@
 //! What a user of the store does on the device: a context of his own, streams, memory, kernels.
 //!
-//! Invariant: memory is freed only after everything on the device has ended, by whoever allocated it. All unsafe code of
-//! this crate is here and in `contract`, which plays a careless user. Called by the parts.
+//! Invariant: memory is freed only after everything on the device has ended, by whoever allocated it. Unsafe code of
+//! this crate is here, where leases are lent to kernels, in `bars::raw`, and in `contract`, which plays a careless user. Called by the parts.
 
 #![allow(unsafe_code)]
 
@@ -151,6 +151,9 @@ pub(crate) struct User {
     module: sys::CUmodule,
     functions: RefCell<HashMap<&'static str, sys::CUfunction>>,
 }
+
+// SAFETY: what the driver gave it is good on every thread, and the context is bound before each call.
+unsafe impl Send for User {}
 
 impl User {
     fn new(device: usize) -> Result<Self> {
@@ -352,7 +355,19 @@ pub(crate) struct Pinned {
     context: Arc<CudaContext>,
 }
 
+// SAFETY: nobody else has the memory, and the driver frees it on any thread.
+unsafe impl Send for Pinned {}
+
 impl Pinned {
+    /// Where it is, for copies that are waited for before it is looked at.
+    pub(crate) fn address(&self) -> *mut u8 {
+        self.address
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: that long, initialised, and this type's own.
         unsafe { std::slice::from_raw_parts(self.address, self.len) }

@@ -1,11 +1,158 @@
 //! The figures of the GPU tier, each beside what it is compared with, in one run.
 //!
-//! Invariant: what is timed is compared byte for byte, and a figure is taken on a card only. Called by `parts`.
+//! Invariant: what is timed is compared byte for byte, outside of the timed part, and a figure is taken on a card only.
+//! Called by `parts`.
+//!
+//! # Layout
+//!
+//! - `g1` to `g6`: the bars. G1: the link. G2: disk to device. G3: the end of work on the device. G4: a model larger than device
+//!   memory. G5: random access. G6: many pieces.
+//! - `timing`: contenders in turn, medians, spreads.
+//! - `report`: what a bar found, and whether it holds.
+//! - `raw`: what a user writes by hand on the driver; all unsafe code of the bars.
+//! - `pump`: copies of one's own, so many in flight.
 
+mod g1;
+mod g2;
+mod g3;
+mod g4;
+mod g5;
+mod g6;
+mod pump;
+mod raw;
+mod report;
 mod timing;
 
-use crate::parts::Part;
+use std::future::Future;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use futures::StreamExt;
+use tokio::runtime::Runtime;
+use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfigBuilder, VirtualMemoryError};
+
+use crate::parts::{On, Part};
+use crate::user::Env;
+
+const VRAM: MemoryTier = MemoryTier::Vram;
+const HOST: MemoryTier = MemoryTier::Host;
+const DISK: MemoryTier = MemoryTier::Disk;
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
+/// Tasks among which a user divides what he does at once.
+const TASKS: usize = 4;
+/// By so much the bytes of one object begin behind those of another, in what is random.
+const SHIFT: usize = 64;
 
 pub(crate) fn parts() -> Vec<Part> {
-    Vec::new()
+    let part = |name, run, about| Part { name, about, on: On::Both, run };
+    vec![
+        part("bar-g1", g1::run, "host to device and back, against copies by hand"),
+        part("bar-g2", g2::run, "disk to device, against the disk and the link by hand"),
+        part("bar-g3", g3::run, "the end of work on the device to the task that waits for it"),
+        part(
+            "bar-g4",
+            g4::run,
+            "a model larger than device memory, its layers ahead of their turn",
+        ),
+        part("bar-g5", g5::run, "random access by kernels, against a cache by hand"),
+        part(
+            "bar-g6",
+            g6::run,
+            "many pieces into one buffer, against batches, kernels and packing",
+        ),
+    ]
+}
+
+/// A store, on a runtime of its own that stays while others take their turns.
+struct Bench {
+    vmem: VirtualMemory,
+    runtime: Runtime,
+}
+
+impl Bench {
+    fn open(
+        env: &Env,
+        vram: usize,
+        host: usize,
+        set: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
+    ) -> Result<Self> {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(TASKS).enable_all().build().context("a runtime")?;
+        let vmem = runtime.block_on(env.store(vram, host, set))?;
+        Ok(Bench { vmem, runtime })
+    }
+
+    fn run<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        self.runtime.block_on(work)
+    }
+
+    fn close(self) -> Result<()> {
+        self.runtime.block_on(self.vmem.close()).context("closing")?;
+        self.runtime.shutdown_timeout(Duration::from_secs(20));
+        Ok(())
+    }
+}
+
+/// Does something with each of these, so many at once, on a few tasks.
+async fn each<T, F, Done>(items: Vec<T>, at_once: usize, work: F) -> Result<()>
+where
+    T: Send + 'static,
+    F: Fn(T) -> Done + Clone + Send + 'static,
+    Done: Future<Output = Result<()>> + Send + 'static,
+{
+    let count = TASKS.min(at_once);
+    let mut shares: Vec<Vec<T>> = (0..count).map(|_| Vec::new()).collect();
+    for (at, item) in items.into_iter().enumerate() {
+        shares[at % count].push(item);
+    }
+    let mut tasks = Vec::new();
+    for share in shares {
+        let work = work.clone();
+        tasks.push(tokio::spawn(async move {
+            let works = futures::stream::iter(share).map(work);
+            let mut works = works.buffer_unordered(at_once / count);
+            while let Some(done) = works.next().await {
+                done?;
+            }
+            anyhow::Ok(())
+        }));
+    }
+    for task in tasks {
+        task.await.context("a task panicked")??;
+    }
+    Ok(())
+}
+
+/// Takes an object down, once the leases that were dropped have ended.
+async fn lower(vmem: &VirtualMemory, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
+    let mut tries = 0;
+    loop {
+        match vmem.demote(handle, to).await {
+            Err(VirtualMemoryError::Pinned { .. }) if tries < 100_000 => tries += 1,
+            outcome => return outcome.with_context(|| format!("demoting to {to}")),
+        }
+        tokio::time::sleep(Duration::from_micros(100)).await;
+    }
+}
+
+/// Random bytes, of which each object has some that begin elsewhere: no generator is timed, and none is mistaken for another.
+struct Data(Vec<u8>);
+
+impl Data {
+    /// For so many objects, of at most so many bytes.
+    fn new(env: &Env, objects: usize, len: usize) -> Self {
+        let mut bytes = vec![0; objects * SHIFT + len];
+        rand::RngCore::fill_bytes(&mut env.rng(), &mut bytes);
+        Data(bytes)
+    }
+
+    fn of(&self, object: usize, len: usize) -> &[u8] {
+        &self.0[object * SHIFT..][..len]
+    }
+}
+
+/// In an order that says nothing.
+fn shuffle<T>(env: &Env, items: &mut [T]) {
+    rand::seq::SliceRandom::shuffle(items, &mut env.rng());
 }
