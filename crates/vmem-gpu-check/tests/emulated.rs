@@ -87,6 +87,12 @@ parts! {
     scenario_33_neighbours = "scenario-33"
     sanitizer_planted = "sanitizer-planted"
     sanitizer_memcheck = "sanitizer-memcheck"
+    bar_g1_the_link = "bar-g1"
+    bar_g2_disk_to_device = "bar-g2"
+    bar_g3_completion = "bar-g3"
+    bar_g4_layers_ahead = "bar-g4"
+    bar_g5_random_access = "bar-g5"
+    bar_g6_many_pieces = "bar-g6"
 }
 
 /// What has passed is not run again; what is half written counts as not run.
