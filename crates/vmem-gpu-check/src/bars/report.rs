@@ -3,7 +3,7 @@
 //! Invariant: a ratio has our median above and that of the best other one below, both of one run; on the emulated driver
 //! no figure is told at all. Called by the bars.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
 use super::timing::{Figures, median, spread};
@@ -43,9 +43,12 @@ impl Report {
     ///
     /// If a byte differs, which makes the figures worthless.
     pub(super) fn same(&mut self, what: &str, found: &[u8], expected: &[u8]) -> Result<()> {
-        ensure!(found.len() == expected.len(), "{what}: {} bytes", found.len());
-        let different = || found.iter().zip(expected).position(|(a, b)| a != b);
-        ensure!(found == expected, "{what}: byte {:?} of {} differs", different(), found.len());
+        let (len, wanted) = (found.len(), expected.len());
+        ensure!(len == wanted, "{what}: {len} bytes, not {wanted}");
+        if found != expected {
+            let differs = found.iter().zip(expected).position(|(a, b)| a != b).unwrap_or(len);
+            bail!("{what}: byte {differs} of {len} differs");
+        }
         self.compared_bytes += found.len() as u64;
         Ok(())
     }
