@@ -447,3 +447,25 @@ async fn changes_that_wait_in_line_do_not_add_up() {
     assert!(begun.elapsed() < 20 * Duration::from_millis(500), "{:?}", begun.elapsed());
     drop(write);
 }
+
+/// Once a store was closed, or looked at, the directory is free for anybody: nothing of it goes on behind.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_directory_is_free_when_its_last_call_returns() {
+    let directory = tempfile::tempdir().unwrap();
+    let is_free = |after: &str| {
+        // As another process would: past what this one knows of its stores.
+        let lock = std::fs::File::open(directory.path().join(vmem_io::LOCK_FILE)).unwrap();
+        assert!(lock.try_lock().is_ok(), "locked after {after}");
+        lock.unlock().unwrap();
+    };
+    for round in 0..50_u8 {
+        let vmem = open(directory.path()).await;
+        vmem.put_named("one", vec![round; 3000], MemoryTier::Disk).await.unwrap();
+        vmem.close().await.unwrap();
+        is_free("close");
+        for _ in 0..5 {
+            assert_eq!(vmem_io::verify(directory.path()).unwrap().objects, 1);
+            is_free("verify");
+        }
+    }
+}

@@ -247,6 +247,13 @@ impl Catalog for NameCatalog {
     }
 }
 
+impl NameCatalog {
+    /// Ends it, and waits for that: its shares of the directory are gone then. Blocks.
+    pub(crate) fn shut(&self) {
+        self.pool.shut_down();
+    }
+}
+
 impl Drop for NameCatalog {
     /// What is in flight ends on its thread, which has shares of all that it needs, the lock of the
     /// directory too; until then who opens it in this process waits.
