@@ -389,13 +389,14 @@ async fn a_kernel_that_does_not_end() {
         let stream = stream();
         emulator.hold(Kind::Kernel);
         let mut changed = Vec::new();
-        // More than the places that there are for demand.
-        for object in 0..150_u8 {
-            let handle = vmem.put(bytes(object), HOST).await.unwrap();
+        emulator.queue_max(10_000);
+        // More than there are places for migrations.
+        for _ in 0..1100 {
+            let handle = vmem.put([7; 1000], HOST).await.unwrap();
             let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
             // SAFETY: used by the kernel below, on the stream of the lease.
             let at = unsafe { lease.device_ptr() };
-            launch("vmem_add", at, LEN as u64, 1, &stream);
+            launch("vmem_add", at, 1000, 1, &stream);
             drop(lease);
             changed.push(handle);
         }

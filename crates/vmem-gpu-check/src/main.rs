@@ -9,7 +9,7 @@
 //!
 //! - `parts`: all parts, by name.
 //! - `run`: a part in a process of its own, and the record of what came of it.
-//! - `user`: what a user of the store does on the device: kernels, memory, streams. All unsafe code is there.
+//! - `user`: what a user of the store does on the device: kernels, memory, streams.
 //! - `contract`: what vmem assumes of the driver.
 //! - `scenarios`: what the store must survive.
 //! - `bars`: the figures.

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
-use futures::FutureExt;
 use futures::channel::oneshot as shared_oneshot;
+use futures::{FutureExt, StreamExt};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -50,6 +50,9 @@ pub(crate) enum Request {
         end: PrefetchEnd,
     },
 }
+
+/// Objects of one prefetch to VRAM that are on their way at once.
+const RAISED_AT_ONCE: usize = 4;
 
 /// Where an object is to move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -210,17 +213,21 @@ async fn prefetch(
     asked: Instant,
     deadline: Instant,
 ) -> Result<(), VirtualMemoryError> {
-    let mut outcome = Ok(());
-    for object in objects {
-        let (class, cause) = (Class::Prefetch, MigrationCause::Prefetch);
-        let (stay, unwanted) = (true, None);
+    let (class, cause) = (Class::Prefetch, MigrationCause::Prefetch);
+    let one = |object| async move {
         if to == MemoryTier::Vram {
-            let job = Raise { object, class, cause, asked, deadline, unwanted };
-            outcome = outcome.and(migrate::raise(&job).await);
-            continue;
+            let job = Raise { object, class, cause, asked, deadline, unwanted: None };
+            return migrate::raise(&job).await;
         }
-        let job = Fetch { object, class, cause, stay, asked, deadline, unwanted };
-        outcome = outcome.and(migrate::fetch(&job).await.map(drop));
+        let job = Fetch { object, class, cause, stay: true, asked, deadline, unwanted: None };
+        migrate::fetch(&job).await.map(drop)
+    };
+    // A copy to the device is short beside its way there and back; a disk has others to serve.
+    let at_once = if to == MemoryTier::Vram { RAISED_AT_ONCE } else { 1 };
+    let mut ended = futures::stream::iter(objects).map(one).buffered(at_once);
+    let mut outcome = Ok(());
+    while let Some(one) = ended.next().await {
+        outcome = outcome.and(one);
     }
     outcome
 }

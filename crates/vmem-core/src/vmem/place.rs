@@ -251,7 +251,9 @@ impl VirtualMemory {
             if charge.is_none() && object.vram_pins() == 0 {
                 charge = Some(self.charge_pin(object, tier, asked, deadline).await?);
             }
-            self.ask(object, Move::Raise).await?;
+            if !object.in_vram() {
+                self.ask(object, Move::Raise).await?;
+            }
             let pass = object.gate(deadline).await?;
             if object.len > 0 && !object.in_vram() {
                 // It left again at once, or was written.
