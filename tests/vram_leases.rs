@@ -404,13 +404,9 @@ async fn a_kernel_that_does_not_end() {
         vmem.demote(&other, MemoryTier::Disk).await.unwrap();
         assert!(vmem.read(&other).await.unwrap() == bytes(200), "a read is served beside them");
         let named = vmem.put_named("kept", bytes(201), HOST).await.unwrap();
-        let releasing = ends.then(|| {
-            let release = || drop(emulator.release_all());
-            let begun = tokio::time::sleep(Duration::from_millis(200));
-            async move {
-                begun.await;
-                release();
-            }
+        let releasing = ends.then_some(async {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            emulator.release_all();
         });
         let begun = std::time::Instant::now();
         let closing = vmem.close();
