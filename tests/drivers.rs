@@ -15,9 +15,19 @@ use vmem::{IoDriver, VirtualMemoryConfig, VirtualMemoryError};
 use vmem_testkit::Denied;
 use vmem_testkit::place::DRIVER_VARIABLE;
 
-/// This one would run itself for ever; the others have no disk, or choose their drivers.
-const NOT_AGAIN: [&str; 7] =
-    ["vmem", "drivers", "hostile", "docs", "readme", "drop_order", "real_faults"];
+/// This one would run itself for ever; the others have no disk, or hardly any, or choose their drivers.
+const NOT_AGAIN: [&str; 10] = [
+    "vmem",
+    "drivers",
+    "hostile",
+    "docs",
+    "readme",
+    "drop_order",
+    "real_faults",
+    "vram_leases",
+    "vram_separate",
+    "dlpack",
+];
 /// The stress test is bounded by time: so long, in seconds, in each pass.
 const STRESS_SECONDS: &str = "6";
 

@@ -354,7 +354,7 @@ mod registered {
         }
         device.refuses.store(false, Ordering::SeqCst);
         assert!(!copy(&space, &device, &slot).is_empty(), "it is tried again");
-        let outside = vec![0_u8; 100];
+        let outside = [0_u8; 100];
         let parts = space.enter(outside.as_ptr().addr(), outside.len());
         assert!(parts.len() == 1 && parts[0].range == (0..100) && parts[0].in_use.is_none());
     }
