@@ -26,13 +26,15 @@ mod timing;
 use std::future::Future;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use futures::StreamExt;
 use tokio::runtime::Runtime;
 use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfigBuilder, VirtualMemoryError};
 
 use crate::parts::{On, Part};
-use crate::user::Env;
+use crate::user::{Env, User};
+use raw::Reader;
+use report::Report;
 
 const VRAM: MemoryTier = MemoryTier::Vram;
 const HOST: MemoryTier = MemoryTier::Host;
@@ -85,6 +87,32 @@ impl Bench {
 
     fn run<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.runtime.block_on(work)
+    }
+
+    /// Compares all bytes of each object, those first that are in device memory: they are what was timed.
+    fn compare_whole(
+        &self,
+        user: &User,
+        handles: &[VMemHandle],
+        data: &Data,
+        report: &mut Report,
+    ) -> Result<()> {
+        let longest = handles.iter().map(VMemHandle::len).max().unwrap_or(0);
+        let mut reader = Reader::new(user, longest)?;
+        let (mut first, mut rest) = (Vec::new(), Vec::new());
+        for (object, handle) in handles.iter().enumerate() {
+            let there = self.vmem.residency(handle)?.vram;
+            if there { first.push(object) } else { rest.push(object) }
+        }
+        ensure!(!first.is_empty(), "nothing that was timed is in device memory");
+        self.run(async {
+            for object in first.into_iter().chain(rest) {
+                let handle = &handles[object];
+                let found = reader.leased(&self.vmem, handle).await?;
+                report.same("an object in device memory", found, data.of(object, handle.len()))?;
+            }
+            Ok(())
+        })
     }
 
     fn close(self) -> Result<()> {

@@ -421,6 +421,15 @@ impl Reader {
         handle: &VMemHandle,
     ) -> Result<&[u8]> {
         ensure!(vmem.residency(handle)?.vram, "it is not in device memory");
+        self.leased(vmem, handle).await
+    }
+
+    /// An object as device memory has it, which it comes up to if it is not there.
+    pub(super) async fn leased(
+        &mut self,
+        vmem: &VirtualMemory,
+        handle: &VMemHandle,
+    ) -> Result<&[u8]> {
         let lease = vmem.device_on(handle, &self.stream).await.context("a lease")?;
         ensure!(lease.len() <= self.into.len(), "longer than what reads it");
         self.stream.context().bind_to_thread()?;
