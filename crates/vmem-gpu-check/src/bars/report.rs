@@ -20,8 +20,6 @@ pub(super) enum Limit {
     AtLeast(f64),
     /// Of times: less is better.
     AtMost(f64),
-    /// Of rates: it is told, and no more.
-    None,
 }
 
 #[derive(Default)]
@@ -68,7 +66,7 @@ impl Report {
         };
         let there = others.iter().filter(|name| figures.contains_key(**name));
         let best = match limit {
-            Limit::AtLeast(_) | Limit::None => there.max_by(order),
+            Limit::AtLeast(_) => there.max_by(order),
             Limit::AtMost(_) => there.min_by(order),
         };
         let (Some(best), Some(ours)) = (best, figures.get(OURS)) else {
@@ -95,7 +93,6 @@ impl Report {
         let (holds, bar) = match limit {
             Limit::AtLeast(least) => (value >= least, format!(">= {least}")),
             Limit::AtMost(most) => (value <= most, format!("<= {most}")),
-            Limit::None => return Value::Null,
         };
         // Written so that NaN misses it.
         if !holds {
