@@ -370,7 +370,13 @@ async fn a_lease_outlives_the_store() {
     unsafe { result::memcpy_dtoh_async(&mut read, at, stream.cu_stream()) }.unwrap();
     assert!(read == bytes(2));
     drop((lease, handle));
-    assert_eq!(emulator.counter("device_bytes"), 0);
+    for _ in 0..2000 {
+        if emulator.counter("device_bytes") == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(emulator.counter("device_bytes"), 0, "the last lease frees it");
     assert_eq!(emulator.violations(), [""; 0]);
 }
 
@@ -645,6 +651,7 @@ async fn a_gather_that_is_dropped_waits_for_its_copies() {
     let handle = vmem.put(bytes(1), HOST).await.unwrap();
     vmem.promote(&handle, VRAM).await.unwrap();
     let mut buffer = stream.alloc_zeros::<u8>(LEN).unwrap();
+    stream.synchronize().unwrap();
     emulator.hold(Kind::Within);
     let (began, dropped) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let dropping = {

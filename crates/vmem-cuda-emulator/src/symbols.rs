@@ -354,11 +354,11 @@ driver! {
     Context fn cuMemFreeAsync(pointer: DevicePointer, stream: Handle) |guard| {
         issue(guard, stream, Work::Free { address: pointer })
     }
-    Context fn cuMemHostRegister_v2(pointer: Handle, bytes: usize, _flags: u32) |guard| {
+    Quiet fn cuMemHostRegister_v2(pointer: Handle, bytes: usize, _flags: u32) |guard| {
         let mut guard = guard;
         guard.pin(host(pointer, bytes), false)
     }
-    Context fn cuMemHostUnregister(pointer: Handle) |guard| {
+    Quiet fn cuMemHostUnregister(pointer: Handle) |guard| {
         let mut guard = guard;
         let address = pointer.addr();
         match guard.pinned.get(&address).cloned() {

@@ -136,15 +136,18 @@ impl Card {
         stream.context().cu_ctx() == self.context.cu_ctx()
     }
 
-    /// Does something in the context on a thread that is not ours, which afterwards has the context that it had.
+    /// Does something in the context on a thread that is not ours, which afterwards has the context that it had. A graph
+    /// that somebody captures is not disturbed.
     pub(crate) fn visit<T>(&self, work: impl FnOnce() -> T) -> Result<T, DriverError> {
         let mut before = std::ptr::null_mut();
         // SAFETY: the context is retained, and is popped below.
         unsafe { sys::cuCtxPushCurrent_v2(self.context.cu_ctx()) }.result()?;
+        let relaxed = exchange_capture(RELAXED);
         let done = work();
+        let restored = relaxed.and_then(exchange_capture);
         // SAFETY: a place for what was pushed above.
         unsafe { sys::cuCtxPopCurrent_v2(&mut before) }.result()?;
-        Ok(done)
+        restored.map(|_| done)
     }
 
     /// Which device it is, as the driver counts them.
@@ -197,6 +200,16 @@ impl Card {
         Ok(())
     }
 
+    /// Whether the context is dead, also if nobody has noticed before. In the context or out of it.
+    fn is_dead(&self) -> bool {
+        if self.lost.get().is_none()
+            && let Err(error) = self.visit(|| result::mem_get_info()).and_then(|free| free)
+        {
+            let _ = self.lost.set(told("the device failed", error).into());
+        }
+        self.lost.get().is_some()
+    }
+
     /// Registers slabs of this memory from now on, as copies pass through them.
     pub(crate) fn serve(self: &Arc<Self>, space: ObjectSpace) {
         if self.space.set(space.clone()).is_ok() {
@@ -233,7 +246,7 @@ impl Registrar for Slabs {
     fn unregister(&self, address: usize, _len: usize) -> io::Result<()> {
         self.visit(|| unpin(address)).or_else(|error| {
             // A dead context takes no more part, whatever it says.
-            let dead = self.0.upgrade().is_some_and(|card| card.lost.get().is_some());
+            let dead = self.0.upgrade().is_some_and(|card| card.is_dead());
             if dead { Ok(()) } else { Err(error) }
         })
     }
@@ -251,7 +264,11 @@ fn pin(address: usize, len: usize) -> Result<(), DriverError> {
 fn unpin(address: usize) -> Result<(), DriverError> {
     let address = std::ptr::with_exposed_provenance_mut(address);
     // SAFETY: it was registered, and no copy uses it any more: that is counted.
-    unsafe { sys::cuMemHostUnregister(address) }.result()
+    match unsafe { sys::cuMemHostUnregister(address) }.result() {
+        // Somebody was quicker.
+        Err(DriverError(sys::CUresult::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED)) => Ok(()),
+        unregistered => unregistered,
+    }
 }
 
 impl Drop for Card {
@@ -267,14 +284,16 @@ impl Drop for Card {
 
 impl Card {
     fn free(&self, staging: Option<StagingMemory>) -> Result<(), DriverError> {
+        // A dead context takes no more part, whatever it says.
+        let dead = self.is_dead();
         if let Some(memory) = staging
             && unpin(memory.address()).is_err()
+            && !dead
         {
             // It may still be known to the device: it is never to be unmapped then.
             std::mem::forget(memory);
         }
         if let Some(space) = self.space.get() {
-            let dead = self.lost.get().is_some();
             space.retire(&|address, _| unpin(address).is_ok() || dead);
         }
         if self.base == 0 {
@@ -285,11 +304,24 @@ impl Card {
     }
 }
 
+const RELAXED: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+
 /// On our own threads a graph that somebody else captures is none of our business.
-fn relax_capture() -> Result<(), DriverError> {
-    let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+///
+/// # Errors
+///
+/// What the driver says.
+pub(crate) fn relax_capture() -> Result<(), DriverError> {
+    exchange_capture(RELAXED).map(drop)
+}
+
+/// Sets how this thread minds captures; returns how it did.
+fn exchange_capture(
+    mut mode: sys::CUstreamCaptureMode,
+) -> Result<sys::CUstreamCaptureMode, DriverError> {
     // SAFETY: the argument is a place for the mode that was set before.
-    unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) }.result()
+    unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) }.result()?;
+    Ok(mode)
 }
 
 /// Rung by the driver when a batch may have ended. It is a hint: what counts is what the event says.
@@ -323,8 +355,6 @@ unsafe extern "C" fn ring(bell: *mut c_void) {
 pub(crate) struct Foreign {
     pub(crate) address: u64,
     pub(crate) len: usize,
-    /// What the caller queued before.
-    pub(crate) after: Arc<CudaEvent>,
     pub(crate) call: Arc<Call>,
 }
 
@@ -541,13 +571,13 @@ impl CopyStream {
         Ok(())
     }
 
-    /// What comes now works on memory of a caller, after what he queued before.
+    /// What comes now works on memory of a caller, who was waited for before.
     fn enter(&self, foreign: &Foreign, offset: usize, len: usize) -> Result<(), DriverError> {
         if foreign.call.cancelled.load(Ordering::SeqCst) {
             return Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_PERMITTED));
         }
         match offset.checked_add(len) {
-            Some(end) if end <= foreign.len => self.stream.wait(&foreign.after),
+            Some(end) if end <= foreign.len => Ok(()),
             _ => Err(INVALID),
         }
     }

@@ -66,13 +66,25 @@ impl<'a> DeviceTarget<'a> {
         self.len == 0
     }
 
-    fn begin(&self, vmem: &VirtualMemory) -> Result<Running> {
+    /// Waits for what the caller queued before, so that nobody else's copies stand behind that.
+    async fn begin(&self, vmem: &VirtualMemory) -> Result<Running> {
         check_stream(vmem, &self.stream)?;
-        let card = tier(vmem)?.card()?;
-        let after = card.visit(|| self.stream.record_event(None)).and_then(|recorded| recorded);
-        let after = after.map_err(|error| device_error("recording an event", error))?;
-        let (call, after) = (Arc::new(Call::default()), Arc::new(after));
-        Ok(Running(Foreign { address: self.address, len: self.len, after, call }))
+        let tier = tier(vmem)?;
+        let before = {
+            let card = tier.card()?;
+            let recorded = card.visit(|| {
+                let event = self.stream.record_event(None)?;
+                Ok((event.try_is_complete()?, event))
+            });
+            recorded.and_then(|recorded| recorded)
+        };
+        let (passed, event) = before.map_err(|error| device_error("recording an event", error))?;
+        if !passed {
+            let waited = tier.watch(event, Box::new(())).await;
+            waited.map_err(|_| VirtualMemoryError::Closed)?.map_err(public)?;
+        }
+        let call = Arc::new(Call::default());
+        Ok(Running(Foreign { address: self.address, len: self.len, call }))
     }
 
     fn check(&self, offset: usize, len: usize) -> Result<()> {
@@ -118,7 +130,7 @@ pub(crate) async fn gather(
         target.check(*offset, range.len())?;
     }
     let tier = tier(vmem)?;
-    let running = target.begin(vmem)?;
+    let running = target.begin(vmem).await?;
     let mut copies: FuturesUnordered<BoxFuture<'_, Result<()>>> = FuturesUnordered::new();
     let mut outcome = Ok(());
     for (handle, range, offset) in pieces.iter().cloned() {
@@ -170,7 +182,7 @@ pub(crate) async fn scatter(
         target.check(*offset, range.len())?;
     }
     let tier = tier(vmem)?;
-    let running = target.begin(vmem)?;
+    let running = target.begin(vmem).await?;
     for (offset, handle, range) in pieces.iter().cloned() {
         let mut at = range.start;
         while at < range.end {

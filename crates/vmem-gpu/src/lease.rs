@@ -215,8 +215,8 @@ struct Leased {
     stream: Arc<CudaStream>,
     /// For the thread that waits; the store may be closed first.
     vmem: VirtualMemory,
-    /// The memory outlives the store too.
-    card: Arc<Card>,
+    /// The memory outlives the store too. None once the lease has ended.
+    card: Option<Arc<Card>>,
 }
 
 impl Leased {
@@ -228,12 +228,12 @@ impl Leased {
         let card = tier(vmem)?.card()?;
         let slice = card.visit(|| card::slice_of(stream, range.as_deref())).and_then(|slice| slice);
         let slice = slice.map_err(|error| device_error("making a lease", error))?;
-        Ok(Leased { slice, stream: stream.clone(), vmem: vmem.clone(), card })
+        Ok(Leased { slice, stream: stream.clone(), vmem: vmem.clone(), card: Some(card) })
     }
 
     /// An event behind all that was queued on the stream; none if it had to be waited for here.
-    fn record(&self) -> std::result::Result<Option<CudaEvent>, DriverError> {
-        let recorded = self.card.visit(|| {
+    fn record(&self, card: &Card) -> std::result::Result<Option<CudaEvent>, DriverError> {
+        let recorded = card.visit(|| {
             self.stream.record_event(None).map(Some).or_else(|_| {
                 // It may run, and nothing says when it has ended.
                 self.stream.synchronize().map(|()| None)
@@ -242,38 +242,37 @@ impl Leased {
         recorded.and_then(|recorded| recorded)
     }
 
-    /// Keeps `keep` until the stream has come to where it is now.
+    /// Keeps `keep` until the stream has come to where it is now, and the card as long, which so does not go on a
+    /// thread of the user's. Once.
     fn release(
         &mut self,
         keep: Box<dyn Any + Send>,
     ) -> DeviceAnswer<std::result::Result<(), DeviceError>> {
-        self.leak();
-        let outcome = match (self.record(), tier(&self.vmem)) {
+        let Some(card) = self.card.take() else {
+            return futures::future::ready(Ok(())).boxed();
+        };
+        let slice = &mut self.slice;
+        if let Err(error) = card.visit(|| card::leak(slice)) {
+            tracing::debug!(target: "vmem::gpu", "{}", card::told("ending a lease", error));
+        }
+        let outcome = match (self.record(&card), tier(&self.vmem)) {
             (Ok(Some(event)), Ok(tier)) => {
-                let passed = tier.watch(event, keep);
+                let passed = tier.watch(event, Box::new((keep, card)));
                 return passed.map(|passed| passed.unwrap_or(Err(DeviceError::Closed))).boxed();
             }
             (Ok(_), _) => Ok(()),
             // The context is dead: nothing runs in it any more.
             (Err(error), _) => Err(failed("recording the end of a lease", error)),
         };
-        drop(keep);
+        drop((keep, card));
         futures::future::ready(outcome).boxed()
-    }
-
-    fn leak(&mut self) {
-        let card = self.card.clone();
-        let slice = &mut self.slice;
-        let leaked = card.visit(|| card::leak(slice));
-        if let Err(error) = leaked {
-            tracing::debug!(target: "vmem::gpu", "{}", card::told("ending a lease", error));
-        }
     }
 }
 
 /// Lends to work of the calling thread: what that queues on the thread's own stream comes after what the lease's has
 /// before, and before what it has after.
-fn within<T>(card: &Card, stream: &Arc<CudaStream>, work: impl FnOnce() -> T) -> T {
+fn within<T>(card: &Option<Arc<Card>>, stream: &Arc<CudaStream>, work: impl FnOnce() -> T) -> T {
+    let Some(card) = card else { return work() };
     let own = stream.context().per_thread_stream();
     order(card, stream, &own);
     // However it ends: what was queued runs.
@@ -355,7 +354,7 @@ impl DeviceLease {
     /// The device that the object is on, as the driver counts them.
     #[cfg(feature = "dlpack")]
     pub(crate) fn ordinal(&self) -> usize {
-        self.leased.card.ordinal()
+        self.leased.card.as_ref().map_or(0, |card| card.ordinal())
     }
 }
 

@@ -92,9 +92,15 @@ impl Watch {
         let mut queue = self.inbox.queue.lock();
         if queue.closed {
             drop(queue);
-            // Nobody is left who would wait: whoever closed the store under a kernel waits for it here.
-            let outcome = watched.event.synchronize();
-            watched.end(outcome.map_err(|error| crate::card::failed("a kernel", error)));
+            // Nobody is left who would wait, and whoever ends a lease may not.
+            let waiting = move || {
+                let relaxed = crate::card::relax_capture();
+                let outcome = relaxed.and_then(|()| watched.event.synchronize());
+                watched.end(outcome.map_err(|error| crate::card::failed("a kernel", error)));
+            };
+            if let Err(error) = thread::Builder::new().spawn(waiting) {
+                tracing::error!(target: "vmem::gpu", %error, "what a kernel uses is given back late");
+            }
         } else {
             queue.new.push(watched);
             drop(queue);

@@ -63,6 +63,7 @@ pub(crate) type Outcome = Option<Result<(), VirtualMemoryError>>;
 pub(crate) struct Inbox {
     demand: mpsc::Receiver<Request>,
     ahead: mpsc::Receiver<Request>,
+    kernels: mpsc::UnboundedReceiver<Request>,
     /// Permits of the reads that are started past the channels.
     reads: Arc<Semaphore>,
 }
@@ -71,8 +72,10 @@ pub(crate) struct Inbox {
 pub(crate) fn channels() -> (Requests, Inbox) {
     let (demand_tx, demand) = mpsc::channel(QUEUE_MAX);
     let (ahead_tx, ahead) = mpsc::channel(QUEUE_MAX);
+    let (kernels_tx, kernels) = mpsc::unbounded_channel();
     let reads = Arc::new(Semaphore::new(DEMAND_MAX));
-    (Requests::new(demand_tx, ahead_tx, reads.clone()), Inbox { demand, ahead, reads })
+    let requests = Requests::new(demand_tx, ahead_tx, kernels_tx, reads.clone());
+    (requests, Inbox { demand, ahead, kernels, reads })
 }
 
 /// Starts the actor on the current runtime. The receiver gets the outcome of its end.
@@ -135,6 +138,7 @@ impl Actor {
                 Some(ended) = self.kernels.join_next(), if !self.kernels.is_empty() => {
                     self.account(ended);
                 }
+                Some(request) = self.inbox.kernels.recv() => self.start(request),
                 Some(request) = self.inbox.demand.recv(), if self.demand < DEMAND_MAX => {
                     self.start(request);
                 }
@@ -155,6 +159,9 @@ impl Actor {
         }
         while let Some(ended) = self.kernels.try_join_next() {
             self.account(ended);
+        }
+        while let Ok(request) = self.inbox.kernels.try_recv() {
+            self.start(request);
         }
         while self.demand < DEMAND_MAX
             && let Ok(request) = self.inbox.demand.try_recv()
@@ -207,11 +214,7 @@ impl Actor {
         self.inbox.demand.close();
         self.inbox.ahead.close();
         while let Some(request) = self.inbox.demand.recv().await {
-            match request.kind() {
-                // What a kernel has written is not to be lost.
-                Ended::Kernel => self.start(request),
-                _ => request.refuse(VirtualMemoryError::Closed),
-            }
+            request.refuse(VirtualMemoryError::Closed);
         }
         while let Some(request) = self.inbox.ahead.recv().await {
             request.refuse(VirtualMemoryError::Closed);
@@ -250,14 +253,26 @@ impl Actor {
         let late = sleep(self.shared.limits.wait_timeout);
         tokio::pin!(late);
         loop {
+            // What a kernel has written is not to be lost.
+            while let Ok(request) = self.inbox.kernels.try_recv() {
+                self.start(request);
+            }
             tokio::select! {
                 biased;
                 ended = self.kernels.join_next() => match ended {
                     Some(ended) => self.account(ended),
-                    None => return,
+                    None => break,
                 },
                 () = &mut late => break,
             }
+        }
+        // Leases that are still held can publish nothing any more.
+        self.inbox.kernels.close();
+        while let Ok(request) = self.inbox.kernels.try_recv() {
+            request.refuse(VirtualMemoryError::Closed);
+        }
+        if self.kernels.is_empty() {
+            return;
         }
         tracing::error!(target: "vmem::actor", kernels = self.kernels.len(), "kernels have not ended");
         self.kernels.shutdown().await;

@@ -237,6 +237,8 @@ async fn prefetch(
 pub(crate) struct Requests {
     demand: mpsc::Sender<Request>,
     ahead: mpsc::Sender<Request>,
+    /// As many as there are leases: what a kernel wrote stands in no line behind those who wait for it.
+    kernels: mpsc::UnboundedSender<Request>,
     reads: Arc<Semaphore>,
 }
 
@@ -244,9 +246,10 @@ impl Requests {
     pub(super) fn new(
         demand: mpsc::Sender<Request>,
         ahead: mpsc::Sender<Request>,
+        kernels: mpsc::UnboundedSender<Request>,
         reads: Arc<Semaphore>,
     ) -> Self {
-        Requests { demand, ahead, reads }
+        Requests { demand, ahead, kernels, reads }
     }
 
     /// Starts a read that moves nothing between tiers as a task of its own, past the actor. If it
@@ -287,6 +290,12 @@ impl Requests {
 
     /// Sends if there is room in the channel; else the request comes back.
     pub(crate) fn try_send(&self, request: Request) -> Result<(), Request> {
+        if matches!(request.kind(), Ended::Kernel) {
+            if let Err(unsent) = self.kernels.send(request) {
+                unsent.0.refuse(VirtualMemoryError::Closed);
+            }
+            return Ok(());
+        }
         match self.channel(&request).try_send(request) {
             Ok(()) => Ok(()),
             Err(mpsc::error::TrySendError::Full(request)) => Err(request),

@@ -82,6 +82,14 @@ impl HostArena {
     ///
     /// [`NoRoom`], at once.
     pub(crate) fn try_alloc(self: &Arc<Self>, len: usize, owner: u64) -> Result<HostSlot, NoRoom> {
+        let slot = self.alloc(len, owner);
+        if self.pages.has_settled() {
+            self.tell_freed();
+        }
+        slot
+    }
+
+    fn alloc(self: &Arc<Self>, len: usize, owner: u64) -> Result<HostSlot, NoRoom> {
         let (at, span, slot) = match len {
             0 => (0, NO_BYTES, 0),
             1..=SMALL_MAX => {

@@ -6,10 +6,12 @@
 //! (it has no memory). A page of a slab that a device has registered has memory, and is not given back before the slab
 //! was unregistered. Called by `arena` and `spans`, and by `space` for a device; takes no other lock.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::mapping::{Mapping, PAGE_BYTES};
 use super::runs::FreeRuns;
@@ -22,6 +24,9 @@ const KEPT_PART: u64 = 8;
 /// Rounds of giving kept pages back that one allocation waits for.
 const GIVE_BACK_TRIES: usize = 8;
 
+/// Kept runs that one look passes by because copies use them.
+const LOOKS_MAX: usize = 4096;
+
 /// The pages of object space.
 #[derive(Debug)]
 pub(super) struct Pages {
@@ -30,6 +35,8 @@ pub(super) struct Pages {
     state: Mutex<State>,
     /// The device that registers slabs, if there is one.
     registrar: OnceLock<Arc<dyn Registrar>>,
+    /// Somebody who found no room may find some now.
+    settled: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -39,7 +46,7 @@ struct State {
     live: u64,
     /// Pages that are being given back; they count as kept until that is done.
     leaving: u64,
-    leaving_runs: Vec<Range<u64>>,
+    leaving_runs: FreeRuns,
     /// None without a device.
     slabs: Option<Slabs>,
     /// Somebody found no room because copies use what could have been given back.
@@ -56,16 +63,17 @@ impl State {
 enum Plan {
     Take(Range<u64>),
     /// These have to be given back first.
-    GiveBack(Vec<Leaving>),
+    GiveBack(Leaving),
     NoRoom,
 }
 
-/// Pages on their way back to the system, of one slab where there are slabs.
+/// Pages on their way back to the system.
+#[derive(Default)]
 struct Leaving {
-    pages: Range<u64>,
-    slab: u64,
-    /// The slab is registered, and the first that leaves it.
-    unregister: bool,
+    /// With their slabs, where there are slabs.
+    runs: Vec<(Range<u64>, u64)>,
+    /// The slabs among them that are registered.
+    unregister: BTreeSet<u64>,
 }
 
 /// What of object space a copy touches: bytes of the mapping, and the slab that it uses directly.
@@ -74,11 +82,13 @@ pub(super) type Entered = (Range<usize>, Option<u64>);
 impl State {
     /// Chooses kept pages that are to be given back, at most `left`: of slabs that no device knows, or of those that one
     /// knows and no copy uses.
-    fn choose(&mut self, left: &mut u64, registered: bool, leaving: &mut Vec<Leaving>) {
-        let mut aside = Vec::new();
+    fn choose(&mut self, left: &mut u64, registered: bool, leaving: &mut Leaving) {
+        let (mut aside, mut useless) = (Vec::new(), 0);
         while *left > 0
+            && useless < LOOKS_MAX
             && let Some(run) = self.kept.take_longest(u64::MAX)
         {
+            let before = *left;
             for (slab, pages) in self.split(run) {
                 let len = (pages.end - pages.start).min(*left);
                 if len == 0 || !self.may_leave(slab, registered, leaving) {
@@ -89,14 +99,15 @@ impl State {
                 *left -= len;
                 self.leave(slab, pages.start..pages.start + len, leaving);
             }
+            useless += usize::from(before == *left);
         }
         aside.into_iter().for_each(|run| self.kept.add(run));
     }
 
     /// Chooses what goes at once of a run that has come back, because enough is kept: what no device knows, and slabs
     /// that are kept as a whole.
-    fn let_go(&mut self, run: Range<u64>, kept_max: u64) -> Vec<Leaving> {
-        let mut leaving = Vec::new();
+    fn let_go(&mut self, run: Range<u64>, kept_max: u64) -> Leaving {
+        let mut leaving = Leaving::default();
         for (slab, pages) in self.split(run) {
             let pages = match &self.slabs {
                 Some(slabs) if !slabs.is_plain(slab) => slabs.pages(slab),
@@ -110,24 +121,26 @@ impl State {
         leaving
     }
 
-    fn may_leave(&self, slab: u64, registered: bool, leaving: &[Leaving]) -> bool {
+    fn may_leave(&self, slab: u64, registered: bool, leaving: &Leaving) -> bool {
         let Some(slabs) = &self.slabs else { return true };
-        let chosen = || leaving.iter().any(|one| one.slab == slab && one.unregister);
+        let chosen = || leaving.unregister.contains(&slab);
         slabs.is_plain(slab) || (registered && (slabs.is_idle(slab) || chosen()))
     }
 
     /// Pages that are no longer kept are on their way.
-    fn leave(&mut self, slab: u64, pages: Range<u64>, leaving: &mut Vec<Leaving>) {
-        let unregister = match &mut self.slabs {
-            Some(slabs) if slabs.is_idle(slab) => {
+    fn leave(&mut self, slab: u64, pages: Range<u64>, leaving: &mut Leaving) {
+        if let Some(slabs) = &mut self.slabs {
+            if slabs.is_idle(slab) {
                 slabs.change(slab);
-                true
+                leaving.unregister.insert(slab);
+            } else if slabs.is_plain(slab) {
+                // What was copied of it was of other pages.
+                slabs.plain(slab);
             }
-            _ => false,
-        };
+        }
         self.leaving += pages.end - pages.start;
-        self.leaving_runs.push(pages.clone());
-        leaving.push(Leaving { pages, slab, unregister });
+        self.leaving_runs.add(pages.clone());
+        leaving.runs.push((pages, slab));
     }
 
     fn split(&self, run: Range<u64>) -> Vec<(u64, Range<u64>)> {
@@ -139,8 +152,7 @@ impl State {
 
     /// Whether each of these pages has memory, and none is about to lose it.
     fn has_memory(&self, pages: &Range<u64>) -> bool {
-        let leaves = |run: &Range<u64>| run.start < pages.end && pages.start < run.end;
-        !self.fresh.touches(pages) && !self.leaving_runs.iter().any(leaves)
+        !self.fresh.touches(pages) && !self.leaving_runs.touches(pages)
     }
 }
 
@@ -250,7 +262,7 @@ impl Pages {
             // It is tried again when as much was copied by the detour again.
             Err(_) => slabs.plain(slab),
         }
-        drop(state);
+        self.settle(state);
         if let Err(error) = &registered {
             tracing::debug!(target: "vmem::host", %error, len, "a slab was not registered");
         }
@@ -295,7 +307,13 @@ impl Pages {
         };
         let mut state = State::default();
         state.fresh.add(0..capacity * factor);
-        Ok(Pages { mapping, capacity, state: Mutex::new(state), registrar: OnceLock::new() })
+        Ok(Pages {
+            mapping,
+            capacity,
+            state: Mutex::new(state),
+            registrar: OnceLock::new(),
+            settled: AtomicBool::new(false),
+        })
     }
 
     pub(super) fn mapping(&self) -> &Mapping {
@@ -319,6 +337,11 @@ impl Pages {
         None
     }
 
+    /// Whether there may be more room than somebody has seen, since this was asked last.
+    pub(super) fn has_settled(&self) -> bool {
+        self.settled.load(Ordering::Relaxed) && self.settled.swap(false, Ordering::SeqCst)
+    }
+
     fn plan(&self, len: u64) -> Plan {
         let mut state = self.state.lock();
         if let Some(run) = state.kept.take(len) {
@@ -327,6 +350,7 @@ impl Pages {
             return Plan::Take(run);
         }
         if state.live + state.leaving + len > self.capacity {
+            state.starved |= state.leaving > 0;
             return Plan::NoRoom;
         }
         let physical = state.live + state.kept.total() + state.leaving;
@@ -337,12 +361,12 @@ impl Pages {
             state.check(self.capacity);
             return Plan::Take(run);
         }
-        let mut leaving = Vec::new();
+        let mut leaving = Leaving::default();
         let mut left = over;
         for registered in [false, true] {
             state.choose(&mut left, registered, &mut leaving);
         }
-        if leaving.is_empty() {
+        if leaving.runs.is_empty() {
             state.starved |= state.kept.total() > 0;
             return Plan::NoRoom;
         }
@@ -351,35 +375,43 @@ impl Pages {
 
     /// Gives pages back to the system that are nobody's and are counted as leaving. Those that the
     /// system does not take stay, and count as kept.
-    fn give_back(&self, leaving: Vec<Leaving>) {
+    fn give_back(&self, leaving: Leaving) {
         let bytes = |page: u64| page as usize * PAGE_BYTES;
-        let mut stuck = Vec::new();
-        for one in leaving.iter().filter(|one| one.unregister) {
-            let unregistered = self.unregister(one.slab);
+        let mut stuck = BTreeSet::new();
+        for slab in leaving.unregister {
+            let unregistered = self.unregister(slab);
             let mut state = self.state.lock();
             let Some(slabs) = &mut state.slabs else { continue };
-            match unregistered {
-                true => slabs.plain(one.slab),
-                false => {
-                    slabs.stuck(one.slab);
-                    stuck.push(one.slab);
-                }
+            if unregistered {
+                slabs.plain(slab);
+            } else {
+                slabs.stuck(slab);
+                stuck.insert(slab);
             }
         }
-        let goes = |one: &Leaving| {
-            let range = bytes(one.pages.start)..bytes(one.pages.end);
-            !stuck.contains(&one.slab) && self.mapping.give_back(range)
+        let goes = |(pages, slab): &(Range<u64>, u64)| {
+            let range = bytes(pages.start)..bytes(pages.end);
+            !stuck.contains(slab) && self.mapping.give_back(range)
         };
-        let gone: Vec<bool> = leaving.iter().map(goes).collect();
+        let gone: Vec<bool> = leaving.runs.iter().map(goes).collect();
         let mut state = self.state.lock();
-        for (Leaving { pages, .. }, gone) in leaving.into_iter().zip(gone) {
+        for ((pages, _), gone) in leaving.runs.into_iter().zip(gone) {
             state.leaving -= pages.end - pages.start;
-            state.leaving_runs.retain(|run| *run != pages);
+            let left = state.leaving_runs.take_these(&pages);
+            assert!(left, "pages that come to the end of their way were on it");
             if gone {
                 state.fresh.add(pages);
             } else {
                 state.kept.add(pages);
             }
+        }
+        self.settle(state);
+    }
+
+    /// Who found no room because of what has just come to its end is to look again.
+    fn settle(&self, mut state: MutexGuard<'_, State>) {
+        if std::mem::take(&mut state.starved) {
+            self.settled.store(true, Ordering::SeqCst);
         }
     }
 
@@ -396,7 +428,7 @@ impl Pages {
         }
         let leaving = state.let_go(run, kept_max);
         drop(state);
-        if !leaving.is_empty() {
+        if !leaving.runs.is_empty() {
             self.give_back(leaving);
         }
     }

@@ -77,6 +77,9 @@ impl ObjectSpace {
             return vec![Part { range: 0..len, in_use: None }];
         };
         let parts = self.0.pages().enter(at..at + len).into_iter();
+        if self.0.pages().has_settled() {
+            self.0.tell_freed();
+        }
         parts
             .map(|(bytes, slab)| Part {
                 range: bytes.start - at..bytes.end - at,
