@@ -657,12 +657,14 @@ async fn a_gather_that_is_dropped_waits_for_its_copies() {
     let dropping = {
         let (vmem, handle) = (vmem.clone(), handle.clone());
         let (began, dropped) = (began.clone(), dropped.clone());
+        let runtime = tokio::runtime::Handle::current();
         std::thread::spawn(move || {
             let pieces = [(&handle, 0..LEN, 0)];
             let target = DeviceTarget::from_slice(&mut buffer);
             let mut gather = Box::pin(vmem.gather(&pieces, &target));
-            assert!((&mut gather).now_or_never().is_none());
-            std::thread::sleep(Duration::from_millis(30));
+            let waits =
+                async { tokio::time::timeout(Duration::from_millis(200), &mut gather).await };
+            assert!(runtime.block_on(waits).is_err());
             began.store(true, Ordering::SeqCst);
             drop(gather);
             dropped.store(true, Ordering::SeqCst);

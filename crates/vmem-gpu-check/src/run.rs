@@ -6,11 +6,13 @@
 use std::collections::HashSet;
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Value, json};
 
 use crate::Options;
@@ -58,9 +60,13 @@ pub(crate) fn here(name: &str, options: &Options) -> Result<bool> {
 /// If the record cannot be kept.
 pub(crate) fn all(options: &Options) -> Result<bool> {
     let done = if options.again { HashSet::new() } else { passed(options)? };
-    let mut record = OpenOptions::new().create(true).append(true).open(&options.json);
-    let record = record.as_mut().map_err(|error| anyhow::anyhow!("{error}"));
-    let record = record.with_context(|| format!("opening {}", options.json.display()))?;
+    let record = OpenOptions::new().create(true).append(true).open(&options.json);
+    let mut record = record.with_context(|| format!("opening {}", options.json.display()))?;
+    // A line that was cut short stays one by itself.
+    let before = std::fs::read(&options.json).context("reading the record")?;
+    if !before.is_empty() && !before.ends_with(b"\n") {
+        record.write_all(b"\n").context("writing the record")?;
+    }
     let mut good = true;
     let mut counts = [("passed", 0), ("missed", 0), ("skipped", 0), ("failed", 0)];
     let wanted = |part: &Part| {
@@ -69,8 +75,11 @@ pub(crate) fn all(options: &Options) -> Result<bool> {
             && (any || options.only.iter().any(|only| part.name.starts_with(only)))
     };
     let wanted: Vec<Part> = parts::all().into_iter().filter(wanted).collect();
-    if wanted.is_empty() {
-        bail!("no part has such a name: see --list");
+    let names: Vec<&str> = wanted.iter().map(|part| part.name).collect();
+    for only in &options.only {
+        if !names.iter().any(|name| name.starts_with(only.as_str())) {
+            bail!("no part has a name that begins with {only:?}: see --list");
+        }
     }
     for part in wanted {
         if done.contains(part.name) {
@@ -90,8 +99,10 @@ pub(crate) fn all(options: &Options) -> Result<bool> {
         line["seconds"] = begun.elapsed().as_secs_f64().into();
         line["seed"] = options.seed.into();
         line["emulated"] = options.emulated.into();
+        line["device_number"] = options.device.into();
+        line["version"] = env!("CARGO_PKG_VERSION").into();
         line["at"] = humantime::format_rfc3339_seconds(SystemTime::now()).to_string().into();
-        writeln!(record, "{line}").context("writing the record")?;
+        record.write_all(format!("{line}\n").as_bytes()).context("writing the record")?;
         record.sync_data().context("writing the record")?;
         let why = line["why"].as_str().unwrap_or_default();
         println!("{:<32} {outcome} in {:.1} s {why}", part.name, begun.elapsed().as_secs_f64());
@@ -107,7 +118,7 @@ pub(crate) fn all(options: &Options) -> Result<bool> {
     Ok(good)
 }
 
-/// The parts that the record says have passed, with this seed on this kind of driver.
+/// The parts that the record says have passed, of this version, with this seed, on this device of this kind of driver.
 fn passed(options: &Options) -> Result<HashSet<String>> {
     let text = match std::fs::read_to_string(&options.json) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(HashSet::new()),
@@ -119,6 +130,8 @@ fn passed(options: &Options) -> Result<HashSet<String>> {
         line["outcome"] == "passed"
             && line["seed"] == options.seed
             && line["emulated"] == options.emulated
+            && line["device_number"] == options.device
+            && line["version"] == env!("CARGO_PKG_VERSION")
     });
     Ok(passed.filter_map(|line| line["part"].as_str().map(str::to_owned)).collect())
 }
@@ -134,7 +147,11 @@ fn apart(part: &Part, options: &Options) -> Result<Value> {
     if let Some(dir) = &options.dir {
         child.arg("--dir").arg(dir);
     }
-    let mut child = child.stdout(Stdio::piped()).spawn().context("starting a part")?;
+    // All kernels at once, rather than when they are first launched, beside others that run.
+    child.env("CUDA_MODULE_LOADING", "EAGER");
+    // A group of its own, for a part may start programs.
+    let child = child.process_group(0).stdout(Stdio::piped()).spawn();
+    let mut child = child.context("starting a part")?;
     let mut output = child.stdout.take().context("a part has an output")?;
     let reader = thread::spawn(move || {
         let mut text = Vec::new();
@@ -147,7 +164,9 @@ fn apart(part: &Part, options: &Options) -> Result<Value> {
             break Some(status);
         }
         if begun.elapsed() > PART_MAX {
-            let _ = child.kill();
+            if let Some(group) = Pid::from_raw(child.id() as i32) {
+                let _ = kill_process_group(group, Signal::KILL);
+            }
             let _ = child.wait();
             break None;
         }

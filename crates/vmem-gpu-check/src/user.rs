@@ -56,6 +56,11 @@ impl Env {
         Ok(Env { emulator, device, seed, dir })
     }
 
+    /// The folder that was asked for.
+    pub(crate) fn dir(&self) -> Option<&Path> {
+        self.dir.as_deref()
+    }
+
     pub(crate) fn rng(&self) -> SmallRng {
         SmallRng::seed_from_u64(self.seed)
     }

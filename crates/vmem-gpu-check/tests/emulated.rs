@@ -61,6 +61,7 @@ macro_rules! parts {
 parts! {
     contract_copies = "contract-copies"
     contract_registration = "contract-registration"
+    contract_unregister = "contract-unregister"
     contract_stale_pages = "contract-stale-pages"
     contract_events = "contract-events"
     contract_host_functions = "contract-host-functions"
@@ -86,7 +87,9 @@ parts! {
     scenario_32_lost_notices = "scenario-32"
     scenario_33_neighbours = "scenario-33"
     sanitizer_planted = "sanitizer-planted"
-    sanitizer_memcheck = "sanitizer-memcheck"
+    sanitizer_07 = "sanitizer-07"
+    sanitizer_08 = "sanitizer-08"
+    sanitizer_09 = "sanitizer-09"
     bar_g1_the_link = "bar-g1"
     bar_g2_disk_to_device = "bar-g2"
     bar_g3_completion = "bar-g3"
@@ -109,11 +112,14 @@ fn a_run_goes_on_where_it_was() {
     assert_eq!(lines(&record).len(), 2, "and leaves no line");
     let text = std::fs::read_to_string(&record).unwrap();
     let cut = text.lines().next().unwrap();
-    std::fs::write(&record, format!("{cut}\n{{\"part\":\"contract-ev\n")).unwrap();
+    std::fs::write(&record, format!("{cut}\n{{\"part\":\"contract-ev")).unwrap();
     let rest = gpu_check(&["--only", "contract-contexts", "contract-events"], &record);
     let rest = String::from_utf8(rest.stdout).unwrap();
     assert_eq!(rest.matches("passed before").count(), 1, "{rest}");
     assert!(rest.contains("1 passed"), "{rest}");
+    let text = std::fs::read_to_string(&record).unwrap();
+    let whole = text.lines().filter(|line| serde_json::from_str::<Value>(line).is_ok());
+    assert_eq!(whole.count(), 2, "what came behind the cut line is there: {text}");
     let again = gpu_check(&["--again", "--only", "contract-contexts"], &record);
     assert!(String::from_utf8(again.stdout).unwrap().contains("1 passed"));
 }

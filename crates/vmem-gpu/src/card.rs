@@ -203,7 +203,7 @@ impl Card {
     /// Whether the context is dead, also if nobody has noticed before. In the context or out of it.
     fn is_dead(&self) -> bool {
         if self.lost.get().is_none()
-            && let Err(error) = self.visit(|| result::mem_get_info()).and_then(|free| free)
+            && let Err(error) = self.visit(result::mem_get_info).and_then(|free| free)
         {
             let _ = self.lost.set(told("the device failed", error).into());
         }
