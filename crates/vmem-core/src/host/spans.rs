@@ -2,7 +2,7 @@
 //!
 //! Invariant: a slot is taken or free, and a span has an owner's number for each taken slot; a
 //! span with no taken slot does not exist, so what an empty store holds is nothing. Each class has
-//! a lock of its own, under which only that of `pages` is taken. Called by `arena`.
+//! a lock of its own, under which no other is taken. Called by `arena`.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -66,13 +66,25 @@ impl Spans {
     /// A free slot, in a new span if need be.
     pub(super) fn take(&self, pages: &Pages, owner: u64) -> Option<Place> {
         let mut state = self.state.lock();
-        let number = match state.partial.first() {
-            Some(&number) => number,
-            None => {
-                let run = pages.take(span_pages(self.class))?;
-                state.add_span(run, slots(self.class))
+        if state.partial.is_empty() {
+            drop(state);
+            // Not under the lock: for pages a device may have to let go of others first.
+            let run = pages.take(span_pages(self.class));
+            state = self.state.lock();
+            match run {
+                // Somebody was quicker, and a span without a taken slot is not to be.
+                Some(run) if !state.partial.is_empty() => {
+                    drop(state);
+                    pages.put(run);
+                    return self.take(pages, owner);
+                }
+                Some(run) => {
+                    state.add_span(run, slots(self.class));
+                }
+                None => {}
             }
-        };
+        }
+        let number = *state.partial.first()?;
         let span = state.spans[number as usize].as_mut().expect("invariant: partial spans exist");
         let slot = span.take_slot(owner);
         let at = span.pages.start as usize * PAGE_BYTES + slot as usize * slot_bytes(self.class);
