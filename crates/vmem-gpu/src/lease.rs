@@ -81,7 +81,8 @@ pub trait VramExt {
     ) -> impl Future<Output = Result<DeviceLeaseMut>> + Send;
 
     /// Copies parts of objects, from whichever tier has them, into one device buffer of the caller, each to its offset there. Takes
-    /// no room in device memory. When it has ended well, work that is queued on the buffer's stream finds all of
+    /// no room in device memory. It begins once what the caller has queued on the buffer's stream has ended, however long
+    /// that takes. When it has ended well, work that is queued on the buffer's stream finds all of
     /// it there; after an error what the pieces hold is unspecified. Dropped before, it waits for copies that have begun.
     ///
     /// # Errors
