@@ -221,7 +221,7 @@ impl Card {
     fn parts(&self, memory: &[u8]) -> Vec<Part> {
         match self.space.get() {
             Some(space) => space.enter(memory.as_ptr().addr(), memory.len()),
-            None => vec![Part { range: 0..memory.len(), in_use: None }],
+            None => vec![Part { range: 0..memory.len(), direct: false, in_use: None }],
         }
     }
 }
@@ -468,7 +468,7 @@ pub(crate) struct Batch {
 /// An operation that was handed to the driver.
 struct Issued {
     work: Work,
-    /// What of object space it uses directly.
+    /// What of object space it touches.
     uses: Vec<InUse>,
     /// What the driver said, if it refused it at once; a part of it may have been accepted.
     refused: Option<DeviceError>,
@@ -550,7 +550,7 @@ impl CopyStream {
 
     /// Copies up, in parts of which none crosses a registration.
     fn up(&self, to: u64, bytes: &[u8], uses: &mut Vec<InUse>) -> Result<(), DriverError> {
-        for Part { range, in_use } in self.card.parts(bytes) {
+        for Part { range, in_use, .. } in self.card.parts(bytes) {
             uses.extend(in_use);
             let (to, part) = (to + range.start as u64, &bytes[range]);
             // SAFETY: the target is the operation's until it has ended, or is promised to stay while it has a share of its
@@ -562,7 +562,7 @@ impl CopyStream {
 
     /// Copies down, likewise.
     fn down(&self, into: &mut [u8], from: u64, uses: &mut Vec<InUse>) -> Result<(), DriverError> {
-        for Part { range, in_use } in self.card.parts(into) {
+        for Part { range, in_use, .. } in self.card.parts(into) {
             uses.extend(in_use);
             let (from, part) = (from + range.start as u64, &mut into[range]);
             // SAFETY: as above; the buffer moves with the batch, its memory does not, and nobody else has it.

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::mapping::{Mapping, PAGE_BYTES};
 use super::runs::FreeRuns;
@@ -37,6 +37,8 @@ pub(super) struct Pages {
     registrar: OnceLock<Arc<dyn Registrar>>,
     /// Somebody who found no room may find some now.
     settled: AtomicBool,
+    /// Rung when nobody changes some slab any more.
+    changed: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -76,8 +78,8 @@ struct Leaving {
     unregister: BTreeSet<u64>,
 }
 
-/// What of object space a copy touches: bytes of the mapping, and the slab that it uses directly.
-pub(super) type Entered = (Range<usize>, Option<u64>);
+/// What of object space a copy touches: bytes of the mapping, the slab that they are in, and whether that is registered.
+pub(super) type Entered = (Range<usize>, Option<u64>, bool);
 
 impl State {
     /// Chooses kept pages that are to be given back, at most `left`: of slabs that no device knows, or of those that one
@@ -166,21 +168,26 @@ impl Pages {
     }
 
     /// A copy touches these bytes, which are somebody's: its parts, none of which crosses a registration. Registers
-    /// slabs for which it is time.
+    /// slabs for which it is time, and waits for those that somebody else is changing.
     pub(super) fn enter(&self, bytes: Range<usize>) -> Vec<Entered> {
         let page = PAGE_BYTES as u64;
         let pages = bytes.start as u64 / page..(bytes.end as u64).div_ceil(page);
         let mut state = self.state.lock();
-        let Some(slabs) = &state.slabs else { return vec![(bytes, None)] };
-        let slab_bytes = slabs.pages_each() * page;
+        let touched = loop {
+            let Some(slabs) = &state.slabs else { return vec![(bytes, None, false)] };
+            let touched: Vec<u64> = slabs.split(pages.clone()).map(|(slab, _)| slab).collect();
+            if !touched.iter().any(|&slab| slabs.is_changing(slab)) {
+                break touched;
+            }
+            self.changed.wait(&mut state);
+        };
         let (mut parts, mut due) = (Vec::new(), Vec::new());
-        for (slab, _) in slabs.split(pages) {
+        for slab in touched {
+            let Some(slabs) = &mut state.slabs else { continue };
+            let (whole, slab_bytes) = (slabs.pages(slab), slabs.pages_each() * page);
             let start = (slab * slab_bytes).max(bytes.start as u64);
             let end = ((slab + 1) * slab_bytes).min(bytes.end as u64);
-            let Some(slabs) = &mut state.slabs else { continue };
-            let whole = slabs.pages(slab);
             let way = slabs.enter(slab, end - start, slab_bytes);
-            let direct = way == Way::Direct;
             if way == Way::Due
                 && whole.end * page <= self.mapping.len() as u64
                 && state.has_memory(&whole)
@@ -189,18 +196,16 @@ impl Pages {
                 slabs.change(slab);
                 due.push((parts.len(), slab));
             }
-            parts.push((start as usize..end as usize, direct.then_some(slab)));
+            parts.push((start as usize..end as usize, Some(slab), way == Way::Direct));
         }
         drop(state);
         for (part, slab) in due {
-            if self.register(slab) {
-                parts[part].1 = Some(slab);
-            }
+            parts[part].2 = self.register(slab);
         }
         parts
     }
 
-    /// A copy that used a slab directly has ended. True if somebody waits for that.
+    /// A copy that touched a slab has ended. True if somebody waits for that.
     pub(super) fn leave(&self, slab: u64) -> bool {
         let mut state = self.state.lock();
         if let Some(slabs) = &mut state.slabs {
@@ -233,6 +238,7 @@ impl Pages {
         if stuck.is_empty() {
             state.slabs = None;
         }
+        self.settle(state);
         stuck.is_empty()
     }
 
@@ -313,6 +319,7 @@ impl Pages {
             state: Mutex::new(state),
             registrar: OnceLock::new(),
             settled: AtomicBool::new(false),
+            changed: Condvar::new(),
         })
     }
 
@@ -410,6 +417,7 @@ impl Pages {
 
     /// Who found no room because of what has just come to its end is to look again.
     fn settle(&self, mut state: MutexGuard<'_, State>) {
+        self.changed.notify_all();
         if std::mem::take(&mut state.starved) {
             self.settled.store(true, Ordering::SeqCst);
         }
@@ -492,8 +500,8 @@ mod tests {
         let all = pages.take(64).unwrap();
         let bytes = all.start as usize * PAGE_BYTES..all.end as usize * PAGE_BYTES;
         let entered = pages.enter(bytes);
-        assert!(entered.iter().all(|(_, slab)| slab.is_some()), "all slabs are registered");
-        entered.into_iter().filter_map(|(_, slab)| slab).for_each(|slab| {
+        assert!(entered.iter().all(|(_, _, direct)| *direct), "all slabs are registered");
+        entered.into_iter().filter_map(|(_, slab, _)| slab).for_each(|slab| {
             pages.leave(slab);
         });
         // Free, and not in one run.

@@ -1,7 +1,8 @@
 //! Which slabs of object space a device has registered.
 //!
 //! Invariant: a slab that is not plain may be known to the device: none of its pages is given back to the system; and one that
-//! copies use is never unregistered. It becomes registered once as many bytes as it has were copied by the detour, so
+//! copies use is never unregistered. Each copy counts, by the detour too: the driver decides which way it goes when it is handed in, by
+//! what is registered then. It becomes registered once as many bytes as it has were copied by the detour, so
 //! that registering never costs more than what it spares. Pure; called by `pages`, under its lock.
 
 use std::collections::BTreeMap;
@@ -22,22 +23,31 @@ pub(super) struct Slabs {
     known: BTreeMap<u64, Slab>,
 }
 
+#[derive(Clone, Copy, Debug)]
+struct Slab {
+    phase: Phase,
+    /// Copies that touch it now.
+    users: u32,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Slab {
+enum Phase {
     /// The device does not know it. So many of its bytes were copied by the detour.
     Plain { copied: u64 },
-    /// The device reaches it, for so many copies now.
-    Registered { users: u32 },
-    /// Somebody is registering or unregistering it.
+    /// The device reaches it.
+    Registered,
+    /// Somebody is registering or unregistering it: no copy is to begin.
     Changing,
     /// The device may know it for ever.
     Stuck,
 }
 
+const UNKNOWN: Slab = Slab { phase: Phase::Plain { copied: 0 }, users: 0 };
+
 /// How a copy reaches a part of a slab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
-    /// Directly; the copy is counted until it is released.
+    /// Directly.
     Direct,
     /// By the detour.
     Detour,
@@ -73,69 +83,82 @@ impl Slabs {
         })
     }
 
-    /// A copy of so many bytes touches a slab of so many.
+    /// A copy of so many bytes touches a slab of so many, which nobody is changing. It is counted until it leaves.
     pub(super) fn enter(&mut self, slab: u64, bytes: u64, slab_bytes: u64) -> Way {
-        match self.known.entry(slab).or_insert(Slab::Plain { copied: 0 }) {
-            Slab::Registered { users } => {
-                *users += 1;
-                Way::Direct
-            }
-            Slab::Plain { copied } => {
+        let slab = self.known.entry(slab).or_insert(UNKNOWN);
+        slab.users += 1;
+        match &mut slab.phase {
+            Phase::Registered => Way::Direct,
+            Phase::Plain { copied } => {
                 *copied = copied.saturating_add(bytes);
                 if *copied >= slab_bytes { Way::Due } else { Way::Detour }
             }
-            Slab::Changing | Slab::Stuck => Way::Detour,
+            Phase::Changing | Phase::Stuck => Way::Detour,
         }
     }
 
-    /// A direct copy has ended.
+    /// A copy has ended.
     pub(super) fn leave(&mut self, slab: u64) {
         // Of one that the device was made to forget meanwhile nothing is known any more.
-        if let Some(Slab::Registered { users }) = self.known.get_mut(&slab) {
-            assert!(*users > 0, "more copies leave a slab than entered it");
-            *users -= 1;
+        if let Some(slab) = self.known.get_mut(&slab) {
+            assert!(slab.users > 0, "more copies leave a slab than entered it");
+            slab.users -= 1;
         }
     }
 
     /// Whether its pages may be given back as they are.
     pub(super) fn is_plain(&self, slab: u64) -> bool {
-        matches!(self.known.get(&slab), None | Some(Slab::Plain { .. }))
+        self.known.get(&slab).is_none_or(|slab| matches!(slab.phase, Phase::Plain { .. }))
     }
 
     /// Whether it may be unregistered now.
     pub(super) fn is_idle(&self, slab: u64) -> bool {
-        self.known.get(&slab) == Some(&Slab::Registered { users: 0 })
+        let registered = self.known.get(&slab).filter(|slab| slab.phase == Phase::Registered);
+        registered.is_some_and(|slab| slab.users == 0)
+    }
+
+    /// Whether somebody is registering or unregistering it.
+    pub(super) fn is_changing(&self, slab: u64) -> bool {
+        self.known.get(&slab).is_some_and(|slab| slab.phase == Phase::Changing)
     }
 
     /// The caller is about to register it, or to unregister it.
     pub(super) fn change(&mut self, slab: u64) {
-        self.known.insert(slab, Slab::Changing);
+        self.set(slab, Phase::Changing);
     }
 
-    /// The device knows it, and a copy uses it.
+    /// The device knows it.
     pub(super) fn registered(&mut self, slab: u64) {
-        self.known.insert(slab, Slab::Registered { users: 1 });
+        self.set(slab, Phase::Registered);
     }
 
     /// The device does not know it.
     pub(super) fn plain(&mut self, slab: u64) {
-        self.known.remove(&slab);
+        self.set(slab, UNKNOWN.phase);
+        if self.known.get(&slab).is_some_and(|slab| slab.users == 0) {
+            self.known.remove(&slab);
+        }
     }
 
     /// The device may know it for ever.
     pub(super) fn stuck(&mut self, slab: u64) {
-        self.known.insert(slab, Slab::Stuck);
+        self.set(slab, Phase::Stuck);
+    }
+
+    fn set(&mut self, slab: u64, phase: Phase) {
+        self.known.entry(slab).or_insert(UNKNOWN).phase = phase;
     }
 
     /// Slabs that the device knows, or may know.
     pub(super) fn all_registered(&self) -> Vec<u64> {
-        let registered = self.known.iter().filter(|(_, slab)| !matches!(slab, Slab::Plain { .. }));
+        let registered =
+            self.known.iter().filter(|(_, slab)| !matches!(slab.phase, Phase::Plain { .. }));
         registered.map(|(&slab, _)| slab).collect()
     }
 
     /// How many the device knows.
     pub(super) fn count_registered(&self) -> u64 {
-        let registered = self.known.values().filter(|slab| matches!(slab, Slab::Registered { .. }));
+        let registered = self.known.values().filter(|slab| slab.phase == Phase::Registered);
         registered.count() as u64
     }
 }
@@ -152,12 +175,11 @@ mod tests {
         assert_eq!(slabs.enter(4, 60, 100), Way::Detour);
         assert_eq!(slabs.enter(3, 40, 100), Way::Due);
         slabs.change(3);
-        assert_eq!(slabs.enter(3, 100, 100), Way::Detour, "while it is being registered");
-        assert!(!slabs.is_plain(3) && !slabs.is_idle(3));
+        assert!(slabs.is_changing(3) && !slabs.is_plain(3) && !slabs.is_idle(3));
         slabs.registered(3);
         assert_eq!(slabs.enter(3, 1, 100), Way::Direct);
-        slabs.leave(3);
-        assert!(!slabs.is_idle(3), "a copy uses it");
+        (0..2).for_each(|_| slabs.leave(3));
+        assert!(!slabs.is_idle(3), "a copy uses it, by the detour or not");
         slabs.leave(3);
         assert!(slabs.is_idle(3));
         slabs.plain(3);

@@ -36,11 +36,13 @@ pub struct ObjectSpace(Arc<HostArena>);
 pub struct Part {
     /// Which bytes of the copy.
     pub range: Range<usize>,
-    /// Kept until the copy has ended, if the device reaches this part directly.
+    /// Whether the device reaches it directly.
+    pub direct: bool,
+    /// Kept until the copy has ended, which ever way it goes; none outside of object space.
     pub in_use: Option<InUse>,
 }
 
-/// Memory that a copy uses directly: it stays registered until this is dropped.
+/// Memory that a copy uses: it stays registered, if it is, until this is dropped.
 #[derive(Debug)]
 pub struct InUse {
     space: ObjectSpace,
@@ -74,15 +76,16 @@ impl ObjectSpace {
         let base = mapping.at(0).as_ptr().addr();
         let inside = address.checked_sub(base).filter(|&at| at < mapping.len());
         let Some(at) = inside.filter(|at| len > 0 && len <= mapping.len() - at) else {
-            return vec![Part { range: 0..len, in_use: None }];
+            return vec![Part { range: 0..len, direct: false, in_use: None }];
         };
         let parts = self.0.pages().enter(at..at + len).into_iter();
         if self.0.pages().has_settled() {
             self.0.tell_freed();
         }
         parts
-            .map(|(bytes, slab)| Part {
+            .map(|(bytes, slab, direct)| Part {
                 range: bytes.start - at..bytes.end - at,
+                direct,
                 in_use: slab.map(|slab| InUse { space: self.clone(), slab }),
             })
             .collect()

@@ -263,11 +263,10 @@ mod registered {
         for part in space.enter(bytes.as_ptr().addr(), bytes.len()) {
             assert_eq!(part.range.start, at, "the parts are all of it, in order");
             at = part.range.end;
-            if let Some(in_use) = part.in_use {
-                let address = bytes[part.range.clone()].as_ptr().addr();
-                assert!(device.covers(address, part.range.len()), "registered as one");
-                uses.push(in_use);
-            }
+            let address = bytes[part.range.clone()].as_ptr().addr();
+            let covered = !part.range.is_empty() && device.covers(address, part.range.len());
+            assert_eq!(covered, part.direct, "registered as one");
+            uses.extend(part.in_use.filter(|_| part.direct));
         }
         assert_eq!(at, bytes.len());
         uses
