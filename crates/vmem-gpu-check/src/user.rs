@@ -440,6 +440,24 @@ pub(crate) fn without_context() -> Result<()> {
     unsafe { result::ctx::set_current(std::ptr::null_mut()) }.context("leaving the context")
 }
 
+/// Processor time of this process so far.
+///
+/// # Errors
+///
+/// What the system says.
+pub(crate) fn processor_time() -> Result<Duration> {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: a place for the result.
+    let told = unsafe { libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) };
+    ensure!(told == 0, "asking for processor time");
+    // SAFETY: it was filled in.
+    let usage = unsafe { usage.assume_init() };
+    let time = |time: libc::timeval| {
+        Duration::from_secs(time.tv_sec as u64) + Duration::from_micros(time.tv_usec as u64)
+    };
+    Ok(time(usage.ru_utime) + time(usage.ru_stime))
+}
+
 /// How the card is called, and which driver it has.
 ///
 /// # Errors

@@ -13,10 +13,11 @@ use std::time::Duration;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
+use vmem_core::backend::DeviceError;
 use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::card::{Call, Foreign, Source};
-use crate::lease::{check_stream, device_error, public, tier};
+use crate::lease::{check_stream, device_error, tier};
 use crate::tier::CudaTier;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
@@ -81,7 +82,7 @@ impl<'a> DeviceTarget<'a> {
         let (passed, event) = before.map_err(|error| device_error("recording an event", error))?;
         if !passed {
             let waited = tier.watch(event, Box::new(())).await;
-            waited.map_err(|_| VirtualMemoryError::Closed)?.map_err(public)?;
+            waited.map_err(|_| VirtualMemoryError::Closed)?.map_err(DeviceError::public)?;
         }
         let call = Arc::new(Call::default());
         Ok(Running(Foreign { address: self.address, len: self.len, call }))
@@ -169,7 +170,7 @@ async fn give(
         }
         None => Source::Host(vmem.read_at(handle, range).await?),
     };
-    tier.give(to, offset, source).await.map_err(public)
+    tier.give(to, offset, source).await.map_err(DeviceError::public)
 }
 
 pub(crate) async fn scatter(
@@ -190,7 +191,7 @@ pub(crate) async fn scatter(
             let from = offset + (at - range.start);
             let buf = vmem.scratch(len).await?;
             let (buf, outcome) = tier.take(running.0.clone(), from, len, buf).await;
-            outcome.map_err(public)?;
+            outcome.map_err(DeviceError::public)?;
             vmem.write_at(handle, at, &buf[..len]).await?;
             at += len;
         }

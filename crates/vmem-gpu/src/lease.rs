@@ -192,20 +192,7 @@ pub(crate) fn check_stream(vmem: &VirtualMemory, stream: &Arc<CudaStream>) -> Re
 }
 
 pub(crate) fn device_error(operation: &'static str, error: DriverError) -> VirtualMemoryError {
-    public(failed(operation, error))
-}
-
-/// As the user sees it.
-pub(crate) fn public(error: DeviceError) -> VirtualMemoryError {
-    match error {
-        DeviceError::Failed { operation, code, message } => {
-            VirtualMemoryError::Device { operation, code, message }
-        }
-        DeviceError::Lost(message) => {
-            VirtualMemoryError::Device { operation: "using the device", code: 0, message }
-        }
-        DeviceError::Closed => VirtualMemoryError::Closed,
-    }
+    failed(operation, error).public()
 }
 
 /// What both kinds of leases have.

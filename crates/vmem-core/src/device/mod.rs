@@ -172,7 +172,7 @@ pub enum DeviceError {
 
 impl DeviceError {
     /// As the user sees it.
-    pub(crate) fn public(self) -> VirtualMemoryError {
+    pub fn public(self) -> VirtualMemoryError {
         match self {
             DeviceError::Failed { operation, code, message } => {
                 VirtualMemoryError::Device { operation, code, message }

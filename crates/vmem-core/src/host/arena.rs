@@ -83,9 +83,7 @@ impl HostArena {
     /// [`NoRoom`], at once.
     pub(crate) fn try_alloc(self: &Arc<Self>, len: usize, owner: u64) -> Result<HostSlot, NoRoom> {
         let slot = self.alloc(len, owner);
-        if self.pages.has_settled() {
-            self.tell_freed();
-        }
+        self.tell_if_settled();
         slot
     }
 
@@ -182,8 +180,15 @@ impl HostArena {
         self.tell_freed();
     }
 
+    /// Who found no room may find some, because slabs or their copies have come to an end.
+    pub(super) fn tell_if_settled(&self) {
+        if self.pages.has_settled() {
+            self.tell_freed();
+        }
+    }
+
     /// Something may have become free.
-    pub(super) fn tell_freed(&self) {
+    fn tell_freed(&self) {
         if let Some(freed) = self.freed.get() {
             freed();
         }

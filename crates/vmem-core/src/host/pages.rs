@@ -205,13 +205,13 @@ impl Pages {
         parts
     }
 
-    /// A copy that touched a slab has ended. True if somebody waits for that.
-    pub(super) fn leave(&self, slab: u64) -> bool {
+    /// A copy that touched a slab has ended.
+    pub(super) fn leave(&self, slab: u64) {
         let mut state = self.state.lock();
         if let Some(slabs) = &mut state.slabs {
             slabs.leave(slab);
         }
-        std::mem::take(&mut state.starved)
+        self.settle(state);
     }
 
     /// The device knows no slab any more, by the end of this; all its copies have ended. False if it may.

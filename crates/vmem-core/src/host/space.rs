@@ -79,9 +79,7 @@ impl ObjectSpace {
             return vec![Part { range: 0..len, direct: false, in_use: None }];
         };
         let parts = self.0.pages().enter(at..at + len).into_iter();
-        if self.0.pages().has_settled() {
-            self.0.tell_freed();
-        }
+        self.0.tell_if_settled();
         parts
             .map(|(bytes, slab, direct)| Part {
                 range: bytes.start - at..bytes.end - at,
@@ -102,8 +100,7 @@ impl ObjectSpace {
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        if self.space.0.pages().leave(self.slab) {
-            self.space.0.tell_freed();
-        }
+        self.space.0.pages().leave(self.slab);
+        self.space.0.tell_if_settled();
     }
 }

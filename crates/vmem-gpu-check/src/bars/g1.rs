@@ -20,7 +20,7 @@ use super::pump::{By, pump};
 use super::raw::{self, Link, Piece, Reader};
 use super::report::{Limit, OURS, Report};
 use super::timing::{Contender, in_turn};
-use super::{Bench, Data, HOST, KIB, MIB, VRAM, each, lower, shuffle};
+use super::{Bench, Data, HOST, KIB, MIB, VRAM, each, shuffle};
 use crate::parts::Outcome;
 use crate::user::{Env, User};
 
@@ -185,7 +185,7 @@ impl<'a> Ours<'a> {
         let (vmem, added) = (&self.bench.vmem, &mut self.added);
         let took = self.bench.run(async {
             for (_, handle) in &self.objects {
-                lower(vmem, handle, HOST).await?;
+                vmem.demote(handle, HOST).await.context("demoting")?;
             }
             let mut leases: Vec<DeviceLeaseMut> = Vec::new();
             for (object, handle) in down {

@@ -17,7 +17,7 @@ use super::pump::{By, pump};
 use super::raw::{Link, Piece, Reader};
 use super::report::{Limit, OURS, Report};
 use super::timing::{Contender, in_turn, median};
-use super::{Bench, DISK, Data, KIB, MIB, VRAM, each, lower, shuffle};
+use super::{Bench, DISK, Data, KIB, MIB, VRAM, each, shuffle};
 use crate::parts::Outcome;
 use crate::user::Env;
 
@@ -60,7 +60,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
         bench.run(async {
             let mut handles = Vec::new();
             for (_, handle) in &objects {
-                lower(vmem, handle, DISK).await?;
+                vmem.demote(handle, DISK).await.context("demoting")?;
                 handles.push(handle.clone());
             }
             let store = vmem.clone();

@@ -24,7 +24,7 @@ use super::report::{Limit, OURS, Report};
 use super::timing::{Contender, Figures, in_turn, percentile, spread};
 use super::{Bench, Data, HOST, MIB, VRAM};
 use crate::parts::Outcome;
-use crate::user::{Env, User};
+use crate::user::{Env, User, processor_time};
 
 /// Longer than it takes to ask for a notice.
 const KERNEL: Duration = Duration::from_micros(200);
@@ -64,7 +64,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
         let (bench, rig, seen, compared, data) = (&bench, &rig, &seen, &compared, &data);
         let round = move || {
             let mut taken = rig.borrow_mut().take().context("a block failed")?;
-            let before = raw::processor_time()?;
+            let before = processor_time()?;
             let (rest, late) = bench.run(async {
                 let task = tokio::spawn(async move {
                     let late = taken.block(how, block).await;
@@ -72,7 +72,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
                 });
                 task.await.map_err(|_| anyhow!("a block panicked"))
             })?;
-            let used = raw::processor_time()?.saturating_sub(before);
+            let used = processor_time()?.saturating_sub(before);
             rest.compare(how, data, &mut compared.borrow_mut())?;
             rig.replace(Some(rest));
             seen.borrow_mut().entry(name).or_default().push(late?);

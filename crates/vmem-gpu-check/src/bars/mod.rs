@@ -29,7 +29,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use futures::StreamExt;
 use tokio::runtime::Runtime;
-use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfigBuilder, VirtualMemoryError};
+use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfigBuilder};
 
 use crate::parts::{On, Part};
 use crate::user::{Env, User};
@@ -150,18 +150,6 @@ where
         task.await.context("a task panicked")??;
     }
     Ok(())
-}
-
-/// Takes an object down, once the leases that were dropped have ended.
-async fn lower(vmem: &VirtualMemory, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
-    let mut tries = 0;
-    loop {
-        match vmem.demote(handle, to).await {
-            Err(VirtualMemoryError::Pinned { .. }) if tries < 100_000 => tries += 1,
-            outcome => return outcome.with_context(|| format!("demoting to {to}")),
-        }
-        tokio::time::sleep(Duration::from_micros(100)).await;
-    }
 }
 
 /// Random bytes, of which each object has some that begin elsewhere: no generator is timed, and none is mistaken for another.

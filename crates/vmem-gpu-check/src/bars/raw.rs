@@ -531,17 +531,3 @@ pub(super) fn timed_event(user: &User) -> Result<CudaEvent> {
 pub(super) fn sleeping_event(user: &User) -> Result<CudaEvent> {
     user.context.new_event(Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC)).context("an event")
 }
-
-/// Processor time of this process so far.
-pub(super) fn processor_time() -> Result<Duration> {
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: a place for the result.
-    let told = unsafe { libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) };
-    ensure!(told == 0, "asking for processor time");
-    // SAFETY: it was filled in.
-    let usage = unsafe { usage.assume_init() };
-    let time = |time: libc::timeval| {
-        Duration::from_secs(time.tv_sec as u64) + Duration::from_micros(time.tv_usec as u64)
-    };
-    Ok(time(usage.ru_utime) + time(usage.ru_stime))
-}

@@ -23,7 +23,7 @@ use vmem::gpu::VramExt;
 use vmem::{MemoryTier, VMemHandle, VirtualMemory};
 
 use crate::parts::{On, Outcome, Part};
-use crate::user::{DeviceMemory, Env, User};
+use crate::user::{DeviceMemory, Env, User, processor_time};
 
 const VRAM: MemoryTier = MemoryTier::Vram;
 const HOST: MemoryTier = MemoryTier::Host;
@@ -165,22 +165,6 @@ async fn end(env: &Env, vmem: VirtualMemory, handles: Vec<VMemHandle>) -> Result
         ensure!(emulator.counter("registrations") == 0, "memory stays registered");
     }
     Ok(())
-}
-
-/// Processor time of this process so far.
-fn processor_time() -> Duration {
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: a place for the result.
-    let told = unsafe { libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) };
-    if told != 0 {
-        return Duration::ZERO;
-    }
-    // SAFETY: it was filled in, and zeros are a value too.
-    let usage = unsafe { usage.assume_init() };
-    let time = |time: libc::timeval| {
-        Duration::from_secs(time.tv_sec as u64) + Duration::from_micros(time.tv_usec as u64)
-    };
-    time(usage.ru_utime) + time(usage.ru_stime)
 }
 
 fn passed(figures: serde_json::Value) -> Result<Outcome> {

@@ -29,13 +29,13 @@ pub(super) fn staging(env: &Env) -> Result<Outcome> {
             held.push(vmem.read(&filler).await?);
             fillers.push(filler);
         }
-        let (before, begun, host) = (processor_time(), Instant::now(), vmem.stats().host.used_bytes);
+        let (before, begun, host) = (processor_time()?, Instant::now(), vmem.stats().host.used_bytes);
         if let Some(emulator) = &env.emulator {
             emulator.delay(vmem_cuda_emulator::Kind::Up, 10_000);
         }
         let promotes = objects.iter().map(|handle| vmem.promote(handle, VRAM));
         futures::future::try_join_all(promotes).await.context("with host memory held")?;
-        let (took, spent) = (begun.elapsed(), processor_time().saturating_sub(before));
+        let (took, spent) = (begun.elapsed(), processor_time()?.saturating_sub(before));
         if let Some(emulator) = &env.emulator {
             emulator.delay(vmem_cuda_emulator::Kind::Up, 0);
         }
@@ -72,9 +72,9 @@ pub(super) fn all_pinned(env: &Env) -> Result<Outcome> {
         let leased = vmem.put(bytes(3, 0, len), HOST).await?;
         let lease = vmem.device_on(&leased, &user.stream).await?;
         let other = vmem.put(bytes(4, 0, len), HOST).await?;
-        let (before, begun) = (processor_time(), Instant::now());
+        let (before, begun) = (processor_time()?, Instant::now());
         let refused = vmem.promote(&other, VRAM).await;
-        let (took, spent) = (begun.elapsed(), processor_time().saturating_sub(before));
+        let (took, spent) = (begun.elapsed(), processor_time()?.saturating_sub(before));
         match refused {
             Err(VirtualMemoryError::AllPinned { tier, pinned_bytes, capacity_bytes, .. }) => {
                 ensure!(
