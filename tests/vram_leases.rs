@@ -440,6 +440,41 @@ async fn a_kernel_that_does_not_end() {
     }
 }
 
+/// A version that is on its way down when the patience with kernels ends is not given up, nor the one before it.
+#[tokio::test]
+async fn a_copy_down_that_is_slow_at_the_end() {
+    let emulator = Emulator::load().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let config = || {
+        let config = VirtualMemoryConfig::builder().disk_path(folder.path());
+        let config = config.host_capacity(16 << 20).disk_capacity(64 << 20).vram_capacity(8 << 20);
+        config.wait_timeout(Duration::from_secs(1)).build().unwrap()
+    };
+    let vmem = vmem::open(config()).await.unwrap();
+    let named = vmem.put_named("weights", bytes(3), HOST).await.unwrap();
+    // Newer than what is durable.
+    vmem.write(&named, bytes(9)).await.unwrap();
+    let stream = stream();
+    let lease = vmem.device_mut_on(&named, &stream).await.unwrap();
+    // SAFETY: used by the kernel below, on the stream of the lease.
+    let at = unsafe { lease.device_ptr() };
+    launch("vmem_add", at, LEN as u64, 4, &stream);
+    emulator.hold(Kind::Down);
+    drop((lease, named));
+    let mut closing = Box::pin(vmem.close());
+    tokio::select! {
+        _ = &mut closing => panic!("what the kernel wrote is still on its way"),
+        () = tokio::time::sleep(Duration::from_millis(1500)) => emulator.release_all(),
+    }
+    closing.await.unwrap();
+    let vmem = vmem::open(config()).await.unwrap();
+    let again = vmem.open_named("weights").await.unwrap();
+    assert!(vmem.read(&again).await.unwrap() == plus(&bytes(9), 4));
+    drop(again);
+    vmem.close().await.unwrap();
+    assert_eq!(emulator.violations(), [""; 0]);
+}
+
 /// Within a scope the calling thread's own stream is in the order of the lease.
 #[tokio::test]
 async fn a_scope_orders_the_own_stream_of_a_thread() {

@@ -11,6 +11,7 @@ use std::time::Duration;
 use dashmap::DashMap;
 use foldhash::fast::FixedState;
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::actor::Requests;
@@ -99,6 +100,8 @@ pub(crate) struct Shared {
     pub(crate) blocked_by_holds: AtomicBool,
     /// The turn of the one set of objects that gathers room.
     pub(crate) set_turn: tokio::sync::Mutex<()>,
+    /// Closed once a store that ends waits for kernels no longer; it never has a permit.
+    pub(crate) patience: Semaphore,
     closed: AtomicBool,
 }
 
@@ -143,6 +146,7 @@ impl Shared {
             host_pins: PinBudget::new(pinned_max as u64),
             blocked_by_holds: AtomicBool::new(false),
             set_turn: tokio::sync::Mutex::const_new(()),
+            patience: Semaphore::const_new(0),
             closed: AtomicBool::new(false),
             limits,
         }))

@@ -247,9 +247,27 @@ impl Actor {
         flushed.and(unnamed).and(closed).and(device)
     }
 
-    /// Waits for kernels as long as anybody waits for anything. The version before a kernel that does not end stays the
-    /// current one; its device memory is kept by whoever waits for its event.
+    /// Waits for kernels as long as anybody waits for anything, and as long again for what is on its way down then. The
+    /// version before a kernel that does not end stays the current one; its device memory is kept by whoever waits for
+    /// its event.
     async fn end_kernels(&mut self) {
+        self.wait_for_kernels().await;
+        // Leases that are still held can publish nothing any more.
+        self.inbox.kernels.close();
+        while let Ok(request) = self.inbox.kernels.try_recv() {
+            request.refuse(VirtualMemoryError::Closed);
+        }
+        if self.kernels.is_empty() {
+            return;
+        }
+        tracing::error!(target: "vmem::actor", kernels = self.kernels.len(), "kernels have not ended");
+        self.shared.patience.close();
+        self.wait_for_kernels().await;
+        self.kernels.shutdown().await;
+    }
+
+    /// Takes up the ends of kernels, until all have come or nobody would wait any longer.
+    async fn wait_for_kernels(&mut self) {
         let late = sleep(self.shared.limits.wait_timeout);
         tokio::pin!(late);
         loop {
@@ -261,21 +279,11 @@ impl Actor {
                 biased;
                 ended = self.kernels.join_next() => match ended {
                     Some(ended) => self.account(ended),
-                    None => break,
+                    None => return,
                 },
-                () = &mut late => break,
+                () = &mut late => return,
             }
         }
-        // Leases that are still held can publish nothing any more.
-        self.inbox.kernels.close();
-        while let Ok(request) = self.inbox.kernels.try_recv() {
-            request.refuse(VirtualMemoryError::Closed);
-        }
-        if self.kernels.is_empty() {
-            return;
-        }
-        tracing::error!(target: "vmem::actor", kernels = self.kernels.len(), "kernels have not ended");
-        self.kernels.shutdown().await;
     }
 }
 

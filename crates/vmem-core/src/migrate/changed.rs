@@ -74,8 +74,13 @@ impl Changed {
         &mut self,
         ready: DeviceAnswer<Result<(), DeviceError>>,
     ) -> Result<OwnedCopy, VirtualMemoryError> {
-        ready.await.map_err(DeviceError::public)?;
         let shared = self.pass.object().shared.clone();
+        tokio::select! {
+            biased;
+            ready = ready => ready.map_err(DeviceError::public)?,
+            // Here the version before is whole still.
+            _ = shared.patience.acquire() => return Err(VirtualMemoryError::Closed),
+        }
         let vram = shared.vram()?;
         let room = self.room.take().expect("invariant: taken here, and put back after a failure");
         let into = IoBuf::from_copy(room);
