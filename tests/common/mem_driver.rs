@@ -16,7 +16,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
-use vmem::backend::IoBuf;
+use vmem::backend::{Clock, IoBuf};
 use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun, closed_error};
 
 const POISON: u8 = 0xDB;
@@ -265,6 +265,10 @@ impl Driver for MemDriver {
 
     fn sync(&self) -> BoxFuture<'static, io::Result<()>> {
         std::future::ready(Ok(())).boxed()
+    }
+
+    fn clock(&self) -> Clock {
+        Clock::Runtime
     }
 
     fn close(&self) -> BoxFuture<'static, io::Result<()>> {

@@ -10,6 +10,7 @@ pub use crate::catalog::{
     Answer, Catalog, CatalogChange, CatalogObject, CatalogRecord, METADATA_LEN_MAX, NAME_LEN_MAX,
     SEGMENT_CHUNKS, StoredChunk,
 };
+pub use crate::deadline::Clock;
 pub use crate::device::{
     DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, RangeLedger, RangeOwner,
 };

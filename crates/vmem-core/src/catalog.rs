@@ -12,7 +12,7 @@ use futures::future::BoxFuture;
 
 use crate::disk::Runs;
 use crate::error::VirtualMemoryError;
-use crate::tier::MemoryTier;
+use crate::memory_tier::MemoryTier;
 
 /// The longest name, in bytes of UTF-8.
 pub const NAME_LEN_MAX: usize = 1024;

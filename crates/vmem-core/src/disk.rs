@@ -17,6 +17,7 @@ use smallvec::SmallVec;
 
 use crate::buffer::IoBuf;
 use crate::catalog::StoredChunk;
+use crate::deadline::Clock;
 use crate::host::StagingMemory;
 
 /// The unit of checksums and of partial rewrites, in bytes: objects up to this size are one chunk,
@@ -94,6 +95,11 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
 
     /// What serves, and why, in words.
     fn describe(&self) -> Arc<str>;
+
+    /// The time in which its operations take place; deadlines are measured by it.
+    fn clock(&self) -> Clock {
+        Clock::Real
+    }
 
     /// Its store has begun to end by itself, because it was dropped: whoever opens the same place may wait
     /// for that.

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::tier::MemoryTier;
+use crate::memory_tier::MemoryTier;
 
 /// Why a call did not do what was asked. All sizes are bytes.
 ///

@@ -11,7 +11,7 @@ use parking_lot::RwLock;
 use tokio::sync::broadcast;
 
 use crate::error::VirtualMemoryError;
-use crate::tier::MemoryTier;
+use crate::memory_tier::MemoryTier;
 
 /// Events that a slow listener may be behind by.
 const BACKLOG_MAX: usize = 1024;

@@ -24,6 +24,7 @@ pub struct ReadOptions {
     pub(crate) class: ReadClass,
     pub(crate) timeout: Option<Duration>,
     pub(crate) promote: Option<bool>,
+    pub(crate) copy_small: Option<usize>,
 }
 
 /// How urgent a read is.
@@ -61,9 +62,16 @@ impl ReadOptions {
         self
     }
 
-    /// Whether the object comes up to stay. Default: as the store's `promotion` says.
+    /// Whether the read promotes the object. Default: as the store's `promotion` says.
     pub fn promote(mut self, promote: bool) -> Self {
         self.promote = Some(promote);
+        self
+    }
+
+    /// A part of at most so many bytes is copied rather than held, so that it keeps nothing else in host
+    /// memory. Default: an eighth of the object, at most 4 KiB.
+    pub fn copy_small(mut self, bytes: usize) -> Self {
+        self.copy_small = Some(bytes);
         self
     }
 }

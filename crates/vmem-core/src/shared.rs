@@ -4,32 +4,39 @@
 //! behind their own lock, and no lock is taken while another one is held, but for those of
 //! the allocators inside of them. Made by `VirtualMemory::with_backends`.
 
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use dashmap::DashMap;
 use foldhash::fast::FixedState;
+use futures::FutureExt;
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
 
-use crate::actor::Requests;
+use crate::actor::{Requests, spawn_named};
 use crate::backend::Backends;
+use crate::buffer::IoBuf;
 use crate::config::{self, Promotion, VirtualMemoryConfig};
 use crate::copy::{Copies, OwnedCopy};
+use crate::deadline::{Deadline, Late, Timing};
 use crate::disk::{DiskBackend, DiskError};
 use crate::error::VirtualMemoryError;
 use crate::events::Events;
 use crate::host::{HostArena, StagingPool};
-use crate::host_queue::{HostQueue, Need, Refused};
+use crate::memory_tier::MemoryTier;
 use crate::migrate::Link;
 use crate::names::Names;
 use crate::object::Object;
+use crate::parcel::{GRACE, Parcel, Unclaimed, Unkept};
 use crate::pins::PinBudget;
 use crate::policy::{self, Policy};
 use crate::stats::{Counters, TierStats, VirtualMemoryStats, get};
-use crate::tier::MemoryTier;
+use crate::tier::{Need, Queue, Refused};
 use crate::vram::Vram;
 use crate::wake::Wake;
 
@@ -78,7 +85,8 @@ pub(crate) struct Shared {
     table: DashMap<u64, Arc<Object>, FixedState>,
     next_id: AtomicU64,
     opened: Instant,
-    pub(crate) host: HostQueue,
+    pub(crate) timing: Timing,
+    pub(crate) host: Queue<Arc<HostArena>>,
     pub(crate) copies: Copies,
     pub(crate) staging: Arc<StagingPool>,
     pub(crate) disk: Arc<dyn DiskBackend>,
@@ -98,8 +106,10 @@ pub(crate) struct Shared {
     host_pins: PinBudget,
     /// The evictor found nothing that it could take but what is pinned, leased or held.
     pub(crate) blocked_by_holds: AtomicBool,
-    /// The turn of the one set of objects that gathers room.
-    pub(crate) set_turn: tokio::sync::Mutex<()>,
+    /// What the runtime has set aside for callers.
+    pub(crate) unclaimed: Arc<Unclaimed>,
+    /// The tasks that serve callers past the actor.
+    pub(crate) tasks: TaskTracker,
     /// Closed once a store that ends waits for kernels no longer; it never has a permit.
     pub(crate) patience: Semaphore,
     closed: AtomicBool,
@@ -123,11 +133,18 @@ impl Shared {
         let wake = Arc::new(Wake::default());
         let bell = wake.clone();
         arena.set_freed_hook(Box::new(move || bell.if_waiting()));
+        let unclaimed = Arc::new(Unclaimed::default());
+        let runtime = tokio::runtime::Handle::current();
+        let vram = device.map(|device| {
+            let policy = policy::build(config.policy());
+            Vram::new(device, policy, config.max_pinned(), &wake, &unclaimed)
+        });
         Ok(Arc::new(Shared {
             table: DashMap::with_hasher(FixedState::default()),
             next_id: AtomicU64::new(1),
             opened: Instant::now(),
-            host: HostQueue::new(arena, limits.high_bytes, wake.clone()),
+            timing: Timing { clock: disk.clock(), runtime: runtime.id() },
+            host: Queue::new(arena, limits.high_bytes, wake.clone(), unclaimed.clone()),
             copies: Copies::new(wake.clone()),
             staging,
             names: Names::start(catalog, &disk),
@@ -135,17 +152,16 @@ impl Shared {
             disk_link: Link::default(),
             policy: Mutex::new(policy::build(config.policy())),
             requests,
-            runtime: tokio::runtime::Handle::current(),
+            runtime,
             wake,
             events: Events::new(),
             counters: Counters::default(),
-            vram: device.map(|device| {
-                Vram::new(device, policy::build(config.policy()), config.max_pinned())
-            }),
+            vram,
             vram_reason,
             host_pins: PinBudget::new(pinned_max as u64),
             blocked_by_holds: AtomicBool::new(false),
-            set_turn: tokio::sync::Mutex::const_new(()),
+            unclaimed,
+            tasks: TaskTracker::new(),
             patience: Semaphore::const_new(0),
             closed: AtomicBool::new(false),
             limits,
@@ -158,8 +174,13 @@ impl Shared {
     }
 
     /// When a request that starts now gives up.
-    pub(crate) fn deadline(&self) -> Instant {
-        far_future_or(Instant::now(), self.limits.wait_timeout)
+    pub(crate) fn deadline(&self) -> Deadline {
+        self.deadline_in(self.limits.wait_timeout)
+    }
+
+    /// When a request that starts now and waits so long gives up.
+    pub(crate) fn deadline_in(&self, wait: Duration) -> Deadline {
+        Deadline::after(wait, self.timing)
     }
 
     // ---- The table ---------------------------------------------------------------------------
@@ -206,11 +227,128 @@ impl Shared {
         first
     }
 
-    // ---- Room --------------------------------------------------------------------------------
+    /// Nobody makes space any more.
+    pub(crate) fn close_queues(&self) {
+        self.host.close();
+        if let Some(vram) = &self.vram {
+            vram.queue.close();
+        }
+    }
+
+    // ---- Tasks -------------------------------------------------------------------------------
+
+    /// Runs `work` as a task of the runtime, which `close` waits for. It never waits for a caller.
+    pub(crate) fn spawn<F>(self: &Arc<Self>, name: &'static str, work: F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let shared = self.clone();
+        let guarded = self.tasks.track_future(async move {
+            // A migration never panics; if one does, the store is not to be trusted with more.
+            if AssertUnwindSafe(work).catch_unwind().await.is_err() {
+                tracing::error!(target: "vmem::actor", name, "a task ended in a panic");
+                shared.set_closed();
+            }
+        });
+        spawn_named(&self.runtime, name, guarded);
+    }
+
+    /// Runs `work` as a task, which is dropped once its caller is, and sets its value aside for the caller.
+    pub(crate) fn spawn_for_caller<T, F>(
+        self: &Arc<Self>,
+        name: &'static str,
+        work: F,
+    ) -> Parcel<Result<T, VirtualMemoryError>>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, VirtualMemoryError>> + Send + 'static,
+    {
+        let (delivery, parcel) = crate::parcel::parcel();
+        let unclaimed = self.unclaimed.clone();
+        self.spawn(name, async move {
+            let outcome = tokio::select! {
+                biased;
+                outcome = work => outcome,
+                () = delivery.unwanted() => return,
+            };
+            let counted = outcome.is_ok().then_some(&unclaimed);
+            drop(delivery.deliver(outcome, counted));
+        });
+        parcel
+    }
+
+    /// As `spawn_for_caller`, for a value that keeps others from an object: the task takes it back by itself.
+    pub(crate) fn spawn_for_caller_briefly<T, F>(
+        self: &Arc<Self>,
+        name: &'static str,
+        work: F,
+    ) -> Parcel<Result<T, VirtualMemoryError>>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, VirtualMemoryError>> + Send + 'static,
+    {
+        let (delivery, parcel) = crate::parcel::parcel();
+        let unclaimed = Arc::new(Unclaimed::default());
+        self.spawn(name, async move {
+            let outcome = tokio::select! {
+                biased;
+                outcome = work => outcome,
+                () = delivery.unwanted() => return,
+            };
+            drop(delivery.deliver(outcome, Some(&unclaimed)));
+            while let Some(due) = unclaimed.recall() {
+                tokio::time::sleep_until(due).await;
+            }
+        });
+        parcel
+    }
+
+    /// The answer of a task; none if it was taken back, and is to be asked for again.
+    ///
+    /// # Errors
+    ///
+    /// That of the task; `TimedOut` if it does not answer, `Closed` if it has gone.
+    pub(crate) async fn answer<T>(
+        &self,
+        parcel: &Parcel<Result<T, VirtualMemoryError>>,
+        deadline: &Deadline,
+        operation: &'static str,
+    ) -> Result<Option<T>, VirtualMemoryError> {
+        match deadline.bound_answer(parcel.claim()).await {
+            Ok(Ok(outcome)) => outcome.map(Some),
+            Ok(Err(Unkept::Recalled)) if deadline.is_past() => Err(deadline.error(operation)),
+            Ok(Err(Unkept::Recalled)) => Ok(None),
+            Ok(Err(Unkept::Abandoned)) => Err(VirtualMemoryError::Closed),
+            Err(Late) => Err(deadline.error(operation)),
+        }
+    }
+
+    // ---- Space -------------------------------------------------------------------------------
+
+    /// A piece of staging; for a task. What lies there for callers who do not come is taken back.
+    ///
+    /// # Errors
+    ///
+    /// `TimedOut` at the deadline.
+    pub(crate) async fn staging(&self, deadline: &Deadline) -> Result<IoBuf, VirtualMemoryError> {
+        let acquired = async {
+            let acquire = self.staging.acquire();
+            tokio::pin!(acquire);
+            loop {
+                tokio::select! {
+                    biased;
+                    piece = &mut acquire => return IoBuf::from_staging(piece),
+                    () = tokio::time::sleep(GRACE) => drop(self.unclaimed.recall()),
+                }
+            }
+        };
+        let late = |Late| deadline.error("waiting for staging memory");
+        deadline.bound(acquired).await.map_err(late)
+    }
 
     /// The largest object that host memory could ever hold, in bytes of footprint.
     pub(crate) fn host_space(&self) -> u64 {
-        self.host.arena().capacity_bytes()
+        self.host.space().capacity_bytes()
     }
 
     /// Whether an object of this length can be host-resident at all.
@@ -226,50 +364,72 @@ impl Shared {
         }
     }
 
-    /// Room in host memory if there is some now.
-    pub(crate) fn try_host_room(&self, need: Need) -> Option<OwnedCopy> {
-        let slot = self.host.try_take(need)?;
+    /// What no eviction frees now, in bytes of host memory: at least so much, since what is pinned may be held
+    /// too.
+    pub(crate) fn host_holds(&self) -> u64 {
+        self.host_pins.bytes().max(self.copies.held_bytes())
+    }
+
+    /// Space in host memory for one object, if there is some now.
+    pub(crate) fn try_host_room(&self, need: &Need) -> Option<OwnedCopy> {
+        let slot = self.host.try_take(need)?.pop()?;
         self.check_high_mark();
         Some(OwnedCopy::new(&self.copies, slot))
     }
 
-    /// Room in host memory, as soon as there is some.
+    /// Space in host memory for one object, as soon as there is some.
     pub(crate) async fn host_room(
         &self,
-        need: Need,
-        deadline: Instant,
+        need: &Need,
+        deadline: &Deadline,
     ) -> Result<OwnedCopy, Refused> {
-        let slot = self.host.take(need, deadline).await?;
+        let mut rooms = self.host_rooms(need, deadline).await?;
+        Ok(rooms.pop().expect("invariant: a grant has space for each object"))
+    }
+
+    /// Space in host memory for each object of the request, as soon as there is some for all.
+    pub(crate) async fn host_rooms(
+        &self,
+        need: &Need,
+        deadline: &Deadline,
+    ) -> Result<Vec<OwnedCopy>, Refused> {
+        let grant = self.host.take(need, deadline).await?;
         self.check_high_mark();
-        Ok(OwnedCopy::new(&self.copies, slot))
+        Ok(grant.into_iter().map(|slot| OwnedCopy::new(&self.copies, slot)).collect())
     }
 
     /// As [`host_room`](Self::host_room), for callers who have no other way.
     pub(crate) async fn host_room_or_error(
         &self,
-        need: Need,
-        deadline: Instant,
+        need: &Need,
+        deadline: &Deadline,
     ) -> Result<OwnedCopy, VirtualMemoryError> {
-        if !self.fits_host(need.len) {
-            return Err(self.exceeds_host(need.len));
+        if !self.fits_host(need.len()) {
+            return Err(self.exceeds_host(need.len()));
         }
-        match self.host_room(need, deadline).await {
-            Ok(copy) => Ok(copy),
-            Err(Refused::Error(error)) => Err(error),
-            Err(Refused::Deadline(waited)) => Err(self.why_no_room(need.len, waited)),
-            Err(Refused::Spill) => Err(self.host_full(need.len)),
+        self.host_room(need, deadline).await.map_err(|refused| self.refusal(need, refused))
+    }
+
+    /// The public form of a refusal.
+    pub(crate) fn refusal(&self, need: &Need, refused: Refused) -> VirtualMemoryError {
+        match refused {
+            Refused::Error(error) => error,
+            Refused::Deadline(waited) => self.why_no_room(self.host.footprint(need), waited),
+            Refused::Spill => self.host_full(self.host.footprint(need)),
         }
     }
 
     /// What kept a request from being served until its deadline.
-    fn why_no_room(&self, len: usize, waited: Duration) -> VirtualMemoryError {
+    fn why_no_room(&self, requested_bytes: u64, waited: Duration) -> VirtualMemoryError {
         let holds = self.host_pins.bytes() + self.copies.held_bytes();
-        if holds == 0 || !self.blocked_by_holds.load(Ordering::SeqCst) {
+        let unreachable = requested_bytes > self.host_space().saturating_sub(self.host_holds());
+        let blocked = unreachable || self.blocked_by_holds.load(Ordering::SeqCst);
+        if holds == 0 || !blocked {
             return VirtualMemoryError::TimedOut { operation: "making room in host", waited };
         }
         VirtualMemoryError::AllPinned {
             tier: MemoryTier::Host,
-            requested_bytes: HostArena::footprint(len),
+            requested_bytes,
             pinned_bytes: self.host_pins.bytes(),
             leased_bytes: 0,
             held_bytes: self.copies.held_bytes(),
@@ -279,18 +439,18 @@ impl Shared {
     }
 
     /// Host memory is full and nothing can leave it.
-    pub(crate) fn host_full(&self, len: usize) -> VirtualMemoryError {
-        let arena = self.host.arena();
+    pub(crate) fn host_full(&self, requested_bytes: u64) -> VirtualMemoryError {
+        let arena = self.host.space();
         VirtualMemoryError::TierFull {
             tier: MemoryTier::Host,
-            requested_bytes: HostArena::footprint(len),
+            requested_bytes,
             free_bytes: arena.capacity_bytes().saturating_sub(arena.used_bytes()),
             capacity_bytes: arena.capacity_bytes(),
         }
     }
 
     fn check_high_mark(&self) {
-        if self.host.arena().used_bytes() > self.limits.high_bytes {
+        if self.host.space().used_bytes() > self.limits.high_bytes {
             self.wake.now();
         }
     }
@@ -327,6 +487,11 @@ impl Shared {
         if let Some(vram) = &self.vram {
             vram.ring();
         }
+    }
+
+    /// Footprint that pins keep in host memory, in bytes.
+    pub(crate) fn host_pinned(&self) -> u64 {
+        self.host_pins.bytes()
     }
 
     // ---- Pins --------------------------------------------------------------------------------
@@ -381,7 +546,7 @@ impl Shared {
     }
 
     pub(crate) fn stats(&self) -> VirtualMemoryStats {
-        let (arena, disk, counters) = (self.host.arena(), self.disk.usage(), &self.counters);
+        let (arena, disk, counters) = (self.host.space(), self.disk.usage(), &self.counters);
         VirtualMemoryStats {
             vram: self.vram.as_ref().map_or_else(TierStats::default, |vram| {
                 let usage = vram.usage();
@@ -416,8 +581,8 @@ impl Shared {
             held_bytes: self.copies.held_bytes(),
             pinned_bytes: self.host_pins.bytes(),
             dirty_bytes: get(&counters.dirty_bytes),
-            waiters: self.host.waiters() as u64
-                + self.vram.as_ref().map_or(0, |vram| vram.waiters() as u64),
+            waiters: self.host.len() as u64
+                + self.vram.as_ref().map_or(0, |vram| vram.queue.len() as u64),
             migrations_in_flight: get(&counters.in_flight),
             misses: get(&counters.misses),
             evictions: get(&counters.evictions),
@@ -438,10 +603,4 @@ impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shared").field("limits", &self.limits).finish_non_exhaustive()
     }
-}
-
-/// `from + wait`, or a time that nobody lives to see if that cannot be said.
-pub(crate) fn far_future_or(from: Instant, wait: Duration) -> Instant {
-    const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
-    from.checked_add(wait.min(CENTURY)).unwrap_or(from + Duration::from_secs(86400))
 }

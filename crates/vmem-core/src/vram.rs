@@ -1,77 +1,33 @@
 //! The VRAM tier as core sees it: who is in it, who leaves it, and who waits for it.
 //!
-//! Invariant: what is in device memory has its bytes in host memory or on disk too. So making room costs
-//! nothing but the room: a copy is dropped, by its gate, and never written; and it needs no
-//! working ahead: whoever wants room makes it. Called by the migrations to and from VRAM.
+//! Invariant: what is in device memory has its bytes in host memory or on disk too. So making space costs
+//! nothing but the space: a copy is dropped, by its gate, and never written; and it needs no
+//! working ahead. Asked by the migrations to and from VRAM; served by the actor.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
-use tokio::time::Instant;
 
-use crate::device::{DeviceBackend, DeviceRange, DeviceUsage};
+use crate::deadline::{Deadline, Late};
+use crate::device::{DeviceBackend, DeviceRange, DeviceUsage, ShareWatcher};
 use crate::error::VirtualMemoryError;
-use crate::host_queue::Class;
-use crate::object::{GatePass, VramUse};
+use crate::memory_tier::MemoryTier;
+use crate::object::GatePass;
+use crate::parcel::Unclaimed;
 use crate::pins::PinBudget;
-use crate::policy::{Pick, Policy, Probe, Token};
-use crate::shared::Shared;
-use crate::stats::add;
-use crate::tier::MemoryTier;
-
-/// Looks at the policy for one victim.
-const LOOKS_MAX: usize = 4096;
+use crate::policy::{Policy, Token};
+use crate::tier::{Class, DeviceSpace, Need, Queue, Refused};
+use crate::wake::Wake;
 
 /// The device, and the order in which objects leave it.
 pub(crate) struct Vram {
     pub(crate) backend: Arc<dyn DeviceBackend>,
     pub(crate) pins: PinBudget,
-    policy: Mutex<Box<dyn Policy>>,
-    bell: Arc<Bell>,
-    /// Those who wait for room, first come first served.
-    turn: tokio::sync::Mutex<()>,
-}
-
-/// Rung when something may have become free.
-#[derive(Debug, Default)]
-struct Bell {
-    waiting: AtomicUsize,
-    freed: Notify,
-}
-
-impl Bell {
-    fn ring(&self) {
-        if self.waiting.load(Ordering::SeqCst) > 0 {
-            self.freed.notify_waiters();
-        }
-    }
-}
-
-/// Counts one who waits.
-struct Waiting<'a>(&'a Bell);
-
-impl<'a> Waiting<'a> {
-    fn on(bell: &'a Bell) -> Self {
-        bell.waiting.fetch_add(1, Ordering::SeqCst);
-        Waiting(bell)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-/// A request for device memory.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Wanted {
-    pub(crate) len: usize,
-    pub(crate) class: Class,
-    pub(crate) asked: Instant,
-    pub(crate) deadline: Instant,
+    pub(crate) queue: Queue<DeviceSpace>,
+    pub(crate) policy: Mutex<Box<dyn Policy>>,
+    /// Rung when a share of a range was dropped, or the store has ended.
+    released: Arc<Notify>,
 }
 
 impl Vram {
@@ -79,27 +35,31 @@ impl Vram {
         backend: Arc<dyn DeviceBackend>,
         policy: Box<dyn Policy>,
         max_pinned: f64,
+        wake: &Arc<Wake>,
+        unclaimed: &Arc<Unclaimed>,
     ) -> Self {
-        let bell = Arc::new(Bell::default());
-        let freed = bell.clone();
-        backend.set_freed_hook(Box::new(move || freed.ring()));
-        let pins = PinBudget::new((backend.usage().capacity_bytes as f64 * max_pinned) as u64);
-        let (policy, turn) = (Mutex::new(policy), tokio::sync::Mutex::const_new(()));
-        Vram { backend, pins, policy, bell, turn }
+        let released = Arc::new(Notify::new());
+        let (ring, bell) = (released.clone(), wake.clone());
+        let watcher: ShareWatcher = Arc::new(move || {
+            ring.notify_waiters();
+            bell.if_waiting();
+        });
+        let freed = watcher.clone();
+        backend.set_freed_hook(Box::new(move || freed()));
+        let capacity_bytes = backend.usage().capacity_bytes;
+        let pins = PinBudget::new((capacity_bytes as f64 * max_pinned) as u64);
+        let space = DeviceSpace::new(backend.clone(), watcher);
+        let queue = Queue::new(space, capacity_bytes, wake.clone(), unclaimed.clone());
+        Vram { backend, pins, queue, policy: Mutex::new(policy), released }
     }
 
     pub(crate) fn usage(&self) -> DeviceUsage {
         self.backend.usage()
     }
 
-    /// Those who wait for room.
-    pub(crate) fn waiters(&self) -> usize {
-        self.bell.waiting.load(Ordering::SeqCst)
-    }
-
-    /// Something may have become free.
+    /// Something may have become idle.
     pub(crate) fn ring(&self) {
-        self.bell.ring();
+        self.released.notify_waiters();
     }
 
     /// Device memory for an object, as soon as there is some.
@@ -110,76 +70,37 @@ impl Vram {
     /// is lost, `Closed`.
     pub(crate) async fn room(
         &self,
-        shared: &Shared,
-        wanted: Wanted,
+        need: &Need,
+        deadline: &Deadline,
     ) -> Result<DeviceRange, VirtualMemoryError> {
-        let footprint = self.backend.footprint(wanted.len);
+        let requested_bytes = self.queue.footprint(need);
         let capacity_bytes = self.usage().capacity_bytes;
-        if footprint > capacity_bytes {
-            let (tier, requested_bytes) = (MemoryTier::Vram, footprint);
+        if requested_bytes > capacity_bytes {
+            let tier = MemoryTier::Vram;
             return Err(VirtualMemoryError::ExceedsCapacity {
                 tier,
                 requested_bytes,
                 capacity_bytes,
             });
         }
-        // What is ahead of need stands behind whoever waits.
-        let _turn = match wanted.class {
-            Class::Demand => {
-                match tokio::time::timeout_at(wanted.deadline, self.turn.lock()).await {
-                    Ok(turn) => Some(turn),
-                    Err(_) => return Err(self.late(footprint, wanted.asked)),
-                }
-            }
-            Class::Prefetch => None,
-        };
-        let _waiting = Waiting::on(&self.bell);
-        // What was used after a prefetch was asked for does not make way for it.
-        let colder_than = match wanted.class {
-            Class::Demand => u64::MAX,
-            Class::Prefetch => {
-                shared.now().saturating_sub(wanted.asked.elapsed().as_nanos() as u64)
-            }
-        };
-        loop {
-            let freed = self.bell.freed.notified();
-            tokio::pin!(freed);
-            // Before the look, so that what is freed in between is not missed.
-            freed.as_mut().enable();
-            if shared.is_closed() {
-                return Err(VirtualMemoryError::Closed);
-            }
-            if let Some(reason) = self.backend.lost() {
-                return Err(VirtualMemoryError::TierNotAvailable {
-                    tier: MemoryTier::Vram,
-                    reason,
-                });
-            }
-            let first = wanted.class == Class::Demand || self.turn.try_lock().is_ok();
-            if first && let Some(range) = self.try_room(shared, wanted.len, colder_than) {
-                return Ok(range);
-            }
-            if tokio::time::timeout_at(wanted.deadline, freed).await.is_err() {
-                return Err(self.late(footprint, wanted.asked));
-            }
+        match self.queue.take(need, deadline).await {
+            Ok(mut grant) => Ok(grant.pop().expect("invariant: a grant has space for each object")),
+            Err(Refused::Error(error)) => Err(error),
+            Err(Refused::Spill | Refused::Deadline(_)) => Err(self.late(requested_bytes, deadline)),
         }
     }
 
-    /// Device memory if there is some now, or what nobody uses, and nobody has used since, can make way for it.
-    pub(crate) fn try_room(
+    /// Device memory for an object if there is some, or what nobody uses can make way for it now.
+    pub(crate) async fn room_now(
         &self,
-        shared: &Shared,
-        len: usize,
-        colder_than: u64,
+        object: (usize, u64),
+        deadline: &Deadline,
     ) -> Option<DeviceRange> {
-        loop {
-            if let Some(range) = self.backend.reserve(len) {
-                return Some(range);
-            }
-            if !self.evict(shared, colder_than) {
-                return None;
-            }
+        let need = Need::one(object.0, object.1, Class::Demand).or_spill();
+        if self.queue.footprint(&need) > self.usage().capacity_bytes {
+            return None;
         }
+        self.queue.take(&need, deadline).await.ok()?.pop()
     }
 
     /// The object's device memory, once nobody else uses it: its holder may write to it.
@@ -190,32 +111,28 @@ impl Vram {
     pub(crate) async fn until_idle(
         &self,
         pass: &GatePass,
-        asked: Instant,
-        deadline: Instant,
-    ) -> Result<VramUse, VirtualMemoryError> {
+        deadline: &Deadline,
+    ) -> Result<DeviceRange, VirtualMemoryError> {
         let object = pass.object();
-        let _waiting = Waiting::on(&self.bell);
         loop {
-            let freed = self.bell.freed.notified();
-            tokio::pin!(freed);
-            freed.as_mut().enable();
+            // Before the look, so that no drop in between is missed.
+            let released = self.released.notified();
             if object.shared.is_closed() {
                 return Err(VirtualMemoryError::Closed);
             }
             if let Some(range) = object.claim_vram(pass) {
                 return Ok(range);
             }
-            if tokio::time::timeout_at(deadline, freed).await.is_err() {
-                return Err(self.late(self.backend.footprint(object.len), asked));
+            if let Err(Late) = deadline.bound(released).await {
+                return Err(self.late(self.backend.footprint(object.len), deadline));
             }
         }
     }
 
-    fn late(&self, requested_bytes: u64, asked: Instant) -> VirtualMemoryError {
+    fn late(&self, requested_bytes: u64, deadline: &Deadline) -> VirtualMemoryError {
         let (usage, pinned_bytes) = (self.usage(), self.pins.bytes());
-        let waited = asked.elapsed();
         if pinned_bytes == 0 {
-            return VirtualMemoryError::TimedOut { operation: "making room in vram", waited };
+            return deadline.error("making room in vram");
         }
         VirtualMemoryError::AllPinned {
             tier: MemoryTier::Vram,
@@ -224,7 +141,7 @@ impl Vram {
             leased_bytes: 0,
             held_bytes: 0,
             capacity_bytes: usage.capacity_bytes,
-            waited,
+            waited: deadline.waited(),
         }
     }
 
@@ -246,39 +163,10 @@ impl Vram {
         }
     }
 
-    /// Drops the copy that is needed least, if it was not used since. False if none can go.
-    fn evict(&self, shared: &Shared, colder_than: u64) -> bool {
-        for _ in 0..LOOKS_MAX {
-            let pick = self.policy.lock().victim(&mut |id| probe(shared, id));
-            let id = match pick {
-                Pick::Victim { id, .. } => id,
-                Pick::Retry => continue,
-                Pick::Empty => return false,
-            };
-            let Some(object) = shared.find(id) else { continue };
-            if object.stamp() >= colder_than {
-                // So was the rest.
-                return false;
-            }
-            if object.try_gate().is_some_and(|pass| object.leave_vram(&pass)) {
-                add(&shared.counters.evictions, 1);
-                add(&shared.counters.clean_drops, 1);
-                return true;
-            }
-        }
-        false
-    }
-}
-
-/// How an object stands in VRAM, for the policy.
-fn probe(shared: &Shared, id: u64) -> Probe {
-    let Some(object) = shared.find(id) else { return Probe::Gone };
-    if object.vram_pins() > 0 {
-        Probe::Pinned
-    } else if object.is_used_in_vram() || object.is_changing() {
-        Probe::Busy { stamp: shared.now() }
-    } else {
-        Probe::Evictable { stamp: object.stamp(), touches: object.take_touches() }
+    /// What those who wait get from a device that is lost.
+    pub(crate) fn lost(&self) -> Option<VirtualMemoryError> {
+        let reason = self.backend.lost()?;
+        Some(VirtualMemoryError::TierNotAvailable { tier: MemoryTier::Vram, reason })
     }
 }
 

@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use vmem_core::VirtualMemoryError;
 use vmem_core::backend::{
-    CHUNK_BYTES, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf, ReadChunk,
+    CHUNK_BYTES, Clock, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf, ReadChunk,
     StagingMemory, StoredChunk,
 };
 
@@ -284,6 +284,10 @@ impl DiskBackend for DiskTier {
 
     fn usage(&self) -> DiskUsage {
         self.inner.ledger.lock().space.usage()
+    }
+
+    fn clock(&self) -> Clock {
+        self.inner.driver.clock()
     }
 
     fn describe(&self) -> Arc<str> {

@@ -19,7 +19,7 @@ use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use redb::StorageBackend;
-use vmem_core::backend::IoBuf;
+use vmem_core::backend::{Clock, IoBuf};
 use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun};
 
 /// What a disk writes whole or not at all, in bytes.
@@ -259,6 +259,10 @@ impl Driver for TapeDriver {
             recorded.record(Event::Sync(File::Data));
             Ok(())
         })
+    }
+
+    fn clock(&self) -> Clock {
+        Clock::Runtime
     }
 
     fn close(&self) -> BoxFuture<'static, io::Result<()>> {

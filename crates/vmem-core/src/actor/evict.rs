@@ -14,12 +14,12 @@ use tokio::time::Instant;
 use super::{Ended, spawn_into};
 use crate::disk::DiskError;
 use crate::events::MigrationCause;
-use crate::host_queue::{Class, Refused, Wanted};
 use crate::migrate::{Down, Victim, move_room_down, write_down};
 use crate::object::{GatePass, Object};
 use crate::policy::{Pick, Probe, STEPS_MAX};
 use crate::shared::Shared;
 use crate::stats::add;
+use crate::tier::{Class, Refused, Wanted};
 
 /// Batches that are on their way down at once.
 const BATCHES_MAX: usize = 4;
@@ -72,6 +72,8 @@ pub(super) struct Evictor {
     failures: u32,
     /// A prefetch waits, and all that could make way for it is too hot until then.
     cools_at: Option<Instant>,
+    /// A request keeps others from passing it until then.
+    unblocks_at: Option<Instant>,
 }
 
 /// What became of one attempt to free memory.
@@ -130,7 +132,8 @@ impl Evictor {
             self.fruitless = 0;
             self.cools_at = None;
         }
-        let wanted = shared.host.serve();
+        let wanted = shared.host.serve(shared.host_holds());
+        self.unblocks_at = wanted.unblocks_at;
         let deficit = self.deficit(shared, &wanted);
         let mut more = false;
         if deficit > 0 && self.batches < BATCHES_MAX {
@@ -150,7 +153,7 @@ impl Evictor {
 
     /// Bytes to take out of host memory beyond what is already going.
     fn deficit(&mut self, shared: &Shared, wanted: &Wanted) -> u64 {
-        let arena = shared.host.arena();
+        let arena = shared.host.space();
         let used = arena.used_bytes();
         let free = arena.capacity_bytes().saturating_sub(used);
         let mut deficit = wanted.demand_bytes.min(arena.capacity_bytes()).saturating_sub(free);
@@ -230,7 +233,7 @@ impl Evictor {
         if progress {
             self.fruitless = 0;
         }
-        self.launch(tasks, batch, reclaims, Down::Drop, MigrationCause::Evict);
+        self.launch(shared, tasks, batch, reclaims, Down::Drop, MigrationCause::Evict);
         if progress { Round::Progress } else { round }
     }
 
@@ -285,7 +288,7 @@ impl Evictor {
             };
             shared.find(id).is_none_or(|object| busy(&object) || !object.has_host_room())
         };
-        shared.host.arena().sparsest_span(&immovable).unwrap_or_default()
+        shared.host.space().sparsest_span(&immovable).unwrap_or_default()
     }
 
     /// Takes one object out of host memory, as far as that goes without waiting.
@@ -329,6 +332,7 @@ impl Evictor {
 
     fn launch(
         &mut self,
+        shared: &Shared,
         tasks: &mut JoinSet<Ended>,
         batch: Vec<Victim>,
         reclaims_bytes: u64,
@@ -340,10 +344,10 @@ impl Evictor {
         }
         self.batches += 1;
         self.reclaiming_bytes += reclaims_bytes;
-        let asked = Instant::now();
+        let deadline = shared.deadline();
         let name = if down == Down::Keep { "vmem-write-back" } else { "vmem-evict" };
         spawn_into(tasks, name, async move {
-            let outcome = write_down(batch, down, cause, asked).await;
+            let outcome = write_down(batch, down, cause, &deadline).await;
             let took = match outcome {
                 Ok(()) => Took::All,
                 Err(DiskError::Full { .. }) => Took::NoSpace,
@@ -359,10 +363,10 @@ impl Evictor {
             return;
         }
         shared.blocked_by_holds.store(stuck == Round::Nothing, Ordering::SeqCst);
-        shared.host.refuse(|need, _| match (need.class, &stuck) {
+        shared.host.refuse(|need, footprint| match (need.class, &stuck) {
             (Class::Prefetch, _) => None,
             (Class::Demand, _) if need.may_spill => Some(Refused::Spill),
-            (Class::Demand, Round::DiskFull) => Some(Refused::Error(shared.host_full(need.len))),
+            (Class::Demand, Round::DiskFull) => Some(Refused::Error(shared.host_full(footprint))),
             (Class::Demand, _) => None,
         });
     }
@@ -372,7 +376,7 @@ impl Evictor {
         let resting = self.disk_rests_until.is_some_and(|until| Instant::now() < until);
         if self.batches > 0
             || resting
-            || shared.host.arena().used_bytes() <= shared.limits.low_bytes
+            || shared.host.space().used_bytes() <= shared.limits.low_bytes
         {
             return;
         }
@@ -396,7 +400,7 @@ impl Evictor {
             payload += victim.payload();
             batch.push(victim);
         }
-        self.launch(tasks, batch, 0, Down::Keep, MigrationCause::WriteBack);
+        self.launch(shared, tasks, batch, 0, Down::Keep, MigrationCause::WriteBack);
     }
 
     /// One slice of bringing the order of eviction up to the accesses. True if more is left.
@@ -410,7 +414,7 @@ impl Evictor {
 
     /// When there may be something to do although nothing happens.
     pub(super) fn wakes_at(&self) -> Option<Instant> {
-        self.cools_at
+        self.cools_at.into_iter().chain(self.unblocks_at).min()
     }
 }
 

@@ -11,11 +11,11 @@
 //!   allocations, releases -----> wake -------+       ^------------ their ends ---------+
 //! ```
 //!
-//! A read that leaves the object where it is moves nothing between tiers and needs no decision: whoever
-//! reads starts its task at once ([`Requests::read_now`]), which spares two switches between tasks.
-//! Requests for room do not come through the channels: they stand in the queue of object space
-//! (`host_queue.rs`), where the actor sees them whole. Started by `VirtualMemory::with_backends`.
+//! A read that leaves the object where it is moves nothing between tiers and needs no decision: its task starts
+//! at once, past the actor. Requests for space do not come through the channels: they stand in the queue of
+//! their tier (`tier/queue.rs`), where the actor sees them whole. Started by `VirtualMemory::with_backends`.
 
+mod device;
 mod evict;
 mod request;
 
@@ -23,7 +23,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
@@ -39,13 +39,13 @@ const QUEUE_MAX: usize = 1024;
 /// Migrations of demand that are started at once; those that copy are bounded by the link.
 const DEMAND_MAX: usize = 1024;
 /// Prefetch requests that are started at once.
-const AHEAD_MAX: usize = 4;
+const BACKGROUND_MAX: usize = 4;
 
 /// What kind of task has ended.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Ended {
     Demand,
-    Ahead,
+    Background,
     /// One that waits for a kernel of a user.
     Kernel,
     /// A batch on its way down, which was to free so many bytes, and whether the disk took it.
@@ -62,20 +62,17 @@ pub(crate) type Outcome = Option<Result<(), VirtualMemoryError>>;
 #[derive(Debug)]
 pub(crate) struct Inbox {
     demand: mpsc::Receiver<Request>,
-    ahead: mpsc::Receiver<Request>,
+    background: mpsc::Receiver<Request>,
     kernels: mpsc::UnboundedReceiver<Request>,
-    /// Permits of the reads that are started past the channels.
-    reads: Arc<Semaphore>,
 }
 
 /// The channels between the store and its actor.
 pub(crate) fn channels() -> (Requests, Inbox) {
     let (demand_tx, demand) = mpsc::channel(QUEUE_MAX);
-    let (ahead_tx, ahead) = mpsc::channel(QUEUE_MAX);
+    let (background_tx, background) = mpsc::channel(QUEUE_MAX);
     let (kernels_tx, kernels) = mpsc::unbounded_channel();
-    let reads = Arc::new(Semaphore::new(DEMAND_MAX));
-    let requests = Requests::new(demand_tx, ahead_tx, kernels_tx, reads.clone());
-    (requests, Inbox { demand, ahead, kernels, reads })
+    let requests = Requests::new(demand_tx, background_tx, kernels_tx);
+    (requests, Inbox { demand, background, kernels })
 }
 
 /// Starts the actor on the current runtime. The receiver gets the outcome of its end.
@@ -87,7 +84,7 @@ pub(crate) fn start(shared: Arc<Shared>, inbox: Inbox) -> watch::Receiver<Outcom
         tasks: JoinSet::new(),
         kernels: JoinSet::new(),
         demand: 0,
-        ahead: 0,
+        background: 0,
         evict: evict::Evictor::default(),
     };
     let runtime = actor.shared.runtime.clone();
@@ -102,7 +99,7 @@ struct Actor {
     /// Those that wait for kernels of users: they take no one else's place, and nobody knows for how long.
     kernels: JoinSet<Ended>,
     demand: usize,
-    ahead: usize,
+    background: usize,
     evict: evict::Evictor,
 }
 
@@ -110,7 +107,7 @@ struct Actor {
 impl Drop for Actor {
     fn drop(&mut self) {
         self.shared.set_closed();
-        self.shared.host.close();
+        self.shared.close_queues();
         self.shared.names.clear();
     }
 }
@@ -119,15 +116,17 @@ impl Actor {
     async fn run(mut self, done: watch::Sender<Outcome>) {
         let mut woken = true;
         while !self.shared.is_closed() {
-            let more = self.evict.turn(&self.shared, &mut self.tasks, woken);
+            let recall_at = self.recall_unclaimed();
+            let more = self.evict.turn(&self.shared, &mut self.tasks, woken)
+                | self.shared.vram_if_any().is_some_and(|vram| device::serve(&self.shared, vram));
             woken = !more;
             if more {
                 // Background work in slices: others have their turn in between.
                 tokio::task::yield_now().await;
-                self.take_what_is_there();
+                self.drain_ready();
                 continue;
             }
-            let wakes_at = self.evict.wakes_at();
+            let wakes_at = self.evict.wakes_at().into_iter().chain(recall_at).min();
             tokio::select! {
                 biased;
                 () = self.shared.wake.asleep() => {}
@@ -142,18 +141,28 @@ impl Actor {
                 Some(request) = self.inbox.demand.recv(), if self.demand < DEMAND_MAX => {
                     self.start(request);
                 }
-                Some(request) = self.inbox.ahead.recv(), if self.ahead < AHEAD_MAX => {
+                Some(request) = self.inbox.background.recv(), if self.background < BACKGROUND_MAX => {
                     self.start(request);
                 }
             }
-            self.take_what_is_there();
+            self.drain_ready();
         }
         let outcome = self.end().await;
         done.send_replace(Some(outcome));
     }
 
+    /// While anybody waits for space, takes back what others were granted and do not come for. Returns when there
+    /// may be more of that.
+    fn recall_unclaimed(&self) -> Option<Instant> {
+        let vram = self.shared.vram_if_any().map_or(0, |vram| vram.queue.len());
+        if self.shared.host.len() + vram == 0 {
+            return None;
+        }
+        self.shared.unclaimed.recall()
+    }
+
     /// Takes everything that is ready, without sleeping.
-    fn take_what_is_there(&mut self) {
+    fn drain_ready(&mut self) {
         while let Some(ended) = self.tasks.try_join_next() {
             self.account(ended);
         }
@@ -168,8 +177,8 @@ impl Actor {
         {
             self.start(request);
         }
-        while self.ahead < AHEAD_MAX
-            && let Ok(request) = self.inbox.ahead.try_recv()
+        while self.background < BACKGROUND_MAX
+            && let Ok(request) = self.inbox.background.try_recv()
         {
             self.start(request);
         }
@@ -178,7 +187,7 @@ impl Actor {
     fn start(&mut self, request: Request) {
         let ended = request.kind();
         match ended {
-            Ended::Ahead => self.ahead += 1,
+            Ended::Background => self.background += 1,
             Ended::Demand | Ended::Evicted { .. } => self.demand += 1,
             Ended::Kernel => {}
         }
@@ -196,7 +205,7 @@ impl Actor {
     fn account(&mut self, ended: Result<Ended, tokio::task::JoinError>) {
         match ended {
             Ok(Ended::Demand) => self.demand -= 1,
-            Ok(Ended::Ahead) => self.ahead -= 1,
+            Ok(Ended::Background) => self.background -= 1,
             Ok(Ended::Kernel) => {}
             Ok(Ended::Evicted { reclaims_bytes, took }) => self.evict.ended(reclaims_bytes, took),
             Err(error) if error.is_cancelled() => {}
@@ -212,24 +221,20 @@ impl Actor {
     /// the disk and the device.
     async fn end(&mut self) -> Result<(), VirtualMemoryError> {
         self.inbox.demand.close();
-        self.inbox.ahead.close();
+        self.inbox.background.close();
         while let Some(request) = self.inbox.demand.recv().await {
             request.refuse(VirtualMemoryError::Closed);
         }
-        while let Some(request) = self.inbox.ahead.recv().await {
+        while let Some(request) = self.inbox.background.recv().await {
             request.refuse(VirtualMemoryError::Closed);
         }
-        self.shared.host.close();
+        self.shared.close_queues();
         while let Some(ended) = self.tasks.join_next().await {
             self.account(ended);
         }
         self.end_kernels().await;
-        // Reads that were started past the channels have ended when all their permits are here, and
-        // none is started after that: the permits stay.
-        if let Ok(all) = self.inbox.reads.acquire_many(DEMAND_MAX as u32).await {
-            all.forget();
-        }
-        self.shared.names.end_tasks().await;
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
         let flushed = names::flush_all(&self.shared).await;
         self.shared.names.clear();
         self.shared.events.end();

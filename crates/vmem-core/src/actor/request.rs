@@ -3,70 +3,55 @@
 //! Invariant: each request is answered exactly once: by its task, by a refusal, or, if the runtime
 //! itself goes, by the drop of its reply. Sent by the public methods.
 
-use std::future::Future;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
-use futures::channel::oneshot as shared_oneshot;
-use futures::{FutureExt, StreamExt};
-use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
-use tokio::time::Instant;
+use futures::StreamExt;
+use tokio::sync::{Notify, mpsc, oneshot};
 
-use super::{Ended, spawn_named};
+use super::{DEMAND_MAX, Ended};
+use crate::deadline::Deadline;
 use crate::device::{DeviceAnswer, DeviceError};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
-use crate::host_queue::Class;
-use crate::migrate::{self, Changed, Fetch, Raise};
+use crate::memory_tier::MemoryTier;
+use crate::migrate::{self, Changed, Job};
 use crate::object::{Object, WeakFlight};
-use crate::tier::MemoryTier;
+use crate::parcel::Delivery;
+use crate::shared::Shared;
+use crate::tier::Class;
+
+type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
 /// A migration that somebody asked for.
 pub(crate) enum Request {
     /// The bytes of one object; everybody who joined the flight gets them.
-    Fetch {
-        job: Fetch,
-        flight: WeakFlight,
-        reply: shared_oneshot::Sender<Result<Bytes, VirtualMemoryError>>,
-    },
+    Fetch { job: Job, flight: WeakFlight, reply: Delivery<Result<Bytes>> },
     /// One object to another tier, or to where its home tier has it all.
-    Move {
-        object: Arc<Object>,
-        what: Move,
-        asked: Instant,
-        deadline: Instant,
-        reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
-    },
+    Move { object: Arc<Object>, what: Move, deadline: Deadline, reply: Delivery<Result<()>> },
     /// What a kernel wrote becomes the current version, once it is `ready`.
-    Finish { change: Box<Changed>, ready: DeviceAnswer<Result<(), DeviceError>> },
+    Finish { change: Box<Changed>, ready: DeviceAnswer<std::result::Result<(), DeviceError>> },
     /// Objects to a faster tier ahead of need, in this order.
-    Prefetch {
-        objects: Vec<Arc<Object>>,
-        to: MemoryTier,
-        asked: Instant,
-        deadline: Instant,
-        end: PrefetchEnd,
-    },
+    Prefetch { objects: Vec<Arc<Object>>, to: MemoryTier, deadline: Deadline, end: PrefetchEnd },
 }
 
 /// Objects of one prefetch to VRAM that are on their way at once.
-const RAISED_AT_ONCE: usize = 4;
+const TO_DEVICE_AT_ONCE: usize = 4;
 
 /// Where an object is to move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Move {
     /// To VRAM.
-    Raise,
+    ToDevice,
     /// To VRAM again, behind a write, whoever waits for it.
     Refresh,
-    /// Out of VRAM, to host memory if it has room.
-    Lower,
+    /// Out of VRAM, to host memory if it has space.
+    OffDevice,
     /// To host memory, to stay.
-    Up,
+    ToHost,
     /// To disk, out of host memory.
-    Down,
+    ToDisk,
     /// To disk too.
     Flush,
 }
@@ -74,7 +59,7 @@ pub(crate) enum Move {
 /// How a prefetch ends: for its future, or, detached, for nobody.
 #[derive(Debug)]
 pub(crate) struct PrefetchEnd {
-    pub(crate) reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
+    pub(crate) reply: oneshot::Sender<Result<()>>,
     /// Nobody waits for it, and it is wanted all the same.
     pub(crate) detached: Arc<AtomicBool>,
 }
@@ -82,10 +67,10 @@ pub(crate) struct PrefetchEnd {
 impl Request {
     pub(super) fn kind(&self) -> Ended {
         match self {
-            Request::Fetch { job, .. } if job.class == Class::Prefetch => Ended::Ahead,
+            Request::Fetch { job, .. } if job.class == Class::Prefetch => Ended::Background,
             Request::Fetch { .. } | Request::Move { .. } => Ended::Demand,
             Request::Finish { .. } => Ended::Kernel,
-            Request::Prefetch { .. } => Ended::Ahead,
+            Request::Prefetch { .. } => Ended::Background,
         }
     }
 
@@ -93,9 +78,10 @@ impl Request {
     pub(super) fn name(&self) -> &'static str {
         match self {
             Request::Fetch { .. } => "vmem-fetch",
-            Request::Move { what: Move::Up | Move::Raise | Move::Refresh, .. } => "vmem-promote",
-            Request::Move { what: Move::Lower, .. } => "vmem-demote",
-            Request::Move { what: Move::Down, .. } => "vmem-demote",
+            Request::Move { what: Move::ToHost | Move::ToDevice | Move::Refresh, .. } => {
+                "vmem-promote"
+            }
+            Request::Move { what: Move::OffDevice | Move::ToDisk, .. } => "vmem-demote",
             Request::Move { what: Move::Flush, .. } => "vmem-flush",
             Request::Finish { .. } => "vmem-finish",
             Request::Prefetch { .. } => "vmem-prefetch",
@@ -105,45 +91,40 @@ impl Request {
     /// Carries it out.
     pub(super) async fn serve(self) {
         match self {
-            Request::Fetch { job, flight, mut reply } => {
+            Request::Fetch { job, flight, reply } => {
                 let object = job.object.clone();
-                let outcome = fetch_while_wanted(job, reply.cancellation()).await;
+                let outcome =
+                    while_wanted(job, &reply, async |job| migrate::fetch(job).await).await;
                 // First, so that nobody joins a flight that has landed.
-                object.end_flight(flight);
+                object.end_flight(&flight);
+                let counted = outcome.is_ok().then_some(&object.shared.unclaimed);
                 // Whoever asked may have gone.
-                drop(reply.send(outcome));
+                drop(reply.deliver(outcome, counted));
             }
-            Request::Move { object, what, asked, deadline, mut reply } => {
+            Request::Move { object, what, deadline, reply } => {
+                let job = Job::new(object.clone(), MigrationCause::Promote, deadline);
                 let outcome = match what {
-                    Move::Up => {
-                        let cause = MigrationCause::Promote;
-                        let class = Class::Demand;
-                        let (stay, unwanted) = (true, None);
-                        let job = Fetch { object, class, cause, stay, asked, deadline, unwanted };
-                        fetch_while_wanted(job, reply.closed()).await.map(drop)
+                    Move::ToHost => {
+                        while_wanted(job, &reply, async |job| migrate::fetch(job).await.map(drop))
+                            .await
                     }
-                    Move::Raise => {
-                        let (class, cause) = (Class::Demand, MigrationCause::Promote);
-                        let job = Raise { object, class, cause, asked, deadline, unwanted: None };
-                        raise_while_wanted(job, reply.closed()).await
+                    Move::ToDevice => {
+                        while_wanted(job, &reply, async |job| migrate::promote_to_device(job).await)
+                            .await
                     }
-                    Move::Refresh => {
-                        let (class, cause) = (Class::Demand, MigrationCause::Promote);
-                        let job = Raise { object, class, cause, asked, deadline, unwanted: None };
-                        migrate::raise(&job).await
-                    }
-                    Move::Lower => migrate::lower(&object, asked, deadline).await,
-                    Move::Down => migrate::demote(&object, asked, deadline).await,
-                    Move::Flush => migrate::flush(&object, asked, deadline).await,
+                    Move::Refresh => migrate::promote_to_device(&job).await,
+                    Move::OffDevice => migrate::leave_device(&object, &deadline).await,
+                    Move::ToDisk => migrate::demote(&object, &deadline).await,
+                    Move::Flush => migrate::flush(&object, &deadline).await,
                 };
-                drop(reply.send(outcome));
+                drop(reply.deliver(outcome, None));
             }
             Request::Finish { change, ready } => change.finish(ready).await,
-            Request::Prefetch { objects, to, asked, deadline, mut end } => {
+            Request::Prefetch { objects, to, deadline, mut end } => {
                 let outcome = tokio::select! {
                     biased;
                     () = end.cancelled() => return,
-                    outcome = prefetch(objects, to, asked, deadline) => outcome,
+                    outcome = prefetch(objects, to, deadline) => outcome,
                 };
                 drop(end.reply.send(outcome));
             }
@@ -154,10 +135,10 @@ impl Request {
     pub(super) fn refuse(self, error: VirtualMemoryError) {
         match self {
             Request::Fetch { job, flight, reply } => {
-                job.object.end_flight(flight);
-                drop(reply.send(Err(error)));
+                job.object.end_flight(&flight);
+                drop(reply.deliver(Err(error), None));
             }
-            Request::Move { reply, .. } => drop(reply.send(Err(error))),
+            Request::Move { reply, .. } => drop(reply.deliver(Err(error), None)),
             Request::Finish { change, .. } => drop(change),
             Request::Prefetch { end, .. } => drop(end.reply.send(Err(error))),
         }
@@ -174,56 +155,40 @@ impl PrefetchEnd {
     }
 }
 
-/// A fetch that no longer waits for room once whoever asked has `gone`; I/O that has begun comes to
-/// its end, so that calls with short deadlines over a slow disk get there by and by.
-async fn fetch_while_wanted(
-    mut job: Fetch,
-    gone: impl Future,
-) -> Result<Bytes, VirtualMemoryError> {
+/// Carries a job out, which no longer waits for space once its callers have gone; I/O that has begun comes to its
+/// end, so that calls with short deadlines over a slow disk make progress.
+async fn while_wanted<T>(
+    mut job: Job,
+    reply: &Delivery<Result<T>>,
+    carry_out: impl AsyncFnOnce(&Job) -> Result<T>,
+) -> Result<T>
+where
+    T: Send + 'static,
+{
     let unwanted = Arc::new(Notify::new());
     job.unwanted = Some(unwanted.clone());
-    let fetch = migrate::fetch(&job);
-    tokio::pin!(fetch);
+    let work = carry_out(&job);
+    tokio::pin!(work);
     tokio::select! {
         biased;
-        outcome = &mut fetch => return outcome,
-        _ = gone => unwanted.notify_one(),
+        outcome = &mut work => return outcome,
+        () = reply.unwanted() => unwanted.notify_one(),
     }
-    fetch.await
+    work.await
 }
 
-/// As `fetch_while_wanted`, to VRAM.
-async fn raise_while_wanted(mut job: Raise, gone: impl Future) -> Result<(), VirtualMemoryError> {
-    let unwanted = Arc::new(Notify::new());
-    job.unwanted = Some(unwanted.clone());
-    let raise = migrate::raise(&job);
-    tokio::pin!(raise);
-    tokio::select! {
-        biased;
-        outcome = &mut raise => return outcome,
-        _ = gone => unwanted.notify_one(),
-    }
-    raise.await
-}
-
-/// Brings objects up in order. One that fails does not keep the others; the first error counts.
-async fn prefetch(
-    objects: Vec<Arc<Object>>,
-    to: MemoryTier,
-    asked: Instant,
-    deadline: Instant,
-) -> Result<(), VirtualMemoryError> {
-    let (class, cause) = (Class::Prefetch, MigrationCause::Prefetch);
+/// Promotes objects in order. One that fails does not keep the others; the first error counts.
+async fn prefetch(objects: Vec<Arc<Object>>, to: MemoryTier, deadline: Deadline) -> Result<()> {
     let one = |object| async move {
-        if to == MemoryTier::Vram {
-            let job = Raise { object, class, cause, asked, deadline, unwanted: None };
-            return migrate::raise(&job).await;
+        let mut job = Job::new(object, MigrationCause::Prefetch, deadline);
+        job.class = Class::Prefetch;
+        match to {
+            MemoryTier::Vram => migrate::promote_to_device(&job).await,
+            MemoryTier::Host | MemoryTier::Disk => migrate::fetch(&job).await.map(drop),
         }
-        let job = Fetch { object, class, cause, stay: true, asked, deadline, unwanted: None };
-        migrate::fetch(&job).await.map(drop)
     };
     // A copy to the device is short beside its way there and back; a disk has others to serve.
-    let at_once = if to == MemoryTier::Vram { RAISED_AT_ONCE } else { 1 };
+    let at_once = if to == MemoryTier::Vram { TO_DEVICE_AT_ONCE } else { 1 };
     let mut ended = futures::stream::iter(objects).map(one).buffered(at_once);
     let mut outcome = Ok(());
     while let Some(one) = ended.next().await {
@@ -236,73 +201,63 @@ async fn prefetch(
 #[derive(Debug)]
 pub(crate) struct Requests {
     demand: mpsc::Sender<Request>,
-    ahead: mpsc::Sender<Request>,
+    background: mpsc::Sender<Request>,
     /// As many as there are leases: what a kernel wrote stands in no line behind those who wait for it.
     kernels: mpsc::UnboundedSender<Request>,
-    reads: Arc<Semaphore>,
 }
 
 impl Requests {
     pub(super) fn new(
         demand: mpsc::Sender<Request>,
-        ahead: mpsc::Sender<Request>,
+        background: mpsc::Sender<Request>,
         kernels: mpsc::UnboundedSender<Request>,
-        reads: Arc<Semaphore>,
     ) -> Self {
-        Requests { demand, ahead, kernels, reads }
+        Requests { demand, background, kernels }
     }
 
-    /// Starts a read that moves nothing between tiers as a task of its own, past the actor. If it
-    /// is to stay, or too many are under way, or the actor is gone, the request comes back.
-    pub(crate) fn read_now(&self, request: Request) -> Result<(), Request> {
-        let Request::Fetch { job, .. } = &request else { return Err(request) };
-        if job.stay || job.class != Class::Demand || self.demand.is_closed() {
-            return Err(request);
-        }
-        let Ok(permit) = self.reads.clone().try_acquire_owned() else { return Err(request) };
-        let shared = job.object.shared.clone();
-        let runtime = shared.runtime.clone();
-        let served = async move {
-            // A migration never panics; if one does, the store is not to be trusted with more.
-            if AssertUnwindSafe(request.serve()).catch_unwind().await.is_err() {
-                tracing::error!(target: "vmem::actor", "a read ended in a panic");
-                shared.set_closed();
-            }
-            drop(permit);
+    /// Hands a request to the actor. Where the channel is full a task waits there, and the caller does not.
+    pub(crate) fn send(&self, shared: &Arc<Shared>, request: Request) {
+        let request = match self.read_now(shared, request) {
+            Ok(()) => return,
+            Err(request) => request,
         };
-        spawn_named(&runtime, "vmem-read", served);
-        Ok(())
-    }
-
-    fn channel(&self, request: &Request) -> &mpsc::Sender<Request> {
-        match request.kind() {
-            Ended::Ahead => &self.ahead,
-            Ended::Demand | Ended::Kernel | Ended::Evicted { .. } => &self.demand,
-        }
-    }
-
-    /// Sends as soon as there is room in the channel.
-    pub(crate) async fn send(&self, request: Request) {
-        if let Err(unsent) = self.channel(&request).send(request).await {
-            unsent.0.refuse(VirtualMemoryError::Closed);
-        }
-    }
-
-    /// Sends if there is room in the channel; else the request comes back.
-    pub(crate) fn try_send(&self, request: Request) -> Result<(), Request> {
         if matches!(request.kind(), Ended::Kernel) {
             if let Err(unsent) = self.kernels.send(request) {
                 unsent.0.refuse(VirtualMemoryError::Closed);
             }
-            return Ok(());
+            return;
         }
-        match self.channel(&request).try_send(request) {
-            Ok(()) => Ok(()),
-            Err(mpsc::error::TrySendError::Full(request)) => Err(request),
+        let channel = match request.kind() {
+            Ended::Background => &self.background,
+            Ended::Demand | Ended::Kernel | Ended::Evicted { .. } => &self.demand,
+        };
+        match channel.try_send(request) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(request)) => {
+                let channel = channel.clone();
+                shared.spawn("vmem-request", async move {
+                    if let Err(unsent) = channel.send(request).await {
+                        unsent.0.refuse(VirtualMemoryError::Closed);
+                    }
+                });
+            }
             Err(mpsc::error::TrySendError::Closed(request)) => {
                 request.refuse(VirtualMemoryError::Closed);
-                Ok(())
             }
         }
+    }
+
+    /// Starts a read that moves nothing between tiers as a task of its own, past the actor: that spares two
+    /// switches between tasks. Other requests come back, and this one if too many are under way.
+    fn read_now(&self, shared: &Arc<Shared>, request: Request) -> std::result::Result<(), Request> {
+        let Request::Fetch { job, .. } = &request else { return Err(request) };
+        if job.stay || job.class != Class::Demand || self.demand.is_closed() {
+            return Err(request);
+        }
+        if shared.tasks.len() >= DEMAND_MAX {
+            return Err(request);
+        }
+        shared.spawn("vmem-read", request.serve());
+        Ok(())
     }
 }

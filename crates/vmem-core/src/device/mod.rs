@@ -10,7 +10,7 @@ mod ledger;
 use std::any::Any;
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -71,7 +71,8 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
         drop(space);
     }
 
-    /// Calls `hook` whenever a range was given back, wherever that happens: it must not block.
+    /// Calls `hook` whenever memory became free other than by the last share of a range, and when the device is
+    /// lost: it must not block.
     fn set_freed_hook(&self, hook: Box<dyn Fn() + Send + Sync>);
 
     /// The ledger, now.
@@ -94,45 +95,100 @@ pub trait RangeOwner: fmt::Debug + Send + Sync {
     fn release(&self, address: u64, footprint: u64);
 }
 
-/// Memory of a device, exclusively; dropping it gives it back.
-#[derive(Debug)]
+/// A share of a range of device memory; the last one that is dropped gives the range back.
 pub struct DeviceRange {
+    /// None while it is being dropped.
+    range: Option<Arc<Owned>>,
+}
+
+/// Told, on whatever thread, that a share was dropped.
+pub(crate) type ShareWatcher = Arc<dyn Fn() + Send + Sync>;
+
+struct Owned {
     address: u64,
     len: usize,
     footprint: u64,
     owner: Arc<dyn RangeOwner>,
+    watcher: OnceLock<ShareWatcher>,
 }
 
 impl DeviceRange {
     /// For backends: this memory, which goes back to `owner`.
     pub fn new(address: u64, len: usize, footprint: u64, owner: Arc<dyn RangeOwner>) -> Self {
-        DeviceRange { address, len, footprint, owner }
+        let watcher = OnceLock::new();
+        DeviceRange { range: Some(Arc::new(Owned { address, len, footprint, owner, watcher })) }
+    }
+
+    fn owned(&self) -> &Arc<Owned> {
+        self.range.as_ref().expect("invariant: taken by the drop alone")
+    }
+
+    /// From now on `watcher` is told of each share that is dropped, after it was. Once.
+    pub(crate) fn watch(&self, watcher: ShareWatcher) {
+        let unset = self.owned().watcher.set(watcher).is_ok();
+        assert!(unset, "a range has one watcher");
+    }
+
+    /// Another share, for one user of the memory.
+    pub(crate) fn share(&self) -> DeviceRange {
+        DeviceRange { range: Some(self.owned().clone()) }
+    }
+
+    /// Whether this is the only share.
+    pub(crate) fn is_idle(&self) -> bool {
+        Arc::strong_count(self.owned()) == 1
+    }
+
+    /// Drops the share, and tells nobody: for whoever took it on trial.
+    pub(crate) fn put_back(mut self) {
+        drop(self.range.take());
     }
 
     /// Where it begins, in terms of the device.
     pub fn address(&self) -> u64 {
-        self.address
+        self.owned().address
     }
 
     /// What it was reserved for, in bytes.
     pub fn len(&self) -> usize {
-        self.len
+        self.owned().len
     }
 
     /// Whether it holds nothing.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
     /// What it takes of the budget, in bytes.
     pub fn footprint(&self) -> u64 {
-        self.footprint
+        self.owned().footprint
     }
 }
 
 impl Drop for DeviceRange {
     fn drop(&mut self) {
+        let Some(range) = self.range.take() else { return };
+        let watcher = range.watcher.get().cloned();
+        drop(range);
+        // Last, so that whoever is told finds the share gone.
+        if let Some(watcher) = watcher {
+            watcher();
+        }
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
         self.owner.release(self.address, self.footprint);
+    }
+}
+
+impl fmt::Debug for DeviceRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeviceRange")
+            .field("address", &self.address())
+            .field("len", &self.len())
+            .finish_non_exhaustive()
     }
 }
 

@@ -9,7 +9,8 @@
 
 use std::fmt;
 use std::io;
-use std::ptr::NonNull;
+use std::mem::ManuallyDrop;
+use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -165,11 +166,18 @@ impl HostArena {
     }
 
     fn free(&self, slot: &HostSlot) {
+        self.take_back(slot);
+        if slot.span != NO_BYTES {
+            self.tell_freed();
+        }
+    }
+
+    fn take_back(&self, slot: &HostSlot) {
         let footprint = Self::footprint(slot.len);
         let before = self.used_bytes.fetch_sub(footprint, Ordering::SeqCst);
         assert!(before >= footprint, "the ledger never falls below zero");
         match slot.span {
-            NO_BYTES => return,
+            NO_BYTES => {}
             OWN_PAGES => {
                 let base = self.pages.mapping().at(0).as_ptr() as usize;
                 let page = ((slot.start.as_ptr() as usize - base) / PAGE_BYTES) as u64;
@@ -177,7 +185,6 @@ impl HostArena {
             }
             span => self.spans[class_of(slot.len)].put(&self.pages, span, slot.slot),
         }
-        self.tell_freed();
     }
 
     /// Who found no room may find some, because slabs or their copies have come to an end.
@@ -226,6 +233,14 @@ impl HostSlot {
     /// Space taken, in bytes.
     pub(crate) fn footprint(&self) -> u64 {
         HostArena::footprint(self.len)
+    }
+
+    /// Gives the slot back to the arena, and tells nobody: for whoever took it on trial.
+    pub(crate) fn put_back(self) {
+        let this = ManuallyDrop::new(self);
+        // SAFETY: `this` is never dropped, so the reference is moved out exactly once.
+        let arena = unsafe { ptr::read(&this.arena) };
+        arena.take_back(&this);
     }
 
     pub(crate) fn as_slice(&self) -> &[u8] {

@@ -27,7 +27,7 @@ mod space;
 mod spans;
 mod staging;
 
-pub(crate) use arena::{HostArena, HostSlot, NoRoom};
+pub(crate) use arena::{HostArena, HostSlot};
 pub use space::{InUse, ObjectSpace, Part, Registrar};
 pub use staging::StagingMemory;
 pub(crate) use staging::{StagingPiece, StagingPool};

@@ -5,14 +5,15 @@
 //! reads, partial writes and the way up to VRAM.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::buffer::IoBuf;
-use crate::device::DeviceError;
+use crate::device::{DeviceError, DeviceRange};
 use crate::disk::{CHUNK_BYTES, DiskError, ReadChunk};
 use crate::error::VirtualMemoryError;
-use crate::host_queue::Class;
-use crate::object::{DiskMap, Object, Version, VramUse, chunk_len};
+use crate::object::{DiskMap, Object, Version, chunk_len};
 use crate::stats;
+use crate::tier::Class;
 
 /// Chunks that a read ahead of need takes at a time: small, since demand waits behind it.
 const AHEAD_CHUNKS: usize = 2;
@@ -41,7 +42,7 @@ pub(crate) async fn load(
 
 async fn load_from_vram(
     object: &Object,
-    copy: &VramUse,
+    copy: &DeviceRange,
     chunks: Range<usize>,
     buf: IoBuf,
     at: usize,
@@ -50,7 +51,7 @@ async fn load_from_vram(
     let Some(vram) = shared.vram_if_any() else { return (buf, Err(DeviceError::Closed)) };
     let start = chunks.start * CHUNK_BYTES;
     let len = object.len.min(chunks.end * CHUNK_BYTES) - start;
-    let (buf, outcome) = vram.backend.download(copy.range(), start, len, buf, at).await;
+    let (buf, outcome) = vram.backend.download(Arc::new(copy.share()), start, len, buf, at).await;
     match &outcome {
         Ok(()) => stats::add(&shared.counters.vram_to_host_bytes, len as u64),
         Err(_) => stats::add(&shared.counters.errors, 1),

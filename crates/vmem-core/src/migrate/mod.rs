@@ -4,30 +4,85 @@
 //! way out of it, an error or a cancel too, gives it back; nothing is visible to readers before
 //! the one step that publishes. Spawned by the actor alone.
 
-mod changed;
-mod down;
+mod kernel;
 mod link;
 mod load;
-mod raise;
-mod up;
+mod part;
+mod set;
+mod to_device;
+mod to_disk;
+mod to_host;
+mod write;
 
+use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::Span;
 
-pub(crate) use changed::Changed;
-pub(crate) use down::{Down, Victim, demote, flush, move_room_down, settle, write_down};
+pub(crate) use kernel::Changed;
 pub(crate) use link::Link;
 pub(crate) use load::load;
-pub(crate) use raise::{Raise, lower, raise};
-pub(crate) use up::{Fetch, count_hit, fetch, fetch_into};
+pub(crate) use part::{Piece, read_part, read_piece};
+pub(crate) use set::read_set;
+pub(crate) use to_device::{leave_device, promote_to_device};
+pub(crate) use to_disk::{
+    Down, Victim, demote, flush, flush_many, move_room_down, settle, write_down,
+};
+pub(crate) use to_host::{count_hit, fetch, fetch_into, fetch_with};
+pub(crate) use write::{DiskWrite, NewVersion, finish_disk_write, publish_version, write_piece};
 
+use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::{MigrationCause, MigrationEvent};
+use crate::memory_tier::MemoryTier;
+use crate::object::Object;
 use crate::shared::Shared;
 use crate::stats;
-use crate::tier::MemoryTier;
+use crate::tier::{Class, Need};
+
+/// A request for an object in a faster tier.
+#[derive(Clone, Debug)]
+pub(crate) struct Job {
+    pub(crate) object: Arc<Object>,
+    pub(crate) class: Class,
+    pub(crate) cause: MigrationCause,
+    /// Whether a copy in host memory stays, or goes with the last of its readers.
+    pub(crate) stay: bool,
+    /// The caller has another way where waiting for eviction does not help.
+    pub(crate) may_spill: bool,
+    pub(crate) deadline: Deadline,
+    /// Told once the caller has gone: then it is not worth waiting for space.
+    pub(crate) unwanted: Option<Arc<Notify>>,
+}
+
+impl Job {
+    /// A job that somebody waits for, whose copy stays.
+    pub(crate) fn new(object: Arc<Object>, cause: MigrationCause, deadline: Deadline) -> Self {
+        let (class, stay, may_spill) = (Class::Demand, true, false);
+        Job { object, class, cause, stay, may_spill, deadline, unwanted: None }
+    }
+
+    /// The space that the object takes.
+    fn need(&self) -> Need {
+        Need::one(self.object.len, self.object.id, self.class)
+    }
+
+    /// Waits for space for as long as it is wanted.
+    async fn while_wanted<T>(
+        &self,
+        space: impl Future<Output = Result<T, VirtualMemoryError>>,
+    ) -> Result<T, VirtualMemoryError> {
+        let Some(unwanted) = &self.unwanted else { return space.await };
+        tokio::select! {
+            biased;
+            space = space => space,
+            () = unwanted.notified() => Err(self.deadline.error("a request that nobody waits for")),
+        }
+    }
+}
 
 /// The record of one migration: its span, its event, its place in the gauge of those in flight.
 #[derive(Debug)]
@@ -40,13 +95,13 @@ pub(crate) struct Record<'a> {
 }
 
 impl<'a> Record<'a> {
-    /// Starts with the first byte; `asked` is when it was requested.
+    /// Starts with the first byte.
     pub(crate) fn start(
         shared: &'a Shared,
         handle: u64,
         (from, to): (MemoryTier, MemoryTier),
         cause: MigrationCause,
-        asked: Instant,
+        deadline: &Deadline,
     ) -> Self {
         stats::add(&shared.counters.in_flight, 1);
         let started = Instant::now();
@@ -72,7 +127,7 @@ impl<'a> Record<'a> {
             error: None,
             missed: 0,
         };
-        Record { shared, span, event, asked, started }
+        Record { shared, span, event, asked: deadline.asked(), started }
     }
 
     /// Ends it: `bytes` were copied, or this went wrong.

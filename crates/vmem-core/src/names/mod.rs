@@ -28,9 +28,9 @@ use crate::catalog::{Catalog, CatalogChange, CatalogObject, CatalogRecord, NAME_
 use crate::disk::{DiskBackend, DiskError};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
+use crate::memory_tier::MemoryTier;
 use crate::object::{DiskMap, Object, chunk_len};
 use crate::shared::Shared;
-use crate::tier::MemoryTier;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -114,15 +114,9 @@ impl Names {
         self.next_id.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// The right to run one change; at the end nobody gets one.
+    /// The right to run one change.
     pub(crate) async fn task(&self) -> Result<OwnedSemaphorePermit> {
         self.tasks.clone().acquire_owned().await.map_err(|_| VirtualMemoryError::Closed)
-    }
-
-    /// Waits for the changes that run, and refuses those that come.
-    pub(crate) async fn end_tasks(&self) {
-        let _ = self.tasks.acquire_many(TASKS_MAX as u32).await;
-        self.tasks.close();
     }
 
     /// Names of objects in memory that the catalog does not know, in order.
@@ -255,7 +249,7 @@ async fn bring_in(
         DiskMap::of_some(adopted.map_err(|error: DiskError| shared.disk_error(record.id, error))?);
     let handle = VMemHandle::adopt(shared.create(len, record.home));
     let object = handle.object();
-    let pass = object.gate(shared.deadline()).await?;
+    let pass = object.gate(&shared.deadline()).await?;
     shared.announce(object);
     object.with_disk(&pass, |disk, _| *disk = map.clone());
     drop(pass);

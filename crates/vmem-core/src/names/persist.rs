@@ -8,10 +8,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::StreamExt;
 use parking_lot::Mutex;
-use tokio::time::Instant;
 
 use super::{NotCommitted, Result, Turn};
 use crate::catalog::{CatalogChange, CatalogRecord, SEGMENT_CHUNKS, StoredChunk};
+use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::migrate;
 use crate::object::{DiskMap, Object, chunk_count};
@@ -120,7 +120,7 @@ pub(crate) async fn persist(shared: &Arc<Shared>, turn: &Turn, object: &Arc<Obje
 pub(crate) async fn flush(
     shared: &Arc<Shared>,
     object: &Arc<Object>,
-    deadline: Instant,
+    deadline: &Deadline,
 ) -> Result<()> {
     let Some(named) = object.named.get() else { return Ok(()) };
     while let Some(name) = named.current() {
@@ -141,7 +141,7 @@ pub(crate) async fn flush_all(shared: &Arc<Shared>) -> Result<()> {
     // One for all: what nobody keeps from it goes on after it.
     let deadline = shared.deadline();
     let flushes = shared.names.all().into_iter().map(|(name, handle)| async move {
-        let outcome = flush(shared, handle.object(), deadline).await;
+        let outcome = flush(shared, handle.object(), &deadline).await;
         outcome.map_err(|error| (name, error))
     });
     let outcomes: Vec<_> = futures::stream::iter(flushes).buffered(AT_ONCE).collect().await;
@@ -159,7 +159,7 @@ pub(super) async fn store(
     object: &Arc<Object>,
     before: Option<Durable>,
 ) -> Result<Durable> {
-    let map = migrate::settle(object, Instant::now(), turn.deadline()).await?;
+    let map = migrate::settle(object, turn.deadline()).await?;
     let record = match &before {
         Some(before) => before.record.clone(),
         None => new_record(object, shared.names.next_id()),

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use dashmap::DashMap;
 use tokio::sync::{Mutex, OwnedMutexGuard};
-use tokio::time::Instant;
 
+use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::shared::Shared;
 
@@ -23,7 +23,7 @@ pub(crate) struct Turn {
     /// Empty while it waits.
     guard: Option<OwnedMutexGuard<()>>,
     /// When the change is given up if it still waits.
-    deadline: Instant,
+    deadline: Deadline,
 }
 
 impl Turn {
@@ -35,18 +35,15 @@ impl Turn {
     pub(crate) async fn of(
         shared: &Arc<Shared>,
         name: Arc<str>,
-        deadline: Instant,
+        deadline: &Deadline,
     ) -> Result<Turn, VirtualMemoryError> {
-        let asked = Instant::now();
         // Whoever goes away while it waits drops this, which tidies up.
-        let mut turn = Turn { shared: shared.clone(), name: name.clone(), guard: None, deadline };
+        let mut turn =
+            Turn { shared: shared.clone(), name: name.clone(), guard: None, deadline: *deadline };
         let mutex = shared.names.turns.0.entry(name).or_default().clone();
-        match tokio::time::timeout_at(deadline, mutex.lock_owned()).await {
+        match deadline.bound(mutex.lock_owned()).await {
             Ok(guard) => turn.guard = Some(guard),
-            Err(_) => {
-                let (operation, waited) = ("another change of the name", asked.elapsed());
-                return Err(VirtualMemoryError::TimedOut { operation, waited });
-            }
+            Err(Late) => return Err(deadline.error("another change of the name")),
         }
         Ok(turn)
     }
@@ -60,7 +57,7 @@ impl Turn {
         shared: &Arc<Shared>,
         one: Arc<str>,
         other: Arc<str>,
-        deadline: Instant,
+        deadline: &Deadline,
     ) -> Result<(Turn, Turn), VirtualMemoryError> {
         if one < other {
             let first = Turn::of(shared, one, deadline).await?;
@@ -71,8 +68,8 @@ impl Turn {
         }
     }
 
-    pub(crate) fn deadline(&self) -> Instant {
-        self.deadline
+    pub(crate) fn deadline(&self) -> &Deadline {
+        &self.deadline
     }
 
     pub(crate) fn name(&self) -> &Arc<str> {

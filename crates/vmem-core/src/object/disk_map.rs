@@ -36,6 +36,12 @@ pub(crate) fn chunk_len(len: usize, index: usize) -> u32 {
     (len - index * CHUNK_BYTES).min(CHUNK_BYTES) as u32
 }
 
+/// The bytes of chunk `index` of an object of `len` bytes.
+pub(crate) fn range_of(len: usize, index: usize) -> Range<usize> {
+    let start = index * CHUNK_BYTES;
+    start..start + chunk_len(len, index) as usize
+}
+
 /// The lengths of these chunks of an object of `len` bytes.
 pub(crate) fn chunk_lens(len: usize, chunks: impl IntoIterator<Item = usize>) -> Vec<u32> {
     chunks.into_iter().map(|index| chunk_len(len, index)).collect()

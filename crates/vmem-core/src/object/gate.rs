@@ -1,22 +1,31 @@
-//! The gate of an object: one change of its residency at a time, first come first served.
+//! The gate of an object: one change of its residency at a time.
 //!
 //! Invariant: whoever holds the [`GatePass`] is the only one who writes to the object, publishes
-//! or takes away one of its copies, or frees what it owns. A pass that is dropped goes to the next
-//! in line; the last one of an object that was freed meanwhile gives back all that it owns. So
-//! freeing needs neither a runtime nor patience. Called by every operation but a read.
+//! or takes away one of its copies, or frees what it owns. The last pass of an object that was freed
+//! meanwhile gives back all that it owns, so freeing needs no runtime and no wait.
+//!
+//! Tasks of the runtime stand in line ([`Object::gate`]): a pass that is dropped goes to the first of them. A
+//! caller's future takes the gate only if it is open ([`Object::gate_if_open`]), gives it back before its poll
+//! ends, and otherwise waits for [`Object::gate_opened`], which hands it nothing: so a future that is left alone
+//! keeps nobody from the object. Called by every operation but a read.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use tokio::sync::oneshot;
-use tokio::time::Instant;
+use tokio::sync::{Notify, oneshot};
 
 use super::Object;
+use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 
-/// Those who wait for the gate. A pass travels through the channel, so that one whose future is
-/// dropped on the way hands it on.
-pub(super) type Line = VecDeque<oneshot::Sender<GatePass>>;
+/// Those who wait for the gate.
+#[derive(Default)]
+pub(super) struct Line {
+    /// A pass travels through the channel, so that a task that is dropped on the way hands it on.
+    tasks: VecDeque<oneshot::Sender<GatePass>>,
+    /// Rung for every caller's future when no task wants the gate.
+    opened: Option<Arc<Notify>>,
+}
 
 /// The right to change an object.
 #[must_use]
@@ -61,16 +70,48 @@ impl Object {
         Some(GatePass::to(self))
     }
 
-    /// The pass, in turn.
+    /// The pass, if nobody has it; for a caller's future, which gives it back before its poll ends.
+    ///
+    /// # Errors
+    ///
+    /// `HandleNotFound` if the object was freed.
+    pub(crate) fn gate_if_open(self: &Arc<Self>) -> Result<Option<GatePass>, VirtualMemoryError> {
+        if self.is_dead() {
+            return Err(self.not_found());
+        }
+        Ok(self.try_gate_dead_or_alive())
+    }
+
+    /// Waits until the gate is open, or was for a moment.
+    ///
+    /// # Errors
+    ///
+    /// `HandleNotFound` if the object was freed, `TimedOut` at the deadline.
+    pub(crate) async fn gate_opened(&self, deadline: &Deadline) -> Result<(), VirtualMemoryError> {
+        let opened = {
+            let mut inner = self.inner.lock();
+            if self.is_dead() {
+                return Err(self.not_found());
+            }
+            if !inner.gate_taken {
+                return Ok(());
+            }
+            let opened = &mut inner.line.get_or_insert_default().opened;
+            // Under the lock: it is told of everything that comes after.
+            opened.get_or_insert_default().clone().notified_owned()
+        };
+        deadline.bound(opened).await.map_err(|Late| gate_late(deadline))
+    }
+
+    /// The pass, in turn; for a task of the runtime, which is always polled.
     ///
     /// # Errors
     ///
     /// `HandleNotFound` if the object was freed, `TimedOut` at the deadline.
     pub(crate) async fn gate(
         self: &Arc<Self>,
-        deadline: Instant,
+        deadline: &Deadline,
     ) -> Result<GatePass, VirtualMemoryError> {
-        let asked = Instant::now();
         let turn = {
             let mut inner = self.inner.lock();
             if self.is_dead() {
@@ -81,22 +122,23 @@ impl Object {
                 return Ok(GatePass::to(self));
             }
             let (sender, turn) = oneshot::channel();
-            inner.line.get_or_insert_default().push_back(sender);
+            inner.line.get_or_insert_default().tasks.push_back(sender);
             turn
         };
-        match tokio::time::timeout_at(deadline, turn).await {
+        match deadline.bound(turn).await {
             Ok(Ok(pass)) if self.is_dead() => {
                 drop(pass);
                 Err(self.not_found())
             }
             Ok(Ok(pass)) => Ok(pass),
             Ok(Err(_)) => Err(self.not_found()),
-            Err(_) => Err(VirtualMemoryError::TimedOut {
-                operation: "waiting for another change of the object",
-                waited: asked.elapsed(),
-            }),
+            Err(Late) => Err(gate_late(deadline)),
         }
     }
+}
+
+fn gate_late(deadline: &Deadline) -> VirtualMemoryError {
+    deadline.error("waiting for another change of the object")
 }
 
 impl Drop for GatePass {
@@ -118,10 +160,10 @@ impl Object {
     /// that it owns is given back, and the gate stays shut.
     fn next_in_line(&self, rings: bool) -> Option<oneshot::Sender<GatePass>> {
         let mut inner = self.inner.lock();
-        if let Some(next) = inner.line.as_mut().and_then(|line| line.pop_front()) {
+        if let Some(next) = inner.line.as_mut().and_then(|line| line.tasks.pop_front()) {
             return Some(next);
         }
-        inner.line = None;
+        let opened = inner.line.take().and_then(|line| line.opened);
         if self.is_dead() {
             drop(inner);
             self.reclaim();
@@ -132,6 +174,9 @@ impl Object {
                 // What was being changed can be evicted now.
                 self.shared.room_was_freed();
             }
+        }
+        if let Some(opened) = opened {
+            opened.notify_waiters();
         }
         None
     }

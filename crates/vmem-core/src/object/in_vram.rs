@@ -2,7 +2,8 @@
 //!
 //! Invariant: a valid range holds the bytes of the current version, which host memory or the disk has too; one
 //! that is not valid is room that was set apart. Whatever changes the version makes it invalid in the same
-//! step. Changed by the holder of the gate only; whoever uses the range holds a share of it.
+//! step. Changed by the holder of the gate only; whoever uses the range holds a share of it, whose end wakes who waits
+//! for that.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,39 +13,16 @@ use bytes::Bytes;
 use super::{DiskMap, GatePass, Inner, Object};
 use crate::copy::{Found, OwnedCopy};
 use crate::device::DeviceRange;
+use crate::memory_tier::MemoryTier;
 use crate::policy::Token;
-use crate::shared::Shared;
 use crate::stats;
-use crate::tier::MemoryTier;
 
 /// A range, and what the policy of the tier calls it.
 #[derive(Debug)]
 pub(super) struct InVram {
-    range: Arc<DeviceRange>,
+    range: DeviceRange,
     valid: bool,
     token: Token,
-}
-
-/// A share of a copy in device memory; when it goes, whoever waits for room is told.
-#[derive(Debug)]
-pub(crate) struct VramUse {
-    /// None while it is being dropped.
-    range: Option<Arc<DeviceRange>>,
-    shared: Arc<Shared>,
-}
-
-impl VramUse {
-    /// A share for one operation.
-    pub(crate) fn range(&self) -> Arc<DeviceRange> {
-        self.range.clone().expect("invariant: taken by the drop alone")
-    }
-}
-
-impl Drop for VramUse {
-    fn drop(&mut self) {
-        drop(self.range.take());
-        self.shared.vram_was_released();
-    }
 }
 
 impl Inner {
@@ -60,7 +38,7 @@ impl Inner {
         }
         let in_vram = self.vram.as_mut()?;
         in_vram.valid = false;
-        let mine = Arc::strong_count(&in_vram.range) == 1;
+        let mine = in_vram.range.is_idle();
         if keep_room && mine { None } else { self.vram.take() }
     }
 }
@@ -80,7 +58,7 @@ impl Object {
     /// Whether a copy or a kernel uses its device memory right now; a hint.
     pub(crate) fn is_used_in_vram(&self) -> bool {
         let inner = self.inner.lock();
-        inner.vram.as_ref().is_some_and(|in_vram| Arc::strong_count(&in_vram.range) > 1)
+        inner.vram.as_ref().is_some_and(|in_vram| !in_vram.range.is_idle())
     }
 
     /// Whether a change of the object is to come up again: it lives in device memory, or is pinned there.
@@ -93,27 +71,23 @@ impl Object {
         let Some(vram) = self.shared.vram_if_any() else { return };
         assert!(!self.has_vram_room(), "device memory is set apart once");
         let token = vram.enter(self.id, self.stamp(), range.footprint());
-        let in_vram = InVram { range: Arc::new(range), valid: false, token };
+        let in_vram = InVram { range, valid: false, token };
         self.inner.lock().vram = Some(Box::new(in_vram));
         stats::add(&self.shared.counters.vram_objects, 1);
     }
 
     /// A share of the room that was set apart, if nothing uses it any more.
-    pub(crate) fn vram_room(&self, _pass: &GatePass) -> Option<VramUse> {
+    pub(crate) fn vram_room(&self, _pass: &GatePass) -> Option<DeviceRange> {
         let inner = self.inner.lock();
         let in_vram = inner.vram.as_ref()?;
-        let idle = !in_vram.valid && Arc::strong_count(&in_vram.range) == 1;
-        idle.then(|| self.using(in_vram))
+        let idle = !in_vram.valid && in_vram.range.is_idle();
+        idle.then(|| in_vram.range.share())
     }
 
     /// A share of the copy in device memory, under the object's lock.
-    pub(super) fn vram_share(&self, inner: &Inner) -> Option<VramUse> {
+    pub(super) fn vram_share(&self, inner: &Inner) -> Option<DeviceRange> {
         let in_vram = inner.vram.as_ref()?;
-        (in_vram.valid && self.shared.vram().is_ok()).then(|| self.using(in_vram))
-    }
-
-    fn using(&self, in_vram: &InVram) -> VramUse {
-        VramUse { range: Some(in_vram.range.clone()), shared: self.shared.clone() }
+        (in_vram.valid && self.shared.vram().is_ok()).then(|| in_vram.range.share())
     }
 
     /// The room holds the current version now.
@@ -131,8 +105,7 @@ impl Object {
             return false;
         }
         let mut inner = self.inner.lock();
-        let idle =
-            inner.vram.as_ref().is_some_and(|in_vram| Arc::strong_count(&in_vram.range) == 1);
+        let idle = inner.vram.as_ref().is_some_and(|in_vram| in_vram.range.is_idle());
         let in_vram = if idle { inner.vram.take() } else { None };
         drop(inner);
         let left = in_vram.is_some();
@@ -162,14 +135,14 @@ impl Object {
 
     /// The current copy, or the room, in device memory for somebody who will write to it: from now on it is
     /// not the current version. None if somebody else uses it.
-    pub(crate) fn claim_vram(&self, _pass: &GatePass) -> Option<VramUse> {
+    pub(crate) fn claim_vram(&self, _pass: &GatePass) -> Option<DeviceRange> {
         let mut inner = self.inner.lock();
         let in_vram = inner.vram.as_mut()?;
-        if Arc::strong_count(&in_vram.range) > 1 {
+        if !in_vram.range.is_idle() {
             return None;
         }
         in_vram.valid = false;
-        Some(VramUse { range: Some(in_vram.range.clone()), shared: self.shared.clone() })
+        Some(in_vram.range.share())
     }
 
     /// Hides the version that is in host memory or on disk until what a kernel wrote is published, or was given up.

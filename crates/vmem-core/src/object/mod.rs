@@ -15,21 +15,22 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use futures::channel::oneshot;
-use futures::future::{Shared as SharedFuture, WeakShared};
 use parking_lot::Mutex;
 
-pub(crate) use disk_map::{DiskMap, Replaced, chunk_count, chunk_len, chunk_lens, chunks_of};
+pub(crate) use disk_map::{
+    DiskMap, Replaced, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
+};
 pub(crate) use gate::GatePass;
-pub(crate) use in_vram::VramUse;
 
 use crate::copy::{CopyCell, OwnedCopy};
+use crate::device::DeviceRange;
 use crate::error::VirtualMemoryError;
+use crate::memory_tier::MemoryTier;
 use crate::names::Named;
+use crate::parcel::{Parcel, WeakParcel};
 use crate::policy::Token;
 use crate::shared::Shared;
 use crate::stats;
-use crate::tier::MemoryTier;
 
 /// The object was freed; set once, in `life`.
 const DEAD: u32 = 1 << 31;
@@ -38,10 +39,9 @@ const NO_TOKEN: u32 = u32::MAX;
 
 /// A read from a slower tier that others may join. It ends with the bytes, or with one failure
 /// for all.
-pub(crate) type Flight = SharedFuture<oneshot::Receiver<Result<Bytes, VirtualMemoryError>>>;
+pub(crate) type Flight = Parcel<Result<Bytes, VirtualMemoryError>>;
 /// A flight as those see it who do not wait for it: it is gone when nobody does.
-pub(crate) type WeakFlight =
-    Option<WeakShared<oneshot::Receiver<Result<Bytes, VirtualMemoryError>>>>;
+pub(crate) type WeakFlight = WeakParcel<Result<Bytes, VirtualMemoryError>>;
 
 /// One version of an object as it is outside of host memory: whoever has it can read all of it, whatever
 /// becomes of the object.
@@ -50,15 +50,10 @@ pub(crate) struct Version {
     /// The clone keeps the extents alive.
     pub(crate) disk: DiskMap,
     /// The whole of it, in device memory.
-    pub(crate) vram: Option<VramUse>,
+    pub(crate) vram: Option<DeviceRange>,
 }
 
 impl Version {
-    /// One that needs nothing of any tier.
-    pub(crate) fn zeros() -> Self {
-        Version { disk: DiskMap::Empty, vram: None }
-    }
-
     /// The tier that a read of it comes from.
     pub(crate) fn tier(&self) -> MemoryTier {
         if self.vram.is_some() { MemoryTier::Vram } else { MemoryTier::Disk }
@@ -104,8 +99,8 @@ pub(crate) struct Object {
 struct Inner {
     gate_taken: bool,
     line: Option<Box<gate::Line>>,
-    /// Reads that host memory did not serve since the object last left it.
-    cold_reads: u32,
+    /// Chunks that reads moved for it since it last left host memory.
+    chunks_moved: u32,
     /// Host memory that was taken for an object that nobody has written yet.
     spare: Option<OwnedCopy>,
     disk: DiskMap,
@@ -113,7 +108,7 @@ struct Inner {
     /// A kernel has written a new version, which is on its way: whoever reads waits for it.
     pending: bool,
     /// The read in flight that a reader who comes now may join.
-    flight: WeakFlight,
+    flight: Option<WeakFlight>,
     /// The damage that was found, until the next write of the whole object.
     corrupt: Option<Box<VirtualMemoryError>>,
 }
@@ -284,6 +279,14 @@ impl Object {
         self.enter_policy();
     }
 
+    /// Sets space apart again that was taken for a first write, unless the object has bytes by now.
+    pub(crate) fn return_spare(self: &Arc<Self>, pass: &GatePass, spare: OwnedCopy) {
+        let standing = self.standing();
+        if !standing.in_host && !standing.on_disk && !self.is_dead() {
+            self.set_spare(pass, spare);
+        }
+    }
+
     /// The room that was set apart.
     pub(crate) fn take_spare(&self, _pass: &GatePass) -> Option<OwnedCopy> {
         let before = self.standing();
@@ -344,7 +347,7 @@ impl Object {
         let before = self.standing();
         let spare = {
             let mut inner = self.inner.lock();
-            inner.cold_reads = 0;
+            inner.chunks_moved = 0;
             self.copy.publish(copy, &self.shared.copies);
             inner.spare.take()
         };
@@ -435,37 +438,35 @@ impl Object {
     /// Joins the read in flight, or registers `start` as the one. True if it was registered.
     pub(crate) fn join_or_start(&self, start: impl FnOnce() -> Flight) -> (Flight, bool) {
         let mut inner = self.inner.lock();
-        if let Some(flight) = inner.flight.as_ref().and_then(WeakShared::upgrade) {
+        if let Some(flight) = inner.flight.as_ref().and_then(WeakParcel::upgrade) {
             return (flight, false);
         }
         let flight = start();
-        inner.flight = flight.downgrade();
+        inner.flight = Some(flight.downgrade());
         (flight, true)
     }
 
     /// Ends the read in flight, if it is still the one that readers join.
-    pub(crate) fn end_flight(&self, flight: WeakFlight) {
-        // Without anybody who waits for it, it has ended already.
-        let Some(flight) = flight.and_then(|flight| flight.upgrade()) else { return };
+    pub(crate) fn end_flight(&self, flight: &WeakFlight) {
         let mut inner = self.inner.lock();
-        let current = inner.flight.as_ref().and_then(WeakShared::upgrade);
-        if current.as_ref().is_some_and(|current| current.ptr_eq(&flight)) {
+        if inner.flight.as_ref().is_some_and(|current| current.is_same(flight)) {
             inner.flight = None;
         }
-        drop(inner);
-        drop((current, flight));
     }
 
     /// Whether somebody waits for a read from a slower tier.
     pub(crate) fn has_flight(&self) -> bool {
-        self.inner.lock().flight.as_ref().and_then(WeakShared::upgrade).is_some()
+        let flight = self.inner.lock().flight.as_ref().and_then(WeakParcel::upgrade);
+        flight.is_some()
     }
 
-    /// Counts a read that host memory did not serve; says the how manieth.
-    pub(crate) fn count_cold_read(&self) -> u32 {
+    /// Counts a read of so many chunks that host memory did not serve. Returns what reads had moved before.
+    pub(crate) fn count_moved(&self, chunks: usize) -> u32 {
+        let chunks = u32::try_from(chunks).unwrap_or(u32::MAX);
         let mut inner = self.inner.lock();
-        inner.cold_reads = inner.cold_reads.saturating_add(1);
-        inner.cold_reads
+        let before = inner.chunks_moved;
+        inner.chunks_moved = before.saturating_add(chunks);
+        before
     }
 
     /// The damage that was found before, if any.

@@ -8,34 +8,34 @@ use std::future::Future;
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 
-use super::place::{Charge, send_now};
-use super::{PinGuard, Result, VirtualMemory};
+use super::pin::{Charge, PinGuard, charge_pin, pin, pin_now};
+use super::place::ask;
+use super::{Result, VirtualMemory};
 use crate::actor::{Move, Request};
 use crate::buffer::IoBuf;
 use crate::copy::OwnedCopy;
+use crate::deadline::Deadline;
 use crate::device::{DeviceAnswer, DeviceBackend, DeviceError, DeviceRange};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
-use crate::host_queue::{Class, Need};
+use crate::memory_tier::MemoryTier;
 use crate::migrate::Changed;
-use crate::object::{GatePass, VramUse};
-use crate::tier::MemoryTier;
-use crate::vram::Wanted;
+use crate::object::GatePass;
+use crate::tier::{Class, Need};
 
 /// One version of an object in device memory, which stays there until this is dropped.
 #[derive(Debug)]
 pub struct VramHold {
     /// None for an object of no bytes.
-    range: Option<VramUse>,
+    range: Option<DeviceRange>,
     _pin: PinGuard,
 }
 
 impl VramHold {
     /// Where it is; none for an object of no bytes.
     pub fn range(&self) -> Option<Arc<DeviceRange>> {
-        self.range.as_ref().map(VramUse::range)
+        self.range.as_ref().map(|range| Arc::new(range.share()))
     }
 
     /// Ends the hold, but for the memory, which a kernel may still read: the object may leave it, and nobody else gets it
@@ -55,7 +55,7 @@ pub struct VramChange {
 }
 
 struct Inner {
-    range: VramUse,
+    range: DeviceRange,
     /// For the new version below: taken before, so that what was written can never be lost for want of room.
     room: OwnedCopy,
     pass: GatePass,
@@ -65,7 +65,7 @@ struct Inner {
 impl VramChange {
     /// Where it is; none for an object of no bytes.
     pub fn range(&self) -> Option<Arc<DeviceRange>> {
-        self.inner.as_ref().map(|inner| inner.range.range())
+        self.inner.as_ref().map(|inner| Arc::new(inner.range.share()))
     }
 
     /// What was written is the new version, once `ready` says that it was written. Who reads from now on waits for that;
@@ -101,7 +101,7 @@ impl VramChange {
             drop((charge, handle));
             outcome
         });
-        send_now(&shared, Request::Finish { change, ready });
+        shared.requests.send(&shared, Request::Finish { change, ready });
     }
 }
 
@@ -123,12 +123,12 @@ impl std::fmt::Debug for VramChange {
 
 /// A share of a copy in device memory.
 #[derive(Debug)]
-pub struct VramShare(VramUse);
+pub struct VramShare(DeviceRange);
 
 impl VramShare {
     /// Where it is.
     pub fn range(&self) -> Arc<DeviceRange> {
-        self.0.range()
+        Arc::new(self.0.share())
     }
 }
 
@@ -160,8 +160,8 @@ impl VirtualMemory {
     /// Those of making room in host memory.
     pub async fn scratch(&self, len: usize) -> Result<IoBuf> {
         self.check_open()?;
-        let need = Need { len, owner: 0, class: Class::Demand, may_spill: false };
-        let room = self.shared.host_room_or_error(need, self.shared.deadline()).await?;
+        let need = Need::one(len, 0, Class::Demand);
+        let room = self.shared.host_room_or_error(&need, &self.shared.deadline()).await?;
         Ok(IoBuf::from_copy(room))
     }
 
@@ -190,23 +190,22 @@ impl VirtualMemory {
     ///
     /// Those of a [`pin`](Self::pin) in VRAM.
     pub async fn hold_in_vram(&self, handle: &VMemHandle) -> Result<VramHold> {
-        let asked = Instant::now();
-        let deadline = self.shared.deadline();
-        let pin = self.pin(handle, MemoryTier::Vram).await?;
-        let object = handle.object();
-        loop {
-            let pass = object.gate(deadline).await?;
-            let range = object.version().vram;
-            drop(pass);
-            if range.is_some() || object.len == 0 {
+        self.check(handle)?.touch();
+        self.shared.vram()?;
+        if let Some(pin) = pin_now(handle, MemoryTier::Vram)? {
+            let range = handle.object().version().vram;
+            if range.is_some() || handle.is_empty() {
                 return Ok(VramHold { range, _pin: pin });
             }
-            if Instant::now() >= deadline {
-                let (operation, waited) = ("bringing an object to vram", asked.elapsed());
-                return Err(VirtualMemoryError::TimedOut { operation, waited });
+        }
+        let deadline = self.shared.deadline();
+        loop {
+            let held = hold(handle.clone(), deadline);
+            let parcel = self.shared.spawn_for_caller_briefly("vmem-lease", held);
+            if let Some(hold) = self.shared.answer(&parcel, &deadline, LEASE).await? {
+                return Ok(hold);
             }
-            // It was written since: the new version comes up.
-            self.ask(object, Move::Raise).await?;
+            self.check(handle)?;
         }
     }
 
@@ -215,49 +214,81 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// Those of a [`pin`](Self::pin) in VRAM and of making room in host memory, where the new version will be too.
+    /// Those of a [`pin`](Self::pin) in VRAM and of making space in host memory, where the new version will be too.
     pub async fn change_in_vram(&self, handle: &VMemHandle, overwrite: bool) -> Result<VramChange> {
         let object = self.check(handle)?;
         self.shared.vram()?;
         if object.len == 0 {
             return Ok(VramChange { inner: None, handle: handle.clone() });
         }
-        let (asked, deadline) = (Instant::now(), self.shared.deadline());
-        let (len, owner, class) = (object.len, object.id, Class::Demand);
-        let charge = self.charge_pin(object, MemoryTier::Vram, asked, deadline).await?;
-        let need = Need { len, owner, class, may_spill: false };
-        let room = self.shared.host_room_or_error(need, deadline).await?;
+        let deadline = self.shared.deadline();
         loop {
-            let vram = self.shared.vram()?;
-            let mut fresh = None;
-            if !overwrite {
-                self.ask(object, Move::Raise).await?;
-            } else if !object.has_vram_room() {
-                let wanted = Wanted { len, class, asked, deadline };
-                fresh = Some(vram.room(&self.shared, wanted).await?);
-            }
-            let pass = object.gate(deadline).await?;
-            object.touch();
-            if let Some(fresh) = fresh.filter(|_| !object.has_vram_room()) {
-                object.set_vram_room(&pass, fresh);
-            }
-            let there = if overwrite { object.has_vram_room() } else { object.in_vram() };
-            if there {
-                let range = vram.until_idle(&pass, asked, deadline).await?;
-                let to_zero = overwrite.then(|| range.range());
-                let inner = Inner { range, room, pass, charge };
-                // From here on its drop gives everything back.
-                let change = VramChange { inner: Some(inner), handle: handle.clone() };
-                if let Some(range) = to_zero {
-                    // What is not written must not show what others left there.
-                    vram.backend.zero(range).await.map_err(DeviceError::public)?;
-                }
+            let change = change(handle.clone(), overwrite, deadline);
+            let parcel = self.shared.spawn_for_caller_briefly("vmem-lease", change);
+            if let Some(change) = self.shared.answer(&parcel, &deadline, LEASE).await? {
                 return Ok(change);
             }
-            if Instant::now() >= deadline {
-                let (operation, waited) = ("bringing an object to vram", asked.elapsed());
-                return Err(VirtualMemoryError::TimedOut { operation, waited });
+            self.check(handle)?;
+        }
+    }
+}
+
+const LEASE: &str = "bringing an object to vram";
+
+/// Pins an object in device memory and takes a share of its current version there; for a task.
+async fn hold(handle: VMemHandle, deadline: Deadline) -> Result<VramHold> {
+    let pin = pin(handle.clone(), MemoryTier::Vram, deadline).await?;
+    let object = handle.object();
+    loop {
+        let pass = object.gate(&deadline).await?;
+        let range = object.version().vram;
+        drop(pass);
+        if range.is_some() || object.len == 0 {
+            return Ok(VramHold { range, _pin: pin });
+        }
+        if deadline.is_past() {
+            return Err(deadline.error(LEASE));
+        }
+        // It was written since: the new version is promoted.
+        ask(&object.shared, object, Move::ToDevice, &deadline).await?;
+    }
+}
+
+/// Takes an object for a kernel that writes to it; for a task.
+async fn change(handle: VMemHandle, overwrite: bool, deadline: Deadline) -> Result<VramChange> {
+    let object = handle.object();
+    let shared = &object.shared;
+    let charge = charge_pin(object, MemoryTier::Vram, &deadline).await?;
+    let need = Need::one(object.len, object.id, Class::Demand);
+    let room = shared.host_room_or_error(&need, &deadline).await?;
+    loop {
+        let vram = shared.vram()?;
+        let mut fresh = None;
+        if !overwrite {
+            ask(shared, object, Move::ToDevice, &deadline).await?;
+        } else if !object.has_vram_room() {
+            fresh = Some(vram.room(&need, &deadline).await?);
+        }
+        let pass = object.gate(&deadline).await?;
+        object.touch();
+        if let Some(fresh) = fresh.filter(|_| !object.has_vram_room()) {
+            object.set_vram_room(&pass, fresh);
+        }
+        let there = if overwrite { object.has_vram_room() } else { object.in_vram() };
+        if there {
+            let range = vram.until_idle(&pass, &deadline).await?;
+            let to_zero = overwrite.then(|| Arc::new(range.share()));
+            let inner = Inner { range, room, pass, charge };
+            // From here on its drop gives everything back.
+            let change = VramChange { inner: Some(inner), handle: handle.clone() };
+            if let Some(range) = to_zero {
+                // What is not written must not show what others left there.
+                vram.backend.zero(range).await.map_err(DeviceError::public)?;
             }
+            return Ok(change);
+        }
+        if deadline.is_past() {
+            return Err(deadline.error(LEASE));
         }
     }
 }

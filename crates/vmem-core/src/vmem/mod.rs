@@ -5,7 +5,9 @@
 //! method checks, in this order: closed, a handle of ours, alive, its arguments.
 
 mod lease;
+mod miss;
 mod named;
+mod pin;
 mod place;
 mod read;
 mod residency;
@@ -19,7 +21,8 @@ use tokio::sync::watch;
 
 pub use lease::{VramChange, VramHold, VramShare};
 pub use named::NamedEntry;
-pub use place::{PinGuard, Prefetch};
+pub use pin::PinGuard;
+pub use place::Prefetch;
 pub use residency::Residency;
 
 use crate::actor::{self, Outcome};
@@ -30,11 +33,11 @@ use crate::error::VirtualMemoryError;
 use crate::events::MigrationEvent;
 use crate::handle::VMemHandle;
 use crate::host::HostArena;
-use crate::host_queue::{Class, Need, Refused};
+use crate::memory_tier::MemoryTier;
 use crate::object::{Object, chunk_count, chunk_lens};
 use crate::shared::{Limits, Shared};
 use crate::stats::VirtualMemoryStats;
-use crate::tier::MemoryTier;
+use crate::tier::{Class, Need, Refused};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -86,7 +89,7 @@ impl VirtualMemory {
         let shared = Shared::new(config, limits, backends, requests, vram_reason)?;
         if let Some(vram) = shared.vram_if_any() {
             capabilities.vram = Some(vram.backend.describe());
-            vram.backend.register_space(ObjectSpace::new(shared.host.arena().clone()));
+            vram.backend.register_space(ObjectSpace::new(shared.host.space().clone()));
             let staging = StagingMemory::new(shared.staging.clone());
             if let Err(error) = vram.backend.register(staging) {
                 capabilities.vram_reason = format!("staging is not registered: {error}").into();
@@ -232,43 +235,42 @@ impl VirtualMemory {
         if object.home != MemoryTier::Vram {
             return Ok(());
         }
-        let room = self.shared.vram()?.try_room(&self.shared, object.len, u64::MAX);
-        if let Some(room) = room {
-            let pass = object.gate(self.shared.deadline()).await?;
-            // Somebody who found it by its number may have been faster.
-            if !object.has_vram_room() {
-                object.set_vram_room(&pass, room);
-            }
+        let deadline = self.shared.deadline();
+        let vram = self.shared.vram()?;
+        let Some(room) = vram.room_now((object.len, object.id), &deadline).await else {
+            return Ok(());
+        };
+        // Somebody who found the object by its number may have been faster, or be at it.
+        if let Some(pass) = object.gate_if_open()?
+            && !object.has_vram_room()
+        {
+            object.set_vram_room(&pass, room);
         }
         Ok(())
     }
 
     /// Takes the footprint of a new object, in its home tier or below it.
     async fn take_room(&self, object: &Arc<Object>, home: MemoryTier) -> Result<()> {
-        let deadline = self.shared.deadline();
+        let new = "invariant: nobody else knows an object before it is announced";
         if home != MemoryTier::Disk && self.shared.fits_host(object.len) {
-            let (len, owner) = (object.len, object.id);
-            let need = Need { len, owner, class: Class::Demand, may_spill: true };
-            match self.shared.host_room(need, deadline).await {
+            let need = Need::one(object.len, object.id, Class::Demand).or_spill();
+            match self.shared.host_room(&need, &self.shared.deadline()).await {
                 Ok(room) => {
-                    let pass = object.gate(deadline).await?;
+                    let pass = object.try_gate().expect(new);
                     // With the gate held: whoever finds it now changes it after this.
                     self.shared.announce(object);
                     object.set_spare(&pass, room);
                     return Ok(());
                 }
                 Err(Refused::Error(error @ VirtualMemoryError::Closed)) => return Err(error),
-                // Held, pinned, or no room to evict to: the tier below may still have some.
+                // Held, pinned, or no space to evict to: the tier below may still have some.
                 Err(_) => {}
             }
         }
         let lens = chunk_lens(object.len, 0..chunk_count(object.len));
-        let extents = self
-            .shared
-            .disk
-            .reserve(&lens)
-            .map_err(|error| self.shared.disk_error(object.id, error))?;
-        let pass = object.gate(deadline).await?;
+        let reserved = self.shared.disk.reserve(&lens);
+        let extents = reserved.map_err(|error| self.shared.disk_error(object.id, error))?;
+        let pass = object.try_gate().expect(new);
         self.shared.announce(object);
         object.with_disk(&pass, |disk, _| *disk = crate::object::DiskMap::of(extents));
         Ok(())

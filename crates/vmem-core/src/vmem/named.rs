@@ -12,18 +12,17 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::Stream;
 use futures::stream::try_unfold;
-use tokio::sync::oneshot;
-use tokio::time::Instant;
 
 use super::{Result, VirtualMemory};
-use crate::actor::spawn_named;
 use crate::catalog::{CatalogRecord, METADATA_LEN_MAX};
+use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
+use crate::memory_tier::MemoryTier;
 use crate::names::{self, Names, Turn};
 use crate::object::Object;
+use crate::parcel::parcel;
 use crate::shared::Shared;
-use crate::tier::MemoryTier;
 
 /// Names that are read from the catalog at a time.
 const PAGE: usize = 256;
@@ -65,7 +64,7 @@ impl VirtualMemory {
         let name = self.check_named(name)?;
         let handle = self.allocate(len, home).await?;
         self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name, deadline).await?;
+            let turn = Turn::of(&shared, name, &deadline).await?;
             if names::find(&shared, &turn).await?.is_some() {
                 return Err(VirtualMemoryError::NameExists { name: turn.name().clone() });
             }
@@ -115,7 +114,7 @@ impl VirtualMemory {
         let name = self.check_named(name)?;
         let handle = self.put(data, home).await?;
         self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name, deadline).await?;
+            let turn = Turn::of(&shared, name, &deadline).await?;
             names::replace(&shared, &turn, &handle).await?;
             Ok(handle)
         })
@@ -138,7 +137,7 @@ impl VirtualMemory {
             return home_is_there(handle);
         }
         self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name, deadline).await?;
+            let turn = Turn::of(&shared, name, &deadline).await?;
             names::find_or_error(&shared, &turn).await
         })
         .await
@@ -155,11 +154,11 @@ impl VirtualMemory {
         let (from, to) = (self.check_named(from)?, self.check_named(to)?);
         self.change(move |shared, deadline| async move {
             if from == to {
-                let turn = Turn::of(&shared, from, deadline).await?;
+                let turn = Turn::of(&shared, from, &deadline).await?;
                 let handle = names::find_or_error(&shared, &turn).await?;
                 return names::persist(&shared, &turn, handle.object()).await;
             }
-            let (from, to) = Turn::of_both(&shared, from, to, deadline).await?;
+            let (from, to) = Turn::of_both(&shared, from, to, &deadline).await?;
             names::rename(&shared, &from, &to).await
         })
         .await
@@ -173,7 +172,7 @@ impl VirtualMemory {
     pub async fn remove_named(&self, name: &str) -> Result<()> {
         let name = self.check_named(name)?;
         self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name, deadline).await?;
+            let turn = Turn::of(&shared, name, &deadline).await?;
             names::remove(&shared, &turn).await
         })
         .await
@@ -213,7 +212,7 @@ impl VirtualMemory {
         }
         let metadata = Bytes::copy_from_slice(metadata);
         self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name, deadline).await?;
+            let turn = Turn::of(&shared, name, &deadline).await?;
             names::set_metadata(&shared, &turn, metadata).await
         })
         .await
@@ -243,7 +242,7 @@ impl VirtualMemory {
 
     pub(super) async fn flush_named(&self, object: Arc<Object>) -> Result<()> {
         self.change(move |shared, deadline| async move {
-            names::flush(&shared, &object, deadline).await
+            names::flush(&shared, &object, &deadline).await
         })
         .await
     }
@@ -260,29 +259,28 @@ impl VirtualMemory {
         Ok(name.into())
     }
 
-    /// Runs a change as a task of its own, and waits for its answer.
-    async fn change<T, F>(&self, make: impl FnOnce(Arc<Shared>, Instant) -> F + Send) -> Result<T>
+    /// Runs a change as a task of its own, and waits for its answer. The task waits for its place among
+    /// others.
+    async fn change<T, F>(&self, make: impl FnOnce(Arc<Shared>, Deadline) -> F + Send) -> Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
-        let (asked, deadline) = (Instant::now(), self.shared.deadline());
-        let permit = tokio::time::timeout_at(deadline, self.shared.names.task()).await;
-        let permit = permit.map_err(|_| VirtualMemoryError::TimedOut {
-            operation: "other changes of names",
-            waited: asked.elapsed(),
-        })??;
-        self.check_open()?;
-        let (reply, answer) = oneshot::channel();
-        let change = make(self.shared.clone(), deadline);
-        let runtime = self.shared.runtime.clone();
-        spawn_named(&runtime, "vmem-name", async move {
-            let outcome = change.await;
-            drop(permit);
-            let _ = reply.send(outcome);
+        let (shared, deadline) = (self.shared.clone(), self.shared.deadline());
+        let change = make(shared.clone(), deadline);
+        let (delivery, answer) = parcel();
+        self.shared.spawn("vmem-name", async move {
+            let permit = deadline.bound(shared.names.task()).await;
+            let outcome = match permit {
+                Ok(Ok(_permit)) if !shared.is_closed() => change.await,
+                Ok(Ok(_)) => Err(VirtualMemoryError::Closed),
+                Ok(Err(error)) => Err(error),
+                Err(Late) => Err(deadline.error("other changes of names")),
+            };
+            drop(delivery.deliver(outcome, None));
         });
-        // Without an answer the runtime has gone.
-        answer.await.unwrap_or(Err(VirtualMemoryError::Closed))
+        // It takes as long as it takes: what it waits for has deadlines. Without an answer the runtime has gone.
+        answer.claim().await.unwrap_or(Err(VirtualMemoryError::Closed))
     }
 }
 

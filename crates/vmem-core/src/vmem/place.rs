@@ -1,8 +1,7 @@
 //! Placing: promote, demote, prefetch, pin, flush.
 //!
-//! Invariant: each of these is a request to the actor, which runs it as a task of its own; the
-//! caller's future waits for the answer and owns nothing of the migration. A pin is counted under
-//! the object's gate, so that no eviction is half way when it is granted.
+//! Invariant: each of these is a request to the actor, which runs it as a task of its own, or a task by itself; the
+//! caller's future waits for the answer and owns nothing of the migration.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -10,19 +9,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
+use futures::StreamExt;
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 
+use super::pin::{PinGuard, pin, pin_now};
 use super::{Result, VirtualMemory};
 use crate::actor::{Move, PrefetchEnd, Request};
+use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
-use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
-use crate::host_queue::{Class, Need};
-use crate::migrate::{Fetch, fetch_into};
-use crate::object::{GatePass, Object};
+use crate::memory_tier::MemoryTier;
+use crate::migrate;
+use crate::object::Object;
+use crate::parcel::parcel;
 use crate::shared::Shared;
-use crate::tier::MemoryTier;
+
+/// Objects that are flushed at once, where all are.
+const FLUSHES_MAX: usize = 256;
 
 impl VirtualMemory {
     /// Brings the object up to `to`, to stay. Already there or faster: `Ok`.
@@ -36,13 +39,13 @@ impl VirtualMemory {
             MemoryTier::Vram => {
                 self.shared.vram()?;
                 object.touch();
-                self.ask(object, Move::Raise).await
+                self.ask(object, Move::ToDevice).await
             }
             MemoryTier::Host if object.in_vram() => Ok(()),
             MemoryTier::Host => {
                 self.check_fits_host(object)?;
                 object.touch();
-                self.ask(object, Move::Up).await
+                self.ask(object, Move::ToHost).await
             }
             MemoryTier::Disk => Ok(()),
         }
@@ -58,8 +61,8 @@ impl VirtualMemory {
         match to {
             MemoryTier::Vram => Ok(()),
             MemoryTier::Host if !object.has_vram_room() => Ok(()),
-            MemoryTier::Host => self.ask(object, Move::Lower).await,
-            MemoryTier::Disk => self.ask(object, Move::Down).await,
+            MemoryTier::Host => self.ask(object, Move::OffDevice).await,
+            MemoryTier::Disk => self.ask(object, Move::ToDisk).await,
         }
     }
 
@@ -79,7 +82,7 @@ impl VirtualMemory {
         }
         match object.home {
             MemoryTier::Disk => self.ask(object, Move::Flush).await,
-            MemoryTier::Vram => self.ask(object, Move::Raise).await,
+            MemoryTier::Vram => self.ask(object, Move::ToDevice).await,
             MemoryTier::Host => Ok(()),
         }
     }
@@ -93,38 +96,19 @@ impl VirtualMemory {
     pub async fn flush_all(&self) -> Result<()> {
         self.check_open()?;
         let named = self.flush_all_named().await;
-        let mut failed = 0_usize;
-        let mut first_error = None;
-        for object in self.shared.all() {
-            let what = match object.home {
-                MemoryTier::Disk if object.is_dirty() => Move::Flush,
-                MemoryTier::Vram if object.len > 0 && !object.in_vram() => Move::Raise,
-                _ => continue,
-            };
-            if object.is_dead() || object.has_name() {
-                continue;
-            }
-            match self.ask(&object, what).await {
-                // Freed meanwhile: there is nothing left to flush.
-                Ok(()) | Err(VirtualMemoryError::HandleNotFound { .. }) => {}
-                Err(error) => {
-                    failed += 1;
-                    first_error.get_or_insert(error);
-                }
-            }
-        }
-        if let Some(error) = &first_error {
-            tracing::warn!(target: "vmem", failed, %error, "objects were not flushed");
-        }
-        named.and(first_error.map_or(Ok(()), Err))
+        let (shared, deadline) = (self.shared.clone(), self.shared.deadline());
+        let flush = flush_unnamed(shared, deadline);
+        let parcel = self.shared.spawn_for_caller("vmem-flush", flush);
+        // Each object has the deadline; all of them take as long as they take.
+        let unnamed = match parcel.claim().await {
+            Ok(outcome) => outcome,
+            Err(_) => self.check_open(),
+        };
+        named.and(unnamed)
     }
 
-    pub(super) async fn ask(&self, object: &Arc<Object>, what: Move) -> Result<()> {
-        let (reply, answer) = oneshot::channel();
-        let (asked, deadline) = (Instant::now(), self.shared.deadline());
-        let object = object.clone();
-        self.shared.requests.send(Request::Move { object, what, asked, deadline, reply }).await;
-        answer.await.unwrap_or(Err(VirtualMemoryError::Closed))
+    async fn ask(&self, object: &Arc<Object>, what: Move) -> Result<()> {
+        ask(&self.shared, object, what, &self.shared.deadline()).await
     }
 
     fn check_fits_host(&self, object: &Object) -> Result<()> {
@@ -188,211 +172,85 @@ impl VirtualMemory {
     pub async fn pin(&self, handle: &VMemHandle, tier: MemoryTier) -> Result<PinGuard> {
         let object = self.check(handle)?;
         match tier {
-            MemoryTier::Vram => Box::pin(self.pin_in_vram(handle)).await,
+            MemoryTier::Vram => drop(self.shared.vram()?),
             // Nothing is below disk: there is nothing to keep it from.
-            MemoryTier::Disk => Ok(PinGuard { object: None, tier, _handle: handle.clone() }),
-            MemoryTier::Host => {
-                self.check_fits_host(object)?;
-                Box::pin(self.pin_in_host(handle)).await
-            }
+            MemoryTier::Disk => return Ok(PinGuard::of_nothing(handle, tier)),
+            MemoryTier::Host => self.check_fits_host(object)?,
         }
-    }
-
-    async fn pin_in_host(&self, handle: &VMemHandle) -> Result<PinGuard> {
-        let (object, tier) = (handle.object(), MemoryTier::Host);
-        let (asked, deadline) = (Instant::now(), self.shared.deadline());
         object.touch();
-        // The first pin of an object is charged, for as long as there is any. Whoever turns out not
-        // to be the first gives the charge back.
-        let (mut charge, mut asked_for) = (None, false);
-        loop {
-            if charge.is_none() && object.pins() == 0 {
-                charge = Some(self.charge_pin(object, tier, asked, deadline).await?);
-            }
-            let mut room = None;
-            if asked_for {
-                // It came up and left again at once: this time the room is ours before the gate.
-                if !object.has_host_room() {
-                    let (len, owner, class) = (object.len, object.id, Class::Demand);
-                    let need = Need { len, owner, class, may_spill: false };
-                    room = Some(self.shared.host_room_or_error(need, deadline).await?);
-                }
-            } else {
-                self.ask(object, Move::Up).await?;
-                asked_for = true;
-            }
-            let pass = object.gate(deadline).await?;
-            let missing = room.is_none() && object.len > 0 && !object.has_host_room();
-            if missing || (charge.is_none() && object.pins() == 0) {
-                continue;
-            }
-            let (class, cause) = (Class::Demand, MigrationCause::Promote);
-            let (stay, unwanted) = (true, None);
-            let job =
-                Fetch { object: object.clone(), class, cause, stay, asked, deadline, unwanted };
-            drop(fetch_into(&job, &pass, room).await?);
-            if count_pin(&pass, tier, &mut charge) {
-                return Ok(PinGuard {
-                    object: Some(object.clone()),
-                    tier,
-                    _handle: handle.clone(),
-                });
-            }
+        if let Some(guard) = pin_now(handle, tier)? {
+            return Ok(guard);
         }
-    }
-
-    async fn pin_in_vram(&self, handle: &VMemHandle) -> Result<PinGuard> {
-        let (object, tier) = (handle.object(), MemoryTier::Vram);
-        let (asked, deadline) = (Instant::now(), self.shared.deadline());
-        self.shared.vram()?;
-        object.touch();
-        let mut charge = None;
-        loop {
-            if charge.is_none() && object.vram_pins() == 0 {
-                charge = Some(self.charge_pin(object, tier, asked, deadline).await?);
-            }
-            if !object.in_vram() {
-                self.ask(object, Move::Raise).await?;
-            }
-            let pass = object.gate(deadline).await?;
-            if object.len > 0 && !object.in_vram() {
-                // It left again at once, or was written.
-                drop(pass);
-                if Instant::now() >= deadline {
-                    let (operation, waited) = ("pinning in vram", asked.elapsed());
-                    return Err(VirtualMemoryError::TimedOut { operation, waited });
+        Box::pin(async {
+            let deadline = self.shared.deadline();
+            loop {
+                let pinned = pin(handle.clone(), tier, deadline);
+                let parcel = self.shared.spawn_for_caller_briefly("vmem-pin", pinned);
+                if let Some(guard) = self.shared.answer(&parcel, &deadline, "pinning").await? {
+                    return Ok(guard);
                 }
-                continue;
+                self.check_open()?;
             }
-            if charge.is_none() && object.vram_pins() == 0 {
-                continue;
-            }
-            if count_pin(&pass, tier, &mut charge) {
-                return Ok(PinGuard {
-                    object: Some(object.clone()),
-                    tier,
-                    _handle: handle.clone(),
-                });
-            }
-        }
+        })
+        .await
     }
 
     /// Brings the object to VRAM again, in the background.
     pub(super) fn refresh(&self, object: &Arc<Object>) {
-        let (reply, _nobody_waits) = oneshot::channel();
-        let (asked, deadline) = (Instant::now(), self.shared.deadline());
-        let (object, what) = (object.clone(), Move::Refresh);
-        let request = Request::Move { object, what, asked, deadline, reply };
-        send_now(&self.shared, request);
-    }
-
-    /// Charges one pin, as soon as `max_pinned` allows it.
-    pub(super) async fn charge_pin(
-        &self,
-        object: &Arc<Object>,
-        tier: MemoryTier,
-        asked: Instant,
-        deadline: Instant,
-    ) -> Result<Charge> {
-        let footprint = self.shared.footprint_in(tier, object.len);
-        let pins = self.shared.pins(tier)?;
-        if footprint > pins.max() {
-            return Err(VirtualMemoryError::ExceedsCapacity {
-                tier,
-                requested_bytes: footprint,
-                capacity_bytes: pins.max(),
-            });
-        }
-        loop {
-            let unpinned = pins.gone();
-            tokio::pin!(unpinned);
-            // Before the look, so that a pin that goes in between is not missed.
-            unpinned.as_mut().enable();
-            self.check_open()?;
-            if pins.try_charge(footprint) {
-                return Ok(Charge { object: Some(object.clone()), tier });
-            }
-            if tokio::time::timeout_at(deadline, unpinned).await.is_err() {
-                let (held_bytes, capacity_bytes) = match tier {
-                    MemoryTier::Vram => (0, self.shared.vram()?.usage().capacity_bytes),
-                    _ => (self.shared.copies.held_bytes(), self.shared.host_space()),
-                };
-                return Err(VirtualMemoryError::AllPinned {
-                    tier,
-                    requested_bytes: footprint,
-                    pinned_bytes: pins.bytes(),
-                    leased_bytes: 0,
-                    held_bytes,
-                    capacity_bytes,
-                    waited: asked.elapsed(),
-                });
-            }
-        }
+        let (reply, _nobody_waits) = parcel();
+        let (object, what, deadline) = (object.clone(), Move::Refresh, self.shared.deadline());
+        self.shared.requests.send(&self.shared, Request::Move { object, what, deadline, reply });
     }
 }
 
-/// Counts one more pin under the gate. False if it needs a charge: the last pin went meanwhile, and its
-/// charge with it.
-fn count_pin(pass: &GatePass, tier: MemoryTier, charge: &mut Option<Charge>) -> bool {
-    let object = pass.object();
-    match charge.take() {
-        Some(charge) if object.add_pin(tier, pass) => {
-            charge.keep();
-            true
-        }
-        Some(_) => true,
-        None => object.try_add_pin(tier, pass),
-    }
+/// Has the actor move an object, and waits for the end.
+pub(super) async fn ask(
+    shared: &Arc<Shared>,
+    object: &Arc<Object>,
+    what: Move,
+    deadline: &Deadline,
+) -> Result<()> {
+    let (reply, parcel) = parcel();
+    let request = Request::Move { object: object.clone(), what, deadline: *deadline, reply };
+    shared.requests.send(shared, request);
+    shared.answer(&parcel, deadline, "moving an object").await.map(drop)
 }
 
-/// Hands a request to the actor for which nobody waits.
-pub(super) fn send_now(shared: &Arc<Shared>, request: Request) {
-    if let Err(request) = shared.requests.try_send(request) {
-        // The queue is full: it stands in line there, and the caller does not.
+/// Flushes every object without a name that is not where its home is; all are tried.
+async fn flush_unnamed(shared: Arc<Shared>, deadline: Deadline) -> Result<()> {
+    let mut to_disk = Vec::new();
+    let mut to_device = Vec::new();
+    for object in shared.all().into_iter().filter(|object| !object.has_name()) {
+        match object.home {
+            MemoryTier::Disk if object.is_dirty() => to_disk.push(object),
+            MemoryTier::Vram if object.len > 0 && !object.in_vram() => to_device.push(object),
+            _ => {}
+        }
+    }
+    let (mut failed, mut first_error) = migrate::flush_many(&shared, to_disk, &deadline).await;
+    let moves = to_device.into_iter().map(|object| {
         let shared = shared.clone();
-        let runtime = shared.runtime.clone();
-        drop(runtime.spawn(async move { shared.requests.send(request).await }));
-    }
-}
-
-/// A charge against `max_pinned`, until it is kept.
-pub(super) struct Charge {
-    object: Option<Arc<Object>>,
-    tier: MemoryTier,
-}
-
-impl Charge {
-    /// The pins of the object have it now; the last one gives it back.
-    fn keep(mut self) {
-        self.object = None;
-    }
-}
-
-impl Drop for Charge {
-    fn drop(&mut self) {
-        if let Some(object) = self.object.take() {
-            object.shared.uncharge_pin(self.tier, object.len);
+        async move {
+            // Each one starts when there is a place for it.
+            let deadline = shared.deadline();
+            ask(&shared, &object, Move::ToDevice, &deadline).await
+        }
+    });
+    let mut moves = futures::stream::iter(moves).buffer_unordered(FLUSHES_MAX);
+    while let Some(outcome) = moves.next().await {
+        match outcome {
+            // Freed meanwhile: there is nothing left to flush.
+            Ok(()) | Err(VirtualMemoryError::HandleNotFound { .. }) => {}
+            Err(error) => {
+                failed += 1;
+                first_error.get_or_insert(error);
+            }
         }
     }
-}
-
-/// Keeps an object in its tier; dropping it unpins. It holds a handle, so a pinned object is
-/// alive unless it is freed.
-#[must_use = "dropping the guard unpins"]
-#[derive(Debug)]
-pub struct PinGuard {
-    object: Option<Arc<Object>>,
-    tier: MemoryTier,
-    _handle: VMemHandle,
-}
-
-impl Drop for PinGuard {
-    fn drop(&mut self) {
-        let Some(object) = self.object.take() else { return };
-        if object.remove_pin(self.tier) {
-            object.shared.uncharge_pin(self.tier, object.len);
-        }
+    if let Some(error) = &first_error {
+        tracing::warn!(target: "vmem", failed, %error, "objects were not flushed");
     }
+    first_error.map_or(Ok(()), Err)
 }
 
 /// A prefetch that has started. Awaiting it tells how it ended; dropping it cancels it; detached it
@@ -418,9 +276,8 @@ impl Prefetch {
         let (reply, answer) = oneshot::channel();
         let detached = Arc::new(AtomicBool::new(false));
         let end = PrefetchEnd { reply, detached: detached.clone() };
-        let (asked, deadline) = (Instant::now(), shared.deadline());
-        let request = Request::Prefetch { objects, to, asked, deadline, end };
-        send_now(shared, request);
+        let request = Request::Prefetch { objects, to, deadline: shared.deadline(), end };
+        shared.requests.send(shared, request);
         Prefetch { state: State::Running { answer, detached } }
     }
 

@@ -5,7 +5,7 @@
 
 use super::{Result, VirtualMemory};
 use crate::handle::VMemHandle;
-use crate::tier::MemoryTier;
+use crate::memory_tier::MemoryTier;
 
 /// Where an object is, at one moment.
 #[non_exhaustive]

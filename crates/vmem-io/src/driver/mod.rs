@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use vmem_core::backend::{IoBuf, StagingMemory};
+use vmem_core::backend::{Clock, IoBuf, StagingMemory};
 
 pub use blocking::{BlockingDriver, BlockingOptions};
 pub(crate) use choose::{Chosen, choose};
@@ -73,6 +73,11 @@ pub trait Driver: fmt::Debug + Send + Sync + 'static {
 
     /// Waits for what is in flight, refuses what comes after, and closes the file.
     fn close(&self) -> BoxFuture<'static, io::Result<()>>;
+
+    /// The time in which operations take place: that of the runtime where a test simulates them.
+    fn clock(&self) -> Clock {
+        Clock::Real
+    }
 
     /// Whether a write that completed may still fail later, because it only reached a cache: the
     /// tier then reports a write as done only once a [`sync`](Self::sync) covers it.

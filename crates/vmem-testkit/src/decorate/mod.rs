@@ -21,7 +21,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
-use vmem_core::backend::IoBuf;
+use vmem_core::backend::{Clock, IoBuf};
 use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun};
 
 pub use delay::{Delay, DelayDriver};
@@ -174,6 +174,10 @@ impl<H: Hook> Driver for Around<H> {
     fn sync(&self) -> BoxFuture<'static, io::Result<()>> {
         let after = self.hook.start(OpKind::Sync, &[]);
         self.run(after, self.inner.sync(), Result::is_ok, ())
+    }
+
+    fn clock(&self) -> Clock {
+        self.inner.clock()
     }
 
     fn close(&self) -> BoxFuture<'static, io::Result<()>> {

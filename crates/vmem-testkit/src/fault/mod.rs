@@ -16,7 +16,7 @@ use futures::future::{BoxFuture, ready};
 use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::SmallRng;
-use vmem_core::backend::IoBuf;
+use vmem_core::backend::{Clock, IoBuf};
 use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun};
 
 use crate::Seed;
@@ -308,6 +308,10 @@ impl Driver for FaultDriver {
 
     fn sync(&self) -> BoxFuture<'static, io::Result<()>> {
         self.unit(OpKind::Sync, |inner| inner.sync())
+    }
+
+    fn clock(&self) -> Clock {
+        self.inner.clock()
     }
 
     fn close(&self) -> BoxFuture<'static, io::Result<()>> {

@@ -22,7 +22,7 @@ use rand::Rng;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until};
-use vmem_core::backend::IoBuf;
+use vmem_core::backend::{Clock, IoBuf};
 use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun, closed_error};
 
 use state::{Call, Reply, State, Work};
@@ -286,6 +286,10 @@ impl Driver for SimDriver {
             vec![Work::Sync { barrier }]
         });
         Box::pin(async move { syncing.await.1 })
+    }
+
+    fn clock(&self) -> Clock {
+        Clock::Runtime
     }
 
     fn close(&self) -> BoxFuture<'static, io::Result<()>> {

@@ -5,58 +5,49 @@
 //! to the operation, which gives them back when it ends.
 
 use bytes::Bytes;
-use tokio::sync::Notify;
-use tokio::time::Instant;
 
-use super::{Record, load};
+use super::{Job, Record, load};
 use crate::buffer::IoBuf;
 use crate::copy::{Found, OwnedCopy};
 use crate::error::VirtualMemoryError;
-use crate::events::MigrationCause;
-use crate::host_queue::{Class, Need};
+use crate::memory_tier::MemoryTier;
 use crate::object::{GatePass, Object, Version, chunk_count};
 use crate::stats;
-use crate::tier::MemoryTier;
-
-use std::sync::Arc;
-
-/// A request for the bytes of an object in host memory.
-#[derive(Clone, Debug)]
-pub(crate) struct Fetch {
-    pub(crate) object: Arc<Object>,
-    pub(crate) class: Class,
-    pub(crate) cause: MigrationCause,
-    /// Whether the copy stays, or goes with the last of its readers.
-    pub(crate) stay: bool,
-    pub(crate) asked: Instant,
-    pub(crate) deadline: Instant,
-    /// Told once whoever asked has gone: then it is not worth waiting for room.
-    pub(crate) unwanted: Option<Arc<Notify>>,
-}
 
 /// Brings the bytes of an object to host memory.
 ///
 /// # Errors
 ///
-/// Those of making room, of reading and of verifying; everything taken was given back.
-pub(crate) async fn fetch(job: &Fetch) -> Result<Bytes, VirtualMemoryError> {
+/// Those of making space, of reading and of verifying; everything taken was given back.
+pub(crate) async fn fetch(job: &Job) -> Result<Bytes, VirtualMemoryError> {
+    fetch_with(job, None).await
+}
+
+/// As `fetch`, with space that was taken already; then it never waits for space.
+pub(crate) async fn fetch_with(
+    job: &Job,
+    mut taken: Option<OwnedCopy>,
+) -> Result<Bytes, VirtualMemoryError> {
     let object = &job.object;
     if object.len == 0 {
         return Ok(Bytes::new());
     }
     loop {
         if object.has_host_room() {
-            let pass = object.gate(job.deadline).await?;
+            let pass = object.gate(&job.deadline).await?;
             if object.has_host_room() {
-                return fetch_to_stay(job, &pass).await;
+                return fetch_into(job, &pass, taken).await;
             }
             // It has left meanwhile.
         }
-        // Never behind the gate: those who have room wait for the gate, and a write is not to be
-        // kept waiting by a read that finds no room.
-        let room = room(job).await?;
+        // Never behind the gate: those who have space wait for the gate, and a write is not to be
+        // kept waiting by a read that finds no space.
+        let room = match taken.take() {
+            Some(room) => room,
+            None => room(job).await?,
+        };
         if job.stay {
-            let pass = object.gate(job.deadline).await?;
+            let pass = object.gate(&job.deadline).await?;
             return fetch_into(job, &pass, Some(room)).await;
         }
         if let Some(version) = object.cold_version() {
@@ -67,23 +58,15 @@ pub(crate) async fn fetch(job: &Fetch) -> Result<Bytes, VirtualMemoryError> {
         if let Found::Copy(guard) = object.copy.acquire(&object.shared.copies) {
             return Ok(guard.into_bytes());
         }
-        // Somebody brings it, changes it or takes it away right now: in turn, then.
-        drop(room);
-        drop(object.gate(job.deadline).await?);
+        // Another task brings it, changes it or takes it away right now: in turn, then.
+        taken = Some(room);
+        drop(object.gate(&job.deadline).await?);
     }
 }
 
 /// As `fetch`, for the holder of the gate: the copy is published.
-pub(crate) async fn fetch_to_stay(
-    job: &Fetch,
-    pass: &GatePass,
-) -> Result<Bytes, VirtualMemoryError> {
-    fetch_into(job, pass, None).await
-}
-
-/// As `fetch_to_stay`, with room that may have been taken already.
 pub(crate) async fn fetch_into(
-    job: &Fetch,
+    job: &Job,
     pass: &GatePass,
     taken: Option<OwnedCopy>,
 ) -> Result<Bytes, VirtualMemoryError> {
@@ -119,32 +102,23 @@ pub(crate) fn count_hit(object: &Object, version: &Version) {
     stats::add(hits, 1);
 }
 
-async fn room(job: &Fetch) -> Result<OwnedCopy, VirtualMemoryError> {
-    let (len, owner) = (job.object.len, job.object.id);
-    let need = Need { len, owner, class: job.class, may_spill: false };
-    let room = job.object.shared.host_room_or_error(need, job.deadline);
-    let Some(unwanted) = &job.unwanted else { return room.await };
-    tokio::select! {
-        biased;
-        room = room => room,
-        () = unwanted.notified() => Err(VirtualMemoryError::TimedOut {
-            operation: "a read that nobody waits for any more",
-            waited: job.asked.elapsed(),
-        }),
-    }
+async fn room(job: &Job) -> Result<OwnedCopy, VirtualMemoryError> {
+    let need = if job.may_spill { job.need().or_spill() } else { job.need() };
+    job.while_wanted(job.object.shared.host_room_or_error(&need, &job.deadline)).await
 }
 
 /// Copies and verifies the whole object into `room`.
 async fn fill(
-    job: &Fetch,
+    job: &Job,
     version: &Version,
     room: OwnedCopy,
 ) -> Result<OwnedCopy, VirtualMemoryError> {
     let object = &job.object;
     let route = (version.tier(), MemoryTier::Host);
-    let record = Record::start(&object.shared, object.id, route, job.cause, job.asked);
+    let record = Record::start(&object.shared, object.id, route, job.cause, &job.deadline);
     let chunks = 0..chunk_count(object.len);
-    let (buf, outcome) = load(object, version, chunks, IoBuf::from_copy(room), 0, job.class).await;
+    let room = IoBuf::from_copy(room);
+    let (buf, outcome) = load(object, version, chunks, room, 0, job.class).await;
     match outcome {
         Ok(()) => {
             record.end(Ok(object.len as u64));

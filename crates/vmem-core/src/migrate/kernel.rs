@@ -4,29 +4,31 @@
 //! let in, and the version before. Whatever becomes of it, either the new version is published in both tiers or the
 //! one before is again what readers get: nothing is lost, and nothing waits for ever.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 
 use super::Record;
 use crate::buffer::IoBuf;
 use crate::copy::OwnedCopy;
-use crate::device::{DeviceAnswer, DeviceError};
+use crate::deadline::Deadline;
+use crate::device::{DeviceAnswer, DeviceError, DeviceRange};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
-use crate::object::{GatePass, VramUse};
+use crate::memory_tier::MemoryTier;
+use crate::object::GatePass;
 use crate::stats::add;
-use crate::tier::MemoryTier;
 
 /// A version that a kernel wrote, or is still writing, in device memory.
 pub(crate) struct Changed {
     pass: GatePass,
-    range: VramUse,
+    range: DeviceRange,
     /// Room for the new version; none once it was published.
     room: Option<OwnedCopy>,
     /// The host copy of the version before.
     old: Option<Bytes>,
-    asked: Instant,
+    deadline: Deadline,
     /// For whoever wants to know.
     reply: Option<oneshot::Sender<Result<(), VirtualMemoryError>>>,
 }
@@ -35,13 +37,14 @@ impl Changed {
     /// Readers wait from now on.
     pub(crate) fn begin(
         pass: GatePass,
-        range: VramUse,
+        range: DeviceRange,
         room: OwnedCopy,
         reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
     ) -> Self {
         let old = pass.object().begin_pending(&pass);
         let (room, reply) = (Some(room), Some(reply));
-        Changed { pass, range, room, old, asked: Instant::now(), reply }
+        let deadline = pass.object().shared.deadline();
+        Changed { pass, range, room, old, deadline, reply }
     }
 
     /// Once the kernel has ended: copies the new version down, and publishes it.
@@ -49,7 +52,8 @@ impl Changed {
         let object = self.pass.object().clone();
         let shared = &object.shared;
         let route = (MemoryTier::Vram, MemoryTier::Host);
-        let record = Record::start(shared, object.id, route, MigrationCause::Kernel, self.asked);
+        let record =
+            Record::start(shared, object.id, route, MigrationCause::Kernel, &self.deadline);
         let outcome = match self.bring_down(ready).await {
             Ok(copy) => {
                 add(&shared.counters.vram_to_host_bytes, object.len as u64);
@@ -85,7 +89,8 @@ impl Changed {
         let room = self.room.take().expect("invariant: taken here, and put back after a failure");
         let into = IoBuf::from_copy(room);
         let len = self.pass.object().len;
-        let (buf, outcome) = vram.backend.download(self.range.range(), 0, len, into, 0).await;
+        let (buf, outcome) =
+            vram.backend.download(Arc::new(self.range.share()), 0, len, into, 0).await;
         match outcome {
             Ok(()) => Ok(buf.into_copy()),
             Err(error) => {

@@ -7,17 +7,26 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::time::Instant;
+use futures::StreamExt;
 
 use super::Record;
-use super::raise::check_unpinned;
+use super::to_device::check_unpinned;
 use crate::copy::Found;
+use crate::deadline::Deadline;
 use crate::disk::{CHUNK_BYTES, DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
+use crate::memory_tier::MemoryTier;
 use crate::object::{DiskMap, GatePass, Object, chunk_count, chunk_lens};
+use crate::shared::Shared;
 use crate::stats::{self, add};
-use crate::tier::MemoryTier;
+
+/// Payload of one batch of a flush, in bytes, unless one object alone has more.
+const BATCH_BYTES: u64 = 1024 * 1024;
+/// Objects in one batch of a flush.
+const BATCH_OBJECTS: usize = 256;
+/// Batches of a flush that are on their way at once.
+const BATCHES_MAX: usize = 8;
 
 /// An object on its way down, with the extents that its missing chunks will have.
 #[derive(Debug)]
@@ -105,9 +114,9 @@ pub(crate) async fn write_down(
     mut batch: Vec<Victim>,
     down: Down,
     cause: MigrationCause,
-    asked: Instant,
+    deadline: &Deadline,
 ) -> Result<(), DiskError> {
-    let Err(error) = write_batch(&mut batch, down, cause, asked).await else { return Ok(()) };
+    let Err(error) = write_batch(&mut batch, down, cause, deadline).await else { return Ok(()) };
     if batch.len() < 2 || matches!(error, DiskError::Closed) {
         return Err(error);
     }
@@ -116,7 +125,7 @@ pub(crate) async fn write_down(
         // It counts as a reader, and would keep the copy from going.
         drop(bytes);
         let alone = match Victim::prepare(pass) {
-            Ok(victim) => write_batch(&mut vec![victim], down, cause, asked).await.map(drop),
+            Ok(victim) => write_batch(&mut vec![victim], down, cause, deadline).await.map(drop),
             Err((_pass, error)) => Err(error),
         };
         if let Err(error) = alone {
@@ -132,13 +141,13 @@ async fn write_batch(
     batch: &mut Vec<Victim>,
     down: Down,
     cause: MigrationCause,
-    asked: Instant,
+    deadline: &Deadline,
 ) -> Result<Vec<DiskMap>, DiskError> {
     let Some(first) = batch.first() else { return Ok(Vec::new()) };
     let shared = first.pass.object().shared.clone();
     let route = (MemoryTier::Host, MemoryTier::Disk);
     let start =
-        |victim: &Victim| Record::start(&shared, victim.pass.object().id, route, cause, asked);
+        |victim: &Victim| Record::start(&shared, victim.pass.object().id, route, cause, deadline);
     let records: Vec<_> = batch.iter().map(start).collect();
     let counts: Vec<_> = batch.iter().map(|victim| victim.missing.len()).collect();
     let payload: u64 = batch.iter().map(Victim::payload).sum();
@@ -174,8 +183,7 @@ async fn write_batch(
 /// `Pinned`, or what the disk says; the object is then where it was.
 pub(crate) async fn demote(
     object: &Arc<Object>,
-    asked: Instant,
-    deadline: Instant,
+    deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
     check_unpinned(object)?;
@@ -187,7 +195,7 @@ pub(crate) async fn demote(
     if object.has_spare() {
         return move_room_down(&pass).map_err(|error| object.shared.disk_error(object.id, error));
     }
-    write_one(pass, Down::Detach, MigrationCause::Demote, asked).await
+    write_one(pass, Down::Detach, MigrationCause::Demote, deadline).await
 }
 
 /// Writes what the disk does not have of one object, which stays in host memory.
@@ -197,11 +205,73 @@ pub(crate) async fn demote(
 /// What the disk says.
 pub(crate) async fn flush(
     object: &Arc<Object>,
-    asked: Instant,
-    deadline: Instant,
+    deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
-    write_one(pass, Down::Keep, MigrationCause::Flush, asked).await
+    write_one(pass, Down::Keep, MigrationCause::Flush, deadline).await
+}
+
+/// Writes what the disk does not have of these objects, which stay in host memory, many in one run. All are tried.
+/// Returns how many failed, and the first error.
+pub(crate) async fn flush_many(
+    shared: &Arc<Shared>,
+    objects: Vec<Arc<Object>>,
+    deadline: &Deadline,
+) -> (usize, Option<VirtualMemoryError>) {
+    let mut batches: Vec<(u64, Vec<Arc<Object>>)> = Vec::new();
+    for object in objects {
+        let len = object.len as u64;
+        match batches.last_mut() {
+            Some((payload, batch)) if *payload < BATCH_BYTES && batch.len() < BATCH_OBJECTS => {
+                *payload += len;
+                batch.push(object);
+            }
+            _ => batches.push((len, vec![object])),
+        }
+    }
+    let flushes = batches.into_iter().map(|(_, batch)| flush_batch(shared, batch, deadline));
+    let mut flushes = futures::stream::iter(flushes).buffer_unordered(BATCHES_MAX);
+    let (mut failed, mut first_error) = (0, None);
+    while let Some((more, error)) = flushes.next().await {
+        failed += more;
+        first_error = first_error.or(error);
+    }
+    (failed, first_error)
+}
+
+async fn flush_batch(
+    shared: &Arc<Shared>,
+    objects: Vec<Arc<Object>>,
+    deadline: &Deadline,
+) -> (usize, Option<VirtualMemoryError>) {
+    let (mut batch, mut alone) = (Vec::new(), Vec::new());
+    for object in objects {
+        match object.try_gate() {
+            Some(pass) if object.is_dirty() => match Victim::prepare(pass) {
+                Ok(victim) => batch.push(victim),
+                Err(_) => alone.push(object),
+            },
+            Some(_) => {}
+            // Another change is under way: this one waits for it, the others do not.
+            None if object.is_dead() => {}
+            None => alone.push(object),
+        }
+    }
+    let (mut failed, mut first_error) = (0, None);
+    let mut note = |outcome: Result<(), VirtualMemoryError>| match outcome {
+        // Freed meanwhile: there is nothing left to flush.
+        Ok(()) | Err(VirtualMemoryError::HandleNotFound { .. }) => {}
+        Err(error) => {
+            failed += 1;
+            first_error.get_or_insert(error);
+        }
+    };
+    let written = write_down(batch, Down::Keep, MigrationCause::Flush, deadline).await;
+    note(written.map_err(|error| shared.disk_error(0, error)));
+    for object in alone {
+        note(flush(&object, deadline).await);
+    }
+    (failed, first_error)
 }
 
 /// Brings the current bytes of one object to disk, where it keeps its host copy, and says where they are.
@@ -212,8 +282,7 @@ pub(crate) async fn flush(
 /// What the disk says.
 pub(crate) async fn settle(
     object: &Arc<Object>,
-    asked: Instant,
-    deadline: Instant,
+    deadline: &Deadline,
 ) -> Result<DiskMap, VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
     if !object.copy.is_some() {
@@ -222,7 +291,7 @@ pub(crate) async fn settle(
     let public = |error| object.shared.disk_error(object.id, error);
     let victim = Victim::prepare(pass).map_err(|(_pass, error)| public(error))?;
     let mut batch = vec![victim];
-    let written = write_batch(&mut batch, Down::Keep, MigrationCause::Flush, asked).await;
+    let written = write_batch(&mut batch, Down::Keep, MigrationCause::Flush, deadline).await;
     let map = written.map_err(public)?.pop();
     Ok(map.expect("invariant: one went down"))
 }
@@ -231,7 +300,7 @@ async fn write_one(
     pass: GatePass,
     down: Down,
     cause: MigrationCause,
-    asked: Instant,
+    deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
     let object = pass.object().clone();
     if !object.copy.is_some() {
@@ -239,7 +308,7 @@ async fn write_one(
     }
     let public = |error| object.shared.disk_error(object.id, error);
     let victim = Victim::prepare(pass).map_err(|(_pass, error)| public(error))?;
-    write_down(vec![victim], down, cause, asked).await.map_err(public)
+    write_down(vec![victim], down, cause, deadline).await.map_err(public)
 }
 
 /// An object that nobody has written yet gives up its host memory for space on disk: zeros need

@@ -8,45 +8,31 @@ use std::sync::Arc;
 
 use futures::StreamExt;
 use futures::stream::FuturesOrdered;
-use tokio::sync::Notify;
-use tokio::time::Instant;
 
-use super::{Fetch, Record, fetch_into, load};
-use crate::buffer::IoBuf;
+use super::{Job, Record, fetch_into, load};
 use crate::copy::Found;
-use crate::device::{DeviceAnswer, DeviceError};
+use crate::deadline::Deadline;
+use crate::device::{DeviceAnswer, DeviceError, DeviceRange};
 use crate::disk::CHUNK_BYTES;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
-use crate::host_queue::{Class, Need};
-use crate::object::{GatePass, Object, VramUse, chunk_count};
+use crate::memory_tier::MemoryTier;
+use crate::object::{GatePass, Object, chunk_count};
 use crate::stats::add;
-use crate::tier::MemoryTier;
-use crate::vram::{Vram, Wanted};
+use crate::tier::{Class, Need};
+use crate::vram::Vram;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
 /// Pieces of one object that are on their way up at once.
 const PIECES_MAX: usize = 4;
 
-/// A request for an object in VRAM.
-#[derive(Clone, Debug)]
-pub(crate) struct Raise {
-    pub(crate) object: Arc<Object>,
-    pub(crate) class: Class,
-    pub(crate) cause: MigrationCause,
-    pub(crate) asked: Instant,
-    pub(crate) deadline: Instant,
-    /// Told once whoever asked has gone: then it is not worth waiting for room.
-    pub(crate) unwanted: Option<Arc<Notify>>,
-}
-
 /// Brings the current version of an object to VRAM.
 ///
 /// # Errors
 ///
 /// Those of making room, of the device, and of reading the disk; the object is then where it was.
-pub(crate) async fn raise(job: &Raise) -> Result<()> {
+pub(crate) async fn promote_to_device(job: &Job) -> Result<()> {
     let object = &job.object;
     let vram = object.shared.vram()?;
     if object.len == 0 {
@@ -59,7 +45,7 @@ pub(crate) async fn raise(job: &Raise) -> Result<()> {
         }
         // Never behind the gate: a write is not to be kept waiting by a copy that finds no room.
         let room = if object.has_vram_room() { None } else { Some(room(job, vram).await?) };
-        let pass = object.gate(job.deadline).await?;
+        let pass = object.gate(&job.deadline).await?;
         if object.in_vram() {
             return Ok(());
         }
@@ -109,22 +95,12 @@ impl Drop for Filling<'_> {
     }
 }
 
-async fn room(job: &Raise, vram: &Vram) -> Result<crate::device::DeviceRange> {
-    let (len, class, asked, deadline) = (job.object.len, job.class, job.asked, job.deadline);
-    let room = vram.room(&job.object.shared, Wanted { len, class, asked, deadline });
-    let Some(unwanted) = &job.unwanted else { return room.await };
-    tokio::select! {
-        biased;
-        room = room => room,
-        () = unwanted.notified() => Err(VirtualMemoryError::TimedOut {
-            operation: "a promotion that nobody waits for any more",
-            waited: job.asked.elapsed(),
-        }),
-    }
+async fn room(job: &Job, vram: &Vram) -> Result<DeviceRange> {
+    job.while_wanted(vram.room(&job.need(), &job.deadline)).await
 }
 
 /// Copies the current version to the range.
-async fn fill(job: &Raise, vram: &Vram, pass: &GatePass, range: &VramUse) -> Result<()> {
+async fn fill(job: &Job, vram: &Vram, pass: &GatePass, range: &DeviceRange) -> Result<()> {
     let object = pass.object();
     let shared = &object.shared;
     let host = match object.copy.acquire(&shared.copies) {
@@ -133,11 +109,13 @@ async fn fill(job: &Raise, vram: &Vram, pass: &GatePass, range: &VramUse) -> Res
     };
     let from = if host.is_some() { MemoryTier::Host } else { MemoryTier::Disk };
     let route = (from, MemoryTier::Vram);
-    let record = Record::start(shared, object.id, route, job.cause, job.asked);
+    let record = Record::start(shared, object.id, route, job.cause, &job.deadline);
     let outcome = match host {
-        Some(bytes) => {
-            vram.backend.upload(range.range(), 0, bytes).await.map_err(DeviceError::public)
-        }
+        Some(bytes) => vram
+            .backend
+            .upload(Arc::new(range.share()), 0, bytes)
+            .await
+            .map_err(DeviceError::public),
         None => fill_from_disk(job, vram, pass, range).await,
     };
     match &outcome {
@@ -151,7 +129,12 @@ async fn fill(job: &Raise, vram: &Vram, pass: &GatePass, range: &VramUse) -> Res
 }
 
 /// Piece by piece through staging: host memory needs no room for it.
-async fn fill_from_disk(job: &Raise, vram: &Vram, pass: &GatePass, range: &VramUse) -> Result<()> {
+async fn fill_from_disk(
+    job: &Job,
+    vram: &Vram,
+    pass: &GatePass,
+    range: &DeviceRange,
+) -> Result<()> {
     let object = pass.object();
     let shared = &object.shared;
     if let Some(damage) = object.damage() {
@@ -160,7 +143,7 @@ async fn fill_from_disk(job: &Raise, vram: &Vram, pass: &GatePass, range: &VramU
     let version = object.version();
     let written = |index| version.disk.chunk(index).is_some_and(|extent| extent.sum().is_some());
     if !(0..chunk_count(object.len)).any(written) {
-        return vram.backend.zero(range.range()).await.map_err(DeviceError::public);
+        return vram.backend.zero(Arc::new(range.share())).await.map_err(DeviceError::public);
     }
     let per_piece = (shared.staging.piece_bytes() / CHUNK_BYTES).max(1);
     let mut uploads: FuturesOrdered<DeviceAnswer<std::result::Result<(), DeviceError>>> =
@@ -170,14 +153,20 @@ async fn fill_from_disk(job: &Raise, vram: &Vram, pass: &GatePass, range: &VramU
         let chunks = first..(first + per_piece).min(chunk_count(object.len));
         let (start, end) = (first * CHUNK_BYTES, object.len.min(chunks.end * CHUNK_BYTES));
         // An upload that has started goes on whether it is polled or not, and gives its piece back.
-        let piece = IoBuf::from_staging(shared.staging.acquire().await);
+        let piece = match shared.staging(&job.deadline).await {
+            Ok(piece) => piece,
+            Err(error) => {
+                outcome = Err(error);
+                break;
+            }
+        };
         let (piece, loaded) = load(object, &version, chunks, piece, 0, job.class).await;
         outcome = outcome.and(loaded);
         if outcome.is_err() {
             break;
         }
         let bytes = piece.freeze().slice(..end - start);
-        uploads.push_back(vram.backend.upload(range.range(), start, bytes));
+        uploads.push_back(vram.backend.upload(Arc::new(range.share()), start, bytes));
         while uploads.len() >= PIECES_MAX
             && let Some(uploaded) = uploads.next().await
         {
@@ -191,21 +180,18 @@ async fn fill_from_disk(job: &Raise, vram: &Vram, pass: &GatePass, range: &VramU
     outcome
 }
 
-/// Takes an object out of VRAM, to host memory if there is room for it; else it stays where it is below.
+/// Takes an object out of VRAM, to host memory if there is space for it; else it stays where it is below.
 ///
 /// # Errors
 ///
 /// `Pinned`.
-pub(crate) async fn lower(object: &Arc<Object>, asked: Instant, deadline: Instant) -> Result<()> {
+pub(crate) async fn leave_device(object: &Arc<Object>, deadline: &Deadline) -> Result<()> {
     let pass = object.gate(deadline).await?;
     check_unpinned(object)?;
     if object.in_vram() && !object.has_host_room() && object.shared.fits_host(object.len) {
-        let (len, owner, class) = (object.len, object.id, Class::Demand);
-        let need = Need { len, owner, class, may_spill: true };
-        if let Some(room) = object.shared.try_host_room(need) {
-            let (cause, stay, unwanted) = (MigrationCause::Demote, true, None);
-            let job =
-                Fetch { object: object.clone(), class, cause, stay, asked, deadline, unwanted };
+        let need = Need::one(object.len, object.id, Class::Demand);
+        if let Some(room) = object.shared.try_host_room(&need) {
+            let job = Job::new(object.clone(), MigrationCause::Demote, *deadline);
             if let Err(error) = fetch_into(&job, &pass, Some(room)).await {
                 tracing::debug!(target: "vmem::migration", %error, "it stays on disk");
             }

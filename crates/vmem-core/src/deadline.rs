@@ -1,0 +1,169 @@
+//! Deadlines, in the time that the store's I/O takes.
+//!
+//! Invariant: a deadline over real I/O passes in real time, also where a test has paused the clock of its
+//! runtime; over simulated I/O it passes in the runtime's time. A deadline is kept by whoever waits, so it
+//! holds where nobody else runs. Made by the public calls, carried by every job.
+
+use std::future::Future;
+use std::pin::pin;
+use std::time::Duration;
+
+use futures::future::{Either, select};
+use futures_timer::Delay;
+use tokio::runtime::{self, Handle};
+use tokio::time::Instant;
+
+use crate::error::VirtualMemoryError;
+
+/// The longest that a wait can be asked to last.
+const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+/// A task that keeps the same deadline explains it better than its caller: it gets so long to answer.
+const ANSWER: Duration = Duration::from_millis(20);
+
+/// The time in which the I/O of a store happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clock {
+    /// That of the machine.
+    Real,
+    /// That of the tokio runtime, which a test may pause and advance.
+    Runtime,
+}
+
+/// What the deadlines of one store are measured by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Timing {
+    pub(crate) clock: Clock,
+    /// The runtime of the store, whose timer serves those who run on it.
+    pub(crate) runtime: runtime::Id,
+}
+
+/// When a request was made, and when it gives up.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deadline {
+    asked: Instant,
+    asked_real: std::time::Instant,
+    wait: Duration,
+    timing: Timing,
+}
+
+/// The deadline has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Late;
+
+impl Deadline {
+    /// A deadline `wait` from now.
+    pub(crate) fn after(wait: Duration, timing: Timing) -> Self {
+        let (asked, asked_real) = (Instant::now(), std::time::Instant::now());
+        Deadline { asked, asked_real, wait: wait.min(CENTURY), timing }
+    }
+
+    /// When the request was made, in the runtime's time.
+    pub(crate) fn asked(&self) -> Instant {
+        self.asked
+    }
+
+    /// How long the request has waited.
+    pub(crate) fn waited(&self) -> Duration {
+        match self.timing.clock {
+            Clock::Real => self.asked_real.elapsed(),
+            Clock::Runtime => self.asked.elapsed(),
+        }
+    }
+
+    /// Whether the deadline has passed.
+    pub(crate) fn is_past(&self) -> bool {
+        self.waited() >= self.wait
+    }
+
+    /// The error of a wait that outlasted the deadline.
+    pub(crate) fn error(&self, operation: &'static str) -> VirtualMemoryError {
+        VirtualMemoryError::TimedOut { operation, waited: self.waited() }
+    }
+
+    /// Awaits `future` until the deadline.
+    pub(crate) async fn bound<F: Future>(&self, future: F) -> Result<F::Output, Late> {
+        bound(future, self.timing, || self.wait.saturating_sub(self.waited())).await
+    }
+
+    /// Awaits the answer of a task that keeps the same deadline.
+    pub(crate) async fn bound_answer<F: Future>(&self, future: F) -> Result<F::Output, Late> {
+        let wait = self.wait + ANSWER;
+        bound(future, self.timing, || wait.saturating_sub(self.waited())).await
+    }
+}
+
+/// Awaits `future` until nothing is `left`.
+async fn bound<F: Future>(
+    future: F,
+    timing: Timing,
+    left: impl Fn() -> Duration,
+) -> Result<F::Output, Late> {
+    let mut future = pin!(future);
+    let at_home = Handle::try_current().is_ok_and(|handle| handle.id() == timing.runtime);
+    if at_home {
+        if let Ok(output) = tokio::time::timeout(left(), &mut future).await {
+            return Ok(output);
+        }
+        if left().is_zero() {
+            return Err(Late);
+        }
+        // The clock is paused, and ran ahead of the I/O.
+    }
+    loop {
+        match select(&mut future, Delay::new(left())).await {
+            Either::Left((output, _)) => return Ok(output),
+            Either::Right(_) if left().is_zero() => return Err(Late),
+            Either::Right(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn timing(clock: Clock) -> Timing {
+        Timing { clock, runtime: Handle::current().id() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_paused_clock_does_not_shorten_a_wait_for_real_io() {
+        let deadline = Deadline::after(Duration::from_millis(200), timing(Clock::Real));
+        let (sender, answer) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            sender.send(7).expect("the receiver waits");
+        });
+        assert_eq!(deadline.bound(answer).await, Ok(Ok(7)));
+        let never = std::future::pending::<()>();
+        assert_eq!(deadline.bound(never).await, Err(Late));
+        assert!(deadline.waited() >= Duration::from_millis(200));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn simulated_io_is_bound_by_the_runtime_clock() {
+        let deadline = Deadline::after(Duration::from_secs(3600), timing(Clock::Runtime));
+        let began = std::time::Instant::now();
+        assert_eq!(deadline.bound(std::future::pending::<()>()).await, Err(Late));
+        assert!(began.elapsed() < Duration::from_secs(60));
+        assert!(deadline.is_past());
+    }
+
+    #[tokio::test]
+    async fn an_endless_wait_is_no_overflow() {
+        let deadline = Deadline::after(Duration::MAX, timing(Clock::Real));
+        assert!(!deadline.is_past());
+        assert_eq!(deadline.bound(std::future::ready(1)).await, Ok(1));
+        assert_eq!(deadline.bound(tokio::task::yield_now()).await, Ok(()));
+    }
+
+    #[test]
+    fn a_wait_without_a_runtime_has_a_deadline() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+        let runtime = runtime.expect("a runtime starts");
+        let timing = Timing { clock: Clock::Real, runtime: runtime.handle().id() };
+        let deadline = Deadline::after(Duration::from_millis(30), timing);
+        let waited = futures::executor::block_on(deadline.bound(std::future::pending::<()>()));
+        assert_eq!(waited, Err(Late));
+    }
+}

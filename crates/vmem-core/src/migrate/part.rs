@@ -1,0 +1,157 @@
+//! Parts of objects that stay where they are.
+//!
+//! Ownership: staging, the space for the result and the version that is read belong to the task until it has ended;
+//! what it returns goes into a parcel. Called by reads of ranges.
+
+use std::future::Future;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{count_hit, load};
+use crate::buffer::IoBuf;
+use crate::copy::Found;
+use crate::deadline::Deadline;
+use crate::disk::CHUNK_BYTES;
+use crate::error::VirtualMemoryError;
+use crate::object::{Object, Version, chunk_count, chunks_of};
+use crate::tier::{Class, Need};
+
+type Result<T> = std::result::Result<T, VirtualMemoryError>;
+
+/// What a read of a part found.
+pub(crate) enum Piece {
+    /// Bytes of this version, at this range of the buffer.
+    Staged { bytes: IoBuf, at: Range<usize>, version: Version },
+    /// The object is in host memory by now: all of its bytes.
+    Resident(Bytes),
+    /// Nobody has written the object yet.
+    Zeros,
+}
+
+/// Reads as much of the front of `range` as a piece of staging holds: of `version`, or else of the current one.
+pub(crate) fn read_piece(
+    object: Arc<Object>,
+    version: Option<Version>,
+    range: Range<usize>,
+    class: Class,
+) -> impl FnOnce(Deadline) -> std::pin::Pin<Box<dyn Future<Output = Result<Piece>> + Send>> {
+    move |deadline| {
+        Box::pin(async move {
+            let version = match version {
+                Some(version) => version,
+                None => match below(&object, &deadline).await? {
+                    Below::Version(version) => {
+                        count_hit(&object, &version);
+                        version
+                    }
+                    Below::Resident(bytes) => return Ok(Piece::Resident(bytes)),
+                    Below::Zeros => return Ok(Piece::Zeros),
+                },
+            };
+            let (bytes, at) = staged(&object, &version, &range, class, &deadline).await?;
+            Ok(Piece::Staged { bytes, at, version })
+        })
+    }
+}
+
+/// Reads a range of the object: into memory of its own if it is small (`copied`), else into object space.
+pub(crate) fn read_part(
+    object: Arc<Object>,
+    range: Range<usize>,
+    copied: bool,
+    class: Class,
+) -> impl FnOnce(Deadline) -> std::pin::Pin<Box<dyn Future<Output = Result<Bytes>> + Send>> {
+    move |deadline| {
+        Box::pin(async move {
+            let shared = object.shared.clone();
+            let mut small = Vec::new();
+            let mut room = None;
+            if copied {
+                small = vec![0; range.len()];
+            } else {
+                let need = Need::one(range.len(), object.id, class);
+                room = Some(shared.host_room_or_error(&need, &deadline).await?);
+            }
+            let to = room.as_mut().map_or(&mut small[..], |room| room.as_mut_slice());
+            match below(&object, &deadline).await? {
+                Below::Version(version) => {
+                    count_hit(&object, &version);
+                    copy_all(&object, &version, &range, to, class, &deadline).await?;
+                }
+                Below::Resident(bytes) => to.copy_from_slice(&bytes[range]),
+                Below::Zeros => to.fill(0),
+            }
+            Ok(match room {
+                Some(room) => room.into_bytes(&shared.copies),
+                None => Bytes::from(small),
+            })
+        })
+    }
+}
+
+/// Copies a range of a version through staging.
+async fn copy_all(
+    object: &Arc<Object>,
+    version: &Version,
+    range: &Range<usize>,
+    to: &mut [u8],
+    class: Class,
+    deadline: &Deadline,
+) -> Result<()> {
+    let mut done = 0;
+    while done < range.len() {
+        let rest = range.start + done..range.end;
+        let (bytes, at) = staged(object, version, &rest, class, deadline).await?;
+        to[done..done + at.len()].copy_from_slice(&bytes[at.clone()]);
+        done += at.len();
+    }
+    Ok(())
+}
+
+/// Where the bytes of an object are that may not be in host memory.
+enum Below {
+    Version(Version),
+    Resident(Bytes),
+    Zeros,
+}
+
+async fn below(object: &Arc<Object>, deadline: &Deadline) -> Result<Below> {
+    loop {
+        if let Some(damage) = object.damage() {
+            return Err(damage);
+        }
+        if let Some(version) = object.cold_version() {
+            return Ok(Below::Version(version));
+        }
+        if let Found::Copy(guard) = object.copy.acquire(&object.shared.copies) {
+            return Ok(Below::Resident(guard.into_bytes()));
+        }
+        let pass = object.gate(deadline).await?;
+        // Space that was set apart holds no bytes: the object is zeros.
+        if object.has_spare() {
+            return Ok(Below::Zeros);
+        }
+        drop(pass);
+    }
+}
+
+/// A piece of staging with the front of the range, and where it is in there.
+async fn staged(
+    object: &Arc<Object>,
+    version: &Version,
+    range: &Range<usize>,
+    class: Class,
+    deadline: &Deadline,
+) -> Result<(IoBuf, Range<usize>)> {
+    let piece = object.shared.staging(deadline).await?;
+    let first = range.start / CHUNK_BYTES;
+    let fit = (piece.len() / CHUNK_BYTES).max(1);
+    let last = (first + fit).min(chunks_of(range).end).min(chunk_count(object.len));
+    let (piece, outcome) = load(object, version, first..last, piece, 0, class).await;
+    outcome?;
+    let start = range.start - first * CHUNK_BYTES;
+    let end = range.end.min(last * CHUNK_BYTES) - first * CHUNK_BYTES;
+    Ok((piece, start..end))
+}

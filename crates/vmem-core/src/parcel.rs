@@ -1,0 +1,401 @@
+//! Values that the runtime sets aside for callers, and takes back from those who do not come.
+//!
+//! A task that serves a caller holds a [`Delivery`], the caller's future a [`Parcel`]. What is delivered lies in
+//! the parcel until the caller's future is polled, which may be never. Where the value is shared and counted
+//! (bytes in object space, a piece of staging, granted space), the delivery enters it into [`Unclaimed`]; whoever
+//! waits for such things takes back what has lain there for longer than [`GRACE`]. The caller finds it
+//! [`Unkept::Recalled`] when it comes, and asks again.
+//!
+//! Invariant: a value leaves a parcel exactly once: by a claim, by a recall, or with the last parcel. So no future
+//! that is left alone keeps anything from others for longer than the grace. Used by every call that waits.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+/// How long a value waits for its caller while others wait for what it takes.
+pub(crate) const GRACE: Duration = Duration::from_millis(50);
+
+/// Why a parcel has no value for its caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unkept {
+    /// The caller did not come within the grace.
+    Recalled,
+    /// The task ended without delivering: its runtime has gone.
+    Abandoned,
+}
+
+enum State<T> {
+    Awaited,
+    Ready(T, Option<Ticket>),
+    Gone(Unkept),
+}
+
+struct Inner<T> {
+    state: Mutex<State<T>>,
+    /// Parcels that exist; once there is none there never is one again.
+    receivers: AtomicUsize,
+    changed: Notify,
+}
+
+/// The receiving end. Several callers may share the value of one delivery.
+pub(crate) struct Parcel<T>(Arc<Inner<T>>);
+
+/// The sending end; one that is dropped abandons the parcel.
+pub(crate) struct Delivery<T>(Arc<Inner<T>>);
+
+/// The way to a parcel for those who may join its callers.
+pub(crate) struct WeakParcel<T>(Weak<Inner<T>>);
+
+/// The two ends.
+pub(crate) fn parcel<T>() -> (Delivery<T>, Parcel<T>) {
+    let inner = Arc::new(Inner {
+        state: Mutex::new(State::Awaited),
+        receivers: AtomicUsize::new(1),
+        changed: Notify::new(),
+    });
+    (Delivery(inner.clone()), Parcel(inner))
+}
+
+impl<T> Inner<T> {
+    /// Puts the state in place of the one before, which is dropped where no lock is held.
+    fn replace(&self, state: State<T>) -> State<T> {
+        let before = std::mem::replace(&mut *self.state.lock(), state);
+        self.changed.notify_waiters();
+        before
+    }
+
+    fn is_unwanted(&self) -> bool {
+        self.receivers.load(Ordering::SeqCst) == 0
+    }
+}
+
+impl<T: Send + 'static> Delivery<T> {
+    /// Sets the value aside for the caller. With `unclaimed` it can be taken back from there.
+    ///
+    /// # Errors
+    ///
+    /// The value, if no caller wants it any more.
+    pub(crate) fn deliver(self, value: T, unclaimed: Option<&Arc<Unclaimed>>) -> Result<(), T> {
+        if self.0.is_unwanted() {
+            return Err(value);
+        }
+        let ticket = unclaimed.map(|unclaimed| {
+            let weak: Weak<Inner<T>> = Arc::downgrade(&self.0);
+            unclaimed.enter(weak)
+        });
+        drop(self.0.replace(State::Ready(value, ticket)));
+        // The last caller may have gone in between.
+        if self.0.is_unwanted() {
+            drop(self.0.replace(State::Gone(Unkept::Recalled)));
+        }
+        Ok(())
+    }
+
+    /// Whether every caller has gone.
+    pub(crate) fn is_unwanted(&self) -> bool {
+        self.0.is_unwanted()
+    }
+
+    /// Ends when every caller has gone.
+    pub(crate) async fn unwanted(&self) {
+        loop {
+            let changed = self.0.changed.notified();
+            if self.0.is_unwanted() {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+impl<T> Drop for Delivery<T> {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        if matches!(*state, State::Awaited) {
+            *state = State::Gone(Unkept::Abandoned);
+            drop(state);
+            self.0.changed.notify_waiters();
+        }
+    }
+}
+
+impl<T> Parcel<T> {
+    /// A value that its caller works on a piece a poll, and that can be taken back in between.
+    pub(crate) fn lend(value: T) -> Self {
+        Parcel(Arc::new(Inner {
+            state: Mutex::new(State::Ready(value, None)),
+            receivers: AtomicUsize::new(1),
+            changed: Notify::new(),
+        }))
+    }
+
+    /// Works on a lent value; from now on it can be taken back. `None` if it was.
+    pub(crate) fn with<R>(
+        &self,
+        unclaimed: &Arc<Unclaimed>,
+        work: impl FnOnce(&mut T) -> R,
+    ) -> Option<R>
+    where
+        T: Send + 'static,
+    {
+        let weak: Weak<Inner<T>> = Arc::downgrade(&self.0);
+        let fresh = unclaimed.enter(weak);
+        let mut state = self.0.state.lock();
+        let State::Ready(value, ticket) = &mut *state else { return None };
+        let before = ticket.replace(fresh);
+        let result = work(value);
+        drop(state);
+        drop(before);
+        Some(result)
+    }
+
+    /// Ends the loan. `None` if the value was taken back.
+    pub(crate) fn take_back(self) -> Option<T> {
+        match std::mem::replace(&mut *self.0.state.lock(), State::Gone(Unkept::Recalled)) {
+            State::Ready(value, _) => Some(value),
+            State::Awaited | State::Gone(_) => None,
+        }
+    }
+
+    /// Takes the value, once it is there.
+    ///
+    /// # Errors
+    ///
+    /// Why it never will be.
+    pub(crate) async fn claim(&self) -> Result<T, Unkept> {
+        self.wait(|state| match std::mem::replace(state, State::Gone(Unkept::Recalled)) {
+            State::Ready(value, ticket) => (value, ticket),
+            State::Awaited | State::Gone(_) => unreachable!("called for a value that is there"),
+        })
+        .await
+        .map(|(value, _ticket)| value)
+    }
+
+    /// A clone of the value, once it is there.
+    ///
+    /// # Errors
+    ///
+    /// Why it never will be.
+    pub(crate) async fn share(&self) -> Result<T, Unkept>
+    where
+        T: Clone,
+    {
+        self.wait(|state| match state {
+            State::Ready(value, _) => value.clone(),
+            State::Awaited | State::Gone(_) => unreachable!("called for a value that is there"),
+        })
+        .await
+    }
+
+    async fn wait<R>(&self, take: impl Fn(&mut State<T>) -> R) -> Result<R, Unkept> {
+        loop {
+            // Before the look, so that no change in between is missed.
+            let changed = self.0.changed.notified();
+            {
+                let mut state = self.0.state.lock();
+                match &*state {
+                    State::Awaited => {}
+                    State::Ready(..) => return Ok(take(&mut state)),
+                    State::Gone(why) => return Err(*why),
+                }
+            }
+            changed.await;
+        }
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakParcel<T> {
+        WeakParcel(Arc::downgrade(&self.0))
+    }
+}
+
+impl<T> Clone for Parcel<T> {
+    fn clone(&self) -> Self {
+        self.0.receivers.fetch_add(1, Ordering::SeqCst);
+        Parcel(self.0.clone())
+    }
+}
+
+impl<T> Drop for Parcel<T> {
+    fn drop(&mut self) {
+        if self.0.receivers.fetch_sub(1, Ordering::SeqCst) == 1 {
+            let mut state = self.0.state.lock();
+            let value = match &*state {
+                State::Ready(..) => std::mem::replace(&mut *state, State::Gone(Unkept::Recalled)),
+                State::Awaited | State::Gone(_) => State::Gone(Unkept::Recalled),
+            };
+            drop(state);
+            drop(value);
+            self.0.changed.notify_waiters();
+        }
+    }
+}
+
+impl<T> WeakParcel<T> {
+    /// One more parcel, unless every caller has gone or the value was taken back.
+    pub(crate) fn upgrade(&self) -> Option<Parcel<T>> {
+        let inner = self.0.upgrade()?;
+        let more = |receivers: usize| (receivers > 0).then(|| receivers + 1);
+        inner.receivers.try_update(Ordering::SeqCst, Ordering::SeqCst, more).ok()?;
+        let parcel = Parcel(inner);
+        let gone = matches!(*parcel.0.state.lock(), State::Gone(_));
+        (!gone).then_some(parcel)
+    }
+
+    /// Whether this leads to the same parcel.
+    pub(crate) fn is_same(&self, other: &WeakParcel<T>) -> bool {
+        Weak::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl<T> fmt::Debug for Parcel<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Parcel").finish_non_exhaustive()
+    }
+}
+
+impl<T> fmt::Debug for WeakParcel<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WeakParcel").finish_non_exhaustive()
+    }
+}
+
+impl<T> fmt::Debug for Delivery<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Delivery").finish_non_exhaustive()
+    }
+}
+
+/// A value that can be taken back from its caller.
+trait Recall: Send + Sync {
+    fn recall(&self);
+}
+
+impl<T: Send> Recall for Inner<T> {
+    fn recall(&self) {
+        let mut state = self.state.lock();
+        let value = match &*state {
+            State::Ready(..) => std::mem::replace(&mut *state, State::Gone(Unkept::Recalled)),
+            State::Awaited | State::Gone(_) => return,
+        };
+        drop(state);
+        drop(value);
+        self.changed.notify_waiters();
+    }
+}
+
+/// The values that lie in parcels and that somebody else could use, oldest first.
+#[derive(Default)]
+pub(crate) struct Unclaimed(Mutex<Entries>);
+
+#[derive(Default)]
+struct Entries {
+    next: u64,
+    by_age: BTreeMap<u64, (Instant, Weak<dyn Recall>)>,
+}
+
+/// A place in [`Unclaimed`], until it is dropped.
+struct Ticket(Arc<Unclaimed>, u64);
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.0.lock().by_age.remove(&self.1);
+    }
+}
+
+impl Unclaimed {
+    fn enter(self: &Arc<Self>, value: Weak<dyn Recall>) -> Ticket {
+        let mut entries = self.0.lock();
+        let number = entries.next;
+        entries.next += 1;
+        entries.by_age.insert(number, (Instant::now(), value));
+        Ticket(self.clone(), number)
+    }
+
+    /// Takes back every value older than the grace. Returns when the oldest of the others will be.
+    pub(crate) fn recall(&self) -> Option<Instant> {
+        let now = Instant::now();
+        loop {
+            let mut entries = self.0.lock();
+            let first = entries.by_age.first_entry()?;
+            let due = first.get().0 + GRACE;
+            if due > now {
+                return Some(due);
+            }
+            let (_, value) = first.remove();
+            drop(entries);
+            if let Some(value) = value.upgrade() {
+                value.recall();
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Unclaimed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Unclaimed").field("len", &self.0.lock().by_age.len()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_value_that_is_not_claimed_is_recalled_after_the_grace_only() {
+        let unclaimed = Arc::new(Unclaimed::default());
+        let (delivery, parcel) = parcel();
+        let counted = Arc::new(());
+        delivery.deliver(counted.clone(), Some(&unclaimed)).expect("it is wanted");
+        assert!(unclaimed.recall().is_some(), "too young");
+        assert_eq!(Arc::strong_count(&counted), 2);
+        tokio::time::advance(GRACE * 2).await;
+        assert!(unclaimed.recall().is_none(), "nothing is left");
+        assert_eq!(Arc::strong_count(&counted), 1);
+        assert_eq!(parcel.claim().await, Err(Unkept::Recalled));
+    }
+
+    #[tokio::test]
+    async fn a_claimed_value_leaves_no_entry() {
+        let unclaimed = Arc::new(Unclaimed::default());
+        let (delivery, parcel) = parcel();
+        delivery.deliver(7, Some(&unclaimed)).expect("it is wanted");
+        assert_eq!(parcel.claim().await, Ok(7));
+        assert!(unclaimed.0.lock().by_age.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_shared_value_goes_with_its_last_parcel() {
+        let unclaimed = Arc::new(Unclaimed::default());
+        let (delivery, parcel) = parcel();
+        let weak = parcel.downgrade();
+        let other = weak.upgrade().expect("a caller waits");
+        let counted = Arc::new(());
+        delivery.deliver(counted.clone(), Some(&unclaimed)).expect("it is wanted");
+        drop(parcel.share().await);
+        drop(parcel);
+        assert_eq!(Arc::strong_count(&counted), 2);
+        drop(other);
+        assert_eq!(Arc::strong_count(&counted), 1);
+        assert!(weak.upgrade().is_none());
+        assert!(unclaimed.0.lock().by_age.is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_abandoned_or_unwanted_parcel_says_so() {
+        let (delivery, receiver) = parcel::<u8>();
+        drop(delivery);
+        assert_eq!(receiver.claim().await, Err(Unkept::Abandoned));
+        let (delivery, receiver) = parcel::<u8>();
+        assert!(!delivery.is_unwanted());
+        drop(receiver);
+        delivery.unwanted().await;
+        assert_eq!(delivery.deliver(1, None), Err(1));
+    }
+}

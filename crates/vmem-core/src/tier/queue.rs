@@ -1,0 +1,500 @@
+//! Space in one tier, and the queue of those who wait for it.
+//!
+//! Invariant: a request that waits is in the queue, where the evictor sees how much is wanted;
+//! it leaves by a grant, by a refusal, by its deadline or by being dropped, and holds nothing until then.
+//! A grant lies in a parcel until its caller comes, and goes back if it does not (`parcel.rs`).
+//!
+//! Requests are served in the order in which they came. A smaller one may pass one that does not fit yet, at
+//! most `PASSES_MAX` times; then it waits for that one, but no longer than `BLOCK_MAX`, if what is pinned and held
+//! keeps the large one from being served all the same: then as many pass again. A request for several objects is
+//! granted whole or not at all.
+//!
+//! Called by whoever needs space; served by the actor alone.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures::FutureExt;
+use parking_lot::Mutex;
+use smallvec::SmallVec;
+use tokio::time::Instant;
+
+use super::NoSpace;
+use crate::deadline::{Deadline, Late};
+use crate::error::VirtualMemoryError;
+use crate::parcel::{Delivery, Parcel, Unclaimed, Unkept, parcel};
+use crate::wake::Wake;
+
+/// How often smaller requests may pass the first one that does not fit.
+const PASSES_MAX: u32 = 64;
+/// How long a request that was passed so often keeps smaller ones from space that it cannot use.
+pub(crate) const BLOCK_MAX: Duration = Duration::from_millis(100);
+
+/// Memory within a budget.
+pub(crate) trait Space: Send + Sync + 'static {
+    /// Space for one object, exclusively; dropping it gives it back.
+    type Slot: Send + 'static;
+
+    /// What an object of `len` bytes takes, rounding included, in bytes.
+    fn footprint(&self, len: usize) -> u64;
+
+    /// The footprint of all slots, in bytes.
+    fn used_bytes(&self) -> u64;
+
+    /// The budget, in bytes.
+    fn capacity_bytes(&self) -> u64;
+
+    /// Space for `len` bytes of the object `owner`, at once or not at all.
+    fn try_take(&self, len: usize, owner: u64) -> Result<Self::Slot, NoSpace>;
+
+    /// Gives back what was taken on trial, and wakes nobody for it.
+    fn put_back(&self, slot: Self::Slot);
+}
+
+/// Space for the objects of one request, in its order.
+pub(crate) type Grant<S> = SmallVec<[<S as Space>::Slot; 1]>;
+type Answer<S> = Result<Grant<S>, Refused>;
+
+/// Who asks, which decides who goes first and what may be evicted for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// Somebody waits for it now.
+    Demand,
+    /// Ahead of need: never at the cost of what is in use.
+    Prefetch,
+}
+
+/// A request for space.
+#[derive(Clone, Debug)]
+pub(crate) struct Need {
+    /// Length and number of each object, all of which get space at once.
+    objects: SmallVec<[(usize, u64); 1]>,
+    pub(crate) class: Class,
+    /// The caller goes to disk rather than wait for what is held or pinned.
+    pub(crate) may_spill: bool,
+}
+
+impl Need {
+    /// Space for one object of `len` bytes.
+    pub(crate) fn one(len: usize, owner: u64, class: Class) -> Self {
+        Need { objects: SmallVec::from_buf([(len, owner)]), class, may_spill: false }
+    }
+
+    /// Space for several objects, for somebody who waits.
+    pub(crate) fn set(objects: impl IntoIterator<Item = (usize, u64)>) -> Self {
+        let objects = objects.into_iter().collect();
+        Need { objects, class: Class::Demand, may_spill: false }
+    }
+
+    /// The caller has another way where waiting for eviction does not help.
+    pub(crate) fn or_spill(mut self) -> Self {
+        self.may_spill = true;
+        self
+    }
+
+    /// The bytes of all objects.
+    pub(crate) fn len(&self) -> usize {
+        self.objects.iter().map(|&(len, _)| len).sum()
+    }
+}
+
+/// Why there is no space.
+#[derive(Clone, Debug)]
+pub(crate) enum Refused {
+    /// Nothing can be evicted now, and the caller said that it has another way.
+    Spill,
+    /// The deadline passed after so long a wait.
+    Deadline(Duration),
+    /// Something that waiting does not change.
+    Error(VirtualMemoryError),
+}
+
+/// What waits, as the evictor sees it. Bytes are footprints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    /// Of all demand requests that eviction can serve.
+    pub(crate) demand_bytes: u64,
+    /// Of all prefetch requests.
+    pub(crate) prefetch_bytes: u64,
+    /// Of the first demand request.
+    pub(crate) first_demand: u64,
+    /// Of the smallest prefetch request.
+    pub(crate) smallest_prefetch: u64,
+    /// When the first prefetch was asked for.
+    pub(crate) prefetch_asked: Option<Instant>,
+    /// As `scattered`, for the first prefetch request.
+    pub(crate) prefetch_scattered: bool,
+    /// The first request would fit by its footprint, but the space lies in pieces.
+    pub(crate) scattered: bool,
+    /// Requests that no eviction can serve, for what is pinned and held.
+    pub(crate) out_of_reach: usize,
+    /// When the first request lets others pass again.
+    pub(crate) unblocks_at: Option<Instant>,
+}
+
+impl Wanted {
+    pub(crate) fn any(&self) -> bool {
+        self.demand_bytes + self.prefetch_bytes > 0 || self.out_of_reach > 0
+    }
+}
+
+struct Waiter<S: Space> {
+    ticket: u64,
+    need: Need,
+    footprint: u64,
+    passed: u32,
+    /// Since when nothing passes it.
+    blocks_since: Option<Instant>,
+    deadline: Deadline,
+    reply: Delivery<Answer<S>>,
+}
+
+impl<S: Space> Waiter<S> {
+    /// Whether a smaller request may pass it now; one that does is counted with `pass`.
+    fn may_be_passed(&mut self) -> bool {
+        if self.blocks_since.is_some_and(|since| since.elapsed() >= BLOCK_MAX) {
+            (self.passed, self.blocks_since) = (0, None);
+        }
+        self.passed < PASSES_MAX
+    }
+
+    fn pass(&mut self) {
+        self.passed += 1;
+        if self.passed == PASSES_MAX {
+            self.blocks_since = Some(Instant::now());
+        }
+    }
+}
+
+struct Waiters<S: Space> {
+    next_ticket: u64,
+    demand: VecDeque<Waiter<S>>,
+    prefetch: VecDeque<Waiter<S>>,
+    /// Nobody makes space any more.
+    closed: bool,
+}
+
+impl<S: Space> Waiters<S> {
+    fn of(&mut self, class: Class) -> &mut VecDeque<Waiter<S>> {
+        match class {
+            Class::Demand => &mut self.demand,
+            Class::Prefetch => &mut self.prefetch,
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.demand.len() + self.prefetch.len()
+    }
+}
+
+/// The space of one tier with its queue.
+pub(crate) struct Queue<S: Space> {
+    space: S,
+    waiters: Mutex<Waiters<S>>,
+    /// A prefetch gets no space beyond this, in bytes used: it must not cause evictions.
+    prefetch_limit_bytes: u64,
+    /// Length of the queue, to be read without the lock.
+    len: AtomicUsize,
+    wake: Arc<Wake>,
+    unclaimed: Arc<Unclaimed>,
+}
+
+/// Answers that are sent where no lock is held.
+type Answers<S> = Vec<(Delivery<Answer<S>>, Answer<S>)>;
+
+impl<S: Space> Queue<S> {
+    pub(crate) fn new(
+        space: S,
+        prefetch_limit_bytes: u64,
+        wake: Arc<Wake>,
+        unclaimed: Arc<Unclaimed>,
+    ) -> Self {
+        let (demand, prefetch) = (VecDeque::new(), VecDeque::new());
+        let waiters = Mutex::new(Waiters { next_ticket: 0, demand, prefetch, closed: false });
+        Queue { space, waiters, prefetch_limit_bytes, len: AtomicUsize::new(0), wake, unclaimed }
+    }
+
+    pub(crate) fn space(&self) -> &S {
+        &self.space
+    }
+
+    /// How many requests wait.
+    pub(crate) fn len(&self) -> usize {
+        self.len.load(Ordering::Relaxed)
+    }
+
+    /// What a request takes, in bytes.
+    pub(crate) fn footprint(&self, need: &Need) -> u64 {
+        let footprints = need.objects.iter().map(|&(len, _)| self.space.footprint(len));
+        footprints.fold(0, u64::saturating_add)
+    }
+
+    fn try_grant(&self, need: &Need) -> Result<Grant<S>, NoSpace> {
+        if need.class == Class::Prefetch {
+            let footprint = self.footprint(need);
+            // One that is larger than the limit by itself gets space while nothing else has any.
+            let limit = self.prefetch_limit_bytes.max(footprint);
+            if self.space.used_bytes() + footprint > limit {
+                return Err(NoSpace { scattered: false });
+            }
+        }
+        let mut grant = Grant::<S>::new();
+        for &(len, owner) in &need.objects {
+            match self.space.try_take(len, owner) {
+                Ok(slot) => grant.push(slot),
+                Err(why) => {
+                    // Quietly: the actor would wake itself for ever.
+                    grant.into_iter().for_each(|slot| self.space.put_back(slot));
+                    return Err(why);
+                }
+            }
+        }
+        Ok(grant)
+    }
+
+    /// Space that is there now and that nobody waits for.
+    pub(crate) fn try_take(&self, need: &Need) -> Option<Grant<S>> {
+        if self.len.load(Ordering::SeqCst) > 0 && !self.may_pass(need) {
+            return None;
+        }
+        self.try_grant(need).ok()
+    }
+
+    /// A newcomer passes the queue only where one that waits could be passed.
+    fn may_pass(&self, need: &Need) -> bool {
+        let footprint = self.footprint(need);
+        let mut waiters = self.waiters.lock();
+        if need.class == Class::Prefetch {
+            return false;
+        }
+        let smallest = waiters.demand.iter().map(|waiter| waiter.footprint).min();
+        let Some(front) = waiters.demand.front_mut() else { return true };
+        let passes = smallest.is_some_and(|s| footprint < s) && front.may_be_passed();
+        if passes {
+            front.pass();
+        }
+        passes
+    }
+
+    /// Space, as soon as there is some.
+    ///
+    /// # Errors
+    ///
+    /// See [`Refused`].
+    pub(crate) async fn take(&self, need: &Need, deadline: &Deadline) -> Answer<S> {
+        if let Some(grant) = self.try_take(need) {
+            return Ok(grant);
+        }
+        let mut ticket = None;
+        loop {
+            let (reply, parcel) = parcel();
+            let waiting = self.enqueue(need, deadline, &mut ticket, reply);
+            match deadline.bound(parcel.claim()).await {
+                Ok(Ok(answer)) => return answer,
+                // It was granted, and the caller did not come: it keeps its place in the queue.
+                Ok(Err(Unkept::Recalled)) => drop(waiting),
+                Ok(Err(Unkept::Abandoned)) => {
+                    return Err(Refused::Error(VirtualMemoryError::Closed));
+                }
+                Err(Late) => return late_answer::<S>(&parcel, deadline),
+            }
+        }
+    }
+
+    fn enqueue(
+        &self,
+        need: &Need,
+        deadline: &Deadline,
+        ticket: &mut Option<u64>,
+        reply: Delivery<Answer<S>>,
+    ) -> Waiting<'_, S> {
+        let footprint = self.footprint(need);
+        let mut waiters = self.waiters.lock();
+        let ticket = *ticket.get_or_insert_with(|| {
+            waiters.next_ticket += 1;
+            waiters.next_ticket
+        });
+        let class = need.class;
+        if !waiters.closed {
+            let (need, deadline) = (need.clone(), *deadline);
+            let waiter =
+                Waiter { ticket, need, footprint, passed: 0, blocks_since: None, deadline, reply };
+            let queue = waiters.of(class);
+            let place = queue.partition_point(|before| before.ticket < ticket);
+            queue.insert(place, waiter);
+        }
+        self.len.store(waiters.len(), Ordering::SeqCst);
+        drop(waiters);
+        self.wake.add_waiting();
+        self.wake.now();
+        Waiting { queue: self, class, ticket }
+    }
+
+    /// Grants free space to those who wait, in order. `held_bytes` of the tier cannot be evicted now, or more.
+    pub(crate) fn serve(&self, held_bytes: u64) -> Wanted {
+        if self.len.load(Ordering::SeqCst) == 0 {
+            return Wanted::default();
+        }
+        let reach = self.space.capacity_bytes().saturating_sub(held_bytes);
+        let mut answers = Answers::<S>::new();
+        let mut waiters = self.waiters.lock();
+        let demand = self.serve_class(&mut waiters.demand, reach, &mut answers);
+        let mut wanted = Wanted {
+            demand_bytes: demand.bytes,
+            first_demand: demand.first,
+            scattered: demand.scattered,
+            out_of_reach: demand.out_of_reach,
+            unblocks_at: demand.unblocks_at,
+            ..Wanted::default()
+        };
+        if demand.bytes == 0 {
+            let prefetch = self.serve_class(&mut waiters.prefetch, reach, &mut answers);
+            wanted.prefetch_bytes = prefetch.bytes;
+            wanted.prefetch_scattered = prefetch.scattered;
+            wanted.smallest_prefetch = prefetch.smallest;
+            wanted.prefetch_asked = prefetch.asked;
+        }
+        self.len.store(waiters.len(), Ordering::SeqCst);
+        drop(waiters);
+        self.answer(answers);
+        wanted
+    }
+
+    fn serve_class(
+        &self,
+        waiters: &mut VecDeque<Waiter<S>>,
+        reach: u64,
+        answers: &mut Answers<S>,
+    ) -> Served {
+        let mut served = Served::default();
+        let mut blocked: Option<usize> = None;
+        let mut at = 0;
+        while at < waiters.len() {
+            let waiter = &waiters[at];
+            if waiter.reply.is_unwanted() {
+                drop(waiters.remove(at));
+                continue;
+            }
+            if waiter.deadline.is_past() {
+                let refused = Refused::Deadline(waiter.deadline.waited());
+                answers.extend(waiters.remove(at).map(|waiter| (waiter.reply, Err(refused))));
+                continue;
+            }
+            let footprint = waiter.footprint;
+            let may_try = match blocked {
+                None => true,
+                Some(first) => footprint < served.smallest && waiters[first].may_be_passed(),
+            };
+            match may_try.then(|| self.try_grant(&waiters[at].need)) {
+                Some(Ok(grant)) => {
+                    if let Some(first) = blocked {
+                        waiters[first].pass();
+                    }
+                    answers.extend(waiters.remove(at).map(|waiter| (waiter.reply, Ok(grant))));
+                }
+                refused => {
+                    served.smallest = match blocked {
+                        None => footprint,
+                        Some(_) => served.smallest.min(footprint),
+                    };
+                    if blocked.is_none() {
+                        blocked = Some(at);
+                        served.first = footprint;
+                        served.asked = Some(waiters[at].deadline.asked());
+                        let scattered = matches!(refused, Some(Err(why)) if why.scattered);
+                        served.scattered = scattered && footprint <= reach;
+                        let since = waiters[at].blocks_since;
+                        let until = since.map(|since| since + BLOCK_MAX);
+                        served.unblocks_at = until.filter(|until| *until > Instant::now());
+                    }
+                    // What eviction cannot serve is not evicted for.
+                    if footprint > reach {
+                        served.out_of_reach += 1;
+                    } else {
+                        served.bytes += footprint;
+                    }
+                    at += 1;
+                }
+            }
+        }
+        served
+    }
+
+    fn answer(&self, answers: Answers<S>) {
+        for (reply, answer) in answers {
+            let counted = answer.is_ok().then_some(&self.unclaimed);
+            // What nobody wants any more goes back here.
+            drop(reply.deliver(answer, counted));
+        }
+    }
+
+    /// Nobody makes space any more: those who wait, and those who would, get `Closed`.
+    pub(crate) fn close(&self) {
+        self.waiters.lock().closed = true;
+        self.refuse(|_, _| Some(Refused::Error(VirtualMemoryError::Closed)));
+    }
+
+    /// Refuses those for whom `verdict` has an answer.
+    pub(crate) fn refuse(&self, verdict: impl Fn(&Need, u64) -> Option<Refused>) {
+        let mut answers = Answers::<S>::new();
+        let mut waiters = self.waiters.lock();
+        for class in [Class::Demand, Class::Prefetch] {
+            for waiter in std::mem::take(waiters.of(class)) {
+                match verdict(&waiter.need, waiter.footprint) {
+                    Some(refused) => answers.push((waiter.reply, Err(refused))),
+                    None => waiters.of(class).push_back(waiter),
+                }
+            }
+        }
+        self.len.store(waiters.len(), Ordering::SeqCst);
+        drop(waiters);
+        self.answer(answers);
+    }
+}
+
+/// What was found in one class. Bytes are footprints of those that wait on.
+#[derive(Default)]
+struct Served {
+    bytes: u64,
+    first: u64,
+    smallest: u64,
+    asked: Option<Instant>,
+    unblocks_at: Option<Instant>,
+    scattered: bool,
+    out_of_reach: usize,
+}
+
+/// The grant may have come with the deadline.
+fn late_answer<S: Space>(parcel: &Parcel<Answer<S>>, deadline: &Deadline) -> Answer<S> {
+    match parcel.claim().now_or_never() {
+        Some(Ok(answer)) => answer,
+        _ => Err(Refused::Deadline(deadline.waited())),
+    }
+}
+
+impl<S: Space> std::fmt::Debug for Queue<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Queue").field("len", &self.len()).finish_non_exhaustive()
+    }
+}
+
+/// Takes a request out of the queue, however its future ends.
+struct Waiting<'a, S: Space> {
+    queue: &'a Queue<S>,
+    class: Class,
+    ticket: u64,
+}
+
+impl<S: Space> Drop for Waiting<'_, S> {
+    fn drop(&mut self) {
+        let mut waiters = self.queue.waiters.lock();
+        waiters.of(self.class).retain(|waiter| waiter.ticket != self.ticket);
+        self.queue.len.store(waiters.len(), Ordering::SeqCst);
+        drop(waiters);
+        self.queue.wake.remove_waiting();
+        // Those behind it may fit now.
+        self.queue.wake.if_waiting();
+    }
+}

@@ -1,0 +1,295 @@
+//! Reads that host memory does not serve.
+//!
+//! Invariant: whatever such a read takes (space, staging, extents, a place on a link) belongs to a task of the
+//! runtime, or lies in a parcel from which it can be taken back. The caller's future holds the parcel, and bytes that
+//! are its own. Called by `read.rs`.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::{BoxFuture, FutureExt};
+
+use super::read::{copy_yielding, is_copied};
+use super::{Result, VirtualMemory};
+use crate::actor::Request;
+use crate::copy::Found;
+use crate::deadline::{Deadline, Late};
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
+use crate::host::HostArena;
+use crate::memory_tier::MemoryTier;
+use crate::migrate::{self, Job, Piece};
+use crate::object::{Object, chunk_count, chunks_of};
+use crate::parcel::{Unkept, parcel};
+use crate::promotion;
+use crate::stats::add;
+use crate::tier::Class;
+
+/// How often a reader lets others run while a copy is locked, before it waits for the gate.
+const YIELDS_MAX: u32 = 3;
+
+/// A read with its options resolved.
+#[derive(Clone, Debug)]
+pub(super) struct Asked {
+    pub(super) class: Class,
+    pub(super) promote: Option<bool>,
+    /// The caller has another way where host memory has no space.
+    pub(super) may_spill: bool,
+    pub(super) deadline: Deadline,
+}
+
+impl VirtualMemory {
+    /// The whole object.
+    pub(super) fn read_slowly<'a>(
+        &'a self,
+        object: &'a Arc<Object>,
+        how: Asked,
+    ) -> BoxFuture<'a, Result<Bytes>> {
+        async move {
+            if object.len == 0 {
+                return Ok(Bytes::new());
+            }
+            if !self.shared.fits_host(object.len) {
+                return Err(self.shared.exceeds_host(object.len));
+            }
+            let mut stay = how.promote;
+            let mut counted = false;
+            let mut locked = 0;
+            loop {
+                match object.copy.acquire(&self.shared.copies) {
+                    Found::Copy(guard) => {
+                        object.touch();
+                        return Ok(guard.into_bytes());
+                    }
+                    Found::Locked => self.wait_for_lock(object, &mut locked, &how).await?,
+                    Found::Nothing => {
+                        if !std::mem::replace(&mut counted, true) {
+                            let by_rule = self.miss(object, chunk_count(object.len));
+                            stay = stay.or(Some(by_rule));
+                        }
+                        let outcome = self.join_flight(object, &how, stay == Some(true)).await;
+                        if let Some(outcome) = outcome {
+                            return outcome;
+                        }
+                        self.check_open()?;
+                    }
+                }
+            }
+        }
+        .boxed()
+    }
+
+    /// Counts a read that host memory did not serve; says whether it promotes the object.
+    fn miss(&self, object: &Arc<Object>, chunks: usize) -> bool {
+        add(&self.shared.counters.misses, 1);
+        object.touch();
+        let moved = object.count_moved(chunks);
+        promotion::promotes(self.shared.limits.promotion, moved, chunk_count(object.len))
+    }
+
+    /// A task writes to the copy, or takes it away: that takes a memory copy.
+    async fn wait_for_lock(
+        &self,
+        object: &Arc<Object>,
+        locked: &mut u32,
+        how: &Asked,
+    ) -> Result<()> {
+        *locked += 1;
+        if *locked > YIELDS_MAX {
+            object.gate_opened(&how.deadline).await?;
+        }
+        tokio::task::yield_now().await;
+        Ok(())
+    }
+
+    /// Joins the read in flight, or starts one. `None` if it is to be asked again.
+    async fn join_flight(
+        &self,
+        object: &Arc<Object>,
+        how: &Asked,
+        stay: bool,
+    ) -> Option<Result<Bytes>> {
+        if let Some(damage) = object.damage() {
+            return Some(Err(damage));
+        }
+        if object.is_dead() {
+            return Some(Err(object.not_found()));
+        }
+        let mut reply = None;
+        let (flight, started) = object.join_or_start(|| {
+            let (delivery, flight) = parcel();
+            reply = Some(delivery);
+            flight
+        });
+        if let Some(reply) = reply {
+            let mut job = Job::new(object.clone(), MigrationCause::Read, how.deadline);
+            (job.class, job.stay, job.may_spill) = (how.class, stay, how.may_spill);
+            let request = Request::Fetch { job, flight: flight.downgrade(), reply };
+            self.shared.requests.send(&self.shared, request);
+        }
+        let late = || how.deadline.error("reading from a slower tier");
+        let again = match how.deadline.bound_answer(flight.share()).await {
+            // It was asked for with an earlier deadline, or with another way to go.
+            Ok(Ok(Err(
+                VirtualMemoryError::AllPinned { .. }
+                | VirtualMemoryError::TimedOut { .. }
+                | VirtualMemoryError::TierFull { .. },
+            ))) if !started && !how.deadline.is_past() => true,
+            Ok(Ok(outcome)) => return Some(outcome),
+            Ok(Err(Unkept::Recalled | Unkept::Abandoned)) => !how.deadline.is_past(),
+            Err(Late) => false,
+        };
+        if !again {
+            return Some(Err(late()));
+        }
+        object.end_flight(&flight.downgrade());
+        None
+    }
+
+    /// A part of an object that is not in host memory.
+    pub(super) fn part_slowly<'a>(
+        &'a self,
+        object: &'a Arc<Object>,
+        range: Range<usize>,
+        how: Asked,
+        copy_small: Option<usize>,
+    ) -> BoxFuture<'a, Result<Bytes>> {
+        async move {
+            if range.is_empty() {
+                return Ok(Bytes::new());
+            }
+            let copied = is_copied(range.len(), object.len, copy_small);
+            if let Some(whole) = self.promoted(object, &range, &how).await? {
+                let part = whole.slice(range);
+                return Ok(if copied { Bytes::copy_from_slice(&part) } else { part });
+            }
+            loop {
+                let shared = &self.shared;
+                let part = migrate::read_part(object.clone(), range.clone(), copied, how.class);
+                let parcel = shared.spawn_for_caller("vmem-read", part(how.deadline));
+                let answer = shared.answer(&parcel, &how.deadline, "reading a part").await?;
+                if let Some(bytes) = answer {
+                    return Ok(bytes);
+                }
+                self.check_open()?;
+            }
+        }
+        .boxed()
+    }
+
+    /// All bytes of an object of which a part is to be read, if the rule, or the caller, promotes it with this
+    /// read, and host memory has space for it.
+    async fn promoted(
+        &self,
+        object: &Arc<Object>,
+        range: &Range<usize>,
+        how: &Asked,
+    ) -> Result<Option<Bytes>> {
+        let by_rule = self.miss(object, chunks_of(range).len());
+        if !how.promote.unwrap_or(by_rule) || !self.shared.fits_host(object.len) {
+            return Ok(None);
+        }
+        let explicit = how.promote == Some(true);
+        let how = Asked { promote: Some(true), may_spill: !explicit, ..how.clone() };
+        match self.read_slowly(object, how).await {
+            Ok(whole) => Ok(Some(whole)),
+            // The part needs less.
+            Err(VirtualMemoryError::TierFull { .. } | VirtualMemoryError::AllPinned { .. })
+                if !explicit =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Copies a part of one version into memory of the caller.
+    pub(super) async fn copy_slowly(
+        &self,
+        object: &Arc<Object>,
+        range: Range<usize>,
+        buf: &mut [u8],
+        how: Asked,
+    ) -> Result<()> {
+        if let Some(whole) = self.promoted(object, &range, &how).await? {
+            copy_yielding(buf, &whole[range]).await;
+            return Ok(());
+        }
+        // From the front again where the caller did not come for a piece in time.
+        while !self.copy_pieces(object, &range, buf, &how).await? {
+            self.check_open()?;
+        }
+        Ok(())
+    }
+
+    /// Each piece is read by a task of its own, which hands the version on with it; between two of them this
+    /// future has both, and no await.
+    async fn copy_pieces(
+        &self,
+        object: &Arc<Object>,
+        range: &Range<usize>,
+        buf: &mut [u8],
+        how: &Asked,
+    ) -> Result<bool> {
+        let mut version = None;
+        let mut done = 0;
+        while done < range.len() {
+            let rest = range.start + done..range.end;
+            let piece = migrate::read_piece(object.clone(), version.take(), rest, how.class);
+            let parcel = self.shared.spawn_for_caller("vmem-read", piece(how.deadline));
+            let answer = self.shared.answer(&parcel, &how.deadline, "reading a part").await?;
+            let Some(piece) = answer else { return Ok(false) };
+            let to = &mut buf[done..];
+            match piece {
+                Piece::Staged { bytes, at, version: same } => {
+                    to[..at.len()].copy_from_slice(&bytes[at.clone()]);
+                    (done, version) = (done + at.len(), Some(same));
+                }
+                // Only for the first piece: from then on the version is known.
+                Piece::Resident(bytes) => {
+                    copy_yielding(to, &bytes[range.clone()]).await;
+                    return Ok(true);
+                }
+                Piece::Zeros => {
+                    to.fill(0);
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Several objects at once.
+    pub(super) async fn many_slowly(&self, objects: Vec<Arc<Object>>) -> Result<Vec<Bytes>> {
+        let mut seen = std::collections::HashSet::new();
+        let distinct = objects.iter().filter(|object| seen.insert(object.id));
+        let footprints = distinct.map(|object| HostArena::footprint(object.len));
+        let requested_bytes = footprints.fold(0, u64::saturating_add);
+        let (tier, capacity_bytes) = (MemoryTier::Host, self.shared.host_space());
+        if requested_bytes > capacity_bytes {
+            return Err(VirtualMemoryError::ExceedsCapacity {
+                tier,
+                requested_bytes,
+                capacity_bytes,
+            });
+        }
+        let deadline = self.shared.deadline();
+        let objects: Arc<[_]> = objects
+            .into_iter()
+            .map(|object| {
+                let stay = !object.copy.is_some() && self.miss(&object, chunk_count(object.len));
+                (object, stay)
+            })
+            .collect();
+        loop {
+            let set = migrate::read_set(self.shared.clone(), objects.clone(), deadline);
+            let parcel = self.shared.spawn_for_caller("vmem-read-many", set);
+            let answer = self.shared.answer(&parcel, &deadline, "reading several objects").await?;
+            if let Some(all) = answer {
+                return Ok(all);
+            }
+            self.check_open()?;
+        }
+    }
+}
