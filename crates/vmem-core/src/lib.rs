@@ -11,6 +11,7 @@
 //! - `migrate/`: what such a task does: reserve, copy, verify, publish, release.
 //! - `names/`, `catalog`: named objects, and what a catalog of them implements.
 //! - `policy/`: who is evicted first.
+//! - `ranges`: the set of ranges that every allocator stands on.
 //! - `disk`, `buffer`: what a tier below host memory implements.
 //! - `device`, `vram`: what a tier above it implements, and who is in it.
 //! - `config`, `options`, `error`, `events`, `stats`, `capabilities`: what goes in and comes out.
@@ -35,6 +36,7 @@ mod object;
 mod options;
 mod pins;
 pub mod policy;
+mod ranges;
 mod shared;
 mod stats;
 mod tier;

@@ -6,7 +6,6 @@
 //! there are pages for it, whatever lies scattered around.
 //!
 //! - `mapping`: address space from the operating system, and pages given back to it.
-//! - `runs`: free runs of numbered units, coalesced. Pure.
 //! - `slabs`: which parts a device has registered. Pure.
 //! - `pages`: which pages are live, kept for reuse, or given back. The hard budget.
 //! - `classes`: the size classes of small objects. Pure.
@@ -21,7 +20,6 @@ mod arena;
 mod classes;
 mod mapping;
 mod pages;
-mod runs;
 mod slabs;
 mod space;
 mod spans;
