@@ -16,7 +16,7 @@ use crate::error::VirtualMemoryError;
 use crate::host_queue::Class;
 use crate::object::{GatePass, VramUse};
 use crate::pins::PinBudget;
-use crate::policy::{Pick, Policy, Probe, Token};
+use crate::policy::{Pass, Pick, Policy, Probe, Token};
 use crate::shared::Shared;
 use crate::stats::add;
 use crate::tier::MemoryTier;
@@ -248,8 +248,9 @@ impl Vram {
 
     /// Drops the copy that is needed least, if it was not used since. False if none can go.
     fn evict(&self, shared: &Shared, colder_than: u64) -> bool {
+        let mut pass = Pass::default();
         for _ in 0..LOOKS_MAX {
-            let pick = self.policy.lock().victim(&mut |id| probe(shared, id));
+            let pick = self.policy.lock().victim(&mut pass, &mut |id| probe(shared, id));
             let id = match pick {
                 Pick::Victim { id, .. } => id,
                 Pick::Retry => continue,

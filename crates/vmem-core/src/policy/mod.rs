@@ -7,10 +7,10 @@
 //! objects that enter and leave host memory, and by the evictor, under one lock.
 
 mod ghosts;
-mod heap;
-mod list;
-mod look;
+mod least;
 mod lru;
+mod order;
+mod pass;
 mod s3fifo;
 mod sieve;
 mod table;
@@ -21,6 +21,7 @@ use std::str::FromStr;
 use crate::error::VirtualMemoryError;
 
 pub use lru::Lru;
+pub use pass::Pass;
 pub use s3fifo::S3Fifo;
 pub use sieve::Sieve;
 
@@ -63,6 +64,9 @@ pub enum Probe {
         /// This moment, in nanoseconds of the store's clock.
         stamp: u64,
     },
+    /// It could go, but not for the purpose of this pass: it keeps its place and its count of
+    /// accesses, which the answer does not clear.
+    Unfit,
     /// It is pinned: not to be asked about until [`Policy::unpark`].
     Pinned,
     /// It is being freed: not to be asked about any more. It is still to be removed.
@@ -73,18 +77,17 @@ pub enum Probe {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pick {
     /// This object. It stays where it is until it is removed: whoever cannot take it leaves it, and
-    /// if it answers [`Probe::Busy`] from now on, the next look finds another one.
+    /// the pass goes on behind it.
     Victim {
         /// The object.
         id: u64,
         /// The bound on steps was reached first: there may be a better one.
         hurried: bool,
     },
-    /// The bound on steps was reached: look again, after others had their turn. No number of these
-    /// means that there is no victim; that is said by `Empty`.
+    /// The bound on steps was reached: look again with the same pass, after others had their turn.
     Retry,
-    /// Nothing can go: whatever is not pinned or being freed said, when last asked, that it is
-    /// busy.
+    /// The pass is over: each entry that was there when it began, and was not named, could not go
+    /// when it was asked.
     Empty,
 }
 
@@ -96,7 +99,7 @@ pub enum Pick {
 /// queue-based policies file it as the newest.
 ///
 /// ```
-/// use vmem_core::policy::{Pick, PolicyKind, Probe, build};
+/// use vmem_core::policy::{Pass, Pick, PolicyKind, Probe, build};
 ///
 /// let mut last_access = [10, 20, 30];
 /// let mut policy = build(PolicyKind::Lru);
@@ -104,9 +107,10 @@ pub enum Pick {
 ///
 /// last_access[0] = 40; // the policy is not told
 /// let mut probe = |id: u64| Probe::Evictable { stamp: last_access[id as usize], touches: 1 };
-/// assert_eq!(policy.victim(&mut probe), Pick::Victim { id: 1, hurried: false });
+/// let mut pass = Pass::default();
+/// assert_eq!(policy.victim(&mut pass, &mut probe), Pick::Victim { id: 1, hurried: false });
 /// policy.remove(tokens[1]);
-/// assert_eq!(policy.victim(&mut probe), Pick::Victim { id: 2, hurried: false });
+/// assert_eq!(policy.victim(&mut pass, &mut probe), Pick::Victim { id: 2, hurried: false });
 /// ```
 ///
 /// # Panics
@@ -122,8 +126,12 @@ pub trait Policy: fmt::Debug + Send {
     /// was freed or moved by somebody's wish.
     fn remove(&mut self, token: Token);
 
-    /// The next victim, after a look at [`STEPS_MAX`] entries at most.
-    fn victim(&mut self, probe: &mut dyn FnMut(u64) -> Probe) -> Pick;
+    /// The next victim of this pass, after a look at [`STEPS_MAX`] entries at most.
+    ///
+    /// A pass ends: if nothing can go each entry is asked once, however much enters, or is used,
+    /// meanwhile. It ends with [`Pick::Empty`] only if no entry could go all the time from its
+    /// begin on. What it passed over, it does not ask again as long as nothing can go.
+    fn victim(&mut self, pass: &mut Pass, probe: &mut dyn FnMut(u64) -> Probe) -> Pick;
 
     /// Up to `steps` steps of putting entries where their accesses say they belong, the coldest
     /// first. True if more is left. A run of calls ends, whatever the load.
