@@ -53,7 +53,7 @@ pub use error::VirtualMemoryError;
 pub use events::{MigrationCause, MigrationEvent};
 pub use handle::VMemHandle;
 pub use options::{ReadClass, ReadOptions};
-pub use policy::PolicyKind;
+pub use policy::{PolicyChoice, PolicyKind};
 pub use stats::{TierStats, VirtualMemoryStats};
 pub use tier::MemoryTier;
 pub use vmem::{NamedEntry, OBJECT_LEN_MAX, PinGuard, Prefetch, Residency, VirtualMemory};

@@ -27,7 +27,7 @@ use crate::migrate::Link;
 use crate::names::Names;
 use crate::object::Object;
 use crate::pins::PinBudget;
-use crate::policy::{self, Policy};
+use crate::policy::Policy;
 use crate::stats::{Counters, TierStats, VirtualMemoryStats, get};
 use crate::tier::MemoryTier;
 use crate::vram::Vram;
@@ -123,6 +123,7 @@ impl Shared {
         let wake = Arc::new(Wake::default());
         let bell = wake.clone();
         arena.set_freed_hook(Box::new(move || bell.if_waiting()));
+        let policy = config.policy().build(arena.capacity_bytes());
         Ok(Arc::new(Shared {
             table: DashMap::with_hasher(FixedState::default()),
             next_id: AtomicU64::new(1),
@@ -133,14 +134,15 @@ impl Shared {
             names: Names::start(catalog, &disk),
             disk,
             disk_link: Link::default(),
-            policy: Mutex::new(policy::build(config.policy())),
+            policy: Mutex::new(policy),
             requests,
             runtime: tokio::runtime::Handle::current(),
             wake,
             events: Events::new(),
             counters: Counters::default(),
             vram: device.map(|device| {
-                Vram::new(device, policy::build(config.policy()), config.max_pinned())
+                let policy = config.policy().build(device.usage().capacity_bytes);
+                Vram::new(device, policy, config.max_pinned())
             }),
             vram_reason,
             host_pins: PinBudget::new(pinned_max as u64),

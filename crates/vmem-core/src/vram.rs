@@ -16,7 +16,7 @@ use crate::error::VirtualMemoryError;
 use crate::host_queue::Class;
 use crate::object::{GatePass, VramUse};
 use crate::pins::PinBudget;
-use crate::policy::{Pass, Pick, Policy, Probe, Token};
+use crate::policy::{Entry, Pass, Pick, Policy, Probe, Token};
 use crate::shared::Shared;
 use crate::stats::add;
 use crate::tier::MemoryTier;
@@ -231,7 +231,7 @@ impl Vram {
     // ---- The order of eviction ---------------------------------------------------------------
 
     pub(crate) fn enter(&self, id: u64, stamp: u64, footprint: u64) -> Token {
-        self.policy.lock().insert(id, stamp, footprint)
+        self.policy.lock().insert(Entry::new(id, stamp, footprint))
     }
 
     pub(crate) fn leave(&self, token: Token) {

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use super::least::Least;
 use super::order::{KEY_BYTES_MAX, Key, Order};
 use super::table::{Slot, Table};
-use super::{Pass, Pick, Policy, Probe, STEPS_MAX, Token};
+use super::{Entry, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
 
 /// The least recently used goes first.
 ///
@@ -26,7 +26,7 @@ use super::{Pass, Pick, Policy, Probe, STEPS_MAX, Token};
 /// [the module](super). At most 55 bytes an entry; all in O(log n).
 #[derive(Default)]
 pub struct Lru {
-    table: Table<Entry>,
+    table: Table<Filed>,
     /// Those that are not parked, by stamp.
     order: Order,
     /// The latest stamp of any filing: the warm end.
@@ -38,7 +38,7 @@ pub struct Lru {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Entry {
+struct Filed {
     id: u64,
     /// Where it is filed, or was when it was parked.
     stamp: u64,
@@ -61,7 +61,7 @@ struct Begun {
     _passes: Arc<()>,
 }
 
-const _: () = assert!(size_of::<Slot<Entry>>() + KEY_BYTES_MAX <= 56, "bytes of an entry");
+const _: () = assert!(size_of::<Slot<Filed>>() + KEY_BYTES_MAX <= 56, "bytes of an entry");
 
 impl Lru {
     fn walk(&self) -> Walk {
@@ -99,8 +99,9 @@ impl Lru {
 }
 
 impl Policy for Lru {
-    fn insert(&mut self, id: u64, stamp: u64, _footprint: u64) -> Token {
-        let at = self.table.add(Entry { id, stamp, parked: false });
+    fn insert(&mut self, entry: Entry) -> Token {
+        let Entry { id, stamp, .. } = entry;
+        let at = self.table.add(Filed { id, stamp, parked: false });
         self.enter(at);
         Token(at)
     }

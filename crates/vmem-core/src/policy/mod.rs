@@ -6,11 +6,13 @@
 //! here, and a look costs a bounded number of steps however many objects there are. Called by
 //! objects that enter and leave host memory, and by the evictor, under one lock.
 
+mod choice;
 mod ghosts;
 mod least;
 mod lru;
 mod order;
 mod pass;
+mod protected;
 mod s3fifo;
 mod sieve;
 mod table;
@@ -20,8 +22,10 @@ use std::str::FromStr;
 
 use crate::error::VirtualMemoryError;
 
+pub use choice::PolicyChoice;
 pub use lru::Lru;
 pub use pass::Pass;
+pub use protected::{PROTECTED_STEPS, Protected};
 pub use s3fifo::S3Fifo;
 pub use sieve::Sieve;
 
@@ -45,6 +49,26 @@ impl Token {
     /// What the token was made of.
     pub fn position(self) -> u32 {
         self.0
+    }
+}
+
+/// An object that becomes resident.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The object.
+    pub id: u64,
+    /// Its last access, in nanoseconds of the store's clock.
+    pub stamp: u64,
+    /// What it takes, in bytes, rounding included.
+    pub footprint: u64,
+    /// It was brought before anybody asked for its bytes, and was not used yet.
+    pub prefetched: bool,
+}
+
+impl Entry {
+    /// An object that is used at this moment.
+    pub fn new(id: u64, stamp: u64, footprint: u64) -> Self {
+        Entry { id, stamp, footprint, prefetched: false }
     }
 }
 
@@ -99,11 +123,11 @@ pub enum Pick {
 /// queue-based policies file it as the newest.
 ///
 /// ```
-/// use vmem_core::policy::{Pass, Pick, PolicyKind, Probe, build};
+/// use vmem_core::policy::{Entry, Pass, Pick, PolicyKind, Probe, build};
 ///
 /// let mut last_access = [10, 20, 30];
 /// let mut policy = build(PolicyKind::Lru);
-/// let tokens = [0, 1, 2].map(|id| policy.insert(id, last_access[id as usize], 4096));
+/// let tokens = [0, 1, 2].map(|id| policy.insert(Entry::new(id, last_access[id as usize], 4096)));
 ///
 /// last_access[0] = 40; // the policy is not told
 /// let mut probe = |id: u64| Probe::Evictable { stamp: last_access[id as usize], touches: 1 };
@@ -118,9 +142,10 @@ pub enum Pick {
 /// The policies that are built in panic when they are given a token that was removed before: the
 /// ledger of whoever holds the tokens is wrong then.
 pub trait Policy: fmt::Debug + Send {
-    /// The object became resident; `stamp` is its last access, `footprint` its size in bytes.
-    /// Its count of accesses starts at none: the one that brought it in is not a use of it.
-    fn insert(&mut self, id: u64, stamp: u64, footprint: u64) -> Token;
+    /// The object became resident. Its count of accesses starts at none: the one that brought it
+    /// in is not a use of it. [`Protected`] tells a policy of what was prefetched after its first
+    /// use, or when its protection has ended.
+    fn insert(&mut self, entry: Entry) -> Token;
 
     /// The object is no longer resident. After it was a victim this is an eviction, else the object
     /// was freed or moved by somebody's wish.
@@ -183,7 +208,7 @@ impl fmt::Display for PolicyKind {
 impl FromStr for PolicyKind {
     type Err = VirtualMemoryError;
 
-    /// Parses `lru`, `sieve` or `s3-fifo`.
+    /// Parses `lru`, `sieve`, and `s3-fifo` or `s3fifo`.
     ///
     /// # Errors
     ///
@@ -191,7 +216,11 @@ impl FromStr for PolicyKind {
     fn from_str(word: &str) -> Result<Self, Self::Err> {
         [PolicyKind::Lru, PolicyKind::Sieve, PolicyKind::S3Fifo]
             .into_iter()
-            .find(|kind| kind.to_string().eq_ignore_ascii_case(word))
+            .find(|kind| {
+                let name = kind.to_string();
+                let names = [name.replace('-', ""), name];
+                names.iter().any(|name| name.eq_ignore_ascii_case(word))
+            })
             .ok_or_else(|| VirtualMemoryError::InvalidConfig {
                 field: "policy",
                 reason: format!("unknown policy {word:?}: expected lru, sieve or s3-fifo").into(),

@@ -68,6 +68,11 @@ impl Order {
         key.filter(|key| key.rank() <= last)
     }
 
+    /// The last key with a rank below `before`.
+    pub(super) fn last_before(&self, before: u64) -> Option<Key> {
+        self.0.range(..Key::new(before, 0)).next_back().copied()
+    }
+
     /// The last rank.
     pub(super) fn last_rank(&self) -> Option<u64> {
         self.0.last().map(|key| key.rank())

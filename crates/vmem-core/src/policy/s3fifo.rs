@@ -20,7 +20,7 @@ use super::ghosts::Ghosts;
 use super::least::Least;
 use super::order::{KEY_BYTES_MAX, Key, Order};
 use super::table::{Slot, Table};
-use super::{PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
+use super::{Entry, PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
 
 /// The small queue has one byte in so many.
 const SMALL_PART: u128 = 10;
@@ -35,7 +35,7 @@ const USES_IN_SMALL: u8 = 1;
 /// much again for what is remembered; all in O(log n).
 #[derive(Default)]
 pub struct S3Fifo {
-    table: Table<Entry>,
+    table: Table<Queued>,
     /// The small and the main one.
     lanes: [Lane; 2],
     ghosts: Ghosts,
@@ -51,7 +51,7 @@ struct Lane {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct Queued {
     id: u64,
     footprint: u64,
     /// Where it is filed, or was when it was parked.
@@ -70,7 +70,7 @@ enum Which {
     Main,
 }
 
-const _: () = assert!(size_of::<Slot<Entry>>() + KEY_BYTES_MAX <= 64, "bytes of an entry");
+const _: () = assert!(size_of::<Slot<Queued>>() + KEY_BYTES_MAX <= 64, "bytes of an entry");
 
 /// What a pass remembers: how far it is in each lane, and where the lane ends for it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -160,10 +160,11 @@ impl S3Fifo {
 }
 
 impl Policy for S3Fifo {
-    fn insert(&mut self, id: u64, _stamp: u64, footprint: u64) -> Token {
+    fn insert(&mut self, entry: Entry) -> Token {
+        let Entry { id, footprint, .. } = entry;
         let lane = if self.ghosts.forget(id) { Which::Main } else { Which::Small };
-        let entry = Entry { id, footprint, turn: 0, lane, uses: 0, parked: false, named: false };
-        let at = self.table.add(entry);
+        let queued = Queued { id, footprint, turn: 0, lane, uses: 0, parked: false, named: false };
+        let at = self.table.add(queued);
         self.link(at);
         Token(at)
     }
@@ -187,7 +188,7 @@ impl Policy for S3Fifo {
         let mut least = Least::new();
         for _ in 0..STEPS_MAX {
             let Some(at) = self.candidate(pass) else { return Pick::Empty };
-            let Entry { id, uses, lane, .. } = self.table[at];
+            let Queued { id, uses, lane, .. } = self.table[at];
             pass.steps += 1;
             match probe(id) {
                 Probe::Evictable { touches, stamp } => {

@@ -15,7 +15,7 @@ use std::fmt;
 use super::least::Least;
 use super::order::{Key, Order};
 use super::table::Table;
-use super::{PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
+use super::{Entry, PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
 
 /// A queue with a hand that spares what was used since it last came by (NSDI 2024).
 ///
@@ -23,7 +23,7 @@ use super::{PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
 /// O(log n).
 #[derive(Default)]
 pub struct Sieve {
-    table: Table<Entry>,
+    table: Table<Queued>,
     /// Those that are not parked, by when they came.
     queue: Order,
     /// How many came so far.
@@ -34,7 +34,7 @@ pub struct Sieve {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct Queued {
     id: u64,
     came: u64,
     parked: bool,
@@ -95,8 +95,8 @@ impl Sieve {
 }
 
 impl Policy for Sieve {
-    fn insert(&mut self, id: u64, _stamp: u64, _footprint: u64) -> Token {
-        let at = self.table.add(Entry { id, came: 0, parked: false, used: false });
+    fn insert(&mut self, entry: Entry) -> Token {
+        let at = self.table.add(Queued { id: entry.id, came: 0, parked: false, used: false });
         self.link(at);
         Token(at)
     }

@@ -1,13 +1,13 @@
 //! Looks and background work end, whatever the objects answer.
 
 use vmem_core::PolicyKind;
-use vmem_core::policy::{Pass, Pick, Policy, Probe, STEPS_MAX, Token, build};
+use vmem_core::policy::{Entry, Pass, Pick, Policy, Probe, STEPS_MAX, Token, build};
 
 use crate::KINDS;
 
 fn filled(kind: PolicyKind, count: u64) -> (Box<dyn Policy>, Vec<Token>) {
     let mut policy = build(kind);
-    let tokens = (0..count).map(|id| policy.insert(id, id, 64)).collect();
+    let tokens = (0..count).map(|id| policy.insert(Entry::new(id, id, 64))).collect();
     (policy, tokens)
 }
 
@@ -144,7 +144,7 @@ fn a_pinned_object_is_asked_once() {
 fn extreme_answers_are_harmless() {
     for kind in KINDS {
         let mut policy = build(kind);
-        let tokens = [0, 1, 2].map(|id| policy.insert(id, u64::MAX, u64::MAX));
+        let tokens = [0, 1, 2].map(|id| policy.insert(Entry::new(id, u64::MAX, u64::MAX)));
         let mut turn = 0;
         for _ in 0..100 {
             policy.victim(&mut Pass::default(), &mut |_| {

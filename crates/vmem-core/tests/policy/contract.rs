@@ -1,9 +1,9 @@
 //! What users of the module rely on: names of the policies, and policies of their own.
 
 use std::collections::BTreeMap;
-use std::ops::RangeInclusive;
+use std::ops::Range;
 
-use vmem_core::policy::{Pass, Pick, Policy, Probe, STEPS_MAX, Token, build};
+use vmem_core::policy::{Entry, Pass, Pick, Policy, Probe, STEPS_MAX, Token, build};
 use vmem_core::{PolicyKind, VirtualMemoryError};
 
 use crate::KINDS;
@@ -15,6 +15,7 @@ fn names_go_there_and_back() {
         assert_eq!(kind.to_string().parse::<PolicyKind>().unwrap(), kind);
         assert_eq!(kind.to_string().to_uppercase().parse::<PolicyKind>().unwrap(), kind);
     }
+    assert_eq!("S3FIFO".parse::<PolicyKind>().unwrap(), PolicyKind::S3Fifo);
     let error = "mru".parse::<PolicyKind>().unwrap_err();
     assert!(matches!(error, VirtualMemoryError::InvalidConfig { field: "policy", .. }));
     assert!(error.to_string().contains("s3-fifo"), "{error} says what there is");
@@ -22,16 +23,16 @@ fn names_go_there_and_back() {
 
 /// First in, first out, by somebody who has the public items only.
 #[derive(Debug, Default)]
-struct Fifo {
+pub(crate) struct Fifo {
     queue: BTreeMap<u32, u64>,
     parked: BTreeMap<u32, u64>,
     next: u32,
 }
 
 impl Policy for Fifo {
-    fn insert(&mut self, id: u64, _stamp: u64, _footprint: u64) -> Token {
+    fn insert(&mut self, entry: Entry) -> Token {
         self.next += 1;
-        self.queue.insert(self.next, id);
+        self.queue.insert(self.next, entry.id);
         Token::new(self.next)
     }
 
@@ -41,13 +42,13 @@ impl Policy for Fifo {
     }
 
     fn victim(&mut self, pass: &mut Pass, probe: &mut dyn FnMut(u64) -> Probe) -> Pick {
-        let left = pass.state::<Option<RangeInclusive<u32>>>();
-        let left = left.get_or_insert(0..=self.next);
+        let left = pass.state::<Option<Range<u32>>>();
+        let left = left.get_or_insert(0..self.next + 1);
         for _ in 0..STEPS_MAX {
             let Some((&at, &id)) = self.queue.range(left.clone()).next() else {
                 return Pick::Empty;
             };
-            *left = at + 1..=*left.end();
+            left.start = at + 1;
             match probe(id) {
                 Probe::Evictable { .. } => return Pick::Victim { id, hurried: false },
                 Probe::Busy { .. } | Probe::Unfit => {}
@@ -83,7 +84,7 @@ impl Policy for Fifo {
 fn all_are_first_in_first_out_where_nothing_is_used_twice() {
     let own: Box<dyn Policy> = Box::<Fifo>::default();
     for mut policy in KINDS.into_iter().map(build).chain([own]) {
-        let tokens: Vec<Token> = (0..300).map(|id| policy.insert(id, id, 64)).collect();
+        let tokens: Vec<Token> = (0..300).map(|id| policy.insert(Entry::new(id, id, 64))).collect();
         let mut pass = Pass::default();
         for expected in 0..300 {
             let mut cold = Vec::new();
@@ -104,8 +105,8 @@ fn a_token_is_given_back_once() {
     for kind in KINDS {
         let twice = std::panic::catch_unwind(|| {
             let mut policy = build(kind);
-            let _other = policy.insert(1, 1, 64);
-            let token = policy.insert(2, 2, 64);
+            let _other = policy.insert(Entry::new(1, 1, 64));
+            let token = policy.insert(Entry::new(2, 2, 64));
             policy.remove(token);
             policy.remove(token);
         });

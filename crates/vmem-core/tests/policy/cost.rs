@@ -7,7 +7,9 @@ use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use vmem_core::PolicyKind;
-use vmem_core::policy::{PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token, build};
+use vmem_core::policy::{
+    Entry, PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token, build,
+};
 
 use crate::{KINDS, seeds};
 
@@ -22,7 +24,7 @@ struct Dense {
 impl Dense {
     fn new(kind: PolicyKind, count: u64) -> Self {
         let mut policy = build(kind);
-        let tokens = (0..count).map(|id| policy.insert(id, id, 64)).collect();
+        let tokens = (0..count).map(|id| policy.insert(Entry::new(id, id, 64))).collect();
         let touches = vec![0; count as usize];
         Dense { policy, stamps: (0..count).collect(), touches, tokens }
     }
@@ -132,7 +134,7 @@ fn the_coldest_come_in_order_and_stay() {
     let mut stamps: Vec<(u64, u64)> =
         (0..5_000).map(|id| (rng.random_range(0..u64::MAX), id)).collect();
     for &(stamp, id) in &stamps {
-        policy.insert(id, stamp, 64);
+        policy.insert(Entry::new(id, stamp, 64));
     }
     stamps.sort_unstable();
     for limit in [0, 1, 2, 300, 5_000, usize::MAX] {
@@ -159,10 +161,10 @@ fn an_entry_has_at_most_64_bytes() {
 fn memory_follows_what_is_there() {
     for kind in KINDS {
         let mut policy = build(kind);
-        let kept: Vec<Token> = (0..1_000).map(|id| policy.insert(id, id, 64)).collect();
+        let kept: Vec<Token> = (0..1_000).map(|id| policy.insert(Entry::new(id, id, 64))).collect();
         let mut high = 0;
         for id in 1_000..201_000 {
-            let token = policy.insert(id, id, 64);
+            let token = policy.insert(Entry::new(id, id, 64));
             if id % 2 == 0 {
                 // Named and taken, as the evictor does.
                 let only = |at| {
@@ -187,7 +189,8 @@ fn memory_follows_what_is_there() {
         kept.into_iter().for_each(|token| policy.remove(token));
         assert!(policy.is_empty());
 
-        let tokens: Vec<Token> = (0..100_000).map(|id| policy.insert(id, id, 64)).collect();
+        let tokens: Vec<Token> =
+            (0..100_000).map(|id| policy.insert(Entry::new(id, id, 64))).collect();
         let full = policy.memory_bytes();
         tokens.into_iter().for_each(|token| policy.remove(token));
         assert!(policy.memory_bytes() < full / 10, "{kind}: an empty policy gives memory back");
@@ -210,7 +213,7 @@ fn times() {
             for now in 0..rounds {
                 let id = rng.random_range(0..count) as usize;
                 objects.policy.remove(objects.tokens[id]);
-                objects.tokens[id] = objects.policy.insert(id as u64, count + now, 64);
+                objects.tokens[id] = objects.policy.insert(Entry::new(id as u64, count + now, 64));
             }
             let random = per_op(start);
 
@@ -220,7 +223,8 @@ fn times() {
                 let (Pick::Victim { id, .. }, _) = objects.victim() else { continue };
                 objects.remove(id);
                 objects.stamps[id as usize] = count + now;
-                objects.tokens[id as usize] = objects.policy.insert(id, count + now, 64);
+                objects.tokens[id as usize] =
+                    objects.policy.insert(Entry::new(id, count + now, 64));
             }
             let churn = per_op(start);
 

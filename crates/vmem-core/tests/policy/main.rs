@@ -10,6 +10,7 @@ mod contract;
 mod cost;
 mod hit_ratio;
 mod passes;
+mod protected;
 mod reference;
 mod victims;
 mod world;

@@ -6,13 +6,13 @@ use std::collections::BTreeSet;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use vmem_core::PolicyKind;
-use vmem_core::policy::{Pass, Pick, build};
+use vmem_core::policy::{Entry, Pass, Pick, Policy, PolicyChoice, build};
 
 use crate::world::World;
 use crate::{KINDS, seeds};
 
-fn filled(kind: PolicyKind, rng: &mut SmallRng, count: u64) -> World {
-    let mut world = World::new(build(kind));
+fn filled(policy: Box<dyn Policy>, rng: &mut SmallRng, count: u64) -> World {
+    let mut world = World::new(policy);
     (0..count).for_each(|id| world.insert(id, 64 * rng.random_range(1..50)));
     (0..count).filter(|_| rng.random_bool(0.5)).for_each(|id| world.touch(id));
     world
@@ -29,7 +29,9 @@ fn disturb(world: &mut World, rng: &mut SmallRng, next: &mut u64, fit: bool) {
             (0..5, _) => {
                 // Back after a while, or new.
                 let last_use = rng.random_range(0..=world.now);
-                world.insert_as_of(*next, 64, if rng.random() { last_use } else { world.now });
+                let stamp = if rng.random() { last_use } else { world.now };
+                let prefetched = rng.random();
+                world.enter(Entry { prefetched, ..Entry::new(*next, stamp, 64) });
                 world.set_unfit(*next, !fit || rng.random());
                 *next += 1;
             }
@@ -54,7 +56,7 @@ fn a_pass_ends_after_one_visit_each_where_nothing_can_go() {
     for (kind, seed) in KINDS.into_iter().flat_map(|kind| seeds(30).map(move |seed| (kind, seed))) {
         let mut rng = SmallRng::seed_from_u64(seed);
         let count = rng.random_range(1..2_000);
-        let mut world = filled(kind, &mut rng, count);
+        let mut world = filled(build(kind), &mut rng, count);
         for id in 0..count {
             world.set_unfit(id, true);
             world.set_busy(id, rng.random_bool(0.3));
@@ -77,7 +79,17 @@ fn a_pass_names_whatever_could_go_throughout() {
     for (kind, seed) in KINDS.into_iter().flat_map(|kind| seeds(40).map(move |seed| (kind, seed))) {
         let mut rng = SmallRng::seed_from_u64(seed);
         let count = rng.random_range(1..1_000);
-        let mut world = filled(kind, &mut rng, count);
+        let policy = match seed % 2 {
+            0 => build(kind),
+            _ => PolicyChoice::from(kind).build(rng.random_range(0..100_000)),
+        };
+        let mut world = filled(policy, &mut rng, count);
+        for id in 0..count {
+            if rng.random_bool(0.3) {
+                world.remove(id);
+                world.prefetch(id, 64);
+            }
+        }
         let share = rng.random_range(0.0..0.2);
         for id in 0..count {
             world.set_unfit(id, !rng.random_bool(share));
@@ -123,7 +135,7 @@ fn an_unfit_entry_keeps_its_place_and_its_uses() {
         let made = || {
             let mut rng = SmallRng::seed_from_u64(seed);
             let count = rng.random_range(1..300);
-            (filled(kind, &mut rng, count), count, rng)
+            (filled(build(kind), &mut rng, count), count, rng)
         };
         let ((mut world, count, mut rng), (mut twin, ..)) = (made(), made());
         // Both are in the midst of their work.
@@ -156,7 +168,7 @@ fn unfit_entries_keep_their_order_while_others_go() {
     for (kind, seed) in KINDS.into_iter().flat_map(|kind| seeds(40).map(move |seed| (kind, seed))) {
         let mut rng = SmallRng::seed_from_u64(seed);
         let count = rng.random_range(2..600);
-        let mut world = filled(kind, &mut rng, count);
+        let mut world = filled(build(kind), &mut rng, count);
         (0..count).filter(|_| rng.random()).for_each(|id| world.set_unfit(id, true));
         let stays = |world: &World| {
             let order = world.order().into_iter();
@@ -181,7 +193,7 @@ fn unfit_entries_keep_their_order_while_others_go() {
 fn an_lru_pass_for_the_cold_ends_at_the_hot() {
     let mut policy = build(PolicyKind::Lru);
     (0..10_000).for_each(|id| {
-        policy.insert(id, id, 64);
+        policy.insert(Entry::new(id, id, 64));
     });
     let (mut pass, mut asked) = (Pass::colder_than(100), 0);
     let mut unfit = |_| {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use vmem_core::policy::{Pass, Pick, Policy, Probe, STEPS_MAX, Token};
+use vmem_core::policy::{Entry, PROTECTED_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
 
 /// Between two operations, in nanoseconds: entries that are busy are filed a few apart.
 const TICK_NS: u64 = 1_000_000;
@@ -56,14 +56,20 @@ impl World {
 
     pub(crate) fn insert(&mut self, id: u64, footprint: u64) {
         let stamp = self.tick();
-        self.insert_as_of(id, footprint, stamp);
+        self.enter(Entry::new(id, stamp, footprint));
     }
 
-    /// It comes back, and was last used then.
-    pub(crate) fn insert_as_of(&mut self, id: u64, footprint: u64, stamp: u64) {
-        let token = self.policy.insert(id, stamp, footprint);
+    /// It was brought before anybody asked for it.
+    pub(crate) fn prefetch(&mut self, id: u64, footprint: u64) {
+        let stamp = self.tick();
+        self.enter(Entry { prefetched: true, ..Entry::new(id, stamp, footprint) });
+    }
+
+    pub(crate) fn enter(&mut self, entry: Entry) {
+        let token = self.policy.insert(entry);
+        let stamp = entry.stamp;
         let mark = Mark { stamp, touches: 0, pinned: false, busy: false, unfit: false, token };
-        assert!(self.marks.insert(id, mark).is_none());
+        assert!(self.marks.insert(entry.id, mark).is_none());
     }
 
     /// The policy is not told.
@@ -113,7 +119,7 @@ impl World {
             *asked.entry(id).or_default() += 1;
             answer(marks, now, met, id)
         });
-        assert!(steps <= STEPS_MAX);
+        assert!(steps <= STEPS_MAX + 2 * PROTECTED_STEPS);
         pick
     }
 
