@@ -11,6 +11,7 @@
 //! - `classes`: the size classes of small objects. Pure.
 //! - `spans`: the slots of one class.
 //! - `arena`: object space as its users see it.
+//! - `evacuation`: moving small objects together, so that whole spans become free.
 //! - `space`: object space as a device sees it.
 //! - `staging`: the reserve for bytes in passage.
 //!
@@ -18,6 +19,8 @@
 
 mod arena;
 mod classes;
+#[cfg_attr(not(test), expect(dead_code, reason = "the evictor does not move objects yet"))]
+mod evacuation;
 mod mapping;
 mod pages;
 mod slabs;
