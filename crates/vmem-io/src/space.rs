@@ -3,13 +3,13 @@
 //! Invariant: the free runs and `used` make up the file exactly; what is used never exceeds the
 //! capacity. Called by the disk tier under its lock.
 //!
-//! Fragmentation: whatever is free in blocks is found, in the last resort by taking a chunk apart. Three rules keep long
-//! runs long. Each request takes the shortest run that holds it. Requests shorter than a full chunk
-//! take the high end of their run, and the highest of equal runs, while longer ones take the low
-//! end, so that short-lived small chunks do not end up between large ones. And a request that no
-//! single run holds is spread: first in order over the longest runs, and if that fails longest
-//! chunk first, each into the shortest run that holds it. Only what does not fit so, because free runs are
-//! shorter than chunks, goes in pieces, the longest first.
+//! Fragmentation: whatever is free in blocks is found, in the last resort by taking a chunk apart.
+//! Three rules keep long runs long. Each request takes the shortest run that holds it. Requests
+//! shorter than a full chunk take the high end of their run, and the highest of equal runs, while
+//! longer ones take the low end, so that short-lived small chunks do not end up between large ones.
+//! And a request that no single run holds is spread: first in order over the longest runs, and if
+//! that fails longest chunk first, each into the shortest run that holds it. Only what does not fit
+//! so, because free runs are shorter than chunks, goes in pieces, the longest first.
 
 use smallvec::smallvec;
 use vmem_core::backend::{CHUNK_BYTES, DiskUsage, End, Ranges, Run, Runs};
@@ -53,9 +53,9 @@ impl Space {
         space
     }
 
-    /// The same, but for these extents, which are in the order of the file and do not overlap: offset
-    /// and footprint in bytes. Where they lie beyond the capacity, so does what is free between them; what
-    /// may be used is the capacity all the same.
+    /// The same, but for these extents, which are in the order of the file and do not overlap:
+    /// offset and footprint in bytes. Where they lie beyond the capacity, so does what is free
+    /// between them; what may be used is the capacity all the same.
     ///
     /// # Errors
     ///

@@ -7,9 +7,9 @@
 //!
 //! The approximation: after [`STEPS_MAX`] entries of which some were used since and none can go as
 //! it stands, the look ends with the oldest of those (*hurried*). Right after everything was used
-//! again this is the least recently used of a sample of 64, not of all; every step of such a look is
-//! work that the next one finds done, and [`Policy::settle`] does the rest in slices. With at most
-//! 64 entries, or when settled, the victim is exact. Equal stamps go in an order of their own,
+//! again this is the least recently used of a sample of 64, not of all; every step of such a look
+//! is work that the next one finds done, and [`Policy::settle`] does the rest in slices. With at
+//! most 64 entries, or when settled, the victim is exact. Equal stamps go in an order of their own,
 //! always the same.
 
 use std::fmt;

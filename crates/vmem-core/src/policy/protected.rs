@@ -5,10 +5,10 @@
 //! alone. Where victims are looked for, at most half of the tier is protected. Wraps what `choice`
 //! builds.
 //!
-//! A policy takes an entry that was never used for the first that can go, and what was prefetched is
-//! that until its first use. It is kept from the policy until then, so that the first use is what
-//! the policy takes for its entry. Protection ends without a use when as many bytes came in as the
-//! tier has. Of more than half of the tier the last that came are not protected: they are the
+//! A policy takes an entry that was never used for the first that can go, and what was prefetched
+//! is that until its first use. It is kept from the policy until then, so that the first use is
+//! what the policy takes for its entry. Protection ends without a use when as many bytes came in as
+//! the tier has. Of more than half of the tier the last that came are not protected: they are the
 //! furthest from their use.
 
 use std::fmt;

@@ -48,9 +48,9 @@ fn disturb(world: &mut World, rng: &mut SmallRng, next: &mut u64, fit: bool) {
 }
 
 /// The evictor spun for the whole of a deadline where nothing could go: a look that was resumed
-/// never came to its end, since what it met was filed anew before it, and what entered made it begin
-/// again. A pass asks each entry once at most where none can go, and ends, though more enters between
-/// two calls than one call asks.
+/// never came to its end, since what it met was filed anew before it, and what entered made it
+/// begin again. A pass asks each entry once at most where none can go, and ends, though more enters
+/// between two calls than one call asks.
 #[test]
 fn a_pass_ends_after_one_visit_each_where_nothing_can_go() {
     for (kind, seed) in KINDS.into_iter().flat_map(|kind| seeds(30).map(move |seed| (kind, seed))) {

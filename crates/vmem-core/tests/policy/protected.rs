@@ -13,8 +13,8 @@ fn choices() -> Vec<PolicyChoice> {
 }
 
 /// Layers of a model, used one after the other over and over, the next ones prefetched. A layer
-/// that had come ahead was the first to go, since it had no use yet: S3-FIFO had none of 96 there in
-/// time, SIEVE 72. What is prefetched stays until its first use.
+/// that had come ahead was the first to go, since it had no use yet: S3-FIFO had none of 96 there
+/// in time, SIEVE 72. What is prefetched stays until its first use.
 #[test]
 fn a_prefetched_layer_stays_until_its_first_use_in_a_cycle() {
     const LAYERS: u64 = 96;
@@ -55,8 +55,8 @@ fn a_prefetched_layer_stays_until_its_first_use_in_a_cycle() {
     }
 }
 
-/// What is prefetched and never used does not stay for good: neither more than half of the tier, nor
-/// longer than one turnover of it.
+/// What is prefetched and never used does not stay for good: neither more than half of the tier,
+/// nor longer than one turnover of it.
 #[test]
 fn protection_is_bounded_in_bytes_and_in_time() {
     for choice in choices() {
