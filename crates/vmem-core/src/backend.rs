@@ -20,6 +20,8 @@ pub use crate::disk::{
 
 pub use crate::host::{InUse, ObjectSpace, Part, Registrar, StagingMemory};
 
+pub use crate::ranges::{End, Ranges};
+
 pub use crate::vmem::{VramChange, VramHold, VramShare};
 
 use crate::capabilities::Capabilities;

@@ -13,7 +13,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::error::VirtualMemoryError;
-use crate::policy::PolicyKind;
+use crate::policy::PolicyChoice;
 
 /// The least `host_capacity`, in bytes: a few staging pieces and a few slots.
 pub const HOST_CAPACITY_MIN: u64 = 256 * 1024;
@@ -169,8 +169,8 @@ impl VirtualMemoryConfig {
     }
 
     /// The order of eviction.
-    pub fn policy(&self) -> PolicyKind {
-        self.fields.policy
+    pub fn policy(&self) -> PolicyChoice {
+        self.fields.policy.clone()
     }
 
     /// When a read brings an object up to stay.
@@ -201,7 +201,7 @@ pub struct VirtualMemoryConfigBuilder {
     io_driver: IoDriver,
     watermarks: (f64, f64),
     max_pinned: f64,
-    policy: PolicyKind,
+    policy: PolicyChoice,
     promotion: Promotion,
     catalog_cache: u64,
     wait_timeout: Duration,
@@ -219,7 +219,7 @@ impl Default for VirtualMemoryConfigBuilder {
             io_driver: IoDriver::default(),
             watermarks: (0.85, 0.95),
             max_pinned: 0.8,
-            policy: PolicyKind::default(),
+            policy: PolicyChoice::default(),
             promotion: Promotion::default(),
             catalog_cache: 8 << 20,
             wait_timeout: Duration::from_secs(30),
@@ -287,9 +287,10 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
-    /// The order of eviction. Default: [`PolicyKind::Lru`].
-    pub fn policy(mut self, policy: PolicyKind) -> Self {
-        self.policy = policy;
+    /// The order of eviction, a [`PolicyKind`](crate::PolicyKind) or one of your own. Default: the
+    /// least recently used.
+    pub fn policy(mut self, policy: impl Into<PolicyChoice>) -> Self {
+        self.policy = policy.into();
         self
     }
 

@@ -11,6 +11,7 @@
 //! - `migrate/`: what such a task does: reserve, copy, verify, publish, release.
 //! - `names/`, `catalog`: named objects, and what a catalog of them implements.
 //! - `policy/`: who is evicted first.
+//! - `ranges`: the set of ranges that every allocator stands on.
 //! - `disk`, `buffer`: what a tier below host memory implements.
 //! - `device`, `vram`: what a tier above it implements, and who is in it.
 //! - `config`, `options`, `error`, `events`, `stats`, `capabilities`: what goes in and comes out.
@@ -38,6 +39,7 @@ mod parcel;
 mod pins;
 pub mod policy;
 mod promotion;
+mod ranges;
 mod shared;
 mod stats;
 mod tier;
@@ -55,6 +57,6 @@ pub use events::{MigrationCause, MigrationEvent};
 pub use handle::VMemHandle;
 pub use memory_tier::MemoryTier;
 pub use options::{ReadClass, ReadOptions};
-pub use policy::PolicyKind;
+pub use policy::{PolicyChoice, PolicyKind};
 pub use stats::{TierStats, VirtualMemoryStats};
 pub use vmem::{NamedEntry, OBJECT_LEN_MAX, PinGuard, Prefetch, Residency, VirtualMemory};

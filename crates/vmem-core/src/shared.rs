@@ -34,7 +34,7 @@ use crate::names::Names;
 use crate::object::Object;
 use crate::parcel::{GRACE, Parcel, Unclaimed, Unkept};
 use crate::pins::PinBudget;
-use crate::policy::{self, Policy};
+use crate::policy::Policy;
 use crate::stats::{Counters, TierStats, VirtualMemoryStats, get};
 use crate::tier::{Need, Queue, Refused};
 use crate::vram::Vram;
@@ -135,8 +135,9 @@ impl Shared {
         arena.set_freed_hook(Box::new(move || bell.if_waiting()));
         let unclaimed = Arc::new(Unclaimed::default());
         let runtime = tokio::runtime::Handle::current();
+        let policy = config.policy().build(arena.capacity_bytes());
         let vram = device.map(|device| {
-            let policy = policy::build(config.policy());
+            let policy = config.policy().build(device.usage().capacity_bytes);
             Vram::new(device, policy, config.max_pinned(), &wake, &unclaimed)
         });
         Ok(Arc::new(Shared {
@@ -150,7 +151,7 @@ impl Shared {
             names: Names::start(catalog, &disk),
             disk,
             disk_link: Link::default(),
-            policy: Mutex::new(policy::build(config.policy())),
+            policy: Mutex::new(policy),
             requests,
             runtime,
             wake,

@@ -16,7 +16,7 @@ use crate::memory_tier::MemoryTier;
 use crate::object::GatePass;
 use crate::parcel::Unclaimed;
 use crate::pins::PinBudget;
-use crate::policy::{Policy, Token};
+use crate::policy::{Entry, Policy, Token};
 use crate::tier::{Class, DeviceSpace, Need, Queue, Refused};
 use crate::wake::Wake;
 
@@ -148,7 +148,7 @@ impl Vram {
     // ---- The order of eviction ---------------------------------------------------------------
 
     pub(crate) fn enter(&self, id: u64, stamp: u64, footprint: u64) -> Token {
-        self.policy.lock().insert(id, stamp, footprint)
+        self.policy.lock().insert(Entry::new(id, stamp, footprint))
     }
 
     pub(crate) fn leave(&self, token: Token) {

@@ -1,23 +1,18 @@
 //! The extent allocator: which blocks of the data file are free, and the budget.
 //!
-//! Invariant: the free runs are disjoint, never touch each other (they are coalesced at once), and
-//! together with `used` make up the file exactly; what is used never exceeds the capacity. Called by
-//! the disk tier under its lock.
+//! Invariant: the free runs and `used` make up the file exactly; what is used never exceeds the
+//! capacity. Called by the disk tier under its lock.
 //!
-//! Memory grows with the number of free runs alone. Taking and giving back cost O(log runs).
-//!
-//! Fragmentation: whatever is free in blocks is found, in the last resort by taking a chunk apart. Three rules keep long
-//! runs long. Each request takes the shortest run that holds it. Requests shorter than a full chunk
-//! take the high end of their run, and the highest of equal runs, while longer ones take the low
-//! end, so that short-lived small chunks do not end up between large ones. And a request that no
-//! single run holds is spread: first in order over the longest runs, and if that fails longest
-//! chunk first, each into the shortest run that holds it. Only what does not fit so, because free runs are
-//! shorter than chunks, goes in pieces, the longest first.
-
-use std::collections::{BTreeMap, BTreeSet};
+//! Fragmentation: whatever is free in blocks is found, in the last resort by taking a chunk apart.
+//! Three rules keep long runs long. Each request takes the shortest run that holds it. Requests
+//! shorter than a full chunk take the high end of their run, and the highest of equal runs, while
+//! longer ones take the low end, so that short-lived small chunks do not end up between large ones.
+//! And a request that no single run holds is spread: first in order over the longest runs, and if
+//! that fails longest chunk first, each into the shortest run that holds it. Only what does not fit
+//! so, because free runs are shorter than chunks, goes in pieces, the longest first.
 
 use smallvec::smallvec;
-use vmem_core::backend::{CHUNK_BYTES, DiskUsage, Run, Runs};
+use vmem_core::backend::{CHUNK_BYTES, DiskUsage, End, Ranges, Run, Runs};
 
 /// The free runs and the ledger of one data file. Counts in blocks, speaks bytes.
 #[derive(Debug)]
@@ -27,13 +22,9 @@ pub(crate) struct Space {
     capacity: u64,
     /// How many there are: more than the capacity only where that was larger once.
     end: u64,
-    used: u64,
     peak: u64,
     extents: u64,
-    /// Start of each free run, to its length.
-    by_start: BTreeMap<u64, u64>,
-    /// (length, start) of each free run.
-    by_len: BTreeSet<(u64, u64)>,
+    free: Ranges,
 }
 
 /// A request that does not fit, in bytes.
@@ -45,13 +36,6 @@ pub(crate) struct NoSpace {
     pub(crate) free_bytes: u64,
 }
 
-/// Which end of a free run to take from.
-#[derive(Clone, Copy, Debug)]
-enum End {
-    Low,
-    High,
-}
-
 impl Space {
     /// All of `capacity_bytes` free, less what does not fill a block.
     pub(crate) fn new(capacity_bytes: u64, block_bytes: u32) -> Self {
@@ -61,21 +45,17 @@ impl Space {
             block,
             capacity: capacity_bytes / block,
             end: capacity_bytes / block,
-            used: 0,
             peak: 0,
             extents: 0,
-            by_start: BTreeMap::new(),
-            by_len: BTreeSet::new(),
+            free: Ranges::default(),
         };
-        if space.capacity > 0 {
-            space.insert(0, space.capacity);
-        }
+        space.free.add(0..space.end);
         space
     }
 
-    /// The same, but for these extents, which are in the order of the file and do not overlap: offset
-    /// and footprint in bytes. Where they lie beyond the capacity, so does what is free between them; what
-    /// may be used is the capacity all the same.
+    /// The same, but for these extents, which are in the order of the file and do not overlap:
+    /// offset and footprint in bytes. Where they lie beyond the capacity, so does what is free
+    /// between them; what may be used is the capacity all the same.
     ///
     /// # Errors
     ///
@@ -96,17 +76,12 @@ impl Space {
         for &(offset, footprint) in taken {
             let (start, len) = (offset / block, u64::from(footprint) / block);
             assert!(free_from <= start, "extents do not overlap");
-            if free_from < start {
-                space.insert(free_from, start - free_from);
-            }
+            space.free.add(free_from..start);
             free_from = start + len;
         }
         space.end = space.capacity.max(free_from);
-        if free_from < space.end {
-            space.insert(free_from, space.end - free_from);
-        }
-        space.used = bytes / block;
-        space.peak = space.used;
+        space.free.add(free_from..space.end);
+        space.peak = space.used();
         space.extents = taken.len() as u64;
         Ok(space)
     }
@@ -122,9 +97,9 @@ impl Space {
         let total: u64 = blocks.iter().sum();
         let no_space = NoSpace {
             requested_bytes: total.saturating_mul(self.block),
-            free_bytes: (self.capacity - self.used) * self.block,
+            free_bytes: (self.capacity - self.used()) * self.block,
         };
-        if total > self.capacity - self.used {
+        if total > self.capacity - self.used() {
             return Err(no_space);
         }
         let whole = self
@@ -139,7 +114,8 @@ impl Space {
             None => blocks.into_iter().map(|len| self.in_pieces(len)).collect(),
         };
         self.extents += placed.iter().map(|runs| runs.len() as u64).sum::<u64>();
-        self.peak = self.peak.max(self.used);
+        self.peak = self.peak.max(self.used());
+        assert!(self.peak <= self.capacity, "the disk budget holds");
         Ok(placed)
     }
 
@@ -155,15 +131,13 @@ impl Space {
         let mut runs = Runs::new();
         let mut left = len;
         while left > 0 {
-            let (start, taken) = match self.take_best(left) {
-                Some(start) => (start, left),
-                None => {
-                    let longest = self.longest();
-                    let (taken, run) = longest.expect("invariant: what is asked for is free");
-                    (self.take(run, taken, End::Low), taken)
-                }
-            };
-            runs.push(self.run(start, taken));
+            let whole = self.take_best(left).map(|start| start..start + left);
+            let run = whole.unwrap_or_else(|| {
+                let longest = self.free.take_longest();
+                longest.expect("invariant: what is asked for is free")
+            });
+            let taken = run.end - run.start;
+            runs.push(self.run(run.start, taken));
             left -= taken;
         }
         runs
@@ -192,15 +166,15 @@ impl Space {
     pub(crate) fn usage(&self) -> DiskUsage {
         DiskUsage {
             capacity_bytes: self.capacity * self.block,
-            used_bytes: self.used * self.block,
+            used_bytes: self.used() * self.block,
             peak_bytes: self.peak * self.block,
-            largest_free_bytes: self.longest().map_or(0, |(len, _)| len) * self.block,
+            largest_free_bytes: self.free.longest_len() * self.block,
             extents: self.extents,
         }
     }
 
-    fn longest(&self) -> Option<(u64, u64)> {
-        self.by_len.last().copied()
+    fn used(&self) -> u64 {
+        self.end - self.free.total()
     }
 
     /// One run for all chunks, in order.
@@ -219,16 +193,15 @@ impl Space {
         let mut starts = Vec::with_capacity(blocks.len());
         while starts.len() < blocks.len() {
             let rest = &blocks[starts.len()..];
-            let (longest, run) = self.longest().unwrap_or((0, 0));
-            let (count, sum) = prefix_within(rest, longest);
+            let longest = self.free.longest().unwrap_or(0..0);
+            let (count, sum) = prefix_within(rest, longest.end - longest.start);
             if count == 0 {
                 self.undo(blocks, &starts);
                 return None;
             }
-            if sum > 0 {
-                self.take(run, sum, End::Low);
-            }
-            place(&rest[..count], run, &mut starts);
+            let taken = self.free.take_exact(&(longest.start..longest.start + sum));
+            assert!(taken, "a run holds what is taken");
+            place(&rest[..count], longest.start, &mut starts);
         }
         Some(starts)
     }
@@ -254,80 +227,20 @@ impl Space {
     }
 
     fn undo(&mut self, blocks: &[u64], starts: &[u64]) {
-        for (&start, &len) in starts.iter().zip(blocks) {
-            if len > 0 {
-                self.give(start, len);
-            }
-        }
+        starts.iter().zip(blocks).for_each(|(&start, &len)| self.give(start, len));
     }
 
     /// Takes `len` blocks from the shortest run that holds them.
     fn take_best(&mut self, len: u64) -> Option<u64> {
-        let &(run_len, lowest) = self.by_len.range((len, 0)..).next()?;
-        if len * self.block >= CHUNK_BYTES as u64 {
-            return Some(self.take(lowest, len, End::Low));
-        }
-        let mut same = self.by_len.range((run_len, lowest)..=(run_len, u64::MAX));
-        let highest = same.next_back().map_or(lowest, |&(_, start)| start);
-        Some(self.take(highest, len, End::High))
+        let is_long = len * self.block >= CHUNK_BYTES as u64;
+        let run = self.free.take(len, if is_long { End::Low } else { End::High });
+        run.map(|run| run.start)
     }
 
-    /// Takes `len` blocks from one end of the free run at `run`; returns where they start.
-    fn take(&mut self, run: u64, len: u64, end: End) -> u64 {
-        let run_len = self.remove(run);
-        assert!(0 < len && len <= run_len, "a run holds what is taken");
-        if len < run_len {
-            match end {
-                End::Low => self.insert(run + len, run_len - len),
-                End::High => self.insert(run, run_len - len),
-            }
-        }
-        self.used += len;
-        assert!(self.used <= self.capacity, "the disk budget holds");
-        match end {
-            End::Low => run,
-            End::High => run + (run_len - len),
-        }
-    }
-
-    /// Makes `len` blocks at `start` free and joins them with their free neighbours.
+    /// Makes `len` blocks at `start` free.
     fn give(&mut self, start: u64, len: u64) {
-        let end = start + len;
-        assert!(end <= self.end, "an extent lies in the file");
-        assert!(len <= self.used, "what is released was taken");
-        let before = self.by_start.range(..=start).next_back();
-        let before = before.map(|(&run, &run_len)| (run, run_len));
-        let after = self.by_start.range(start..).next();
-        let after = after.map(|(&run, &run_len)| (run, run_len));
-        assert!(
-            before.is_none_or(|(run, run_len)| run + run_len <= start)
-                && after.is_none_or(|(run, _)| end <= run),
-            "what is released was not free"
-        );
-        let (mut joined, mut joined_len) = (start, len);
-        if let Some((run, run_len)) = before.filter(|&(run, run_len)| run + run_len == start) {
-            self.remove(run);
-            (joined, joined_len) = (run, run_len + joined_len);
-        }
-        if let Some((run, run_len)) = after.filter(|&(run, _)| run == end) {
-            self.remove(run);
-            joined_len += run_len;
-        }
-        self.insert(joined, joined_len);
-        self.used -= len;
-    }
-
-    fn insert(&mut self, start: u64, len: u64) {
-        self.by_start.insert(start, len);
-        self.by_len.insert((len, start));
-    }
-
-    fn remove(&mut self, start: u64) -> u64 {
-        let len = self.by_start.remove(&start);
-        let len = len.expect("invariant: callers name a run that they found in the map");
-        let listed = self.by_len.remove(&(len, start));
-        assert!(listed, "both maps list the same runs");
-        len
+        assert!(start + len <= self.end, "an extent lies in the file");
+        self.free.add(start..start + len);
     }
 }
 

@@ -1,13 +1,14 @@
 //! Free ranges that still have blocks of the file system behind them, to be punched in batches.
 //!
-//! Invariant: the ranges are disjoint, do not touch, and hold only bytes that no extent owns: a
-//! range leaves when it is reserved again. Called by the disk tier under its lock.
+//! Invariant: the ranges hold only bytes that no extent owns: a range leaves when it is reserved
+//! again. Called by the disk tier under its lock.
 //!
 //! Only whole pages are punched: punching a part of one would write zeros instead of freeing
 //! anything. What is left at the edges waits until its neighbours are free too.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
+
+use vmem_core::backend::Ranges;
 
 /// So many bytes must be stale before a batch is worth a system call.
 pub(crate) const BATCH_BYTES: u64 = 4 * 1024 * 1024;
@@ -22,9 +23,7 @@ const BATCH_RANGES_MAX: usize = 1024;
 /// The stale ranges, in bytes.
 #[derive(Debug)]
 pub(crate) struct Stale {
-    /// Start to end.
-    ranges: BTreeMap<u64, u64>,
-    bytes: u64,
+    ranges: Ranges,
     /// How many bytes start the next batch: more than one batch where edges are all there is.
     trigger: u64,
     /// Where the next search begins.
@@ -44,52 +43,18 @@ pub(crate) enum Batch {
 
 impl Stale {
     pub(crate) fn new() -> Self {
-        Stale { ranges: BTreeMap::new(), bytes: 0, trigger: BATCH_BYTES, cursor: 0 }
+        Stale { ranges: Ranges::default(), trigger: BATCH_BYTES, cursor: 0 }
     }
 
     /// An extent was freed.
     pub(crate) fn add(&mut self, range: Range<u64>) {
-        if range.is_empty() {
-            return;
-        }
-        self.bytes += range.end - range.start;
-        let (mut start, mut end) = (range.start, range.end);
-        if let Some((&before, &before_end)) = self.ranges.range(..=start).next_back()
-            && before_end == start
-        {
-            start = before;
-        }
-        if let Some(&after_end) = self.ranges.get(&end) {
-            self.ranges.remove(&end);
-            end = after_end;
-        }
-        self.ranges.insert(start, end);
+        self.ranges.add(range);
     }
 
     /// An extent was reserved: whatever of it is stale is so no more.
     pub(crate) fn remove(&mut self, range: Range<u64>) {
-        if range.is_empty() {
-            return;
-        }
-        if let Some((&before, &before_end)) = self.ranges.range(..range.start).next_back()
-            && before_end > range.start
-        {
-            self.ranges.insert(before, range.start);
-            self.bytes -= before_end - range.start;
-            if before_end > range.end {
-                self.ranges.insert(range.end, before_end);
-                self.bytes += before_end - range.end;
-            }
-        }
-        while let Some((&start, &end)) = self.ranges.range(range.clone()).next() {
-            self.ranges.remove(&start);
-            self.bytes -= end - start;
-            if end > range.end {
-                self.ranges.insert(range.end, end);
-                self.bytes += end - range.end;
-            }
-        }
-        self.trigger = self.trigger.min(self.bytes + BATCH_BYTES);
+        self.ranges.remove(&range);
+        self.trigger = self.trigger.min(self.ranges.total() + BATCH_BYTES);
     }
 
     /// Makes the next batch due, however little is stale: space is short.
@@ -100,13 +65,13 @@ impl Stale {
 
     /// Takes the next batch out of the set.
     pub(crate) fn take_batch(&mut self) -> Batch {
-        if self.bytes < self.trigger {
+        if self.ranges.total() < self.trigger {
             return Batch::Nothing;
         }
         let mut batch = Vec::new();
         let (mut bytes, mut seen) = (0, 0);
         let mut end_reached = true;
-        for (&start, &end) in self.ranges.range(self.cursor..) {
+        for Range { start, end } in self.ranges.starting_at(self.cursor) {
             if seen == BATCH_RANGES_MAX || bytes >= BATCH_BYTES_MAX {
                 end_reached = false;
                 break;
@@ -126,14 +91,12 @@ impl Stale {
                 }
             }
         }
-        for range in &batch {
-            self.remove(range.clone());
-        }
+        batch.iter().for_each(|range| self.ranges.remove(range));
         self.trigger = BATCH_BYTES;
         if end_reached {
             // What a complete search left behind are edges; they must not start the next one.
             self.cursor = 0;
-            self.trigger += self.bytes;
+            self.trigger += self.ranges.total();
         }
         match (batch.is_empty(), end_reached) {
             (false, _) => Batch::Punch(batch),
@@ -179,9 +142,7 @@ mod tests {
                 }
             }
             let bytes = model.iter().filter(|&&is| is).count() as u64 * 512;
-            assert_eq!(stale.bytes, bytes);
-            let listed: u64 = stale.ranges.iter().map(|(start, end)| end - start).sum();
-            assert_eq!(listed, bytes);
+            assert_eq!(stale.ranges.total(), bytes);
         }
     }
 
@@ -198,7 +159,7 @@ mod tests {
         }
         assert!((1..=4).contains(&searches), "{searches}");
         assert_eq!(stale.take_batch(), Batch::Nothing);
-        assert!(stale.trigger > stale.bytes, "asleep until more is freed");
+        assert!(stale.trigger > stale.ranges.total(), "asleep until more is freed");
         let far = 1 << 40..(1 << 40) + BATCH_BYTES;
         stale.add(far.clone());
         while stale.cursor < 4 * 1024 * 8192 - 8192 {
@@ -218,6 +179,6 @@ mod tests {
             let bytes: u64 = batch.iter().map(|range| range.end - range.start).sum();
             assert_eq!(bytes, BATCH_BYTES_MAX);
         }
-        assert_eq!((stale.bytes, stale.take_batch()), (0, Batch::Nothing));
+        assert_eq!((stale.ranges.total(), stale.take_batch()), (0, Batch::Nothing));
     }
 }

@@ -16,7 +16,7 @@ use crate::disk::DiskError;
 use crate::events::MigrationCause;
 use crate::migrate::{Down, Victim, move_room_down, write_down};
 use crate::object::{GatePass, Object};
-use crate::policy::{Pick, Probe, STEPS_MAX};
+use crate::policy::{Pass, Pick, Probe, STEPS_MAX};
 use crate::shared::Shared;
 use crate::stats::add;
 use crate::tier::{Class, Refused, Wanted};
@@ -67,6 +67,10 @@ pub(super) struct Evictor {
     unsettled: bool,
     /// Entries that were looked at since the last wake-up, or the last success, for nothing.
     fruitless: usize,
+    /// The look for victims since the last wake-up.
+    pass: Pass,
+    /// It has met something that the disk has no room for: what is clean can go all the same.
+    clean_only: bool,
     disk_rests_until: Option<Instant>,
     /// Batches that failed since one went down.
     failures: u32,
@@ -130,6 +134,7 @@ impl Evictor {
     ) -> bool {
         if woken {
             self.fruitless = 0;
+            (self.pass, self.clean_only) = (Pass::default(), false);
             self.cools_at = None;
         }
         let wanted = shared.host.serve(shared.host_holds());
@@ -193,7 +198,6 @@ impl Evictor {
         let mut batch = Vec::new();
         let (mut freed, mut payload, mut reclaims) = (0, 0, 0);
         let mut round = Round::Bounded;
-        let mut clean_only = false;
         for _ in 0..TRIES_MAX {
             if freed + reclaims >= target || payload >= BATCH_BYTES || batch.len() >= BATCH_OBJECTS
             {
@@ -201,11 +205,11 @@ impl Evictor {
             }
             let id = match scattered.next() {
                 Some(id) => id,
-                None => match self.pick(shared, spare_hot, clean_only) {
+                None => match self.pick(shared, spare_hot) {
                     Some(id) => id,
                     None => {
                         round = self.found_nothing(shared, wanted);
-                        if clean_only && round == Round::Nothing {
+                        if self.clean_only && round == Round::Nothing {
                             round = Round::DiskFull;
                         }
                         break;
@@ -221,11 +225,10 @@ impl Evictor {
                     batch.push(victim);
                 }
                 Step::Busy => self.fruitless = self.fruitless.saturating_add(1),
-                // What is clean can go all the same.
-                Step::NoDisk => clean_only = true,
+                Step::NoDisk => self.clean_only = true,
                 Step::Failed(error) => {
                     tracing::warn!(target: "vmem::actor", ?error, "the disk refuses space");
-                    clean_only = true;
+                    self.clean_only = true;
                 }
             }
         }
@@ -238,13 +241,10 @@ impl Evictor {
     }
 
     /// The next victim of the policy, if a bounded look finds one.
-    /// With `clean_only` what would have to be written counts as in use.
-    fn pick(&mut self, shared: &Shared, spare_hot: bool, clean_only: bool) -> Option<u64> {
-        let pick = shared.policy.lock().victim(&mut |id| match probe(shared, id) {
-            Probe::Evictable { .. } if clean_only && needs_disk(shared, id) => {
-                Probe::Busy { stamp: shared.now() }
-            }
-            probe => probe,
+    fn pick(&mut self, shared: &Shared, spare_hot: bool) -> Option<u64> {
+        let clean_only = self.clean_only;
+        let pick = shared.policy.lock().victim(&mut self.pass, &mut |id| {
+            if clean_only && needs_disk(shared, id) { Probe::Unfit } else { probe(shared, id) }
         });
         match pick {
             Pick::Victim { id, hurried } => {
@@ -259,7 +259,6 @@ impl Evictor {
                 self.cools_at = Some(Instant::now() + cools_in);
                 self.fruitless = usize::MAX;
             }
-            // The policy ends a look over several calls by itself: with a victim, or with `Empty`.
             Pick::Retry => self.unsettled = true,
             Pick::Empty => self.fruitless = usize::MAX,
         }

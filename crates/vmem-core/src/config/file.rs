@@ -10,6 +10,7 @@ use bytesize::ByteSize;
 use serde::de::{Deserialize, Deserializer, Error};
 
 use super::{GpuSelection, Promotion, VirtualMemoryConfig, VirtualMemoryConfigBuilder};
+use crate::policy::PolicyKind;
 
 /// The fields by the names of their setters; one that is missing has its default.
 #[derive(Default, serde::Deserialize)]
@@ -74,7 +75,8 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
         builder.io_driver = driver.parse().map_err(|error| format!("{error}"))?;
     }
     if let Some(policy) = fields.policy {
-        builder.policy = policy.parse().map_err(|error| format!("{error}"))?;
+        let kind = policy.parse::<PolicyKind>().map_err(|error| format!("{error}"))?;
+        builder.policy = kind.into();
     }
     if let Some(promotion) = fields.promotion {
         builder.promotion = match promotion {

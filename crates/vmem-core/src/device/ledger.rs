@@ -1,16 +1,15 @@
 //! Which ranges of a device's memory are free.
 //!
-//! Invariant: the free ranges are disjoint, never touch each other, and together with what is used make up the
-//! memory exactly. Called by backends under a lock of theirs.
+//! Invariant: the free ranges and what is used make up the memory exactly; every offset and length is
+//! a multiple of the unit. Called by backends under a lock of theirs.
 //!
 //! A request takes the shortest free range that holds it, the low end of it if it is long, the high end if it
-//! is short, so that short ones do not end up between long ones. Taking and giving back cost
-//! O(log ranges). What is free but lies in pieces serves nobody: whoever asks makes others leave until
-//! a range is long enough, which ends at the latest when all have left that can.
-
-use std::collections::{BTreeMap, BTreeSet};
+//! is short, so that short ones do not end up between long ones. What is free but lies in pieces serves
+//! nobody: whoever asks makes others leave until a range is long enough, which ends at the latest when
+//! all have left that can.
 
 use super::DeviceUsage;
+use crate::ranges::{End, Ranges};
 
 /// Requests below this length, in bytes, take the high end of a range.
 const SHORT_BYTES: u64 = 64 * 1024;
@@ -31,12 +30,8 @@ const SHORT_BYTES: u64 = 64 * 1024;
 pub struct RangeLedger {
     unit: u64,
     capacity: u64,
-    used: u64,
     peak: u64,
-    /// Start of each free range, to its length.
-    by_start: BTreeMap<u64, u64>,
-    /// (length, start) of each free range.
-    by_len: BTreeSet<(u64, u64)>,
+    free: Ranges,
 }
 
 impl RangeLedger {
@@ -49,18 +44,9 @@ impl RangeLedger {
     pub fn new(capacity: u64, unit: u64) -> Self {
         assert!(unit.is_power_of_two(), "a unit is a power of two");
         let capacity = capacity / unit * unit;
-        let mut ledger = RangeLedger {
-            unit,
-            capacity,
-            used: 0,
-            peak: 0,
-            by_start: BTreeMap::new(),
-            by_len: BTreeSet::new(),
-        };
-        if capacity > 0 {
-            ledger.insert(0, capacity);
-        }
-        ledger
+        let mut free = Ranges::default();
+        free.add(0..capacity);
+        RangeLedger { unit, capacity, peak: 0, free }
     }
 
     /// What `len` bytes take, rounding included, in bytes.
@@ -71,23 +57,10 @@ impl RangeLedger {
     /// Takes memory for `len` bytes: its offset and its footprint.
     pub fn take(&mut self, len: usize) -> Option<(u64, u64)> {
         let footprint = self.footprint(len);
-        let &(free, start) = self.by_len.range((footprint, 0)..).next()?;
-        self.remove(start, free);
-        let rest = free - footprint;
-        let offset = match footprint < SHORT_BYTES {
-            true => {
-                self.insert(start, rest);
-                start + rest
-            }
-            false => {
-                self.insert(start + footprint, rest);
-                start
-            }
-        };
-        self.used += footprint;
-        assert!(self.used <= self.capacity, "a budget is never exceeded");
-        self.peak = self.peak.max(self.used);
-        Some((offset, footprint))
+        let end = if footprint < SHORT_BYTES { End::High } else { End::Low };
+        let range = self.free.take(footprint, end)?;
+        self.peak = self.peak.max(self.used());
+        Some((range.start, footprint))
     }
 
     /// Gives back what `take` returned.
@@ -97,45 +70,22 @@ impl RangeLedger {
     /// If it was not taken: the ledger is wrong then.
     pub fn give_back(&mut self, offset: u64, footprint: u64) {
         let end = offset + footprint;
-        assert!(end <= self.capacity && footprint <= self.used, "what is given back was taken");
-        let before = self.by_start.range(..end).next_back().map(|(&start, &len)| (start, len));
-        assert!(
-            before.is_none_or(|(start, len)| start + len <= offset),
-            "what is given back was taken"
-        );
-        let (mut start, mut len) = (offset, footprint);
-        if let Some((left, left_len)) = before.filter(|&(start, len)| start + len == offset) {
-            self.remove(left, left_len);
-            (start, len) = (left, len + left_len);
-        }
-        if let Some(&right_len) = self.by_start.get(&end) {
-            self.remove(end, right_len);
-            len += right_len;
-        }
-        self.insert(start, len);
-        self.used -= footprint;
+        assert!(end <= self.capacity, "{offset}..{end} lies in a memory of {}", self.capacity);
+        self.free.add(offset..end);
     }
 
     /// The figures, now.
     pub fn usage(&self) -> DeviceUsage {
         DeviceUsage {
-            used_bytes: self.used,
+            used_bytes: self.used(),
             capacity_bytes: self.capacity,
             peak_bytes: self.peak,
-            largest_free_bytes: self.by_len.last().map_or(0, |&(len, _)| len),
+            largest_free_bytes: self.free.longest_len(),
         }
     }
 
-    fn insert(&mut self, start: u64, len: u64) {
-        if len > 0 {
-            self.by_start.insert(start, len);
-            self.by_len.insert((len, start));
-        }
-    }
-
-    fn remove(&mut self, start: u64, len: u64) {
-        self.by_start.remove(&start);
-        self.by_len.remove(&(len, start));
+    fn used(&self) -> u64 {
+        self.capacity - self.free.total()
     }
 }
 
@@ -183,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "was taken")]
+    #[should_panic(expected = "was free")]
     fn giving_back_twice_is_found() {
         let mut ledger = RangeLedger::new(4096, 512);
         let (offset, footprint) = ledger.take(10).unwrap();

@@ -102,12 +102,27 @@ impl HostArena {
                 (run.start as usize * PAGE_BYTES, OWN_PAGES, 0)
             }
         };
+        Ok(self.charged(len, at, span, slot))
+    }
+
+    /// The slot that was taken at this byte, charged to the budget.
+    pub(super) fn charged(
+        self: &Arc<Self>,
+        len: usize,
+        at: usize,
+        span: u32,
+        slot: u32,
+    ) -> HostSlot {
         let footprint = Self::footprint(len);
         let used = self.used_bytes.fetch_add(footprint, Ordering::SeqCst) + footprint;
         assert!(used <= self.capacity_bytes(), "{used} of {} bytes", self.capacity_bytes());
         self.peak_bytes.fetch_max(used, Ordering::Relaxed);
         let start = self.pages.mapping().at(at);
-        Ok(HostSlot { arena: self.clone(), start, len, span, slot })
+        HostSlot { arena: self.clone(), start, len, span, slot }
+    }
+
+    pub(super) fn spans(&self, class: usize) -> &Spans {
+        &self.spans[class]
     }
 
     fn no_room(&self, len: usize) -> NoRoom {
@@ -195,7 +210,7 @@ impl HostArena {
     }
 
     /// Something may have become free.
-    fn tell_freed(&self) {
+    pub(super) fn tell_freed(&self) {
         if let Some(freed) = self.freed.get() {
             freed();
         }
@@ -241,6 +256,12 @@ impl HostSlot {
         // SAFETY: `this` is never dropped, so the reference is moved out exactly once.
         let arena = unsafe { ptr::read(&this.arena) };
         arena.take_back(&this);
+    }
+
+    /// Whether it is in this span of a class.
+    pub(super) fn is_in(&self, class: usize, span: u32) -> bool {
+        let is_small = (1..=SMALL_MAX).contains(&self.len);
+        is_small && class_of(self.len) == class && self.span == span
     }
 
     pub(crate) fn as_slice(&self) -> &[u8] {

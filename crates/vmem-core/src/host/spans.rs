@@ -4,7 +4,7 @@
 //! span with no taken slot does not exist, so what an empty store holds is nothing. Each class has
 //! a lock of its own, under which no other is taken. Called by `arena`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use parking_lot::Mutex;
@@ -30,6 +30,10 @@ struct State {
     vacant: Vec<u32>,
     /// Spans with a free slot, lowest first, so that the others run empty.
     partial: BTreeSet<u32>,
+    /// Spans that are being emptied, and by which evacuation: they give no slot.
+    leaving: BTreeMap<u32, u64>,
+    /// Evacuations that were begun.
+    evacuations: u64,
 }
 
 #[derive(Debug)]
@@ -58,6 +62,15 @@ pub(super) struct Sparse {
     pub(super) pages: u64,
 }
 
+/// A span that is being emptied.
+#[derive(Debug)]
+pub(super) struct Leaving {
+    pub(super) span: u32,
+    /// The evacuation: the number of a span may be another one's later.
+    pub(super) ticket: u64,
+    pub(super) sparse: Sparse,
+}
+
 impl Spans {
     pub(super) fn new(class: usize) -> Self {
         Spans { class, state: Mutex::default() }
@@ -84,6 +97,15 @@ impl Spans {
                 None => {}
             }
         }
+        self.take_partial(&mut state, owner)
+    }
+
+    /// A free slot of a span that has others; none if that takes a page.
+    pub(super) fn take_beside(&self, owner: u64) -> Option<Place> {
+        self.take_partial(&mut self.state.lock(), owner)
+    }
+
+    fn take_partial(&self, state: &mut State, owner: u64) -> Option<Place> {
         let number = *state.partial.first()?;
         let span = state.spans[number as usize].as_mut().expect("invariant: partial spans exist");
         let slot = span.take_slot(owner);
@@ -94,15 +116,60 @@ impl Spans {
         Some(Place { span: number, slot, at })
     }
 
+    /// Closes the span with the fewest live bytes, among some, whose slots fit into other spans,
+    /// and none of whose owners is one of `skip`.
+    pub(super) fn begin_evacuation(&self, skip: &[Vec<u64>]) -> Option<Leaving> {
+        let mut state = self.state.lock();
+        let free = |number: &u32| {
+            let span = state.spans[*number as usize].as_ref();
+            span.map_or(0, |span| u64::from(slots(self.class) - span.taken))
+        };
+        let free_slots: u64 = state.partial.iter().map(free).sum();
+        let candidates = state.partial.iter().rev().take(LOOKED_AT);
+        let (number, span) = candidates
+            .filter_map(|number| Some((*number, state.spans[*number as usize].as_ref()?)))
+            .filter(|(_, span)| !skip.iter().any(|owners| span.has_owners(owners)))
+            .min_by_key(|(_, span)| span.taken)?;
+        // Without its own free slots there are as many as it has taken ones.
+        if free_slots < u64::from(slots(self.class)) {
+            return None;
+        }
+        let owners = span.live_owners();
+        let live_bytes = u64::from(span.taken) * slot_bytes(self.class) as u64;
+        let pages = span.pages.end - span.pages.start;
+        state.evacuations += 1;
+        let ticket = state.evacuations;
+        state.partial.remove(&number);
+        state.leaving.insert(number, ticket);
+        Some(Leaving { span: number, ticket, sparse: Sparse { owners, live_bytes, pages } })
+    }
+
+    /// The span gives slots again, if it still has live ones. True if fewer than `taken`: some were
+    /// freed while it gave none.
+    pub(super) fn end_evacuation(&self, number: u32, ticket: u64, taken: usize) -> bool {
+        let mut state = self.state.lock();
+        if state.leaving.get(&number) != Some(&ticket) {
+            return false;
+        }
+        state.leaving.remove(&number);
+        let span = state.spans[number as usize].as_ref();
+        let left = span.expect("invariant: a span that is being emptied has live slots").taken;
+        state.partial.insert(number);
+        (left as usize) < taken
+    }
+
     /// Frees a slot; the last one frees the span.
     pub(super) fn put(&self, pages: &Pages, number: u32, slot: u32) {
         let mut state = self.state.lock();
         let span = state.spans[number as usize].as_mut().expect("invariant: a taken slot's span");
         span.put_slot(slot);
         if span.taken > 0 {
-            state.partial.insert(number);
+            if !state.leaving.contains_key(&number) {
+                state.partial.insert(number);
+            }
             return;
         }
+        state.leaving.remove(&number);
         let empty = state.spans[number as usize].take();
         state.partial.remove(&number);
         state.vacant.push(number);

@@ -28,7 +28,7 @@ use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
 use crate::names::Named;
 use crate::parcel::{Parcel, WeakParcel};
-use crate::policy::Token;
+use crate::policy::{Entry, Token};
 use crate::shared::Shared;
 use crate::stats;
 
@@ -528,7 +528,7 @@ impl Object {
         let mut policy = self.shared.policy.lock();
         assert!(self.token.load(Ordering::Relaxed) == NO_TOKEN, "an object is in the order once");
         let footprint = crate::host::HostArena::footprint(self.len);
-        let token = policy.insert(self.id, self.stamp(), footprint);
+        let token = policy.insert(Entry::new(self.id, self.stamp(), footprint));
         self.token.store(token.0, Ordering::Relaxed);
     }
 

@@ -1,161 +1,185 @@
 //! Least recently used, with an order that follows the accesses lazily.
 //!
 //! Invariant: an entry is filed at a stamp that is at most its real one, unless it was busy when
-//! it was filed. So an entry at the cold end that was not used since it was filed is the least
-//! recently used of all. One that was used since is filed anew when a look comes upon it.
+//! it was filed, or entered while a pass was under way. So an entry at the cold end that was not
+//! used since it was filed is the least recently used of all. One that was used since is filed anew
+//! when a look comes upon it.
 //!
-//! The approximation: after [`STEPS_MAX`] entries that were all used since, the look ends with the
-//! oldest of those (*hurried*). Right after everything was used again this is the least recently
-//! used of a sample of 64, not of all; every step of such a look is work that the next one
-//! finds done, and [`Policy::settle`] does the rest in slices. With at most 64 entries, or when
-//! settled, the victim is exact. Equal stamps go in an order of their own, always the same.
+//! The approximation: after [`STEPS_MAX`] entries of which some were used since and none can go as
+//! it stands, the look ends with the oldest of those (*hurried*). Right after everything was used
+//! again this is the least recently used of a sample of 64, not of all; every step of such a look
+//! is work that the next one finds done, and [`Policy::settle`] does the rest in slices. With at
+//! most 64 entries, or when settled, the victim is exact. Equal stamps go in an order of their own,
+//! always the same.
 
 use std::fmt;
+use std::sync::Arc;
 
-use super::heap::{Heap, Key};
-use super::look::{Least, Look};
+use super::least::Least;
+use super::order::{KEY_BYTES_MAX, Key, Order};
 use super::table::{Slot, Table};
-use super::{Pick, Policy, Probe, STEPS_MAX, Token};
+use super::{Entry, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
 
 /// The least recently used goes first.
 ///
 /// The order of eviction of the oldest of all caches; the lazy order is described in
-/// [the module](super). 40 bytes an entry; entering at the warm end O(1), else O(log n).
+/// [the module](super). At most 55 bytes an entry; all in O(log n).
 #[derive(Default)]
 pub struct Lru {
-    table: Table<Entry>,
-    /// Those that are not parked.
-    order: Heap,
+    table: Table<Filed>,
+    /// Those that are not parked, by stamp.
+    order: Order,
     /// The latest stamp of any filing: the warm end.
     newest: u64,
-    look: Look,
-    /// Steps of `settle` since it last said that nothing is left.
-    settled: usize,
+    /// The run of `settle` that is under way.
+    settling: Option<Walk>,
+    /// Shared by the passes that are under way.
+    passes: Arc<()>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Entry {
+struct Filed {
     id: u64,
-    place: Place,
+    /// Where it is filed, or was when it was parked.
+    stamp: u64,
+    parked: bool,
 }
 
+/// A walk from the cold end up to what was the warm end when it began.
 #[derive(Clone, Copy, Debug)]
-enum Place {
-    /// At this place of the heap.
-    Filed(u32),
-    /// Out of the order; it was filed at this stamp.
-    Parked(u64),
+struct Walk {
+    after: Option<Key>,
+    last: u64,
 }
 
-const _: () = assert!(size_of::<Slot<Entry>>() + size_of::<Key>() <= 48, "bytes of an entry");
-
-/// What reports a move of the heap to the table.
-macro_rules! moved {
-    ($table:expr) => {
-        &mut |entry, place| $table[entry].place = Place::Filed(place)
-    };
+/// What a pass remembers.
+#[derive(Default)]
+struct Begun {
+    walk: Option<Walk>,
+    /// Some were used since they were filed, and stand behind the end of the walk now.
+    spared: bool,
+    _passes: Arc<()>,
 }
+
+const _: () = assert!(size_of::<Slot<Filed>>() + KEY_BYTES_MAX <= 56, "bytes of an entry");
 
 impl Lru {
-    /// Files the entry at the cold end at `stamp`.
-    fn file_first(&mut self, stamp: u64) {
+    fn walk(&self) -> Walk {
+        Walk { after: None, last: self.newest }
+    }
+
+    fn file(&mut self, at: u32, stamp: u64) {
+        let entry = &mut self.table[at];
+        self.order.remove(entry.stamp, at);
+        entry.stamp = stamp;
+        self.order.file(stamp, at);
         self.newest = self.newest.max(stamp);
-        self.order.file(0, stamp, moved!(self.table));
     }
 
-    /// Behind all others too, or a look would meet it again before it met them.
-    fn file_first_as_newest(&mut self, stamp: u64) {
-        self.file_first(stamp.max(self.newest.saturating_add(1)));
+    /// Behind all others, or the look would meet it again before it met them.
+    fn file_as_newest(&mut self, at: u32, stamp: u64) {
+        self.file(at, stamp.max(self.newest.saturating_add(1)));
     }
 
-    fn park_first(&mut self, first: Key) {
-        self.order.remove(0, moved!(self.table));
-        self.table[first.entry].place = Place::Parked(first.stamp);
+    /// Files an entry that is not in the order: behind the passes that are under way.
+    fn enter(&mut self, at: u32) {
+        let entry = &mut self.table[at];
+        if Arc::strong_count(&self.passes) > 1 {
+            entry.stamp = entry.stamp.max(self.newest.saturating_add(1));
+        }
+        self.order.file(entry.stamp, at);
+        self.newest = self.newest.max(entry.stamp);
+    }
+
+    fn park(&mut self, at: u32) {
+        let entry = &mut self.table[at];
+        entry.parked = true;
+        self.order.remove(entry.stamp, at);
     }
 }
 
 impl Policy for Lru {
-    fn insert(&mut self, id: u64, stamp: u64, _footprint: u64) -> Token {
-        self.look.entry_came();
-        self.newest = self.newest.max(stamp);
-        let entry = self.table.add(Entry { id, place: Place::Parked(stamp) });
-        self.order.push(Key { stamp, entry }, moved!(self.table));
-        Token(entry)
+    fn insert(&mut self, entry: Entry) -> Token {
+        let Entry { id, stamp, .. } = entry;
+        let at = self.table.add(Filed { id, stamp, parked: false });
+        self.enter(at);
+        Token(at)
     }
 
     fn remove(&mut self, token: Token) {
-        if let Place::Filed(place) = self.table[token.0].place {
-            self.order.remove(place, moved!(self.table));
+        let entry = self.table.take(token.0);
+        if !entry.parked {
+            self.order.remove(entry.stamp, token.0);
         }
-        self.table.take(token.0);
     }
 
-    fn victim(&mut self, probe: &mut dyn FnMut(u64) -> Probe) -> Pick {
-        let mut oldest = Least::new();
+    fn victim(&mut self, pass: &mut Pass, probe: &mut dyn FnMut(u64) -> Probe) -> Pick {
+        let last = pass.limit().map_or(u64::MAX, |limit| limit.saturating_sub(1));
+        let begun: &mut Begun = pass.state();
+        let mut walk = *begun.walk.get_or_insert_with(|| {
+            begun._passes = self.passes.clone();
+            self.walk()
+        });
+        let (mut oldest, mut pick) = (Least::new(), Pick::Retry);
         for _ in 0..STEPS_MAX {
-            let Some(first) = self.order.first() else { return Pick::Empty };
-            let id = self.table[first.entry].id;
-            let answer = probe(id);
-            self.look.answered(answer);
-            match answer {
-                Probe::Evictable { stamp, .. } if stamp <= first.stamp => {
+            let Some(key) = self.order.next(walk.after, walk.last.min(last)) else {
+                if !std::mem::take(&mut begun.spared) {
+                    pick = Pick::Empty;
+                    break;
+                }
+                walk.last = self.newest;
+                continue;
+            };
+            walk.after = Some(key);
+            let id = self.table[key.entry].id;
+            match probe(id) {
+                Probe::Evictable { stamp, .. } if stamp <= key.rank() => {
+                    begun.walk = Some(walk);
                     return Pick::Victim { id, hurried: false };
                 }
                 Probe::Evictable { stamp, .. } => {
                     oldest.offer(stamp, id);
-                    self.file_first(stamp);
+                    begun.spared = true;
+                    self.file(key.entry, stamp);
                 }
-                Probe::Busy { stamp } => self.file_first_as_newest(stamp),
-                Probe::Pinned | Probe::Gone => self.park_first(first),
-            }
-            if self.look.is_all_busy(self.order.len()) {
-                return Pick::Empty;
+                Probe::Busy { stamp } => self.file_as_newest(key.entry, stamp),
+                Probe::Unfit => {}
+                Probe::Pinned | Probe::Gone => self.park(key.entry),
             }
         }
-        let Some(id) = oldest.id() else { return Pick::Retry };
-        self.settled = 0;
+        begun.walk = Some(walk);
+        let Some(id) = oldest.id() else { return pick };
+        self.settling = None;
         Pick::Victim { id, hurried: true }
     }
 
-    /// One run files each entry anew at most once, however much is used or busy meanwhile:
-    /// under a load that never rests, a run that wanted to be right would never end.
+    /// One run asks each entry at most once, however much is used or busy meanwhile: under a load
+    /// that never rests, a run that wanted to be right would never end.
     fn settle(&mut self, steps: usize, probe: &mut dyn FnMut(u64) -> Probe) -> bool {
+        let mut walk = self.settling.take().unwrap_or_else(|| self.walk());
         for _ in 0..steps {
-            let Some(first) = self.order.first() else { break };
-            match probe(self.table[first.entry].id) {
-                Probe::Pinned | Probe::Gone => self.park_first(first),
-                Probe::Evictable { stamp, .. } if stamp <= first.stamp => {
-                    self.settled = 0;
-                    return false;
-                }
-                Probe::Evictable { stamp, .. } => {
-                    self.file_first(stamp);
-                    self.settled += 1;
-                }
-                Probe::Busy { stamp } => {
-                    self.file_first_as_newest(stamp);
-                    self.settled += 1;
-                }
-            }
-            if self.settled >= self.order.len() {
-                break;
+            let Some(key) = self.order.next(walk.after, walk.last) else { return false };
+            walk.after = Some(key);
+            match probe(self.table[key.entry].id) {
+                Probe::Evictable { stamp, .. } if stamp <= key.rank() => return false,
+                Probe::Evictable { stamp, .. } => self.file(key.entry, stamp),
+                Probe::Busy { stamp } => self.file_as_newest(key.entry, stamp),
+                Probe::Unfit => {}
+                Probe::Pinned | Probe::Gone => self.park(key.entry),
             }
         }
-        let more = self.settled < self.order.len();
-        if !more {
-            self.settled = 0;
-        }
-        more
+        self.settling = Some(walk);
+        self.order.next(walk.after, walk.last).is_some()
     }
 
     fn coldest(&self, limit: usize, visit: &mut dyn FnMut(u64)) {
-        self.order.visit_smallest(limit, &mut |entry| visit(self.table[entry].id));
+        let entries = self.order.entries_from(0).take(limit);
+        entries.for_each(|at| visit(self.table[at].id));
     }
 
     fn unpark(&mut self, token: Token) {
-        if let Place::Parked(stamp) = self.table[token.0].place {
-            self.look.entry_came();
-            self.order.push(Key { stamp, entry: token.0 }, moved!(self.table));
+        if std::mem::replace(&mut self.table[token.0].parked, false) {
+            self.enter(token.0);
         }
     }
 
@@ -173,7 +197,7 @@ impl fmt::Debug for Lru {
         f.debug_struct("Lru")
             .field("len", &self.len())
             .field("parked", &(self.len() - self.order.len()))
-            .field("coldest", &self.order.first())
+            .field("newest", &self.newest)
             .finish_non_exhaustive()
     }
 }

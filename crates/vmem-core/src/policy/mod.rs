@@ -6,11 +6,13 @@
 //! here, and a look costs a bounded number of steps however many objects there are. Called by
 //! objects that enter and leave host memory, and by the evictor, under one lock.
 
+mod choice;
 mod ghosts;
-mod heap;
-mod list;
-mod look;
+mod least;
 mod lru;
+mod order;
+mod pass;
+mod protected;
 mod s3fifo;
 mod sieve;
 mod table;
@@ -20,7 +22,10 @@ use std::str::FromStr;
 
 use crate::error::VirtualMemoryError;
 
+pub use choice::PolicyChoice;
 pub use lru::Lru;
+pub use pass::Pass;
+pub use protected::{PROTECTED_STEPS, Protected};
 pub use s3fifo::S3Fifo;
 pub use sieve::Sieve;
 
@@ -47,6 +52,26 @@ impl Token {
     }
 }
 
+/// An object that becomes resident.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The object.
+    pub id: u64,
+    /// Its last access, in nanoseconds of the store's clock.
+    pub stamp: u64,
+    /// What it takes, in bytes, rounding included.
+    pub footprint: u64,
+    /// It was brought before anybody asked for its bytes, and was not used yet.
+    pub prefetched: bool,
+}
+
+impl Entry {
+    /// An object that is used at this moment.
+    pub fn new(id: u64, stamp: u64, footprint: u64) -> Self {
+        Entry { id, stamp, footprint, prefetched: false }
+    }
+}
+
 /// How an object stands when the policy asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
@@ -63,6 +88,9 @@ pub enum Probe {
         /// This moment, in nanoseconds of the store's clock.
         stamp: u64,
     },
+    /// It could go, but not for the purpose of this pass: it keeps its place and its count of
+    /// accesses, which the answer does not clear.
+    Unfit,
     /// It is pinned: not to be asked about until [`Policy::unpark`].
     Pinned,
     /// It is being freed: not to be asked about any more. It is still to be removed.
@@ -73,18 +101,17 @@ pub enum Probe {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pick {
     /// This object. It stays where it is until it is removed: whoever cannot take it leaves it, and
-    /// if it answers [`Probe::Busy`] from now on, the next look finds another one.
+    /// the pass goes on behind it.
     Victim {
         /// The object.
         id: u64,
         /// The bound on steps was reached first: there may be a better one.
         hurried: bool,
     },
-    /// The bound on steps was reached: look again, after others had their turn. No number of these
-    /// means that there is no victim; that is said by `Empty`.
+    /// The bound on steps was reached: look again with the same pass, after others had their turn.
     Retry,
-    /// Nothing can go: whatever is not pinned or being freed said, when last asked, that it is
-    /// busy.
+    /// The pass is over: each entry that was there when it began, and was not named, could not go
+    /// when it was asked.
     Empty,
 }
 
@@ -96,17 +123,18 @@ pub enum Pick {
 /// queue-based policies file it as the newest.
 ///
 /// ```
-/// use vmem_core::policy::{Pick, PolicyKind, Probe, build};
+/// use vmem_core::policy::{Entry, Pass, Pick, PolicyKind, Probe, build};
 ///
 /// let mut last_access = [10, 20, 30];
 /// let mut policy = build(PolicyKind::Lru);
-/// let tokens = [0, 1, 2].map(|id| policy.insert(id, last_access[id as usize], 4096));
+/// let tokens = [0, 1, 2].map(|id| policy.insert(Entry::new(id, last_access[id as usize], 4096)));
 ///
 /// last_access[0] = 40; // the policy is not told
 /// let mut probe = |id: u64| Probe::Evictable { stamp: last_access[id as usize], touches: 1 };
-/// assert_eq!(policy.victim(&mut probe), Pick::Victim { id: 1, hurried: false });
+/// let mut pass = Pass::default();
+/// assert_eq!(policy.victim(&mut pass, &mut probe), Pick::Victim { id: 1, hurried: false });
 /// policy.remove(tokens[1]);
-/// assert_eq!(policy.victim(&mut probe), Pick::Victim { id: 2, hurried: false });
+/// assert_eq!(policy.victim(&mut pass, &mut probe), Pick::Victim { id: 2, hurried: false });
 /// ```
 ///
 /// # Panics
@@ -114,16 +142,21 @@ pub enum Pick {
 /// The policies that are built in panic when they are given a token that was removed before: the
 /// ledger of whoever holds the tokens is wrong then.
 pub trait Policy: fmt::Debug + Send {
-    /// The object became resident; `stamp` is its last access, `footprint` its size in bytes.
-    /// Its count of accesses starts at none: the one that brought it in is not a use of it.
-    fn insert(&mut self, id: u64, stamp: u64, footprint: u64) -> Token;
+    /// The object became resident. Its count of accesses starts at none: the one that brought it
+    /// in is not a use of it. [`Protected`] tells a policy of what was prefetched after its first
+    /// use, or when its protection has ended.
+    fn insert(&mut self, entry: Entry) -> Token;
 
     /// The object is no longer resident. After it was a victim this is an eviction, else the object
     /// was freed or moved by somebody's wish.
     fn remove(&mut self, token: Token);
 
-    /// The next victim, after a look at [`STEPS_MAX`] entries at most.
-    fn victim(&mut self, probe: &mut dyn FnMut(u64) -> Probe) -> Pick;
+    /// The next victim of this pass, after a look at [`STEPS_MAX`] entries at most.
+    ///
+    /// A pass ends: if nothing can go each entry is asked once, however much enters, or is used,
+    /// meanwhile. It ends with [`Pick::Empty`] only if no entry could go all the time from its
+    /// begin on. What it passed over, it does not ask again as long as nothing can go.
+    fn victim(&mut self, pass: &mut Pass, probe: &mut dyn FnMut(u64) -> Probe) -> Pick;
 
     /// Up to `steps` steps of putting entries where their accesses say they belong, the coldest
     /// first. True if more is left. A run of calls ends, whatever the load.
@@ -175,7 +208,7 @@ impl fmt::Display for PolicyKind {
 impl FromStr for PolicyKind {
     type Err = VirtualMemoryError;
 
-    /// Parses `lru`, `sieve` or `s3-fifo`.
+    /// Parses `lru`, `sieve`, and `s3-fifo` or `s3fifo`.
     ///
     /// # Errors
     ///
@@ -183,7 +216,11 @@ impl FromStr for PolicyKind {
     fn from_str(word: &str) -> Result<Self, Self::Err> {
         [PolicyKind::Lru, PolicyKind::Sieve, PolicyKind::S3Fifo]
             .into_iter()
-            .find(|kind| kind.to_string().eq_ignore_ascii_case(word))
+            .find(|kind| {
+                let name = kind.to_string();
+                let names = [name.replace('-', ""), name];
+                names.iter().any(|name| name.eq_ignore_ascii_case(word))
+            })
             .ok_or_else(|| VirtualMemoryError::InvalidConfig {
                 field: "policy",
                 reason: format!("unknown policy {word:?}: expected lru, sieve or s3-fifo").into(),

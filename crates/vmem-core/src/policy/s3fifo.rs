@@ -3,7 +3,8 @@
 //! Invariant: an entry is in the small queue, in the main one, or parked; the bytes of each queue
 //! are the sum over its entries. What was evicted from the small queue is remembered, until as
 //! many have followed as there are entries nine times in ten (`ghosts.rs`); one that comes back
-//! before that goes to the main queue at once.
+//! before that goes to the main queue at once. What a pass passes over for its own reasons keeps
+//! its place and its uses.
 //!
 //! The algorithm is that of Yang, Zhang, Qiu, Yue and Rashmi, "FIFO queues are all you need for
 //! cache eviction" (SOSP 2023): the small queue has a tenth of the bytes; more than one use brings
@@ -16,10 +17,10 @@
 use std::fmt;
 
 use super::ghosts::Ghosts;
-use super::list::{Node, Queue};
-use super::look::{Least, Look};
-use super::table::{NIL, Slot, Table};
-use super::{Pick, Policy, Probe, STEPS_MAX, Token};
+use super::least::Least;
+use super::order::{KEY_BYTES_MAX, Key, Order};
+use super::table::{Slot, Table};
+use super::{Entry, PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
 
 /// The small queue has one byte in so many.
 const SMALL_PART: u128 = 10;
@@ -30,27 +31,31 @@ const USES_IN_SMALL: u8 = 1;
 
 /// A small queue in front of a large one, and a memory of what left the small one (SOSP 2023).
 ///
-/// What is used once goes soon, and what comes back soon stays; 32 bytes an entry, and as much
-/// again for what is remembered; all in O(1).
+/// What is used once goes soon, and what comes back soon stays; at most 63 bytes an entry, and as
+/// much again for what is remembered; all in O(log n).
 #[derive(Default)]
 pub struct S3Fifo {
-    table: Table<Node<Value>>,
+    table: Table<Queued>,
     /// The small and the main one.
     lanes: [Lane; 2],
     ghosts: Ghosts,
-    look: Look,
+    /// How often an entry was put at the newest end of a lane.
+    turns: u64,
 }
 
-/// A queue, and the sum of the footprints in it.
+/// A queue by turns, and the sum of the footprints in it.
 #[derive(Debug, Default)]
 struct Lane {
-    queue: Queue,
+    queue: Order,
     bytes: u128,
 }
 
 #[derive(Debug)]
-struct Value {
+struct Queued {
+    id: u64,
     footprint: u64,
+    /// Where it is filed, or was when it was parked.
+    turn: u64,
     lane: Which,
     uses: u8,
     parked: bool,
@@ -65,52 +70,87 @@ enum Which {
     Main,
 }
 
-const _: () = assert!(size_of::<Slot<Node<Value>>>() <= 32, "bytes of an entry");
+const _: () = assert!(size_of::<Slot<Queued>>() + KEY_BYTES_MAX <= 64, "bytes of an entry");
+
+/// What a pass remembers: how far it is in each lane, and where the lane ends for it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Begun {
+    begun: bool,
+    at: [Option<Key>; 2],
+    last: [u64; 2],
+    /// Some were put behind the end of the main lane: they are asked once more.
+    spared: bool,
+    /// Entries asked, and how often the main lane was followed further, since the last victim.
+    steps: usize,
+    laps: u32,
+}
+
+impl Begun {
+    fn found(&mut self) {
+        (self.steps, self.laps) = (0, 0);
+    }
+
+    /// By now each entry was spared as often as its uses say.
+    fn is_hurried(&self) -> bool {
+        self.laps > USES_MAX + 1
+    }
+}
 
 impl S3Fifo {
     /// Appends an entry that is in no queue to the lane of its value.
     fn link(&mut self, at: u32) {
-        let value = &self.table[at].value;
-        let lane = &mut self.lanes[value.lane as usize];
-        lane.bytes += u128::from(value.footprint);
-        lane.queue.push_newest(&mut self.table, at);
+        self.turns += 1;
+        let entry = &mut self.table[at];
+        entry.turn = self.turns;
+        let lane = &mut self.lanes[entry.lane as usize];
+        lane.bytes += u128::from(entry.footprint);
+        lane.queue.file(self.turns, at);
     }
 
     fn unlink(&mut self, at: u32) {
-        let value = &self.table[at].value;
-        let lane = &mut self.lanes[value.lane as usize];
-        lane.bytes -= u128::from(value.footprint);
-        lane.queue.unlink(&mut self.table, at);
+        let entry = &self.table[at];
+        let lane = &mut self.lanes[entry.lane as usize];
+        lane.bytes -= u128::from(entry.footprint);
+        lane.queue.remove(entry.turn, at);
     }
 
     /// Puts an entry at the newest end of a lane.
     fn turn(&mut self, at: u32, which: Which) {
         self.unlink(at);
-        self.table[at].value.lane = which;
+        self.table[at].lane = which;
         self.link(at);
     }
 
     /// Entries that are not parked.
     fn in_queues(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.queue.len).sum()
+        self.lanes.iter().map(|lane| lane.queue.len()).sum()
     }
 
-    /// The oldest entry of the lane whose turn it is to give one.
-    fn candidate(&self) -> u32 {
+    /// The next entry of the lane whose turn it is to give one.
+    fn candidate(&self, pass: &mut Begun) -> Option<u32> {
         let [small, main] = &self.lanes;
+        let next_small = small.queue.next(pass.at[0], pass.last[0]);
+        let mut next_main = main.queue.next(pass.at[1], pass.last[1]);
+        if next_main.is_none() && std::mem::take(&mut pass.spared) {
+            pass.last[1] = self.turns;
+            pass.laps += 1;
+            next_main = main.queue.next(pass.at[1], pass.last[1]);
+        }
         let is_large = small.bytes * SMALL_PART >= small.bytes + main.bytes;
-        let is_turn = small.queue.len > 0 && (is_large || main.queue.len == 0);
-        if is_turn { small.queue.oldest } else { main.queue.oldest }
+        let is_turn = next_small.is_some() && (is_large || next_main.is_none());
+        let key = if is_turn { next_small } else { next_main }?;
+        pass.at[usize::from(!is_turn)] = Some(key);
+        Some(key.entry)
     }
 
     /// A look at an entry that could go. True if it is the victim.
-    fn judge(&mut self, at: u32, uses: u8) -> bool {
-        let value = &mut self.table[at].value;
-        value.uses = match value.lane {
+    fn judge(&mut self, at: u32, uses: u8, is_hurried: bool) -> bool {
+        let entry = &mut self.table[at];
+        entry.uses = match entry.lane {
             Which::Small if uses > USES_IN_SMALL => 0,
-            Which::Main if uses > 0 => uses - 1,
+            Which::Main if uses > 0 && !is_hurried => uses - 1,
             _ => {
-                (value.uses, value.named) = (uses, true);
+                (entry.uses, entry.named) = (uses, true);
                 return true;
             }
         };
@@ -120,58 +160,57 @@ impl S3Fifo {
 }
 
 impl Policy for S3Fifo {
-    fn insert(&mut self, id: u64, _stamp: u64, footprint: u64) -> Token {
-        self.look.entry_came();
+    fn insert(&mut self, entry: Entry) -> Token {
+        let Entry { id, footprint, .. } = entry;
         let lane = if self.ghosts.forget(id) { Which::Main } else { Which::Small };
-        let value = Value { footprint, lane, uses: 0, parked: false, named: false };
-        let at = self.table.add(Node::new(id, value));
+        let queued = Queued { id, footprint, turn: 0, lane, uses: 0, parked: false, named: false };
+        let at = self.table.add(queued);
         self.link(at);
         Token(at)
     }
 
     fn remove(&mut self, token: Token) {
-        if !self.table[token.0].value.parked {
+        if !self.table[token.0].parked {
             self.unlink(token.0);
         }
-        let node = self.table.take(token.0);
-        if node.value.named && node.value.lane == Which::Small {
+        let entry = self.table.take(token.0);
+        if entry.named && entry.lane == Which::Small {
             let entries = self.table.len() + 1;
-            self.ghosts.remember(node.id, entries - entries / SMALL_PART as usize);
+            self.ghosts.remember(entry.id, entries - entries / SMALL_PART as usize);
         }
     }
 
-    fn victim(&mut self, probe: &mut dyn FnMut(u64) -> Probe) -> Pick {
+    fn victim(&mut self, pass: &mut Pass, probe: &mut dyn FnMut(u64) -> Probe) -> Pick {
+        let pass: &mut Begun = pass.state();
+        if !std::mem::replace(&mut pass.begun, true) {
+            pass.last = [self.turns; 2];
+        }
         let mut least = Least::new();
         for _ in 0..STEPS_MAX {
-            let at = self.candidate();
-            if at == NIL {
-                return Pick::Empty;
-            }
-            let Node { id, value: Value { uses, lane, .. }, .. } = self.table[at];
-            let answer = probe(id);
-            self.look.answered(answer);
-            match answer {
+            let Some(at) = self.candidate(pass) else { return Pick::Empty };
+            let Queued { id, uses, lane, .. } = self.table[at];
+            pass.steps += 1;
+            match probe(id) {
                 Probe::Evictable { touches, stamp } => {
                     let uses = u32::from(uses).saturating_add(touches).min(USES_MAX) as u8;
-                    if self.judge(at, uses) {
-                        self.look.is_over();
+                    if self.judge(at, uses, pass.is_hurried()) {
+                        pass.found();
                         return Pick::Victim { id, hurried: false };
                     }
+                    pass.spared = true;
                     least.offer((uses, stamp), id);
                 }
                 Probe::Busy { .. } => self.turn(at, lane),
+                Probe::Unfit => {}
                 Probe::Pinned | Probe::Gone => {
                     self.unlink(at);
-                    self.table[at].value.parked = true;
+                    self.table[at].parked = true;
                 }
-            }
-            if self.look.is_all_busy(self.in_queues()) {
-                return Pick::Empty;
             }
         }
         match least.id() {
-            Some(id) if self.look.is_long() => {
-                self.look.is_over();
+            Some(id) if pass.steps >= PATIENCE_STEPS => {
+                pass.found();
                 Pick::Victim { id, hurried: true }
             }
             _ => Pick::Retry,
@@ -184,15 +223,12 @@ impl Policy for S3Fifo {
     }
 
     fn coldest(&self, limit: usize, visit: &mut dyn FnMut(u64)) {
-        let of = |lane: &Lane| lane.queue.ids_from(&self.table, lane.queue.oldest);
-        let [small, main] = &self.lanes;
-        of(small).chain(of(main)).take(limit).for_each(visit);
+        let entries = self.lanes.iter().flat_map(|lane| lane.queue.entries_from(0));
+        entries.take(limit).for_each(|at| visit(self.table[at].id));
     }
 
     fn unpark(&mut self, token: Token) {
-        let value = &mut self.table[token.0].value;
-        if std::mem::replace(&mut value.parked, false) {
-            self.look.entry_came();
+        if std::mem::replace(&mut self.table[token.0].parked, false) {
             self.link(token.0);
         }
     }
@@ -202,7 +238,9 @@ impl Policy for S3Fifo {
     }
 
     fn memory_bytes(&self) -> usize {
-        self.table.memory_bytes() + self.ghosts.memory_bytes()
+        self.table.memory_bytes()
+            + self.lanes.iter().map(|lane| lane.queue.memory_bytes()).sum::<usize>()
+            + self.ghosts.memory_bytes()
     }
 }
 

@@ -1,7 +1,8 @@
 //! SIEVE: a queue, and a hand that moves from the oldest to the newest.
 //!
-//! Invariant: the hand is on an entry of the queue, or before its oldest. It passes what was used
-//! since it last came by, and takes what was not. Nothing moves on an access.
+//! Invariant: the hand passes what was used since it last came by, and takes what was not. Nothing
+//! moves on an access. A pass that has passed something over for its own reasons leaves the hand
+//! before that; what it spares from there on stays marked as used until the hand comes by.
 //!
 //! The algorithm is that of Zhang, Yang, Yue, Vigfusson and Rashmi, "SIEVE is Simpler than LRU"
 //! (NSDI 2024). Its *visited* bit is the object's touch counter: a probe that clears it is the
@@ -11,92 +12,150 @@
 
 use std::fmt;
 
-use super::list::{Node, Queue};
-use super::look::{Least, Look};
-use super::table::{NIL, Table};
-use super::{Pick, Policy, Probe, STEPS_MAX, Token};
+use super::least::Least;
+use super::order::{Key, Order};
+use super::table::Table;
+use super::{Entry, PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
 
 /// A queue with a hand that spares what was used since it last came by (NSDI 2024).
 ///
-/// What is used once goes soon, however much of it comes; 24 bytes an entry; all in O(1).
+/// What is used once goes soon, however much of it comes; at most 55 bytes an entry; all in
+/// O(log n).
+#[derive(Default)]
 pub struct Sieve {
-    table: Table<Node<Parked>>,
-    queue: Queue,
-    /// The next entry to look at; `NIL` is the oldest.
-    hand: u32,
-    look: Look,
+    table: Table<Queued>,
+    /// Those that are not parked, by when they came.
+    queue: Order,
+    /// How many came so far.
+    came: u64,
+    /// The hand is before the first entry that came then or later; where there is none, before the
+    /// oldest.
+    hand: u64,
 }
 
-/// Whether an entry is out of the queue.
-type Parked = bool;
+#[derive(Debug)]
+struct Queued {
+    id: u64,
+    came: u64,
+    parked: bool,
+    /// A pass saw a use of it before the hand did.
+    used: bool,
+}
 
-impl Default for Sieve {
-    fn default() -> Self {
-        Sieve { table: Table::default(), queue: Queue::default(), hand: NIL, look: Look::default() }
+/// What a pass remembers: a lap from `start` to the newest, and from the oldest to `start`.
+#[derive(Clone, Copy, Debug, Default)]
+struct Lap {
+    begun: bool,
+    start: u64,
+    /// The next to ask, and where this half of the lap ends.
+    at: u64,
+    last: u64,
+    wrapped: bool,
+    /// The first that this lap has spared.
+    spared: Option<u64>,
+    /// Whether this lap has named a victim.
+    found: bool,
+    /// Nothing was named in the lap before, so that a use no longer spares.
+    hurried: bool,
+    /// Something was passed over: the hand stays before it.
+    off_hand: bool,
+    /// Entries asked since the last victim.
+    steps: usize,
+}
+
+impl Lap {
+    fn begin(&mut self, start: u64, newest: u64) {
+        let hurried = self.begun && !self.found;
+        let (off_hand, steps) = (self.off_hand, self.steps);
+        let (begun, at, last) = (true, start, newest);
+        *self = Lap { begun, start, at, last, hurried, off_hand, steps, ..Lap::default() };
+    }
+
+    /// The next entry of the lap.
+    fn next(&mut self, queue: &Order) -> Option<Key> {
+        let mut key = queue.next_from(self.at, self.last);
+        if key.is_none() && !std::mem::replace(&mut self.wrapped, true) && self.start > 0 {
+            (self.at, self.last) = (0, self.start - 1);
+            key = queue.next_from(self.at, self.last);
+        }
+        self.at = key?.rank() + 1;
+        key
     }
 }
 
 impl Sieve {
-    fn at_hand(&self) -> u32 {
-        if self.hand == NIL { self.queue.oldest } else { self.hand }
-    }
-
-    fn unlink(&mut self, at: u32) {
-        if self.hand == at {
-            self.hand = self.table[at].newer;
+    fn link(&mut self, at: u32) {
+        if self.queue.last_rank().is_none_or(|last| last < self.hand) {
+            self.hand = 0;
         }
-        self.queue.unlink(&mut self.table, at);
+        self.came += 1;
+        self.table[at].came = self.came;
+        self.queue.file(self.came, at);
     }
 }
 
 impl Policy for Sieve {
-    fn insert(&mut self, id: u64, _stamp: u64, _footprint: u64) -> Token {
-        self.look.entry_came();
-        let at = self.table.add(Node::new(id, false));
-        self.queue.push_newest(&mut self.table, at);
+    fn insert(&mut self, entry: Entry) -> Token {
+        let at = self.table.add(Queued { id: entry.id, came: 0, parked: false, used: false });
+        self.link(at);
         Token(at)
     }
 
     fn remove(&mut self, token: Token) {
-        if !self.table[token.0].value {
-            self.unlink(token.0);
+        let entry = self.table.take(token.0);
+        if !entry.parked {
+            self.queue.remove(entry.came, token.0);
         }
-        self.table.take(token.0);
     }
 
-    fn victim(&mut self, probe: &mut dyn FnMut(u64) -> Probe) -> Pick {
+    fn victim(&mut self, pass: &mut Pass, probe: &mut dyn FnMut(u64) -> Probe) -> Pick {
+        let lap: &mut Lap = pass.state();
+        if !lap.begun {
+            lap.begin(self.hand, self.came);
+        }
         let mut oldest = Least::new();
         for _ in 0..STEPS_MAX {
-            let at = self.at_hand();
-            if at == NIL {
-                return Pick::Empty;
-            }
-            let id = self.table[at].id;
-            let answer = probe(id);
-            self.look.answered(answer);
-            match answer {
-                Probe::Evictable { touches: 0, .. } => {
-                    self.hand = at;
-                    self.look.is_over();
-                    return Pick::Victim { id, hurried: false };
+            let Some(key) = lap.next(&self.queue) else {
+                let Some(spared) = lap.spared else { return Pick::Empty };
+                lap.begin(spared, self.came);
+                continue;
+            };
+            let entry = &mut self.table[key.entry];
+            lap.steps += 1;
+            let hand = match probe(entry.id) {
+                Probe::Evictable { touches, .. }
+                    if lap.hurried || (touches == 0 && !entry.used) =>
+                {
+                    if !lap.off_hand {
+                        (self.hand, entry.used) = (key.rank(), false);
+                    }
+                    (lap.found, lap.steps) = (true, 0);
+                    return Pick::Victim { id: entry.id, hurried: false };
                 }
                 Probe::Evictable { stamp, .. } => {
-                    oldest.offer(stamp, id);
-                    self.hand = self.table[at].newer;
+                    oldest.offer(stamp, entry.id);
+                    lap.spared.get_or_insert(key.rank());
+                    entry.used = lap.off_hand;
+                    key.rank() + 1
                 }
-                Probe::Busy { .. } => self.hand = self.table[at].newer,
+                Probe::Busy { .. } => key.rank() + 1,
+                Probe::Unfit => {
+                    lap.off_hand = true;
+                    continue;
+                }
                 Probe::Pinned | Probe::Gone => {
-                    self.unlink(at);
-                    self.table[at].value = true;
+                    entry.parked = true;
+                    self.queue.remove(key.rank(), key.entry);
+                    continue;
                 }
-            }
-            if self.look.is_all_busy(self.queue.len) {
-                return Pick::Empty;
+            };
+            if !lap.off_hand {
+                self.hand = hand;
             }
         }
         match oldest.id() {
-            Some(id) if self.look.is_long() => {
-                self.look.is_over();
+            Some(id) if lap.steps >= PATIENCE_STEPS => {
+                (lap.found, lap.steps) = (true, 0);
                 Pick::Victim { id, hurried: true }
             }
             _ => Pick::Retry,
@@ -109,14 +168,14 @@ impl Policy for Sieve {
     }
 
     fn coldest(&self, limit: usize, visit: &mut dyn FnMut(u64)) {
-        self.queue.ids_from(&self.table, self.at_hand()).take(limit).for_each(visit);
+        let ahead = self.queue.entries_from(self.hand);
+        let behind = self.queue.entries_from(0).take_while(|&at| self.table[at].came < self.hand);
+        ahead.chain(behind).take(limit).for_each(|at| visit(self.table[at].id));
     }
 
     fn unpark(&mut self, token: Token) {
-        let node = &mut self.table[token.0];
-        if std::mem::replace(&mut node.value, false) {
-            self.look.entry_came();
-            self.queue.push_newest(&mut self.table, token.0);
+        if std::mem::replace(&mut self.table[token.0].parked, false) {
+            self.link(token.0);
         }
     }
 
@@ -125,7 +184,7 @@ impl Policy for Sieve {
     }
 
     fn memory_bytes(&self) -> usize {
-        self.table.memory_bytes()
+        self.table.memory_bytes() + self.queue.memory_bytes()
     }
 }
 
@@ -133,7 +192,7 @@ impl fmt::Debug for Sieve {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Sieve")
             .field("len", &self.len())
-            .field("parked", &(self.len() - self.queue.len))
+            .field("parked", &(self.len() - self.queue.len()))
             .field("hand", &self.hand)
             .finish_non_exhaustive()
     }

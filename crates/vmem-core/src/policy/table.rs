@@ -10,10 +10,10 @@ use std::ops::{Index, IndexMut};
 /// Items of one chunk.
 const CHUNK: usize = 1024;
 
-/// A stack with random access, in chunks of equal size.
+/// An array in chunks of equal size.
 #[derive(Debug)]
-pub(super) struct Chunked<T> {
-    /// All full but the last one that has items; one empty chunk may follow it.
+struct Chunked<T> {
+    /// All full but the last one.
     chunks: Vec<Vec<T>>,
     len: usize,
 }
@@ -25,26 +25,17 @@ impl<T> Default for Chunked<T> {
 }
 
 impl<T> Chunked<T> {
-    pub(super) fn len(&self) -> usize {
+    fn len(&self) -> usize {
         self.len
     }
 
-    pub(super) fn push(&mut self, item: T) {
+    fn push(&mut self, item: T) {
         let chunk = self.len / CHUNK;
         if chunk == self.chunks.len() {
             self.chunks.push(Vec::with_capacity(CHUNK));
         }
         self.chunks[chunk].push(item);
         self.len += 1;
-    }
-
-    pub(super) fn pop(&mut self) -> Option<T> {
-        let last = self.len.checked_sub(1)?;
-        let item = self.chunks[last / CHUNK].pop();
-        self.len = last;
-        // One empty chunk stays, so that a push and a pop at its edge do not allocate each time.
-        self.chunks.truncate(last / CHUNK + 2);
-        item
     }
 
     fn clear(&mut self) {
@@ -54,7 +45,7 @@ impl<T> Chunked<T> {
     }
 
     /// Memory that is allocated, in bytes.
-    pub(super) fn memory_bytes(&self) -> usize {
+    fn memory_bytes(&self) -> usize {
         self.chunks.len() * CHUNK * size_of::<T>() + self.chunks.capacity() * size_of::<Vec<T>>()
     }
 }

@@ -1,13 +1,13 @@
 //! Looks and background work end, whatever the objects answer.
 
 use vmem_core::PolicyKind;
-use vmem_core::policy::{Pick, Policy, Probe, STEPS_MAX, Token, build};
+use vmem_core::policy::{Entry, Pass, Pick, Policy, Probe, STEPS_MAX, Token, build};
 
-const KINDS: [PolicyKind; 3] = [PolicyKind::Lru, PolicyKind::Sieve, PolicyKind::S3Fifo];
+use crate::KINDS;
 
 fn filled(kind: PolicyKind, count: u64) -> (Box<dyn Policy>, Vec<Token>) {
     let mut policy = build(kind);
-    let tokens = (0..count).map(|id| policy.insert(id, id, 64)).collect();
+    let tokens = (0..count).map(|id| policy.insert(Entry::new(id, id, 64))).collect();
     (policy, tokens)
 }
 
@@ -17,10 +17,10 @@ fn filled(kind: PolicyKind, count: u64) -> (Box<dyn Policy>, Vec<Token>) {
 fn busy_objects_do_not_hide_the_others() {
     for (kind, now) in KINDS.into_iter().flat_map(|kind| [(kind, 0), (kind, 10_000)]) {
         let (mut policy, _) = filled(kind, 1_000);
-        let mut looks = 0;
+        let (mut looks, mut pass) = (0, Pass::default());
         let found = loop {
             looks += 1;
-            let pick = policy.victim(&mut |id| match id {
+            let pick = policy.victim(&mut pass, &mut |id| match id {
                 900.. => Probe::Evictable { stamp: id, touches: 0 },
                 _ => Probe::Busy { stamp: now + looks },
             });
@@ -45,14 +45,17 @@ fn all_busy_is_empty_not_retry() {
                 asked += 1;
                 Probe::Busy { stamp: 5_000 }
             };
-            while policy.victim(&mut busy) == Pick::Retry {}
+            let mut pass = Pass::default();
+            while policy.victim(&mut pass, &mut busy) == Pick::Retry {}
+            assert_eq!(policy.victim(&mut pass, &mut busy), Pick::Empty, "{kind}: it stays over");
             assert_eq!(asked, count, "{kind}: each once");
             let mut one = |id| match id {
                 0 => Probe::Evictable { stamp: 0, touches: 0 },
                 _ => Probe::Busy { stamp: 5_000 },
             };
+            let mut pass = Pass::default();
             let pick = loop {
-                match policy.victim(&mut one) {
+                match policy.victim(&mut pass, &mut one) {
                     Pick::Retry => {}
                     other => break other,
                 }
@@ -73,11 +76,11 @@ fn a_load_that_never_rests_does_not_starve_the_evictor() {
                 now += 1;
                 Probe::Evictable { stamp: now, touches: 3 }
             };
-            let mut looks = 0;
+            let (mut looks, mut pass) = (0, Pass::default());
             let id = loop {
                 looks += 1;
                 assert!(looks <= 16, "{kind} of {count}: no victim in {looks} looks");
-                if let Pick::Victim { id, .. } = policy.victim(&mut hot) {
+                if let Pick::Victim { id, .. } = policy.victim(&mut pass, &mut hot) {
                     break id;
                 }
             };
@@ -114,7 +117,7 @@ fn a_pinned_object_is_asked_once() {
         let (mut policy, tokens) = filled(kind, 500);
         let mut asked = 0;
         for _ in 0..100 {
-            let pick = policy.victim(&mut |id| match id {
+            let pick = policy.victim(&mut Pass::default(), &mut |id| match id {
                 499 => Probe::Evictable { stamp: 499, touches: 0 },
                 _ => {
                     asked += 1;
@@ -127,11 +130,12 @@ fn a_pinned_object_is_asked_once() {
         policy.unpark(tokens[7]);
         policy.unpark(tokens[7]);
         policy.remove(tokens[499]);
-        let pick = policy.victim(&mut |id| Probe::Evictable { stamp: id, touches: 0 });
+        let pick = policy
+            .victim(&mut Pass::default(), &mut |id| Probe::Evictable { stamp: id, touches: 0 });
         assert_eq!(pick, Pick::Victim { id: 7, hurried: false }, "{kind}");
         tokens[..499].iter().for_each(|&token| policy.remove(token));
         assert!(policy.is_empty(), "{kind}: parked ones can be removed");
-        assert_eq!(policy.victim(&mut |_| Probe::Gone), Pick::Empty);
+        assert_eq!(policy.victim(&mut Pass::default(), &mut |_| Probe::Gone), Pick::Empty);
     }
 }
 
@@ -140,10 +144,10 @@ fn a_pinned_object_is_asked_once() {
 fn extreme_answers_are_harmless() {
     for kind in KINDS {
         let mut policy = build(kind);
-        let tokens = [0, 1, 2].map(|id| policy.insert(id, u64::MAX, u64::MAX));
+        let tokens = [0, 1, 2].map(|id| policy.insert(Entry::new(id, u64::MAX, u64::MAX)));
         let mut turn = 0;
         for _ in 0..100 {
-            policy.victim(&mut |_| {
+            policy.victim(&mut Pass::default(), &mut |_| {
                 turn += 1;
                 match turn % 3 {
                     0 => Probe::Busy { stamp: u64::MAX },

@@ -1,17 +1,21 @@
 //! What users of the module rely on: names of the policies, and policies of their own.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
+use std::ops::Range;
 
-use vmem_core::policy::{Pick, Policy, Probe, STEPS_MAX, Token, build};
+use vmem_core::policy::{Entry, Pass, Pick, Policy, Probe, STEPS_MAX, Token, build};
 use vmem_core::{PolicyKind, VirtualMemoryError};
+
+use crate::KINDS;
 
 #[test]
 fn names_go_there_and_back() {
     assert_eq!(PolicyKind::default(), PolicyKind::Lru);
-    for kind in [PolicyKind::Lru, PolicyKind::Sieve, PolicyKind::S3Fifo] {
+    for kind in KINDS {
         assert_eq!(kind.to_string().parse::<PolicyKind>().unwrap(), kind);
         assert_eq!(kind.to_string().to_uppercase().parse::<PolicyKind>().unwrap(), kind);
     }
+    assert_eq!("S3FIFO".parse::<PolicyKind>().unwrap(), PolicyKind::S3Fifo);
     let error = "mru".parse::<PolicyKind>().unwrap_err();
     assert!(matches!(error, VirtualMemoryError::InvalidConfig { field: "policy", .. }));
     assert!(error.to_string().contains("s3-fifo"), "{error} says what there is");
@@ -19,37 +23,39 @@ fn names_go_there_and_back() {
 
 /// First in, first out, by somebody who has the public items only.
 #[derive(Debug, Default)]
-struct Fifo {
-    queue: VecDeque<(u32, u64)>,
-    parked: Vec<(u32, u64)>,
+pub(crate) struct Fifo {
+    queue: BTreeMap<u32, u64>,
+    parked: BTreeMap<u32, u64>,
     next: u32,
 }
 
 impl Policy for Fifo {
-    fn insert(&mut self, id: u64, _stamp: u64, _footprint: u64) -> Token {
+    fn insert(&mut self, entry: Entry) -> Token {
         self.next += 1;
-        self.queue.push_back((self.next, id));
+        self.queue.insert(self.next, entry.id);
         Token::new(self.next)
     }
 
     fn remove(&mut self, token: Token) {
-        self.queue.retain(|entry| entry.0 != token.position());
-        self.parked.retain(|entry| entry.0 != token.position());
+        self.queue.remove(&token.position());
+        self.parked.remove(&token.position());
     }
 
-    fn victim(&mut self, probe: &mut dyn FnMut(u64) -> Probe) -> Pick {
-        for _ in 0..STEPS_MAX.min(self.queue.len()) {
-            let Some(entry) = self.queue.pop_front() else { break };
-            match probe(entry.1) {
-                Probe::Evictable { .. } => {
-                    self.queue.push_front(entry);
-                    return Pick::Victim { id: entry.1, hurried: false };
-                }
-                Probe::Busy { .. } => self.queue.push_back(entry),
-                Probe::Pinned | Probe::Gone => self.parked.push(entry),
+    fn victim(&mut self, pass: &mut Pass, probe: &mut dyn FnMut(u64) -> Probe) -> Pick {
+        let left = pass.state::<Option<Range<u32>>>();
+        let left = left.get_or_insert(0..self.next + 1);
+        for _ in 0..STEPS_MAX {
+            let Some((&at, &id)) = self.queue.range(left.clone()).next() else {
+                return Pick::Empty;
+            };
+            left.start = at + 1;
+            match probe(id) {
+                Probe::Evictable { .. } => return Pick::Victim { id, hurried: false },
+                Probe::Busy { .. } | Probe::Unfit => {}
+                Probe::Pinned | Probe::Gone => self.parked.extend(self.queue.remove_entry(&at)),
             }
         }
-        if self.queue.is_empty() { Pick::Empty } else { Pick::Retry }
+        Pick::Retry
     }
 
     fn settle(&mut self, _steps: usize, _probe: &mut dyn FnMut(u64) -> Probe) -> bool {
@@ -57,12 +63,11 @@ impl Policy for Fifo {
     }
 
     fn coldest(&self, limit: usize, visit: &mut dyn FnMut(u64)) {
-        self.queue.iter().take(limit).for_each(|entry| visit(entry.1));
+        self.queue.values().take(limit).for_each(|&id| visit(id));
     }
 
     fn unpark(&mut self, token: Token) {
-        let at = self.parked.iter().position(|entry| entry.0 == token.position());
-        self.queue.extend(at.map(|at| self.parked.swap_remove(at)));
+        self.queue.extend(self.parked.remove_entry(&token.position()));
     }
 
     fn len(&self) -> usize {
@@ -70,22 +75,23 @@ impl Policy for Fifo {
     }
 
     fn memory_bytes(&self) -> usize {
-        (self.queue.capacity() + self.parked.capacity()) * size_of::<(u32, u64)>()
+        self.len() * size_of::<(u32, u64)>()
     }
 }
 
 /// A policy of one's own and those that are built in agree where nothing is used twice.
 #[test]
 fn all_are_first_in_first_out_where_nothing_is_used_twice() {
-    let kinds = [PolicyKind::Lru, PolicyKind::Sieve, PolicyKind::S3Fifo];
     let own: Box<dyn Policy> = Box::<Fifo>::default();
-    for mut policy in kinds.into_iter().map(build).chain([own]) {
-        let tokens: Vec<Token> = (0..300).map(|id| policy.insert(id, id, 64)).collect();
+    for mut policy in KINDS.into_iter().map(build).chain([own]) {
+        let tokens: Vec<Token> = (0..300).map(|id| policy.insert(Entry::new(id, id, 64))).collect();
+        let mut pass = Pass::default();
         for expected in 0..300 {
             let mut cold = Vec::new();
             policy.coldest(2, &mut |id| cold.push(id));
             assert_eq!(cold[0], expected, "{policy:?}");
-            let pick = policy.victim(&mut |id| Probe::Evictable { stamp: id, touches: 0 });
+            let pick =
+                policy.victim(&mut pass, &mut |id| Probe::Evictable { stamp: id, touches: 0 });
             assert_eq!(pick, Pick::Victim { id: expected, hurried: false }, "{policy:?}");
             policy.remove(tokens[expected as usize]);
         }
@@ -96,11 +102,11 @@ fn all_are_first_in_first_out_where_nothing_is_used_twice() {
 /// A token that is given back twice is a broken ledger, and is not passed over in silence.
 #[test]
 fn a_token_is_given_back_once() {
-    for kind in [PolicyKind::Lru, PolicyKind::Sieve, PolicyKind::S3Fifo] {
+    for kind in KINDS {
         let twice = std::panic::catch_unwind(|| {
             let mut policy = build(kind);
-            let _other = policy.insert(1, 1, 64);
-            let token = policy.insert(2, 2, 64);
+            let _other = policy.insert(Entry::new(1, 1, 64));
+            let token = policy.insert(Entry::new(2, 2, 64));
             policy.remove(token);
             policy.remove(token);
         });

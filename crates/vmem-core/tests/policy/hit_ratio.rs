@@ -6,11 +6,10 @@ use vmem_core::PolicyKind;
 use vmem_core::policy::build;
 
 use crate::reference::{State, reference};
-use crate::seeds;
 use crate::world::World;
+use crate::{KINDS, seeds};
 
 const CAPACITY: usize = 400;
-const KINDS: [PolicyKind; 3] = [PolicyKind::Lru, PolicyKind::Sieve, PolicyKind::S3Fifo];
 
 /// Skewed accesses to `objects` objects: object n with a weight of 1 / (n + 1).
 fn zipf(rng: &mut SmallRng, objects: usize, len: usize) -> Vec<u64> {

@@ -9,9 +9,14 @@ mod bounds;
 mod contract;
 mod cost;
 mod hit_ratio;
+mod passes;
+mod protected;
 mod reference;
 mod victims;
 mod world;
+
+const KINDS: [vmem_core::PolicyKind; 3] =
+    [vmem_core::PolicyKind::Lru, vmem_core::PolicyKind::Sieve, vmem_core::PolicyKind::S3Fifo];
 
 /// The seeds of a randomised test.
 fn seeds(count: u64) -> std::ops::Range<u64> {

@@ -10,6 +10,7 @@ use vmem_core::PolicyKind;
 pub(crate) enum State {
     Free,
     Busy,
+    Unfit,
     Pinned,
 }
 
@@ -131,28 +132,41 @@ impl Reference for RefSieve {
         }
     }
 
+    /// A lap from the hand on; where it spares all that could go, the first of those. The hand
+    /// comes along until something is passed over.
     fn victim(&mut self, state: &dyn Fn(u64) -> State) -> Option<u64> {
-        let mut busy = 0;
-        while let Some(at) = self.at_hand()
-            && busy < self.queue.len()
-        {
-            let id = self.queue[at];
+        let start = self.at_hand().unwrap_or(0);
+        let lap = [&self.queue[start..], &self.queue[..start]].concat();
+        let (mut spared, mut found, mut comes_along) = (None, None, true);
+        for id in lap {
             match state(id) {
                 State::Pinned => {
                     self.take_out(id);
                     self.parked.insert(id);
                     continue;
                 }
-                State::Busy => busy += 1,
-                State::Free if self.visited.remove(&id) => busy = 0,
-                State::Free => {
-                    self.hand = Some(id);
-                    return Some(id);
+                State::Busy => {}
+                State::Unfit => comes_along = false,
+                State::Free if self.visited.contains(&id) => {
+                    spared = spared.or(Some(id));
+                    if comes_along {
+                        self.visited.remove(&id);
+                    }
                 }
+                State::Free => found = Some(id),
             }
-            self.hand = self.queue.get(at + 1).copied();
+            if comes_along {
+                let next = self.queue.iter().position(|&other| other == id).unwrap() + 1;
+                self.hand = found.or(self.queue.get(next).copied());
+            }
+            if found.is_some() {
+                return found;
+            }
         }
-        None
+        if comes_along && spared.is_some() {
+            self.hand = spared;
+        }
+        spared
     }
 
     fn len(&self) -> usize {
@@ -218,40 +232,47 @@ impl Reference for RefS3Fifo {
         }
     }
 
+    /// Each entry is asked once, and once more after each time that it was spared.
     fn victim(&mut self, state: &dyn Fn(u64) -> State) -> Option<u64> {
-        let mut busy = 0;
-        while busy < self.small.len() + self.main.len() {
-            let is_small = self.is_turn_of_small();
-            let id = if is_small { self.small.remove(0) } else { self.main.remove(0) };
+        let (mut small, mut main) = (self.small.clone(), self.main.clone());
+        let (mut behind, mut spared) = (Vec::new(), false);
+        loop {
+            if main.is_empty() && std::mem::take(&mut spared) {
+                main = std::mem::take(&mut behind);
+            }
+            let is_small = !small.is_empty() && (main.is_empty() || self.is_turn_of_small());
+            let next = if is_small { &mut small } else { &mut main };
+            if next.is_empty() {
+                return None;
+            }
+            let id = next.remove(0);
             let own = if is_small { &mut self.small } else { &mut self.main };
             let freq = self.freq.get_mut(&id).unwrap();
             match state(id) {
+                State::Unfit => {}
                 State::Pinned => {
+                    drop_from(own, id);
                     self.parked.insert(id, !is_small);
                 }
                 State::Busy => {
-                    busy += 1;
+                    drop_from(own, id);
                     own.push(id);
+                    behind.extend((!is_small).then_some(id));
                 }
-                State::Free if is_small && *freq > 1 => {
-                    (busy, *freq) = (0, 0);
+                State::Free if *freq > u32::from(is_small) => {
+                    *freq = if is_small { 0 } else { *freq - 1 };
                     self.named.remove(&id);
+                    drop_from(own, id);
                     self.main.push(id);
-                }
-                State::Free if !is_small && *freq > 0 => {
-                    busy = 0;
-                    *freq -= 1;
-                    self.named.remove(&id);
-                    self.main.push(id);
+                    behind.push(id);
+                    spared = true;
                 }
                 State::Free => {
-                    own.insert(0, id);
                     self.named.insert(id);
                     return Some(id);
                 }
             }
         }
-        None
     }
 
     fn len(&self) -> usize {

@@ -33,6 +33,7 @@ impl Pair {
         move |id| match marks[&id] {
             mark if mark.pinned => State::Pinned,
             mark if mark.busy => State::Busy,
+            mark if mark.unfit => State::Unfit,
             _ => State::Free,
         }
     }
@@ -103,7 +104,8 @@ impl Pair {
                 self.world.unpin(id);
                 self.reference.unpin(id);
             }
-            (11..=14, Some(mark)) => self.world.set_busy(id, !mark.busy),
+            (11..=12, Some(mark)) => self.world.set_busy(id, !mark.busy),
+            (13..=14, Some(mark)) => self.world.set_unfit(id, !mark.unfit),
             (15, _) if self.settle == Settle::Sometimes => self.settle(),
             (roll, _) => self.victim(roll > 16)?,
         }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use vmem_core::policy::{Pick, Policy, Probe, STEPS_MAX, Token};
+use vmem_core::policy::{Entry, PROTECTED_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
 
 /// Between two operations, in nanoseconds: entries that are busy are filed a few apart.
 const TICK_NS: u64 = 1_000_000;
@@ -14,6 +14,8 @@ pub(crate) struct World {
     pub(crate) policy: Box<dyn Policy>,
     /// Who said that it is busy, in this order, since this was last taken.
     pub(crate) met_busy: Vec<u64>,
+    /// Who was asked, and how often, since this was last taken.
+    pub(crate) asked: HashMap<u64, u32>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +24,7 @@ pub(crate) struct Mark {
     pub(crate) touches: u32,
     pub(crate) pinned: bool,
     pub(crate) busy: bool,
+    pub(crate) unfit: bool,
     token: Token,
 }
 
@@ -34,13 +37,16 @@ fn answer(marks: &mut HashMap<u64, Mark>, now: u64, met_busy: &mut Vec<u64>, id:
         met_busy.push(id);
         return Probe::Busy { stamp: now };
     }
+    if mark.unfit {
+        return Probe::Unfit;
+    }
     let touches = std::mem::take(&mut mark.touches);
     Probe::Evictable { stamp: mark.stamp, touches }
 }
 
 impl World {
     pub(crate) fn new(policy: Box<dyn Policy>) -> Self {
-        World { now: 0, marks: HashMap::new(), policy, met_busy: Vec::new() }
+        World { now: 0, marks: HashMap::new(), policy, met_busy: Vec::new(), asked: HashMap::new() }
     }
 
     fn tick(&mut self) -> u64 {
@@ -50,9 +56,20 @@ impl World {
 
     pub(crate) fn insert(&mut self, id: u64, footprint: u64) {
         let stamp = self.tick();
-        let token = self.policy.insert(id, stamp, footprint);
-        let mark = Mark { stamp, touches: 0, pinned: false, busy: false, token };
-        assert!(self.marks.insert(id, mark).is_none());
+        self.enter(Entry::new(id, stamp, footprint));
+    }
+
+    /// It was brought before anybody asked for it.
+    pub(crate) fn prefetch(&mut self, id: u64, footprint: u64) {
+        let stamp = self.tick();
+        self.enter(Entry { prefetched: true, ..Entry::new(id, stamp, footprint) });
+    }
+
+    pub(crate) fn enter(&mut self, entry: Entry) {
+        let token = self.policy.insert(entry);
+        let stamp = entry.stamp;
+        let mark = Mark { stamp, touches: 0, pinned: false, busy: false, unfit: false, token };
+        assert!(self.marks.insert(entry.id, mark).is_none());
     }
 
     /// The policy is not told.
@@ -88,27 +105,44 @@ impl World {
         self.policy.settle(steps, &mut |id| answer(marks, now, met, id))
     }
 
-    /// One look.
-    pub(crate) fn look(&mut self) -> Pick {
+    pub(crate) fn set_unfit(&mut self, id: u64, unfit: bool) {
+        self.marks.get_mut(&id).unwrap().unfit = unfit;
+    }
+
+    /// One call of a pass.
+    pub(crate) fn look(&mut self, pass: &mut Pass) -> Pick {
         let now = self.tick();
-        let (marks, met) = (&mut self.marks, &mut self.met_busy);
+        let (marks, met, asked) = (&mut self.marks, &mut self.met_busy, &mut self.asked);
         let mut steps = 0;
-        let pick = self.policy.victim(&mut |id| {
+        let pick = self.policy.victim(pass, &mut |id| {
             steps += 1;
+            *asked.entry(id).or_default() += 1;
             answer(marks, now, met, id)
         });
-        assert!(steps <= STEPS_MAX);
+        assert!(steps <= STEPS_MAX + 2 * PROTECTED_STEPS);
         pick
     }
 
-    /// The victim, and whether it was found in a hurry.
-    pub(crate) fn victim(&mut self) -> Option<(u64, bool)> {
+    /// The next victim of a pass, and whether it was found in a hurry.
+    pub(crate) fn victim_of(&mut self, pass: &mut Pass) -> Option<(u64, bool)> {
         loop {
-            match self.look() {
+            match self.look(pass) {
                 Pick::Victim { id, hurried } => return Some((id, hurried)),
                 Pick::Retry => {}
                 Pick::Empty => return None,
             }
         }
+    }
+
+    /// The first victim of a new pass.
+    pub(crate) fn victim(&mut self) -> Option<(u64, bool)> {
+        self.victim_of(&mut Pass::default())
+    }
+
+    /// All entries in the order in which they are likely to go.
+    pub(crate) fn order(&self) -> Vec<u64> {
+        let mut order = Vec::new();
+        self.policy.coldest(usize::MAX, &mut |id| order.push(id));
+        order
     }
 }

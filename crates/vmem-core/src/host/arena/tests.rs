@@ -1,5 +1,6 @@
 //! Object space against a model, fragmentation, and the budget under threads.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -131,6 +132,106 @@ fn scattered_room_is_reported_and_the_sparsest_spans_give_it_back() {
     };
     assert_eq!(emptied, 4, "four spans of sixteen KiB");
     assert_eq!(large.as_slice().len(), 64 * 1024);
+}
+
+/// With free bytes in partly used spans of other sizes a request was refused, or something was written
+/// to disk for it, or dropped, though moving small objects together makes whole spans free. It
+/// takes no memory beside what is there: neither pages, nor a moment beyond the budget.
+#[test]
+fn moving_slots_out_of_a_sparse_span_frees_its_pages() {
+    let arena = HostArena::new(MIB).unwrap();
+    let mut slots = Vec::new();
+    while let Ok(mut slot) = arena.try_alloc(1000, slots.len() as u64) {
+        fill(&mut slot, slots.len() as u64);
+        slots.push(Some(slot));
+    }
+    slots.iter_mut().step_by(2).for_each(|slot| *slot = None);
+    let used = arena.used_bytes();
+    assert_eq!(arena.try_alloc(300 * 1024, 0).unwrap_err(), NoRoom { scattered: true });
+    let mut spans = 0;
+    let large = loop {
+        if let Ok(large) = arena.try_alloc(300 * 1024, 0) {
+            break large;
+        }
+        let evacuation = arena.evacuation(&|owner| owner == 1).expect("spans can be emptied");
+        assert!(evacuation.live_bytes() < evacuation.pages() * PAGE_BYTES as u64);
+        let live = arena.pages.live();
+        for &owner in evacuation.owners() {
+            let place = slots[owner as usize].as_mut().unwrap();
+            assert!(owner != 1 && evacuation.holds(place));
+            let mut moved = evacuation.take(1000, owner).expect("they fit into other spans");
+            assert!(!evacuation.holds(&moved), "out of the span");
+            moved.as_mut_slice().copy_from_slice(place.as_slice());
+            *place = moved;
+        }
+        assert_eq!(arena.pages.live(), live - evacuation.pages(), "the last move freed it");
+        spans += 1;
+    };
+    assert!(spans > 10, "{spans} spans of four pages");
+    assert_eq!(arena.used_bytes(), used + large.footprint());
+    let live = slots.iter().enumerate().filter_map(|(owner, slot)| Some((owner, slot.as_ref()?)));
+    live.for_each(|(owner, slot)| verify(slot, owner as u64));
+}
+
+#[test]
+fn an_evacuation_is_not_begun_where_the_slots_fit_nowhere() {
+    let arena = HostArena::new(MIB).unwrap();
+    let mut slots: Vec<_> = (0..33).map(|owner| arena.try_alloc(1024, owner).ok()).collect();
+    // Two full spans of sixteen and one with one slot.
+    assert!(arena.evacuation(&|_| false).is_none(), "it would take a page");
+    slots[0] = None;
+    let other = arena.evacuation(&|owner| owner == 32).expect("the other one, into that");
+    assert_eq!(other.owners(), (1..16).collect::<Vec<u64>>());
+    assert!(arena.evacuation(&|_| false).is_none(), "its slots are not free meanwhile");
+    drop(other);
+    let evacuation = arena.evacuation(&|_| false).expect("one slot is free elsewhere");
+    assert_eq!(evacuation.owners(), [32]);
+    assert!(evacuation.take(500, 32).is_none() && evacuation.take(0, 32).is_none());
+}
+
+/// Given up half way, or overtaken by others, an evacuation leaves the arena as it was.
+#[test]
+fn an_evacuation_that_is_dropped_opens_its_span_again() {
+    seeded(if cfg!(miri) { 1 } else { 8 }, |_, rng| {
+        let arena = HostArena::new(MIB).unwrap();
+        let mut live: Vec<(u64, HostSlot)> = Vec::new();
+        let mut moved = 0;
+        for owner in 0..if cfg!(miri) { 60 } else { 4000 } {
+            match rng.random_range(0..10) {
+                0..5 => {
+                    if let Ok(mut slot) =
+                        arena.try_alloc([300, 1000, 2500][rng.random_range(0..3)], owner)
+                    {
+                        fill(&mut slot, owner);
+                        live.push((owner, slot));
+                    }
+                }
+                5..9 if !live.is_empty() => {
+                    live.swap_remove(rng.random_range(0..live.len()));
+                }
+                _ => {
+                    let Some(evacuation) = arena.evacuation(&|_| false) else { continue };
+                    let all: HashMap<u64, usize> =
+                        live.iter().enumerate().map(|(at, (owner, _))| (*owner, at)).collect();
+                    for owner in evacuation.owners().iter().filter(|_| rng.random_bool(0.9)) {
+                        let slot = &mut live[all[owner]].1;
+                        let len = slot.as_slice().len();
+                        let mut to = evacuation.take(len, *owner).expect("they fit");
+                        to.as_mut_slice().copy_from_slice(slot.as_slice());
+                        *slot = to;
+                        moved += 1;
+                    }
+                }
+            }
+            let sum: u64 = live.iter().map(|(_, slot)| slot.footprint()).sum();
+            assert_eq!(arena.used_bytes(), sum);
+        }
+        assert!(cfg!(miri) || moved > 0, "some were moved");
+        live.iter().for_each(|(owner, slot)| verify(slot, *owner));
+        live.clear();
+        assert_eq!((arena.used_bytes(), arena.pages.live()), (0, 0));
+        assert_eq!(arena.largest_free_bytes(), arena.capacity_bytes());
+    });
 }
 
 #[test]
