@@ -69,8 +69,9 @@ fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
     capabilities.disk_notes = disk.notes;
     capabilities.disk_path = Some(disk.path);
     capabilities.disk_is_tmpfs = disk.tmpfs;
-    let host_capacity_bytes =
-        config.host_capacity().unwrap_or_else(|| vmem_io::memory_limit_bytes() / 4);
+    let host_capacity_bytes = config
+        .host_capacity()
+        .unwrap_or_else(|| (vmem_io::memory_limit_bytes() / 4).max(HOST_CAPACITY_MIN));
     VirtualMemory::with_backends(
         config,
         Backends {

@@ -236,7 +236,8 @@ impl VirtualMemoryConfigBuilder {
     }
 
     /// Host memory in bytes, staging included; at least [`HOST_CAPACITY_MIN`].
-    /// Default: a quarter of the smaller of RAM and the cgroup's limit.
+    /// Default: a quarter of the smallest of RAM and the memory limits of the process's control
+    /// groups, from its own up to the root.
     pub fn host_capacity(mut self, bytes: u64) -> Self {
         self.host_capacity = Some(bytes);
         self
@@ -250,7 +251,8 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
-    /// Space of the data file in bytes. Default: half of what is free in its file system.
+    /// Space of the data file in bytes. Default: half of what is free in its file system; in a
+    /// tmpfs at most a quarter of the memory that the process may have.
     pub fn disk_capacity(mut self, bytes: u64) -> Self {
         self.disk_capacity = Some(bytes);
         self

@@ -8,6 +8,7 @@
 //! [`Driver`](driver::Driver) moves the bytes.
 
 pub mod catalog;
+mod cgroup;
 mod checksum;
 mod directory;
 pub mod driver;
