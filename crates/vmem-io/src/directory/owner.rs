@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, statat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, statat, unlinkat};
 use vmem_core::VirtualMemoryError;
 
 use super::LOCK_FILE;
@@ -60,10 +60,7 @@ fn lock(path: &Path, directory: &File) -> Result<Lock, VirtualMemoryError> {
     for _ in 0..ATTEMPTS {
         let lock = Lock::take(open_own(path, directory, LOCK_FILE)?);
         let lock = lock.map_err(|(file, error)| match error {
-            TryLockError::WouldBlock => VirtualMemoryError::InUse {
-                path: path.to_owned(),
-                pid: read_start(&file).ok().and_then(|text| pid_in(&text)),
-            },
+            TryLockError::WouldBlock => in_use(path, &file),
             TryLockError::Error(error) => refused(&path.join(LOCK_FILE), error),
         })?;
         let found = statat(directory, LOCK_FILE, AtFlags::SYMLINK_NOFOLLOW).ok();
@@ -72,6 +69,25 @@ fn lock(path: &Path, directory: &File) -> Result<Lock, VirtualMemoryError> {
         }
     }
     Err(VirtualMemoryError::InUse { path: path.to_owned(), pid: None })
+}
+
+/// Checks that nobody has the store open; changes nothing.
+pub(super) fn check_free(path: &Path) -> Result<(), VirtualMemoryError> {
+    let name = path.join(LOCK_FILE);
+    // Whatever it is, opening it must not wait.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(&name, flags, Mode::empty());
+    let file = File::from(file.map_err(|errno| refused(&name, errno.into()))?);
+    match file.try_lock_shared() {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(in_use(path, &file)),
+        Err(TryLockError::Error(error)) => Err(refused(&name, error)),
+    }
+}
+
+fn in_use(path: &Path, lock: &File) -> VirtualMemoryError {
+    let pid = read_start(lock).ok().and_then(|text| pid_in(&text));
+    VirtualMemoryError::InUse { path: path.to_owned(), pid }
 }
 
 /// The process in a lock file. Behind its line may be the rest of a longer one, where its writer was

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use vmem_core::VirtualMemoryError;
 
 use super::files::{refused, unusable};
-use super::{CATALOG_FILE, DATA_FILE, LOCK_FILE, UNFINISHED_FILE, leftovers};
+use super::{CATALOG_FILE, DATA_FILE, LOCK_FILE, UNFINISHED_FILE, leftovers, owner};
 
 /// How the name of a private temporary directory starts.
 pub(super) const PREFIX: &str = "vmem-";
@@ -102,7 +102,10 @@ pub(super) fn check_empty(path: &Path) -> Result<(), VirtualMemoryError> {
     })?;
     match found {
         None => Ok(()),
-        Some(_) if store => Err(unusable(path, "holds a store already")),
+        Some(_) if store => {
+            owner::check_free(path)?;
+            Err(unusable(path, "holds a store already"))
+        }
         Some(name) => {
             let why = format!("is not empty: it holds {:?}", name.to_string_lossy());
             Err(unusable(path, &why))
