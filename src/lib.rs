@@ -51,11 +51,11 @@ use vmem_core::backend::Backends;
 ///
 /// # Forks
 ///
-/// A store belongs to the process that opened it. A forked child that goes on without `exec` must not
-/// touch its copy: host memory is not inherited, so that a device may go on with it, and the
-/// runtime's threads are not there. Reading an object, and dropping the copy or a `Bytes` of it, may
-/// end the child by a signal or never return; leave it with `std::mem::forget`, or end the child by
-/// `_exit`. The files and their lock stay the parent's whatever the child does.
+/// A store belongs to the process that opened it. A forked child that goes on without `exec` may drop
+/// its copy, which gives nothing back: files, lock and memory stay the parent's. It must not use it:
+/// host memory is not inherited, so reading an object, or a `Bytes` that was read before, ends the
+/// child by a signal, and calls that need the runtime's threads never return. As with any tokio
+/// runtime, dropping one that has threads of its own hangs in a child; end it by `_exit`.
 ///
 /// # Errors
 ///

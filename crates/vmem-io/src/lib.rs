@@ -18,6 +18,7 @@ mod machine;
 mod open;
 mod plan;
 mod pool;
+mod process;
 mod runtime;
 mod space;
 mod stale;

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use crate::directory::Identity;
+use crate::process::Origin;
 
 /// Operations that take longer than this hang.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -29,8 +30,7 @@ static LEFT: Condvar = Condvar::new();
 pub(crate) struct Lock {
     file: File,
     leaving: OnceLock<Identity>,
-    /// The process that took it.
-    process: u32,
+    origin: Origin,
 }
 
 impl Lock {
@@ -46,11 +46,7 @@ impl Lock {
         loop {
             let error = match file.try_lock() {
                 Ok(()) => {
-                    return Ok(Lock {
-                        file,
-                        leaving: OnceLock::new(),
-                        process: std::process::id(),
-                    });
+                    return Ok(Lock { file, leaving: OnceLock::new(), origin: Origin::here() });
                 }
                 Err(error) => error,
             };
@@ -85,7 +81,7 @@ impl Lock {
 impl Drop for Lock {
     fn drop(&mut self) {
         // A forked child shares the open file too, and would unlock it for its parent.
-        if self.process != std::process::id() {
+        if self.origin.is_inherited() {
             return;
         }
         let _ = self.file.unlock();

@@ -257,6 +257,7 @@ impl Drop for NameCatalog {
         if let Some(files) = &*self.inner.files.lock() {
             files.leave();
         }
+        // In a forked child these do nothing, and keep what the parent will end.
         self.snapshots.begin_close();
         self.pool.begin_close();
     }

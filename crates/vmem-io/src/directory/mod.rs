@@ -30,6 +30,8 @@ use vmem_core::VirtualMemoryError;
 pub(crate) use files::{Files, Identity};
 use files::{refused, unusable};
 
+use crate::process::Origin;
+
 /// The name of the data file.
 pub const DATA_FILE: &str = "vmem.data";
 
@@ -68,8 +70,7 @@ pub struct StoreDirectory {
     named: Option<Identity>,
     tally: Tally,
     temporary: Option<TempDir>,
-    /// The process that opened it. A forked child has a copy, and nothing of it is the child's.
-    process: u32,
+    origin: Origin,
     /// Last, so that the lock goes last.
     files: Files,
 }
@@ -151,7 +152,7 @@ impl StoreDirectory {
             named: Some(identity),
             tally: Arc::new(AtomicU64::new(names)),
             temporary,
-            process: std::process::id(),
+            origin: Origin::here(),
             files,
         };
         if store.temporary.is_some() {
@@ -177,7 +178,7 @@ impl StoreDirectory {
 
     /// Whether this is the copy that a forked child has: the store is its parent's.
     fn is_inherited(&self) -> bool {
-        self.process != std::process::id()
+        self.origin.is_inherited()
     }
 
     /// How many names its catalog has.
