@@ -46,16 +46,16 @@ pub mod gpu {
 use vmem_core::backend::Backends;
 
 /// Opens a store on this machine, inside of a tokio runtime whose timer is enabled. What of it runs
-/// in the background runs on that runtime. An I/O driver makes the fastest disk driver available and
-/// is not needed.
+/// in the background runs on that runtime. An I/O driver makes the fastest disk driver available
+/// and is not needed.
 ///
 /// # Forks
 ///
-/// A store belongs to the process that opened it. A forked child that goes on without `exec` may drop
-/// its copy, which gives nothing back: files, lock and memory stay the parent's. It must not use it:
-/// host memory is not inherited, so reading an object, or a `Bytes` that was read before, ends the
-/// child by a signal, and calls that need the runtime's threads never return. As with any tokio
-/// runtime, dropping one that has threads of its own hangs in a child; end it by `_exit`.
+/// A store belongs to the process that opened it. A forked child that goes on without `exec` may
+/// drop its copy, which gives nothing back: files, lock and memory stay the parent's. It must not
+/// use it: host memory is not inherited, so reading an object, or a `Bytes` that was read before,
+/// ends the child by a signal, and calls that need the runtime's threads never return. As with any
+/// tokio runtime, dropping one that has threads of its own hangs in a child; end it by `_exit`.
 ///
 /// # Errors
 ///
@@ -67,8 +67,8 @@ use vmem_core::backend::Backends;
 pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
     let runtime = vmem_io::current_runtime()?;
     let (reply, answer) = tokio::sync::oneshot::channel();
-    // Opening makes, tries and registers things, which blocks for a moment. Not on the runtime's own
-    // threads for that: they may all be taken, for as long as somebody likes.
+    // Opening makes, tries and registers things, which blocks for a moment. Not on the runtime's
+    // own threads for that: they may all be taken, for as long as somebody likes.
     let opening = move || {
         let _inside = runtime.enter();
         let _ = reply.send(open_blocking(&config));

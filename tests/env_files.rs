@@ -1,8 +1,9 @@
 //! The files of an open store are removed, replaced or made inaccessible (scenario 40).
 //!
 //! Mechanism: what was written went to files that no path led to any more. Effect: `put_named`,
-//! `flush_all` and `close` said `Ok`, and everything was gone. Fix: whatever calls something durable
-//! looks whether the directory, the lock, the data and the catalog are still where they were opened.
+//! `flush_all` and `close` said `Ok`, and everything was gone. Fix: whatever calls something
+//! durable looks whether the directory, the lock, the data and the catalog are still where they
+//! were opened.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 

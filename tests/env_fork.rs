@@ -1,9 +1,9 @@
 //! A process forks while it has a store, and the child drops its copy.
 //!
-//! Mechanism: the child's destructors joined threads that it does not have, drained rings whose memory
-//! it did not inherit, unlocked the lock file that it shares, and removed the files. Effect: it hung
-//! or died by a signal, and the parent's store was open to others. Fix: what was made in another
-//! process gives nothing back.
+//! Mechanism: the child's destructors joined threads that it does not have, drained rings whose
+//! memory it did not inherit, unlocked the lock file that it shares, and removed the files. Effect:
+//! it hung or died by a signal, and the parent's store was open to others. Fix: what was made in
+//! another process gives nothing back.
 #![cfg(target_os = "linux")]
 #![allow(unsafe_code, clippy::unwrap_used, reason = "it forks; a test may panic")]
 

@@ -2,7 +2,8 @@
 //!
 //! Mechanism: the runtime was found out by its panics, some of them in tasks of the store. Effect:
 //! `open` said `Ok`, tasks died, later calls said that the store was closed, and panics that were
-//! caught were printed. Fix: `open` asks first, in silence, and says what is missing and what to do.
+//! caught were printed. Fix: `open` asks first, in silence, and says what is missing and what to
+//! do.
 //!
 //! Invariant: each child prints to standard error nothing that speaks of a panic.
 #![cfg(target_os = "linux")]
@@ -143,8 +144,8 @@ fn a_probe_leaves_the_panic_hook_as_it_was() {
     assert!(panicked.is_err() && heard.try_iter().any(|panic| panic.contains("expected by")));
 }
 
-/// Mechanism: `open` ran on the runtime's pool for blocking calls. Effect: it never ended where that
-/// was full. Fix: a thread of its own.
+/// Mechanism: `open` ran on the runtime's pool for blocking calls. Effect: it never ended where
+/// that was full. Fix: a thread of its own.
 #[test]
 fn open_does_not_wait_for_the_blocking_pool() {
     let runtime = runtime(|builder| builder.enable_all().max_blocking_threads(1));

@@ -1,9 +1,10 @@
 //! Snapshots into places that cannot take them.
 //!
-//! Mechanism: the target was opened as any store's directory, and what had been written to it stayed
-//! where the copy failed. Effect: half a store and its lock file were left on a full file system,
-//! a directory with somebody's files in it, even `/`, was taken, and the error named a field of the
-//! configuration. Fix: the target is empty or made, and emptied again unless the snapshot is whole.
+//! Mechanism: the target was opened as any store's directory, and what had been written to it
+//! stayed where the copy failed. Effect: half a store and its lock file were left on a full file
+//! system, a directory with somebody's files in it, even `/`, was taken, and the error named a
+//! field of the configuration. Fix: the target is empty or made, and emptied again unless the
+//! snapshot is whole.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 

@@ -23,7 +23,8 @@ use crate::tier::DiskTier;
 pub struct OpenedDisk {
     /// The tier.
     pub backend: Arc<dyn DiskBackend>,
-    /// The catalog of its named objects; closed before the tier, it too has a share of the directory's lock.
+    /// The catalog of its named objects; closed before the tier, it too has a share of the
+    /// directory's lock.
     pub catalog: Arc<dyn Catalog>,
     /// Its directory, absolute.
     pub path: PathBuf,
@@ -41,14 +42,14 @@ pub struct OpenedDisk {
 
 /// Opens the disk tier in a directory, or in a private temporary one, with a budget in bytes; by
 /// default half of what the file system has free, and where it lies in memory (tmpfs) at most a
-/// quarter of [`memory_limit_bytes`](crate::memory_limit_bytes). The catalog of names keeps at most `catalog_cache` bytes of
-/// itself in memory. The calls that this makes block for a moment. The
+/// quarter of [`memory_limit_bytes`](crate::memory_limit_bytes). The catalog of names keeps at most
+/// `catalog_cache` bytes of itself in memory. The calls that this makes block for a moment. The
 /// reactor driver is to be had inside of a tokio runtime alone.
 ///
 /// # Errors
 ///
-/// Those of [`StoreDirectory::open`], and [`InvalidConfig`](VirtualMemoryError::InvalidConfig) for a
-/// budget that holds not one full chunk (64 KiB);
+/// Those of [`StoreDirectory::open`], and [`InvalidConfig`](VirtualMemoryError::InvalidConfig) for
+/// a budget that holds not one full chunk (64 KiB);
 /// [`TierNotAvailable`](VirtualMemoryError::TierNotAvailable) for a driver that was asked for and
 /// is not to be had.
 ///

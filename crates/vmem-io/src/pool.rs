@@ -49,7 +49,8 @@ struct State {
 }
 
 impl Pool {
-    /// A pool of threads of this name, with none yet. `finish` runs once: after the last job of a closed pool.
+    /// A pool of threads of this name, with none yet. `finish` runs once: after the last job of a
+    /// closed pool.
     pub(crate) fn new(name: &'static str, threads_max: usize, finish: Finish) -> Self {
         let state = State {
             queue: VecDeque::new(),

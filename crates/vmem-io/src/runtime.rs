@@ -1,12 +1,12 @@
 //! What the current tokio runtime offers to a store.
 //!
-//! Invariant: what is missing is a typed error with the remedy, and nothing is printed. Called when a
-//! store opens, on a thread of its own.
+//! Invariant: what is missing is a typed error with the remedy, and nothing is printed. Called when
+//! a store opens, on a thread of its own.
 //!
 //! tokio says by a panic alone that a runtime has no timer or no I/O driver (there is a request for
-//! a question that can be asked, tokio-rs/tokio#8361). The panic is caught here, and for that moment a
-//! filter in front of the process's panic hook keeps it from being told; every other panic passes.
-//! Where panics abort the process nothing is tried, and tokio speaks for itself later.
+//! a question that can be asked, tokio-rs/tokio#8361). The panic is caught here, and for that
+//! moment a filter in front of the process's panic hook keeps it from being told; every other panic
+//! passes. Where panics abort the process nothing is tried, and tokio speaks for itself later.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind, set_hook, take_hook};

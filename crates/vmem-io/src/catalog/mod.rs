@@ -1,13 +1,13 @@
 //! The catalog of named objects: a redb database in one file.
 //!
-//! Invariant: the file appears under its name with its first commit in it, by a rename, and every later
-//! change is one redb transaction: at any moment of a crash it is whole. It is read and written on
-//! threads of its own. Opened with the disk tier, called by core.
+//! Invariant: the file appears under its name with its first commit in it, by a rename, and every
+//! later change is one redb transaction: at any moment of a crash it is whole. It is read and
+//! written on threads of its own. Opened with the disk tier, called by core.
 //!
-//! redb was chosen because it is one file, in Rust alone, transactional, checksummed page by page and
-//! verified when it is opened, and lets its storage be replaced, so that power cuts can be simulated
-//! below it. Of the others looked at, SQLite and LMDB bring C and no checksums, fjall many files and
-//! background threads of its own.
+//! redb was chosen because it is one file, in Rust alone, transactional, checksummed page by page
+//! and verified when it is opened, and lets its storage be replaced, so that power cuts can be
+//! simulated below it. Of the others looked at, SQLite and LMDB bring C and no checksums, fjall
+//! many files and background threads of its own.
 
 mod inner;
 mod rows;
@@ -50,8 +50,8 @@ pub struct NameCatalog {
 }
 
 impl NameCatalog {
-    /// Opens the catalog of a directory, if it has one, and verifies it. `cache_bytes` bounds what it keeps
-    /// in memory.
+    /// Opens the catalog of a directory, if it has one, and verifies it. `cache_bytes` bounds what
+    /// it keeps in memory.
     ///
     /// # Errors
     ///
@@ -98,8 +98,8 @@ impl NameCatalog {
         Ok((Self::over_inner(inner), taken))
     }
 
-    /// A catalog over storage of the caller's, for tests; begun if it is empty. Also says which extents
-    /// it leads to.
+    /// A catalog over storage of the caller's, for tests; begun if it is empty. Also says which
+    /// extents it leads to.
     ///
     /// # Errors
     ///

@@ -1,7 +1,7 @@
 //! The files of a store directory: opened relative to it, as the store's own, and checked later.
 //!
-//! Invariant: no file is opened through a link, and none that belongs to somebody else or has a name
-//! elsewhere. What [`Files::check`] accepts can be opened again at its path. Called by
+//! Invariant: no file is opened through a link, and none that belongs to somebody else or has a
+//! name elsewhere. What [`Files::check`] accepts can be opened again at its path. Called by
 //! `StoreDirectory` and by the catalog.
 
 use std::fs::File;
@@ -59,7 +59,8 @@ impl Files {
         }
     }
 
-    /// Says that its shares go when nothing is in flight any more, for which who opens it then waits.
+    /// Says that its shares go when nothing is in flight any more, for which who opens it then
+    /// waits.
     pub(crate) fn leave(&self) {
         self.lock.leave();
     }
@@ -162,8 +163,8 @@ pub(super) fn open_own(
     if status.uid() != rustix::process::geteuid().as_raw() {
         return Err(unusable(&full, "belongs to another user"));
     }
-    // It kept us from waiting for the other end of a pipe. Of a file it would tell io_uring that its
-    // file system never blocks; one that does then blocks the task that submits.
+    // It kept us from waiting for the other end of a pipe. Of a file it would tell io_uring that
+    // its file system never blocks; one that does then blocks the task that submits.
     let flags = fcntl_getfl(&file).and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK));
     flags.map_err(|errno| refused(&full, errno.into()))?;
     Ok(file)

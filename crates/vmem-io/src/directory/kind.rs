@@ -10,8 +10,8 @@ const TMPFS: i64 = 0x0102_1994;
 const RAMFS: i64 = 0x8584_58f6;
 const FUSE: i64 = 0x6573_5546;
 
-/// File systems whose locks all processes that see them share: ext, XFS, Btrfs, bcachefs, F2FS, ZFS,
-/// overlayfs, tmpfs. Those that reach over a network may lock on each machine for itself.
+/// File systems whose locks all processes that see them share: ext, XFS, Btrfs, bcachefs, F2FS,
+/// ZFS, overlayfs, tmpfs. Those that reach over a network may lock on each machine for itself.
 const LOCAL: [i64; 8] =
     [0xef53, 0x5846_5342, 0x9123_683e, 0xca45_1a4e, 0xf2f5_2010, 0x2fc1_2fc1, 0x794c_7630, TMPFS];
 

@@ -1,7 +1,7 @@
 //! Temporary directories whose processes were killed before they could remove them.
 //!
-//! Invariant: a directory is removed only if its process is proven dead: its lock file was marked as
-//! a temporary store's with the lock held, the lock is free, and the file system is one whose
+//! Invariant: a directory is removed only if its process is proven dead: its lock file was marked
+//! as a temporary store's with the lock held, the lock is free, and the file system is one whose
 //! locks every process that sees it shares. It holds nothing but files of a store's. Called when a
 //! temporary directory is made.
 

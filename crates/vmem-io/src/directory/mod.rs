@@ -4,10 +4,10 @@
 //! lock on the lock file, and gives it back after everything else. Nothing is truncated or removed
 //! that vmem did not make. Called when a store is opened.
 //!
-//! What the data file holds is worth as much as the catalog of names beside it: where the catalog names
-//! nothing, both go with the store, and what a dead process left is truncated. In a private temporary
-//! directory the data file has no name at all once it is open, so that not even a killed process leaves
-//! its bytes behind.
+//! What the data file holds is worth as much as the catalog of names beside it: where the catalog
+//! names nothing, both go with the store, and what a dead process left is truncated. In a private
+//! temporary directory the data file has no name at all once it is open, so that not even a killed
+//! process leaves its bytes behind.
 
 mod files;
 mod kind;
@@ -82,10 +82,10 @@ impl StoreDirectory {
     ///
     /// # Errors
     ///
-    /// [`InUse`](VirtualMemoryError::InUse) if somebody has it, in this process or another; a
-    /// store of this process that was dropped is waited for, while its last operations end;
-    /// [`InvalidConfig`](VirtualMemoryError::InvalidConfig), which names the path, if it cannot serve;
-    /// [`Io`](VirtualMemoryError::Io) for what is not the fault of the path.
+    /// [`InUse`](VirtualMemoryError::InUse) if somebody has it, in this process or another; a store
+    /// of this process that was dropped is waited for, while its last operations end;
+    /// [`InvalidConfig`](VirtualMemoryError::InvalidConfig), which names the path, if it cannot
+    /// serve; [`Io`](VirtualMemoryError::Io) for what is not the fault of the path.
     pub fn open(path: Option<&Path>) -> Result<(Self, File), VirtualMemoryError> {
         let temporary = path.is_none().then(place::temporary).transpose()?;
         let path = match (path, &temporary) {
@@ -102,8 +102,8 @@ impl StoreDirectory {
         Self::take(files, used_before, temporary)
     }
 
-    /// Takes a directory that is empty or does not exist, for a store that may still fail to come to
-    /// be: until it is [kept](NewDirectory::keep) everything that was made is removed again.
+    /// Takes a directory that is empty or does not exist, for a store that may still fail to come
+    /// to be: until it is [kept](NewDirectory::keep) everything that was made is removed again.
     ///
     /// # Errors
     ///
@@ -139,7 +139,8 @@ impl StoreDirectory {
             // What becomes durable in the files is worth nothing without their names. Where a file
             // system cannot do that, names are as durable as it makes them.
             if let Err(error) = files.directory.sync_all() {
-                tracing::debug!(path = %files.path.display(), %error, "the directory is not synced");
+                let path = files.path.display();
+                tracing::debug!(%path, %error, "the directory is not synced");
             }
         }
         let status = data.metadata().map_err(refused)?;
@@ -227,13 +228,15 @@ impl StoreDirectory {
         format!("{kind}{}", self.path().display())
     }
 
-    /// Says that it goes when nothing is in flight any more, for which [`open`](Self::open) then waits.
+    /// Says that it goes when nothing is in flight any more, for which [`open`](Self::open) then
+    /// waits.
     pub(crate) fn leave(&self) {
         self.files.leave();
     }
 
-    /// Gives everything back: the data file and the catalog, unless something has a name; a temporary
-    /// directory; and last the lock. Dropping it does the same, without a word where it fails.
+    /// Gives everything back: the data file and the catalog, unless something has a name; a
+    /// temporary directory; and last the lock. Dropping it does the same, without a word where it
+    /// fails.
     ///
     /// # Errors
     ///

@@ -1,7 +1,7 @@
 //! The text of a lock file: which process has, or last had, the store open.
 //!
-//! Invariant: it is written with the lock held alone, before there is anything else in the directory.
-//! A second line marks a temporary store, which nobody means to open again. Called by
+//! Invariant: it is written with the lock held alone, before there is anything else in the
+//! directory. A second line marks a temporary store, which nobody means to open again. Called by
 //! `StoreDirectory`, and by whoever looks for leftovers.
 
 use std::fs::{File, Permissions, TryLockError};
@@ -90,8 +90,8 @@ fn in_use(path: &Path, lock: &File) -> VirtualMemoryError {
     VirtualMemoryError::InUse { path: path.to_owned(), pid }
 }
 
-/// The process in a lock file. Behind its line may be the rest of a longer one, where its writer was
-/// killed before it cut that off.
+/// The process in a lock file. Behind its line may be the rest of a longer one, where its writer
+/// was killed before it cut that off.
 pub(super) fn pid_in(text: &str) -> Option<u32> {
     text.lines().next()?.trim().parse().ok()
 }
