@@ -19,7 +19,7 @@ use super::{Result, tables};
 use crate::directory::{Files, StoreDirectory};
 
 /// So much of a copy is written before it is synced, in bytes.
-const DIRTY_BYTES: u64 = 4 << 20;
+const DIRTY_BYTES: u64 = 16 << 20;
 
 const OPERATION: &str = "writing the snapshot";
 
@@ -127,4 +127,33 @@ fn copy_range(from: &File, to: &File, mut at: u64, end: u64, dirty: &mut u64) ->
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn copied_runs_are_those_of_the_source_across_syncs() {
+        let (from, to) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        let len = 2 * DIRTY_BYTES + 4096;
+        let byte = |at: u64| (at / 512 * 31 % 251) as u8;
+        let bytes: Vec<u8> = (0..len).map(byte).collect();
+        from.write_all_at(&bytes, 0).unwrap();
+        let mut dirty = 0;
+        let runs = [(512, DIRTY_BYTES), (DIRTY_BYTES + 1024, len)];
+        for (start, end) in runs {
+            copy_range(&from, &to, start, end, &mut dirty).unwrap();
+            assert!(dirty < DIRTY_BYTES, "{dirty} bytes wait to be written");
+        }
+        let mut copied = vec![0; len as usize];
+        to.read_exact_at(&mut copied, 0).unwrap();
+        for (at, &copy) in copied.iter().enumerate() {
+            let at = at as u64;
+            let within = runs.iter().any(|&(start, end)| (start..end).contains(&at));
+            assert_eq!(copy, if within { byte(at) } else { 0 }, "byte {at}");
+        }
+    }
 }
