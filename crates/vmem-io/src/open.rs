@@ -44,14 +44,14 @@ pub struct OpenedDisk {
 /// default half of what the file system has free, and where it lies in memory (tmpfs) at most a
 /// quarter of [`memory_limit_bytes`](crate::memory_limit_bytes). The catalog of names keeps at most
 /// `catalog_cache` bytes of itself in memory. The calls that this makes block for a moment. The
-/// reactor driver is to be had inside of a tokio runtime alone.
+/// reactor driver is available inside of a tokio runtime alone.
 ///
 /// # Errors
 ///
 /// Those of [`StoreDirectory::open`], and [`InvalidConfig`](VirtualMemoryError::InvalidConfig) for
 /// a budget that holds not one full chunk (64 KiB);
 /// [`TierNotAvailable`](VirtualMemoryError::TierNotAvailable) for a driver that was asked for and
-/// is not to be had.
+/// is unavailable.
 ///
 /// ```
 /// use vmem_core::IoDriver;

@@ -23,6 +23,7 @@ use std::sync::atomic::Ordering;
 
 use futures::FutureExt;
 use futures::channel::oneshot;
+use futures::future::Shared;
 use parking_lot::Mutex;
 use redb::StorageBackend;
 use vmem_core::VirtualMemoryError;
@@ -47,6 +48,8 @@ pub struct NameCatalog {
     pool: Pool,
     /// Snapshots, one after the other: they take long, and nothing short stands behind them.
     snapshots: Pool,
+    /// A check that has not begun, which whoever asks for one joins.
+    next_check: Arc<Mutex<Option<Shared<Answer<()>>>>>,
 }
 
 impl NameCatalog {
@@ -126,6 +129,7 @@ impl NameCatalog {
             inner,
             pool: Pool::new("vmem-catalog", THREADS, Box::new(move || ending.end())),
             snapshots: Pool::new("vmem-snapshot", 1, Box::new(|| {})),
+            next_check: Arc::default(),
         }
     }
 
@@ -225,7 +229,19 @@ impl Catalog for NameCatalog {
     }
 
     fn check(&self) -> Answer<()> {
-        self.run(Inner::check)
+        let mut next = self.next_check.lock();
+        // One that has ended without being begun was refused.
+        if let Some(check) = next.as_ref().filter(|check| check.peek().is_none()) {
+            return check.clone().boxed();
+        }
+        let begun = Arc::clone(&self.next_check);
+        let check = self.run(move |inner| {
+            begun.lock().take();
+            inner.check()
+        });
+        let check = check.shared();
+        *next = Some(check.clone());
+        check.boxed()
     }
 
     fn close(&self) -> Answer<()> {

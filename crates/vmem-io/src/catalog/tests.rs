@@ -94,6 +94,33 @@ fn several_snapshots_keep_no_commit_waiting() {
     }
 }
 
+/// Mechanism: a flush of what is durable already looks for the files, one job each. Effect: so many
+/// flushes at once were so many looks. Fix: those that come before a look begins share it.
+#[test]
+fn checks_at_once_share_one_look() {
+    let (catalog, _) = NameCatalog::over(Arc::new(InMemoryBackend::new()), 512).unwrap();
+    let (let_go, gate) = mpsc::channel::<()>();
+    let gate = Arc::new(Mutex::new(gate));
+    let busy: Vec<_> = (0..THREADS)
+        .map(|_| {
+            let gate = Arc::clone(&gate);
+            catalog.run(move |_| {
+                let _ = gate.lock().recv();
+                Ok(())
+            })
+        })
+        .collect();
+    let checks: Vec<_> = (0..100).map(|_| catalog.check()).collect();
+    let waits = catalog.next_check.lock().clone().expect("one waits");
+    assert_eq!(waits.strong_count(), Some(102), "each has a share of it");
+    drop(let_go);
+    for one in checks.into_iter().chain(busy) {
+        block_on(one).unwrap();
+    }
+    assert!(catalog.next_check.lock().is_none(), "whoever comes now starts another");
+    block_on(catalog.check()).unwrap();
+}
+
 /// Refuses to write on command.
 #[derive(Debug, Default)]
 struct Full(InMemoryBackend, Arc<AtomicBool>);
