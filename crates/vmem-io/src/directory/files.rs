@@ -29,6 +29,8 @@ pub(crate) struct Files {
     pub(super) lock: Arc<Lock>,
     /// The data file; `None` in a temporary directory, to which nobody comes back.
     pub(super) data: Option<Identity>,
+    /// The user that opened it.
+    pub(super) user: u32,
 }
 
 impl Files {
@@ -74,6 +76,9 @@ impl Files {
     /// Checks that whoever opens the path finds this store: the directory, the lock, the data and,
     /// if there is one, this catalog. A few system calls; nothing is opened.
     ///
+    /// A process that has become another user since it opened the store cannot tell what the user
+    /// that opens it again may do: only which files they are counts then, as far as it can see.
+    ///
     /// # Errors
     ///
     /// [`Unreachable`](VirtualMemoryError::Unreachable) with what is missing, replaced or refused.
@@ -85,34 +90,56 @@ impl Files {
         };
         let directory = self.directory.metadata();
         let directory = directory.map_err(|error| unreachable(error.to_string()))?;
-        let found = statat(CWD, &self.path, AtFlags::empty());
-        let whole = Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK;
-        found
-            .map_err(missing)
-            .and_then(|found| same(&found, (directory.dev(), directory.ino())))
-            .and_then(|()| allowed(CWD, &self.path, whole))
+        self.check_directory((directory.dev(), directory.ino()))
             .map_err(|why| unreachable(format!("the directory {why}")))?;
         let lock = self.lock.identity();
-        for (name, identity) in
-            [(LOCK_FILE, lock), (DATA_FILE, Some(data)), (CATALOG_FILE, catalog)]
-        {
+        let files = [(LOCK_FILE, lock), (DATA_FILE, Some(data)), (CATALOG_FILE, catalog)];
+        for (name, identity) in files {
             let Some(identity) = identity else { continue };
             self.check_file(name, identity).map_err(|why| unreachable(format!("{name} {why}")))?;
         }
         Ok(())
     }
 
+    fn check_directory(&self, identity: Identity) -> Result<(), String> {
+        let judges = self.judges_access();
+        let found = match statat(CWD, &self.path, AtFlags::empty()) {
+            Err(Errno::ACCESS) if !judges => return Ok(()),
+            found => found.map_err(missing)?,
+        };
+        same(&found, identity)?;
+        match judges {
+            true => {
+                let whole = Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK;
+                allowed(CWD, &self.path, whole)
+            }
+            false => Ok(()),
+        }
+    }
+
     /// What `open_own` would say of the file of this name.
     fn check_file(&self, name: &str, identity: Identity) -> Result<(), String> {
-        let found = statat(&*self.directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(missing)?;
+        let judges = self.judges_access();
+        let found = match statat(&*self.directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::ACCESS) if !judges => return Ok(()),
+            found => found.map_err(missing)?,
+        };
         same(&found, identity)?;
         if found.st_nlink > 1 {
             return Err("has another name elsewhere (a hard link)".to_owned());
         }
-        if found.st_uid != rustix::process::geteuid().as_raw() {
+        if found.st_uid != self.user {
             return Err("belongs to another user".to_owned());
         }
-        allowed(&*self.directory, Path::new(name), Access::READ_OK | Access::WRITE_OK)
+        match judges {
+            true => allowed(&*self.directory, Path::new(name), Access::READ_OK | Access::WRITE_OK),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether this process is still the user that opened the store.
+    fn judges_access(&self) -> bool {
+        self.user == rustix::process::geteuid().as_raw()
     }
 }
 
@@ -193,5 +220,32 @@ pub(super) fn refused(path: &Path, error: io::Error) -> VirtualMemoryError {
             tracing::warn!(path = %path.display(), %error, "the store directory fails");
             VirtualMemoryError::io("opening the store directory", error)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::StoreDirectory;
+
+    /// Mechanism: a service opens its store as root and becomes another user then. What only root may
+    /// open was taken for lost.
+    #[test]
+    fn files_of_another_user_are_judged_by_the_user_that_opened_them() {
+        let place = tempfile::tempdir().unwrap();
+        let (store, _data) = StoreDirectory::open(Some(place.path())).unwrap();
+        let mut files = store.files();
+        files.check(None).unwrap();
+        files.user += 1;
+        let reason = files.check(None).unwrap_err().to_string();
+        assert!(reason.contains("belongs to another user"), "{reason}");
+        if !rustix::process::geteuid().is_root() {
+            return eprintln!("SKIPPED files that were given away: only root can");
+        }
+        for name in [super::LOCK_FILE, super::DATA_FILE] {
+            std::os::unix::fs::chown(files.path_of(name), Some(files.user), None).unwrap();
+        }
+        files.check(None).unwrap();
+        std::fs::remove_file(files.path_of(super::DATA_FILE)).unwrap();
+        assert!(files.check(None).is_err(), "which files they are still counts");
     }
 }

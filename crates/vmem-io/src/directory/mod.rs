@@ -125,7 +125,8 @@ impl StoreDirectory {
         let directory = File::open(&path).map_err(|error| refused(&path, error))?;
         let (lock, used_before) = owner::take_lock(&path, &directory, temporary)?;
         let (directory, lock) = (Arc::new(directory), Arc::new(lock));
-        Ok((Files { path, directory, lock, data: None }, used_before))
+        let user = rustix::process::geteuid().as_raw();
+        Ok((Files { path, directory, lock, data: None, user }, used_before))
     }
 
     fn take(

@@ -75,12 +75,17 @@ pub(super) fn create(path: &Path) -> Result<(PathBuf, Made), VirtualMemoryError>
 /// Refuses a directory that holds something and no store.
 pub(super) fn check_foreign(path: &Path) -> Result<(), VirtualMemoryError> {
     let (mut store, mut foreign) = (false, None);
-    each_entry(path, |name| {
+    let listed = each_entry(path, |name| {
         store |= name == LOCK_FILE;
         if !OWN_FILES.iter().any(|own| name == *own) {
             foreign = Some(name.to_owned());
         }
-    })?;
+    });
+    match listed {
+        // A file system need not be able to list what it holds, and then nobody knows.
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(()),
+        listed => listed.map_err(|error| refused(path, error))?,
+    }
     match foreign {
         Some(name) if !store => {
             let name = name.to_string_lossy();
@@ -99,7 +104,8 @@ pub(super) fn check_empty(path: &Path) -> Result<(), VirtualMemoryError> {
     each_entry(path, |name| {
         store |= name == LOCK_FILE;
         found = Some(name.to_owned());
-    })?;
+    })
+    .map_err(|error| refused(path, error))?;
     match found {
         None => Ok(()),
         Some(_) if store => {
@@ -114,9 +120,9 @@ pub(super) fn check_empty(path: &Path) -> Result<(), VirtualMemoryError> {
 }
 
 /// Calls `each` for what is in a directory, but for what a new file system is born with.
-fn each_entry(path: &Path, mut each: impl FnMut(&OsStr)) -> Result<(), VirtualMemoryError> {
-    for entry in fs::read_dir(path).map_err(|error| refused(path, error))? {
-        let name = entry.map_err(|error| refused(path, error))?.file_name();
+fn each_entry(path: &Path, mut each: impl FnMut(&OsStr)) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let name = entry?.file_name();
         if name != "lost+found" {
             each(&name);
         }
