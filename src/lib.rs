@@ -45,21 +45,45 @@ pub mod gpu {
 
 use vmem_core::backend::Backends;
 
-/// Opens a store on this machine, inside a tokio runtime whose timer is enabled.
+/// Opens a store on this machine, inside of a tokio runtime whose timer is enabled. What of it runs
+/// in the background runs on that runtime. An I/O driver makes the fastest disk driver available
+/// and is not needed.
+///
+/// # Forks
+///
+/// A store belongs to the process that opened it. A forked child that goes on without `exec` may
+/// drop its copy, which gives nothing back: files, lock and memory stay the parent's. It must not
+/// use it: host memory is not inherited, so reading an object, or a `Bytes` that was read before,
+/// ends the child by a signal, and calls that need the runtime's threads never return. As with any
+/// tokio runtime, dropping one that has threads of its own hangs in a child; end it by `_exit`.
 ///
 /// # Errors
 ///
+/// `UnsuitableRuntime`, with the remedy, outside of a tokio runtime and in one without a timer;
 /// `InUse` if another process, or another store in this one, has the directory; `InvalidConfig`
-/// with the field that cannot work here; `TierNotAvailable` if a driver or a GPU was asked for
-/// that is not to be had; `Io` with what was attempted.
+/// with the field that cannot work here, such as the path of a directory that holds files and no
+/// store; `TierNotAvailable` if a driver or a GPU was asked for that is unavailable; `Io` with what
+/// was attempted.
 pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
-    // Opening makes, tries and registers things, which blocks for a moment.
-    let opening = tokio::task::spawn_blocking(move || open_blocking(&config));
-    let lost = |error: tokio::task::JoinError| VirtualMemoryError::io("opening", error.into());
-    opening.await.map_err(lost)?
+    let runtime = vmem_io::current_runtime()?;
+    let (reply, answer) = tokio::sync::oneshot::channel();
+    // Opening makes, tries and registers things, which blocks for a moment. Not on the runtime's
+    // own threads for that: they may all be taken, for as long as somebody likes.
+    let opening = move || {
+        let _inside = runtime.enter();
+        let _ = reply.send(open_blocking(&config));
+    };
+    let started = std::thread::Builder::new().name("vmem-open".to_owned()).spawn(opening);
+    started.map_err(|error| VirtualMemoryError::io("starting a thread", error))?;
+    let panicked = |_| {
+        let why = std::io::Error::other("it ended in a panic, which is a bug of this crate");
+        Err(VirtualMemoryError::io("opening", why))
+    };
+    answer.await.unwrap_or_else(panicked)
 }
 
 fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
+    vmem_io::check_runtime()?;
     let gpu = vmem_gpu::open_device(config.gpu(), config.vram_capacity())?;
     let (path, capacity) = (config.disk_path(), config.disk_capacity());
     let disk = vmem_io::open_disk(path, capacity, config.io_driver(), config.catalog_cache())?;
@@ -69,8 +93,9 @@ fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
     capabilities.disk_notes = disk.notes;
     capabilities.disk_path = Some(disk.path);
     capabilities.disk_is_tmpfs = disk.tmpfs;
-    let host_capacity_bytes =
-        config.host_capacity().unwrap_or_else(|| vmem_io::memory_limit_bytes() / 4);
+    let host_capacity_bytes = config
+        .host_capacity()
+        .unwrap_or_else(|| (vmem_io::memory_limit_bytes() / 4).max(HOST_CAPACITY_MIN));
     VirtualMemory::with_backends(
         config,
         Backends {

@@ -16,11 +16,11 @@ pub struct Capabilities {
     pub disk: Arc<str>,
     /// Which driver serves; `None` for a backend that was brought along.
     pub disk_driver: Option<IoDriver>,
-    /// Whether the disk tier bypasses the page cache (`O_DIRECT`). If not, each write is followed by a sync,
-    /// shared with others, before memory relies on it.
+    /// Whether the disk tier bypasses the page cache (`O_DIRECT`). If not, each write is followed by
+    /// a sync, shared with others, before memory relies on it.
     pub disk_direct: bool,
-    /// Whether staging memory is registered with the driver, which then moves large pieces through it at
-    /// less cost.
+    /// Whether staging memory is registered with the driver, which then moves large pieces through
+    /// it at less cost.
     pub staging_registered: bool,
     /// What would have been better and was refused, each with its cause.
     pub disk_notes: Vec<Arc<str>>,
@@ -36,8 +36,8 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// For whoever brings backends of his own: what serves the disk tier, and why there is no
-    /// VRAM tier.
+    /// Those of a store over other backends: what serves the disk tier, and why there is no VRAM
+    /// tier.
     pub fn new(disk: Arc<str>, vram_reason: Arc<str>) -> Self {
         Capabilities {
             disk,
@@ -57,7 +57,7 @@ impl fmt::Display for Capabilities {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "disk: {}", self.disk)?;
         for note in &self.disk_notes {
-            writeln!(f, "disk: not to be had: {note}")?;
+            writeln!(f, "disk: unavailable: {note}")?;
         }
         if let Some(path) = &self.disk_path {
             writeln!(f, "directory: {}", path.display())?;

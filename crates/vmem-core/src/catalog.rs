@@ -78,7 +78,21 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     /// The first number that no object in the catalog has.
     fn next_id(&self) -> u64;
 
+    /// Checks that what is committed can be opened again: that nobody has removed or replaced what
+    /// it lies in.
+    ///
+    /// # Errors
+    ///
+    /// [`Unreachable`](VirtualMemoryError::Unreachable) with what is missing.
+    fn check(&self) -> Answer<()> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Ends it: waits for what is in flight and refuses what comes after.
+    ///
+    /// # Errors
+    ///
+    /// Those of `check`; it has ended all the same.
     fn close(&self) -> Answer<()>;
 }
 

@@ -66,7 +66,11 @@ impl fmt::Display for IoDriver {
 impl FromStr for IoDriver {
     type Err = VirtualMemoryError;
 
-    /// The words that `Display` writes.
+    /// Parses `auto`, `reactor`, `tokio-uring` or `blocking`.
+    ///
+    /// # Errors
+    ///
+    /// [`VirtualMemoryError::InvalidConfig`] for any other word.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let all = [IoDriver::Auto, IoDriver::Reactor, IoDriver::TokioUring, IoDriver::Blocking];
         let named = all.into_iter().find(|driver| driver.to_string() == text);
@@ -95,9 +99,19 @@ impl Default for Promotion {
 
 /// A valid configuration. Sizes are bytes.
 ///
-/// With the feature `serde` it is read from a file: the fields have the names of the builder's setters, sizes are
-/// numbers or text such as `"512MiB"`, `wait_timeout` is text such as `"30s"`, `gpu` is `"auto"`, `"off"`, an
-/// ordinal or a UUID, `promotion` the number of the read or `"never"`. An unknown field is an error.
+/// With the feature `serde` it is read from a file: the fields have the names of the builder's
+/// setters. An unknown field is an error.
+///
+/// - `disk_path`: text, the path of a directory.
+/// - `host_capacity`, `staging_capacity`, `disk_capacity`, `vram_capacity`, `catalog_cache`: a
+///   number of bytes, or text such as `"512MiB"` or `"1.5 GB"`, with the units B, kB, MB, GB, TB,
+///   PB, EB (powers of 1000) and KiB, MiB, GiB, TiB, PiB, EiB (powers of 1024).
+/// - `gpu`: `"auto"`, `"off"`, an ordinal such as `0`, or text with the UUID of a device.
+/// - `io_driver`: `"auto"`, `"reactor"`, `"tokio-uring"` or `"blocking"`.
+/// - `watermarks`: two numbers, low and high. `max_pinned`: a number.
+/// - `policy`: a word that [`PolicyKind`] parses.
+/// - `promotion`: the number of the read, from 1 on, or `"never"`.
+/// - `wait_timeout`: text such as `"30s"`, `"1m 30s"` or `"250ms"`.
 ///
 /// ```
 /// use vmem_core::{MemoryTier, VirtualMemoryConfig};
@@ -228,15 +242,18 @@ impl Default for VirtualMemoryConfigBuilder {
 }
 
 impl VirtualMemoryConfigBuilder {
-    /// The directory of the store; made, private to the user, if it is not there.
-    /// Default: a private temporary directory, removed on close.
+    /// The directory of the store; made, private to the user, if it is not there. One that holds
+    /// anything but a store is refused when the store opens.
+    /// Default: a private temporary directory, removed on close, or, if the process is killed, by
+    /// the next store that has one there.
     pub fn disk_path(mut self, path: impl Into<PathBuf>) -> Self {
         self.disk_path = Some(path.into());
         self
     }
 
     /// Host memory in bytes, staging included; at least [`HOST_CAPACITY_MIN`].
-    /// Default: a quarter of the smaller of RAM and the cgroup's limit.
+    /// Default: a quarter of the smallest of RAM and the memory limits of the process's control
+    /// groups, from its own up to the root.
     pub fn host_capacity(mut self, bytes: u64) -> Self {
         self.host_capacity = Some(bytes);
         self
@@ -250,7 +267,8 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
-    /// Space of the data file in bytes. Default: half of what is free in its file system.
+    /// Space of the data file in bytes. Default: half of what is free in its file system; in a
+    /// tmpfs at most a quarter of the memory that the process may have.
     pub fn disk_capacity(mut self, bytes: u64) -> Self {
         self.disk_capacity = Some(bytes);
         self

@@ -179,6 +179,23 @@ pub enum VirtualMemoryError {
         /// The process that holds it, where it could be read.
         pid: Option<u32>,
     },
+    /// The files of an open store were removed, replaced or made inaccessible: what is written to
+    /// them could not be opened again, so nothing becomes durable until they are back.
+    #[error("{} cannot be opened again: {reason}", path.display())]
+    Unreachable {
+        /// The directory of the store.
+        path: PathBuf,
+        /// Which of its files, and what happened to it.
+        reason: Arc<str>,
+    },
+    /// The tokio runtime from which a store was opened cannot carry it.
+    #[error("no store can run here: {missing}; {remedy}")]
+    UnsuitableRuntime {
+        /// What it lacks.
+        missing: &'static str,
+        /// What to do about it.
+        remedy: &'static str,
+    },
     /// What is stored in the directory is not what was written; `vmem_io::verify` says what can
     /// still be read.
     #[error("{} is damaged: {reason}", path.display())]

@@ -71,7 +71,10 @@ pub(crate) fn find_driver() -> Result<(), String> {
         match unsafe { Library::new(name) } {
             Ok(library) => return check(&library, name),
             Err(error) => {
-                let _ = write!(refused, "{}{error}", if refused.is_empty() { "" } else { "; " });
+                // What the loader said, which names the file; the error itself does not.
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                let cause = cause.unwrap_or_else(|| format!("{name}: {error}"));
+                let _ = write!(refused, "{}{cause}", if refused.is_empty() { "" } else { "; " });
             }
         }
     }

@@ -8,6 +8,7 @@
 //! [`Driver`](driver::Driver) moves the bytes.
 
 pub mod catalog;
+mod cgroup;
 mod checksum;
 mod directory;
 pub mod driver;
@@ -17,6 +18,8 @@ mod machine;
 mod open;
 mod plan;
 mod pool;
+mod process;
+mod runtime;
 mod space;
 mod stale;
 mod sync_gate;
@@ -26,5 +29,6 @@ mod verify;
 pub use directory::{CATALOG_FILE, DATA_FILE, LOCK_FILE, StoreDirectory};
 pub use machine::memory_limit_bytes;
 pub use open::{OpenedDisk, open_disk};
+pub use runtime::{check_runtime, current_runtime};
 pub use tier::{DiskTier, Taken};
 pub use verify::{Verified, verify};

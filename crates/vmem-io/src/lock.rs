@@ -1,9 +1,9 @@
 //! The lock on a directory, and the wait for one that is about to be given back.
 //!
-//! Invariant: a store that is dropped without being closed keeps its lock until what has a name is durable
-//! and the kernel has done with its last operation: until then its files are written to. Nobody waits for that in a
-//! destructor; who opens the directory in the same process does, for a bounded time. Called by
-//! `StoreDirectory`.
+//! Invariant: a store that is dropped without being closed keeps its lock until what has a name is
+//! durable and the kernel has done with its last operation: until then its files are written to.
+//! Nobody waits for that in a destructor; who opens the directory in the same process does, for a
+//! bounded time. Called by `StoreDirectory`.
 
 use std::fs::{File, TryLockError};
 use std::os::unix::fs::MetadataExt;
@@ -12,23 +12,25 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::directory::Identity;
+use crate::process::Origin;
+
 /// Operations that take longer than this hang.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Device and inode of the lock files whose stores have been dropped.
-static LEAVING: Mutex<Vec<Id>> = Mutex::new(Vec::new());
+static LEAVING: Mutex<Vec<Identity>> = Mutex::new(Vec::new());
 
 /// Rung when one of them has been unlocked.
 static LEFT: Condvar = Condvar::new();
-
-type Id = (u64, u64);
 
 /// A lock that is held. It is given back by name and not by closing the file alone: a child that
 /// another thread is just starting shares the open file, and with it the lock, until it executes.
 #[derive(Debug)]
 pub(crate) struct Lock {
     file: File,
-    leaving: OnceLock<Id>,
+    leaving: OnceLock<Identity>,
+    origin: Origin,
 }
 
 impl Lock {
@@ -43,7 +45,9 @@ impl Lock {
         let mut leaving = LEAVING.lock();
         loop {
             let error = match file.try_lock() {
-                Ok(()) => return Ok(Lock { file, leaving: OnceLock::new() }),
+                Ok(()) => {
+                    return Ok(Lock { file, leaving: OnceLock::new(), origin: Origin::here() });
+                }
                 Err(error) => error,
             };
             // Who leaves unlocks before it goes from the list, so none is missed here.
@@ -59,6 +63,11 @@ impl Lock {
         &self.file
     }
 
+    /// Which file it is.
+    pub(crate) fn identity(&self) -> Option<Identity> {
+        identity(&self.file)
+    }
+
     /// Its store was dropped: it goes when nothing is in flight any more.
     pub(crate) fn leave(&self) {
         if let Some(id) = identity(&self.file)
@@ -71,6 +80,10 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
+        // A forked child shares the open file too, and would unlock it for its parent.
+        if self.origin.is_inherited() {
+            return;
+        }
         let _ = self.file.unlock();
         if let Some(id) = self.leaving.get() {
             LEAVING.lock().retain(|other| other != id);
@@ -79,7 +92,7 @@ impl Drop for Lock {
     }
 }
 
-fn identity(file: &File) -> Option<Id> {
+fn identity(file: &File) -> Option<Identity> {
     let status = file.metadata().ok()?;
     Some((status.dev(), status.ino()))
 }

@@ -15,6 +15,7 @@ use vmem_core::{IoDriver, VirtualMemoryError};
 use crate::catalog::NameCatalog;
 use crate::directory::StoreDirectory;
 use crate::driver::{Chosen, choose};
+use crate::machine::memory_limit_bytes;
 use crate::tier::DiskTier;
 
 /// A disk tier that is ready, and what was found.
@@ -22,7 +23,8 @@ use crate::tier::DiskTier;
 pub struct OpenedDisk {
     /// The tier.
     pub backend: Arc<dyn DiskBackend>,
-    /// The catalog of its named objects; closed before the tier, it too has a share of the directory's lock.
+    /// The catalog of its named objects; closed before the tier, it too has a share of the
+    /// directory's lock.
     pub catalog: Arc<dyn Catalog>,
     /// Its directory, absolute.
     pub path: PathBuf,
@@ -39,16 +41,17 @@ pub struct OpenedDisk {
 }
 
 /// Opens the disk tier in a directory, or in a private temporary one, with a budget in bytes; by
-/// default half of what the file system has free. The catalog of names keeps at most `catalog_cache` bytes of
-/// itself in memory. The calls that this makes block for a moment. The
-/// reactor driver is to be had inside of a tokio runtime alone.
+/// default half of what the file system has free, and where it lies in memory (tmpfs) at most a
+/// quarter of [`memory_limit_bytes`](crate::memory_limit_bytes). The catalog of names keeps at most
+/// `catalog_cache` bytes of itself in memory. The calls that this makes block for a moment. The
+/// reactor driver is available inside of a tokio runtime alone.
 ///
 /// # Errors
 ///
-/// Those of [`StoreDirectory::open`], and [`InvalidConfig`](VirtualMemoryError::InvalidConfig) for a
-/// budget that holds not one full chunk (64 KiB);
+/// Those of [`StoreDirectory::open`], and [`InvalidConfig`](VirtualMemoryError::InvalidConfig) for
+/// a budget that holds not one full chunk (64 KiB);
 /// [`TierNotAvailable`](VirtualMemoryError::TierNotAvailable) for a driver that was asked for and
-/// is not to be had.
+/// is unavailable.
 ///
 /// ```
 /// use vmem_core::IoDriver;
@@ -74,10 +77,9 @@ pub fn open_disk(
     }
     let capacity_bytes = match capacity_bytes {
         Some(bytes) => bytes,
-        // What has a name is there already, and always fits.
         None => {
-            let taken = taken.bytes();
-            (directory.free_bytes()?.saturating_add(taken) / 2).max(taken)
+            let memory = directory.is_tmpfs().then(memory_limit_bytes);
+            default_capacity(directory.free_bytes()?, taken.bytes(), memory)
         }
     };
     if capacity_bytes < CHUNK_BYTES as u64 {
@@ -107,7 +109,32 @@ pub fn open_disk(
     })
 }
 
+/// The budget of a store that was given none: it leaves others half of what is free, and, where the
+/// files lie in memory, takes a quarter of what this process may have of that. What has a name is
+/// there already and always fits.
+fn default_capacity(free: u64, taken: u64, memory: Option<u64>) -> u64 {
+    let half = free.saturating_add(taken) / 2;
+    half.min(memory.map_or(u64::MAX, |limit| limit / 4)).max(taken)
+}
+
 /// The file again, opened anew: what is set for the one, such as direct I/O, is not for the other.
 fn reopened(data: &File) -> io::Result<File> {
     File::open(format!("/proc/self/fd/{}", data.as_raw_fd()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::default_capacity;
+
+    #[test]
+    fn a_default_budget_leaves_space_for_others_and_memory_for_the_process() {
+        let gib = |n: u64| n << 30;
+        assert_eq!(default_capacity(gib(100), 0, None), gib(50));
+        assert_eq!(default_capacity(gib(60), gib(40), None), gib(50));
+        assert_eq!(default_capacity(gib(10), gib(90), None), gib(90), "what has a name fits");
+        // The file system is larger than what the process's control group allows.
+        assert_eq!(default_capacity(gib(24), 0, Some(gib(2))), gib(2) / 4);
+        assert_eq!(default_capacity(gib(24), gib(1), Some(gib(2))), gib(1));
+        assert_eq!(default_capacity(0, 0, None), 0);
+    }
 }

@@ -15,6 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use tokio::sync::Notify;
 
 use crate::driver::closed_error;
+use crate::process::Origin;
 
 /// A job; the argument says whether it runs.
 pub(crate) type Job = Box<dyn FnOnce(io::Result<()>) + Send>;
@@ -30,6 +31,7 @@ pub(crate) struct Pool {
 }
 
 struct Shared {
+    origin: Origin,
     state: Mutex<State>,
     work: Condvar,
     ended: Notify,
@@ -47,7 +49,8 @@ struct State {
 }
 
 impl Pool {
-    /// A pool of threads of this name, with none yet. `finish` runs once: after the last job of a closed pool.
+    /// A pool of threads of this name, with none yet. `finish` runs once: after the last job of a
+    /// closed pool.
     pub(crate) fn new(name: &'static str, threads_max: usize, finish: Finish) -> Self {
         let state = State {
             queue: VecDeque::new(),
@@ -60,6 +63,7 @@ impl Pool {
         };
         Pool {
             shared: Arc::new(Shared {
+                origin: Origin::here(),
                 state: Mutex::new(state),
                 work: Condvar::new(),
                 ended: Notify::new(),
@@ -105,6 +109,10 @@ impl Pool {
 
     /// Refuses what comes after; what was handed in before is still done.
     pub(crate) fn begin_close(&self) {
+        if self.shared.origin.is_inherited() {
+            // Its threads are not here, and what ends it is the parent's matter.
+            return std::mem::forget(Arc::clone(&self.shared));
+        }
         let finish = {
             let mut state = self.shared.state.lock();
             state.closing = true;
@@ -149,6 +157,9 @@ impl Pool {
     /// Waits, blocking, for the same.
     pub(crate) fn shut_down(&self) {
         self.begin_close();
+        if self.shared.origin.is_inherited() {
+            return;
+        }
         self.shared.join();
     }
 

@@ -257,6 +257,100 @@ fn a_lock_file_that_a_power_cut_left_serves_again() {
     }
 }
 
+/// Mechanism: any directory was taken, and a lock file left in it. Effect: a path that was meant for
+/// something else, `/etc` at worst, became a store. Fix: what holds files and no store is refused.
+#[test]
+fn a_directory_with_foreign_files_is_refused_and_left_alone() {
+    let (_scratch, path) = scratch();
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join("passwd"), "somebody's").unwrap();
+    let reason = refusal(&path);
+    assert!(reason.contains("passwd") && reason.contains("empty directory"), "{reason}");
+    let left: Vec<_> = fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(left, [path.join("passwd")]);
+    // A store stays one, whatever its user puts beside it; so does a file system of its own.
+    fs::remove_file(path.join("passwd")).unwrap();
+    fs::create_dir(path.join("lost+found")).unwrap();
+    drop(StoreDirectory::open(Some(&path)).unwrap());
+    fs::write(path.join("notes"), "beside it").unwrap();
+    drop(StoreDirectory::open(Some(&path)).unwrap());
+}
+
+/// The other process of the test below, which opens a temporary store and is killed, or only looks;
+/// alone it does nothing.
+#[test]
+fn child_opens_a_temporary_store() {
+    let Some(then) = std::env::var_os("VMEM_TEST_TEMPORARY") else { return };
+    let (directory, _data) = StoreDirectory::open(None).unwrap();
+    println!("\nready {}", directory.path().display());
+    if then == "park" {
+        loop {
+            thread::park();
+        }
+    }
+}
+
+/// A child whose temporary directories are made in `place`, and the one that it has made.
+fn temporary_in(place: &Path, then: &str) -> (std::process::Child, PathBuf) {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["child_opens_a_temporary_store", "--exact", "--nocapture"])
+        .env("VMEM_TEST_TEMPORARY", then)
+        .env("TMPDIR", place)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let made = lines.find_map(|line| line.strip_prefix("ready ").map(PathBuf::from)).unwrap();
+    if then == "end" {
+        // What else it prints is read, so that it can.
+        lines.for_each(drop);
+    }
+    (child, made)
+}
+
+/// Mechanism: a killed process cannot remove its temporary directory. Effect: it stayed for ever. Fix:
+/// the next temporary store removes those whose lock is free, and nothing else.
+#[test]
+fn directories_of_dead_temporary_stores_are_removed_by_the_next() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path().canonicalize().unwrap();
+    let killed = |then: &str| {
+        let (mut child, made) = temporary_in(&place, then);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        made
+    };
+    let (mut alive, living) = temporary_in(&place, "park");
+    let shared = killed("park");
+    // Not its own any more: somebody keeps something there.
+    fs::write(shared.join("notes"), "precious").unwrap();
+    // Not temporary: a store that is closed, or one that was taken over by name.
+    let closed = place.join("vmem-AAAAAA");
+    drop(StoreDirectory::open(Some(&closed)).unwrap());
+    let adopted = killed("park");
+    drop(StoreDirectory::open(Some(&adopted)).unwrap());
+    let dead = killed("park");
+    assert!(dead.join(LOCK_FILE).exists());
+    // Somebody is about to lock it, or it is not one at all.
+    let young = place.join("vmem-BBBBBB");
+    fs::create_dir(&young).unwrap();
+    fs::write(young.join(LOCK_FILE), "").unwrap();
+    let named = place.join("vmem-cache");
+    fs::create_dir(&named).unwrap();
+    fs::write(named.join(LOCK_FILE), "1\ntemporary\n").unwrap();
+    symlink(&named, place.join("vmem-CCCCCC")).unwrap();
+
+    let (mut next, made) = temporary_in(&place, "end");
+    assert!(next.wait().unwrap().success());
+    assert!(!made.exists(), "its own, which it removed at its end");
+    assert!(!dead.exists(), "the dead one is gone");
+    for stays in [&living, &shared, &closed, &adopted, &young, &named] {
+        assert!(stays.join(LOCK_FILE).exists(), "{stays:?}");
+    }
+    alive.kill().unwrap();
+    alive.wait().unwrap();
+}
+
 /// `O_NONBLOCK` would make io_uring submit at once to file systems that block in the call.
 #[test]
 fn the_data_file_is_not_opened_as_one_that_never_blocks() {

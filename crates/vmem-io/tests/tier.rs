@@ -272,7 +272,8 @@ async fn a_full_file_system_is_reported_and_recovers() {
     };
     let other = mount.0.join("other");
     std::fs::write(&other, vec![1; 2 << 20]).unwrap();
-    let disk = open_disk(Some(&mount.0), Some(64 * MIB), IoDriver::Auto, 1 << 20).unwrap();
+    let disk =
+        open_disk(Some(&mount.0.join("store")), Some(64 * MIB), IoDriver::Auto, 1 << 20).unwrap();
     assert!(disk.tmpfs && disk.backend.describe().contains("tmpfs"));
     let backend = &disk.backend;
     let payload = [Bytes::from(vec![3; 65536])];

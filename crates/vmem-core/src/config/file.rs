@@ -1,13 +1,15 @@
 //! A configuration from a file, with the feature `serde`.
 //!
-//! Invariant: what is read goes through the builder, so it is checked as any other; a field that is not
-//! known is an error, since it is a typing error more often than not. Called by serde.
+//! Invariant: what is read goes through the builder, so it is checked as any other; a field that is
+//! not known is an error, since it is a typing error more often than not. What is refused is told
+//! what would do, in the words of the configuration. Called by serde.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use serde::de::{Deserialize, Deserializer, Error};
+use serde::de::{Deserialize, Deserializer, Error, Unexpected, Visitor};
 
 use super::{GpuSelection, Promotion, VirtualMemoryConfig, VirtualMemoryConfigBuilder};
 use crate::policy::PolicyKind;
@@ -17,35 +19,122 @@ use crate::policy::PolicyKind;
 #[serde(default, deny_unknown_fields)]
 struct Fields {
     disk_path: Option<PathBuf>,
-    host_capacity: Option<ByteSize>,
-    staging_capacity: Option<ByteSize>,
-    disk_capacity: Option<ByteSize>,
-    vram_capacity: Option<ByteSize>,
+    host_capacity: Option<Size>,
+    staging_capacity: Option<Size>,
+    disk_capacity: Option<Size>,
+    vram_capacity: Option<Size>,
     gpu: Option<Gpu>,
     io_driver: Option<String>,
     watermarks: Option<(f64, f64)>,
     max_pinned: Option<f64>,
     policy: Option<String>,
     promotion: Option<Promote>,
-    catalog_cache: Option<ByteSize>,
+    catalog_cache: Option<Size>,
     #[serde(with = "humantime_serde")]
     wait_timeout: Option<Duration>,
 }
 
-/// `"auto"`, `"off"`, an ordinal, or the text of a UUID.
-#[derive(serde::Deserialize)]
-#[serde(untagged)]
-enum Gpu {
-    Device(usize),
-    Word(String),
+/// A value that is a whole number or a word.
+trait NumberOrWord: Sized {
+    /// What would do, for errors.
+    const EXPECTED: &'static str;
+
+    /// The value of a number; `None` for one that is none.
+    fn of_number(number: u64) -> Option<Self>;
+
+    /// The value of a word; `None` for one that is none.
+    fn of_word(word: &str) -> Option<Self>;
 }
 
-/// `"never"`, or at which read.
-#[derive(serde::Deserialize)]
-#[serde(untagged)]
-enum Promote {
-    OnNthRead(u32),
-    Word(String),
+/// Reads a [`NumberOrWord`].
+struct Reads<T>(std::marker::PhantomData<T>);
+
+impl<T: NumberOrWord> Visitor<'_> for Reads<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(T::EXPECTED)
+    }
+
+    fn visit_u64<E: Error>(self, number: u64) -> Result<T, E> {
+        let refused = || E::invalid_value(Unexpected::Unsigned(number), &T::EXPECTED);
+        T::of_number(number).ok_or_else(refused)
+    }
+
+    fn visit_i64<E: Error>(self, number: i64) -> Result<T, E> {
+        match u64::try_from(number) {
+            Ok(number) => self.visit_u64(number),
+            Err(_) => Err(E::invalid_value(Unexpected::Signed(number), &T::EXPECTED)),
+        }
+    }
+
+    fn visit_str<E: Error>(self, word: &str) -> Result<T, E> {
+        let refused = || E::invalid_value(Unexpected::Str(word), &T::EXPECTED);
+        T::of_word(word).ok_or_else(refused)
+    }
+}
+
+/// Implements `Deserialize` by [`Reads`].
+macro_rules! read_as_number_or_word {
+    ($($of:ty),+) => {$(
+        impl<'de> Deserialize<'de> for $of {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                deserializer.deserialize_any(Reads(std::marker::PhantomData))
+            }
+        }
+    )+};
+}
+
+read_as_number_or_word!(Size, Gpu, Promote);
+
+/// A size in bytes.
+struct Size(u64);
+
+impl NumberOrWord for Size {
+    const EXPECTED: &'static str = "a size in bytes, such as 1048576, \"512MiB\" or \"1.5 GB\"";
+
+    fn of_number(number: u64) -> Option<Self> {
+        Some(Size(number))
+    }
+
+    fn of_word(word: &str) -> Option<Self> {
+        word.trim().parse::<ByteSize>().ok().map(|size| Size(size.as_u64()))
+    }
+}
+
+struct Gpu(GpuSelection);
+
+impl NumberOrWord for Gpu {
+    const EXPECTED: &'static str = "\"auto\", \"off\", an ordinal such as 0, or a UUID";
+
+    fn of_number(number: u64) -> Option<Self> {
+        Some(Gpu(GpuSelection::Device(usize::try_from(number).ok()?)))
+    }
+
+    fn of_word(word: &str) -> Option<Self> {
+        match word {
+            "auto" => Some(Gpu(GpuSelection::Auto)),
+            "off" => Some(Gpu(GpuSelection::Off)),
+            // Every UUID has some, and no other word here.
+            uuid if uuid.contains('-') => Some(Gpu(GpuSelection::Uuid(uuid.to_owned()))),
+            _ => None,
+        }
+    }
+}
+
+struct Promote(Promotion);
+
+impl NumberOrWord for Promote {
+    const EXPECTED: &'static str = "the number of a read from 1 on, or \"never\"";
+
+    fn of_number(number: u64) -> Option<Self> {
+        let nth = u32::try_from(number).ok().filter(|&nth| nth > 0)?;
+        Some(Promote(Promotion::OnNthRead(nth)))
+    }
+
+    fn of_word(word: &str) -> Option<Self> {
+        (word == "never").then_some(Promote(Promotion::Never))
+    }
 }
 
 impl<'de> Deserialize<'de> for VirtualMemoryConfig {
@@ -57,19 +146,14 @@ impl<'de> Deserialize<'de> for VirtualMemoryConfig {
 
 fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
     let mut builder = VirtualMemoryConfig::builder();
-    let bytes = |size: Option<ByteSize>| size.map(|size| size.as_u64());
+    let bytes = |size: Option<Size>| size.map(|size| size.0);
     builder.disk_path = fields.disk_path;
     builder.host_capacity = bytes(fields.host_capacity);
     builder.staging_capacity = bytes(fields.staging_capacity);
     builder.disk_capacity = bytes(fields.disk_capacity);
     builder.vram_capacity = bytes(fields.vram_capacity);
-    if let Some(gpu) = fields.gpu {
-        builder.gpu = match gpu {
-            Gpu::Device(ordinal) => GpuSelection::Device(ordinal),
-            Gpu::Word(word) if word == "auto" => GpuSelection::Auto,
-            Gpu::Word(word) if word == "off" => GpuSelection::Off,
-            Gpu::Word(uuid) => GpuSelection::Uuid(uuid),
-        };
+    if let Some(Gpu(gpu)) = fields.gpu {
+        builder.gpu = gpu;
     }
     if let Some(driver) = fields.io_driver {
         builder.io_driver = driver.parse().map_err(|error| format!("{error}"))?;
@@ -78,14 +162,8 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
         let kind = policy.parse::<PolicyKind>().map_err(|error| format!("{error}"))?;
         builder.policy = kind.into();
     }
-    if let Some(promotion) = fields.promotion {
-        builder.promotion = match promotion {
-            Promote::OnNthRead(nth) => Promotion::OnNthRead(nth),
-            Promote::Word(word) if word == "never" => Promotion::Never,
-            Promote::Word(word) => {
-                return Err(format!("promotion: a number of reads or \"never\", not {word:?}"));
-            }
-        };
+    if let Some(Promote(promotion)) = fields.promotion {
+        builder.promotion = promotion;
     }
     builder.watermarks = fields.watermarks.unwrap_or(builder.watermarks);
     builder.max_pinned = fields.max_pinned.unwrap_or(builder.max_pinned);

@@ -242,13 +242,22 @@ impl VirtualMemory {
 
     pub(super) async fn flush_named(&self, object: Arc<Object>) -> Result<()> {
         self.change(move |shared, deadline| async move {
-            names::flush(&shared, &object, &deadline).await
+            names::flush(&shared, &object, &deadline).await?;
+            // What was durable before may have gone since.
+            shared.names.catalog()?.check().await
         })
         .await
     }
 
     pub(super) async fn flush_all_named(&self) -> Result<()> {
-        self.change(move |shared, _| async move { names::flush_all(&shared).await }).await
+        self.change(move |shared, _| async move {
+            names::flush_all(&shared).await?;
+            match shared.names.catalog() {
+                Ok(catalog) => catalog.check().await,
+                Err(_) => Ok(()),
+            }
+        })
+        .await
     }
 
     /// A name that may be one, of a store that is open.

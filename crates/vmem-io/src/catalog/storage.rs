@@ -18,11 +18,26 @@ use redb::StorageBackend;
 pub(super) struct Storage {
     inner: Arc<dyn StorageBackend>,
     sync_failed: Arc<AtomicBool>,
+    /// Another database lies in the same file now.
+    replaced: Arc<AtomicBool>,
 }
 
 impl Storage {
     pub(super) fn new(inner: Arc<dyn StorageBackend>) -> Self {
-        Storage { inner, sync_failed: Arc::default() }
+        Storage { inner, sync_failed: Arc::default(), replaced: Arc::default() }
+    }
+
+    /// The same for another database. Whatever the one over this storage still does is refused.
+    pub(super) fn replaced(&self) -> Self {
+        self.replaced.store(true, Ordering::Release);
+        Storage { replaced: Arc::default(), ..self.clone() }
+    }
+
+    fn check(&self) -> io::Result<()> {
+        match self.replaced.load(Ordering::Acquire) {
+            false => Ok(()),
+            true => Err(io::Error::other("a commit failed meanwhile, try again")),
+        }
     }
 
     pub(super) fn of_file(file: File) -> Self {
@@ -36,34 +51,41 @@ impl Storage {
 
 impl StorageBackend for Storage {
     fn len(&self) -> io::Result<u64> {
+        self.check()?;
         self.inner.len()
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.inner.read(offset, out)
+        self.inner.read(offset, out)?;
+        // Afterwards: what was read may have been written over just before.
+        self.check()
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
+        self.check()?;
         self.inner.set_len(len)
     }
 
     fn sync_data(&self) -> io::Result<()> {
+        self.check()?;
         let synced = self.inner.sync_data();
         self.sync_failed.fetch_or(synced.is_err(), Ordering::AcqRel);
         synced
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.check()?;
         self.inner.write(offset, data)
     }
 
     fn close(&self) -> io::Result<()> {
+        self.check()?;
         self.inner.close()
     }
 }
 
-/// Storage that is read, and what is written to it kept in memory: redb repairs and tidies up what it
-/// opens, and whoever only looks must not change anything.
+/// Storage that is read, and what is written to it kept in memory: redb repairs and tidies up what
+/// it opens, and whoever only looks must not change anything.
 #[derive(Debug)]
 pub(super) struct Overlay {
     below: Storage,

@@ -23,6 +23,7 @@ use super::direct::Alignment;
 use super::job::Job;
 use super::memory::BounceBudget;
 use super::{Driver, Keep, ReadPiece, WriteRun, closed_error};
+use crate::process::Origin;
 
 /// What a [`Queued`] driver is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +64,7 @@ pub struct Queued<E: Engine> {
 }
 
 struct Core<E> {
+    origin: Origin,
     engine: E,
     room: Arc<Semaphore>,
     bounces: BounceBudget,
@@ -89,6 +91,7 @@ impl<E: Engine> Queued<E> {
             engine.describe(),
         );
         let core = Core {
+            origin: Origin::here(),
             engine,
             room: Arc::new(Semaphore::new(queue_max)),
             bounces: BounceBudget::new(),
@@ -265,6 +268,10 @@ async fn settled(job: impl Future<Output = Option<Box<Job>>>) -> (Keep, io::Resu
 impl<E: Engine> Drop for Queued<E> {
     /// Waits for what the engine has; what waits for room is refused.
     fn drop(&mut self) {
+        if self.core.origin.is_inherited() {
+            // The engine's memory and threads are not here, its rings are the parent's.
+            return std::mem::forget(Arc::clone(&self.core));
+        }
         self.core.refuse_waiting();
         self.core.engine.shut_down();
     }

@@ -39,6 +39,7 @@ use super::direct::Alignment;
 use super::job::{self, Job};
 use super::queued::{Engine, Queued};
 use super::{RETRY_AFTER, RingOptions};
+use crate::process::Origin;
 
 /// How long the kernel may take nothing of what is submitted before the ring is given up.
 const STUCK_MAX: Duration = Duration::from_secs(5);
@@ -123,7 +124,8 @@ impl Reactor {
             made.push((Arc::new(Lane::new(ring)), fd));
         }
         reactor.lanes = made.iter().map(|(lane, _)| Arc::clone(lane)).collect();
-        let serve = |(lane, fd)| runtime.spawn(serve(Attached(lane), fd));
+        let origin = Origin::here();
+        let serve = |(lane, fd)| runtime.spawn(serve(Attached { lane, fd: Some(fd), origin }));
         reactor.tasks = Mutex::new(made.into_iter().map(serve).collect());
         Ok(reactor)
     }
@@ -383,25 +385,36 @@ impl fmt::Debug for Lane {
 
 /// A lane whose ring is drained by whoever has this. Dropped before the lane has closed, which is
 /// when the runtime goes, it sees to the rest.
-struct Attached(Arc<Lane>);
+struct Attached {
+    lane: Arc<Lane>,
+    /// The ring, in the reactor. None while this is dropped.
+    fd: Option<AsyncFd<OwnedFd>>,
+    origin: Origin,
+}
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        if self.0.outlook().0 {
+        let fd = self.fd.take();
+        if self.origin.is_inherited() {
+            // The memory of the ring is not here, and the reactor is the parent's.
+            return std::mem::forget((fd, Arc::clone(&self.lane)));
+        }
+        drop(fd);
+        if self.lane.outlook().0 {
             return;
         }
-        self.0.begin_close();
-        let lane = Arc::clone(&self.0);
+        self.lane.begin_close();
+        let lane = Arc::clone(&self.lane);
         let rescue = thread::Builder::new().name("vmem-io-drain".to_owned());
         if rescue.spawn(move || lane.drain()).is_err() {
-            self.0.drain();
+            self.lane.drain();
         }
     }
 }
 
 /// Drains the ring of a lane until the lane is closed.
-async fn serve(lane: Attached, fd: AsyncFd<OwnedFd>) {
-    let lane = &lane.0;
+async fn serve(attached: Attached) {
+    let (lane, Some(fd)) = (&attached.lane, &attached.fd) else { return };
     loop {
         let (done, retry) = lane.outlook();
         if done {

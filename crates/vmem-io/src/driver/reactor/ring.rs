@@ -13,7 +13,6 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use io_uring::types::{Fd, FsyncFlags};
@@ -27,6 +26,7 @@ use vmem_core::backend::StagingMemory;
 
 use crate::driver::job::{Job, Kind, Step, Submission};
 use crate::driver::memory::Region;
+use crate::runtime::quietly;
 
 /// Entries of the submission queue; the completion queue has twice as many.
 const ENTRIES: u32 = 256;
@@ -99,10 +99,11 @@ impl Ring {
             unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }
         };
         // The runtime may have no reactor, of which tokio tells by a panic alone.
-        match catch_unwind(AssertUnwindSafe(register)) {
+        match quietly(register) {
             Ok(registered) => Ok(registered?),
-            Err(_) => {
-                let why = "this tokio runtime has no I/O driver: build it with `enable_io`";
+            Err(()) => {
+                let why = "this tokio runtime has no I/O driver: build it with `enable_io` or \
+                           `enable_all`";
                 Err(io::Error::new(io::ErrorKind::Unsupported, why))
             }
         }
