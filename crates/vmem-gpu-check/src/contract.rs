@@ -5,6 +5,8 @@
 
 #![allow(unsafe_code)]
 
+mod habits;
+
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -46,6 +48,21 @@ pub(crate) fn parts() -> Vec<Part> {
         ),
         part("contract-contexts", contexts, "contexts belong to threads"),
         part("contract-capture", capture, "a capture is broken by careless threads only"),
+        part(
+            "contract-captured-event",
+            habits::captured_event,
+            "an event that was recorded into a capture is not complete",
+        ),
+        part(
+            "contract-slow-host-function",
+            habits::slow_host_function,
+            "an event does not wait for a host function of another stream",
+        ),
+        part(
+            "contract-registration-sizes",
+            habits::registration_sizes,
+            "memory of any size is registered in one piece",
+        ),
         part("contract-memory", memory, "memory that runs out, and comes again"),
         part("contract-queue", queue, "many launches behind a kernel"),
         part("contract-order", order, "streams without an event between them run side by side"),
