@@ -132,6 +132,38 @@ async fn slabs_are_given_back_and_committed_again() {
     end(vmem, &emulator).await;
 }
 
+/// Mechanism: each change of an object on the device takes room for a new version in host memory and frees that of the
+/// one before. Effect: with more than an eighth of the budget free, the freed slabs were unregistered at once, which on a
+/// card waits for whatever runs there, and the next versions went to fresh pages, by the detour: 2.7 GiB/s of 51 on an
+/// H100. Fix: a registered slab stays until its pages are needed elsewhere.
+#[tokio::test]
+async fn registered_slabs_stay_when_versions_are_replaced() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(24 * MIB).await;
+    let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+    let mut handles = Vec::new();
+    for seed in 0..8 {
+        handles.push(vmem.put(bytes(seed, MIB), HOST).await.unwrap());
+    }
+    let mut detours = 0;
+    for round in 0..8 {
+        let before = emulator.counter("blocking_copies");
+        let mut leases = Vec::new();
+        for handle in &handles {
+            leases.push(vmem.device_mut_on(handle, &stream).await.unwrap());
+        }
+        for lease in leases {
+            lease.finish().await.unwrap();
+        }
+        detours = emulator.counter("blocking_copies") - before;
+        println!("round {round}: {detours} copies by the detour");
+    }
+    assert_eq!(emulator.calls("cuMemHostUnregister"), 0, "nobody needs their pages");
+    assert_eq!(detours, 0, "each version goes to memory that the device knows");
+    drop(handles);
+    end(vmem, &emulator).await;
+}
+
 /// A driver that registers no more: everything goes by the detour.
 #[tokio::test]
 async fn a_driver_that_registers_nothing() {

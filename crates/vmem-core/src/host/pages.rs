@@ -106,16 +106,13 @@ impl State {
         aside.into_iter().for_each(|run| self.kept.add(run));
     }
 
-    /// Chooses what goes at once of a run that has come back, because enough is kept: what no device knows, and slabs
-    /// that are kept as a whole.
+    /// Chooses what goes at once of a run that has come back, because enough is kept: what no device knows. Registered
+    /// slabs stay until their pages are needed elsewhere: a driver unregisters only once the device is idle, which whoever
+    /// frees memory must not wait for, and what comes next would be copied by the detour and registered anew.
     fn let_go(&mut self, run: Range<u64>, kept_max: u64) -> Leaving {
         let mut leaving = Leaving::default();
         for (slab, pages) in self.split(run) {
-            let pages = match &self.slabs {
-                Some(slabs) if !slabs.is_plain(slab) => slabs.pages(slab),
-                _ => pages,
-            };
-            let may = self.may_leave(slab, true, &leaving) && self.kept.total() > kept_max;
+            let may = self.may_leave(slab, false, &leaving) && self.kept.total() > kept_max;
             if may && self.kept.take_these(&pages) {
                 self.leave(slab, pages, &mut leaving);
             }
