@@ -66,7 +66,7 @@ macro_rules! parts {
 parts! {
     contract_copies = "contract-copies"
     contract_registration = "contract-registration"
-    contract_unregister = "contract-unregister"
+    contract_waiting = "contract-waiting"
     contract_stale_pages = "contract-stale-pages"
     contract_events = "contract-events"
     contract_host_functions = "contract-host-functions"

@@ -1,6 +1,9 @@
-//! What users and sizes do to the driver's answers: captured events, slow host functions, registrations by size.
+//! What users and sizes do to the driver's answers: captured events, slow host functions, registrations by size, and which
+//! calls wait for kernels.
 //!
 //! Invariant: each part ends with a context that works. Called by `contract`.
+
+use std::cell::RefCell;
 
 use super::*;
 
@@ -108,4 +111,80 @@ pub(super) fn registration_sizes(env: &Env) -> Result<Outcome> {
         );
     }
     Ok(Outcome::Passed(figures.into()))
+}
+
+/// Which calls wait until the kernels of others have ended. Those that vmem makes on threads of users, and on those of its
+/// lanes while copies are under way, do not.
+pub(super) fn waiting(env: &Env) -> Result<Outcome> {
+    let user = env.user()?;
+    let kernels = user.context.new_stream()?;
+    let (event, stream) = (user.context.new_event(None)?, user.context.new_stream()?);
+    let device = user.allocate(4096)?;
+    let (mut pinned, mut known) = (user.pinned(4096)?, Mapped::new(2 * MIB)?);
+    let mut fresh = Mapped::new(2 * MIB)?;
+    known.bytes().fill(1);
+    fresh.bytes().fill(1);
+    ensure!(known.register(0, 2 * MIB) == 0, "registering");
+    let context = user.context.cu_ctx();
+    let figures = RefCell::new(serde_json::Map::new());
+    let waited = RefCell::new(Vec::new());
+    // A kernel of its own for each call: what came before must not have waited for it already.
+    let timed = |name: &'static str, call: &mut dyn FnMut() -> Result<()>| -> Result<()> {
+        user.spin(SPIN, &kernels)?;
+        let begun = Instant::now();
+        call().context(name)?;
+        let took = begun.elapsed();
+        kernels.synchronize()?;
+        figures.borrow_mut().insert(name.into(), (took.as_micros() as u64).into());
+        if took > SPIN / 2 {
+            waited.borrow_mut().push(name);
+        }
+        Ok(())
+    };
+    let none = |code: i32, what: &str| {
+        ensure!(code == 0, "{what}: {code}");
+        Ok(())
+    };
+    timed("record_and_query", &mut || {
+        event.record(&stream)?;
+        while !event.try_is_complete()? {
+            std::thread::yield_now();
+        }
+        Ok(())
+    })?;
+    timed("new_event", &mut || Ok(drop(user.context.new_event(None)?)))?;
+    timed("context", &mut || {
+        // SAFETY: the context is retained, and popped below.
+        unsafe { sys::cuCtxPushCurrent_v2(context) }.result()?;
+        let mut popped = std::ptr::null_mut();
+        // SAFETY: a place for what was pushed.
+        Ok(unsafe { sys::cuCtxPopCurrent_v2(&mut popped) }.result()?)
+    })?;
+    timed("memory_info", &mut || Ok(result::mem_get_info().map(|_| ())?))?;
+    timed("copy_up_and_down", &mut || {
+        none(up(device.address, pinned.bytes(), &stream), "a copy")?;
+        none(down(pinned.bytes_mut(), device.address, &stream), "a copy")?;
+        Ok(stream.synchronize()?)
+    })?;
+    timed("fill", &mut || {
+        // SAFETY: this part's memory, on its stream.
+        unsafe { result::memset_d8_async(device.address, 0, 4096, stream.cu_stream()) }?;
+        Ok(stream.synchronize()?)
+    })?;
+    timed("new_stream", &mut || Ok(drop(user.context.new_stream()?)))?;
+    let needed = waited.borrow().clone();
+    timed("register", &mut || none(fresh.register(0, 2 * MIB), "registering"))?;
+    timed("unregister", &mut || none(known.unregister(0), "unregistering"))?;
+    timed("allocate", &mut || Ok(std::mem::forget(user.allocate(2 * MIB)?)))?;
+    let (one, host) = (user.allocate(2 * MIB)?, user.pinned(2 * MIB)?);
+    let mut one = Some(one);
+    timed("free", &mut || Ok(drop(one.take())))?;
+    timed("allocate_host", &mut || Ok(std::mem::forget(user.pinned(2 * MIB)?)))?;
+    let mut host = Some(host);
+    timed("free_host", &mut || Ok(drop(host.take())))?;
+    none(fresh.unregister(0), "unregistering")?;
+    ensure!(needed.is_empty(), "waited for a kernel of another stream: {needed:?}");
+    Ok(Outcome::Passed(json!({
+        "waited_for_a_kernel": waited.into_inner(), "us": figures.into_inner(),
+    })))
 }
