@@ -1,5 +1,4 @@
-//! What users and sizes do to the driver's answers: captured events, slow host functions, registrations by size, and which
-//! calls wait for kernels.
+//! What users and sizes do to the driver's answers.
 //!
 //! Invariant: each part ends with a context that works. Called by `contract`.
 
@@ -24,7 +23,7 @@ pub(super) fn captured_event(env: &Env) -> Result<Outcome> {
         asked.map_or_else(|DriverError(code)| code as i32, |done| if done { 0 } else { 600 });
     // SAFETY: ends the capture that was begun.
     let ended = code(unsafe { result::stream::end_capture(stream.cu_stream()) });
-    // Recorded into a graph it says nothing of work that was queued: it must not be taken for an end.
+    // Recorded into a graph it says nothing of work that was queued.
     ensure!(recorded != 0 || during != 0, "a captured event counts as complete");
     // Nothing sticks: the context serves, and so does the event itself.
     event.record(stream).context("recording after the capture")?;
@@ -78,7 +77,9 @@ pub(super) fn slow_host_function(env: &Env) -> Result<Outcome> {
     // The watchdog of vmem asks events, not notices.
     ensure!(beside, "an event waits for a host function of another stream");
     Ok(Outcome::Passed(json!({
-        "slow_ms": SLOW.as_millis() as u64, "event_us": event_us, "notice_late_us": late.as_micros() as u64,
+        "slow_ms": SLOW.as_millis() as u64,
+        "event_us": event_us,
+        "notice_late_us": late.as_micros() as u64,
     })))
 }
 
@@ -106,15 +107,15 @@ pub(super) fn registration_sizes(env: &Env) -> Result<Outcome> {
         figures.insert(
             format!("{}_kib", len / KIB),
             json!({
-                "register_us": register.as_micros() as u64, "unregister_us": unregister.as_micros() as u64,
+                "register_us": register.as_micros() as u64,
+                "unregister_us": unregister.as_micros() as u64,
             }),
         );
     }
     Ok(Outcome::Passed(figures.into()))
 }
 
-/// Which calls wait until the kernels of others have ended. Those that vmem makes on threads of users, and on those of its
-/// lanes while copies are under way, do not.
+/// Which calls wait until the kernels of others have ended: not those on threads of users and lanes.
 pub(super) fn waiting(env: &Env) -> Result<Outcome> {
     let user = env.user()?;
     let kernels = user.context.new_stream()?;
@@ -152,7 +153,10 @@ pub(super) fn waiting(env: &Env) -> Result<Outcome> {
         }
         Ok(())
     })?;
-    timed("new_event", &mut || Ok(drop(user.context.new_event(None)?)))?;
+    timed("new_event", &mut || {
+        user.context.new_event(None)?;
+        Ok(())
+    })?;
     timed("context", &mut || {
         // SAFETY: the context is retained, and popped below.
         unsafe { sys::cuCtxPushCurrent_v2(context) }.result()?;
@@ -160,7 +164,10 @@ pub(super) fn waiting(env: &Env) -> Result<Outcome> {
         // SAFETY: a place for what was pushed.
         Ok(unsafe { sys::cuCtxPopCurrent_v2(&mut popped) }.result()?)
     })?;
-    timed("memory_info", &mut || Ok(result::mem_get_info().map(|_| ())?))?;
+    timed("memory_info", &mut || {
+        result::mem_get_info()?;
+        Ok(())
+    })?;
     timed("copy_up_and_down", &mut || {
         none(up(device.address, pinned.bytes(), &stream), "a copy")?;
         none(down(pinned.bytes_mut(), device.address, &stream), "a copy")?;
@@ -171,17 +178,35 @@ pub(super) fn waiting(env: &Env) -> Result<Outcome> {
         unsafe { result::memset_d8_async(device.address, 0, 4096, stream.cu_stream()) }?;
         Ok(stream.synchronize()?)
     })?;
-    timed("new_stream", &mut || Ok(drop(user.context.new_stream()?)))?;
+    timed("new_stream", &mut || {
+        user.context.new_stream()?;
+        Ok(())
+    })?;
     let needed = waited.borrow().clone();
     timed("register", &mut || none(fresh.register(0, 2 * MIB), "registering"))?;
     timed("unregister", &mut || none(known.unregister(0), "unregistering"))?;
-    timed("allocate", &mut || Ok(std::mem::forget(user.allocate(2 * MIB)?)))?;
+    // Freed behind the kernels.
+    let (mut allocated, mut pages) = (None, None);
+    timed("allocate", &mut || {
+        allocated = Some(user.allocate(2 * MIB)?);
+        Ok(())
+    })?;
     let (one, host) = (user.allocate(2 * MIB)?, user.pinned(2 * MIB)?);
     let mut one = Some(one);
-    timed("free", &mut || Ok(drop(one.take())))?;
-    timed("allocate_host", &mut || Ok(std::mem::forget(user.pinned(2 * MIB)?)))?;
+    timed("free", &mut || {
+        one.take();
+        Ok(())
+    })?;
+    timed("allocate_host", &mut || {
+        pages = Some(user.pinned(2 * MIB)?);
+        Ok(())
+    })?;
     let mut host = Some(host);
-    timed("free_host", &mut || Ok(drop(host.take())))?;
+    timed("free_host", &mut || {
+        host.take();
+        Ok(())
+    })?;
+    drop((allocated, pages));
     none(fresh.unregister(0), "unregistering")?;
     ensure!(needed.is_empty(), "waited for a kernel of another stream: {needed:?}");
     Ok(Outcome::Passed(json!({
