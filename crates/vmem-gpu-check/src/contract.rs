@@ -53,7 +53,7 @@ pub(crate) fn parts() -> Vec<Part> {
         part("contract-contexts", contexts, "contexts belong to threads"),
         part("contract-capture", capture, "a capture is broken by careless threads only"),
         part(
-            "contract-captured-event",
+            "contract-event-captured",
             habits::captured_event,
             "an event that was recorded into a capture is not complete",
         ),
@@ -63,7 +63,7 @@ pub(crate) fn parts() -> Vec<Part> {
             "an event does not wait for a host function of another stream",
         ),
         part(
-            "contract-registration-sizes",
+            "contract-sizes",
             habits::registration_sizes,
             "memory of any size is registered in one piece",
         ),

@@ -121,7 +121,8 @@ pub(super) fn waiting(env: &Env) -> Result<Outcome> {
     let kernels = user.context.new_stream()?;
     let (event, stream) = (user.context.new_event(None)?, user.context.new_stream()?);
     let device = user.allocate(4096)?;
-    let (mut pinned, mut known) = (user.pinned(4096)?, Mapped::new(2 * MIB)?);
+    let (source, mut target) = (user.pinned(4096)?, user.pinned(4096)?);
+    let mut known = Mapped::new(2 * MIB)?;
     let mut fresh = Mapped::new(2 * MIB)?;
     known.bytes().fill(1);
     fresh.bytes().fill(1);
@@ -129,80 +130,86 @@ pub(super) fn waiting(env: &Env) -> Result<Outcome> {
     let context = user.context.cu_ctx();
     let figures = RefCell::new(serde_json::Map::new());
     let waited = RefCell::new(Vec::new());
-    // A kernel of its own for each call: what came before must not have waited for it already.
-    let timed = |name: &'static str, call: &mut dyn FnMut() -> Result<()>| -> Result<()> {
-        user.spin(SPIN, &kernels)?;
-        let begun = Instant::now();
-        call().context(name)?;
-        let took = begun.elapsed();
-        kernels.synchronize()?;
-        figures.borrow_mut().insert(name.into(), (took.as_micros() as u64).into());
-        if took > SPIN / 2 {
-            waited.borrow_mut().push(name);
+    // A kernel of its own for each call: what came before must not have waited for it already. One
+    // that may be repeated is, for a busy machine can be later than the kernel without waiting.
+    let timed = |name: &'static str, tries: usize, call: &mut dyn FnMut() -> Result<()>| {
+        for _ in 0..tries {
+            user.spin(SPIN, &kernels)?;
+            let ended = kernels.record_event(None)?;
+            let begun = Instant::now();
+            call().context(name)?;
+            let took = begun.elapsed();
+            let beside = !ended.try_is_complete()?;
+            kernels.synchronize()?;
+            figures.borrow_mut().insert(name.into(), (took.as_micros() as u64).into());
+            if beside {
+                return Ok(());
+            }
         }
-        Ok(())
+        waited.borrow_mut().push(name);
+        anyhow::Ok(())
     };
     let none = |code: i32, what: &str| {
         ensure!(code == 0, "{what}: {code}");
         Ok(())
     };
-    timed("record_and_query", &mut || {
+    timed("record_and_query", 5, &mut || {
         event.record(&stream)?;
         while !event.try_is_complete()? {
             std::thread::yield_now();
         }
         Ok(())
     })?;
-    timed("new_event", &mut || {
+    timed("new_event", 5, &mut || {
         user.context.new_event(None)?;
         Ok(())
     })?;
-    timed("context", &mut || {
+    timed("context", 5, &mut || {
         // SAFETY: the context is retained, and popped below.
         unsafe { sys::cuCtxPushCurrent_v2(context) }.result()?;
         let mut popped = std::ptr::null_mut();
         // SAFETY: a place for what was pushed.
         Ok(unsafe { sys::cuCtxPopCurrent_v2(&mut popped) }.result()?)
     })?;
-    timed("memory_info", &mut || {
+    timed("memory_info", 5, &mut || {
         result::mem_get_info()?;
         Ok(())
     })?;
-    timed("copy_up_and_down", &mut || {
-        none(up(device.address, pinned.bytes(), &stream), "a copy")?;
-        none(down(pinned.bytes_mut(), device.address, &stream), "a copy")?;
+    timed("copy_up_and_down", 5, &mut || {
+        none(up(device.address, source.bytes(), &stream), "a copy")?;
+        none(down(target.bytes_mut(), device.address, &stream), "a copy")?;
         Ok(stream.synchronize()?)
     })?;
-    timed("fill", &mut || {
+    timed("fill", 5, &mut || {
         // SAFETY: this part's memory, on its stream.
         unsafe { result::memset_d8_async(device.address, 0, 4096, stream.cu_stream()) }?;
         Ok(stream.synchronize()?)
     })?;
-    timed("new_stream", &mut || {
+    timed("new_stream", 5, &mut || {
         user.context.new_stream()?;
         Ok(())
     })?;
     let needed = waited.borrow().clone();
-    timed("register", &mut || none(fresh.register(0, 2 * MIB), "registering"))?;
-    timed("unregister", &mut || none(known.unregister(0), "unregistering"))?;
+    timed("register", 1, &mut || none(fresh.register(0, 2 * MIB), "registering"))?;
+    timed("unregister", 1, &mut || none(known.unregister(0), "unregistering"))?;
     // Freed behind the kernels.
     let (mut allocated, mut pages) = (None, None);
-    timed("allocate", &mut || {
+    timed("allocate", 1, &mut || {
         allocated = Some(user.allocate(2 * MIB)?);
         Ok(())
     })?;
     let (one, host) = (user.allocate(2 * MIB)?, user.pinned(2 * MIB)?);
     let mut one = Some(one);
-    timed("free", &mut || {
+    timed("free", 1, &mut || {
         one.take();
         Ok(())
     })?;
-    timed("allocate_host", &mut || {
+    timed("allocate_host", 1, &mut || {
         pages = Some(user.pinned(2 * MIB)?);
         Ok(())
     })?;
     let mut host = Some(host);
-    timed("free_host", &mut || {
+    timed("free_host", 1, &mut || {
         host.take();
         Ok(())
     })?;
