@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds `gpu-check` for a machine with an NVIDIA driver and nothing else: one file, stripped, that needs no library but the C
-# library (2.34 or newer). Prints where it is.
+# Builds `gpu-check` for a machine with an NVIDIA driver and nothing else: one file, stripped, that needs the C library (2.34 or
+# newer) and GCC's unwinder (`libgcc_s.so.1`), which distributions install with it. A static unwinder would need the C library that
+# it was built with, often a newer one. Prints where it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,6 +22,15 @@ if command -v objdump >/dev/null; then
         exit 1
     fi
     needed=$(objdump -p "$built" | awk '/NEEDED/ { print $2 }' | tr '\n' ' ')
+    for library in $needed; do
+        case $library in
+        libc.so.* | libm.so.* | libdl.so.* | libpthread.so.* | ld-linux* | libgcc_s.so.1) ;;
+        *)
+            echo "it needs $library, which a bare machine may lack" >&2
+            exit 1
+            ;;
+        esac
+    done
     echo "$built: $bytes bytes, needs $newest and $needed"
 else
     echo "$built: $bytes bytes; SKIPPED which libraries it needs: there is no objdump"

@@ -365,8 +365,9 @@ driver! {
             Some(pinned) if !pinned.allocated => {
                 if guard.is_in_flight(pinned.memory) {
                     guard.violation("host memory was unregistered under a copy in flight".into());
-                    guard = drain(guard);
                 }
+                // As a card was seen to do: it waits for kernels, whatever memory they use.
+                guard = drain(guard);
                 guard.pinned.remove(&address);
                 OK
             }
@@ -389,8 +390,8 @@ driver! {
             Some(pinned) if pinned.allocated => {
                 if guard.is_in_flight(pinned.memory) {
                     guard.violation("host memory was freed under a copy in flight".into());
-                    guard = drain(guard);
                 }
+                guard = drain(guard);
                 guard.pinned.remove(&address);
                 drop(guard);
                 let memory = std::ptr::slice_from_raw_parts_mut(pointer.cast::<u8>(), pinned.memory.len);

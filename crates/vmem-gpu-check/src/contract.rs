@@ -5,6 +5,8 @@
 
 #![allow(unsafe_code)]
 
+mod habits;
+
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -36,7 +38,11 @@ pub(crate) fn parts() -> Vec<Part> {
             registration,
             "registered twice, overlapping, and copies across borders",
         ),
-        part("contract-unregister", unregister, "unregistering waits for nobody's kernel"),
+        part(
+            "contract-waiting",
+            habits::waiting,
+            "calls on threads of users wait for nobody's kernel; which others do",
+        ),
         part("contract-stale-pages", stale_pages, "registered memory is the pages that were there"),
         part("contract-events", events, "events have generations, and order streams"),
         part(
@@ -46,6 +52,21 @@ pub(crate) fn parts() -> Vec<Part> {
         ),
         part("contract-contexts", contexts, "contexts belong to threads"),
         part("contract-capture", capture, "a capture is broken by careless threads only"),
+        part(
+            "contract-event-captured",
+            habits::captured_event,
+            "an event that was recorded into a capture is not complete",
+        ),
+        part(
+            "contract-slow-host-function",
+            habits::slow_host_function,
+            "an event does not wait for a host function of another stream",
+        ),
+        part(
+            "contract-sizes",
+            habits::registration_sizes,
+            "memory of any size is registered in one piece",
+        ),
         part("contract-memory", memory, "memory that runs out, and comes again"),
         part("contract-queue", queue, "many launches behind a kernel"),
         part("contract-order", order, "streams without an event between them run side by side"),
@@ -169,25 +190,6 @@ fn registration(env: &Env) -> Result<Outcome> {
     ensure!(again == 713, "unregistered twice: {again}");
     ensure!(memory.unregister(0) == 0, "unregistering");
     Ok(Outcome::Passed(json!({"a_copy_across_two_registrations": crossing})))
-}
-
-fn unregister(env: &Env) -> Result<Outcome> {
-    let user = env.user()?;
-    let mut memory = Mapped::new(2 * MIB)?;
-    memory.bytes().fill(3);
-    let registering = Instant::now();
-    ensure!(memory.register(0, 2 * MIB) == 0, "registering");
-    let registering = registering.elapsed();
-    user.spin(SPIN * 3, &user.stream)?;
-    let begun = Instant::now();
-    ensure!(memory.unregister(0) == 0, "unregistering");
-    let took = begun.elapsed();
-    user.stream.synchronize()?;
-    // Where it does, whoever needs room in host memory waits for the kernels of users, within the store's locks.
-    ensure!(took < SPIN, "unregistering waited for a kernel: {took:?}");
-    Ok(Outcome::Passed(json!({
-        "register_2_mib_us": registering.as_micros() as u64, "unregister_us": took.as_micros() as u64,
-    })))
 }
 
 fn stale_pages(env: &Env) -> Result<Outcome> {

@@ -32,14 +32,25 @@ const RESULT: &str = "RESULT ";
 pub(crate) fn here(name: &str, options: &Options) -> Result<bool> {
     let part = parts::all().into_iter().find(|part| part.name == name);
     let Some(part) = part else { bail!("there is no part {name:?}: see --list") };
-    let env = Env::open(options)?;
+    // Also without a card: the record is to say why there is none.
+    let outcome = Env::open(options).and_then(|env| within(&part, &env));
+    let outcome =
+        outcome.unwrap_or_else(|error| json!({"outcome": "failed", "why": format!("{error:#}")}));
+    println!("{RESULT}{outcome}");
+    // Not by returning: a part may leave a driver behind that never ends.
+    std::io::stdout().flush()?;
+    std::process::exit(i32::from(outcome["outcome"] == "failed"));
+}
+
+/// Runs a part, and returns its line of the record.
+fn within(part: &Part, env: &Env) -> Result<Value> {
     // Before the part, after which the driver may say nothing any more.
-    let device = user::describe(&env)?;
-    let (outcome, good) = match (part.run)(&env) {
-        Ok(Outcome::Passed(figures)) => (json!({"outcome": "passed", "figures": figures}), true),
-        Ok(Outcome::Missed(figures)) => (json!({"outcome": "missed", "figures": figures}), true),
-        Ok(Outcome::Skipped(why)) => (json!({"outcome": "skipped", "why": why}), true),
-        Err(error) => (json!({"outcome": "failed", "why": format!("{error:#}")}), false),
+    let device = user::describe(env)?;
+    let outcome = match (part.run)(env) {
+        Ok(Outcome::Passed(figures)) => json!({"outcome": "passed", "figures": figures}),
+        Ok(Outcome::Missed(figures)) => json!({"outcome": "missed", "figures": figures}),
+        Ok(Outcome::Skipped(why)) => json!({"outcome": "skipped", "why": why}),
+        Err(error) => json!({"outcome": "failed", "why": format!("{error:#}")}),
     };
     let broken = env.rules_broken();
     let mut outcome = match broken.is_empty() {
@@ -47,10 +58,7 @@ pub(crate) fn here(name: &str, options: &Options) -> Result<bool> {
         false => json!({"outcome": "failed", "why": broken, "before": outcome}),
     };
     outcome["device"] = device;
-    println!("{RESULT}{outcome}");
-    // Not by returning: a part may leave a driver behind that never ends.
-    std::io::stdout().flush()?;
-    std::process::exit(i32::from(!good || !broken.is_empty()));
+    Ok(outcome)
 }
 
 /// Runs the parts that were asked for, each in a process of its own. True if none failed and no bar was missed.

@@ -300,7 +300,32 @@ impl User {
         let address = unsafe { result::malloc_host(len, 0) }.context("allocating pinned memory")?;
         // SAFETY: just allocated, that long.
         unsafe { std::ptr::write_bytes(address.cast::<u8>(), 0, len) };
-        Ok(Pinned { address: address.cast(), len, context: self.context.clone() })
+        let context = self.context.clone();
+        Ok(Pinned { address: address.cast(), len, mapped: false, context })
+    }
+
+    /// Host memory that was mapped, and registered then.
+    ///
+    /// # Errors
+    ///
+    /// What the system or the driver says.
+    pub(crate) fn registered(&self, len: usize) -> Result<Pinned> {
+        self.context.bind_to_thread()?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping, at an address of the system's choice.
+        let address = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
+        ensure!(address != libc::MAP_FAILED, "mapping memory");
+        let portable = sys::CU_MEMHOSTREGISTER_PORTABLE;
+        // SAFETY: just mapped, that long; unregistered and unmapped by the drop of what owns it.
+        let registered = unsafe { sys::cuMemHostRegister_v2(address, len, portable) }.result();
+        if let Err(error) = registered {
+            // SAFETY: as above, and nobody has it.
+            unsafe { libc::munmap(address, len) };
+            return Err(error).context("registering memory");
+        }
+        let context = self.context.clone();
+        Ok(Pinned { address: address.cast(), len, mapped: true, context })
     }
 }
 
@@ -357,6 +382,8 @@ impl Drop for DeviceMemory {
 pub(crate) struct Pinned {
     address: *mut u8,
     len: usize,
+    /// Mapped and registered, not allocated by the driver.
+    mapped: bool,
     context: Arc<CudaContext>,
 }
 
@@ -387,8 +414,17 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
-        // SAFETY: allocated once, and whoever copies waits before he drops it.
-        let _ = unsafe { result::free_host(self.address.cast()) };
+        if !self.mapped {
+            // SAFETY: allocated once, and whoever copies waits before dropping it.
+            let _ = unsafe { result::free_host(self.address.cast()) };
+            return;
+        }
+        // SAFETY: registered once, and whoever copies waits before dropping it.
+        let forgotten = unsafe { sys::cuMemHostUnregister(self.address.cast()) }.result();
+        if forgotten.is_ok() {
+            // SAFETY: mapped once, that long, and the device knows it no more.
+            unsafe { libc::munmap(self.address.cast(), self.len) };
+        }
     }
 }
 

@@ -66,12 +66,15 @@ macro_rules! parts {
 parts! {
     contract_copies = "contract-copies"
     contract_registration = "contract-registration"
-    contract_unregister = "contract-unregister"
+    contract_waiting = "contract-waiting"
     contract_stale_pages = "contract-stale-pages"
     contract_events = "contract-events"
     contract_host_functions = "contract-host-functions"
     contract_contexts = "contract-contexts"
     contract_capture = "contract-capture"
+    contract_event_captured = "contract-event-captured"
+    contract_slow_host_function = "contract-slow-host-function"
+    contract_sizes = "contract-sizes"
     contract_memory = "contract-memory"
     contract_queue = "contract-queue"
     contract_order = "contract-order"
@@ -140,6 +143,19 @@ fn parts_for_a_card_are_skipped_aloud() {
             (&"skipped".into(), &"it needs a card".into())
         );
     }
+}
+
+/// A part that finds no card says why in the record, not on the screen alone.
+#[test]
+fn the_record_says_why_there_is_no_card() {
+    let folder = tempfile::tempdir().unwrap();
+    let record = folder.path().join("record.json");
+    let output = gpu_check(&["--only", "contract-events", "--device", "7"], &record);
+    assert!(!output.status.success());
+    let record = lines(&record);
+    assert_eq!(record[0]["outcome"], "failed");
+    let why = record[0]["why"].as_str().unwrap();
+    assert!(why.contains("no card") && why.contains("there is no device 7"), "{why}");
 }
 
 /// What cannot be asked for is said.

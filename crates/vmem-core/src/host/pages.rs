@@ -9,7 +9,9 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -24,6 +26,10 @@ const KEPT_PART: u64 = 8;
 /// Rounds of giving kept pages back that one allocation waits for.
 const GIVE_BACK_TRIES: usize = 8;
 
+/// How long an allocation waits for registered slabs to be given back; a fraction of it does if
+/// the device is idle.
+const UNREGISTER_PATIENCE: Duration = Duration::from_millis(2);
+
 /// Kept runs that one look passes by because copies use them.
 const LOOKS_MAX: usize = 4096;
 
@@ -35,6 +41,8 @@ pub(super) struct Pages {
     state: Mutex<State>,
     /// The device that registers slabs, if there is one.
     registrar: OnceLock<Arc<dyn Registrar>>,
+    /// To the thread that gives registered slabs back, if there is one.
+    unregisters: OnceLock<Sender<Leaving>>,
     /// Somebody who found no room may find some now.
     settled: AtomicBool,
     /// Rung when nobody changes some slab any more.
@@ -49,6 +57,10 @@ struct State {
     /// Pages that are being given back; they count as kept until that is done.
     leaving: u64,
     leaving_runs: Ranges,
+    /// Lots that the unregistering thread was given and has not finished.
+    unregistering: usize,
+    /// An allocation gave up waiting for that thread, which has not caught up since.
+    slow: bool,
     /// None without a device.
     slabs: Option<Slabs>,
     /// Somebody found no room because copies use what could have been given back.
@@ -70,8 +82,8 @@ enum Plan {
 }
 
 /// Pages on their way back to the system.
-#[derive(Default)]
-struct Leaving {
+#[derive(Debug, Default)]
+pub(super) struct Leaving {
     /// With their slabs, where there are slabs.
     runs: Vec<(Range<u64>, u64)>,
     /// The slabs among them that are registered.
@@ -106,16 +118,14 @@ impl State {
         aside.into_iter().for_each(|run| self.kept.add(run));
     }
 
-    /// Chooses what goes at once of a run that has come back, because enough is kept: what no device knows, and slabs
-    /// that are kept as a whole.
+    /// Chooses what goes at once of a run that has come back, because enough is kept: what no
+    /// device knows. Registered slabs stay until their pages are needed elsewhere: a driver
+    /// unregisters only once the device is idle, which whoever frees memory must not wait for, and
+    /// what comes next would be copied by the detour and registered anew.
     fn let_go(&mut self, run: Range<u64>, kept_max: u64) -> Leaving {
         let mut leaving = Leaving::default();
         for (slab, pages) in self.split(run) {
-            let pages = match &self.slabs {
-                Some(slabs) if !slabs.is_plain(slab) => slabs.pages(slab),
-                _ => pages,
-            };
-            let may = self.may_leave(slab, true, &leaving) && self.kept.total() > kept_max;
+            let may = self.may_leave(slab, false, &leaving) && self.kept.total() > kept_max;
             if may && self.kept.take_exact(&pages) {
                 self.leave(slab, pages, &mut leaving);
             }
@@ -165,6 +175,45 @@ impl Pages {
         if self.registrar.set(registrar).is_ok() {
             self.state.lock().slabs = Some(Slabs::new(self.capacity));
         }
+    }
+
+    /// Gives registered slabs back on the thread that this leads to: a driver unregisters only
+    /// once the device is idle, and nobody who needs memory may wait for a user's kernels. Once.
+    pub(super) fn unregister_by(&self, thread: Sender<Leaving>) {
+        let _ = self.unregisters.set(thread);
+    }
+
+    /// On that thread.
+    pub(super) fn unregister_now(&self, leaving: Leaving) {
+        self.give_back(leaving);
+        let mut state = self.state.lock();
+        state.unregistering -= 1;
+        state.slow &= state.unregistering > 0;
+        self.settle(state);
+    }
+
+    /// Has pages given back. False if that is not done soon: the bell rings once it is.
+    fn hand_over(&self, leaving: Leaving) -> bool {
+        let thread = self.unregisters.get().filter(|_| !leaving.unregister.is_empty());
+        let Some(thread) = thread else {
+            self.give_back(leaving);
+            return true;
+        };
+        self.state.lock().unregistering += 1;
+        if let Err(unsent) = thread.send(leaving) {
+            // The thread has ended: only an arena that is being dropped has none.
+            self.unregister_now(unsent.0);
+            return true;
+        }
+        let until = Instant::now() + UNREGISTER_PATIENCE;
+        let mut state = self.state.lock();
+        while state.unregistering > 0 && !state.slow {
+            state.slow = self.changed.wait_until(&mut state, until).timed_out();
+        }
+        let ended = state.unregistering == 0;
+        state.slow &= !ended;
+        state.starved |= !ended;
+        ended
     }
 
     /// A copy touches these bytes, which are somebody's: its parts, none of which crosses a registration. Registers
@@ -318,6 +367,7 @@ impl Pages {
             capacity,
             state: Mutex::new(state),
             registrar: OnceLock::new(),
+            unregisters: OnceLock::new(),
             settled: AtomicBool::new(false),
             changed: Condvar::new(),
         })
@@ -338,7 +388,11 @@ impl Pages {
             match self.plan(len) {
                 Plan::Take(run) => return Some(run),
                 Plan::NoRoom => return None,
-                Plan::GiveBack(runs) => self.give_back(runs),
+                Plan::GiveBack(leaving) => {
+                    if !self.hand_over(leaving) {
+                        return None;
+                    }
+                }
             }
         }
         None
@@ -367,6 +421,11 @@ impl Pages {
             state.live += len;
             state.check(self.capacity);
             return Plan::Take(run);
+        }
+        if state.slow && state.leaving >= over {
+            // What is on its way will do.
+            state.starved = true;
+            return Plan::NoRoom;
         }
         let mut leaving = Leaving::default();
         let mut left = over;

@@ -56,6 +56,23 @@ impl ObjectSpace {
 
     /// From now on slabs are registered by this device. Of several calls the first counts.
     pub fn serve(&self, registrar: Arc<dyn Registrar>) {
+        let (thread, lots) = std::sync::mpsc::channel();
+        let arena = Arc::downgrade(&self.0);
+        // It ends with the arena, which owns the sender.
+        let unregister = move || {
+            for lot in lots {
+                let Some(arena) = arena.upgrade() else { return };
+                arena.pages().unregister_now(lot);
+                arena.tell_if_settled();
+            }
+        };
+        let started = std::thread::Builder::new().name("vmem-unregister".into()).spawn(unregister);
+        match started {
+            Ok(_) => self.0.pages().unregister_by(thread),
+            Err(error) => {
+                tracing::warn!(target: "vmem::host", %error, "memory is unregistered by its users");
+            }
+        }
         self.0.pages().serve(registrar);
     }
 

@@ -10,6 +10,7 @@ use super::{Job, Record, load};
 use crate::buffer::IoBuf;
 use crate::copy::{Found, OwnedCopy};
 use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
 use crate::object::{GatePass, Object, Version, chunk_count};
 use crate::stats;
@@ -80,7 +81,11 @@ pub(crate) async fn fetch_into(
             Some(room) => room,
             None => room(job).await?,
         };
-        let copy = fill(job, &object.version(), room).await?;
+        let version = object.version();
+        let copy = fill(job, &version, room).await?;
+        if job.cause == MigrationCause::Read {
+            count_hit(object, &version);
+        }
         object.publish_fetched(pass, copy);
         stats::add(&shared.counters.promotions, 1);
     }

@@ -74,8 +74,12 @@ fn one_length(
     let bench = Bench::open(env, all + all / 8 + 4 * MIB, 3 * all + 64 * MIB, set)?;
     let mut ours = Ours::new(env, &bench, user, &data, count, len, in_flight)?;
     let mut link = Link::new(env, user, all, all, 2)?;
-    for (object, bytes) in link.host()?.chunks_mut(len).enumerate() {
-        bytes.copy_from_slice(data.of(object, len));
+    // What the kind of memory costs by itself.
+    let mut registered = Link::registered(env, user, all, all, 2)?;
+    for link in [&mut link, &mut registered] {
+        for (object, bytes) in link.host()?.chunks_mut(len).enumerate() {
+            bytes.copy_from_slice(data.of(object, len));
+        }
     }
     let mut by_hand = vec![("copies", By::Piece)];
     match link.no_batch() {
@@ -87,7 +91,7 @@ fn one_length(
     for way in [Way::Up, Way::Down].repeat(env.scaled(4, 1)) {
         ours.round(way, report)?;
     }
-    let (ours, by_link) = (RefCell::new(ours), &link);
+    let (ours, by_link, by_registered) = (RefCell::new(ours), &link, &registered);
     let compared = RefCell::new(std::mem::take(report));
     for way in [Way::Up, Way::Down, Way::Both] {
         let rate = |took: Duration| all as f64 / took.as_secs_f64() / (1 << 30) as f64;
@@ -108,6 +112,8 @@ fn one_length(
             contenders
                 .push((name, Box::new(move || Ok(rate(pump(by_link, share, in_flight, by)?)))));
         }
+        let copies = move || Ok(rate(pump(by_registered, share, in_flight, By::Piece)?));
+        contenders.push(("copies_registered", Box::new(copies)));
         let figures = in_turn(env.scaled(9, 1), &mut contenders)?;
         drop(contenders);
         let what = format!("{way:?} of {} KiB", len / KIB).to_lowercase();

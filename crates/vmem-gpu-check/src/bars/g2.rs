@@ -101,10 +101,18 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
         })
         .collect();
     report.judge("disk to device", "GiB/s", &rates, &[slower], Limit::AtLeast(0.9));
-    let overlap_bar = report.hold("overlap", overlap, Limit::AtLeast(0.8));
-    report.tell("overlap", overlap_bar);
-    report.tell("slower", slower);
     let found = vmem.capabilities();
+    // Where one takes most of the time, a small error of its time is a large one of what is left to overlap.
+    let balanced = disk.min(copy) / disk.max(copy) > 0.25;
+    let cold = found.disk_direct && raw.direct && !found.disk_is_tmpfs;
+    let overlap = match balanced && cold {
+        true => report.hold("overlap", overlap, Limit::AtLeast(0.8)),
+        false => json!({
+            "value": overlap, "is_to_be": "not held: link and disk differ by more than four times, or reads are not direct",
+        }),
+    };
+    report.tell("overlap", overlap);
+    report.tell("slower", slower);
     report.tell(
         "disk",
         json!({

@@ -4,9 +4,11 @@
 //! several threads; and is measured in the same way. Called by `bars`.
 //!
 //! What is told is T = (the task runs again) - (the launch returned) - (the length of the kernel, by events around it). The time
-//! from the launch to the begin of the kernel is in it, and the copy: the same for all. Of vmem, `gather` is what waits for work
-//! of the user's and does nothing more than a small copy behind it; it was called, and handed to the driver, while the
-//! kernel ran. `finish` of a lease that changed a small object is told beside it: it copies down after the kernel, too.
+//! from the launch to the start of the kernel is in it, and the copy: the same for all. Of vmem, `gather` is what waits for
+//! work of the user's and does nothing more than a small copy behind it. It is called while the kernel runs, but hands its
+//! copy to the driver only once the kernel's event has passed: that is two completions one after the other, each with a
+//! notice and a wake, where the others have one. `finish` of a lease that changed a small object is told beside it: it
+//! copies down after the kernel, too.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -122,8 +124,8 @@ fn tell(
     report.tell("kernel_us", KERNEL.as_micros() as u64);
     report.tell(
         "how",
-        "vmem: gather of 256 bytes behind the kernel; the others queue the same copy themselves; a flag in pinned memory wakes \
-         nobody without polling and takes no part",
+        "vmem: gather of 256 bytes, which waits for the kernel and then for its copy; the others queue the same copy behind \
+         the kernel and wait once; a flag in pinned memory wakes nobody without polling and takes no part",
     );
     Ok(())
 }

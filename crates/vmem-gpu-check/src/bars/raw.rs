@@ -62,7 +62,22 @@ impl Link {
         device: usize,
         lanes: usize,
     ) -> Result<Self> {
-        let (pinned, device) = (user.pinned(pinned)?, user.allocate(device)?);
+        Self::over(env, user, user.pinned(pinned)?, device, lanes)
+    }
+
+    /// With host memory of the kind that a store has: mapped, and registered afterwards.
+    pub(super) fn registered(
+        env: &Env,
+        user: &User,
+        pinned: usize,
+        device: usize,
+        lanes: usize,
+    ) -> Result<Self> {
+        Self::over(env, user, user.registered(pinned)?, device, lanes)
+    }
+
+    fn over(env: &Env, user: &User, pinned: Pinned, device: usize, lanes: usize) -> Result<Self> {
+        let device = user.allocate(device)?;
         let lanes = (0..lanes).map(|_| user.context.new_stream());
         let lanes = lanes.collect::<std::result::Result<Vec<_>, _>>().context("streams")?;
         let mut link = Link { pinned, device, lanes, batch: BatchCopy::find(env), rows: None };
@@ -239,8 +254,8 @@ struct Attributes {
     flags: c_uint,
 }
 
-/// The source is read in the order of the stream.
-const ORDER_STREAM: c_uint = 1;
+/// The source may be read at any time from the call on: it does not change before the stream was waited for.
+const ORDER_ANY: c_uint = 3;
 
 impl BatchCopy {
     /// # Errors
@@ -279,7 +294,7 @@ impl BatchCopy {
         let count = to.len();
         ensure!(count > 0 && from.len() == count && lens.len() == count, "lists of one length");
         let (to, from, lens) = (to.as_mut_ptr(), from.as_mut_ptr(), lens.as_mut_ptr());
-        let mut attributes = Attributes { source_order: ORDER_STREAM, ..Attributes::default() };
+        let mut attributes = Attributes { source_order: ORDER_ANY, ..Attributes::default() };
         // They are those of all copies from the first on.
         let (mut first, mut failed) = (0_usize, 0_usize);
         let (attributes, first, stream) = (&raw mut attributes, &raw mut first, stream.cu_stream());

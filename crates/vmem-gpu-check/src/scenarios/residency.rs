@@ -213,6 +213,11 @@ pub(super) fn slabs(env: &Env) -> Result<Outcome> {
         let (host, rounds) = (env.scaled(256 * MIB, 6 * MIB), env.scaled(400, 120));
         let set = |set: vmem::VirtualMemoryConfigBuilder| set.staging_capacity((host / 16) as u64);
         let vmem = env.store(env.scaled(512 * MIB, 32 * MIB), host, set).await?;
+        // Whole slabs have memory now, and are registered as it passes.
+        let large = vmem.put(bytes(4_000_000, 0, host / 3), HOST).await?;
+        vmem.promote(&large, VRAM).await?;
+        let mut most = vmem.stats().registered_bytes;
+        vmem.free(large).await?;
         let mut tasks = Vec::new();
         for task in 0..4_u64 {
             let (vmem, device) = (vmem.clone(), env.device);
@@ -245,7 +250,6 @@ pub(super) fn slabs(env: &Env) -> Result<Outcome> {
                 anyhow::Ok(())
             }));
         }
-        let mut most = 0;
         for task in &mut tasks {
             while !task.is_finished() {
                 most = most.max(vmem.stats().registered_bytes);
