@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use rand::Rng;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
@@ -195,7 +195,7 @@ impl SimDriver {
         state.stats.reads += 1;
         let error = refusal(&state, legal);
         let work = pieces.into_iter().map(Work::Read).collect();
-        self.submit(&mut state, Call::new(Some(buf), keep, error, reply), work);
+        self.submit(state, Call::new(Some(buf), keep, error, reply), work);
     }
 
     fn submit_unit(
@@ -208,13 +208,12 @@ impl SimDriver {
         let mut state = self.shared.state.lock();
         let error = refusal(&state, legal);
         let work = prepare(&mut state);
-        self.submit(&mut state, Call::new(None, keep, error, Reply::Unit(reply)), work);
-        drop(state);
+        self.submit(state, Call::new(None, keep, error, Reply::Unit(reply)), work);
         Box::pin(async move { answer.await.unwrap_or_else(|_| (Keep::none(), Err(gone()))) })
     }
 
     /// Without a runtime the call waits in the queue until one comes that has it.
-    fn submit(&self, state: &mut State, call: Call, work: Vec<Work>) {
+    fn submit(&self, mut state: MutexGuard<'_, State>, call: Call, work: Vec<Work>) {
         let runtime = Handle::try_current();
         state.submit(call, work, Instant::now());
         self.shared.submitted.notify_one();
@@ -222,6 +221,8 @@ impl SimDriver {
             && !state.pumping
         {
             state.pumping = true;
+            // A runtime that is shutting down drops the task at once, and the pump takes the lock.
+            drop(state);
             let pump = Pump { shared: self.shared.clone(), ended: false };
             runtime.spawn(pump.run());
         }

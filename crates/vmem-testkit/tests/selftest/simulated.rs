@@ -1,5 +1,6 @@
 //! The simulated disk: time, space and power cuts.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -129,6 +130,34 @@ fn a_runtime_that_ends_leaves_the_disk_usable() {
     });
     assert_eq!(disk.peek(0, 1), [1]);
     assert_eq!(disk.stats().in_flight, 0);
+}
+
+/// Mechanism: a runtime that shuts down drops its tasks, and one of them gave space back as it was
+/// dropped; the pump that this started was dropped at once, under the lock of the disk that its end
+/// takes. Effect: the thread waited for itself. Fix: the pump is spawned without the lock.
+#[test]
+fn call_made_while_the_runtime_shuts_down_does_not_deadlock() {
+    struct PunchOnDrop(Arc<SimDriver>);
+    impl Drop for PunchOnDrop {
+        fn drop(&mut self) {
+            drop(self.0.start_punch(std::iter::once(0..512).collect()));
+        }
+    }
+    let disk = instant_disk();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let guard = PunchOnDrop(disk.clone());
+    runtime.spawn(async move {
+        let _guard = guard;
+        std::future::pending::<()>().await;
+    });
+    runtime.block_on(tokio::task::yield_now());
+    let (sender, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        drop(runtime);
+        sender.send(()).unwrap();
+    });
+    ended.recv_timeout(Duration::from_secs(20)).expect("the runtime ends");
+    assert_eq!(disk.stats().punches, 1);
 }
 
 #[test]
