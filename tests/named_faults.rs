@@ -320,7 +320,7 @@ async fn quiet(vmem: &VirtualMemory) -> bool {
 
 /// A catalog of which the rows of one name are damaged.
 #[derive(Debug)]
-struct Picky(NameCatalog);
+struct Picky(NameCatalog, Option<Arc<tokio::sync::Semaphore>>);
 
 impl Catalog for Picky {
     fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
@@ -329,7 +329,12 @@ impl Catalog for Picky {
             let (path, reason) = ("catalog".into(), "its row is not what was written".into());
             return Box::pin(async { Err(VirtualMemoryError::Damaged { path, reason }) });
         }
-        self.0.commit(changes)
+        let commit = self.0.commit(changes);
+        let Some(held) = self.1.clone() else { return commit };
+        Box::pin(async move {
+            drop(held.acquire().await);
+            commit.await
+        })
     }
 
     fn attempts(&self) -> u64 {
@@ -380,7 +385,7 @@ async fn damage_of_one_name_is_the_matter_of_one() {
     let backends = Backends {
         host_capacity_bytes: 4 << 20,
         disk: DiskTier::with_taken(disk, 8 << 20, &taken, None).unwrap(),
-        catalog: Some(Arc::new(Picky(catalog))),
+        catalog: Some(Arc::new(Picky(catalog, None))),
         device: None,
         capabilities: Capabilities::new("tape".into(), "none".into()),
     };
@@ -397,4 +402,38 @@ async fn damage_of_one_name_is_the_matter_of_one() {
     assert!(matches!(outcomes[1], Err(VirtualMemoryError::Damaged { .. })));
     drop(outcomes);
     vmem.close().await.unwrap();
+}
+
+/// Changes of one name that wait for each other have one deadline each, from when they were asked for; so `close` ends
+/// soon after the one that is under way, however many there are.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_that_wait_in_line_do_not_add_up() {
+    let tape = Tape::of(Image::default());
+    let (catalog, taken) = NameCatalog::over(Arc::new(TapeStorage(tape.clone())), 512).unwrap();
+    let held = Arc::new(tokio::sync::Semaphore::new(1));
+    let backends = Backends {
+        host_capacity_bytes: 4 << 20,
+        disk: DiskTier::with_taken(TapeDriver::new(&tape, false), 8 << 20, &taken, None).unwrap(),
+        catalog: Some(Arc::new(Picky(catalog, Some(held.clone())))),
+        device: None,
+        capabilities: Capabilities::new("tape".into(), "none".into()),
+    };
+    let wait = Duration::from_millis(500);
+    let config = VirtualMemoryConfig::builder().wait_timeout(wait).build().unwrap();
+    let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
+    drop(vmem.put_named("a", [1; 100], MemoryTier::Host).await.unwrap());
+    let commit = held.acquire().await.unwrap();
+    // The first is under way, the others wait for it.
+    for _ in 0..40 {
+        let change = vmem.set_metadata("a", b"m");
+        let left = tokio::time::timeout(Duration::from_millis(5), change).await;
+        assert!(left.is_err(), "{left:?}");
+    }
+    let closing = tokio::spawn(vmem.close());
+    tokio::time::sleep(wait * 2).await;
+    drop(commit);
+    let begun = std::time::Instant::now();
+    closing.await.unwrap().unwrap();
+    // Forty deadlines are twenty seconds.
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
 }

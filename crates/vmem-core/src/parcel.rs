@@ -19,8 +19,10 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::wake::Wake;
+
 /// How long a value waits for its caller while others wait for what it takes.
-pub(crate) const GRACE: Duration = Duration::from_millis(50);
+pub(crate) const GRACE: Duration = Duration::from_millis(20);
 
 /// Why a parcel has no value for its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -292,7 +294,11 @@ impl<T: Send> Recall for Inner<T> {
 
 /// The values that lie in parcels and that somebody else could use, oldest first.
 #[derive(Default)]
-pub(crate) struct Unclaimed(Mutex<Entries>);
+pub(crate) struct Unclaimed {
+    entries: Mutex<Entries>,
+    /// Who takes back what others wait for.
+    wake: Option<Arc<Wake>>,
+}
 
 #[derive(Default)]
 struct Entries {
@@ -305,16 +311,25 @@ struct Ticket(Arc<Unclaimed>, u64);
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.0.0.lock().by_age.remove(&self.1);
+        self.0.entries.lock().by_age.remove(&self.1);
     }
 }
 
 impl Unclaimed {
+    /// Values for which `wake` is told while anybody waits.
+    pub(crate) fn new(wake: Arc<Wake>) -> Self {
+        Unclaimed { entries: Mutex::default(), wake: Some(wake) }
+    }
+
     fn enter(self: &Arc<Self>, value: Weak<dyn Recall>) -> Ticket {
-        let mut entries = self.0.lock();
+        let mut entries = self.entries.lock();
         let number = entries.next;
         entries.next += 1;
         entries.by_age.insert(number, (Instant::now(), value));
+        drop(entries);
+        if let Some(wake) = &self.wake {
+            wake.if_waiting();
+        }
         Ticket(self.clone(), number)
     }
 
@@ -322,7 +337,7 @@ impl Unclaimed {
     pub(crate) fn recall(&self) -> Option<Instant> {
         let now = Instant::now();
         loop {
-            let mut entries = self.0.lock();
+            let mut entries = self.entries.lock();
             let first = entries.by_age.first_entry()?;
             let due = first.get().0 + GRACE;
             if due > now {
@@ -339,7 +354,7 @@ impl Unclaimed {
 
 impl fmt::Debug for Unclaimed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Unclaimed").field("len", &self.0.lock().by_age.len()).finish()
+        f.debug_struct("Unclaimed").field("len", &self.entries.lock().by_age.len()).finish()
     }
 }
 
@@ -367,7 +382,7 @@ mod tests {
         let (delivery, parcel) = parcel();
         delivery.deliver(7, Some(&unclaimed)).expect("it is wanted");
         assert_eq!(parcel.claim().await, Ok(7));
-        assert!(unclaimed.0.lock().by_age.is_empty());
+        assert!(unclaimed.entries.lock().by_age.is_empty());
     }
 
     #[tokio::test]
@@ -384,7 +399,7 @@ mod tests {
         drop(other);
         assert_eq!(Arc::strong_count(&counted), 1);
         assert!(weak.upgrade().is_none());
-        assert!(unclaimed.0.lock().by_age.is_empty());
+        assert!(unclaimed.entries.lock().by_age.is_empty());
     }
 
     #[tokio::test]

@@ -133,7 +133,7 @@ impl Shared {
         let wake = Arc::new(Wake::default());
         let bell = wake.clone();
         arena.set_freed_hook(Box::new(move || bell.if_waiting()));
-        let unclaimed = Arc::new(Unclaimed::default());
+        let unclaimed = Arc::new(Unclaimed::new(wake.clone()));
         let runtime = tokio::runtime::Handle::current();
         let policy = config.policy().build(arena.capacity_bytes());
         let vram = device.map(|device| {

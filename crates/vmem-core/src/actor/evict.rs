@@ -363,6 +363,7 @@ impl Evictor {
         }
         shared.blocked_by_holds.store(stuck == Round::Nothing, Ordering::SeqCst);
         shared.host.refuse(|need, footprint| match (need.class, &stuck) {
+            (Class::Prefetch, Round::DiskFull) => Some(Refused::Error(shared.host_full(footprint))),
             (Class::Prefetch, _) => None,
             (Class::Demand, _) if need.may_spill => Some(Refused::Spill),
             (Class::Demand, Round::DiskFull) => Some(Refused::Error(shared.host_full(footprint))),

@@ -39,7 +39,7 @@ const QUEUE_MAX: usize = 1024;
 /// Migrations of demand that are started at once; those that copy are bounded by the link.
 const DEMAND_MAX: usize = 1024;
 /// Prefetch requests that are started at once.
-const BACKGROUND_MAX: usize = 4;
+const BACKGROUND_MAX: usize = 64;
 
 /// What kind of task has ended.
 #[derive(Clone, Copy, Debug)]

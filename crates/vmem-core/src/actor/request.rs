@@ -36,8 +36,8 @@ pub(crate) enum Request {
     Prefetch { objects: Vec<Arc<Object>>, to: MemoryTier, deadline: Deadline, end: PrefetchEnd },
 }
 
-/// Objects of one prefetch to VRAM that are on their way at once.
-const TO_DEVICE_AT_ONCE: usize = 4;
+/// Objects of one prefetch that are on their way at once.
+const PREFETCHED_AT_ONCE: usize = 8;
 
 /// Where an object is to move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,9 +187,7 @@ async fn prefetch(objects: Vec<Arc<Object>>, to: MemoryTier, deadline: Deadline)
             MemoryTier::Host | MemoryTier::Disk => migrate::fetch(&job).await.map(drop),
         }
     };
-    // A copy to the device is short beside its way there and back; a disk has others to serve.
-    let at_once = if to == MemoryTier::Vram { TO_DEVICE_AT_ONCE } else { 1 };
-    let mut ended = futures::stream::iter(objects).map(one).buffered(at_once);
+    let mut ended = futures::stream::iter(objects).map(one).buffered(PREFETCHED_AT_ONCE);
     let mut outcome = Ok(());
     while let Some(one) = ended.next().await {
         outcome = outcome.and(one);

@@ -1,7 +1,7 @@
 //! The link between disk and host: how much is in flight on it, and who gives way to whom.
 //!
-//! Invariant: reads that somebody waits for are bounded in number and served in order; reads ahead
-//! of need go one at a time, and only while nobody waits or has just waited, but for one piece
+//! Invariant: reads that somebody waits for are bounded in number and served in order. Background reads go a few at
+//! a time while nobody waits or has just waited; else one at a time, when it is quiet, but for one piece
 //! in a while so that they end at all. Used by `load.rs`.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -12,6 +12,8 @@ use tokio::time::Instant;
 
 /// Reads that are in flight at once.
 const READS_MAX: usize = 64;
+/// Background reads that are in flight at once while nobody else reads.
+const BACKGROUND_MAX: usize = 8;
 /// A read ahead of need waits at least this long after the last read of demand.
 const QUIET_MIN: Duration = Duration::from_micros(200);
 /// A read ahead of need that found no quiet moment for so long takes a turn all the same.
@@ -27,8 +29,10 @@ pub(crate) struct Link {
     last_ns: AtomicU64,
     service_ns: AtomicU64,
     origin: Instant,
-    /// The one read ahead of need that may be in flight.
-    ahead: Mutex<()>,
+    /// Background reads that may be in flight.
+    background: Semaphore,
+    /// The turn of the one that waits for a quiet moment.
+    quiet: Mutex<()>,
 }
 
 impl Default for Link {
@@ -39,7 +43,8 @@ impl Default for Link {
             last_ns: AtomicU64::new(0),
             service_ns: AtomicU64::new(0),
             origin: Instant::now(),
-            ahead: Mutex::const_new(()),
+            background: Semaphore::new(BACKGROUND_MAX),
+            quiet: Mutex::const_new(()),
         }
     }
 }
@@ -50,8 +55,9 @@ pub(crate) enum Place<'a> {
     /// For a read that somebody waits for.
     #[expect(dead_code, reason = "held for their drops")]
     Demand(SemaphorePermit<'a>, DemandMark<'a>),
-    /// For a read ahead of need.
-    Ahead(#[expect(dead_code, reason = "held for its drop")] MutexGuard<'a, ()>),
+    /// For a background read.
+    #[expect(dead_code, reason = "held for their drops")]
+    Background(SemaphorePermit<'a>, Option<MutexGuard<'a, ()>>),
 }
 
 /// Counts one read of demand.
@@ -81,15 +87,20 @@ impl Link {
         Place::Demand(permit, mark)
     }
 
-    /// A place for one piece of a read ahead of need.
-    pub(crate) async fn ahead(&self) -> Place<'_> {
-        let turn = self.ahead.lock().await;
+    /// A place for one piece of a background read.
+    pub(crate) async fn background(&self) -> Place<'_> {
+        let permit = self.background.acquire().await;
+        let permit = permit.expect("invariant: the semaphore is never closed");
+        if self.until_quiet().is_none() {
+            return Place::Background(permit, None);
+        }
+        let turn = self.quiet.lock().await;
         let asked = Instant::now();
         while asked.elapsed() < PATIENCE {
             let Some(wait) = self.until_quiet() else { break };
             tokio::time::sleep(wait).await;
         }
-        Place::Ahead(turn)
+        Place::Background(permit, Some(turn))
     }
 
     /// How long until nobody has waited for a while, as it looks now.

@@ -110,7 +110,7 @@ async fn read_piece(
     let bytes: u64 = reads.iter().map(|read| u64::from(read.extent.len())).sum();
     let _place = match class {
         Class::Demand => shared.disk_link.demand().await,
-        Class::Prefetch => shared.disk_link.ahead().await,
+        Class::Prefetch => shared.disk_link.background().await,
     };
     let (buf, outcome) = shared.disk.read(reads, buf).await;
     if outcome.is_ok() {

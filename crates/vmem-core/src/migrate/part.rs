@@ -31,10 +31,12 @@ pub(crate) enum Piece {
 }
 
 /// Reads as much of the front of `range` as a piece of staging holds: of `version`, or else of the current one.
+/// With `owned` it is one chunk, in memory of its own, which nobody takes back.
 pub(crate) fn read_piece(
     object: Arc<Object>,
     version: Option<Version>,
-    range: Range<usize>,
+    mut range: Range<usize>,
+    owned: bool,
     class: Class,
 ) -> impl FnOnce(Deadline) -> std::pin::Pin<Box<dyn Future<Output = Result<Piece>> + Send>> {
     move |deadline| {
@@ -50,7 +52,14 @@ pub(crate) fn read_piece(
                     Below::Zeros => return Ok(Piece::Zeros),
                 },
             };
-            let (bytes, at) = staged(&object, &version, &range, class, &deadline).await?;
+            if owned {
+                range.end = range.end.min((range.start / CHUNK_BYTES + 1) * CHUNK_BYTES);
+            }
+            let (mut bytes, mut at) = staged(&object, &version, &range, class, &deadline).await?;
+            if owned {
+                bytes = IoBuf::from_vec(bytes[at].to_vec());
+                at = 0..bytes.len();
+            }
             Ok(Piece::Staged { bytes, at, version })
         })
     }

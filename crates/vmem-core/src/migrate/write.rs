@@ -240,8 +240,11 @@ impl DiskWrite {
             }
         }
         let (reply, answer) = oneshot::channel();
-        let write = self.object.shared.disk.write(pieces);
-        self.object.shared.spawn("vmem-write", async move { drop(reply.send(write.await)) });
+        let shared = self.object.shared.clone();
+        self.object.shared.spawn("vmem-write", async move {
+            // Begun here, on the runtime of the store.
+            drop(reply.send(shared.disk.write(pieces).await));
+        });
         self.in_flight.push_back((chunks, answer));
         self
     }

@@ -7,7 +7,7 @@
 //! alive.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use crate::disk::{CHUNK_BYTES, Extent};
 
@@ -21,6 +21,23 @@ pub(crate) enum DiskMap {
     One(Arc<Extent>),
     /// One entry for each chunk of a larger object.
     Many(Arc<Vec<Option<Arc<Extent>>>>),
+}
+
+/// Tells one map from another, also from one that comes to lie where it was.
+#[derive(Clone, Debug)]
+pub(crate) enum MapIdentity {
+    One(Weak<Extent>),
+    Many(Weak<Vec<Option<Arc<Extent>>>>),
+}
+
+impl MapIdentity {
+    pub(crate) fn is_same(&self, other: &MapIdentity) -> bool {
+        match (self, other) {
+            (MapIdentity::One(a), MapIdentity::One(b)) => Weak::ptr_eq(a, b),
+            (MapIdentity::Many(a), MapIdentity::Many(b)) => Weak::ptr_eq(a, b),
+            _ => false,
+        }
+    }
 }
 
 /// Extents that a change replaced, to be dropped where no lock is held: that frees their space.
@@ -91,6 +108,15 @@ impl DiskMap {
             (DiskMap::One(a), DiskMap::One(b)) => Arc::ptr_eq(a, b),
             (DiskMap::Many(a), DiskMap::Many(b)) => Arc::ptr_eq(a, b),
             _ => false,
+        }
+    }
+
+    /// What tells this map from every other one, and keeps nothing of it; none of an empty map.
+    pub(crate) fn identity(&self) -> Option<MapIdentity> {
+        match self {
+            DiskMap::Empty => None,
+            DiskMap::One(extent) => Some(MapIdentity::One(Arc::downgrade(extent))),
+            DiskMap::Many(extents) => Some(MapIdentity::Many(Arc::downgrade(extents))),
         }
     }
 

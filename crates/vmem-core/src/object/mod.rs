@@ -18,7 +18,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 pub(crate) use disk_map::{
-    DiskMap, Replaced, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
+    DiskMap, MapIdentity, Replaced, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
 };
 pub(crate) use gate::GatePass;
 

@@ -20,7 +20,7 @@ use crate::events::MigrationCause;
 use crate::host::HostArena;
 use crate::memory_tier::MemoryTier;
 use crate::migrate::{self, Job, Piece};
-use crate::object::{Object, chunk_count, chunks_of};
+use crate::object::{DiskMap, MapIdentity, Object, chunk_count, chunks_of};
 use crate::parcel::{Unkept, parcel};
 use crate::promotion;
 use crate::stats::add;
@@ -37,6 +37,32 @@ pub(super) struct Asked {
     /// The caller has another way where host memory has no space.
     pub(super) may_spill: bool,
     pub(super) deadline: Deadline,
+}
+
+/// How far a copy in pieces has come, in which version.
+#[derive(Debug, Default)]
+struct Progress {
+    done: usize,
+    map: Option<MapIdentity>,
+    /// A piece was taken back.
+    recalled: bool,
+}
+
+impl Progress {
+    fn of(map: &DiskMap) -> Self {
+        Progress { done: 0, map: map.identity(), recalled: false }
+    }
+
+    /// Whether the pieces so far are of this version; the first one decides.
+    fn is_of(&mut self, map: &DiskMap) -> bool {
+        let identity = map.identity();
+        if self.done == 0 {
+            self.map = identity;
+            return true;
+        }
+        let same = self.map.as_ref().zip(identity.as_ref());
+        same.is_some_and(|(one, other)| one.is_same(other))
+    }
 }
 
 impl VirtualMemory {
@@ -216,9 +242,11 @@ impl VirtualMemory {
             copy_yielding(buf, &whole[range]).await;
             return Ok(());
         }
-        // From the front again where the caller did not come for a piece in time.
-        while !self.copy_pieces(object, &range, buf, &how).await? {
+        let mut progress = Progress::default();
+        // A piece that was taken back is read again, into memory of its own.
+        while !self.copy_pieces(object, &range, buf, &how, &mut progress).await? {
             self.check_open()?;
+            progress.recalled = true;
         }
         Ok(())
     }
@@ -231,28 +259,36 @@ impl VirtualMemory {
         range: &Range<usize>,
         buf: &mut [u8],
         how: &Asked,
+        progress: &mut Progress,
     ) -> Result<bool> {
         let mut version = None;
-        let mut done = 0;
-        while done < range.len() {
-            let rest = range.start + done..range.end;
-            let piece = migrate::read_piece(object.clone(), version.take(), rest, how.class);
+        while progress.done < range.len() {
+            let rest = range.start + progress.done..range.end;
+            let (owned, class, fresh) = (progress.recalled, how.class, version.is_none());
+            let piece = migrate::read_piece(object.clone(), version.take(), rest, owned, class);
             let parcel = self.shared.spawn_for_caller("vmem-read", piece(how.deadline));
             let answer = self.shared.answer(&parcel, &how.deadline, "reading a part").await?;
             let Some(piece) = answer else { return Ok(false) };
-            let to = &mut buf[done..];
+            let to = &mut buf[progress.done..];
             match piece {
                 Piece::Staged { bytes, at, version: same } => {
+                    if fresh && !progress.is_of(&same.disk) {
+                        // Another version by now: from the front.
+                        *progress =
+                            Progress { recalled: progress.recalled, ..Progress::of(&same.disk) };
+                        version = Some(same);
+                        continue;
+                    }
                     to[..at.len()].copy_from_slice(&bytes[at.clone()]);
-                    (done, version) = (done + at.len(), Some(same));
+                    progress.done += at.len();
+                    version = Some(same);
                 }
-                // Only for the first piece: from then on the version is known.
                 Piece::Resident(bytes) => {
-                    copy_yielding(to, &bytes[range.clone()]).await;
+                    copy_yielding(buf, &bytes[range.clone()]).await;
                     return Ok(true);
                 }
                 Piece::Zeros => {
-                    to.fill(0);
+                    buf.fill(0);
                     return Ok(true);
                 }
             }

@@ -278,7 +278,9 @@ impl VirtualMemory {
         let (shared, deadline) = (self.shared.clone(), self.shared.deadline());
         let change = make(shared.clone(), deadline);
         let (delivery, answer) = parcel();
+        let (begun, begins) = parcel();
         self.shared.spawn("vmem-name", async move {
+            let _ = begun.deliver((), None);
             let permit = deadline.bound(shared.names.task()).await;
             let outcome = match permit {
                 Ok(Ok(_permit)) if !shared.is_closed() => change.await,
@@ -288,6 +290,9 @@ impl VirtualMemory {
             };
             drop(delivery.deliver(outcome, None));
         });
+        if let Err(Late) = deadline.bound(begins.claim()).await {
+            return Err(deadline.error("the runtime of the store"));
+        }
         // It takes as long as it takes: what it waits for has deadlines. Without an answer the runtime has gone.
         answer.claim().await.unwrap_or(Err(VirtualMemoryError::Closed))
     }

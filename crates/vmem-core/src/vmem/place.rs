@@ -9,13 +9,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
-use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
 use tokio::sync::oneshot;
 
 use super::pin::{PinGuard, pin, pin_now};
 use super::{Result, VirtualMemory};
 use crate::actor::{Move, PrefetchEnd, Request};
-use crate::deadline::Deadline;
+use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
@@ -256,15 +257,20 @@ async fn flush_unnamed(shared: Arc<Shared>, deadline: Deadline) -> Result<()> {
 /// A prefetch that has started. Awaiting it tells how it ended; dropping it cancels it; detached it
 /// runs on its own.
 #[must_use = "dropping a prefetch cancels it; `detach` lets it run"]
-#[derive(Debug)]
 pub struct Prefetch {
     state: State,
 }
 
-#[derive(Debug)]
+impl std::fmt::Debug for Prefetch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ended = matches!(self.state, State::Ended(_));
+        f.debug_struct("Prefetch").field("ended", &ended).finish_non_exhaustive()
+    }
+}
+
 enum State {
     Ended(Result<()>),
-    Running { answer: oneshot::Receiver<Result<()>>, detached: Arc<AtomicBool> },
+    Running { answer: BoxFuture<'static, Result<()>>, detached: Arc<AtomicBool> },
 }
 
 impl Prefetch {
@@ -276,8 +282,15 @@ impl Prefetch {
         let (reply, answer) = oneshot::channel();
         let detached = Arc::new(AtomicBool::new(false));
         let end = PrefetchEnd { reply, detached: detached.clone() };
-        let request = Request::Prefetch { objects, to, deadline: shared.deadline(), end };
-        shared.requests.send(shared, request);
+        let deadline = shared.deadline();
+        shared.requests.send(shared, Request::Prefetch { objects, to, deadline, end });
+        let answer = async move {
+            match deadline.bound_answer(answer).await {
+                Ok(answer) => answer.unwrap_or(Err(VirtualMemoryError::Closed)),
+                Err(Late) => Err(deadline.error("prefetching")),
+            }
+        };
+        let answer = answer.boxed();
         Prefetch { state: State::Running { answer, detached } }
     }
 
@@ -295,9 +308,7 @@ impl Future for Prefetch {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut self.state {
             State::Ended(outcome) => Poll::Ready(outcome.clone()),
-            State::Running { answer, .. } => Pin::new(answer)
-                .poll(context)
-                .map(|answer| answer.unwrap_or(Err(VirtualMemoryError::Closed))),
+            State::Running { answer, .. } => answer.as_mut().poll(context),
         }
     }
 }
