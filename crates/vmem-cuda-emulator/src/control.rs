@@ -162,6 +162,16 @@ impl Emulator {
         self.command(&format!("fail {function} {nth} {code}"));
     }
 
+    /// Each call of this function returns `code`, and does nothing, until it is told 0.
+    pub fn refuse(&self, function: &str, code: i32) {
+        self.command(&format!("refuse {function} {code}"));
+    }
+
+    /// Breaks the captures that have begun: they can only be ended.
+    pub fn invalidate_captures(&self) {
+        self.command("invalidate");
+    }
+
     /// The device fails for good with this code; 0 heals it.
     pub fn sticky(&self, code: i32) {
         self.command(&format!("sticky {code}"));
@@ -172,9 +182,12 @@ impl Emulator {
         self.command(&format!("calls {function}")).parse().unwrap_or(0)
     }
 
-    /// A gauge (`device_bytes`, `allocations`, `events`, `streams`, `registrations`, `pinned` of them by the system, `contexts`, `in_flight`, `queued_up`) or a counter
-    /// (`copies_up`, `bytes_up`, `copies_down`, `bytes_down`, `kernels`, `host_functions`, `blocking_copies`,
-    /// `implicit_synchronisations`, `context_synchronisations`, `captures_broken`, `suppressed_host_functions`).
+    /// A gauge (`device_bytes`, `allocations`, `events`, `streams`, `registrations`, `pinned` of
+    /// them by the system, `contexts`, `in_flight`, `queued_up`) or a counter (`calls` of all
+    /// functions, `copies_up`, `bytes_up`, `copies_down`, `bytes_down`, `kernels`,
+    /// `host_functions`, `blocking_copies`, `implicit_synchronisations`,
+    /// `context_synchronisations`, `captures_broken`, `captured_operations`,
+    /// `suppressed_host_functions`).
     pub fn counter(&self, name: &str) -> u64 {
         let counters = self.command("counters");
         let value = counters.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
