@@ -1,6 +1,7 @@
 //! The library's end of the remote control: lines of text in, text out.
 //!
-//! Invariant: a line that is not understood is answered with `?`, and changes nothing. Called by `control` through one symbol.
+//! Invariant: a line that is not understood is answered with `?`, and changes nothing. Called by
+//! `control` through one symbol.
 
 #![allow(unsafe_code)]
 
@@ -90,6 +91,7 @@ fn counters(world: &World) -> String {
         ("contexts", world.retained.values().sum::<i64>() as u64),
         ("in_flight", in_flight),
         ("calls", world.calls.values().sum()),
+        ("queued_within", world.streams.values().map(|stream| stream.queued(OpKind::Within)).sum()),
         ("queued_up", world.streams.values().map(|stream| stream.queued(OpKind::Up)).sum()),
     ];
     let mut text = String::new();

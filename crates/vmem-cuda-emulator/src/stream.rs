@@ -1,7 +1,8 @@
 //! The operations of a stream, and the thread that carries them out.
 //!
-//! Invariant: operations of one stream run one after the other, in order; each counts as done only after its effects. After a
-//! sticky error none has effects any more, and host functions are not called. Called by the symbols.
+//! Invariant: operations of one stream run one after the other, in order; each counts as done only
+//! after its effects. After a sticky error none has effects any more, and host functions are not
+//! called. Called by the symbols.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,7 +16,8 @@ use crate::world::{
     wait, world,
 };
 
-/// One host function runs at a time, whatever its stream, as on a card: a slow one delays all others.
+/// One host function runs at a time, whatever its stream, as on a card: a slow one delays all
+/// others.
 static HOST_FUNCTIONS: Mutex<()> = Mutex::new(());
 
 #[derive(Debug, Default)]
@@ -38,6 +40,12 @@ impl Stream {
     /// Operations of this kind that have not begun.
     pub(crate) fn queued(&self, kind: OpKind) -> u64 {
         self.queue.iter().filter(|op| op.work.kind() == kind).count() as u64
+    }
+
+    /// Forgets what has not begun.
+    pub(crate) fn clear(&mut self) {
+        self.done += self.queue.len() as u64;
+        self.queue.clear();
     }
 
     pub(crate) fn host_memory(&self) -> impl Iterator<Item = HostMemory> + '_ {

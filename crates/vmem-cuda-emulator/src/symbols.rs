@@ -1,7 +1,8 @@
 //! The driver's functions, as C knows them.
 //!
-//! Invariant: none of them panics across the border; each checks, in this order: a host function may call none, a failure that
-//! was injected, an error that sticks, initialisation, a current context. Called by cudarc.
+//! Invariant: none of them panics across the border; each checks, in this order: a host function
+//! may call none, a failure that was injected, an error that sticks, initialisation, a current
+//! context. Called by cudarc.
 
 #![allow(unsafe_code)]
 #![allow(non_snake_case, reason = "the names are the driver's")]
@@ -86,7 +87,8 @@ macro_rules! driver {
         ///
         /// # Safety
         ///
-        /// As the driver's: outputs are valid places, and memory that an operation uses is valid until it has ended.
+        /// As the driver's: outputs are valid places, and memory that an operation uses is valid
+        /// until it has ended.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $kind),*) -> Code {
             enter(stringify!($name), Needs::$needs, |$guard: Guard| $body)
@@ -106,7 +108,8 @@ fn host(pointer: *const c_void, len: usize) -> HostMemory {
     HostMemory { address: pointer.expose_provenance(), len }
 }
 
-/// The stream behind a handle: the null stream and each thread's own are made when they are first used.
+/// The stream behind a handle: the null stream and each thread's own are made when they are first
+/// used.
 fn stream_of(guard: &mut Guard, given: Handle) -> u64 {
     thread_local! {
         static MINE: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
@@ -240,7 +243,8 @@ driver! {
         if !is_device(&guard, device) {
             return INVALID_DEVICE;
         }
-        // Threads of a block, of a warp, multiprocessors, capability, addressing, priorities, pools.
+        // Threads of a block, of a warp, multiprocessors, capability, addressing, priorities,
+        // pools.
         let known = match attribute {
             1 => 1024,
             10 => 32,

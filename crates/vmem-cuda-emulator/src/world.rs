@@ -1,7 +1,8 @@
 //! Everything that the driver knows.
 //!
-//! Invariant: one lock over all of it; what takes long (copies, host functions, delays) happens without it, on the
-//! threads of the streams, and `CHANGED` is rung after every change. Called by the symbols and the streams.
+//! Invariant: one lock over all of it; what takes long (copies, host functions, delays) happens
+//! without it, on the threads of the streams, and `CHANGED` is rung after every change. Called by
+//! the symbols and the streams.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -218,7 +219,8 @@ impl World {
         }
     }
 
-    /// As it was at first: what an owner could not give up, after an error that sticks, is forgotten.
+    /// As it was at first: what an owner could not give up, after an error that sticks, is
+    /// forgotten.
     pub(crate) fn reset(&mut self) {
         self.allocations.clear();
         self.events.clear();
@@ -228,6 +230,7 @@ impl World {
             // The null stream and the threads' own have no owner.
             stream.destroyed |= handle != DEFAULT_STREAM && handle < PER_THREAD;
             stream.capturing = None;
+            stream.clear();
         }
         let fresh = World::new();
         self.devices = fresh.devices;
