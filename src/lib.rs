@@ -84,7 +84,8 @@ pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
 
 fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
     vmem_io::check_runtime()?;
-    let gpu = vmem_gpu::open_device(config.gpu(), config.vram_capacity())?;
+    let (vram, wait) = (config.vram_capacity(), config.wait_timeout());
+    let gpu = vmem_gpu::open_device_within(config.gpu(), vram, wait)?;
     let (path, capacity) = (config.disk_path(), config.disk_capacity());
     let disk = vmem_io::open_disk(path, capacity, config.io_driver(), config.catalog_cache())?;
     let mut capabilities = Capabilities::new(disk.backend.describe(), gpu.reason);

@@ -6,7 +6,6 @@
 
 use std::ffi::{CString, c_void};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -675,44 +674,4 @@ async fn rows_are_gathered_and_scattered() {
     assert!(matches!(error, VirtualMemoryError::Device { code: 1, .. }), "{error:?}");
     drop(buffer);
     end(vmem, rows, &emulator).await;
-}
-
-/// A gather that is dropped ends only when no copy can still write to the buffer.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_gather_that_is_dropped_waits_for_its_copies() {
-    let emulator = Emulator::load().unwrap();
-    let vmem = open(1 << 20).await;
-    let stream = stream();
-    let handle = vmem.put(bytes(1), HOST).await.unwrap();
-    vmem.promote(&handle, VRAM).await.unwrap();
-    let mut buffer = stream.alloc_zeros::<u8>(LEN).unwrap();
-    stream.synchronize().unwrap();
-    emulator.hold(Kind::Within);
-    let (began, dropped) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-    let dropping = {
-        let (vmem, handle) = (vmem.clone(), handle.clone());
-        let (began, dropped) = (began.clone(), dropped.clone());
-        let runtime = tokio::runtime::Handle::current();
-        std::thread::spawn(move || {
-            let pieces = [(&handle, 0..LEN, 0)];
-            let target = DeviceTarget::from_slice(&mut buffer);
-            let mut gather = Box::pin(vmem.gather(&pieces, &target));
-            let waits =
-                async { tokio::time::timeout(Duration::from_millis(200), &mut gather).await };
-            assert!(runtime.block_on(waits).is_err());
-            began.store(true, Ordering::SeqCst);
-            drop(gather);
-            dropped.store(true, Ordering::SeqCst);
-            buffer
-        })
-    };
-    while !began.load(Ordering::SeqCst) {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    tokio::time::sleep(Duration::from_millis(80)).await;
-    assert!(!dropped.load(Ordering::SeqCst), "a copy can still write");
-    emulator.release_all();
-    drop(dropping.join().unwrap());
-    assert!(dropped.load(Ordering::SeqCst));
-    end(vmem, vec![handle], &emulator).await;
 }

@@ -1,6 +1,7 @@
 //! The library's end of the remote control: lines of text in, text out.
 //!
-//! Invariant: a line that is not understood is answered with `?`, and changes nothing. Called by `control` through one symbol.
+//! Invariant: a line that is not understood is answered with `?`, and changes nothing. Called by
+//! `control` through one symbol.
 
 #![allow(unsafe_code)]
 
@@ -63,6 +64,11 @@ fn obey(world: &mut World, words: &[&str]) -> Option<String> {
             let (function, nth) = (words.get(1)?.to_string(), number(2)?.max(1));
             world.injected.push((function, nth, number(3)? as Code));
         }
+        "refuse" => match number(2)? as Code {
+            0 => drop(world.refused.remove(*words.get(1)?)),
+            code => drop(world.refused.insert(words.get(1)?.to_string(), code)),
+        },
+        "invalidate" => world.invalidate(|_| true),
         "sticky" => world.sticky = Some(number(1)? as Code).filter(|&code| code != 0),
         "calls" => return Some(world.calls.get(words.get(1)?).copied().unwrap_or(0).to_string()),
         "violations" => return Some(world.violations.join("\n")),
@@ -84,6 +90,8 @@ fn counters(world: &World) -> String {
         ("pinned", world.pinned.values().filter(|pinned| pinned.pages.is_some()).count() as u64),
         ("contexts", world.retained.values().sum::<i64>() as u64),
         ("in_flight", in_flight),
+        ("calls", world.calls.values().sum()),
+        ("queued_within", world.streams.values().map(|stream| stream.queued(OpKind::Within)).sum()),
         ("queued_up", world.streams.values().map(|stream| stream.queued(OpKind::Up)).sum()),
     ];
     let mut text = String::new();

@@ -1,7 +1,7 @@
 //! What a test links: it puts the emulator in the place of the driver, and commands it.
 //!
-//! Invariant: the library is loaded before anybody asks for `libcuda.so`, and stays for the life of the process. One test at a
-//! time has it. Called by tests.
+//! Invariant: the library is loaded before anybody asks for `libcuda.so`, and stays for the life of
+//! the process. One test at a time has it. Called by tests.
 
 #![allow(unsafe_code)]
 
@@ -79,7 +79,8 @@ impl Drop for Turn {
 }
 
 impl Emulator {
-    /// Loads the library that lies beside this program, if that was not done before, and waits for its turn.
+    /// Loads the library that lies beside this program, if that was not done before, and waits for
+    /// its turn.
     ///
     /// # Errors
     ///
@@ -162,6 +163,16 @@ impl Emulator {
         self.command(&format!("fail {function} {nth} {code}"));
     }
 
+    /// Each call of this function returns `code`, and does nothing, until it is told 0.
+    pub fn refuse(&self, function: &str, code: i32) {
+        self.command(&format!("refuse {function} {code}"));
+    }
+
+    /// Breaks the captures that have begun: they can only be ended.
+    pub fn invalidate_captures(&self) {
+        self.command("invalidate");
+    }
+
     /// The device fails for good with this code; 0 heals it.
     pub fn sticky(&self, code: i32) {
         self.command(&format!("sticky {code}"));
@@ -172,24 +183,28 @@ impl Emulator {
         self.command(&format!("calls {function}")).parse().unwrap_or(0)
     }
 
-    /// A gauge (`device_bytes`, `allocations`, `events`, `streams`, `registrations`, `pinned` of them by the system, `contexts`, `in_flight`, `queued_up`) or a counter
-    /// (`copies_up`, `bytes_up`, `copies_down`, `bytes_down`, `kernels`, `host_functions`, `blocking_copies`,
-    /// `implicit_synchronisations`, `context_synchronisations`, `captures_broken`, `suppressed_host_functions`).
+    /// A gauge (`device_bytes`, `allocations`, `events`, `streams`, `registrations`, `pinned` of
+    /// them by the system, `contexts`, `in_flight`, `queued_up`, `queued_within`) or a counter
+    /// (`calls` of all functions, `copies_up`, `bytes_up`, `copies_down`, `bytes_down`, `kernels`,
+    /// `host_functions`, `blocking_copies`, `implicit_synchronisations`,
+    /// `context_synchronisations`, `captures_broken`, `captured_operations`,
+    /// `suppressed_host_functions`).
     pub fn counter(&self, name: &str) -> u64 {
         let counters = self.command("counters");
         let value = counters.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         value.and_then(|value| value.parse().ok()).unwrap_or(0)
     }
 
-    /// What was done against the rules: races on device memory, host memory that was used, freed or unregistered under a copy,
-    /// memory that was freed twice.
+    /// What was done against the rules: races on device memory, host memory that was used, freed or
+    /// unregistered under a copy, memory that was freed twice.
     pub fn violations(&self) -> Vec<String> {
         self.command("violations").lines().map(str::to_owned).collect()
     }
 }
 
-/// The library that lies beside this program. A process that finds it under the name `libcuda.so`, by `LD_LIBRARY_PATH` say, has
-/// the emulated driver without a word; `VMEM_EMULATED_MEMORY` is the memory of its device then, in bytes.
+/// The library that lies beside this program. A process that finds it under the name `libcuda.so`,
+/// by `LD_LIBRARY_PATH` say, has the emulated driver without a word; `VMEM_EMULATED_MEMORY` is the
+/// memory of its device then, in bytes.
 ///
 /// # Errors
 ///

@@ -1,8 +1,9 @@
 //! The pages behind registered memory, as a device sees them.
 //!
-//! Invariant: they are those that were there when the memory was registered, whatever was done to its addresses since: pages that were
-//! given back to the system and came again are others, and a copy does not see those. So it is with a real device, and so it
-//! is here where the kernel has io_uring, which pins buffers likewise; elsewhere copies follow the addresses. Called by the
+//! Invariant: they are those that were there when the memory was registered, whatever was done to
+//! its addresses since: pages that were given back to the system and came again are others, and a
+//! copy does not see those. So it is with a real device, and so it is here where the kernel has
+//! io_uring, which pins buffers likewise; elsewhere copies follow the addresses. Called by the
 //! streams.
 
 #![allow(unsafe_code)]
@@ -33,7 +34,8 @@ impl Pages {
             iov_base: std::ptr::with_exposed_provenance_mut(memory.address),
             iov_len: memory.len,
         };
-        // SAFETY: whoever registers memory promises that it stays mapped until it is unregistered, with which this goes.
+        // SAFETY: whoever registers memory promises that it stays mapped until it is unregistered,
+        // with which this goes.
         unsafe { ring.submitter().register_buffers(&[buffer]) }.ok()?;
         let file = memfd_create("pages", MemfdFlags::CLOEXEC).ok()?;
         Some(Pages { memory, way: Mutex::new((ring, file.into())) })

@@ -1,8 +1,8 @@
 //! Which operations are ordered before which.
 //!
-//! Invariant: an operation is ordered before another one if its stream's count for it is in the other's clock: by the order of
-//! one stream, by an event that the other stream waited for, or because the host saw it end before the other was
-//! submitted. Pure; called under the world's lock.
+//! Invariant: an operation is ordered before another one if its stream's count for it is in the
+//! other's clock: by the order of one stream, by an event that the other stream waited for, or
+//! because the host saw it end before the other was submitted. Pure; called under the world's lock.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -51,8 +51,8 @@ pub(crate) struct Races {
 }
 
 impl Races {
-    /// Operation `count` of `stream` has these accesses and comes after what `clock` says. Returns what it races with, in
-    /// words.
+    /// Operation `count` of `stream` has these accesses and comes after what `clock` says. Returns
+    /// what it races with, in words.
     pub(crate) fn submit(
         &mut self,
         stream: u64,

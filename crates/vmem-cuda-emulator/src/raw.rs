@@ -1,7 +1,8 @@
 //! Memory of the host, by address.
 //!
-//! Invariant: an address is read or written only for an operation whose caller promised that it is valid until the operation
-//! has ended: that is the contract of the driver's functions. Called by the streams.
+//! Invariant: an address is read or written only for an operation whose caller promised that it is
+//! valid until the operation has ended: that is the contract of the driver's functions. Called by
+//! the streams.
 
 #![allow(unsafe_code)]
 
@@ -22,8 +23,9 @@ impl HostMemory {
     pub(crate) fn read(self) -> Vec<u8> {
         let from = std::ptr::with_exposed_provenance::<u8>(self.address);
         let mut bytes = vec![0; self.len];
-        // SAFETY: the caller of the driver's function promised that the source is readable until the copy has ended; a
-        // raw copy makes no reference to memory that somebody may be writing against the rules.
+        // SAFETY: the caller of the driver's function promised that the source is readable until
+        // the copy has ended; a raw copy makes no reference to memory that somebody may be writing
+        // against the rules.
         unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), self.len) };
         bytes
     }

@@ -1,18 +1,24 @@
 //! The operations of a stream, and the thread that carries them out.
 //!
-//! Invariant: operations of one stream run one after the other, in order; each counts as done only after its effects. After a
-//! sticky error none has effects any more, and host functions are not called. Called by the symbols.
+//! Invariant: operations of one stream run one after the other, in order; each counts as done only
+//! after its effects. After a sticky error none has effects any more, and host functions are not
+//! called. Called by the symbols.
 
 use std::collections::VecDeque;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::races::{Access, Clock};
 use crate::raw::{HostFunction, HostMemory};
 use crate::world::{
-    CAPTURE_UNSUPPORTED, CHANGED, Code, ILLEGAL_ADDRESS, IN_HOST_FUNCTION, INVALID_HANDLE,
-    INVALID_VALUE, OK, OpKind, Reach, World, wait, world,
+    CAPTURE_INVALIDATED, CAPTURE_ISOLATION, CAPTURE_UNSUPPORTED, CHANGED, Capture, Code,
+    ILLEGAL_ADDRESS, IN_HOST_FUNCTION, INVALID_HANDLE, INVALID_VALUE, OK, OpKind, Reach, World,
+    wait, world,
 };
+
+/// One host function runs at a time, whatever its stream, as on a card: a slow one delays all
+/// others.
+static HOST_FUNCTIONS: Mutex<()> = Mutex::new(());
 
 #[derive(Debug, Default)]
 pub(crate) struct Stream {
@@ -24,8 +30,8 @@ pub(crate) struct Stream {
     pub(crate) clock: Clock,
     pub(crate) priority: i32,
     pub(crate) flags: u32,
-    /// The mode of the capture that has begun on it.
-    pub(crate) capturing: Option<i32>,
+    /// The capture that it takes part in.
+    pub(crate) capturing: Option<Capture>,
     /// Nobody has its handle any more.
     pub(crate) destroyed: bool,
 }
@@ -34,6 +40,12 @@ impl Stream {
     /// Operations of this kind that have not begun.
     pub(crate) fn queued(&self, kind: OpKind) -> u64 {
         self.queue.iter().filter(|op| op.work.kind() == kind).count() as u64
+    }
+
+    /// Forgets what has not begun.
+    pub(crate) fn clear(&mut self) {
+        self.done += self.queue.len() as u64;
+        self.queue.clear();
     }
 
     pub(crate) fn host_memory(&self) -> impl Iterator<Item = HostMemory> + '_ {
@@ -136,8 +148,8 @@ pub(crate) fn submit(
     loop {
         let max = guard.queue_max;
         let stream = guard.streams.get(&handle).ok_or(INVALID_HANDLE)?;
-        if stream.capturing.is_some() {
-            return Err(CAPTURE_UNSUPPORTED);
+        if let Some(capture) = stream.capturing {
+            return capture_work(&mut guard, capture, &work);
         }
         if stream.queue.len() < max {
             break;
@@ -175,6 +187,7 @@ pub(crate) fn submit(
         event.last = Some((handle, count));
         event.clock = clock.clone();
         event.at = None;
+        event.captured = None;
     }
     stream.queue.push_back(Op { work, watched });
     let found = world.races.submit(handle, count, name, &accesses, &clock, &world.seen);
@@ -195,9 +208,33 @@ pub(crate) fn submit(
     Ok(count)
 }
 
-/// Waits until a stream has done all that it was given.
+/// Work that is given to a stream in a capture becomes part of a graph, and is not carried out.
+fn capture_work(world: &mut World, capture: Capture, work: &Work) -> Result<u64, Code> {
+    if capture.invalid {
+        return Err(CAPTURE_INVALIDATED);
+    }
+    match work {
+        Work::Record { event } => {
+            if let Some(event) = world.events.get_mut(event) {
+                event.captured = Some(capture.id);
+            }
+        }
+        Work::Wait { .. } => {
+            world.invalidate(|other| other.id == capture.id);
+            return Err(CAPTURE_ISOLATION);
+        }
+        _ => world.count("captured_operations", 1),
+    }
+    Ok(0)
+}
+
+/// Waits until a stream has done all that it was given. In a capture that breaks it.
 pub(crate) fn synchronize(mut guard: MutexGuard<'static, World>, handle: u64) -> Code {
     let Some(stream) = guard.streams.get(&handle) else { return INVALID_HANDLE };
+    if let Some(capture) = stream.capturing {
+        guard.invalidate(|other| other.id == capture.id);
+        return CAPTURE_UNSUPPORTED;
+    }
     let (last, clock) = (stream.submitted, stream.clock.clone());
     while !guard.has_ended((handle, last)) {
         if let Some(code) = guard.sticky {
@@ -336,6 +373,7 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
             guard.count("host_functions", 1);
             let times = 1 + u32::from(guard.double_host_functions);
             drop(guard);
+            let _alone = lock(&HOST_FUNCTIONS);
             IN_HOST_FUNCTION.set(true);
             (0..times).for_each(|_| function.call());
             IN_HOST_FUNCTION.set(false);
@@ -367,6 +405,6 @@ fn from_host(memory: HostMemory) -> Result<Vec<u8>, Code> {
     }
 }
 
-fn lock<T>(mutex: &std::sync::Mutex<T>) -> MutexGuard<'_, T> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

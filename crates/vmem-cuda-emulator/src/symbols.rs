@@ -1,7 +1,8 @@
 //! The driver's functions, as C knows them.
 //!
-//! Invariant: none of them panics across the border; each checks, in this order: a host function may call none, a failure that
-//! was injected, an error that sticks, initialisation, a current context. Called by cudarc.
+//! Invariant: none of them panics across the border; each checks, in this order: a host function
+//! may call none, a failure that was injected, an error that sticks, initialisation, a current
+//! context. Called by cudarc.
 
 #![allow(unsafe_code)]
 #![allow(non_snake_case, reason = "the names are the driver's")]
@@ -12,12 +13,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::MutexGuard;
 
 use crate::raw::{self, HostFunction, HostMemory};
-use crate::stream::{self, Work};
+use crate::stream::{self, Stream, Work};
 use crate::world::{
-    CAPTURE_MODE, CAPTURE_UNSUPPORTED, CHANGED, CURRENT, Code, DEFAULT_STREAM, Event,
-    IN_HOST_FUNCTION, INVALID_CONTEXT, INVALID_DEVICE, INVALID_DEVICE_FUNCTION, INVALID_HANDLE,
-    INVALID_VALUE, NO_DEVICE, NOT_FOUND, NOT_INITIALIZED, NOT_PERMITTED, NOT_READY, NOT_REGISTERED,
-    OK, PER_THREAD, UNKNOWN, World, drain, wait, world,
+    CAPTURE_INVALIDATED, CAPTURE_MODE, CAPTURE_UNSUPPORTED, CHANGED, CURRENT, Capture, Code,
+    DEFAULT_STREAM, Event, IN_HOST_FUNCTION, INVALID_CONTEXT, INVALID_DEVICE,
+    INVALID_DEVICE_FUNCTION, INVALID_HANDLE, INVALID_VALUE, NO_DEVICE, NOT_FOUND, NOT_INITIALIZED,
+    NOT_PERMITTED, NOT_READY, NOT_REGISTERED, OK, PER_THREAD, UNKNOWN, World, drain, wait, world,
 };
 
 type Handle = *mut c_void;
@@ -49,6 +50,9 @@ fn enter(name: &'static str, needs: Needs, work: impl FnOnce(Guard) -> Code) -> 
                 return guard.injected.swap_remove(at).2;
             }
         }
+        if let Some(&code) = guard.refused.get(name) {
+            return code;
+        }
         if needs == Needs::Nothing {
             return work(guard);
         }
@@ -65,9 +69,10 @@ fn enter(name: &'static str, needs: Needs, work: impl FnOnce(Guard) -> Code) -> 
             return code;
         }
         let mut streams = guard.streams.values();
-        let captured = streams.any(|stream| stream.capturing == Some(0)) && CAPTURE_MODE.get() != 2;
-        if needs == Needs::Quiet && captured {
-            guard.count("captures_broken", 1);
+        let global = |capture: &Capture| capture.mode == 0;
+        let captured = streams.any(|stream| stream.capturing.as_ref().is_some_and(global));
+        if needs == Needs::Quiet && captured && CAPTURE_MODE.get() != 2 {
+            guard.invalidate(global);
             return CAPTURE_UNSUPPORTED;
         }
         work(guard)
@@ -82,7 +87,8 @@ macro_rules! driver {
         ///
         /// # Safety
         ///
-        /// As the driver's: outputs are valid places, and memory that an operation uses is valid until it has ended.
+        /// As the driver's: outputs are valid places, and memory that an operation uses is valid
+        /// until it has ended.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $kind),*) -> Code {
             enter(stringify!($name), Needs::$needs, |$guard: Guard| $body)
@@ -102,7 +108,8 @@ fn host(pointer: *const c_void, len: usize) -> HostMemory {
     HostMemory { address: pointer.expose_provenance(), len }
 }
 
-/// The stream behind a handle: the null stream and each thread's own are made when they are first used.
+/// The stream behind a handle: the null stream and each thread's own are made when they are first
+/// used.
 fn stream_of(guard: &mut Guard, given: Handle) -> u64 {
     thread_local! {
         static MINE: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
@@ -143,6 +150,21 @@ fn new_stream(mut guard: Guard, place: *mut Handle, flags: u32, priority: i32) -
     guard.count("live_streams", 1);
     raw::put(place, handle(number));
     OK
+}
+
+/// A stream that waits for an event of a capture takes part in it.
+fn join_capture(world: &mut World, number: u64, id: u64) -> Code {
+    let joined = world.streams.values().filter_map(|stream| stream.capturing);
+    let Some(capture) = joined.into_iter().find(|capture| capture.id == id) else {
+        return INVALID_VALUE;
+    };
+    match world.streams.get_mut(&number) {
+        Some(stream) => {
+            stream.capturing.get_or_insert(capture);
+            OK
+        }
+        None => INVALID_HANDLE,
+    }
 }
 
 fn is_device(guard: &Guard, device: i32) -> bool {
@@ -221,7 +243,8 @@ driver! {
         if !is_device(&guard, device) {
             return INVALID_DEVICE;
         }
-        // Threads of a block, of a warp, multiprocessors, capability, addressing, priorities, pools.
+        // Threads of a block, of a warp, multiprocessors, capability, addressing, priorities,
+        // pools.
         let known = match attribute {
             1 => 1024,
             10 => 32,
@@ -455,6 +478,10 @@ driver! {
         let mut guard = guard;
         let number = stream_of(&mut guard, stream);
         let Some(stream) = guard.streams.get(&number) else { return INVALID_HANDLE };
+        if let Some(capture) = stream.capturing {
+            guard.invalidate(|other| other.id == capture.id);
+            return CAPTURE_UNSUPPORTED;
+        }
         if stream.done < stream.submitted {
             return NOT_READY;
         }
@@ -464,11 +491,16 @@ driver! {
     }
     Context fn cuStreamWaitEvent(stream: Handle, event: Handle, _flags: u32) |guard| {
         let Some(event) = guard.events.get(&address(event)) else { return INVALID_HANDLE };
-        let (last, clock) = (event.last, event.clock.clone());
-        let Some(until) = last else { return OK };
+        let (last, clock, captured) = (event.last, event.clock.clone(), event.captured);
         let mut guard = guard;
         let number = stream_of(&mut guard, stream);
-        if let Some(stream) = guard.streams.get_mut(&number) {
+        if let Some(id) = captured {
+            return join_capture(&mut guard, number, id);
+        }
+        let Some(until) = last else { return OK };
+        if let Some(stream) = guard.streams.get_mut(&number)
+            && stream.capturing.is_none()
+        {
             stream.clock.join(&clock);
         }
         stream::submit(guard, number, Work::Wait { until }).map_or_else(|code| code, |_| OK)
@@ -482,15 +514,16 @@ driver! {
         found.map_or(INVALID_HANDLE, |found| { raw::put(flags, found); OK })
     }
     Context fn cuStreamIsCapturing(stream: Handle, status: *mut i32) |guard| {
-        let capturing = guard.streams.get(&address(stream)).is_some_and(|stream| stream.capturing.is_some());
-        raw::put(status, i32::from(capturing));
+        let capturing = guard.streams.get(&address(stream)).and_then(|stream| stream.capturing);
+        raw::put(status, capturing.map_or(0, |capture| 1 + i32::from(capture.invalid)));
         OK
     }
     Context fn cuStreamBeginCapture_v2(stream: Handle, mode: i32) |guard| {
         let mut guard = guard;
+        let capture = Capture { id: guard.handle(), mode, invalid: false };
         match guard.streams.get_mut(&address(stream)) {
             Some(stream) => {
-                stream.capturing = Some(mode);
+                stream.capturing = Some(capture);
                 OK
             }
             None => INVALID_HANDLE,
@@ -498,11 +531,14 @@ driver! {
     }
     Context fn cuStreamEndCapture(stream: Handle, graph: *mut Handle) |guard| {
         let mut guard = guard;
-        if let Some(stream) = guard.streams.get_mut(&address(stream)) {
-            stream.capturing = None;
-        }
         raw::put(graph, handle(0));
-        OK
+        let Some(stream) = guard.streams.get_mut(&address(stream)) else { return INVALID_HANDLE };
+        let Some(ended) = stream.capturing else { return INVALID_VALUE };
+        let takes_part = |stream: &&mut Stream| {
+            stream.capturing.is_some_and(|capture| capture.id == ended.id)
+        };
+        guard.streams.values_mut().filter(takes_part).for_each(|stream| stream.capturing = None);
+        if ended.invalid { CAPTURE_INVALIDATED } else { OK }
     }
     Context fn cuLaunchHostFunc(stream: Handle, function: Option<unsafe extern "C" fn(Handle)>, argument: Handle) |guard| {
         let Some(function) = function else { return INVALID_VALUE };
@@ -530,7 +566,10 @@ driver! {
     Quiet fn cuEventQuery(event: Handle) |guard| {
         let mut guard = guard;
         let Some(event) = guard.events.get(&address(event)) else { return INVALID_HANDLE };
-        let (last, clock) = (event.last, event.clock.clone());
+        let (last, clock, captured) = (event.last, event.clock.clone(), event.captured);
+        if let Some(code) = guard.captured_event(captured) {
+            return code;
+        }
         if last.is_some_and(|last| !guard.has_ended(last)) {
             return NOT_READY;
         }
@@ -540,7 +579,10 @@ driver! {
     Quiet fn cuEventSynchronize(event: Handle) |guard| {
         let mut guard = guard;
         let Some(event) = guard.events.get(&address(event)) else { return INVALID_HANDLE };
-        let (last, clock) = (event.last, event.clock.clone());
+        let (last, clock, captured) = (event.last, event.clock.clone(), event.captured);
+        if let Some(code) = guard.captured_event(captured) {
+            return code;
+        }
         while last.is_some_and(|last| !guard.has_ended(last)) && guard.sticky.is_none() {
             guard = wait(guard);
         }
@@ -629,6 +671,9 @@ fn describe(code: Code) -> &'static std::ffi::CStr {
         719 => c"CUDA_ERROR_LAUNCH_FAILED",
         NOT_PERMITTED => c"CUDA_ERROR_NOT_PERMITTED",
         CAPTURE_UNSUPPORTED => c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+        CAPTURE_INVALIDATED => c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
+        905 => c"CUDA_ERROR_STREAM_CAPTURE_ISOLATION",
+        907 => c"CUDA_ERROR_CAPTURED_EVENT",
         _ => c"CUDA_ERROR_UNKNOWN",
     }
 }

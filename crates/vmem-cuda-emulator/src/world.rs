@@ -1,7 +1,8 @@
 //! Everything that the driver knows.
 //!
-//! Invariant: one lock over all of it; what takes long (copies, host functions, delays) happens without it, on the
-//! threads of the streams, and `CHANGED` is rung after every change. Called by the symbols and the streams.
+//! Invariant: one lock over all of it; what takes long (copies, host functions, delays) happens
+//! without it, on the threads of the streams, and `CHANGED` is rung after every change. Called by
+//! the symbols and the streams.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -30,6 +31,9 @@ pub(crate) const ALREADY_REGISTERED: Code = 712;
 pub(crate) const NOT_REGISTERED: Code = 713;
 pub(crate) const NOT_PERMITTED: Code = 800;
 pub(crate) const CAPTURE_UNSUPPORTED: Code = 900;
+pub(crate) const CAPTURE_INVALIDATED: Code = 901;
+pub(crate) const CAPTURE_ISOLATION: Code = 905;
+pub(crate) const CAPTURED_EVENT: Code = 907;
 pub(crate) const UNKNOWN: Code = 999;
 
 /// The stream that is there without being made.
@@ -122,6 +126,18 @@ pub(crate) struct Event {
     pub(crate) last: Option<(u64, u64)>,
     pub(crate) clock: Clock,
     pub(crate) at: Option<std::time::Instant>,
+    /// The capture in which it was last recorded.
+    pub(crate) captured: Option<u64>,
+}
+
+/// The capture that a stream takes part in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Capture {
+    pub(crate) id: u64,
+    /// 0 global, 1 thread-local, 2 relaxed.
+    pub(crate) mode: i32,
+    /// It was broken, and can only be ended.
+    pub(crate) invalid: bool,
 }
 
 #[derive(Debug)]
@@ -140,6 +156,8 @@ pub(crate) struct World {
     pub(crate) gates: HashMap<OpKind, u64>,
     /// Function, how many calls from now, result.
     pub(crate) injected: Vec<(String, u64, Code)>,
+    /// Functions that fail until further notice.
+    pub(crate) refused: HashMap<String, Code>,
     pub(crate) sticky: Option<Code>,
     pub(crate) retained: HashMap<u64, i64>,
     pub(crate) allocations: BTreeMap<u64, Allocation>,
@@ -182,6 +200,7 @@ impl World {
             delays_us: HashMap::new(),
             gates: HashMap::new(),
             injected: Vec::new(),
+            refused: HashMap::new(),
             sticky: None,
             retained: HashMap::new(),
             allocations: BTreeMap::new(),
@@ -200,7 +219,8 @@ impl World {
         }
     }
 
-    /// As it was at first: what an owner could not give up, after an error that sticks, is forgotten.
+    /// As it was at first: what an owner could not give up, after an error that sticks, is
+    /// forgotten.
     pub(crate) fn reset(&mut self) {
         self.allocations.clear();
         self.events.clear();
@@ -209,6 +229,8 @@ impl World {
         for (&handle, stream) in &mut self.streams {
             // The null stream and the threads' own have no owner.
             stream.destroyed |= handle != DEFAULT_STREAM && handle < PER_THREAD;
+            stream.capturing = None;
+            stream.clear();
         }
         let fresh = World::new();
         self.devices = fresh.devices;
@@ -221,6 +243,7 @@ impl World {
         self.delays_us.clear();
         self.gates.clear();
         self.injected.clear();
+        self.refused.clear();
         self.sticky = None;
         self.violations.clear();
         self.calls.clear();
@@ -321,6 +344,38 @@ impl World {
             .values()
             .flat_map(Stream::host_memory)
             .any(|used| used.address < end && memory.address < used.address + used.len)
+    }
+
+    // ---- Captures ----------------------------------------------------------------------------
+
+    /// Breaks the captures that `broken` selects: from now on they can only be ended.
+    pub(crate) fn invalidate(&mut self, broken: impl Fn(&Capture) -> bool) {
+        let mut ids: Vec<u64> = Vec::new();
+        for capture in self.streams.values_mut().filter_map(|stream| stream.capturing.as_mut()) {
+            if broken(capture) && !capture.invalid {
+                capture.invalid = true;
+                ids.push(capture.id);
+            }
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        self.count("captures_broken", ids.len() as u64);
+    }
+
+    /// Whether a capture has not been ended.
+    pub(crate) fn is_captured(&self, id: u64) -> bool {
+        self.streams.values().any(|stream| stream.capturing.is_some_and(|other| other.id == id))
+    }
+
+    /// What a look at an event comes to that was last recorded in a capture; none for others.
+    pub(crate) fn captured_event(&mut self, id: Option<u64>) -> Option<Code> {
+        let id = id?;
+        if !self.is_captured(id) {
+            return Some(INVALID_VALUE);
+        }
+        // As on a card: whoever asks has broken the capture.
+        self.invalidate(|capture| capture.id == id);
+        Some(CAPTURED_EVENT)
     }
 
     // ---- Order -------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 //! A lease as a tensor of DLPack, which PyTorch, JAX, CuPy and others take without a copy.
 //!
-//! Invariant: the lease lives until the consumer has called the deleter of what it was handed, on whatever thread, and ends
-//! with that call; a tensor that was handed to nobody ends it when it is dropped. Called by users.
+//! Invariant: the lease lives until the consumer has called the deleter of what it was handed, on
+//! whatever thread, and ends with that call; a tensor that was handed to nobody ends it when it is
+//! dropped. Called by users.
 //!
 //! # Whose turn it is
 //!
-//! The bytes are there before the lease is granted, so any stream may read them at once. The end is what counts: the deleter
-//! ends the lease as its drop does, behind all that is queued *on the stream of the lease* by then. Whoever uses the tensor
-//! does so on that stream, or, before the deleter is called, makes that stream wait for his own. In PyTorch:
+//! The bytes are there before the lease is granted, so any stream may read them at once. The end is
+//! what counts: the deleter ends the lease as its drop does, behind all that is queued *on the
+//! stream of the lease* by then. Whoever uses the tensor does so on that stream, or, before the
+//! deleter is called, makes that stream wait for his own. In PyTorch:
 //!
 //! ```python
 //! lease_stream = torch.cuda.ExternalStream(pointer_of_the_stream)  # `tensor.stream().cu_stream()`
@@ -20,8 +22,8 @@
 //!
 //! `record_stream` does not help: it is for memory of PyTorch's own allocator.
 //!
-//! The tensor is read only, as the lease is: other leases read the same bytes. The versioned form says so to its consumer, the
-//! other has no place for it.
+//! The tensor is read only, as the lease is: other leases read the same bytes. The versioned form
+//! says so to its consumer, the other has no place for it.
 
 #![allow(unsafe_code)]
 
@@ -37,7 +39,8 @@ use dlpack_rs::safe::{self, TensorInfo};
 
 use crate::lease::DeviceLease;
 
-/// The bytes of a lease as a tensor: one dimension, unsigned, 8 bits. The consumer views them as what they are.
+/// The bytes of a lease as a tensor: one dimension, unsigned, 8 bits. The consumer views them as
+/// what they are.
 ///
 /// ```no_run
 /// # use vmem::gpu::VramExt;
@@ -80,16 +83,17 @@ impl DlPackTensor {
         self.len() == 0
     }
 
-    /// Hands it to a consumer of the first form, "dltensor". Whoever has the pointer calls its deleter once, on any thread, or
-    /// the object stays pinned for good.
+    /// Hands it to a consumer of the first form, "dltensor". Whoever has the pointer calls its
+    /// deleter once, on any thread, or the object stays pinned for good.
     #[must_use = "the lease ends with its deleter only"]
     pub fn into_raw(self) -> *mut DLManagedTensor {
         let info = self.info();
         safe::pack(sent(self.lease), info)
     }
 
-    /// Hands it to a consumer of the form of DLPack 1, "dltensor_versioned", which learns that the tensor is read only.
-    /// Whoever has the pointer calls its deleter once, on any thread, or the object stays pinned for good.
+    /// Hands it to a consumer of the form of DLPack 1, "dltensor_versioned", which learns that the
+    /// tensor is read only. Whoever has the pointer calls its deleter once, on any thread, or the
+    /// object stays pinned for good.
     #[must_use = "the lease ends with its deleter only"]
     pub fn into_raw_versioned(self) -> *mut DLManagedTensorVersioned {
         let info = self.info();
@@ -102,13 +106,15 @@ impl DlPackTensor {
     }
 
     fn info(&self) -> TensorInfo {
-        // SAFETY: it is read only, and in the order that the page above asks of whoever is handed it.
+        // SAFETY: it is read only, and in the order that the page above asks of whoever is handed
+        // it.
         let address = unsafe { self.lease.device_ptr() };
         // Device memory: nothing here ever follows it.
         let data = ptr::without_provenance_mut(address as usize);
         // The driver counts devices in an `i32`.
         let device = safe::cuda_device(self.lease.ordinal() as i32);
-        // Newer readers count on strides, with one dimension too. A length fits: it is that of memory.
+        // Newer readers count on strides, with one dimension too. A length fits: it is that of
+        // memory.
         TensorInfo::strided(data, device, safe::dtype_u8(), vec![self.len() as i64], vec![1])
     }
 }

@@ -1,27 +1,32 @@
 //! A thread that copies in one direction.
 //!
-//! Invariant: every operation that was handed in is answered once: after its end, or because the device is lost or the
-//! lane closed. While copies are in flight the thread sleeps until the driver rings, or a tenth of a second has passed
-//! (a notice may be lost); with nothing in flight it sleeps until there is work. Started by the tier.
+//! Invariant: every operation that was handed in is answered once: after its end, or because the
+//! device is lost or the lane closed. An error that passes ends nothing. While copies are in flight
+//! the thread sleeps until the driver rings, or a tenth of a second has passed (a notice may be
+//! lost); with nothing in flight it sleeps until there is work. Started by the tier.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::Duration;
 
-use cudarc::driver::DriverError;
+use cudarc::driver::{CudaStream, DriverError};
 use futures::FutureExt;
 use futures::channel::oneshot;
 use futures::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 use vmem_core::backend::DeviceError;
 
-use crate::card::{Batch, Bell, Card, CopyStream, Work, told};
+use crate::card::{Card, told};
+use crate::copy::{Batch, CopyStream, Work};
+use crate::event::Bell;
 
 /// How long a lost notice goes unnoticed.
 pub(crate) const WATCHDOG: Duration = Duration::from_millis(100);
-/// Operations that are handed to the driver before it is looked for their ends: fewer than its launch queue holds.
+/// Operations that are handed to the driver at a time: fewer than its launch queue holds.
 const BATCH_MAX: usize = 256;
+/// The pause before the driver is asked again after an error that passed.
+const RETRY: Duration = Duration::from_millis(2);
 /// Batches in flight.
 const BATCHES_MAX: usize = 8;
 
@@ -36,6 +41,8 @@ pub(crate) type Ended = Shared<BoxFuture<'static, ()>>;
 pub(crate) struct Lane {
     inbox: Arc<Inbox>,
     ended: Ended,
+    /// Of the thread, which alone keeps it.
+    stream: Weak<CudaStream>,
 }
 
 #[derive(Default)]
@@ -56,27 +63,35 @@ impl Lane {
     /// # Errors
     ///
     /// What the driver or the operating system says, in words.
-    pub(crate) fn start(name: &str, card: Arc<Card>, lost: Lost) -> Result<Self, String> {
+    pub(crate) fn start(name: &str, card: Arc<Card>) -> Result<Self, String> {
         let inbox = Arc::new(Inbox::default());
         let (ready, is_ready) = std::sync::mpsc::channel();
         let (end, ended) = oneshot::channel::<()>();
         let theirs = inbox.clone();
         let run = move || {
             theirs.bell.hang(thread::current());
-            let stream = card.bind().and_then(|()| CopyStream::new(card, theirs.bell.clone()));
+            let bound = card.bind();
+            let stream = bound.and_then(|()| CopyStream::new(card.clone(), theirs.bell.clone()));
             match stream {
                 Err(error) => drop(ready.send(Err(told("making a stream", error)))),
                 Ok(stream) => {
-                    drop(ready.send(Ok(())));
-                    Driving { inbox: theirs, stream, in_flight: VecDeque::new(), lost }.run();
+                    drop(ready.send(Ok(Arc::downgrade(stream.stream()))));
+                    let in_flight = VecDeque::new();
+                    Driving { inbox: theirs, stream, in_flight, card }.run();
                 }
             }
             drop(end);
         };
         let spawned = thread::Builder::new().name(name.to_owned()).spawn(run);
         spawned.map_err(|error| format!("starting a thread: {error}"))?;
-        is_ready.recv().map_err(|_| "the thread ended".to_owned()).and_then(|ready| ready)?;
-        Ok(Lane { inbox, ended: ended.map(drop).boxed().shared() })
+        let ready = is_ready.recv().map_err(|_| "the thread ended".to_owned());
+        let stream = ready.and_then(|ready| ready)?;
+        Ok(Lane { inbox, ended: ended.map(drop).boxed().shared(), stream })
+    }
+
+    /// Its stream, while the thread lives. Only in a visit: this may be the last share of it.
+    pub(crate) fn stream(&self) -> Option<Arc<CudaStream>> {
+        self.stream.upgrade()
     }
 
     /// Hands an operation in; it starts whether its answer is awaited or not.
@@ -114,7 +129,7 @@ struct Driving {
     inbox: Arc<Inbox>,
     stream: CopyStream,
     in_flight: VecDeque<Batch>,
-    lost: Lost,
+    card: Arc<Card>,
 }
 
 impl Driving {
@@ -125,16 +140,14 @@ impl Driving {
             if !works.is_empty() {
                 self.start(works);
             }
-            let ended = self.end_what_has_ended();
-            if !idle || ended {
-                continue;
-            }
-            if !self.in_flight.is_empty() {
-                thread::park_timeout(WATCHDOG);
-            } else if self.inbox.queue.lock().is_at_its_end() {
-                return;
-            } else {
-                thread::park();
+            match self.reap() {
+                Reaped::Some => {}
+                // It may pass soon.
+                Reaped::Refused => thread::park_timeout(RETRY),
+                Reaped::None if !idle => {}
+                Reaped::None if !self.in_flight.is_empty() => thread::park_timeout(WATCHDOG),
+                Reaped::None if self.inbox.queue.lock().has_ended() => return,
+                Reaped::None => thread::park(),
             }
         }
     }
@@ -149,51 +162,56 @@ impl Driving {
     }
 
     fn start(&mut self, works: Vec<Work>) {
-        if let Some(reason) = self.lost.get() {
-            let error = DeviceError::Lost(reason.clone());
+        if let Some(reason) = self.card.lost() {
+            let error = DeviceError::Lost(reason);
             return works.into_iter().for_each(|work| work.end(Err(error.clone())));
         }
-        let (batch, told) = self.stream.submit(works);
-        self.in_flight.push_back(batch);
-        if let Err(error) = told {
-            self.lose(error);
-        }
+        self.in_flight.push_back(self.stream.submit(works));
     }
 
-    /// True if any has.
-    fn end_what_has_ended(&mut self) -> bool {
-        let mut any = false;
-        while let Some(batch) = self.in_flight.front() {
-            match batch.has_ended() {
+    /// Answers the batches that have ended.
+    fn reap(&mut self) -> Reaped {
+        let mut reaped = Reaped::None;
+        while let Some(batch) = self.in_flight.front_mut() {
+            match self.stream.has_ended(batch) {
                 Ok(false) => break,
                 Ok(true) => {
                     if let Some(batch) = self.in_flight.pop_front() {
-                        batch.end(&mut self.stream);
-                        any = true;
+                        batch.end();
                     }
+                    reaped = Reaped::Some;
                 }
-                Err(error) => {
-                    self.lose(error);
-                    any = true;
-                }
+                Err(error) => return self.refused(error),
             }
         }
-        any
+        reaped
     }
 
-    /// The context is dead: nothing of it takes part any more.
-    fn lose(&mut self, error: DriverError) {
-        let reason: Arc<str> = told("the device failed", error).into();
-        tracing::error!(target: "vmem::gpu", %reason, "the VRAM tier is lost; the copies below serve");
-        let _ = self.lost.set(reason.clone());
+    /// The driver did not say whether a batch has ended. In a dead context nothing takes part any
+    /// more; else it is asked again.
+    fn refused(&mut self, error: DriverError) -> Reaped {
+        if !self.card.is_dead() {
+            tracing::debug!(target: "vmem::gpu", "{}: it is tried again", told("a query", error));
+            return Reaped::Refused;
+        }
         self.stream.drain();
+        let reason = self.card.lost().unwrap_or_else(|| told("the device failed", error).into());
         let error = DeviceError::Lost(reason);
         self.in_flight.drain(..).for_each(|batch| batch.end_dead(&error));
+        Reaped::Some
     }
 }
 
+/// What a look at the batches came to.
+enum Reaped {
+    None,
+    Some,
+    /// The driver refused to say.
+    Refused,
+}
+
 impl Queue {
-    fn is_at_its_end(&self) -> bool {
+    fn has_ended(&self) -> bool {
         self.closed && self.works.is_empty()
     }
 }

@@ -1,296 +1,208 @@
 //! Objects in device memory for kernels, on streams of the user.
 //!
-//! Invariant: from when a lease is granted until everything that was queued on its stream before it was dropped has ended, the bytes
-//! stay where they are and nobody else writes to them. Dropping a lease, by cancellation too, records an event behind that
-//! work and hands what it kept to a thread that waits for it. Called by users.
+//! Invariant: from when a lease is granted until everything that was queued on its stream before it
+//! was dropped has ended, the bytes stay where they are and nobody else writes to them. Dropping a
+//! lease, by cancellation too, records an event behind that work and hands what it kept to a thread
+//! that waits for it; where there is no event, the thread asks again. A drop waits for nothing.
+//! Called by users.
 
 use std::any::Any;
-use std::future::Future;
-use std::mem::ManuallyDrop;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, CudaView, CudaViewMut, DriverError};
+use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use vmem_core::backend::{DeviceAnswer, DeviceError, DeviceRange, VramChange, VramHold};
-use vmem_core::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
+use vmem_core::{VirtualMemory, VirtualMemoryError};
 
-use crate::card::{self, Card, failed};
-use crate::gather::{self, DeviceTarget, Gathered, Scattered};
-use crate::set::DeviceSetRequest;
-use crate::tier::CudaTier;
+use crate::card::Card;
+use crate::ext::tier;
+use crate::lend::Lent;
+use crate::watch::{Answer, Keep};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
-
-/// Objects for kernels.
-///
-/// ```no_run
-/// use cudarc::driver::CudaContext;
-/// use vmem::gpu::VramExt;
-/// use vmem::{MemoryTier, VirtualMemoryConfig};
-///
-/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
-/// let vmem = vmem::open(VirtualMemoryConfig::default()).await?;
-/// let stream = CudaContext::new(0)?.new_stream()?;
-/// let weights = vmem.put(vec![1; 1 << 20], MemoryTier::Host).await?;
-///
-/// let lease = vmem.device_on(&weights, &stream).await?;
-/// lease.scope(|view| { /* launch a kernel on `stream` that reads `view` */ });
-/// drop(lease); // the kernel may still run: its memory stays until it has ended
-/// # vmem.close().await?;
-/// # Ok(())
-/// # }
-/// ```
-pub trait VramExt {
-    /// The object in device memory, for kernels on `stream` that read it. It is pinned there until the lease is dropped, and its
-    /// memory is kept until what was queued by then has ended; what is written to the object meanwhile is another version.
-    ///
-    /// # Errors
-    ///
-    /// Those of a `pin` in VRAM; `InvalidConfig` for a stream of another context, of each thread's own, or on which a graph is
-    /// being captured.
-    fn device_on(
-        &self,
-        handle: &VMemHandle,
-        stream: &Arc<CudaStream>,
-    ) -> impl Future<Output = Result<DeviceLease>> + Send;
-
-    /// The object in device memory, for kernels on `stream` that change it, alone: waits until other leases have ended. What
-    /// they wrote is the current version once they have ended and it was copied down; a read that comes after the drop waits
-    /// for that.
-    ///
-    /// # Errors
-    ///
-    /// As [`device_on`](Self::device_on), and those of making room in host memory for the new version.
-    fn device_mut_on(
-        &self,
-        handle: &VMemHandle,
-        stream: &Arc<CudaStream>,
-    ) -> impl Future<Output = Result<DeviceLeaseMut>> + Send;
-
-    /// As [`device_mut_on`](Self::device_mut_on), for kernels that write all of it: the bytes before are not brought up, it
-    /// begins as zeros.
-    ///
-    /// # Errors
-    ///
-    /// As [`device_mut_on`](Self::device_mut_on).
-    fn device_overwrite_on(
-        &self,
-        handle: &VMemHandle,
-        stream: &Arc<CudaStream>,
-    ) -> impl Future<Output = Result<DeviceLeaseMut>> + Send;
-
-    /// Copies parts of objects, from whichever tier has them, into one device buffer of the caller, each to its offset there. Takes
-    /// no room in device memory. It begins once what the caller has queued on the buffer's stream has ended, however long
-    /// that takes. When it has ended well, work that is queued on the buffer's stream finds all of
-    /// it there; after an error what the pieces hold is unspecified. Dropped before, it waits for copies that have begun.
-    ///
-    /// # Errors
-    ///
-    /// `OutOfRange`, `InvalidConfig` for a piece outside of the buffer or a stream that will not do; those of reading each piece;
-    /// `Device`.
-    fn gather(
-        &self,
-        pieces: &[Gathered<'_>],
-        target: &DeviceTarget<'_>,
-    ) -> impl Future<Output = Result<()>> + Send;
-
-    /// Copies parts of one device buffer of the caller, as they are after what is queued on its stream now, into objects. Each object is
-    /// written as by `write_at`, a megabyte at a time; after an error some may have been.
-    ///
-    /// # Errors
-    ///
-    /// As [`gather`](Self::gather), and those of writing.
-    fn scatter(
-        &self,
-        target: &DeviceTarget<'_>,
-        pieces: &[Scattered<'_>],
-    ) -> impl Future<Output = Result<()>> + Send;
-
-    /// Several objects at once, all or none: `vmem.device_set(&stream).read(&a).write(&b).acquire().await`.
-    fn device_set(&self, stream: &Arc<CudaStream>) -> DeviceSetRequest;
-}
-
-impl VramExt for VirtualMemory {
-    async fn device_on(
-        &self,
-        handle: &VMemHandle,
-        stream: &Arc<CudaStream>,
-    ) -> Result<DeviceLease> {
-        check_stream(self, stream)?;
-        let hold = self.hold_in_vram(handle).await?;
-        let leased = Leased::new(self, stream, hold.range())?;
-        Ok(DeviceLease { leased, hold: Some(hold) })
-    }
-
-    async fn device_mut_on(
-        &self,
-        handle: &VMemHandle,
-        stream: &Arc<CudaStream>,
-    ) -> Result<DeviceLeaseMut> {
-        change(self, handle, stream, false).await
-    }
-
-    async fn device_overwrite_on(
-        &self,
-        handle: &VMemHandle,
-        stream: &Arc<CudaStream>,
-    ) -> Result<DeviceLeaseMut> {
-        change(self, handle, stream, true).await
-    }
-
-    async fn gather(&self, pieces: &[Gathered<'_>], target: &DeviceTarget<'_>) -> Result<()> {
-        gather::gather(self, pieces, target).await
-    }
-
-    async fn scatter(&self, target: &DeviceTarget<'_>, pieces: &[Scattered<'_>]) -> Result<()> {
-        gather::scatter(self, target, pieces).await
-    }
-
-    fn device_set(&self, stream: &Arc<CudaStream>) -> DeviceSetRequest {
-        DeviceSetRequest::new(self, stream)
-    }
-}
-
-async fn change(
-    vmem: &VirtualMemory,
-    handle: &VMemHandle,
-    stream: &Arc<CudaStream>,
-    overwrite: bool,
-) -> Result<DeviceLeaseMut> {
-    check_stream(vmem, stream)?;
-    let change = vmem.change_in_vram(handle, overwrite).await?;
-    let leased = Leased::new(vmem, stream, change.range())?;
-    Ok(DeviceLeaseMut { leased, change: Some(change) })
-}
-
-/// The tier of a store, if it is one of ours.
-pub(crate) fn tier(vmem: &VirtualMemory) -> Result<&CudaTier> {
-    let device = vmem.device().map(|device| &**device as &dyn Any);
-    device.and_then(|device| device.downcast_ref()).ok_or_else(|| {
-        let reason = vmem.capabilities().vram_reason.clone();
-        VirtualMemoryError::TierNotAvailable { tier: MemoryTier::Vram, reason }
-    })
-}
-
-pub(crate) fn check_stream(vmem: &VirtualMemory, stream: &Arc<CudaStream>) -> Result<()> {
-    let card = tier(vmem)?.card()?;
-    let invalid = |reason: &str| {
-        Err(VirtualMemoryError::InvalidConfig { field: "stream", reason: reason.into() })
-    };
-    if !card.has(stream) {
-        return invalid("it belongs to another context than that of the store's device");
-    }
-    if card::is_per_thread(stream) {
-        return invalid("it is another one on each thread, and a future may move between threads");
-    }
-    let capturing = card.visit(|| card::is_capturing(stream)).and_then(|capturing| capturing);
-    match capturing.map_err(|error| device_error("asking a stream", error))? {
-        true => invalid("a graph is being captured on it"),
-        false => Ok(()),
-    }
-}
-
-pub(crate) fn device_error(operation: &'static str, error: DriverError) -> VirtualMemoryError {
-    failed(operation, error).public()
-}
 
 /// What both kinds of leases have.
 #[derive(Debug)]
 struct Leased {
-    /// Never dropped, for it would free what is not its own: leaked.
-    slice: ManuallyDrop<CudaSlice<u8>>,
+    address: u64,
+    len: usize,
+    /// Made when a view is first asked for.
+    lent: OnceLock<Lent>,
     stream: Arc<CudaStream>,
     /// For the thread that waits; the store may be closed first.
     vmem: VirtualMemory,
     /// The memory outlives the store too. None once the lease has ended.
     card: Option<Arc<Card>>,
+    /// Something uses it that the driver has not put into the order of the stream.
+    strays: AtomicBool,
 }
 
 impl Leased {
     fn new(
         vmem: &VirtualMemory,
         stream: &Arc<CudaStream>,
-        range: Option<Arc<DeviceRange>>,
+        range: Option<&DeviceRange>,
     ) -> Result<Self> {
-        let card = tier(vmem)?.card()?;
-        let slice = card.visit(|| card::slice_of(stream, range.as_deref())).and_then(|slice| slice);
-        let slice = slice.map_err(|error| device_error("making a lease", error))?;
-        Ok(Leased { slice, stream: stream.clone(), vmem: vmem.clone(), card: Some(card) })
+        let card = Some(tier(vmem)?.card()?);
+        let (address, len) = range.map_or((0, 0), |range| (range.address(), range.len()));
+        let (stream, vmem) = (stream.clone(), vmem.clone());
+        let (lent, strays) = (OnceLock::new(), AtomicBool::new(false));
+        Ok(Leased { address, len, lent, stream, vmem, card, strays })
     }
 
-    /// An event behind all that was queued on the stream; none if it had to be waited for here.
-    fn record(&self, card: &Card) -> std::result::Result<Option<CudaEvent>, DriverError> {
-        let recorded = card.visit(|| {
-            self.stream.record_event(None).map(Some).or_else(|_| {
-                // It may run, and nothing says when it has ended.
-                self.stream.synchronize().map(|()| None)
-            })
-        });
-        recorded.and_then(|recorded| recorded)
+    /// Whether it can end with others on this stream.
+    fn is_on(&self, stream: &CudaStream) -> bool {
+        self.stream.cu_stream() == stream.cu_stream() && !self.strays.load(Ordering::Relaxed)
     }
 
-    /// Keeps `keep` until the stream has come to where it is now, and the card as long, which so does not go on a
-    /// thread of the user's. Once.
-    fn release(
-        &mut self,
-        keep: Box<dyn Any + Send>,
-    ) -> DeviceAnswer<std::result::Result<(), DeviceError>> {
-        let Some(card) = self.card.take() else {
-            return futures::future::ready(Ok(())).boxed();
-        };
-        let slice = &mut self.slice;
-        if let Err(error) = card.visit(|| card::leak(slice)) {
-            tracing::debug!(target: "vmem::gpu", "{}", card::told("ending a lease", error));
+    fn view(&self) -> CudaView<'_, u8> {
+        self.lent().slice().slice(..)
+    }
+
+    fn view_mut(&mut self) -> CudaViewMut<'_, u8> {
+        self.lent();
+        let lent = self.lent.get_mut().expect("invariant: it was made just now");
+        lent.slice_mut().slice_mut(..)
+    }
+
+    fn lent(&self) -> &Lent {
+        self.lent.get_or_init(|| {
+            let card = self.card.as_ref().expect("invariant: a lease that has ended is not used");
+            Lent::new(card, &self.stream, self.address, self.len)
+        })
+    }
+
+    /// Keeps `keep` until the stream has come to where it is now, and the card as long, which so
+    /// does not go on a thread of the user's. Once.
+    fn release(&mut self, keep: Keep) -> DeviceAnswer<std::result::Result<(), DeviceError>> {
+        let ending = Ending { keeps: vec![keep], ..Ending::of(self) };
+        match ending.end() {
+            Some(answer) => answered(answer).boxed(),
+            None => futures::future::ready(Err(strayed())).boxed(),
         }
-        let outcome = match (self.record(&card), tier(&self.vmem)) {
-            (Ok(Some(event)), Ok(tier)) => {
-                let passed = tier.watch(event, Box::new((keep, card)));
-                return passed.map(|passed| passed.unwrap_or(Err(DeviceError::Closed))).boxed();
-            }
-            (Ok(_), _) => Ok(()),
-            // The context is dead: nothing runs in it any more.
-            (Err(error), _) => Err(failed("recording the end of a lease", error)),
-        };
-        drop((keep, card));
-        futures::future::ready(outcome).boxed()
     }
 }
 
-/// Lends to work of the calling thread: what that queues on the thread's own stream comes after what the lease's has
-/// before, and before what it has after.
-fn within<T>(card: &Option<Arc<Card>>, stream: &Arc<CudaStream>, work: impl FnOnce() -> T) -> T {
-    let Some(card) = card else { return work() };
-    let own = stream.context().per_thread_stream();
-    order(card, stream, &own);
-    // However it ends: what was queued runs.
-    let _after = After { card, own: &own, stream };
-    work()
+async fn answered(answer: Answer) -> std::result::Result<(), DeviceError> {
+    answer.await.unwrap_or(Err(DeviceError::Closed))
 }
 
-/// The end of a scope.
-struct After<'a> {
+fn strayed() -> DeviceError {
+    let (operation, message) = ("ordering streams", "the memory of the lease is never reused");
+    DeviceError::Failed { operation, code: 0, message: message.into() }
+}
+
+/// The calling thread's own stream in the order of that of a lease. However it ends: what was
+/// queued runs.
+struct Scope<'a> {
     card: &'a Card,
-    own: &'a CudaStream,
     stream: &'a CudaStream,
+    strays: &'a AtomicBool,
+    own: Arc<CudaStream>,
 }
 
-impl Drop for After<'_> {
+impl<'a> Scope<'a> {
+    fn enter(
+        card: &'a Option<Arc<Card>>,
+        stream: &'a Arc<CudaStream>,
+        strays: &'a AtomicBool,
+    ) -> Option<Self> {
+        let card = card.as_ref()?;
+        let own = stream.context().per_thread_stream();
+        card.order_or_wait(stream, &own);
+        Some(Scope { card, stream, strays, own })
+    }
+}
+
+impl Drop for Scope<'_> {
     fn drop(&mut self) {
-        order(self.card, self.own, self.stream);
+        if !self.card.order_or_wait(&self.own, self.stream) && !self.card.is_dead() {
+            self.strays.store(true, Ordering::Relaxed);
+        }
     }
 }
 
-/// What `then` gets from here on comes after what `first` has.
-fn order(card: &Card, first: &CudaStream, then: &CudaStream) {
-    let ordered = card.visit(|| {
-        let ordered = first.record_event(None).and_then(|event| then.wait(&event));
-        ordered.or_else(|_| first.synchronize())
-    });
-    if let Err(error) = ordered.and_then(|ordered| ordered) {
-        // The context is dead: nothing runs in it any more.
-        tracing::debug!(target: "vmem::gpu", "{}", card::told("ordering streams", error));
+/// Leases of one stream that end together.
+struct Ending {
+    card: Option<Arc<Card>>,
+    stream: Arc<CudaStream>,
+    vmem: VirtualMemory,
+    lent: Vec<Lent>,
+    strays: bool,
+    keeps: Vec<Keep>,
+}
+
+impl Ending {
+    /// What a lease has, but for what it keeps.
+    fn of(leased: &mut Leased) -> Self {
+        Ending {
+            card: leased.card.take(),
+            stream: leased.stream.clone(),
+            vmem: leased.vmem.clone(),
+            lent: leased.lent.take().into_iter().collect(),
+            strays: *leased.strays.get_mut(),
+            keeps: Vec::new(),
+        }
     }
+
+    /// One more.
+    fn join(&mut self, leased: &mut Leased, keep: Keep) {
+        leased.card.take();
+        self.lent.extend(leased.lent.take());
+        self.keeps.push(keep);
+    }
+
+    /// None if something uses the memory of which nobody can say when it ends: it is kept for ever.
+    fn end(self) -> Option<Answer> {
+        let Ending { card, stream, vmem, lent, strays, keeps } = self;
+        let (Some(card), Ok(tier), false) = (card, tier(&vmem), strays) else {
+            tracing::error!(target: "vmem::gpu", "memory of a lease is never reused");
+            std::mem::forget((keeps, lent));
+            return None;
+        };
+        let keep: Box<dyn Any + Send> = Box::new((keeps, card.clone()));
+        Some(tier.keep_until_passed(&card, &stream, lent, keep))
+    }
+}
+
+/// Ends leases, those on this stream with one event. The answers are of those that kernels changed.
+pub(crate) fn end_together(
+    stream: &CudaStream,
+    read: Vec<DeviceLease>,
+    write: Vec<DeviceLeaseMut>,
+) -> Vec<BoxFuture<'static, Result<()>>> {
+    let mut ending: Option<Ending> = None;
+    let mut join = |leased: &mut Leased, keep: Keep| match &mut ending {
+        Some(ending) => ending.join(leased, keep),
+        None => ending = Some(Ending { keeps: vec![keep], ..Ending::of(leased) }),
+    };
+    for mut lease in read {
+        // Those of other streams, which the caller put there, end by themselves.
+        if lease.leased.is_on(stream)
+            && let Some(hold) = lease.hold.take()
+        {
+            join(&mut lease.leased, Box::new(hold.end()));
+        }
+    }
+    let (mut answers, mut changes) = (Vec::new(), Vec::new());
+    for mut lease in write {
+        match lease.change.take_if(|_| lease.leased.is_on(stream)) {
+            Some(change) => {
+                join(&mut lease.leased, Box::new(change.range()));
+                changes.push(change);
+            }
+            None => answers.push(lease.end_now()),
+        }
+    }
+    let passed = match ending.and_then(Ending::end) {
+        Some(answer) => answered(answer).boxed(),
+        None => futures::future::ready(Err(strayed())).boxed(),
+    };
+    let passed = passed.shared();
+    answers.extend(changes.into_iter().map(|change| change.finish(passed.clone().boxed()).boxed()));
+    answers
 }
 
 /// An object in device memory that kernels read.
@@ -303,20 +215,33 @@ pub struct DeviceLease {
 }
 
 impl DeviceLease {
-    /// The bytes, for kernels on the stream of the lease.
-    pub fn view(&self) -> CudaView<'_, u8> {
-        self.leased.slice.slice(..)
+    pub(crate) fn new(
+        vmem: &VirtualMemory,
+        stream: &Arc<CudaStream>,
+        hold: VramHold,
+    ) -> Result<Self> {
+        let leased = Leased::new(vmem, stream, hold.range().as_deref())?;
+        Ok(DeviceLease { leased, hold: Some(hold) })
     }
 
-    /// Lends the bytes to `work`, which may use them on the calling thread's own stream (the one that is another on each thread)
-    /// as well as on that of the lease.
+    /// The bytes, for kernels on the stream of the lease.
+    pub fn view(&self) -> CudaView<'_, u8> {
+        self.leased.view()
+    }
+
+    /// Lends the bytes to `work`, which may use them on the calling thread's own stream.
+    ///
+    /// That is the stream that is another one on each thread. The stream of the lease may be used
+    /// as well.
     pub fn scope<T>(&self, work: impl FnOnce(CudaView<'_, u8>) -> T) -> T {
-        within(&self.leased.card, &self.leased.stream, || work(self.view()))
+        let Leased { card, stream, strays, .. } = &self.leased;
+        let _scope = Scope::enter(card, stream, strays);
+        work(self.view())
     }
 
     /// The length of the object, in bytes.
     pub fn len(&self) -> usize {
-        self.leased.slice.len()
+        self.leased.len
     }
 
     /// Whether the object has no bytes.
@@ -333,10 +258,11 @@ impl DeviceLease {
     ///
     /// # Safety
     ///
-    /// It is read only, by work on the stream of the lease alone, queued before the lease is dropped.
+    /// It is read only, by work on the stream of the lease alone, queued before the lease is
+    /// dropped.
     #[allow(unsafe_code)]
     pub unsafe fn device_ptr(&self) -> u64 {
-        self.hold.as_ref().and_then(VramHold::range).map_or(0, |range| range.address())
+        self.leased.address
     }
 
     /// The device that the object is on, as the driver counts them.
@@ -355,7 +281,8 @@ impl Drop for DeviceLease {
     }
 }
 
-/// An object in device memory that kernels change. Dropping it publishes what they wrote, once they have ended.
+/// An object in device memory that kernels change. Dropping it publishes what they wrote, once they
+/// have ended.
 #[derive(Debug)]
 #[must_use = "dropping it ends the lease"]
 pub struct DeviceLeaseMut {
@@ -365,26 +292,40 @@ pub struct DeviceLeaseMut {
 }
 
 impl DeviceLeaseMut {
+    pub(crate) fn new(
+        vmem: &VirtualMemory,
+        stream: &Arc<CudaStream>,
+        change: VramChange,
+    ) -> Result<Self> {
+        let leased = Leased::new(vmem, stream, change.range().as_deref())?;
+        Ok(DeviceLeaseMut { leased, change: Some(change) })
+    }
+
     /// The bytes, for kernels on the stream of the lease.
     pub fn view(&self) -> CudaView<'_, u8> {
-        self.leased.slice.slice(..)
+        self.leased.view()
     }
 
     /// The bytes, for kernels on the stream of the lease that write to them.
     pub fn view_mut(&mut self) -> CudaViewMut<'_, u8> {
-        self.leased.slice.slice_mut(..)
+        self.leased.view_mut()
     }
 
-    /// Lends the bytes to `work`, which may use them on the calling thread's own stream (the one that is another on each thread)
-    /// as well as on that of the lease.
+    /// Lends the bytes to `work`, which may use them on the calling thread's own stream.
+    ///
+    /// That is the stream that is another one on each thread. The stream of the lease may be used
+    /// as well.
     pub fn scope<T>(&mut self, work: impl FnOnce(CudaViewMut<'_, u8>) -> T) -> T {
-        let Leased { slice, stream, card, .. } = &mut self.leased;
-        within(card, stream, || work(slice.slice_mut(..)))
+        self.leased.lent();
+        let Leased { card, stream, strays, lent, .. } = &mut self.leased;
+        let lent = lent.get_mut().expect("invariant: it was made just now");
+        let _scope = Scope::enter(card, stream, strays);
+        work(lent.slice_mut().slice_mut(..))
     }
 
     /// The length of the object, in bytes.
     pub fn len(&self) -> usize {
-        self.leased.slice.len()
+        self.leased.len
     }
 
     /// Whether the object has no bytes.
@@ -404,14 +345,15 @@ impl DeviceLeaseMut {
     /// It is used by work on the stream of the lease alone, queued before the lease is dropped.
     #[allow(unsafe_code)]
     pub unsafe fn device_ptr(&self) -> u64 {
-        self.change.as_ref().and_then(VramChange::range).map_or(0, |range| range.address())
+        self.leased.address
     }
 
     /// Ends the lease as the drop does, and says how that went.
     ///
     /// # Errors
     ///
-    /// `Device` if what was queued, or the copy of what it wrote, failed: the version before stays then.
+    /// `Device` if what was queued, or the copy of what it wrote, failed: the version before stays
+    /// then.
     pub async fn finish(self) -> Result<()> {
         self.end_now().await
     }

@@ -1,40 +1,60 @@
 //! The VRAM tier of vmem, over CUDA through cudarc.
 //!
-//! Invariant: opening never panics and never fails for want of a GPU: what is not there is a reason. Called by the
-//! facade.
+//! Invariant: opening never panics and never fails for want of a GPU: what is not there is a
+//! reason. Called by the facade.
 //!
 //! # Layout
 //!
-//! - `probe`: whether there is a driver with everything that is needed, found out without calling it.
-//! - `card`: all unsafe code: the context, the memory, streams, events, copies and who owns what they touch.
-//! - `lane`: a thread for each direction, which hands copies to the driver and waits for their events.
+//! - `probe`: whether there is a driver with everything that is needed, found out without calling
+//!   it.
+//! - `card`: the context and its memory; whether it is dead.
+//! - `event`: where streams have come to, and who comes after whom; `notices`: who is woken then.
+//! - `copy`: copies and who owns what they touch; `call`: those over memory of a user.
+//! - `lane`: a thread for each direction, which hands copies to the driver and waits for their
+//!   events.
 //! - `watch`: a thread that waits for the kernels of users.
-//! - `gather`: copies between objects and one device buffer of the user.
-//! - `lease`, `set`: objects for kernels, on streams of the user, one or several.
+//! - `delivery`: what the runtime brings to a caller, who may not come for it.
+//! - `gather`, `scatter`: copies between objects and one device buffer of the user, a `target`.
+//! - `ext`, `lease`, `set`: objects for kernels, on streams of the user, one or several; `lend`: as
+//!   slices of cudarc's.
 //! - `dlpack`, behind the feature of that name: a lease as a tensor of PyTorch and others.
 //! - `tier`: the ledger of device memory, and what the core calls.
 
+mod call;
 mod card;
+mod copy;
+mod delivery;
 #[cfg(feature = "dlpack")]
 pub mod dlpack;
+mod event;
+mod ext;
 mod gather;
 mod lane;
 mod lease;
+mod lend;
+mod notices;
 mod probe;
+mod scatter;
 mod set;
+mod target;
 mod tier;
 mod watch;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use vmem_core::backend::DeviceBackend;
 use vmem_core::{GpuSelection, MemoryTier, VirtualMemoryError};
 
 use crate::card::Listed;
-pub use crate::gather::{DeviceTarget, Gathered, Scattered};
-pub use crate::lease::{DeviceLease, DeviceLeaseMut, VramExt};
+pub use crate::ext::VramExt;
+pub use crate::gather::Gathered;
+pub use crate::lease::{DeviceLease, DeviceLeaseMut};
+pub use crate::scatter::Scattered;
 pub use crate::set::{DeviceSet, DeviceSetRequest};
+pub use crate::target::DeviceTarget;
 pub use crate::tier::CudaTier;
+use crate::tier::Settings;
 
 /// What was found.
 #[derive(Debug)]
@@ -45,8 +65,11 @@ pub struct Opened {
     pub reason: Arc<str>,
 }
 
-/// Opens the VRAM tier, if the machine has a device for it: `capacity` bytes of its memory, or three quarters of what is
-/// free. Blocks while the driver starts.
+/// How long calls wait where nobody says, as for a store.
+const WAIT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Opens the VRAM tier, if the machine has a device for it: `capacity` bytes of its memory, or
+/// three quarters of what is free. Blocks while the driver starts.
 ///
 /// # Errors
 ///
@@ -63,12 +86,28 @@ pub fn open_device(
     selection: &GpuSelection,
     capacity: Option<u64>,
 ) -> Result<Opened, VirtualMemoryError> {
+    open_device_within(selection, capacity, WAIT_TIMEOUT)
+}
+
+/// As [`open_device`], for a store of which no call waits longer than `wait_timeout` for others.
+/// Within a tokio runtime, that is where the work goes on that must not wait for a caller.
+///
+/// # Errors
+///
+/// As [`open_device`].
+pub fn open_device_within(
+    selection: &GpuSelection,
+    capacity: Option<u64>,
+    wait_timeout: Duration,
+) -> Result<Opened, VirtualMemoryError> {
     if *selection == GpuSelection::Off {
         return Ok(Opened { device: None, reason: "switched off by the configuration".into() });
     }
     let selected = selection.clone();
+    let runtime = tokio::runtime::Handle::try_current().ok();
+    let settings = Settings { wait_timeout, runtime };
     // A thread of its own: the context of whoever calls stays what it is.
-    let opening = std::thread::spawn(move || find_and_open(&selected, capacity));
+    let opening = std::thread::spawn(move || find_and_open(&selected, capacity, settings));
     let opened = opening.join().unwrap_or_else(|_| Err("the CUDA driver panicked".to_owned()));
     match (opened, selection) {
         (Ok(tier), _) => Ok(Opened { device: Some(tier), reason: "".into() }),
@@ -80,12 +119,16 @@ pub fn open_device(
     }
 }
 
-fn find_and_open(selection: &GpuSelection, capacity: Option<u64>) -> Result<Arc<CudaTier>, String> {
+fn find_and_open(
+    selection: &GpuSelection,
+    capacity: Option<u64>,
+    settings: Settings,
+) -> Result<Arc<CudaTier>, String> {
     probe::find_driver()?;
     let devices = probe::guarded(card::list)?;
     let Listed { ordinal, name, .. } = select(&devices, selection)?;
     let (ordinal, name) = (*ordinal, name.clone());
-    probe::guarded(move || CudaTier::open(ordinal, &name, capacity))
+    probe::guarded(move || CudaTier::open(ordinal, &name, capacity, settings))
 }
 
 fn select<'a>(devices: &'a [Listed], selection: &GpuSelection) -> Result<&'a Listed, String> {

@@ -1,8 +1,9 @@
 //! Whether there is a CUDA driver that has everything that is needed here.
 //!
-//! Invariant: nothing of cudarc is called before each function that it may look up was found: it panics over
-//! one that is missing. Nothing that cudarc has only where it loads the driver itself is used, for beside crates such as candle it is
-//! linked (`checks/cudarc-union`). Called when a store is opened.
+//! Invariant: nothing of cudarc is called before each function that it may look up was found: it
+//! panics over one that is missing. Nothing that cudarc has only where it loads the driver itself
+//! is used, for beside crates such as candle it is linked (`checks/cudarc-union`). Called when a
+//! store is opened.
 
 #![allow(unsafe_code)]
 
@@ -67,7 +68,8 @@ const FUNCTIONS: [&str; 38] = [
 pub(crate) fn find_driver() -> Result<(), String> {
     let mut refused = String::new();
     for name in NAMES {
-        // SAFETY: loading the driver runs its initialisers, which is what whoever opens a store on a GPU asks for.
+        // SAFETY: loading the driver runs its initialisers, which is what whoever opens a store on
+        // a GPU asks for.
         match unsafe { Library::new(name) } {
             Ok(library) => return check(&library, name),
             Err(error) => {
@@ -93,8 +95,8 @@ fn check(library: &Library, name: &str) -> Result<(), String> {
     }
 }
 
-/// Calls the driver for the first time. A panic of cudarc, over a library that it finds and we do not, is an
-/// error like another.
+/// Calls the driver for the first time. A panic of cudarc, over a library that it finds and we do
+/// not, is an error like another.
 ///
 /// # Errors
 ///

@@ -1,15 +1,21 @@
 //! Several objects in device memory at once.
 //!
-//! Invariant: a set is granted whole or not at all, and one set at a time gathers what it needs: whoever waits for his turn
-//! holds nothing, so that sets over the same objects, in whatever order, never wait for each other in a ring. Called by users.
+//! Invariant: a set is granted whole or not at all, and one set at a time gathers what it needs:
+//! one that waits for its turn holds nothing, so that sets over the same objects, in whatever
+//! order, never wait for each other in a ring. A task of the runtime has the turn, never a caller.
+//! The stream is checked once, and a set that is dropped whole ends with one event. Called by
+//! users.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
+use futures::future::BoxFuture;
 use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
 
-use crate::lease::{DeviceLease, DeviceLeaseMut, VramExt, tier};
+use crate::delivery::collect;
+use crate::ext::{check_stream, tier};
+use crate::lease::{DeviceLease, DeviceLeaseMut, end_together};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -45,8 +51,9 @@ impl DeviceSetRequest {
     ///
     /// # Errors
     ///
-    /// `InvalidConfig` if one object is both read and written, or written twice; `ExceedsCapacity` at once if device memory, or what
-    /// leases may hold of it, could never have all of them; and those of a single lease.
+    /// `InvalidConfig` if one object is both read and written, or written twice; `ExceedsCapacity`
+    /// at once if device memory, or what leases may hold of it, could never have all of them;
+    /// `TimedOut` if other sets have the turn for too long; and those of a single lease.
     pub async fn acquire(self) -> Result<DeviceSet> {
         let DeviceSetRequest { vmem, stream, read, write } = self;
         let mut seen = HashSet::new();
@@ -61,22 +68,36 @@ impl DeviceSetRequest {
         each.sort_unstable_by_key(|handle| handle.id());
         each.dedup_by_key(|handle| handle.id());
         vmem.check_fits_leases(&each)?;
-        let _turn = tier(&vmem)?.set_turn().await;
-        let mut set = DeviceSet { read: Vec::new(), write: Vec::new() };
-        for handle in &read {
-            set.read.push(vmem.device_on(handle, &stream).await?);
-        }
-        for handle in &write {
-            set.write.push(vmem.device_mut_on(handle, &stream).await?);
-        }
-        Ok(set)
+        check_stream(&vmem, &stream)?;
+        let runtime = tier(&vmem)?.runtime();
+        let wanted = Arc::new(DeviceSetRequest { vmem, stream, read, write });
+        collect(runtime, move || gather_leases(wanted.clone())).await
     }
 }
 
+/// All leases of a set, in its turn.
+async fn gather_leases(wanted: Arc<DeviceSetRequest>) -> Result<DeviceSet> {
+    let DeviceSetRequest { vmem, stream, read, write } = &*wanted;
+    let mut set = DeviceSet { stream: stream.clone(), read: Vec::new(), write: Vec::new() };
+    let _turn = tier(vmem)?.set_turn().await?;
+    for handle in read {
+        let hold = vmem.hold_in_vram(handle).await?;
+        set.read.push(DeviceLease::new(vmem, stream, hold)?);
+    }
+    for handle in write {
+        let change = vmem.change_in_vram(handle, false).await?;
+        set.write.push(DeviceLeaseMut::new(vmem, stream, change)?);
+    }
+    Ok(set)
+}
+
 /// Several objects in device memory, each a lease, in the order in which they were asked for.
+///
+/// A lease that is taken out of it ends by itself.
 #[derive(Debug)]
 #[must_use = "dropping it ends the leases"]
 pub struct DeviceSet {
+    stream: Arc<CudaStream>,
     /// Those that kernels read.
     pub read: Vec<DeviceLease>,
     /// Those that kernels change.
@@ -89,12 +110,23 @@ impl DeviceSet {
     /// # Errors
     ///
     /// The first of [`DeviceLeaseMut::finish`].
-    pub async fn finish(self) -> Result<()> {
-        drop(self.read);
+    pub async fn finish(mut self) -> Result<()> {
         let mut outcome = Ok(());
-        for finished in self.write.into_iter().map(DeviceLeaseMut::end_now).collect::<Vec<_>>() {
+        for finished in self.end() {
             outcome = outcome.and(finished.await);
         }
         outcome
+    }
+
+    fn end(&mut self) -> Vec<BoxFuture<'static, Result<()>>> {
+        let (read, write) = (std::mem::take(&mut self.read), std::mem::take(&mut self.write));
+        end_together(&self.stream, read, write)
+    }
+}
+
+impl Drop for DeviceSet {
+    fn drop(&mut self) {
+        // It goes on by itself.
+        drop(self.end());
     }
 }

@@ -1,7 +1,7 @@
 //! The VRAM tier over CUDA: one block of device memory, a thread for each direction.
 //!
-//! Invariant: the ranges of the ledger are disjoint parts of the block, and one that is free is used by no copy
-//! and no kernel: whoever uses a range has a share of it. Called by the core.
+//! Invariant: the ranges of the ledger are disjoint parts of the block, and one that is free is
+//! used by no copy and no kernel: whoever uses a range has a share of it. Called by the core.
 
 use std::collections::HashMap;
 use std::io;
@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use cudarc::driver::CudaEvent;
+use cudarc::driver::CudaStream;
 use futures::FutureExt;
 use futures::channel::oneshot;
 use futures::executor::block_on;
@@ -21,21 +21,26 @@ use vmem_core::backend::{
 
 use vmem_core::{MemoryTier, VirtualMemoryError};
 
-use crate::card::{Card, Foreign, Source, UNIT, Work};
+use crate::call::{Call, Foreign};
+use crate::card::{Card, UNIT};
+use crate::copy::{Source, Work};
 use crate::lane::{Lane, Lost};
-use crate::watch::{Keep, Watch};
+use crate::lend::Lent;
+use crate::watch::{Answer, Keep, Watch, Watched};
 
 /// With the value `separate` each object has an allocation of its own, for checkers of memory.
 const ALLOCATIONS: &str = "VMEM_GPU_ALLOCATIONS";
 /// What is copied to see whether copying works, in bytes.
 const TRIAL_BYTES: usize = 4096;
-/// Copies that have not ended by then, after the tier was closed, are left behind with all that they own.
+/// Copies that have not ended by then, after the tier was closed, are left behind with all that
+/// they own.
 const LAST_COPIES: Duration = Duration::from_secs(10);
 
 /// The VRAM tier of one device.
 #[derive(Debug)]
 pub struct CudaTier {
-    /// None after it was closed. First, so that the last share of it goes with a thread that is bound to it.
+    /// None after it was closed. First, so that the last share of it goes with a thread that is
+    /// bound to it.
     card: Mutex<Option<Arc<Card>>>,
     inner: Arc<Inner>,
     up: Lane,
@@ -47,6 +52,16 @@ pub struct CudaTier {
     described: Arc<str>,
     /// The turn of the one set of leases that gathers what it needs.
     sets: tokio::sync::Mutex<()>,
+    settings: Settings,
+}
+
+/// What a tier is opened with, besides its device.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    /// How long a call waits for what others have, or do.
+    pub(crate) wait_timeout: Duration,
+    /// The runtime of the store, where one opened it.
+    pub(crate) runtime: Option<tokio::runtime::Handle>,
 }
 
 struct Inner {
@@ -57,7 +72,8 @@ struct Inner {
     separate: Option<Separate>,
 }
 
-/// Allocations of single objects: a checker of memory sees where each one ends. Slow, for each waits for the device.
+/// Allocations of single objects: a checker of memory sees where each one ends. Slow, for each
+/// waits for the device.
 struct Separate {
     card: Arc<Card>,
     /// Where in the ledger each address is.
@@ -74,14 +90,15 @@ impl CudaTier {
         ordinal: usize,
         name: &str,
         capacity: Option<u64>,
+        settings: Settings,
     ) -> Result<Arc<Self>, String> {
         let lost = Lost::default();
         let separate = std::env::var_os(ALLOCATIONS).is_some_and(|value| value == "separate");
         let card = Card::open(ordinal, capacity, lost.clone(), separate)?;
-        let up = Lane::start("vmem-gpu-up", card.clone(), lost.clone())?;
-        let down = Lane::start("vmem-gpu-down", card.clone(), lost.clone())?;
-        let side = Lane::start("vmem-gpu-side", card.clone(), lost.clone())?;
-        let watch = Watch::start(card.clone(), lost.clone())?;
+        let up = Lane::start("vmem-gpu-up", card.clone())?;
+        let down = Lane::start("vmem-gpu-down", card.clone())?;
+        let side = Lane::start("vmem-gpu-side", card.clone())?;
+        let watch = Watch::start(card.clone())?;
         let ledger = RangeLedger::new(card.capacity(), UNIT);
         let described = format!("{name} (device {ordinal}), {} bytes", card.capacity()).into();
         let separate =
@@ -99,6 +116,7 @@ impl CudaTier {
             lost,
             described,
             sets: tokio::sync::Mutex::const_new(()),
+            settings,
         });
         tier.try_it()?;
         Ok(tier)
@@ -144,17 +162,67 @@ impl CudaTier {
     }
 
     /// The turn of a set of leases; first come, first served.
-    pub(crate) async fn set_turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
-        self.sets.lock().await
+    ///
+    /// # Errors
+    ///
+    /// `TimedOut`.
+    pub(crate) async fn set_turn(
+        &self,
+    ) -> Result<tokio::sync::MutexGuard<'_, ()>, VirtualMemoryError> {
+        self.within("waiting for the turn of a set", self.sets.lock()).await
     }
 
-    /// Keeps `keep` until the event has passed.
-    pub(crate) fn watch(
+    /// The runtime for what must not wait for a caller, if there is one.
+    pub(crate) fn runtime(&self) -> Option<tokio::runtime::Handle> {
+        let stored = self.settings.runtime.clone();
+        stored.or_else(|| tokio::runtime::Handle::try_current().ok())
+    }
+
+    /// Waits no longer than the store waits for anything.
+    ///
+    /// # Errors
+    ///
+    /// `TimedOut`.
+    pub(crate) async fn within<T>(
         &self,
-        event: CudaEvent,
+        operation: &'static str,
+        wait: impl Future<Output = T>,
+    ) -> Result<T, VirtualMemoryError> {
+        let asked = tokio::time::Instant::now();
+        tokio::time::timeout(self.settings.wait_timeout, wait)
+            .await
+            .map_err(|_| VirtualMemoryError::TimedOut { operation, waited: asked.elapsed() })
+    }
+
+    /// Keeps `keep` until everything has ended that the stream, and what was lent on it, has by
+    /// now. On any thread; waits for nothing. Where the driver gives no event now, it is asked
+    /// again.
+    pub(crate) fn keep_until_passed(
+        &self,
+        card: &Arc<Card>,
+        stream: &Arc<CudaStream>,
+        mut lent: Vec<Lent>,
         keep: Keep,
-    ) -> oneshot::Receiver<Result<(), DeviceError>> {
-        self.watch.submit(event, keep)
+    ) -> Answer {
+        let event = card.mark(stream, &mut lent);
+        if let Err(unmarked) = &event {
+            tracing::debug!(target: "vmem::gpu", ?unmarked, "a stream gives no event now");
+        }
+        let (watched, answer) = Watched::new(stream.clone(), event.ok(), lent, keep);
+        self.watch.submit(watched, card);
+        answer
+    }
+
+    /// Ends a call over memory of a caller: what of it was not begun is not begun any more, and
+    /// what the caller's stream gets from now on comes after what was.
+    /// True if it was put behind something in flight.
+    pub(crate) fn cancel(&self, call: &Call, card: &Card, stream: &CudaStream) -> bool {
+        call.cancel(|| {
+            // The last share of the stream may end here.
+            let ordered =
+                card.visit(|| self.side.stream().is_none_or(|side| card.order(&side, stream)));
+            ordered.unwrap_or(false)
+        })
     }
 
     /// Copies some bytes up and down again.

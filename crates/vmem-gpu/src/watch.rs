@@ -1,55 +1,101 @@
 //! A thread that waits for what others do on the device.
 //!
-//! Invariant: what was handed in with an event is kept until that event was seen complete, or the device is lost; so a kernel that
-//! was launched is never forgotten, whatever became of the future or the lease that launched it. Events are looked at in
-//! no order: a slow kernel keeps nobody waiting. Started by the tier.
+//! Invariant: what was handed in is kept until all that its stream had by then has ended, or the
+//! context is proven dead; so a kernel that was launched is never forgotten, whatever became of the
+//! future or the lease that launched it. Where the driver gives no event, in a capture or for an
+//! error that passes, it is kept and asked again. Streams do not wait for each other. Started by
+//! the tier, and again by a lease that ends after it.
+//!
+//! # Cost
+//!
+//! A line for each stream, in order. Only its front is queried: at once if it is the first, then
+//! when its notice has come. A line has one notice at a time. So the driver calls are linear in
+//! what is handed in, however much of it waits.
 
 use std::any::Any;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
-use cudarc::driver::CudaEvent;
+use cudarc::driver::CudaStream;
 use futures::FutureExt;
 use futures::channel::oneshot;
 use parking_lot::Mutex;
 use vmem_core::backend::DeviceError;
 
-use crate::card::{Bell, Card, Notices, told};
-use crate::lane::{Ended, Lost, WATCHDOG};
+use crate::card::{Card, told};
+use crate::event::{Bell, Event, Unmarked};
+use crate::lane::{Ended, WATCHDOG};
+use crate::lend::Lent;
+use crate::notices::{Notice, Notices};
 
 /// What is kept for as long as it is used.
 pub(crate) type Keep = Box<dyn Any + Send>;
+
+/// The shortest pause before the driver is asked for an event again; each is twice the one before.
+const RETRY_MIN: Duration = Duration::from_millis(1);
+
+/// What is kept until a stream has come to where it was.
+pub(crate) struct Watched {
+    pub(crate) stream: Arc<CudaStream>,
+    /// None if there is none yet.
+    pub(crate) event: Option<Event>,
+    /// Ended before there is an event.
+    pub(crate) lent: Vec<Lent>,
+    /// None once it was given back: whatever else ends this leaks it.
+    keep: Option<Keep>,
+    reply: Option<oneshot::Sender<Result<(), DeviceError>>>,
+}
+
+/// Says how it ended.
+pub(crate) type Answer = oneshot::Receiver<Result<(), DeviceError>>;
+
+impl Watched {
+    /// `keep` is kept until the event has passed; where there is none, until one behind all that
+    /// the stream has by then has.
+    pub(crate) fn new(
+        stream: Arc<CudaStream>,
+        event: Option<Event>,
+        lent: Vec<Lent>,
+        keep: Keep,
+    ) -> (Self, Answer) {
+        let (reply, answer) = oneshot::channel();
+        (Watched { stream, event, lent, keep: Some(keep), reply: Some(reply) }, answer)
+    }
+
+    fn end(mut self, outcome: Result<(), DeviceError>) {
+        drop((self.event.take(), self.keep.take()));
+        if let Some(reply) = self.reply.take() {
+            drop(reply.send(outcome));
+        }
+    }
+}
+
+impl Drop for Watched {
+    /// A panic of the thread proves nothing about the device.
+    fn drop(&mut self) {
+        std::mem::forget(self.keep.take());
+    }
+}
 
 /// The sending end.
 #[derive(Debug)]
 pub(crate) struct Watch {
     inbox: Arc<Inbox>,
+    /// Of the first thread.
     ended: Ended,
 }
 
 #[derive(Default)]
-struct Inbox {
-    queue: Mutex<Queue>,
-    bell: Arc<Bell>,
-}
+struct Inbox(Mutex<Queue>);
 
 #[derive(Default)]
 struct Queue {
     new: Vec<Watched>,
     closed: bool,
-}
-
-struct Watched {
-    event: CudaEvent,
-    keep: Keep,
-    reply: oneshot::Sender<Result<(), DeviceError>>,
-}
-
-impl Watched {
-    fn end(self, outcome: Result<(), DeviceError>) {
-        drop((self.event, self.keep));
-        drop(self.reply.send(outcome));
-    }
+    /// None while there is no thread.
+    bell: Option<Arc<Bell>>,
 }
 
 impl Watch {
@@ -58,61 +104,35 @@ impl Watch {
     /// # Errors
     ///
     /// What the driver or the operating system says, in words.
-    pub(crate) fn start(card: Arc<Card>, lost: Lost) -> Result<Self, String> {
+    pub(crate) fn start(card: Arc<Card>) -> Result<Self, String> {
         let inbox = Arc::new(Inbox::default());
         let (ready, is_ready) = std::sync::mpsc::channel();
-        let (end, ended) = oneshot::channel::<()>();
-        let theirs = inbox.clone();
-        let run = move || {
-            theirs.bell.hang(thread::current());
-            let notices = card.bind().and_then(|()| Notices::new(&card, theirs.bell.clone()));
-            match notices {
-                Err(error) => drop(ready.send(Err(told("making a stream", error)))),
-                Ok(notices) => {
-                    drop(ready.send(Ok(())));
-                    watch(&theirs, notices, &lost);
-                }
-            }
-            drop((card, end));
-        };
-        let spawned = thread::Builder::new().name("vmem-gpu-watch".to_owned()).spawn(run);
-        spawned.map_err(|error| format!("starting a thread: {error}"))?;
+        let ended = spawn(&inbox, &mut inbox.0.lock(), card, Some(ready))?;
         is_ready.recv().map_err(|_| "the thread ended".to_owned()).and_then(|ready| ready)?;
-        Ok(Watch { inbox, ended: ended.map(drop).boxed().shared() })
+        Ok(Watch { inbox, ended })
     }
 
-    /// Keeps `keep` until the event has passed, and answers then.
-    pub(crate) fn submit(
-        &self,
-        event: CudaEvent,
-        keep: Keep,
-    ) -> oneshot::Receiver<Result<(), DeviceError>> {
-        let (reply, answer) = oneshot::channel();
-        let watched = Watched { event, keep, reply };
-        let mut queue = self.inbox.queue.lock();
-        if queue.closed {
-            drop(queue);
-            // Nobody is left who would wait, and whoever ends a lease may not.
-            let waiting = move || {
-                let relaxed = crate::card::relax_capture();
-                let outcome = relaxed.and_then(|()| watched.event.synchronize());
-                watched.end(outcome.map_err(|error| crate::card::failed("a kernel", error)));
-            };
-            if let Err(error) = thread::Builder::new().spawn(waiting) {
-                tracing::error!(target: "vmem::gpu", %error, "what a kernel uses is given back late");
-            }
-        } else {
-            queue.new.push(watched);
-            drop(queue);
-            self.inbox.bell.ring();
+    /// Keeps it until its time has come. On any thread; waits for nothing.
+    pub(crate) fn submit(&self, watched: Watched, card: &Arc<Card>) {
+        let mut queue = self.inbox.0.lock();
+        queue.new.push(watched);
+        if let Some(bell) = &queue.bell {
+            return bell.ring();
         }
-        answer
+        // The first one after the close, or after the last of those.
+        if let Err(error) = spawn(&self.inbox, &mut queue, card.clone(), None) {
+            let text = "what kernels use is kept until another lease ends";
+            tracing::error!(target: "vmem::gpu", %error, "{text}");
+        }
     }
 
-    /// Nothing more is accepted; what was comes to its end.
+    /// The thread ends once everything that was handed in has.
     pub(crate) fn close(&self) {
-        self.inbox.queue.lock().closed = true;
-        self.inbox.bell.ring();
+        let mut queue = self.inbox.0.lock();
+        queue.closed = true;
+        if let Some(bell) = &queue.bell {
+            bell.ring();
+        }
     }
 
     /// When the thread has let go of the card.
@@ -127,42 +147,224 @@ impl Drop for Watch {
     }
 }
 
-fn watch(inbox: &Inbox, mut notices: Notices, lost: &Lost) {
-    let mut watched: Vec<Watched> = Vec::new();
-    loop {
-        let (new, closed) = {
-            let mut queue = inbox.queue.lock();
-            (std::mem::take(&mut queue.new), queue.closed)
-        };
-        new.iter().for_each(|watched| notices.ask(&watched.event));
-        watched.extend(new);
-        let mut rest = Vec::with_capacity(watched.len());
-        for one in watched.drain(..) {
-            match one.event.try_is_complete() {
-                Ok(false) => rest.push(one),
-                Ok(true) => one.end(Ok(())),
-                Err(error) => {
-                    let reason: Arc<str> = told("the device failed", error).into();
-                    if lost.set(reason.clone()).is_ok() {
-                        tracing::error!(target: "vmem::gpu", %reason, "the VRAM tier is lost; the copies below serve");
-                    }
-                    one.end(Err(DeviceError::Lost(reason)));
-                }
+type Ready = std::sync::mpsc::Sender<Result<(), String>>;
+
+/// Starts a thread for a queue that has none.
+fn spawn(
+    inbox: &Arc<Inbox>,
+    queue: &mut Queue,
+    card: Arc<Card>,
+    ready: Option<Ready>,
+) -> Result<Ended, String> {
+    let (end, ended) = oneshot::channel::<()>();
+    let (bell, inbox) = (Arc::new(Bell::default()), inbox.clone());
+    let theirs = bell.clone();
+    let run = move || {
+        theirs.hang(thread::current());
+        let _gone = Gone(&inbox, &theirs);
+        let mut notices = Notices::new(card.clone(), theirs.clone());
+        let mut bound = card.bind().and_then(|()| notices.prepare());
+        if let Some(ready) = ready {
+            let said = bound.map_err(|error| told("making a stream", error));
+            let refused = said.is_err();
+            drop(ready.send(said));
+            if refused {
+                return;
             }
         }
-        watched = rest;
-        if !watched.is_empty() {
-            thread::park_timeout(WATCHDOG);
-        } else if closed {
-            return;
-        } else {
-            thread::park();
+        while bound.is_err() && !card.is_dead() {
+            thread::sleep(WATCHDOG);
+            bound = card.bind();
+        }
+        Watching { inbox: inbox.clone(), card, notices, lines: HashMap::new() }.run();
+        drop(end);
+    };
+    let spawned = thread::Builder::new().name("vmem-gpu-watch".to_owned()).spawn(run);
+    spawned.map_err(|error| format!("starting a thread: {error}"))?;
+    queue.bell = Some(bell);
+    Ok(ended.map(drop).boxed().shared())
+}
+
+/// The end of a thread, by a panic too: whoever hands in the next one starts another.
+struct Gone<'a>(&'a Inbox, &'a Arc<Bell>);
+
+impl Drop for Gone<'_> {
+    fn drop(&mut self) {
+        let mut queue = self.0.0.lock();
+        if queue.bell.as_ref().is_some_and(|bell| Arc::ptr_eq(bell, self.1)) {
+            queue.bell = None;
+        }
+    }
+}
+
+/// What waits for one stream, in order.
+#[derive(Default)]
+struct Line {
+    groups: VecDeque<Group>,
+    /// Of the end of the front.
+    notice: Option<Notice>,
+}
+
+/// What ends with one event.
+struct Group {
+    /// None where the driver has given none yet.
+    event: Option<Event>,
+    members: Vec<Watched>,
+}
+
+/// Whether the driver owes a line an event.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Refused {
+    Nothing,
+    Still,
+    Newly,
+}
+
+/// What the thread has.
+struct Watching {
+    inbox: Arc<Inbox>,
+    card: Arc<Card>,
+    notices: Notices,
+    /// By the handle of the stream.
+    lines: HashMap<usize, Line>,
+}
+
+impl Watching {
+    fn run(mut self) {
+        let (mut looked, mut pause) = (Instant::now(), WATCHDOG);
+        loop {
+            let mut queue = self.inbox.0.lock();
+            let new = std::mem::take(&mut queue.new);
+            if new.is_empty() && queue.closed && self.lines.is_empty() {
+                queue.bell = None;
+                return;
+            }
+            drop(queue);
+            if new.iter().any(|watched| watched.event.is_none()) {
+                pause = RETRY_MIN;
+            }
+            new.into_iter().for_each(|watched| self.accept(watched));
+            // A notice may have been lost, and what was refused is tried again.
+            let all = looked.elapsed() >= pause;
+            let refused = self.look(all);
+            if all {
+                looked = Instant::now();
+            }
+            pause = match refused {
+                Refused::Newly => RETRY_MIN,
+                Refused::Still if all => (pause * 2).min(WATCHDOG),
+                Refused::Still => pause,
+                Refused::Nothing => WATCHDOG,
+            };
+            if self.lines.is_empty() {
+                thread::park();
+            } else {
+                thread::park_timeout(pause.saturating_sub(looked.elapsed()));
+            }
+        }
+    }
+
+    /// Puts one at the end of its line.
+    fn accept(&mut self, mut watched: Watched) {
+        let line = self.lines.entry(watched.stream.cu_stream().addr()).or_default();
+        match (watched.event.take(), line.groups.back_mut()) {
+            (None, Some(group)) if group.event.is_none() => group.members.push(watched),
+            (event, _) => line.groups.push_back(Group { event, members: vec![watched] }),
+        }
+    }
+
+    /// Looks at the lines of which something is new, or at all.
+    fn look(&mut self, all: bool) -> Refused {
+        let mut refused = Refused::Nothing;
+        let Watching { card, notices, lines, .. } = self;
+        lines.retain(|_, line| {
+            if line.notice.as_ref().is_some_and(|notice| all || notice.has_come())
+                && let Some(notice) = line.notice.take()
+            {
+                notices.end(notice);
+            }
+            // One with a notice that has not come has nothing new.
+            let before = line.is_refused();
+            if line.notice.is_none() {
+                line.advance(card, notices, all);
+            }
+            let after = if before { Refused::Still } else { Refused::Newly };
+            refused = refused.max(if line.is_refused() { after } else { Refused::Nothing });
+            !line.groups.is_empty()
+        });
+        refused
+    }
+}
+
+impl Line {
+    /// Whether its front has no event.
+    fn is_refused(&self) -> bool {
+        self.groups.front().is_some_and(|group| group.event.is_none())
+    }
+
+    /// Ends what has passed, and asks for a notice of the next.
+    fn advance(&mut self, card: &Card, notices: &mut Notices, again: bool) {
+        while let Some(group) = self.groups.front_mut() {
+            match group.has_passed(card, again) {
+                Some(outcome) => {
+                    if let Some(group) = self.groups.pop_front() {
+                        group.members.into_iter().for_each(|one| one.end(outcome.clone()));
+                    }
+                }
+                None => break,
+            }
+        }
+        let front = self.groups.front().and_then(|group| group.event.as_ref());
+        self.notice = front.and_then(|event| notices.ask(event));
+    }
+}
+
+impl Group {
+    /// How it ended, if it has. Without an event it gets one, if it is `again` its turn to ask.
+    fn has_passed(&mut self, card: &Card, again: bool) -> Option<Result<(), DeviceError>> {
+        if self.event.is_none() && !again {
+            return None;
+        }
+        let error = match self.query(card) {
+            Ok(passed) => return passed.then_some(Ok(())),
+            Err(error) => error,
+        };
+        // It may have been recorded in a capture that began meanwhile.
+        self.event.take().into_iter().for_each(Event::discard);
+        if let Unmarked::Refused(error) = error {
+            if card.is_dead() {
+                return Some(Err(DeviceError::Lost(card.lost()?)));
+            }
+            let error = told("the end of a lease", error);
+            tracing::debug!(target: "vmem::gpu", "{error}: it is tried again");
+        }
+        None
+    }
+
+    /// Queries the event. Where there is none, asks for one behind what the stream has now, which
+    /// covers all members.
+    fn query(&mut self, card: &Card) -> Result<bool, Unmarked> {
+        if self.event.is_none()
+            && let Some(first) = self.members.first_mut()
+        {
+            let stream = first.stream.clone();
+            let lent = self.members.iter_mut().flat_map(|one| one.lent.drain(..));
+            let mut lent = lent.collect();
+            let marked = card.mark(&stream, &mut lent);
+            if let Some(first) = self.members.first_mut() {
+                first.lent = lent;
+            }
+            self.event = Some(marked?);
+        }
+        match &self.event {
+            Some(event) => event.has_passed().map_err(Unmarked::Refused),
+            None => Ok(true),
         }
     }
 }
 
 impl std::fmt::Debug for Inbox {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Inbox").field("new", &self.queue.lock().new.len()).finish()
+        f.debug_struct("Inbox").field("new", &self.0.lock().new.len()).finish()
     }
 }

@@ -1,0 +1,278 @@
+//! Events and order: where a stream has come to, who comes after it, and who is woken then.
+//!
+//! Invariant: nothing here goes through a context object of the user, which may hold a stale error,
+//! and nothing here waits for a stream unless its name says so. An event that is dropped goes back
+//! to its pool: recording it again does not change what was made to wait for it. Called by leases,
+//! gathers, lanes and the watch.
+
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::Thread;
+
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use parking_lot::Mutex;
+
+use crate::card::{Card, enter, told};
+use crate::lend::Lent;
+
+/// Events that a pool keeps; further ones are destroyed.
+const SPARE_MAX: usize = 4096;
+
+/// An event of the driver.
+#[derive(Clone, Copy, Debug)]
+struct Raw(sys::CUevent);
+
+// SAFETY: the driver's events may be used from any thread.
+unsafe impl Send for Raw {}
+
+/// Events that can be recorded again.
+#[derive(Debug)]
+pub(crate) struct EventPool {
+    context: Arc<CudaContext>,
+    spare: Mutex<Vec<Raw>>,
+}
+
+impl EventPool {
+    pub(crate) fn new(context: Arc<CudaContext>) -> Arc<Self> {
+        Arc::new(EventPool { context, spare: Mutex::new(Vec::new()) })
+    }
+
+    /// An event, on a thread that has the context.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn take(self: &Arc<Self>) -> Result<Event, DriverError> {
+        let spare = self.spare.lock().pop();
+        let raw = match spare {
+            Some(raw) => raw,
+            None => Raw(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?),
+        };
+        Ok(Event { raw: Some(raw), pool: self.clone() })
+    }
+
+    fn destroy(&self, events: Vec<Raw>) {
+        let destroy = |Raw(event)| {
+            // SAFETY: it was created once, and nobody has it any more.
+            unsafe { result::event::destroy(event) }
+        };
+        let destroyed = enter(&self.context, || events.into_iter().try_for_each(destroy));
+        if let Err(error) = destroyed.and_then(|destroyed| destroyed) {
+            tracing::debug!(target: "vmem::gpu", "{}", told("destroying events", error));
+        }
+    }
+}
+
+impl Drop for EventPool {
+    fn drop(&mut self) {
+        let spare = std::mem::take(self.spare.get_mut());
+        self.destroy(spare);
+    }
+}
+
+/// A place in the order of a stream.
+#[derive(Debug)]
+pub(crate) struct Event {
+    /// None once it was discarded.
+    raw: Option<Raw>,
+    pool: Arc<EventPool>,
+}
+
+impl Event {
+    fn handle(&self) -> sys::CUevent {
+        self.raw.map_or(std::ptr::null_mut(), |raw| raw.0)
+    }
+
+    /// Puts it behind everything that the stream has by now.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn record(&self, stream: &CudaStream) -> Result<(), DriverError> {
+        // SAFETY: both are alive.
+        unsafe { result::event::record(self.handle(), stream.cu_stream()) }
+    }
+
+    /// Whether what it was recorded behind has ended. On a thread of ours, or in a visit: elsewhere
+    /// it would break captures.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn has_passed(&self) -> Result<bool, DriverError> {
+        // SAFETY: it is alive.
+        match unsafe { result::event::query(self.handle()) } {
+            Ok(()) => Ok(true),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes a stream wait for it.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    fn hold_back(&self, stream: &CudaStream) -> Result<(), DriverError> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both are alive.
+        unsafe { result::stream::wait_event(stream.cu_stream(), self.handle(), flags) }
+    }
+
+    /// Ends one with which the driver has trouble: nobody gets it again.
+    pub(crate) fn discard(mut self) {
+        self.pool.destroy(self.raw.take().into_iter().collect());
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        let Some(raw) = self.raw.take() else { return };
+        let mut spare = self.pool.spare.lock();
+        if spare.len() < SPARE_MAX {
+            return spare.push(raw);
+        }
+        drop(spare);
+        self.pool.destroy(vec![raw]);
+    }
+}
+
+/// Why there is no event behind what a stream has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Unmarked {
+    /// A graph is being captured on it, broken or not: an event would be part of the graph.
+    Captured,
+    /// The driver refused.
+    Refused(DriverError),
+}
+
+impl Card {
+    /// An event behind everything that the stream, and what was lent on it, has by now. On any
+    /// thread; waits for nothing. What was lent is ended only if there is an event.
+    pub(crate) fn mark(
+        &self,
+        stream: &CudaStream,
+        lent: &mut Vec<Lent>,
+    ) -> Result<Event, Unmarked> {
+        let marked = self.enter(|| {
+            if is_capturing(stream).map_err(Unmarked::Refused)? {
+                return Err(Unmarked::Captured);
+            }
+            let event = self.events().take().map_err(Unmarked::Refused)?;
+            // This has the stream wait for uses of it on others.
+            lent.clear();
+            event.record(stream).map_err(Unmarked::Refused)?;
+            Ok(event)
+        });
+        marked.map_err(Unmarked::Refused)?
+    }
+
+    /// What `then` gets from here on comes after what `first` has, without a wait of the host.
+    /// False if that cannot be had.
+    pub(crate) fn order(&self, first: &CudaStream, then: &CudaStream) -> bool {
+        let ordered = self.enter(|| {
+            // An event from outside of a capture would break it.
+            if is_capturing(then)? && !is_capturing(first)? {
+                return Err(DriverError(sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION));
+            }
+            let event = self.events().take()?;
+            event.record(first)?;
+            event.hold_back(then)
+        });
+        let ordered = ordered.and_then(|ordered| ordered);
+        if let Err(error) = ordered {
+            tracing::debug!(target: "vmem::gpu", "{}", told("ordering streams", error));
+        }
+        ordered.is_ok()
+    }
+
+    /// As `order`, but where that cannot be had the calling thread waits for `first`.
+    pub(crate) fn order_or_wait(&self, first: &CudaStream, then: &CudaStream) -> bool {
+        let wait = || {
+            // A wait would break its capture.
+            if is_capturing(first)? {
+                return Err(DriverError(sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED));
+            }
+            // SAFETY: the stream is alive.
+            unsafe { result::stream::synchronize(first.cu_stream()) }
+        };
+        self.order(first, then) || self.visit(wait).and_then(|waited| waited).is_ok()
+    }
+}
+
+/// Whether a graph is being captured on a stream. On a thread that has its context.
+///
+/// # Errors
+///
+/// What the driver says.
+pub(crate) fn is_capturing(stream: &CudaStream) -> Result<bool, DriverError> {
+    // SAFETY: the stream is alive.
+    let status = unsafe { result::stream::is_capturing(stream.cu_stream()) }?;
+    Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
+/// The handle that means each thread's own stream.
+pub(crate) fn is_per_thread(stream: &CudaStream) -> bool {
+    stream.cu_stream().addr() == 2
+}
+
+/// Wakes a thread of ours.
+#[derive(Debug, Default)]
+pub(crate) struct Bell {
+    thread: OnceLock<Thread>,
+}
+
+impl Bell {
+    /// Wakes this thread from now on.
+    pub(crate) fn hang(&self, thread: Thread) {
+        let _ = self.thread.set(thread);
+    }
+
+    pub(crate) fn ring(&self) {
+        if let Some(thread) = self.thread.get() {
+            thread.unpark();
+        }
+    }
+}
+
+/// What the driver calls when an event may have passed. A hint: what counts is what the event says.
+#[derive(Debug)]
+pub(crate) struct Ring {
+    rung: AtomicBool,
+    bell: Arc<Bell>,
+}
+
+impl Ring {
+    /// It is never freed: a host function may come late, or after everything else.
+    pub(crate) fn new(bell: Arc<Bell>) -> &'static Self {
+        Box::leak(Box::new(Ring { rung: AtomicBool::new(false), bell }))
+    }
+
+    /// Whether it was rung since this was last asked.
+    pub(crate) fn has_rung(&self) -> bool {
+        self.rung.load(Ordering::Relaxed) && self.rung.swap(false, Ordering::Acquire)
+    }
+}
+
+/// The host function: a store and a wake; no call of the driver, no lock, nothing freed.
+unsafe extern "C" fn ring(ring: *mut c_void) {
+    // SAFETY: the pointer is that of a `Ring`, which is never freed.
+    let ring = unsafe { &*ring.cast::<Ring>() };
+    ring.rung.store(true, Ordering::Release);
+    ring.bell.ring();
+}
+
+/// Has a ring rung behind an event. If the driver refuses, whoever waits looks without it.
+pub(crate) fn ask_for_notice(stream: &CudaStream, event: &Event, to: &'static Ring) {
+    let asked = event.hold_back(stream).and_then(|()| {
+        let argument = std::ptr::from_ref(to).cast_mut().cast();
+        // SAFETY: the function takes the ring, which is never freed.
+        unsafe { result::stream::launch_host_function(stream.cu_stream(), ring, argument) }
+    });
+    if let Err(error) = asked {
+        tracing::debug!(target: "vmem::gpu", "{}", told("asking for a notice", error));
+    }
+}

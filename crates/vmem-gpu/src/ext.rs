@@ -1,0 +1,216 @@
+//! What users call: objects for kernels, and parts of objects in device buffers of theirs.
+//!
+//! Invariant: a future of these holds nothing that is shared and counted while nobody polls it
+//! (`delivery`). Called by users.
+
+use std::any::Any;
+use std::future::Future;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaStream, DriverError};
+use vmem_core::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
+
+use crate::card::failed;
+use crate::delivery::collect;
+use crate::event::{is_capturing, is_per_thread};
+use crate::gather::{self, Gathered};
+use crate::lease::{DeviceLease, DeviceLeaseMut};
+use crate::scatter::{self, Scattered};
+use crate::set::DeviceSetRequest;
+use crate::target::DeviceTarget;
+use crate::tier::CudaTier;
+
+type Result<T> = std::result::Result<T, VirtualMemoryError>;
+
+/// Objects for kernels.
+///
+/// ```no_run
+/// use cudarc::driver::CudaContext;
+/// use vmem::gpu::VramExt;
+/// use vmem::{MemoryTier, VirtualMemoryConfig};
+///
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// let vmem = vmem::open(VirtualMemoryConfig::default()).await?;
+/// let stream = CudaContext::new(0)?.new_stream()?;
+/// let weights = vmem.put(vec![1; 1 << 20], MemoryTier::Host).await?;
+///
+/// let lease = vmem.device_on(&weights, &stream).await?;
+/// lease.scope(|view| { /* launch a kernel on `stream` that reads `view` */ });
+/// drop(lease); // the kernel may still run: its memory stays until it has ended
+/// # vmem.close().await?;
+/// # Ok(())
+/// # }
+/// ```
+pub trait VramExt {
+    /// The object in device memory, for kernels on `stream` that read it.
+    ///
+    /// It is pinned there until the lease is dropped, and its memory is kept until what was queued
+    /// by then has ended; what is written to the object meanwhile is another version.
+    ///
+    /// # Errors
+    ///
+    /// Those of a `pin` in VRAM; `InvalidConfig` for a stream of another context, of each thread's
+    /// own, or on which a graph is being captured.
+    fn device_on(
+        &self,
+        handle: &VMemHandle,
+        stream: &Arc<CudaStream>,
+    ) -> impl Future<Output = Result<DeviceLease>> + Send;
+
+    /// The object in device memory, for kernels on `stream` that change it, alone.
+    ///
+    /// Waits until other leases have ended. What the kernels wrote is the current version once they
+    /// have ended and it was copied down; a read that comes after the drop waits for that.
+    ///
+    /// # Errors
+    ///
+    /// As [`device_on`](Self::device_on), and those of making room in host memory for the new
+    /// version.
+    fn device_mut_on(
+        &self,
+        handle: &VMemHandle,
+        stream: &Arc<CudaStream>,
+    ) -> impl Future<Output = Result<DeviceLeaseMut>> + Send;
+
+    /// As [`device_mut_on`](Self::device_mut_on), for kernels that write all of it.
+    ///
+    /// The bytes before are not brought up, it begins as zeros.
+    ///
+    /// # Errors
+    ///
+    /// As [`device_mut_on`](Self::device_mut_on).
+    fn device_overwrite_on(
+        &self,
+        handle: &VMemHandle,
+        stream: &Arc<CudaStream>,
+    ) -> impl Future<Output = Result<DeviceLeaseMut>> + Send;
+
+    /// Copies parts of objects, from whichever tier has them, into one device buffer of the caller,
+    /// each to its offset there.
+    ///
+    /// Takes no space of the VRAM budget. It begins once what the caller has queued on the buffer's
+    /// stream has ended. When it has ended well, work that is queued on the buffer's stream finds
+    /// all of it there; after an error, or if it is dropped before, what the pieces hold is
+    /// unspecified, and that stream comes after every copy that has begun.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`; `InvalidConfig` for pieces outside of the buffer or over each other, or a
+    /// stream that will not do; `TimedOut` for what the stream had before, or for a copy; those of
+    /// reading each piece; `Device`.
+    fn gather(
+        &self,
+        pieces: &[Gathered<'_>],
+        target: &DeviceTarget<'_>,
+    ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Copies parts of one device buffer of the caller, as they are after what is queued on its
+    /// stream now, into objects.
+    ///
+    /// Each object is written as by `write_at`, a megabyte at a time, its pieces in their order;
+    /// objects do not wait for each other. After an error some may have been written.
+    ///
+    /// # Errors
+    ///
+    /// As [`gather`](Self::gather), and those of writing.
+    fn scatter(
+        &self,
+        target: &DeviceTarget<'_>,
+        pieces: &[Scattered<'_>],
+    ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Several objects at once, all or none.
+    ///
+    /// `vmem.device_set(&stream).read(&a).write(&b).acquire().await`
+    fn device_set(&self, stream: &Arc<CudaStream>) -> DeviceSetRequest;
+}
+
+impl VramExt for VirtualMemory {
+    async fn device_on(
+        &self,
+        handle: &VMemHandle,
+        stream: &Arc<CudaStream>,
+    ) -> Result<DeviceLease> {
+        check_stream(self, stream)?;
+        let (vmem, handle) = (self.clone(), handle.clone());
+        let hold = collect(tier(self)?.runtime(), move || {
+            let (vmem, handle) = (vmem.clone(), handle.clone());
+            async move { vmem.hold_in_vram(&handle).await }
+        });
+        DeviceLease::new(self, stream, hold.await?)
+    }
+
+    async fn device_mut_on(
+        &self,
+        handle: &VMemHandle,
+        stream: &Arc<CudaStream>,
+    ) -> Result<DeviceLeaseMut> {
+        change(self, handle, stream, false).await
+    }
+
+    async fn device_overwrite_on(
+        &self,
+        handle: &VMemHandle,
+        stream: &Arc<CudaStream>,
+    ) -> Result<DeviceLeaseMut> {
+        change(self, handle, stream, true).await
+    }
+
+    async fn gather(&self, pieces: &[Gathered<'_>], target: &DeviceTarget<'_>) -> Result<()> {
+        gather::gather(self, pieces, target).await
+    }
+
+    async fn scatter(&self, target: &DeviceTarget<'_>, pieces: &[Scattered<'_>]) -> Result<()> {
+        scatter::scatter(self, target, pieces).await
+    }
+
+    fn device_set(&self, stream: &Arc<CudaStream>) -> DeviceSetRequest {
+        DeviceSetRequest::new(self, stream)
+    }
+}
+
+async fn change(
+    vmem: &VirtualMemory,
+    handle: &VMemHandle,
+    stream: &Arc<CudaStream>,
+    overwrite: bool,
+) -> Result<DeviceLeaseMut> {
+    check_stream(vmem, stream)?;
+    let (theirs, handle) = (vmem.clone(), handle.clone());
+    let change = collect(tier(vmem)?.runtime(), move || {
+        let (vmem, handle) = (theirs.clone(), handle.clone());
+        async move { vmem.change_in_vram(&handle, overwrite).await }
+    });
+    DeviceLeaseMut::new(vmem, stream, change.await?)
+}
+
+/// The tier of a store, if it is one of ours.
+pub(crate) fn tier(vmem: &VirtualMemory) -> Result<&CudaTier> {
+    let device = vmem.device().map(|device| &**device as &dyn Any);
+    device.and_then(|device| device.downcast_ref()).ok_or_else(|| {
+        let reason = vmem.capabilities().vram_reason.clone();
+        VirtualMemoryError::TierNotAvailable { tier: MemoryTier::Vram, reason }
+    })
+}
+
+pub(crate) fn check_stream(vmem: &VirtualMemory, stream: &Arc<CudaStream>) -> Result<()> {
+    let card = tier(vmem)?.card()?;
+    let invalid = |reason: &str| {
+        Err(VirtualMemoryError::InvalidConfig { field: "stream", reason: reason.into() })
+    };
+    if !card.has(stream) {
+        return invalid("it belongs to another context than that of the store's device");
+    }
+    if is_per_thread(stream) {
+        return invalid("it is another one on each thread, and a future may move between threads");
+    }
+    let capturing = card.enter(|| is_capturing(stream)).and_then(|capturing| capturing);
+    match capturing.map_err(|error| device_error("asking a stream", error))? {
+        true => invalid("a graph is being captured on it"),
+        false => Ok(()),
+    }
+}
+
+pub(crate) fn device_error(operation: &'static str, error: DriverError) -> VirtualMemoryError {
+    failed(operation, error).public()
+}

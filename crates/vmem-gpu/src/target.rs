@@ -1,0 +1,164 @@
+//! A device buffer of the caller, and the calls over it.
+//!
+//! Invariant: the buffer is touched after what the caller queued on its stream before the call, and
+//! before what it queues there after: a call that ends with copies in flight, by an error or
+//! because it was dropped, has put the stream behind them. Called by gathers and scatters.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
+use vmem_core::backend::DeviceError;
+use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
+
+use crate::call::{Call, Foreign};
+use crate::card::Card;
+use crate::delivery;
+use crate::ext::{check_stream, tier};
+use crate::tier::CudaTier;
+
+type Result<T> = std::result::Result<T, VirtualMemoryError>;
+
+/// A device buffer of the caller, and the stream in whose order it is used.
+#[derive(Debug)]
+pub struct DeviceTarget<'a> {
+    address: u64,
+    len: usize,
+    stream: Arc<CudaStream>,
+    /// For cudarc's own account of who uses it.
+    slice: Option<&'a CudaSlice<u8>>,
+    borrowed: PhantomData<&'a mut [u8]>,
+}
+
+impl<'a> DeviceTarget<'a> {
+    /// A slice, in the order of its stream.
+    pub fn from_slice(slice: &'a mut CudaSlice<u8>) -> Self {
+        let (stream, len) = (slice.stream().clone(), slice.len());
+        // Whatever used it on other streams comes before what its stream does from here on.
+        let (address, before) = slice.device_ptr_mut(&stream);
+        drop(before);
+        DeviceTarget { address, len, stream, slice: Some(slice), borrowed: PhantomData }
+    }
+
+    /// `len` bytes of device memory, in the order of `stream`.
+    ///
+    /// # Safety
+    ///
+    /// They are device memory of the context of `stream`, and nobody else uses them until the calls
+    /// that are given this target have ended. After one that failed or was dropped they are used by
+    /// work alone that `stream` gets from then on, or that comes after it.
+    #[allow(unsafe_code)]
+    pub unsafe fn from_raw(address: u64, len: usize, stream: &Arc<CudaStream>) -> Self {
+        let stream = stream.clone();
+        DeviceTarget { address, len, stream, slice: None, borrowed: PhantomData }
+    }
+
+    /// Its length, in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether a piece lies within it.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidConfig`.
+    pub(crate) fn check(&self, offset: usize, len: usize) -> Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => {
+                let have = self.len;
+                Err(invalid(format!(
+                    "{len} bytes at {offset} are outside of a buffer of {have} bytes"
+                )))
+            }
+        }
+    }
+
+    /// Runs a call over the buffer, in a task of the runtime: what it holds does not wait for the
+    /// caller.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidConfig` for a stream that will not do; those of the work.
+    pub(crate) async fn run<F, W>(&self, vmem: &VirtualMemory, work: F) -> Result<()>
+    where
+        F: Fn(VirtualMemory, Foreign) -> W,
+        W: Future<Output = Result<()>> + Send + 'static,
+    {
+        check_stream(vmem, &self.stream)?;
+        let card = tier(vmem)?.card()?;
+        let running = Running { target: self, vmem, card, call: Arc::default() };
+        let runtime = tier(vmem)?.runtime();
+        delivery::run(runtime, || work(vmem.clone(), running.foreign())).await
+    }
+
+    /// The stream in whose order it is used.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+}
+
+/// Waits for what the caller has queued, so that nobody else's copies stand behind that.
+///
+/// # Errors
+///
+/// `TimedOut`, `Closed`, `Device`.
+pub(crate) async fn caught_up(tier: &CudaTier, stream: &Arc<CudaStream>) -> Result<()> {
+    let card = tier.card()?;
+    let passed = tier.keep_until_passed(&card, stream, Vec::new(), Box::new(()));
+    drop(card);
+    let passed = tier.within("waiting for the stream of a buffer", passed).await?;
+    passed.map_err(|_| VirtualMemoryError::Closed)?.map_err(DeviceError::public)
+}
+
+/// A call over the caller's memory. When it ends, for whatever reason, nothing more begins, and
+/// what has begun comes before what the caller's stream gets then.
+struct Running<'a> {
+    target: &'a DeviceTarget<'a>,
+    vmem: &'a VirtualMemory,
+    card: Arc<Card>,
+    call: Arc<Call>,
+}
+
+impl Running<'_> {
+    fn foreign(&self) -> Foreign {
+        let DeviceTarget { address, len, .. } = *self.target;
+        Foreign { address, len, call: self.call.clone() }
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let Ok(tier) = tier(self.vmem) else { return };
+        let stream = &self.target.stream;
+        if tier.cancel(&self.call, &self.card, stream)
+            && let Some(slice) = self.target.slice
+        {
+            // Whoever writes to it on another stream comes after that too.
+            let _ = self.card.visit(|| drop(slice.device_ptr(stream)));
+        }
+    }
+}
+
+/// Whether a part lies within its object.
+///
+/// # Errors
+///
+/// `OutOfRange`.
+pub(crate) fn check_range(handle: &VMemHandle, range: &std::ops::Range<usize>) -> Result<()> {
+    if range.start <= range.end && range.end <= handle.len() {
+        return Ok(());
+    }
+    let (start, end, len) = (range.start, range.end, handle.len());
+    Err(VirtualMemoryError::OutOfRange { handle: handle.id(), start, end, len })
+}
+
+pub(crate) fn invalid(reason: String) -> VirtualMemoryError {
+    VirtualMemoryError::InvalidConfig { field: "target", reason: reason.into() }
+}
