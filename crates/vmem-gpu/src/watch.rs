@@ -239,6 +239,7 @@ impl Watching {
                 queue.bell = None;
                 return;
             }
+            let closed = queue.closed;
             drop(queue);
             if new.iter().any(|watched| watched.event.is_none()) {
                 pause = RETRY_MIN;
@@ -257,7 +258,10 @@ impl Watching {
                 Refused::Nothing => WATCHDOG,
             };
             if self.lines.is_empty() {
-                thread::park();
+                // Nobody rings for the last one of a closed queue.
+                if !closed {
+                    thread::park();
+                }
             } else {
                 thread::park_timeout(pause.saturating_sub(looked.elapsed()));
             }
