@@ -14,8 +14,8 @@ use crate::stores::{DISK, HOST, KIB, MIB, Place, Sizes, Store, bytes, check, ope
 
 const SIZES: Sizes = Sizes { space: 64 * MIB, disk: 128 * MIB };
 const LEN: usize = 4 * KIB;
-const COUNT: usize = 1_200;
-const ROUNDS: usize = 3;
+const COUNT: usize = 800;
+const ROUNDS: usize = 2;
 /// The most that a bulk call may take, as a multiple of the best time by hand.
 const RATIO: f64 = 3.0;
 const HANG: Duration = Duration::from_secs(60);

@@ -10,7 +10,7 @@ use vmem::{MemoryTier, PolicyKind, VMemHandle, VirtualMemory, VirtualMemoryError
 
 use crate::full::{idle_costs_nothing, refused_at_once};
 use crate::harness::{BOUND, CLOSE_BOUND, Threads, WAIT, assert_none, run, succeeds, within};
-use crate::stores::{DISK, HOST, MIB, Place, Sizes, VRAM, bytes, check, on_a_device, open};
+use crate::stores::{DISK, HOST, MIB, Place, Sizes, Store, VRAM, bytes, check, on_a_device, open};
 
 const LEN: usize = 20_000;
 const SIZES: Sizes = Sizes { space: 4 * MIB, disk: 4 * MIB };
@@ -114,7 +114,7 @@ fn every_call_ends_at_once_where_host_and_disk_are_full() {
 
 #[test]
 fn every_call_ends_at_once_where_vram_host_and_disk_are_full() {
-    let test = on_a_device(2 << 20, SIZES, async |store| {
+    let test = async |store: &Store| {
         let full = fill(&store.vmem, VRAM).await?;
         refuses(&store.vmem, &full, VRAM).await?;
         // An object that is in device memory alone is served from there.
@@ -133,8 +133,8 @@ fn every_call_ends_at_once_where_vram_host_and_disk_are_full() {
         let put = store.vmem.put(bytes(1, 1, LEN), VRAM);
         drop(succeeds("put into freed space", BOUND, put).await?);
         Ok(())
-    });
-    let found = run(Threads::One, || test);
+    };
+    let found = run(Threads::One, move || on_a_device(2 << 20, SIZES, test));
     assert_none(&Vec::from_iter(found.err()));
 }
 

@@ -3,6 +3,7 @@
 //! Invariant: a test that hangs, or whose runtime is blocked, fails at its bound and leaves the
 //! other tests alone; time here is that of the machine, never tokio's. Called by every module.
 
+use std::fmt;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::pin;
@@ -23,6 +24,8 @@ pub(crate) const BOUND: Duration = Duration::from_secs(3);
 pub(crate) const CLOSE_BOUND: Duration = Duration::from_secs(8);
 /// What a whole test may take before it counts as hung.
 const HANG: Duration = Duration::from_secs(150);
+/// Cases of one test that run at once.
+const AT_ONCE: usize = 6;
 
 /// The threads of a runtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +142,26 @@ pub(crate) async fn succeeds<T>(
 /// Whether a request that waited ends so at its deadline.
 pub(crate) fn is_deadline(error: &VirtualMemoryError) -> bool {
     matches!(error, VirtualMemoryError::TimedOut { .. } | VirtualMemoryError::AllPinned { .. })
+}
+
+/// Runs the cases, some of them at once since they wait more than they work; returns a complaint
+/// for each that fails.
+pub(crate) fn run_cases<C: fmt::Debug + Copy + Send + Sync>(
+    cases: &[C],
+    case: impl Fn(C) -> Result<(), String> + Sync,
+) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for some in cases.chunks(AT_ONCE) {
+        std::thread::scope(|scope| {
+            let case = &case;
+            let threads: Vec<_> = some.iter().map(|&c| scope.spawn(move || case(c))).collect();
+            for (of, thread) in some.iter().zip(threads) {
+                let ended = thread.join().unwrap_or_else(|_| Err("it panicked, or hung".into()));
+                complaints.extend(ended.err().map(|why| format!("{of:?}: {why}")));
+            }
+        });
+    }
+    complaints
 }
 
 /// Panics with all complaints, if there are any.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::calls::{Call, LEN, Subject};
 use crate::harness::{
-    BOUND, CLOSE_BOUND, THREADS, Threads, assert_none, eventually, run, succeeds, within,
+    BOUND, CLOSE_BOUND, THREADS, Threads, assert_none, eventually, run, run_cases, succeeds, within,
 };
 use crate::keep::Kept;
 use crate::kept_world::{beside, run_others};
@@ -62,19 +62,16 @@ async fn case(place: Place, call: Call, polls: usize) -> Result<(), String> {
 }
 
 fn at_each_poll(call: Call) {
-    let mut complaints = Vec::new();
+    let mut cases = Vec::new();
     for polls in [1, 2, 3, 5] {
-        let mut cases: Vec<_> = THREADS.map(|threads| (Place::Simulated, threads)).into();
+        cases.extend(THREADS.map(|threads| (polls, Place::Simulated, threads)));
         if polls < 3 {
-            cases.push((Place::Real, Threads::Two));
-        }
-        for (place, threads) in cases {
-            let found = run(threads, move || case(place, call, polls)).err();
-            let about = format!("{call:?}, {polls} polls, {place:?}, {threads:?}");
-            complaints.extend(found.map(|why| format!("{about}: {why}")));
+            cases.push((polls, Place::Real, Threads::Two));
         }
     }
-    assert_none(&complaints);
+    assert_none(&run_cases(&cases, |(polls, place, threads)| {
+        run(threads, move || case(place, call, polls))
+    }));
 }
 
 macro_rules! at_each_poll {

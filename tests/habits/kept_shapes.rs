@@ -11,7 +11,7 @@ use futures::future::{FutureExt, join_all, poll_immediate, select_all};
 use futures::stream::{self, FuturesUnordered, StreamExt};
 
 use crate::calls::{Call, LEN, Outcome, Subject};
-use crate::harness::{BOUND, CLOSE_BOUND, Threads, assert_none, run, succeeds, within};
+use crate::harness::{BOUND, CLOSE_BOUND, Threads, assert_none, run, run_cases, succeeds, within};
 use crate::kept_world::{beside, run_others};
 use crate::stores::{MIB, Place, Sizes, Store, cold, open};
 
@@ -66,15 +66,10 @@ async fn step(
 /// Runs the test in each place and with each kind of runtime.
 fn everywhere<F, T>(test: T)
 where
-    T: Fn(Place) -> F + Copy + Send + 'static,
+    T: Fn(Place) -> F + Copy + Send + Sync + 'static,
     F: Future<Output = Result<(), String>>,
 {
-    let mut complaints = Vec::new();
-    for (place, threads) in PLACES {
-        let found = run(threads, move || test(place)).err();
-        complaints.extend(found.map(|why| format!("{place:?}, {threads:?}: {why}")));
-    }
-    assert_none(&complaints);
+    assert_none(&run_cases(&PLACES, |(place, threads)| run(threads, move || test(place))));
 }
 
 /// How a loop ended.

@@ -12,7 +12,7 @@ use futures::future::{BoxFuture, FutureExt, join_all};
 use vmem::{ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::calls::{Call, LEN, Subject, name};
-use crate::harness::{BOUND, CLOSE_BOUND, Threads, is_deadline, run, succeeds, within};
+use crate::harness::{BOUND, CLOSE_BOUND, Threads, is_deadline, run, run_cases, succeeds, within};
 use crate::keep::Kept;
 use crate::stores::{DISK, HOST, MIB, Place, Sizes, Store, bytes, check, cold, fill_host, open};
 
@@ -40,12 +40,7 @@ pub(crate) const STATES: [State; 3] = [State::HostCold, State::HostFull, State::
 
 /// Keeps this call in each state, and returns what it did to others.
 pub(crate) fn keep(place: Place, call: Call, cases: &[(State, Threads)]) -> Vec<String> {
-    let mut complaints = Vec::new();
-    for &(state, threads) in cases {
-        let found = run(threads, move || case(place, call, state)).err();
-        complaints.extend(found.map(|why| format!("{call:?}, {state:?}, {threads:?}: {why}")));
-    }
-    complaints
+    run_cases(cases, |(state, threads)| run(threads, move || case(place, call, state)))
 }
 
 async fn case(place: Place, call: Call, state: State) -> Result<(), String> {

@@ -15,8 +15,8 @@ use crate::stores::{DISK, HOST, MIB, Sizes, config};
 
 const CHILD: &str = "VMEM_TEST_HABITS_NAMES";
 /// Names before the measurement, and within it.
-const BEFORE: usize = 4_000;
-const TOUCHED: usize = 12_000;
+const BEFORE: usize = 3_000;
+const TOUCHED: usize = 9_000;
 /// Resident memory that a name which nobody has open may take, in bytes: an entry takes several
 /// times as much.
 const BYTES_EACH: f64 = 120.0;

@@ -232,7 +232,7 @@ fn set_that_is_dropped_while_it_waits_leaves_nothing() {
 /// The same in device memory: a set of leases that pins keep from its room.
 #[test]
 fn small_leases_pass_a_set_that_waits_for_device_memory() {
-    let test = on_a_device(4 << 20, SIZES, async |store| {
+    let test = async |store: &Store| {
         let vmem = &store.vmem;
         let objects = cold(vmem, 0, 8, 600 * KIB).await;
         let small = cold(vmem, 100, 8, 20 * KIB).await;
@@ -261,7 +261,7 @@ fn small_leases_pass_a_set_that_waits_for_device_memory() {
         let set = within("the set", BOUND, waiting).await?.unwrap();
         drop(set.map_err(|error| format!("the set: {error}"))?);
         Ok(())
-    });
-    let found = run(Threads::Two, || test);
+    };
+    let found = run(Threads::Two, move || on_a_device(4 << 20, SIZES, test));
     assert_none(&Vec::from_iter(found.err()));
 }
