@@ -16,7 +16,7 @@ use vmem_testkit::Denied;
 use vmem_testkit::place::DRIVER_VARIABLE;
 
 /// This one would run itself for ever; the others have no disk, or hardly any, or choose their drivers.
-const NOT_AGAIN: [&str; 10] = [
+const NOT_AGAIN: [&str; 20] = [
     "vmem",
     "drivers",
     "hostile",
@@ -27,6 +27,17 @@ const NOT_AGAIN: [&str; 10] = [
     "vram_leases",
     "vram_separate",
     "dlpack",
+    // These bring their own devices, processes and drivers.
+    "gpu_faults",
+    "gpu_gather",
+    "gpu_sets",
+    "gpu_waiters",
+    "env_fork",
+    "env_memory",
+    "env_messages",
+    "env_runtime",
+    "env_snapshot",
+    "habits",
 ];
 /// The stress test is bounded by time: so long, in seconds, in each pass.
 const STRESS_SECONDS: &str = "6";

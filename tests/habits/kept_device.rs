@@ -193,7 +193,7 @@ async fn on_device(vmem: &VirtualMemory, call: Call, crowded: bool) -> Result<()
     succeeds("close", CLOSE_BOUND, vmem.clone().close()).await?;
     for (i, kept) in left {
         let what = format!("kept future {i}, polled again after close");
-        match within(&what, BOUND, kept.finish()).await? {
+        match within(&what, WAIT + BOUND, kept.finish()).await? {
             Ok(_) | Err(VirtualMemoryError::Closed) => {}
             Err(error) if is_deadline(&error) => {}
             Err(error) => return Err(format!("{what}: {error}")),
@@ -209,9 +209,9 @@ async fn finish(
     kept: Kept<Outcome>,
 ) -> Result<(), String> {
     let (what, age) = (format!("kept future {i}, polled again"), kept.age());
-    match within(&what, BOUND, kept.finish()).await? {
+    match within(&what, WAIT + BOUND, kept.finish()).await? {
         Ok(got) => drop(got),
-        Err(error) if is_deadline(&error) && age + BOUND > WAIT => {}
+        Err(error) if is_deadline(&error) && (age + BOUND > WAIT || call == Call::Prefetch) => {}
         Err(error) => return Err(format!("{what}: {error}")),
     }
     let mut found = vec![0; LEN];

@@ -30,9 +30,16 @@ async fn case(place: Place, call: Call, polls: usize) -> Result<(), String> {
     for i in 0..KEPT {
         // Some are further than others.
         let polls = polls + i % 2;
-        kept.push(Kept::polled(call.start(&subject, i), polls).await);
+        let future = Kept::polled(call.start(&subject, i), polls).await;
+        if future.is_pending() {
+            kept.push(future);
+            continue;
+        }
+        // What it brought is the caller's, who lets it go.
+        let got = succeeds("a future that has ended", BOUND, future.finish()).await?;
+        got.check(subject.objects.len())?;
     }
-    let pending = kept.iter().filter(|kept| kept.is_pending()).count();
+    let pending = kept.len();
     run_others(&subject, call, &beside).await.map_err(|why| format!("{pending} kept: {why}"))?;
     for (i, kept) in kept.into_iter().enumerate() {
         if i % 2 == 0 {

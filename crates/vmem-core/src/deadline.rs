@@ -57,6 +57,12 @@ impl Deadline {
         Deadline { asked, asked_real, wait: wait.min(CENTURY), timing }
     }
 
+    /// An earlier deadline: one of so many parts of the wait from now on, and no longer than `at_most`.
+    pub(crate) fn share(&self, parts: u32, at_most: Duration) -> Self {
+        let left = self.wait.saturating_sub(self.waited());
+        Deadline::after((left / parts).min(at_most), self.timing)
+    }
+
     /// When the request was made, in the runtime's time.
     pub(crate) fn asked(&self) -> Instant {
         self.asked

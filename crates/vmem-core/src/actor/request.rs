@@ -37,7 +37,7 @@ pub(crate) enum Request {
 }
 
 /// Objects of one prefetch that are on their way at once.
-const PREFETCHED_AT_ONCE: usize = 8;
+const PREFETCHED_AT_ONCE: usize = 32;
 
 /// Where an object is to move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 /// Reads that are in flight at once.
 const READS_MAX: usize = 64;
 /// Background reads that are in flight at once while nobody else reads.
-const BACKGROUND_MAX: usize = 8;
+const BACKGROUND_MAX: usize = 32;
 /// A read ahead of need waits at least this long after the last read of demand.
 const QUIET_MIN: Duration = Duration::from_micros(200);
 /// A read ahead of need that found no quiet moment for so long takes a turn all the same.

@@ -21,6 +21,7 @@ use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::object::{DiskMap, GatePass, Object, Version, chunk_count, chunk_len, chunk_lens};
 use crate::object::{chunks_of, range_of};
+use crate::shared::Shared;
 use crate::stats::add;
 use crate::tier::Class;
 
@@ -218,16 +219,18 @@ impl DiskWrite {
         }
     }
 
-    /// The bytes of the object that the next piece has; none once all are submitted.
-    pub(crate) fn next_chunks(&self) -> Option<Range<usize>> {
-        let fit = (self.object.shared.staging.piece_bytes() / CHUNK_BYTES).max(1);
+    /// The bytes of the object that the next piece has; none once all are submitted. One chunk of them, or as many as
+    /// a piece of staging holds.
+    pub(crate) fn next_chunks(&self, one: bool) -> Option<Range<usize>> {
+        let piece_bytes = if one { CHUNK_BYTES } else { self.object.shared.staging.piece_bytes() };
+        let fit = (piece_bytes / CHUNK_BYTES).max(1);
         let chunks = self.next.start..self.next.end.min(self.next.start + fit);
         (!chunks.is_empty())
             .then(|| chunks.start * CHUNK_BYTES..(chunks.end * CHUNK_BYTES).min(self.object.len))
     }
 
     /// Sends a piece with these bytes of the object on its way.
-    pub(crate) fn submit(mut self, piece: IoBuf, bytes: Range<usize>) -> Self {
+    pub(crate) fn submit(&mut self, piece: IoBuf, bytes: Range<usize>) {
         let chunks = chunks_of(&bytes);
         self.next.start = chunks.end;
         let piece = piece.freeze();
@@ -246,13 +249,25 @@ impl DiskWrite {
             drop(reply.send(shared.disk.write(pieces).await));
         });
         self.in_flight.push_back((chunks, answer));
-        self
+    }
+
+    /// Waits until another write may be on its way.
+    ///
+    /// # Errors
+    ///
+    /// Those of the writes before it.
+    pub(crate) async fn settle_some(&mut self) -> Result<()> {
+        while self.in_flight.len() >= PIECES_MAX {
+            self.settle_oldest().await?;
+        }
+        Ok(())
     }
 
     /// Waits for the oldest write that is on its way.
     async fn settle_oldest(&mut self) -> Result<()> {
-        let Some((chunks, answer)) = self.in_flight.pop_front() else { return Ok(()) };
+        let Some((_, answer)) = self.in_flight.front_mut() else { return Ok(()) };
         let outcome = answer.await.unwrap_or(Err(DiskError::Closed));
+        let Some((chunks, _)) = self.in_flight.pop_front() else { return Ok(()) };
         let written = account(&self.object, outcome)?;
         self.written.extend(chunks.zip(written));
         Ok(())
@@ -279,20 +294,13 @@ fn account(object: &Object, outcome: Written) -> Result<Vec<Extent>> {
     }
 }
 
-/// A piece of staging for the next chunks.
+/// A piece of staging for the next chunks; for a task.
 ///
 /// # Errors
 ///
-/// Those of the writes before it; `TimedOut`.
-pub(crate) async fn write_piece(
-    mut write: DiskWrite,
-    deadline: Deadline,
-) -> Result<(DiskWrite, IoBuf)> {
-    while write.in_flight.len() >= PIECES_MAX {
-        write.settle_oldest().await?;
-    }
-    let piece = write.object.shared.staging(&deadline).await?;
-    Ok((write, piece))
+/// `TimedOut`.
+pub(crate) async fn write_piece(shared: Arc<Shared>, deadline: Deadline) -> Result<IoBuf> {
+    shared.staging(&deadline).await
 }
 
 /// Writes the chunks at the edges, and, if host memory has the rest of the object, what it alone has; then

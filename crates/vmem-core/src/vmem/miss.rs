@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
@@ -28,6 +29,10 @@ use crate::tier::Class;
 
 /// How often a reader lets others run while a copy is locked, before it waits for the gate.
 const YIELDS_MAX: u32 = 3;
+
+/// A read of a part waits so much of its time, and no longer than this, for the object to be promoted.
+const PROMOTION_SHARE: u32 = 4;
+const PROMOTION_MAX: Duration = Duration::from_secs(1);
 
 /// A read with its options resolved.
 #[derive(Clone, Debug)]
@@ -217,15 +222,18 @@ impl VirtualMemory {
             return Ok(None);
         }
         let explicit = how.promote == Some(true);
-        let how = Asked { promote: Some(true), may_spill: !explicit, ..how.clone() };
+        let mut how = Asked { promote: Some(true), may_spill: !explicit, ..how.clone() };
+        if !explicit {
+            how.deadline = how.deadline.share(PROMOTION_SHARE, PROMOTION_MAX);
+        }
         match self.read_slowly(object, how).await {
             Ok(whole) => Ok(Some(whole)),
             // The part needs less.
-            Err(VirtualMemoryError::TierFull { .. } | VirtualMemoryError::AllPinned { .. })
-                if !explicit =>
-            {
-                Ok(None)
-            }
+            Err(
+                VirtualMemoryError::TierFull { .. }
+                | VirtualMemoryError::AllPinned { .. }
+                | VirtualMemoryError::TimedOut { .. },
+            ) if !explicit => Ok(None),
             Err(error) => Err(error),
         }
     }

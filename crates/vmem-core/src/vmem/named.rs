@@ -270,7 +270,10 @@ impl VirtualMemory {
 
     /// Runs a change as a task of its own, and waits for its answer. The task waits for its place among
     /// others.
-    async fn change<T, F>(&self, make: impl FnOnce(Arc<Shared>, Deadline) -> F + Send) -> Result<T>
+    pub(super) async fn change<T, F>(
+        &self,
+        make: impl FnOnce(Arc<Shared>, Deadline) -> F + Send,
+    ) -> Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,

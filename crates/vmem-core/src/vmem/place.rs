@@ -97,14 +97,8 @@ impl VirtualMemory {
     pub async fn flush_all(&self) -> Result<()> {
         self.check_open()?;
         let named = self.flush_all_named().await;
-        let (shared, deadline) = (self.shared.clone(), self.shared.deadline());
-        let flush = flush_unnamed(shared, deadline);
-        let parcel = self.shared.spawn_for_caller("vmem-flush", flush);
         // Each object has the deadline; all of them take as long as they take.
-        let unnamed = match parcel.claim().await {
-            Ok(outcome) => outcome,
-            Err(_) => self.check_open(),
-        };
+        let unnamed = self.change(flush_unnamed).await;
         named.and(unnamed)
     }
 

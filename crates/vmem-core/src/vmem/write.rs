@@ -14,7 +14,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Result, VirtualMemory};
-use crate::deadline::Deadline;
+use crate::buffer::IoBuf;
+use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
@@ -303,27 +304,34 @@ impl VirtualMemory {
         data: &[u8],
         deadline: &Deadline,
     ) -> Result<()> {
-        // From the front again where this future did not come for a piece in time.
-        loop {
-            let mut write = DiskWrite::begin(object, range)?;
-            write.take_edges(range, data);
-            let ended = loop {
-                let Some(chunks) = write.next_chunks() else { break Some(write) };
-                let piece = migrate::write_piece(write, *deadline);
+        let mut write = DiskWrite::begin(object, range)?;
+        write.take_edges(range, data);
+        // Once a piece was taken back, since this future did not come for it, what it writes lies in memory of its own.
+        let mut recalled = false;
+        while let Some(chunks) = write.next_chunks(recalled) {
+            let settled = deadline.bound_answer(write.settle_some()).await;
+            settled.map_err(|Late| deadline.error("writing to disk"))??;
+            let mut piece = if recalled {
+                IoBuf::from_vec(vec![0; chunks.len()])
+            } else {
+                let piece = migrate::write_piece(self.shared.clone(), *deadline);
                 let parcel = self.shared.spawn_for_caller("vmem-write", piece);
-                let answer = self.shared.answer(&parcel, deadline, "writing to disk").await?;
-                let Some((same, mut piece)) = answer else { break None };
-                let start = chunks.start - range.start;
-                piece[..chunks.len()].copy_from_slice(&data[start..start + chunks.len()]);
-                write = same.submit(piece, chunks);
+                match self.shared.answer(&parcel, deadline, "writing to disk").await? {
+                    Some(piece) => piece,
+                    None => {
+                        self.check_open()?;
+                        recalled = true;
+                        continue;
+                    }
+                }
             };
-            if let Some(write) = ended {
-                let ended = migrate::finish_disk_write(write, *deadline);
-                let parcel = self.shared.spawn_for_caller("vmem-write", ended);
-                return self.shared.answer(&parcel, deadline, "writing to disk").await.map(drop);
-            }
-            self.check_open()?;
+            let start = chunks.start - range.start;
+            piece[..chunks.len()].copy_from_slice(&data[start..start + chunks.len()]);
+            write.submit(piece, chunks);
         }
+        let ended = migrate::finish_disk_write(write, *deadline);
+        let parcel = self.shared.spawn_for_caller("vmem-write", ended);
+        self.shared.answer(&parcel, deadline, "writing to disk").await.map(drop)
     }
 }
 
