@@ -109,7 +109,7 @@ impl Default for Promotion {
 /// - `gpu`: `"auto"`, `"off"`, an ordinal such as `0`, or text with the UUID of a device.
 /// - `io_driver`: `"auto"`, `"reactor"`, `"tokio-uring"` or `"blocking"`.
 /// - `watermarks`: two numbers, low and high. `max_pinned`: a number.
-/// - `policy`: a word that [`PolicyKind`] parses.
+/// - `policy`: a word that [`PolicyKind`](crate::PolicyKind) parses.
 /// - `promotion`: the number of the read, from 1 on, or `"never"`.
 /// - `wait_timeout`: text such as `"30s"`, `"1m 30s"` or `"250ms"`.
 ///
