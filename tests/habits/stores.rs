@@ -125,6 +125,7 @@ pub(crate) async fn on_a_device(
     let ended = test(&store).await;
     // A test that ended well may have closed it, and has looked at how that went.
     let closed = within("close", CLOSE_BOUND, store.vmem.clone().close()).await;
+    store.leaves_the_device().await;
     ended?;
     match closed? {
         Ok(()) | Err(VirtualMemoryError::Closed) => store.no_rule_is_broken(),
@@ -133,6 +134,17 @@ pub(crate) async fn on_a_device(
 }
 
 impl Store {
+    /// Waits until the last thread of the tier has let go of the device, which may be after `close`: what it gives back
+    /// then is not to be counted against the next test.
+    async fn leaves_the_device(&self) {
+        let Some(emulator) = &self.emulator else { return };
+        let began = std::time::Instant::now();
+        while emulator.counter("contexts") > 0 && began.elapsed() < CLOSE_BOUND {
+            tokio::task::yield_now().await;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// A complaint if the emulated driver has seen a rule broken.
     fn no_rule_is_broken(&self) -> Result<(), String> {
         let violations = self.emulator.as_ref().map(Emulator::violations).unwrap_or_default();
