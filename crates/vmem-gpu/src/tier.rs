@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -13,6 +14,8 @@ use cudarc::driver::CudaStream;
 use futures::FutureExt;
 use futures::channel::oneshot;
 use futures::executor::block_on;
+use futures::future::{Either, select};
+use futures_timer::Delay;
 use parking_lot::Mutex;
 use vmem_core::backend::{
     DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, IoBuf, ObjectSpace,
@@ -188,10 +191,10 @@ impl CudaTier {
         operation: &'static str,
         wait: impl Future<Output = T>,
     ) -> Result<T, VirtualMemoryError> {
-        let asked = tokio::time::Instant::now();
-        tokio::time::timeout(self.settings.wait_timeout, wait)
+        let asked = std::time::Instant::now();
+        in_real_time(self.settings.wait_timeout, wait)
             .await
-            .map_err(|_| VirtualMemoryError::TimedOut { operation, waited: asked.elapsed() })
+            .ok_or_else(|| VirtualMemoryError::TimedOut { operation, waited: asked.elapsed() })
     }
 
     /// Keeps `keep` until everything has ended that the stream, and what was lent on it, has by
@@ -339,14 +342,24 @@ impl DeviceBackend for CudaTier {
         let lanes = futures::future::join3(self.up.ended(), self.down.ended(), self.side.ended());
         let ended = futures::future::join(lanes, self.watch.ended());
         async move {
-            let late = tokio::time::timeout(LAST_COPIES, ended).await;
-            late.map(drop).map_err(|_| DeviceError::Failed {
+            let in_time = in_real_time(LAST_COPIES, ended).await;
+            in_time.map(drop).ok_or_else(|| DeviceError::Failed {
                 operation: "closing the device",
                 code: 0,
                 message: "copies have not ended; what they use is never freed".into(),
             })
         }
         .boxed()
+    }
+}
+
+/// Waits for a device, which takes real time, also where a test has paused the clock of its runtime.
+async fn in_real_time<T>(limit: Duration, wait: impl Future<Output = T>) -> Option<T> {
+    // A wait without end is a century.
+    let limit = limit.min(Duration::from_secs(100 * 365 * 24 * 3600));
+    match select(pin!(wait), Delay::new(limit)).await {
+        Either::Left((output, _)) => Some(output),
+        Either::Right(_) => None,
     }
 }
 
