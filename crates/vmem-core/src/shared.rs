@@ -32,7 +32,7 @@ use crate::memory_tier::MemoryTier;
 use crate::migrate::Link;
 use crate::names::Names;
 use crate::object::Object;
-use crate::parcel::{GRACE, Parcel, Unclaimed, Unkept};
+use crate::parcel::{Delivery, GRACE, Parcel, Unclaimed, Unkept};
 use crate::pins::PinBudget;
 use crate::policy::Policy;
 use crate::stats::{Counters, TierStats, VirtualMemoryStats, get};
@@ -266,15 +266,7 @@ impl Shared {
     {
         let (delivery, parcel) = crate::parcel::parcel();
         let unclaimed = self.unclaimed.clone();
-        self.spawn(name, async move {
-            let outcome = tokio::select! {
-                biased;
-                outcome = work => outcome,
-                () = delivery.unwanted() => return,
-            };
-            let counted = outcome.is_ok().then_some(&unclaimed);
-            drop(delivery.deliver(outcome, counted));
-        });
+        self.spawn(name, async move { serve_caller(work, delivery, &unclaimed).await });
         parcel
     }
 
@@ -291,12 +283,7 @@ impl Shared {
         let (delivery, parcel) = crate::parcel::parcel();
         let unclaimed = Arc::new(Unclaimed::default());
         self.spawn(name, async move {
-            let outcome = tokio::select! {
-                biased;
-                outcome = work => outcome,
-                () = delivery.unwanted() => return,
-            };
-            drop(delivery.deliver(outcome, Some(&unclaimed)));
+            serve_caller(work, delivery, &unclaimed).await;
             while let Some(due) = unclaimed.recall() {
                 tokio::time::sleep_until(due).await;
             }
@@ -598,6 +585,21 @@ impl Shared {
             errors: get(&counters.errors),
         }
     }
+}
+
+/// Runs `work` for as long as its caller is there, and sets its value aside.
+async fn serve_caller<T: Send + 'static>(
+    work: impl Future<Output = Result<T, VirtualMemoryError>>,
+    delivery: Delivery<Result<T, VirtualMemoryError>>,
+    unclaimed: &Arc<Unclaimed>,
+) {
+    let outcome = tokio::select! {
+        biased;
+        outcome = work => outcome,
+        () = delivery.unwanted() => return,
+    };
+    let counted = outcome.is_ok().then_some(unclaimed);
+    drop(delivery.deliver(outcome, counted));
 }
 
 impl std::fmt::Debug for Shared {

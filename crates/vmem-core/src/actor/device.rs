@@ -57,7 +57,7 @@ fn evict(shared: &Shared, vram: &Vram, pass: &mut Pass, colder_than: u64) -> boo
             Pick::Empty => return false,
         };
         let Some(object) = shared.find(id) else { continue };
-        if object.try_gate().is_some_and(|pass| object.leave_vram(&pass)) {
+        if object.try_gate_quietly().is_some_and(|pass| object.leave_vram(&pass)) {
             add(&shared.counters.evictions, 1);
             add(&shared.counters.clean_drops, 1);
             return true;

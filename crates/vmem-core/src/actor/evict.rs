@@ -216,7 +216,7 @@ impl Evictor {
                     }
                 },
             };
-            let pass = shared.find(id).and_then(|object| object.try_gate());
+            let pass = shared.find(id).and_then(|object| object.try_gate_quietly());
             match pass.map_or(Step::Busy, |pass| self.take(shared, pass)) {
                 Step::Freed(bytes) => freed += bytes,
                 Step::Write(victim, bytes) => {
@@ -392,7 +392,7 @@ impl Evictor {
             if !object.is_dirty() {
                 continue;
             }
-            let Some(pass) = object.try_gate() else { continue };
+            let Some(pass) = object.try_gate_quietly() else { continue };
             if !object.is_dirty() {
                 continue;
             }

@@ -21,6 +21,7 @@ use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::object::{DiskMap, GatePass, Object, Version, chunk_count, chunk_len, chunk_lens};
 use crate::object::{chunks_of, range_of};
+use crate::parcel::Delivery;
 use crate::shared::Shared;
 use crate::stats::add;
 use crate::tier::Class;
@@ -86,20 +87,38 @@ impl Drop for NewVersion {
     }
 }
 
-/// Publishes a version that has the caller's data at `range`; the rest comes from the version before.
-///
-/// # Errors
-///
-/// `HandleNotFound`, `TimedOut`; those of reading the version before.
+/// The end of a write, for its caller. Nothing is published for one that has gone: that is asked with the gate held,
+/// so a later write, which needs the gate too, is never undone by one that was dropped.
+type Reply = Delivery<Result<()>>;
+
+/// Publishes a version that has the caller's data at `range`; the rest comes from the version before. For a task.
 pub(crate) async fn publish_version(
-    mut version: NewVersion,
+    version: NewVersion,
     range: Range<usize>,
     deadline: Deadline,
+    reply: Reply,
+) {
+    let outcome = tokio::select! {
+        biased;
+        outcome = try_publish(version, range, &deadline, &reply) => outcome,
+        () = reply.unwanted() => return,
+    };
+    // It takes nothing that others could use.
+    drop(reply.deliver(outcome, None));
+}
+
+async fn try_publish(
+    mut version: NewVersion,
+    range: Range<usize>,
+    deadline: &Deadline,
+    reply: &Reply,
 ) -> Result<()> {
     let object = version.object.clone();
-    let pass = object.gate(&deadline).await?;
+    let pass = object.gate(deadline).await?;
     if range.len() == object.len {
-        version.publish_whole(&pass);
+        if !reply.is_unwanted() {
+            version.publish_whole(&pass);
+        }
         return Ok(());
     }
     if let Found::Copy(old) = object.copy.acquire(&object.shared.copies) {
@@ -112,7 +131,10 @@ pub(crate) async fn publish_version(
         bytes[..range.start].fill(0);
         bytes[range.end..].fill(0);
     } else {
-        load_around(&object, &mut version, &range, &deadline).await?;
+        load_around(&object, &mut version, &range, deadline).await?;
+    }
+    if reply.is_unwanted() {
+        return Ok(());
     }
     let chunks = chunks_of(&range);
     let copy = version.copy.take();
@@ -304,18 +326,23 @@ pub(crate) async fn write_piece(shared: Arc<Shared>, deadline: Deadline) -> Resu
 }
 
 /// Writes the chunks at the edges, and, if host memory has the rest of the object, what it alone has; then
-/// publishes.
-///
-/// # Errors
-///
-/// `HandleNotFound`, `TimedOut`, `TierFull`, `Io`; those of reading the version before.
-pub(crate) async fn finish_disk_write(mut write: DiskWrite, deadline: Deadline) -> Result<()> {
+/// publishes. For a task.
+pub(crate) async fn finish_disk_write(write: DiskWrite, deadline: Deadline, reply: Reply) {
+    let outcome = tokio::select! {
+        biased;
+        outcome = try_finish(write, &deadline, &reply) => outcome,
+        () = reply.unwanted() => return,
+    };
+    drop(reply.deliver(outcome, None));
+}
+
+async fn try_finish(mut write: DiskWrite, deadline: &Deadline, reply: &Reply) -> Result<()> {
     while !write.in_flight.is_empty() {
         write.settle_oldest().await?;
     }
     let object = write.object.clone();
-    let pass = object.gate(&deadline).await?;
-    let edges = write_edges(&pass, &write.edges, &deadline).await?;
+    let pass = object.gate(deadline).await?;
+    let edges = write_edges(&pass, &write.edges, deadline).await?;
     let host = match object.copy.acquire(&object.shared.copies) {
         Found::Copy(old) if write.range.len() < object.len => Some(old.into_bytes()),
         _ => None,
@@ -324,13 +351,16 @@ pub(crate) async fn finish_disk_write(mut write: DiskWrite, deadline: Deadline) 
         Some(host) => write_rest(&pass, &write.range, host).await?,
         None => Vec::new(),
     };
+    if reply.is_unwanted() {
+        return Ok(());
+    }
     let written = std::mem::take(&mut write.written);
     object.publish(&pass, None, |disk, old| {
         disk.put(object.len, written.into_iter().chain(edges).chain(rest), old);
     });
     if object.pins() > 0 {
         // It was pinned meanwhile, and must be in host memory.
-        let job = Job::new(object.clone(), MigrationCause::Promote, deadline);
+        let job = Job::new(object.clone(), MigrationCause::Promote, *deadline);
         if let Err(error) = fetch_into(&job, &pass, None).await {
             tracing::warn!(target: "vmem::migration", %error, "a pinned object is on disk only");
         }

@@ -50,13 +50,18 @@ impl GatePass {
 
 impl Object {
     /// The pass, if nobody has it and the object is alive; for the evictor.
+    pub(crate) fn try_gate_quietly(self: &Arc<Self>) -> Option<GatePass> {
+        let mut pass = self.try_gate()?;
+        pass.rings = false;
+        Some(pass)
+    }
+
+    /// The pass, if nobody has it and the object is alive.
     pub(crate) fn try_gate(self: &Arc<Self>) -> Option<GatePass> {
         if self.is_dead() {
             return None;
         }
-        let mut pass = self.try_gate_dead_or_alive()?;
-        pass.rings = false;
-        Some(pass)
+        self.try_gate_dead_or_alive()
     }
 
     /// The pass, if nobody has it.
@@ -79,7 +84,7 @@ impl Object {
         if self.is_dead() {
             return Err(self.not_found());
         }
-        Ok(self.try_gate_dead_or_alive())
+        Ok(self.try_gate())
     }
 
     /// Waits until the gate is open, or was for a moment.

@@ -22,7 +22,7 @@ use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
 use crate::migrate::{self, DiskWrite, Job, NewVersion};
 use crate::object::{GatePass, Object};
-use crate::parcel::Parcel;
+use crate::parcel::{Parcel, parcel};
 use crate::tier::{Class, Need, Refused};
 
 /// A copy of at most this many bytes is made in one go, in place.
@@ -290,9 +290,8 @@ impl VirtualMemory {
             version.publish_whole(&pass);
             return Ok(());
         }
-        let ended = migrate::publish_version(version, range, *deadline);
-        let parcel = self.shared.spawn_for_caller("vmem-write", ended);
-        // An answer of no content that was taken back was a success.
+        let (reply, parcel) = parcel();
+        self.shared.spawn("vmem-write", migrate::publish_version(version, range, *deadline, reply));
         self.shared.answer(&parcel, deadline, "publishing a write").await.map(drop)
     }
 
@@ -329,8 +328,8 @@ impl VirtualMemory {
             piece[..chunks.len()].copy_from_slice(&data[start..start + chunks.len()]);
             write.submit(piece, chunks);
         }
-        let ended = migrate::finish_disk_write(write, *deadline);
-        let parcel = self.shared.spawn_for_caller("vmem-write", ended);
+        let (reply, parcel) = parcel();
+        self.shared.spawn("vmem-write", migrate::finish_disk_write(write, *deadline, reply));
         self.shared.answer(&parcel, deadline, "writing to disk").await.map(drop)
     }
 }
