@@ -76,7 +76,15 @@ async fn refuses(
         let residency = vmem.residency(handle).unwrap();
         if hot_tier == VRAM { residency.vram } else { residency.host }
     };
-    let hot = full.iter().find(is_hot).ok_or("nothing is resident")?;
+    // What comes home to device memory does so behind the writes.
+    let began = Instant::now();
+    let hot = loop {
+        match full.iter().find(is_hot) {
+            Some(hot) => break hot,
+            None if began.elapsed() > BOUND => return Err("nothing is resident".into()),
+            None => tokio::time::sleep(Duration::from_millis(1)).await,
+        }
+    };
     let cold = full.iter().find(|handle| !vmem.residency(handle).unwrap().host);
     let cold = cold.ok_or("everything is resident")?;
     let mut complaints = Vec::new();
