@@ -85,10 +85,15 @@ pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
 fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
     vmem_io::check_runtime()?;
     let (vram, wait) = (config.vram_capacity(), config.wait_timeout());
-    let gpu = vmem_gpu::open_device_within(config.gpu(), vram, wait)?;
+    let (mut devices, mut no_device) = (Vec::new(), "".into());
+    for selection in config.gpus() {
+        let opened = vmem_gpu::open_device_within(selection, vram, wait)?;
+        devices.extend(opened.device);
+        no_device = opened.reason;
+    }
     let (path, capacity) = (config.disk_path(), config.disk_capacity());
     let disk = vmem_io::open_disk(path, capacity, config.io_driver(), config.catalog_cache())?;
-    let mut capabilities = Capabilities::new(disk.backend.describe(), gpu.reason);
+    let mut capabilities = Capabilities::new(disk.backend.describe(), no_device);
     capabilities.disk_driver = Some(disk.driver);
     capabilities.disk_direct = disk.direct;
     capabilities.disk_notes = disk.notes;
@@ -103,7 +108,7 @@ fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
             host_capacity_bytes,
             disk: disk.backend,
             catalog: Some(disk.catalog),
-            device: gpu.device,
+            devices,
             capabilities,
         },
     )

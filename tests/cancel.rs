@@ -15,7 +15,7 @@ use bytes::Bytes;
 use common::{
     DISK, DropAt, HOST, KIB, MIB, MemDriver, assert_empty, bytes, dropped_at, is_pressure, settle,
 };
-use vmem::backend::{VramChange, VramHold};
+use vmem::backend::{DeviceAccess, VramChange, VramHold};
 use vmem::{
     MemoryTier, PinGuard, ReadClass, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError,
 };
@@ -233,6 +233,7 @@ impl Bench {
     async fn call(&self, call: Call, scene: &Scene) -> Result<Brought, VirtualMemoryError> {
         let (vmem, object, part) = (&self.vmem, &scene.object, part(self.len));
         let whole = 0..self.len;
+        let device = DeviceAccess::all(vmem).next().expect("the store has a device");
         Ok(match call {
             Call::Allocate => Brought::Object(vmem.allocate(self.len, HOST).await?),
             Call::Put => Brought::Object(vmem.put(&self.versions.one, HOST).await?),
@@ -277,9 +278,9 @@ impl Bench {
             Call::Lower => vmem.demote(object, HOST).await.map(nothing)?,
             Call::RaiseAhead => vmem.prefetch(object, VRAM).await.map(nothing)?,
             Call::PinRaised => Brought::Raised(vmem.pin(object, VRAM).await?),
-            Call::Hold => Brought::Held(vmem.hold_in_vram(object).await?),
-            Call::Change => Brought::Alone(vmem.change_in_vram(object, false).await?),
-            Call::ChangeAll => Brought::Alone(vmem.change_in_vram(object, true).await?),
+            Call::Hold => Brought::Held(device.hold(object).await?),
+            Call::Change => Brought::Alone(device.change(object, false).await?),
+            Call::ChangeAll => Brought::Alone(device.change(object, true).await?),
         })
     }
 

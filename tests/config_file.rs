@@ -31,7 +31,7 @@ fn every_field_is_read() {
     assert_eq!(config.staging_capacity(), Some(64 << 20));
     assert_eq!(config.disk_capacity(), Some(3 << 39));
     assert_eq!(config.vram_capacity(), Some(16_000_000_000));
-    assert_eq!(config.gpu(), &GpuSelection::Device(1));
+    assert_eq!(config.gpus(), [GpuSelection::Device(1)]);
     assert_eq!(config.io_driver(), IoDriver::TokioUring);
     assert_eq!(config.watermarks(), (0.5, 0.75));
     assert!((config.max_pinned() - 0.25).abs() < f64::EPSILON);
@@ -46,7 +46,7 @@ fn what_is_missing_has_its_default() {
     let config: VirtualMemoryConfig = toml::from_str("promotion = 3\ngpu = \"off\"").unwrap();
     let default = VirtualMemoryConfig::default();
     assert_eq!(config.promotion(), Promotion::OnNthRead(3));
-    assert_eq!(config.gpu(), &GpuSelection::Off);
+    assert_eq!(config.gpus(), [GpuSelection::Off]);
     assert_eq!(config.host_capacity(), None);
     assert_eq!(config.watermarks(), default.watermarks());
     assert_eq!(config.wait_timeout(), default.wait_timeout());

@@ -58,7 +58,7 @@ fn sizes_and_devices_are_read_in_every_form() {
         (&format!("{uuid:?}"), GpuSelection::Uuid(uuid.to_owned())),
     ] {
         let config: VirtualMemoryConfig = toml::from_str(&format!("gpu = {text}")).unwrap();
-        assert_eq!(config.gpu(), &gpu);
+        assert_eq!(config.gpus(), [gpu]);
     }
     let json: VirtualMemoryConfig = serde_json::from_str(r#"{"host_capacity": "1MiB"}"#).unwrap();
     assert_eq!(json.host_capacity(), Some(1 << 20));

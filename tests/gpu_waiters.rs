@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{HOST, KIB, MIB, MemDriver, STAGING, bytes, config};
-use vmem::backend::Backends;
+use vmem::backend::{Backends, DeviceAccess};
 use vmem::{Capabilities, MemoryTier, VirtualMemory};
 use vmem_io::DiskTier;
 use vmem_testkit::SimDevice;
@@ -27,7 +27,7 @@ fn open(vram: usize) -> VirtualMemory {
         host_capacity_bytes: (4 * MIB + STAGING) as u64,
         disk: DiskTier::new(MemDriver::new(), 64 * MIB as u64),
         catalog: None,
-        device: Some(Arc::new(SimDevice::new(vram as u64))),
+        devices: vec![Arc::new(SimDevice::new(vram as u64))],
         capabilities: Capabilities::new("memory".into(), "".into()),
     };
     let config = config(4 * MIB, |builder| builder.wait_timeout(DEADLINE));
@@ -41,7 +41,12 @@ async fn last_drop_of_a_share_wakes_the_waiter_on_whatever_thread() {
     let other = vmem.put(bytes(2, 1, 100 * KIB), HOST).await.unwrap();
     for round in 0..8 {
         vmem.promote(&used, VRAM).await.unwrap();
-        let share = vmem.share_in_vram(&used).unwrap().expect("it is in device memory");
+        let share = DeviceAccess::all(&vmem)
+            .next()
+            .unwrap()
+            .share(&used)
+            .unwrap()
+            .expect("it is in device memory");
         let range = share.range();
         let waiter = tokio::spawn({
             let (vmem, other) = (vmem.clone(), other.clone());

@@ -97,7 +97,7 @@ fn open_where(image: Image, buffered: bool, all_writes: bool) -> Place {
         host_capacity_bytes: 2 << 20,
         disk: DiskTier::with_taken(disk.clone(), 8 << 20, &taken, None).unwrap(),
         catalog: Some(Arc::new(catalog)),
-        device: None,
+        devices: Vec::new(),
         capabilities: Capabilities::new("a tape".into(), "not in this test".into()),
     };
     let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
@@ -386,7 +386,7 @@ async fn damage_of_one_name_is_the_matter_of_one() {
         host_capacity_bytes: 4 << 20,
         disk: DiskTier::with_taken(disk, 8 << 20, &taken, None).unwrap(),
         catalog: Some(Arc::new(Picky(catalog, None))),
-        device: None,
+        devices: Vec::new(),
         capabilities: Capabilities::new("tape".into(), "none".into()),
     };
     let config = VirtualMemoryConfig::builder().build().unwrap();
@@ -415,7 +415,7 @@ async fn changes_that_wait_in_line_do_not_add_up() {
         host_capacity_bytes: 4 << 20,
         disk: DiskTier::with_taken(TapeDriver::new(&tape, false), 8 << 20, &taken, None).unwrap(),
         catalog: Some(Arc::new(Picky(catalog, Some(held.clone())))),
-        device: None,
+        devices: Vec::new(),
         capabilities: Capabilities::new("tape".into(), "none".into()),
     };
     let wait = Duration::from_millis(500);

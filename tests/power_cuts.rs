@@ -66,7 +66,7 @@ fn open(tape: &Arc<Tape>, buffered: bool) -> Result<VirtualMemory, VirtualMemory
         host_capacity_bytes: 1 << 20,
         disk: DiskTier::with_taken(TapeDriver::new(tape, buffered), DISK, &taken, None)?,
         catalog: Some(Arc::new(catalog)),
-        device: None,
+        devices: Vec::new(),
         capabilities: Capabilities::new("a tape".into(), "not in this test".into()),
     };
     VirtualMemory::with_backends(&config, backends)

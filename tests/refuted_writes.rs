@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use common::{DISK, HOST, KIB, MIB, MemDriver, STAGING, bytes, config};
 use futures::FutureExt;
-use vmem::backend::Backends;
+use vmem::backend::{Backends, DeviceAccess};
 use vmem::{Capabilities, MemoryTier, VirtualMemory};
 use vmem_io::DiskTier;
 use vmem_testkit::SimDevice;
@@ -25,7 +25,7 @@ fn open() -> VirtualMemory {
         host_capacity_bytes: (4 * MIB + STAGING) as u64,
         disk: DiskTier::new(MemDriver::new(), 64 * MIB as u64),
         catalog: None,
-        device: Some(Arc::new(SimDevice::new(MIB as u64))),
+        devices: vec![Arc::new(SimDevice::new(MIB as u64))],
         capabilities: Capabilities::new("memory".into(), "".into()),
     };
     VirtualMemory::with_backends(&config(4 * MIB, |builder| builder), backends).unwrap()
@@ -38,7 +38,7 @@ async fn dropped_write_is_not_published_over_a_later_one() {
     let handle = vmem.put(bytes(1, 1, LEN), HOST).await.unwrap();
     vmem.promote(&handle, MemoryTier::Vram).await.unwrap();
     // Holds the gate, as a kernel's lease does.
-    let change = vmem.change_in_vram(&handle, false).await.unwrap();
+    let change = DeviceAccess::all(&vmem).next().unwrap().change(&handle, false).await.unwrap();
     let dropped = bytes(1, 2, LEN);
     let mut write = Box::pin(vmem.write(&handle, &dropped));
     // It copies its data, and hands the version to a task, which has not run.

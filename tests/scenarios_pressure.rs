@@ -23,7 +23,7 @@ fn open(space: usize, disk: usize, speed: Speed) -> (VirtualMemory, Arc<SimDrive
         host_capacity_bytes: (space + common::STAGING) as u64,
         disk: DiskTier::new(driver.clone(), disk as u64),
         catalog: None,
-        device: None,
+        devices: Vec::new(),
         capabilities: Capabilities::new("simulated".into(), "not in this test".into()),
     };
     let config = common::config(space, |builder| builder);

@@ -162,7 +162,7 @@ fn open(
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(driver.clone(), 64 * MIB as u64),
         catalog: None,
-        device: Some(gpu.backend.clone()),
+        devices: vec![gpu.backend.clone()],
         capabilities: Capabilities::new("memory".into(), "".into()),
     };
     let vmem = VirtualMemory::with_backends(&config(space, set), backends).unwrap();

@@ -69,7 +69,7 @@ pub(crate) fn open_below(
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(driver.clone(), disk as u64),
         catalog: None,
-        device,
+        devices: device.into_iter().collect(),
         capabilities: Capabilities::new("memory".into(), "not in this test".into()),
     };
     let vmem = VirtualMemory::with_backends(&config(space, set), backends).expect("opens");

@@ -108,7 +108,7 @@ fn open_simulated(config: &VirtualMemoryConfig, bytes: usize) -> (VirtualMemory,
         host_capacity_bytes: config.host_capacity().unwrap(),
         disk: DiskTier::with_taken(disk.clone(), bytes as u64, &taken, None).unwrap(),
         catalog: Some(Arc::new(catalog)),
-        device: None,
+        devices: Vec::new(),
         capabilities: Capabilities::new("simulated".into(), "not in this test".into()),
     };
     (VirtualMemory::with_backends(config, backends).unwrap(), disk)

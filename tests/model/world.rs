@@ -75,7 +75,10 @@ impl World {
             host_capacity_bytes: STAGING + rng.random_range(512 << 10..1536 << 10),
             disk: DiskTier::new(faults.clone(), rng.random_range(2 << 20..6 << 20)),
             catalog: None,
-            device: device.clone().map(|device| Arc::new(device) as Arc<dyn DeviceBackend>),
+            devices: device
+                .iter()
+                .map(|device| Arc::new(device.clone()) as Arc<dyn DeviceBackend>)
+                .collect(),
             capabilities: Capabilities::new("sim".into(), "no gpu".into()),
         };
         let vmem = VirtualMemory::with_backends(config, backends).unwrap();

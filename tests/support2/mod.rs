@@ -32,7 +32,7 @@ pub(crate) fn over(
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(driver, disk),
         catalog: None,
-        device: None,
+        devices: Vec::new(),
         capabilities: Capabilities::new("of the test".into(), "not in this test".into()),
     };
     VirtualMemory::with_backends(&config(space, set), backends).expect("opens")

@@ -22,7 +22,7 @@ pub use crate::host::{InUse, ObjectSpace, Part, Registrar, StagingMemory};
 
 pub use crate::ranges::{End, Ranges};
 
-pub use crate::vmem::{VramChange, VramHold, VramShare};
+pub use crate::vmem::{DeviceAccess, VramChange, VramHold, VramSet, VramShare};
 
 use crate::capabilities::Capabilities;
 
@@ -35,8 +35,8 @@ pub struct Backends {
     pub disk: Arc<dyn DiskBackend>,
     /// Where names are stored; without one there are no named objects.
     pub catalog: Option<Arc<dyn Catalog>>,
-    /// The tier above it, if there is one.
-    pub device: Option<Arc<dyn DeviceBackend>>,
+    /// The tiers above it, in the order of their numbers: `MemoryTier::Vram` is the first.
+    pub devices: Vec<Arc<dyn DeviceBackend>>,
     /// What was found when they were opened.
     pub capabilities: Capabilities,
 }

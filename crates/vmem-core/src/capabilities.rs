@@ -31,6 +31,8 @@ pub struct Capabilities {
     pub disk_is_tmpfs: bool,
     /// What serves the VRAM tier.
     pub vram: Option<Arc<str>>,
+    /// Every device, in words, by its number; `vram` is the first.
+    pub devices: Vec<Arc<str>>,
     /// Why there is no VRAM tier, or what of it is not as good as it could be.
     pub vram_reason: Arc<str>,
 }
@@ -48,6 +50,7 @@ impl Capabilities {
             disk_path: None,
             disk_is_tmpfs: false,
             vram: None,
+            devices: Vec::new(),
             vram_reason,
         }
     }

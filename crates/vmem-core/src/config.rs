@@ -22,6 +22,9 @@ pub const STAGING_CAPACITY_MAX: u64 = 256 * 1024 * 1024;
 /// The least `staging_capacity`, in bytes.
 pub const STAGING_CAPACITY_MIN: u64 = 128 * 1024;
 
+/// The most GPUs that one store uses.
+pub const GPUS_MAX: usize = 32;
+
 /// Which GPU serves the VRAM tier.
 #[non_exhaustive]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -106,7 +109,8 @@ impl Default for Promotion {
 /// - `host_capacity`, `staging_capacity`, `disk_capacity`, `vram_capacity`, `catalog_cache`: a
 ///   number of bytes, or text such as `"512MiB"` or `"1.5 GB"`, with the units B, kB, MB, GB, TB,
 ///   PB, EB (powers of 1000) and KiB, MiB, GiB, TiB, PiB, EiB (powers of 1024).
-/// - `gpu`: `"auto"`, `"off"`, an ordinal such as `0`, or text with the UUID of a device.
+/// - `gpu`: `"auto"`, `"off"`, an ordinal such as `0`, or text with the UUID of a device; or
+///   `gpus`, a list of ordinals and UUIDs.
 /// - `io_driver`: `"auto"`, `"reactor"`, `"tokio-uring"` or `"blocking"`.
 /// - `watermarks`: two numbers, low and high. `max_pinned`: a number.
 /// - `policy`: a word that [`PolicyKind`](crate::PolicyKind) parses.
@@ -163,8 +167,8 @@ impl VirtualMemoryConfig {
     }
 
     /// Which GPU.
-    pub fn gpu(&self) -> &GpuSelection {
-        &self.fields.gpu
+    pub fn gpus(&self) -> &[GpuSelection] {
+        &self.fields.gpus
     }
 
     /// Which disk driver.
@@ -211,7 +215,7 @@ pub struct VirtualMemoryConfigBuilder {
     staging_capacity: Option<u64>,
     disk_capacity: Option<u64>,
     vram_capacity: Option<u64>,
-    gpu: GpuSelection,
+    gpus: Vec<GpuSelection>,
     io_driver: IoDriver,
     watermarks: (f64, f64),
     max_pinned: f64,
@@ -229,7 +233,7 @@ impl Default for VirtualMemoryConfigBuilder {
             staging_capacity: None,
             disk_capacity: None,
             vram_capacity: None,
-            gpu: GpuSelection::default(),
+            gpus: vec![GpuSelection::default()],
             io_driver: IoDriver::default(),
             watermarks: (0.85, 0.95),
             max_pinned: 0.8,
@@ -274,7 +278,7 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
-    /// Device memory in bytes. Default: three quarters of what is free on the device.
+    /// Memory of each device in bytes. Default: three quarters of what is free on it.
     pub fn vram_capacity(mut self, bytes: u64) -> Self {
         self.vram_capacity = Some(bytes);
         self
@@ -282,7 +286,15 @@ impl VirtualMemoryConfigBuilder {
 
     /// Which GPU serves the VRAM tier. Default: [`GpuSelection::Auto`].
     pub fn gpu(mut self, gpu: GpuSelection) -> Self {
-        self.gpu = gpu;
+        self.gpus = vec![gpu];
+        self
+    }
+
+    /// Several GPUs, each named by its ordinal or its UUID, [`GPUS_MAX`] at most. Their memory is
+    /// [`MemoryTier::of_device`](crate::MemoryTier::of_device), counted from 0 in this order. A store that cannot use all
+    /// of them does not open.
+    pub fn gpus(mut self, gpus: impl IntoIterator<Item = GpuSelection>) -> Self {
+        self.gpus = gpus.into_iter().collect();
         self
     }
 
@@ -349,6 +361,7 @@ impl VirtualMemoryConfigBuilder {
         if self.promotion == Promotion::OnNthRead(0) {
             return refuse("promotion", "the first read is number 1".into());
         }
+        self.check_gpus()?;
         if self.wait_timeout.is_zero() {
             return refuse("wait_timeout", "more than zero".into());
         }
@@ -356,6 +369,21 @@ impl VirtualMemoryConfigBuilder {
             return refuse("disk_path", "an empty path names no directory".into());
         }
         Ok(VirtualMemoryConfig { fields: self })
+    }
+
+    fn check_gpus(&self) -> Result<(), VirtualMemoryError> {
+        let gpus = &self.gpus;
+        if gpus.is_empty() || gpus.len() > GPUS_MAX {
+            return refuse("gpus", format!("1 to {GPUS_MAX} of them, not {}", gpus.len()));
+        }
+        let alone = |gpu: &GpuSelection| matches!(gpu, GpuSelection::Auto | GpuSelection::Off);
+        if gpus.len() > 1 && gpus.iter().any(alone) {
+            return refuse("gpus", "each of several has its ordinal or UUID".into());
+        }
+        match gpus.iter().enumerate().find(|(at, gpu)| gpus[..*at].contains(gpu)) {
+            Some((_, gpu)) => refuse("gpus", format!("{gpu:?} is there twice")),
+            None => Ok(()),
+        }
     }
 
     fn check_capacities(&self) -> Result<(), VirtualMemoryError> {

@@ -36,7 +36,6 @@ mod names;
 mod object;
 mod options;
 mod parcel;
-mod pins;
 pub mod policy;
 mod promotion;
 mod ranges;
@@ -44,12 +43,11 @@ mod shared;
 mod stats;
 mod tier;
 mod vmem;
-mod vram;
 mod wake;
 
 pub use capabilities::Capabilities;
 pub use config::{
-    GpuSelection, HOST_CAPACITY_MIN, IoDriver, Promotion, STAGING_CAPACITY_MAX,
+    GPUS_MAX, GpuSelection, HOST_CAPACITY_MIN, IoDriver, Promotion, STAGING_CAPACITY_MAX,
     STAGING_CAPACITY_MIN, VirtualMemoryConfig, VirtualMemoryConfigBuilder,
 };
 pub use error::VirtualMemoryError;

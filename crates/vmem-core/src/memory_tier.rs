@@ -1,30 +1,40 @@
 //! The tiers, from fast to slow.
 //!
-//! Invariant: `priority` orders tiers strictly, 0 being the fastest; nothing outside this file
-//! relies on the numbers themselves, so that a tier below disk can be added without touching
-//! policy code. Called by everybody.
+//! Invariant: `level` is the place of a tier in the chain, 0 being the fastest; the devices stand beside each
+//! other on one level. Nothing outside this file relies on the numbers themselves, so that a tier below disk
+//! is added without touching policy code. Called by everybody.
 
 use std::fmt;
+use std::num::NonZeroU8;
 use std::str::FromStr;
 
 use crate::error::VirtualMemoryError;
 
-/// A level of the storage hierarchy.
+/// A tier of the store.
 ///
-/// Tiers are ordered by [`priority`](Self::priority): the smaller, the faster.
+/// Tiers are not totally ordered: GPUs stand beside each other, and what is in the memory of one does not
+/// serve a kernel on another.
 ///
 /// ```
 /// use vmem_core::MemoryTier;
 ///
 /// assert!(MemoryTier::Vram.is_faster_than(MemoryTier::Host));
-/// assert!(MemoryTier::Host < MemoryTier::Disk);
 /// assert_eq!("host".parse::<MemoryTier>().unwrap(), MemoryTier::Host);
+///
+/// let second = MemoryTier::of_device(1);
+/// assert_eq!(second.to_string(), "vram:1");
+/// assert_eq!(second.priority(), MemoryTier::Vram.priority());
+/// assert!(!second.is_faster_than(MemoryTier::Vram));
+/// assert_eq!(MemoryTier::of_device(0), MemoryTier::Vram);
 /// ```
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MemoryTier {
-    /// Memory of one GPU.
+    /// Memory of the first GPU.
     Vram,
+    /// Memory of another GPU of the store, counted from 1 in the order of the configuration; see
+    /// [`of_device`](Self::of_device).
+    OtherVram(NonZeroU8),
     /// Main memory of the host.
     Host,
     /// The data file in the store's directory.
@@ -32,10 +42,24 @@ pub enum MemoryTier {
 }
 
 impl MemoryTier {
-    /// The rank of the tier: 0 is the fastest, larger is slower.
+    /// The memory of the GPU with this number in the store, from 0.
+    pub fn of_device(device: u8) -> Self {
+        NonZeroU8::new(device).map_or(MemoryTier::Vram, MemoryTier::OtherVram)
+    }
+
+    /// Which GPU of the store it belongs to, from 0; none for the other tiers.
+    pub fn device(self) -> Option<usize> {
+        match self {
+            MemoryTier::Vram => Some(0),
+            MemoryTier::OtherVram(device) => Some(usize::from(device.get())),
+            MemoryTier::Host | MemoryTier::Disk => None,
+        }
+    }
+
+    /// The rank of the tier: 0 is the fastest, larger is slower. Siblings have the same.
     pub fn priority(self) -> u8 {
         match self {
-            MemoryTier::Vram => 0,
+            MemoryTier::Vram | MemoryTier::OtherVram(_) => 0,
             MemoryTier::Host => 1,
             MemoryTier::Disk => 2,
         }
@@ -47,43 +71,38 @@ impl MemoryTier {
     }
 }
 
-impl Ord for MemoryTier {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.priority().cmp(&other.priority())
-    }
-}
-
-impl PartialOrd for MemoryTier {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
 impl fmt::Display for MemoryTier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            MemoryTier::Vram => "vram",
-            MemoryTier::Host => "host",
-            MemoryTier::Disk => "disk",
-        })
+        match self {
+            MemoryTier::Vram => f.write_str("vram"),
+            MemoryTier::OtherVram(device) => write!(f, "vram:{device}"),
+            MemoryTier::Host => f.write_str("host"),
+            MemoryTier::Disk => f.write_str("disk"),
+        }
     }
 }
 
 impl FromStr for MemoryTier {
     type Err = VirtualMemoryError;
 
-    /// Parses `vram`, `host` or `disk`, in any case of letters.
+    /// Parses `vram`, `host` or `disk`, in any case of letters, and `vram:1` for the memory of the second GPU.
     ///
     /// # Errors
     ///
     /// [`VirtualMemoryError::InvalidConfig`] for any other word.
     fn from_str(word: &str) -> Result<Self, Self::Err> {
+        let lower = word.to_ascii_lowercase();
+        let numbered = lower.strip_prefix("vram:").and_then(|number| number.parse().ok());
+        if let Some(device) = numbered {
+            return Ok(MemoryTier::of_device(device));
+        }
         [MemoryTier::Vram, MemoryTier::Host, MemoryTier::Disk]
             .into_iter()
-            .find(|tier| tier.to_string().eq_ignore_ascii_case(word))
+            .find(|tier| tier.to_string() == lower)
             .ok_or_else(|| VirtualMemoryError::InvalidConfig {
                 field: "tier",
-                reason: format!("unknown tier {word:?}: expected vram, host or disk").into(),
+                reason: format!("unknown tier {word:?}: expected vram, vram:N, host or disk")
+                    .into(),
             })
     }
 }

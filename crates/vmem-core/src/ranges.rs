@@ -66,6 +66,12 @@ impl Ranges {
         self.by_start.range(from..).map(|(&start, &end)| start..end)
     }
 
+    /// How many numbers from `start` on are in the set, without a gap.
+    pub fn run_from(&self, start: u64) -> u64 {
+        let before = self.by_start.range(..=start).next_back();
+        before.map_or(0, |(_, &end)| end.saturating_sub(start))
+    }
+
     /// Whether some part of `range` is in the set.
     pub fn touches(&self, range: &Range<u64>) -> bool {
         let before = self.by_start.range(..range.end).next_back();

@@ -13,7 +13,6 @@ use std::time::Duration;
 use dashmap::DashMap;
 use foldhash::fast::FixedState;
 use futures::FutureExt;
-use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
@@ -24,6 +23,7 @@ use crate::buffer::IoBuf;
 use crate::config::{self, Promotion, VirtualMemoryConfig};
 use crate::copy::{Copies, OwnedCopy};
 use crate::deadline::{Deadline, Late, Timing};
+use crate::device::DeviceBackend;
 use crate::disk::{DiskBackend, DiskError};
 use crate::error::VirtualMemoryError;
 use crate::events::Events;
@@ -33,11 +33,8 @@ use crate::migrate::Link;
 use crate::names::Names;
 use crate::object::Object;
 use crate::parcel::{Delivery, GRACE, Parcel, Unclaimed, Unkept};
-use crate::pins::PinBudget;
-use crate::policy::Policy;
 use crate::stats::{Counters, TierStats, VirtualMemoryStats, get};
-use crate::tier::{Need, Queue, Refused};
-use crate::vram::Vram;
+use crate::tier::{Device, Hold, Holds, HostSpace, Need, Queue, Refused, TierState, Watermarks};
 use crate::wake::Wake;
 
 /// What the configuration comes to on this machine.
@@ -45,9 +42,8 @@ use crate::wake::Wake;
 pub(crate) struct Limits {
     pub(crate) host_capacity: u64,
     pub(crate) staging_capacity: u64,
-    /// Eviction ends here and starts there, in bytes of object space.
-    pub(crate) low_bytes: u64,
-    pub(crate) high_bytes: u64,
+    /// Of object space.
+    pub(crate) marks: Watermarks,
     pub(crate) promotion: Promotion,
     pub(crate) wait_timeout: Duration,
 }
@@ -71,8 +67,10 @@ impl Limits {
         Ok(Limits {
             host_capacity,
             staging_capacity: staging,
-            low_bytes: (space * low) as u64,
-            high_bytes: (space * high) as u64,
+            marks: Watermarks {
+                low_bytes: (space * low) as u64,
+                high_bytes: (space * high) as u64,
+            },
             promotion: config.promotion(),
             wait_timeout: config.wait_timeout(),
         })
@@ -86,26 +84,22 @@ pub(crate) struct Shared {
     next_id: AtomicU64,
     opened: Instant,
     pub(crate) timing: Timing,
-    pub(crate) host: Queue<Arc<HostArena>>,
+    pub(crate) host: TierState<HostSpace>,
+    /// The tiers above host memory.
+    devices: Vec<Device>,
+    /// Why there are none.
+    no_device: Arc<str>,
     pub(crate) copies: Copies,
     pub(crate) staging: Arc<StagingPool>,
     pub(crate) disk: Arc<dyn DiskBackend>,
     pub(crate) disk_link: Link,
     pub(crate) names: Names,
-    pub(crate) policy: Mutex<Box<dyn Policy>>,
     pub(crate) requests: Requests,
     /// Where the actor runs.
     pub(crate) runtime: tokio::runtime::Handle,
     pub(crate) wake: Arc<Wake>,
     pub(crate) events: Events,
     pub(crate) counters: Counters,
-    /// The tier above host memory, if there is one; and if not, why.
-    vram: Option<Vram>,
-    vram_reason: Arc<str>,
-    /// The pins in host memory.
-    host_pins: PinBudget,
-    /// The evictor found nothing that it could take but what is pinned, leased or held.
-    pub(crate) blocked_by_holds: AtomicBool,
     /// What the runtime has set aside for callers.
     pub(crate) unclaimed: Arc<Unclaimed>,
     /// The tasks that serve callers past the actor.
@@ -121,11 +115,9 @@ impl Shared {
         limits: Limits,
         backends: Backends,
         requests: Requests,
-        vram_reason: Arc<str>,
+        no_device: Arc<str>,
     ) -> Result<Arc<Self>, VirtualMemoryError> {
-        let Backends { disk, catalog, device, .. } = backends;
-        let pinned_max =
-            (limits.host_capacity - limits.staging_capacity) as f64 * config.max_pinned();
+        let Backends { disk, catalog, devices, .. } = backends;
         let reserve = |e| VirtualMemoryError::io("reserving host memory", e);
         let arena =
             HostArena::new(limits.host_capacity - limits.staging_capacity).map_err(reserve)?;
@@ -135,32 +127,38 @@ impl Shared {
         arena.set_freed_hook(Box::new(move || bell.if_waiting()));
         let unclaimed = Arc::new(Unclaimed::new(wake.clone()));
         let runtime = tokio::runtime::Handle::current();
-        let policy = config.policy().build(arena.capacity_bytes());
-        let vram = device.map(|device| {
-            let policy = config.policy().build(device.usage().capacity_bytes);
-            Vram::new(device, policy, config.max_pinned(), &wake, &unclaimed)
-        });
+        let copies = Copies::new(wake.clone());
+        let order = |capacity_bytes| config.policy().build(capacity_bytes);
+        let host = {
+            let order = order(arena.capacity_bytes());
+            let space = HostSpace::new(arena, copies.clone());
+            let high_bytes = limits.marks.high_bytes;
+            let queue = Queue::new(space, high_bytes, wake.clone(), unclaimed.clone());
+            TierState::new(MemoryTier::Host, queue, order, config.max_pinned(), limits.marks)
+        };
+        let device = |(number, backend): (u8, Arc<dyn DeviceBackend>)| {
+            let order = order(backend.usage().capacity_bytes);
+            Device::new(number, backend, order, config.max_pinned(), &wake, &unclaimed)
+        };
+        let devices = (0..).zip(devices).map(device).collect();
         Ok(Arc::new(Shared {
             table: DashMap::with_hasher(FixedState::default()),
             next_id: AtomicU64::new(1),
             opened: Instant::now(),
             timing: Timing { clock: disk.clock(), runtime: runtime.id() },
-            host: Queue::new(arena, limits.high_bytes, wake.clone(), unclaimed.clone()),
-            copies: Copies::new(wake.clone()),
+            host,
+            devices,
+            no_device,
+            copies,
             staging,
             names: Names::start(catalog, &disk),
             disk,
             disk_link: Link::default(),
-            policy: Mutex::new(policy),
             requests,
             runtime,
             wake,
             events: Events::new(),
             counters: Counters::default(),
-            vram,
-            vram_reason,
-            host_pins: PinBudget::new(pinned_max as u64),
-            blocked_by_holds: AtomicBool::new(false),
             unclaimed,
             tasks: TaskTracker::new(),
             patience: Semaphore::const_new(0),
@@ -220,20 +218,18 @@ impl Shared {
     pub(crate) fn set_closed(&self) -> bool {
         let first = !self.closed.swap(true, Ordering::SeqCst);
         self.wake.now();
-        self.host_pins.ring();
-        if let Some(vram) = &self.vram {
-            vram.pins.ring();
-            vram.ring();
+        self.host.holds.ring();
+        for device in &self.devices {
+            device.state.holds.ring();
+            device.ring();
         }
         first
     }
 
     /// Nobody makes space any more.
     pub(crate) fn close_queues(&self) {
-        self.host.close();
-        if let Some(vram) = &self.vram {
-            vram.queue.close();
-        }
+        self.host.queue.close();
+        self.devices.iter().for_each(|device| device.state.queue.close());
     }
 
     // ---- Tasks -------------------------------------------------------------------------------
@@ -336,7 +332,7 @@ impl Shared {
 
     /// The largest object that host memory could ever hold, in bytes of footprint.
     pub(crate) fn host_space(&self) -> u64 {
-        self.host.space().capacity_bytes()
+        self.host.space().arena.capacity_bytes()
     }
 
     /// Whether an object of this length can be host-resident at all.
@@ -352,17 +348,16 @@ impl Shared {
         }
     }
 
-    /// What no eviction frees now, in bytes of host memory: at least so much, since what is pinned may be held
-    /// too.
-    pub(crate) fn host_holds(&self) -> u64 {
-        self.host_pins.bytes().max(self.copies.held_bytes())
-    }
-
     /// Space in host memory for one object, if there is some now.
     pub(crate) fn try_host_room(&self, need: &Need) -> Option<OwnedCopy> {
-        let slot = self.host.try_take(need)?.pop()?;
+        self.try_host_rooms(need)?.pop()
+    }
+
+    /// Space in host memory for each object of the request, if there is some for all now.
+    pub(crate) fn try_host_rooms(&self, need: &Need) -> Option<Vec<OwnedCopy>> {
+        let grant = self.host.queue.try_take(need)?;
         self.check_high_mark();
-        Some(OwnedCopy::new(&self.copies, slot))
+        Some(grant.into_iter().map(|slot| OwnedCopy::new(&self.copies, slot)).collect())
     }
 
     /// Space in host memory for one object, as soon as there is some.
@@ -381,7 +376,7 @@ impl Shared {
         need: &Need,
         deadline: &Deadline,
     ) -> Result<Vec<OwnedCopy>, Refused> {
-        let grant = self.host.take(need, deadline).await?;
+        let grant = self.host.queue.take(need, deadline).await?;
         self.check_high_mark();
         Ok(grant.into_iter().map(|slot| OwnedCopy::new(&self.copies, slot)).collect())
     }
@@ -400,45 +395,11 @@ impl Shared {
 
     /// The public form of a refusal.
     pub(crate) fn refusal(&self, need: &Need, refused: Refused) -> VirtualMemoryError {
-        match refused {
-            Refused::Error(error) => error,
-            Refused::Deadline(waited) => self.why_no_room(self.host.footprint(need), waited),
-            Refused::Spill => self.host_full(self.host.footprint(need)),
-        }
-    }
-
-    /// What kept a request from being served until its deadline.
-    fn why_no_room(&self, requested_bytes: u64, waited: Duration) -> VirtualMemoryError {
-        let holds = self.host_pins.bytes() + self.copies.held_bytes();
-        let unreachable = requested_bytes > self.host_space().saturating_sub(self.host_holds());
-        let blocked = unreachable || self.blocked_by_holds.load(Ordering::SeqCst);
-        if holds == 0 || !blocked {
-            return VirtualMemoryError::TimedOut { operation: "making room in host", waited };
-        }
-        VirtualMemoryError::AllPinned {
-            tier: MemoryTier::Host,
-            requested_bytes,
-            pinned_bytes: self.host_pins.bytes(),
-            leased_bytes: 0,
-            held_bytes: self.copies.held_bytes(),
-            capacity_bytes: self.host_space(),
-            waited,
-        }
-    }
-
-    /// Host memory is full and nothing can leave it.
-    pub(crate) fn host_full(&self, requested_bytes: u64) -> VirtualMemoryError {
-        let arena = self.host.space();
-        VirtualMemoryError::TierFull {
-            tier: MemoryTier::Host,
-            requested_bytes,
-            free_bytes: arena.capacity_bytes().saturating_sub(arena.used_bytes()),
-            capacity_bytes: arena.capacity_bytes(),
-        }
+        self.host.refusal(need, refused)
     }
 
     fn check_high_mark(&self) {
-        if self.host.space().used_bytes() > self.limits.high_bytes {
+        if self.host.space().arena.used_bytes() > self.limits.marks.high_bytes {
             self.wake.now();
         }
     }
@@ -446,72 +407,85 @@ impl Shared {
     /// Tells those who wait that something went.
     pub(crate) fn room_was_freed(&self) {
         self.wake.if_waiting();
-        self.vram_was_released();
+        self.devices.iter().for_each(Device::ring);
     }
 
-    // ---- VRAM --------------------------------------------------------------------------------
+    // ---- Devices -----------------------------------------------------------------------------
 
-    /// The tier above host memory.
+    /// All devices, in use or lost.
+    pub(crate) fn devices(&self) -> &[Device] {
+        &self.devices
+    }
+
+    /// A device that serves.
     ///
     /// # Errors
     ///
     /// `TierNotAvailable` with the reason.
-    pub(crate) fn vram(&self) -> Result<&Vram, VirtualMemoryError> {
-        let lost = |reason| VirtualMemoryError::TierNotAvailable { tier: MemoryTier::Vram, reason };
-        let vram = self.vram.as_ref().ok_or_else(|| lost(self.vram_reason.clone()))?;
-        match vram.backend.lost() {
-            None => Ok(vram),
-            Some(reason) => Err(lost(reason)),
+    pub(crate) fn device(&self, number: usize) -> Result<&Device, VirtualMemoryError> {
+        match self.devices.get(number) {
+            Some(device) => device.lost().map_or(Ok(device), Err),
+            None => {
+                let reason = match self.devices.len() {
+                    0 => self.no_device.clone(),
+                    count => format!("the store has {count} devices").into(),
+                };
+                let tier = MemoryTier::of_device(u8::try_from(number).unwrap_or(u8::MAX));
+                Err(VirtualMemoryError::TierNotAvailable { tier, reason })
+            }
         }
     }
 
-    /// The tier above host memory, in use or lost.
-    pub(crate) fn vram_if_any(&self) -> Option<&Vram> {
-        self.vram.as_ref()
-    }
-
-    /// Tells those who wait for room in device memory that something may have become free there.
-    pub(crate) fn vram_was_released(&self) {
-        if let Some(vram) = &self.vram {
-            vram.ring();
-        }
-    }
-
-    /// Footprint that pins keep in host memory, in bytes.
-    pub(crate) fn host_pinned(&self) -> u64 {
-        self.host_pins.bytes()
-    }
-
-    // ---- Pins --------------------------------------------------------------------------------
-
-    /// The pins of a tier that has any.
+    /// Whether the tier is there.
     ///
     /// # Errors
     ///
     /// `TierNotAvailable` with the reason.
-    pub(crate) fn pins(&self, tier: MemoryTier) -> Result<&PinBudget, VirtualMemoryError> {
-        match tier {
-            MemoryTier::Vram => self.vram().map(|vram| &vram.pins),
-            MemoryTier::Host | MemoryTier::Disk => Ok(&self.host_pins),
+    pub(crate) fn check_tier(&self, tier: MemoryTier) -> Result<(), VirtualMemoryError> {
+        tier.device().map_or(Ok(()), |device| self.device(device).map(drop))
+    }
+
+    // ---- Holds -------------------------------------------------------------------------------
+
+    /// What holds a tier that can be held.
+    ///
+    /// # Errors
+    ///
+    /// `TierNotAvailable` with the reason.
+    pub(crate) fn holds(&self, tier: MemoryTier) -> Result<&Holds, VirtualMemoryError> {
+        match tier.device() {
+            Some(device) => Ok(&self.device(device)?.state.holds),
+            None => Ok(&self.host.holds),
         }
     }
 
     /// What an object of `len` bytes takes of this tier, in bytes.
     pub(crate) fn footprint_in(&self, tier: MemoryTier, len: usize) -> u64 {
-        match (tier, &self.vram) {
-            (MemoryTier::Vram, Some(vram)) => vram.backend.footprint(len),
-            _ => HostArena::footprint(len),
+        match tier.device().and_then(|device| self.devices.get(device)) {
+            Some(device) => device.backend.footprint(len),
+            None => HostArena::footprint(len),
         }
     }
 
-    /// Gives back what the first pin of an object was charged.
-    pub(crate) fn uncharge_pin(&self, tier: MemoryTier, len: usize) {
+    /// Gives back what the first hold of an object was charged.
+    pub(crate) fn uncharge(&self, tier: MemoryTier, hold: Hold, len: usize) {
         let footprint = self.footprint_in(tier, len);
-        match (tier, &self.vram) {
-            (MemoryTier::Vram, Some(vram)) => vram.pins.uncharge(footprint),
-            _ => self.host_pins.uncharge(footprint),
-        }
+        let device = tier.device().and_then(|device| self.devices.get(device));
+        device.map_or(&self.host.holds, |device| &device.state.holds).uncharge(hold, footprint);
         self.room_was_freed();
+    }
+
+    /// Why an object cannot be held in this tier.
+    pub(crate) fn all_held(
+        &self,
+        tier: MemoryTier,
+        requested_bytes: u64,
+        waited: Duration,
+    ) -> VirtualMemoryError {
+        match tier.device().and_then(|device| self.devices.get(device)) {
+            Some(device) => device.state.all_held(requested_bytes, waited),
+            None => self.host.all_held(requested_bytes, waited),
+        }
     }
 
     // ---- Errors and figures --------------------------------------------------------------------
@@ -533,49 +507,53 @@ impl Shared {
         }
     }
 
-    pub(crate) fn stats(&self) -> VirtualMemoryStats {
-        let (arena, disk, counters) = (self.host.space(), self.disk.usage(), &self.counters);
-        VirtualMemoryStats {
-            vram: self.vram.as_ref().map_or_else(TierStats::default, |vram| {
-                let usage = vram.usage();
-                TierStats {
-                    used_bytes: usage.used_bytes,
-                    capacity_bytes: usage.capacity_bytes,
-                    peak_bytes: usage.peak_bytes,
-                    objects: get(&counters.vram_objects),
-                    hits: get(&counters.vram_hits),
-                    largest_free_bytes: usage.largest_free_bytes,
-                }
-            }),
-            host: TierStats {
+    /// One tier, now.
+    pub(crate) fn tier_stats(&self, tier: MemoryTier) -> TierStats {
+        let (arena, disk) = (&self.host.space().arena, self.disk.usage());
+        match tier {
+            MemoryTier::Host => TierStats {
                 used_bytes: arena.used_bytes(),
                 capacity_bytes: arena.capacity_bytes(),
                 peak_bytes: arena.peak_bytes(),
-                objects: get(&counters.host_objects),
+                objects: get(&self.host.objects),
                 hits: self.copies.hits(),
                 largest_free_bytes: arena.largest_free_bytes(),
             },
-            disk: TierStats {
+            MemoryTier::Disk => TierStats {
                 used_bytes: disk.used_bytes,
                 capacity_bytes: disk.capacity_bytes,
                 peak_bytes: disk.peak_bytes,
-                objects: get(&counters.disk_objects),
-                hits: get(&counters.disk_hits),
+                objects: get(&self.counters.disk_objects),
+                hits: get(&self.counters.disk_hits),
                 largest_free_bytes: disk.largest_free_bytes,
             },
+            MemoryTier::Vram | MemoryTier::OtherVram(_) => {
+                let device = tier.device().and_then(|device| self.devices.get(device));
+                device.map_or_else(TierStats::default, Device::stats)
+            }
+        }
+    }
+
+    pub(crate) fn stats(&self) -> VirtualMemoryStats {
+        let counters = &self.counters;
+        let waiting = |device: &Device| device.state.queue.len() as u64;
+        VirtualMemoryStats {
+            vram: self.tier_stats(MemoryTier::Vram),
+            host: self.tier_stats(MemoryTier::Host),
+            disk: self.tier_stats(MemoryTier::Disk),
             objects: self.table.len() as u64,
             staging_bytes: self.limits.staging_capacity,
-            registered_bytes: arena.registered_bytes(),
+            registered_bytes: self.host.space().arena.registered_bytes(),
             held_bytes: self.copies.held_bytes(),
-            pinned_bytes: self.host_pins.bytes(),
+            pinned_bytes: self.host.holds.bytes().total(),
             dirty_bytes: get(&counters.dirty_bytes),
-            waiters: self.host.len() as u64
-                + self.vram.as_ref().map_or(0, |vram| vram.queue.len() as u64),
+            waiters: self.host.queue.len() as u64 + self.devices.iter().map(waiting).sum::<u64>(),
             migrations_in_flight: get(&counters.in_flight),
             misses: get(&counters.misses),
             evictions: get(&counters.evictions),
             promotions: get(&counters.promotions),
             clean_drops: get(&counters.clean_drops),
+            relocated_bytes: get(&counters.relocated_bytes),
             host_to_vram_bytes: get(&counters.host_to_vram_bytes),
             vram_to_host_bytes: get(&counters.vram_to_host_bytes),
             disk_to_host_bytes: get(&counters.disk_to_host_bytes),

@@ -27,7 +27,8 @@ pub struct TierStats {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VirtualMemoryStats {
-    /// Device memory; all zero without a GPU.
+    /// Memory of the first device; all zero without a GPU. See
+    /// [`VirtualMemory::tier_stats`](crate::VirtualMemory::tier_stats) for the others.
     pub vram: TierStats,
     /// Object space in host memory.
     pub host: TierStats,
@@ -57,6 +58,8 @@ pub struct VirtualMemoryStats {
     pub promotions: u64,
     /// Evictions that had nothing to write.
     pub clean_drops: u64,
+    /// Footprint that was moved within host memory, so that free bytes became usable bytes.
+    pub relocated_bytes: u64,
     /// Payload copied to device memory, in bytes.
     pub host_to_vram_bytes: u64,
     /// Payload copied from device memory, in bytes.
@@ -84,10 +87,7 @@ impl VirtualMemoryStats {
 /// The counters that are not part of a ledger.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
-    pub(crate) host_objects: AtomicU64,
     pub(crate) disk_objects: AtomicU64,
-    pub(crate) vram_objects: AtomicU64,
-    pub(crate) vram_hits: AtomicU64,
     pub(crate) host_to_vram_bytes: AtomicU64,
     pub(crate) vram_to_host_bytes: AtomicU64,
     pub(crate) dirty_bytes: AtomicU64,
@@ -97,6 +97,7 @@ pub(crate) struct Counters {
     pub(crate) evictions: AtomicU64,
     pub(crate) promotions: AtomicU64,
     pub(crate) clean_drops: AtomicU64,
+    pub(crate) relocated_bytes: AtomicU64,
     pub(crate) disk_to_host_bytes: AtomicU64,
     pub(crate) host_to_disk_bytes: AtomicU64,
     pub(crate) errors: AtomicU64,

@@ -1,17 +1,17 @@
 //! What users call: objects for kernels, and parts of objects in device buffers of theirs.
 //!
 //! Invariant: a future of these holds nothing that is shared and counted while nobody polls it
-//! (`delivery`). Called by users.
+//! (the tasks of `vmem-core` hold it). Called by users.
 
 use std::any::Any;
 use std::future::Future;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, DriverError};
+use vmem_core::backend::DeviceAccess;
 use vmem_core::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
 
-use crate::card::failed;
-use crate::delivery::collect;
+use crate::card::{Card, failed};
 use crate::event::{is_capturing, is_per_thread};
 use crate::gather::{self, Gathered};
 use crate::lease::{DeviceLease, DeviceLeaseMut};
@@ -131,13 +131,9 @@ impl VramExt for VirtualMemory {
         handle: &VMemHandle,
         stream: &Arc<CudaStream>,
     ) -> Result<DeviceLease> {
-        check_stream(self, stream)?;
-        let (vmem, handle) = (self.clone(), handle.clone());
-        let hold = collect(tier(self)?.runtime(), move || {
-            let (vmem, handle) = (vmem.clone(), handle.clone());
-            async move { vmem.hold_in_vram(&handle).await }
-        });
-        DeviceLease::new(self, stream, hold.await?)
+        let access = device_of(self, stream)?;
+        let hold = access.hold(handle).await?;
+        DeviceLease::new(&access, stream, hold)
     }
 
     async fn device_mut_on(
@@ -175,32 +171,55 @@ async fn change(
     stream: &Arc<CudaStream>,
     overwrite: bool,
 ) -> Result<DeviceLeaseMut> {
-    check_stream(vmem, stream)?;
-    let (theirs, handle) = (vmem.clone(), handle.clone());
-    let change = collect(tier(vmem)?.runtime(), move || {
-        let (vmem, handle) = (theirs.clone(), handle.clone());
-        async move { vmem.change_in_vram(&handle, overwrite).await }
-    });
-    DeviceLeaseMut::new(vmem, stream, change.await?)
+    let access = device_of(vmem, stream)?;
+    let change = access.change(handle, overwrite).await?;
+    DeviceLeaseMut::new(&access, stream, change)
 }
 
-/// The tier of a store, if it is one of ours.
-pub(crate) fn tier(vmem: &VirtualMemory) -> Result<&CudaTier> {
-    let device = vmem.device().map(|device| &**device as &dyn Any);
-    device.and_then(|device| device.downcast_ref()).ok_or_else(|| {
-        let reason = vmem.capabilities().vram_reason.clone();
-        VirtualMemoryError::TierNotAvailable { tier: MemoryTier::Vram, reason }
+/// The tier of a device, if it is one of ours.
+pub(crate) fn tier(access: &DeviceAccess) -> Result<&CudaTier> {
+    let device = &**access.backend() as &dyn Any;
+    device.downcast_ref().ok_or_else(|| {
+        let reason = "it is no device of this crate".into();
+        VirtualMemoryError::TierNotAvailable { tier: access.tier(), reason }
     })
 }
 
-pub(crate) fn check_stream(vmem: &VirtualMemory, stream: &Arc<CudaStream>) -> Result<()> {
-    let card = tier(vmem)?.card()?;
+/// The device of the store that a stream belongs to.
+///
+/// # Errors
+///
+/// `TierNotAvailable` if there is none or it is lost; `InvalidConfig` for a stream of another context, and for one that
+/// will not do.
+pub(crate) fn device_of(vmem: &VirtualMemory, stream: &Arc<CudaStream>) -> Result<DeviceAccess> {
     let invalid = |reason: &str| {
         Err(VirtualMemoryError::InvalidConfig { field: "stream", reason: reason.into() })
     };
-    if !card.has(stream) {
-        return invalid("it belongs to another context than that of the store's device");
+    let mut lost = None;
+    for access in DeviceAccess::all(vmem) {
+        match tier(&access).and_then(CudaTier::card) {
+            Ok(card) if card.has(stream) => {
+                check_stream(&card, stream)?;
+                return Ok(access);
+            }
+            Ok(_) => {}
+            Err(error) => lost = Some(error),
+        }
     }
+    match lost {
+        Some(error) => Err(error),
+        None if DeviceAccess::all(vmem).len() == 0 => {
+            let reason = vmem.capabilities().vram_reason.clone();
+            Err(VirtualMemoryError::TierNotAvailable { tier: MemoryTier::Vram, reason })
+        }
+        None => invalid("it belongs to another context than that of the store's device"),
+    }
+}
+
+fn check_stream(card: &Card, stream: &Arc<CudaStream>) -> Result<()> {
+    let invalid = |reason: &str| {
+        Err(VirtualMemoryError::InvalidConfig { field: "stream", reason: reason.into() })
+    };
     if is_per_thread(stream) {
         return invalid("it is another one on each thread, and a future may move between threads");
     }

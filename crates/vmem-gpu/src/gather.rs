@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
-use vmem_core::backend::DeviceError;
+use vmem_core::backend::{DeviceAccess, DeviceError};
 use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::call::Foreign;
@@ -38,17 +38,17 @@ pub(crate) async fn gather(
     }
     check_disjoint(pieces)?;
     let stream = target.stream();
-    let work = |vmem: VirtualMemory, to: Foreign| {
+    let work = |access: DeviceAccess, to: Foreign| {
         let there = pieces.iter().filter(|(_, range, _)| !range.is_empty());
         let pieces: Vec<Piece> = there
             .map(|(handle, range, offset)| ((*handle).clone(), range.clone(), *offset))
             .collect();
         let stream = stream.clone();
         async move {
-            caught_up(tier(&vmem)?, &stream).await?;
+            caught_up(tier(&access)?, &stream).await?;
             // The task keeps no stream of the user's alive.
             drop(stream);
-            give_all(&vmem, pieces, &to).await
+            give_all(&access, pieces, &to).await
         }
     };
     target.run(vmem, work).await
@@ -65,7 +65,7 @@ fn check_disjoint(pieces: &[Gathered<'_>]) -> Result<()> {
     }
 }
 
-async fn give_all(vmem: &VirtualMemory, pieces: Vec<Piece>, to: &Foreign) -> Result<()> {
+async fn give_all(access: &DeviceAccess, pieces: Vec<Piece>, to: &Foreign) -> Result<()> {
     let mut copies: FuturesUnordered<BoxFuture<'_, Result<()>>> = FuturesUnordered::new();
     let mut outcome = Ok(());
     for piece in pieces {
@@ -77,7 +77,7 @@ async fn give_all(vmem: &VirtualMemory, pieces: Vec<Piece>, to: &Foreign) -> Res
         if outcome.is_err() {
             break;
         }
-        copies.push(Box::pin(give(vmem, piece, to.clone())));
+        copies.push(Box::pin(give(access, piece, to.clone())));
     }
     while let Some(copied) = copies.next().await {
         outcome = outcome.and(copied);
@@ -85,15 +85,15 @@ async fn give_all(vmem: &VirtualMemory, pieces: Vec<Piece>, to: &Foreign) -> Res
     outcome
 }
 
-async fn give(vmem: &VirtualMemory, (handle, range, at): Piece, to: Foreign) -> Result<()> {
-    let tier = tier(vmem)?;
-    let share = vmem.share_in_vram(&handle)?;
+async fn give(access: &DeviceAccess, (handle, range, at): Piece, to: Foreign) -> Result<()> {
+    let tier = tier(access)?;
+    let share = access.share(&handle)?;
     let source = match &share {
         Some(share) => {
             let (offset, len) = (range.start, range.len());
             Source::Device { range: share.range(), offset, len }
         }
-        None => Source::Host(vmem.read_at(&handle, range).await?),
+        None => Source::Host(access.store().read_at(&handle, range).await?),
     };
     let copied = tier.within("copying to a buffer", tier.give(to, at, source)).await?;
     copied.map_err(DeviceError::public)

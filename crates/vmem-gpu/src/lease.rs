@@ -13,8 +13,10 @@ use std::sync::{Arc, OnceLock};
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use vmem_core::backend::{DeviceAnswer, DeviceError, DeviceRange, VramChange, VramHold};
-use vmem_core::{VirtualMemory, VirtualMemoryError};
+use vmem_core::VirtualMemoryError;
+use vmem_core::backend::{
+    DeviceAccess, DeviceAnswer, DeviceError, DeviceRange, VramChange, VramHold,
+};
 
 use crate::card::Card;
 use crate::ext::tier;
@@ -32,7 +34,7 @@ struct Leased {
     lent: OnceLock<Lent>,
     stream: Arc<CudaStream>,
     /// For the thread that waits; the store may be closed first.
-    vmem: VirtualMemory,
+    access: DeviceAccess,
     /// The memory outlives the store too. None once the lease has ended.
     card: Option<Arc<Card>>,
     /// Something uses it that the driver has not put into the order of the stream.
@@ -41,15 +43,15 @@ struct Leased {
 
 impl Leased {
     fn new(
-        vmem: &VirtualMemory,
+        access: &DeviceAccess,
         stream: &Arc<CudaStream>,
         range: Option<&DeviceRange>,
     ) -> Result<Self> {
-        let card = Some(tier(vmem)?.card()?);
+        let card = Some(tier(access)?.card()?);
         let (address, len) = range.map_or((0, 0), |range| (range.address(), range.len()));
-        let (stream, vmem) = (stream.clone(), vmem.clone());
+        let (stream, access) = (stream.clone(), access.clone());
         let (lent, strays) = (OnceLock::new(), AtomicBool::new(false));
-        Ok(Leased { address, len, lent, stream, vmem, card, strays })
+        Ok(Leased { address, len, lent, stream, access, card, strays })
     }
 
     /// Whether it can end with others on this stream.
@@ -128,7 +130,7 @@ impl Drop for Scope<'_> {
 struct Ending {
     card: Option<Arc<Card>>,
     stream: Arc<CudaStream>,
-    vmem: VirtualMemory,
+    access: DeviceAccess,
     lent: Vec<Lent>,
     strays: bool,
     keeps: Vec<Keep>,
@@ -140,7 +142,7 @@ impl Ending {
         Ending {
             card: leased.card.take(),
             stream: leased.stream.clone(),
-            vmem: leased.vmem.clone(),
+            access: leased.access.clone(),
             lent: leased.lent.take().into_iter().collect(),
             strays: *leased.strays.get_mut(),
             keeps: Vec::new(),
@@ -156,8 +158,8 @@ impl Ending {
 
     /// None if something uses the memory of which nobody can say when it ends: it is kept for ever.
     fn end(self) -> Option<Answer> {
-        let Ending { card, stream, vmem, lent, strays, keeps } = self;
-        let (Some(card), Ok(tier), false) = (card, tier(&vmem), strays) else {
+        let Ending { card, stream, access, lent, strays, keeps } = self;
+        let (Some(card), Ok(tier), false) = (card, tier(&access), strays) else {
             tracing::error!(target: "vmem::gpu", "memory of a lease is never reused");
             std::mem::forget((keeps, lent));
             return None;
@@ -216,11 +218,11 @@ pub struct DeviceLease {
 
 impl DeviceLease {
     pub(crate) fn new(
-        vmem: &VirtualMemory,
+        access: &DeviceAccess,
         stream: &Arc<CudaStream>,
         hold: VramHold,
     ) -> Result<Self> {
-        let leased = Leased::new(vmem, stream, hold.range().as_deref())?;
+        let leased = Leased::new(access, stream, hold.range().as_deref())?;
         Ok(DeviceLease { leased, hold: Some(hold) })
     }
 
@@ -293,11 +295,11 @@ pub struct DeviceLeaseMut {
 
 impl DeviceLeaseMut {
     pub(crate) fn new(
-        vmem: &VirtualMemory,
+        access: &DeviceAccess,
         stream: &Arc<CudaStream>,
         change: VramChange,
     ) -> Result<Self> {
-        let leased = Leased::new(vmem, stream, change.range().as_deref())?;
+        let leased = Leased::new(access, stream, change.range().as_deref())?;
         Ok(DeviceLeaseMut { leased, change: Some(change) })
     }
 

@@ -13,7 +13,6 @@
 //! - `lane`: a thread for each direction, which hands copies to the driver and waits for their
 //!   events.
 //! - `watch`: a thread that waits for the kernels of users.
-//! - `delivery`: what the runtime brings to a caller, who may not come for it.
 //! - `gather`, `scatter`: copies between objects and one device buffer of the user, a `target`.
 //! - `ext`, `lease`, `set`: objects for kernels, on streams of the user, one or several; `lend`: as
 //!   slices of cudarc's.
@@ -23,7 +22,6 @@
 mod call;
 mod card;
 mod copy;
-mod delivery;
 #[cfg(feature = "dlpack")]
 pub mod dlpack;
 mod event;

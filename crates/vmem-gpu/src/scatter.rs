@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use futures::stream::{self, StreamExt, TryStreamExt};
-use vmem_core::backend::{DeviceError, IoBuf};
+use vmem_core::backend::{DeviceAccess, DeviceError, IoBuf};
 use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::call::Foreign;
@@ -40,14 +40,14 @@ pub(crate) async fn scatter(
         target.check(*offset, range.len())?;
     }
     let stream = target.stream();
-    let work = |vmem: VirtualMemory, from: Foreign| {
+    let work = |access: DeviceAccess, from: Foreign| {
         let (objects, stream) = (by_object(pieces), stream.clone());
         async move {
-            caught_up(tier(&vmem)?, &stream).await?;
+            caught_up(tier(&access)?, &stream).await?;
             // The task keeps no stream of the user's alive.
             drop(stream);
             let written = stream::iter(objects)
-                .map(|object| write_pieces(&vmem, object, &from))
+                .map(|object| write_pieces(&access, object, &from))
                 .buffer_unordered(OBJECTS_MAX);
             written.try_collect().await
         }
@@ -76,24 +76,24 @@ fn by_object(pieces: &[Scattered<'_>]) -> Vec<Pieces> {
 
 /// Takes some pieces ahead, and writes them one after the other.
 async fn write_pieces(
-    vmem: &VirtualMemory,
+    access: &DeviceAccess,
     (handle, pieces): Pieces,
     from: &Foreign,
 ) -> Result<()> {
     let takes = stream::iter(pieces).map(|(at, range)| async move {
-        let buf = take(vmem, from.clone(), at, range.len()).await?;
+        let buf = take(access, from.clone(), at, range.len()).await?;
         Ok((buf, range))
     });
     let mut takes = std::pin::pin!(takes.buffered(TAKES_MAX));
     while let Some((buf, range)) = takes.try_next().await? {
-        vmem.write_at(&handle, range.start, &buf[..range.len()]).await?;
+        access.store().write_at(&handle, range.start, &buf[..range.len()]).await?;
     }
     Ok(())
 }
 
-async fn take(vmem: &VirtualMemory, from: Foreign, at: usize, len: usize) -> Result<IoBuf> {
-    let tier = tier(vmem)?;
-    let buf = vmem.scratch(len).await?;
+async fn take(access: &DeviceAccess, from: Foreign, at: usize, len: usize) -> Result<IoBuf> {
+    let tier = tier(access)?;
+    let buf = access.scratch(len).await?;
     let taken = tier.within("copying from a buffer", tier.take(from, at, len, buf)).await?;
     let (buf, outcome) = taken;
     outcome.map_err(DeviceError::public)?;

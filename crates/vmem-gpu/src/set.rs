@@ -1,20 +1,18 @@
 //! Several objects in device memory at once.
 //!
-//! Invariant: a set is granted whole or not at all, and one set at a time gathers what it needs:
-//! one that waits for its turn holds nothing, so that sets over the same objects, in whatever
-//! order, never wait for each other in a ring. A task of the runtime has the turn, never a caller.
-//! The stream is checked once, and a set that is dropped whole ends with one event. Called by
-//! users.
+//! Invariant: a set is granted whole or not at all, and one that waits holds nothing, so that sets over
+//! the same objects, in whatever order, never wait for each other in a ring. The stream is checked
+//! once, and a set that is dropped whole ends with one event. Called by users.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 use futures::future::BoxFuture;
+use vmem_core::backend::VramSet;
 use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
 
-use crate::delivery::collect;
-use crate::ext::{check_stream, tier};
+use crate::ext::device_of;
 use crate::lease::{DeviceLease, DeviceLeaseMut, end_together};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
@@ -47,13 +45,13 @@ impl DeviceSetRequest {
         self
     }
 
-    /// All of them, or none. While it waits for its turn it holds nothing.
+    /// All of them, or none. While it waits it holds nothing.
     ///
     /// # Errors
     ///
     /// `InvalidConfig` if one object is both read and written, or written twice; `ExceedsCapacity`
     /// at once if device memory, or what leases may hold of it, could never have all of them;
-    /// `TimedOut` if other sets have the turn for too long; and those of a single lease.
+    /// and those of a single lease.
     pub async fn acquire(self) -> Result<DeviceSet> {
         let DeviceSetRequest { vmem, stream, read, write } = self;
         let mut seen = HashSet::new();
@@ -63,32 +61,14 @@ impl DeviceSetRequest {
             let reason = "an object that a set writes to is in it more than once".into();
             return Err(VirtualMemoryError::InvalidConfig { field: "device_set", reason });
         }
-        seen.extend(read.iter().map(VMemHandle::id));
-        let mut each: Vec<_> = read.iter().chain(&write).collect();
-        each.sort_unstable_by_key(|handle| handle.id());
-        each.dedup_by_key(|handle| handle.id());
-        vmem.check_fits_leases(&each)?;
-        check_stream(&vmem, &stream)?;
-        let runtime = tier(&vmem)?.runtime();
-        let wanted = Arc::new(DeviceSetRequest { vmem, stream, read, write });
-        collect(runtime, move || gather_leases(wanted.clone())).await
+        let access = device_of(&vmem, &stream)?;
+        let VramSet { reads, writes } = access.set(&read, &write).await?;
+        let read = reads.into_iter().map(|hold| DeviceLease::new(&access, &stream, hold));
+        let read = read.collect::<Result<_>>()?;
+        let write = writes.into_iter().map(|change| DeviceLeaseMut::new(&access, &stream, change));
+        let write = write.collect::<Result<_>>()?;
+        Ok(DeviceSet { stream, read, write })
     }
-}
-
-/// All leases of a set, in its turn.
-async fn gather_leases(wanted: Arc<DeviceSetRequest>) -> Result<DeviceSet> {
-    let DeviceSetRequest { vmem, stream, read, write } = &*wanted;
-    let mut set = DeviceSet { stream: stream.clone(), read: Vec::new(), write: Vec::new() };
-    let _turn = tier(vmem)?.set_turn().await?;
-    for handle in read {
-        let hold = vmem.hold_in_vram(handle).await?;
-        set.read.push(DeviceLease::new(vmem, stream, hold)?);
-    }
-    for handle in write {
-        let change = vmem.change_in_vram(handle, false).await?;
-        set.write.push(DeviceLeaseMut::new(vmem, stream, change)?);
-    }
-    Ok(set)
 }
 
 /// Several objects in device memory, each a lease, in the order in which they were asked for.

@@ -6,15 +6,17 @@
 
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::task::Poll;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
-use vmem_core::backend::DeviceError;
+use tokio::runtime::Handle;
+use tokio_util::task::AbortOnDropHandle;
+use vmem_core::backend::{DeviceAccess, DeviceError};
 use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::call::{Call, Foreign};
 use crate::card::Card;
-use crate::delivery;
-use crate::ext::{check_stream, tier};
+use crate::ext::{device_of, tier};
 use crate::tier::CudaTier;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
@@ -88,19 +90,37 @@ impl<'a> DeviceTarget<'a> {
     /// `InvalidConfig` for a stream that will not do; those of the work.
     pub(crate) async fn run<F, W>(&self, vmem: &VirtualMemory, work: F) -> Result<()>
     where
-        F: Fn(VirtualMemory, Foreign) -> W,
+        F: FnOnce(DeviceAccess, Foreign) -> W,
         W: Future<Output = Result<()>> + Send + 'static,
     {
-        check_stream(vmem, &self.stream)?;
-        let card = tier(vmem)?.card()?;
-        let running = Running { target: self, vmem, card, call: Arc::default() };
-        let runtime = tier(vmem)?.runtime();
-        delivery::run(runtime, || work(vmem.clone(), running.foreign())).await
+        let access = &device_of(vmem, &self.stream)?;
+        let card = tier(access)?.card()?;
+        let running = Running { target: self, access, card, call: Arc::default() };
+        let runtime = tier(access)?.runtime();
+        run_apart(runtime, work(access.clone(), running.foreign())).await
     }
 
     /// The stream in whose order it is used.
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+}
+
+/// Runs `work` where it does not wait for the caller; dropped, it ends. What is at hand comes at once, without a task.
+async fn run_apart(
+    runtime: Option<Handle>,
+    work: impl Future<Output = Result<()>> + Send + 'static,
+) -> Result<()> {
+    let mut work = Box::pin(work);
+    if let Poll::Ready(outcome) = futures::poll!(&mut work) {
+        return outcome;
+    }
+    match runtime {
+        Some(runtime) => {
+            let task = AbortOnDropHandle::new(runtime.spawn(work));
+            task.await.unwrap_or(Err(VirtualMemoryError::Closed))
+        }
+        None => work.await,
     }
 }
 
@@ -121,7 +141,7 @@ pub(crate) async fn caught_up(tier: &CudaTier, stream: &Arc<CudaStream>) -> Resu
 /// what has begun comes before what the caller's stream gets then.
 struct Running<'a> {
     target: &'a DeviceTarget<'a>,
-    vmem: &'a VirtualMemory,
+    access: &'a DeviceAccess,
     card: Arc<Card>,
     call: Arc<Call>,
 }
@@ -135,7 +155,7 @@ impl Running<'_> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        let Ok(tier) = tier(self.vmem) else { return };
+        let Ok(tier) = tier(self.access) else { return };
         let stream = &self.target.stream;
         if tier.cancel(&self.call, &self.card, stream)
             && let Some(slice) = self.target.slice

@@ -53,8 +53,6 @@ pub struct CudaTier {
     watch: Watch,
     lost: Lost,
     described: Arc<str>,
-    /// The turn of the one set of leases that gathers what it needs.
-    sets: tokio::sync::Mutex<()>,
     settings: Settings,
 }
 
@@ -109,18 +107,8 @@ impl CudaTier {
         let (ledger, freed) = (Mutex::new(ledger), OnceLock::new());
         let inner = Inner { base: card.base(), ledger, freed, separate };
         let (inner, card) = (Arc::new(inner), Mutex::new(Some(card)));
-        let tier = Arc::new(CudaTier {
-            card,
-            inner,
-            up,
-            down,
-            side,
-            watch,
-            lost,
-            described,
-            sets: tokio::sync::Mutex::const_new(()),
-            settings,
-        });
+        let tier =
+            Arc::new(CudaTier { card, inner, up, down, side, watch, lost, described, settings });
         tier.try_it()?;
         Ok(tier)
     }
@@ -162,17 +150,6 @@ impl CudaTier {
         self.side.submit(Work::Take { from, offset, len, into, reply });
         let gone = |_| (IoBuf::from_vec(Vec::new()), Err(DeviceError::Closed));
         answer.map(move |answer| answer.unwrap_or_else(gone)).boxed()
-    }
-
-    /// The turn of a set of leases; first come, first served.
-    ///
-    /// # Errors
-    ///
-    /// `TimedOut`.
-    pub(crate) async fn set_turn(
-        &self,
-    ) -> Result<tokio::sync::MutexGuard<'_, ()>, VirtualMemoryError> {
-        self.within("waiting for the turn of a set", self.sets.lock()).await
     }
 
     /// The runtime for what must not wait for a caller, if there is one.
@@ -267,6 +244,15 @@ impl DeviceBackend for CudaTier {
 
     fn footprint(&self, len: usize) -> u64 {
         self.inner.ledger.lock().footprint(len)
+    }
+
+    fn free_from(&self, address: u64) -> u64 {
+        let inner = &self.inner;
+        // Allocations of their own lie beside nothing.
+        if inner.separate.is_some() {
+            return 0;
+        }
+        address.checked_sub(inner.base).map_or(0, |at| inner.ledger.lock().free_from(at))
     }
 
     fn upload(

@@ -243,6 +243,10 @@ impl DeviceBackend for SimDevice {
         self.inner.ledger.lock().footprint(len)
     }
 
+    fn free_from(&self, address: u64) -> u64 {
+        self.inner.ledger.lock().free_from(address)
+    }
+
     fn upload(
         &self,
         to: Arc<DeviceRange>,

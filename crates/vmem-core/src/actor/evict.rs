@@ -1,34 +1,34 @@
-//! The evictor: how much must leave host memory, and what goes.
+//! The evictor of one tier: serves those who wait, plans what leaves for them, and has it carried out.
 //!
-//! Invariant: it takes no more than is asked: what those who wait need beyond what is free and
-//! what is on its way out, or, once the high watermark was crossed, what lies above the low one.
-//! A victim is taken by its gate, so it is never one that is pinned, read, in flight or
-//! being written. Run by the actor, between two sleeps; it never waits.
+//! Invariant: it takes no more than the plan says, and the plan no more than those who wait need beyond what is
+//! free and what is on its way out, or, once the high watermark was crossed, what lies above the low one. A look
+//! for victims is one pass of the policy, which ends; a new one begins only once something has happened. Run by the
+//! actor, between two sleeps; it never waits.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::plan::{Candidate, Plan, Situation, Stop, Victim, plan};
+use super::tiers::Evicting;
 use super::{Ended, spawn_into};
 use crate::disk::DiskError;
+use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
-use crate::migrate::{Down, Victim, move_room_down, write_down};
+use crate::migrate::{Down, Leaving, move_room_down, write_down};
 use crate::object::{GatePass, Object};
-use crate::policy::{Pass, Pick, Probe, STEPS_MAX};
+use crate::policy::{Pass, Pick, Probe};
 use crate::shared::Shared;
 use crate::stats::add;
-use crate::tier::{Class, Refused, Wanted};
+use crate::tier::{Class, Refused, Space, TierState, Wanted};
 
 /// Batches that are on their way down at once.
 const BATCHES_MAX: usize = 4;
 /// Payload of one batch, in bytes, unless one object alone has more.
-const BATCH_BYTES: u64 = 1024 * 1024;
+pub(super) const BATCH_BYTES: u64 = 1024 * 1024;
 /// Objects in one batch.
-const BATCH_OBJECTS: usize = 512;
-/// Victims that are tried in one turn.
-const TRIES_MAX: usize = 1024;
+pub(super) const BATCH_OBJECTS: usize = 512;
 /// Objects of the cold end that are kept clean ahead of need.
 const WRITE_AHEAD_OBJECTS: usize = 256;
 /// Entries that background order-keeping handles in one turn.
@@ -36,11 +36,10 @@ const SETTLE_STEPS: usize = 1024;
 /// After the file system said that it has no space, or failed several times in a row, it is left alone
 /// for so long.
 const DISK_REST: Duration = Duration::from_millis(50);
-/// An object that was used within this time never makes way for a prefetch, in nanoseconds.
-const HOT_NS: u64 = 1_000_000_000;
 /// It is looked for what has cooled down at most this often.
 const COOLS_MIN: Duration = Duration::from_millis(20);
-
+/// Moves within the tier for one look: what they free is seen at once, so more is a sign that it helps nobody.
+const COMPACTIONS_MAX: usize = 256;
 /// Batches that fail in a row before the disk is taken for broken: one failure is the matter of one batch,
 /// which is tried again elsewhere on the disk.
 const FAILURES_MAX: u32 = 8;
@@ -55,64 +54,80 @@ pub(crate) enum Took {
     Failed,
 }
 
-/// The state of the evictor between two turns.
-#[derive(Debug, Default)]
-pub(super) struct Evictor {
+/// The state of the evictor of one tier between two turns.
+pub(super) struct Evictor<T> {
+    tier: T,
     batches: usize,
     /// Footprint that the batches in flight will free, in bytes.
-    reclaiming_bytes: u64,
-    /// The high watermark was crossed and the low one not reached yet.
-    above_mark: bool,
+    leaving_bytes: u64,
+    is_above_mark: bool,
     /// The order of eviction is behind the accesses.
     unsettled: bool,
-    /// Entries that were looked at since the last wake-up, or the last success, for nothing.
-    fruitless: usize,
-    /// The look for victims since the last wake-up.
-    pass: Pass,
-    /// It has met something that the disk has no room for: what is clean can go all the same.
-    clean_only: bool,
+    look: Look,
     disk_rests_until: Option<Instant>,
     /// Batches that failed since one went down.
     failures: u32,
-    /// A prefetch waits, and all that could make way for it is too hot until then.
-    cools_at: Option<Instant>,
-    /// A request keeps others from passing it until then.
-    unblocks_at: Option<Instant>,
+    /// Something may be there to do then, although nothing happens.
+    wakes_at: Option<Instant>,
 }
 
-/// What became of one attempt to free memory.
+/// A look for victims, over several turns.
+#[derive(Debug, Default)]
+struct Look {
+    pass: Pass,
+    /// What was used since is not to go; where nothing is spared, none.
+    spared_since: Option<u64>,
+    /// It has met something that the disk has no space for: what is clean can go all the same.
+    clean_only: bool,
+    /// It has come to its end.
+    is_over: bool,
+    /// Moves within the tier that it has made.
+    compactions: usize,
+    /// Neighbours could not go.
+    neighbours_stay: bool,
+}
+
+/// What became of one attempt to take an object out.
 enum Step {
-    /// So many bytes are free now.
-    Freed(u64),
+    Freed,
     /// It has to be written first.
-    Write(Victim, u64),
+    Write(Leaving),
     /// Somebody is at it.
     Busy,
-    /// The disk has no room for it.
+    /// The disk has no space for it.
     NoDisk,
-    /// The backend is broken or closed.
-    Failed(DiskError),
 }
 
-/// What became of one round.
-#[derive(Debug, PartialEq, Eq)]
-enum Round {
-    Progress,
-    /// The bound on work was reached: more in the next turn.
-    Bounded,
-    /// Nothing can be taken but what is pinned, held or busy.
-    Nothing,
+/// Why those who wait are not helped by this evictor, for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stuck {
+    /// Nothing can be taken but what is held or busy.
+    Held,
     /// What could be taken is too hot to make way for a prefetch.
     TooHot,
-    /// What could be taken finds no room below.
-    DiskFull,
+    /// What could be taken finds no space below.
+    FullBelow,
 }
 
-impl Evictor {
+impl<T: Evicting> Evictor<T> {
+    pub(super) fn new(tier: T) -> Self {
+        Evictor {
+            tier,
+            batches: 0,
+            leaving_bytes: 0,
+            is_above_mark: false,
+            unsettled: false,
+            look: Look::default(),
+            disk_rests_until: None,
+            failures: 0,
+            wakes_at: None,
+        }
+    }
+
     /// A batch has ended.
-    pub(super) fn ended(&mut self, reclaims_bytes: u64, took: Took) {
+    pub(super) fn ended(&mut self, leaves_bytes: u64, took: Took) {
         self.batches -= 1;
-        self.reclaiming_bytes -= reclaims_bytes;
+        self.leaving_bytes -= leaves_bytes;
         self.failures = match took {
             Took::All => 0,
             Took::Failed => self.failures + 1,
@@ -124,7 +139,18 @@ impl Evictor {
         }
     }
 
-    /// Serves those who wait, and starts what makes room. True if there is more to do at once;
+    /// When there may be something to do although nothing happens.
+    pub(super) fn wakes_at(&self) -> Option<Instant> {
+        self.wakes_at
+    }
+
+    /// Refuses all who wait: the tier serves no more.
+    pub(super) fn refuse_all(&self, shared: &Shared, error: &VirtualMemoryError) {
+        let queue = &self.tier.state(shared).queue;
+        queue.refuse(|_, _| Some(Refused::Error(error.clone())));
+    }
+
+    /// Serves those who wait, and starts what makes space. True if there is more to do at once;
     /// `woken` says that something has happened since the last turn.
     pub(super) fn turn(
         &mut self,
@@ -132,263 +158,245 @@ impl Evictor {
         tasks: &mut JoinSet<Ended>,
         woken: bool,
     ) -> bool {
+        let state = self.tier.state(shared);
         if woken {
-            self.fruitless = 0;
-            (self.pass, self.clean_only) = (Pass::default(), false);
-            self.cools_at = None;
+            self.look = Look::default();
         }
-        let wanted = shared.host.serve(shared.host_holds());
-        self.unblocks_at = wanted.unblocks_at;
-        let deficit = self.deficit(shared, &wanted);
+        let wanted = state.queue.serve(state.unevictable_bytes());
+        self.wakes_at = wanted.unblocks_at;
+        let situation = self.situation(state, wanted);
+        self.is_above_mark = situation.is_above_mark;
+        let deficit = situation.deficit_bytes();
         let mut more = false;
         if deficit > 0 && self.batches < BATCHES_MAX {
-            match self.round(shared, tasks, deficit, &wanted) {
-                Round::Progress => {
-                    shared.blocked_by_holds.store(false, Ordering::SeqCst);
-                    more = true;
-                }
-                Round::Bounded => more = true,
-                stuck => self.refuse_hopeless(shared, &wanted, stuck),
-            }
+            more = self.make_space(shared, tasks, &situation, deficit);
         } else if deficit == 0 {
             self.write_ahead(shared, tasks);
         }
         self.settle(shared) || more
     }
 
-    /// Bytes to take out of host memory beyond what is already going.
-    fn deficit(&mut self, shared: &Shared, wanted: &Wanted) -> u64 {
-        let arena = shared.host.space();
-        let used = arena.used_bytes();
-        let free = arena.capacity_bytes().saturating_sub(used);
-        let mut deficit = wanted.demand_bytes.min(arena.capacity_bytes()).saturating_sub(free);
-        if wanted.demand_bytes > 0 && wanted.scattered {
-            deficit = deficit.max(1);
-        }
-        if wanted.demand_bytes == 0 && wanted.prefetch_bytes > 0 {
-            let room = shared.limits.high_bytes.saturating_sub(used);
-            let next = wanted.prefetch_bytes.min(BATCH_BYTES.max(wanted.smallest_prefetch));
-            deficit = next.saturating_sub(room);
-            if wanted.prefetch_scattered {
-                deficit = deficit.max(wanted.smallest_prefetch);
-            }
-        }
-        if used > shared.limits.high_bytes {
-            self.above_mark = true;
-        } else if used.saturating_sub(self.reclaiming_bytes) <= shared.limits.low_bytes {
-            self.above_mark = false;
-        }
-        if self.above_mark {
-            deficit = deficit.max(used - shared.limits.low_bytes.min(used));
-        }
-        deficit.saturating_sub(self.reclaiming_bytes)
+    fn situation(&self, state: &TierState<T::Space>, wanted: Wanted) -> Situation {
+        let mut situation = Situation {
+            wanted,
+            capacity_bytes: state.space().capacity_bytes(),
+            used_bytes: state.space().used_bytes(),
+            leaving_bytes: self.leaving_bytes,
+            marks: state.marks,
+            is_above_mark: self.is_above_mark,
+        };
+        situation.is_above_mark = situation.is_still_above();
+        situation
     }
 
-    /// Frees, or starts to write, up to `target` bytes.
-    fn round(
+    /// Frees, or starts to write, up to `target` bytes. True if there is more to do at once.
+    fn make_space(
         &mut self,
         shared: &Shared,
         tasks: &mut JoinSet<Ended>,
+        situation: &Situation,
         target: u64,
-        wanted: &Wanted,
-    ) -> Round {
-        let spare_hot = wanted.demand_bytes == 0 && !self.above_mark;
-        let scattered = if wanted.scattered { self.scattered_owners(shared) } else { Vec::new() };
-        let mut scattered = scattered.into_iter();
-        let mut batch = Vec::new();
-        let (mut freed, mut payload, mut reclaims) = (0, 0, 0);
-        let mut round = Round::Bounded;
-        for _ in 0..TRIES_MAX {
-            if freed + reclaims >= target || payload >= BATCH_BYTES || batch.len() >= BATCH_OBJECTS
-            {
-                break;
-            }
-            let id = match scattered.next() {
-                Some(id) => id,
-                None => match self.pick(shared, spare_hot) {
-                    Some(id) => id,
-                    None => {
-                        round = self.found_nothing(shared, wanted);
-                        if self.clean_only && round == Round::Nothing {
-                            round = Round::DiskFull;
-                        }
-                        break;
-                    }
-                },
-            };
-            let pass = shared.find(id).and_then(|object| object.try_gate_quietly());
-            match pass.map_or(Step::Busy, |pass| self.take(shared, pass)) {
-                Step::Freed(bytes) => freed += bytes,
-                Step::Write(victim, bytes) => {
-                    reclaims += bytes;
-                    payload += victim.payload();
-                    batch.push(victim);
-                }
-                Step::Busy => self.fruitless = self.fruitless.saturating_add(1),
-                Step::NoDisk => self.clean_only = true,
-                Step::Failed(error) => {
-                    tracing::warn!(target: "vmem::actor", ?error, "the disk refuses space");
-                    self.clean_only = true;
-                }
-            }
+    ) -> bool {
+        let wanted = &situation.wanted;
+        let may_compact = wanted.is_scattered() && self.look.compactions < COMPACTIONS_MAX;
+        if may_compact && self.tier.compact(shared) {
+            self.look.compactions += 1;
+            return true;
         }
-        let progress = freed > 0 || !batch.is_empty();
+        let Plan { victims, stop } = self.plan(shared, situation, target);
+        let planned = victims.len();
+        let progress = self.carry_out(shared, tasks, victims);
+        self.look.neighbours_stay |= wanted.is_scattered() && !progress;
         if progress {
-            self.fruitless = 0;
+            self.tier.state(shared).set_blocked_by_holds(false);
+            return true;
         }
-        self.launch(shared, tasks, batch, reclaims, Down::Drop, MigrationCause::Evict);
-        if progress { Round::Progress } else { round }
+        match stop {
+            // Nobody waits: the rest can be looked at when somebody does.
+            Stop::Bound => wanted.any() || planned > 0,
+            Stop::Enough => true,
+            Stop::Nothing if planned > 0 => true,
+            Stop::Nothing => {
+                let stuck = self.why_stuck(shared);
+                self.refuse_hopeless(shared, wanted, stuck);
+                false
+            }
+        }
+    }
+
+    fn plan(&mut self, shared: &Shared, situation: &Situation, target: u64) -> Plan {
+        let wanted = &situation.wanted;
+        let spared_since = situation.spares_hot().then(|| self.tier.spared_since(shared, wanted));
+        if self.look.spared_since.is_some() != spared_since.is_some() {
+            let pass = spared_since.map_or_else(Pass::default, Pass::colder_than);
+            let before = std::mem::take(&mut self.look);
+            self.look = Look { pass, spared_since, is_over: false, ..before };
+        }
+        let neighbours = if wanted.is_scattered() && !self.look.neighbours_stay {
+            let ids = self.tier.neighbours(shared, wanted);
+            let found = ids.into_iter().filter_map(|id| shared.find(id));
+            found.map(|object| self.tier.victim(&object)).collect()
+        } else {
+            Vec::new()
+        };
+        plan(target, neighbours, &mut || self.look(shared))
     }
 
     /// The next victim of the policy, if a bounded look finds one.
-    fn pick(&mut self, shared: &Shared, spare_hot: bool) -> Option<u64> {
-        let clean_only = self.clean_only;
-        let pick = shared.policy.lock().victim(&mut self.pass, &mut |id| {
-            if clean_only && needs_disk(shared, id) { Probe::Unfit } else { probe(shared, id) }
+    fn look(&mut self, shared: &Shared) -> Candidate {
+        if self.look.is_over {
+            return Candidate::End;
+        }
+        let Evictor { tier, look, .. } = self;
+        let Look { pass, clean_only, .. } = look;
+        let spared_since = look.spared_since.unwrap_or(u64::MAX);
+        let pick = tier.state(shared).order.lock().victim(pass, &mut |id| {
+            let Some(object) = shared.find(id) else { return Probe::Gone };
+            match *clean_only && tier.needs_space_below(&object) {
+                true => Probe::Unfit,
+                false => tier.probe(&object, spared_since),
+            }
         });
         match pick {
             Pick::Victim { id, hurried } => {
                 self.unsettled |= hurried;
-                let hot_since = shared.now().saturating_sub(HOT_NS);
-                let stamp = shared.find(id).map_or(0, |object| object.stamp());
-                if !spare_hot || stamp <= hot_since {
-                    return Some(id);
-                }
-                // The coldest is too hot to make way, and so is the rest.
-                let cools_in = Duration::from_nanos(stamp - hot_since).max(COOLS_MIN);
-                self.cools_at = Some(Instant::now() + cools_in);
-                self.fruitless = usize::MAX;
+                let found = shared.find(id).map(|object| self.tier.victim(&object));
+                found.map_or(Candidate::Again, Candidate::Object)
             }
-            Pick::Retry => self.unsettled = true,
-            Pick::Empty => self.fruitless = usize::MAX,
-        }
-        None
-    }
-
-    /// Whether a look that found nothing was a look at everything.
-    fn found_nothing(&self, shared: &Shared, wanted: &Wanted) -> Round {
-        let mut all = shared.policy.lock().len() + STEPS_MAX;
-        if !wanted.any() {
-            // Nobody waits: the rest can be looked at when somebody does.
-            all = all.min(TRIES_MAX);
-        }
-        match self.cools_at {
-            _ if self.fruitless <= all => Round::Bounded,
-            Some(_) => Round::TooHot,
-            None => Round::Nothing,
+            Pick::Retry => {
+                self.unsettled = true;
+                Candidate::Again
+            }
+            Pick::Empty => {
+                self.look.is_over = true;
+                Candidate::End
+            }
         }
     }
 
-    /// Owners of a span whose pages a request needs that fits by its bytes.
-    fn scattered_owners(&self, shared: &Shared) -> Vec<u64> {
-        let immovable = |id: u64| {
-            let busy = |object: &Object| {
-                object.pins() > 0 || object.copy.readers() > 0 || object.is_changing()
-            };
-            shared.find(id).is_none_or(|object| busy(&object) || !object.has_host_room())
-        };
-        shared.host.space().sparsest_span(&immovable).unwrap_or_default()
+    /// Takes these objects out, as far as that goes without waiting. True if any of them goes.
+    fn carry_out(
+        &mut self,
+        shared: &Shared,
+        tasks: &mut JoinSet<Ended>,
+        victims: Vec<Victim>,
+    ) -> bool {
+        let (mut batch, mut leaves_bytes, mut freed) = (Vec::new(), 0, false);
+        for victim in victims {
+            let pass = shared.find(victim.id).and_then(|object| object.try_gate_quietly());
+            match pass.map_or(Step::Busy, |pass| self.take(shared, pass)) {
+                Step::Freed => freed = true,
+                Step::Write(leaving) => {
+                    leaves_bytes += victim.footprint;
+                    batch.push(leaving);
+                }
+                Step::Busy => {}
+                Step::NoDisk => self.look.clean_only = true,
+            }
+        }
+        let progress = freed || !batch.is_empty();
+        self.launch(shared, tasks, batch, leaves_bytes, Down::Drop);
+        progress
     }
 
-    /// Takes one object out of host memory, as far as that goes without waiting.
+    /// Takes one object out, as far as that goes without waiting.
     fn take(&self, shared: &Shared, pass: GatePass) -> Step {
         let object = pass.object().clone();
-        if object.pins() > 0 || object.copy.readers() > 0 || !object.has_host_room() {
+        // The plan is a moment old.
+        if !self.tier.may_leave(&object) {
             return Step::Busy;
         }
-        let footprint = crate::host::HostArena::footprint(object.len);
-        if object.is_dirty() || object.has_spare() {
+        if self.tier.needs_space_below(&object) {
             if self.disk_rests_until.is_some_and(|until| Instant::now() < until) {
                 return Step::NoDisk;
             }
-            return self.take_dirty(&object, pass, footprint);
+            return take_dirty(&object, pass);
         }
-        match object.drop_clean_copy(&pass) {
-            Some(copy) => {
-                drop(copy);
-                add(&shared.counters.evictions, 1);
-                add(&shared.counters.clean_drops, 1);
-                Step::Freed(footprint)
-            }
-            None => Step::Busy,
+        if !self.tier.drop_clean(&pass) {
+            return Step::Busy;
         }
-    }
-
-    fn take_dirty(&self, object: &Object, pass: GatePass, footprint: u64) -> Step {
-        let refused = if object.has_spare() {
-            move_room_down(&pass).map(|()| Step::Freed(footprint))
-        } else {
-            match Victim::prepare(pass) {
-                Ok(victim) => Ok(Step::Write(victim, footprint)),
-                Err((_pass, error)) => Err(error),
-            }
-        };
-        refused.unwrap_or_else(|error| match error {
-            DiskError::Full { .. } => Step::NoDisk,
-            other => Step::Failed(other),
-        })
+        add(&shared.counters.evictions, 1);
+        add(&shared.counters.clean_drops, 1);
+        Step::Freed
     }
 
     fn launch(
         &mut self,
         shared: &Shared,
         tasks: &mut JoinSet<Ended>,
-        batch: Vec<Victim>,
-        reclaims_bytes: u64,
+        batch: Vec<Leaving>,
+        leaves_bytes: u64,
         down: Down,
-        cause: MigrationCause,
     ) {
         if batch.is_empty() {
             return;
         }
         self.batches += 1;
-        self.reclaiming_bytes += reclaims_bytes;
+        self.leaving_bytes += leaves_bytes;
         let deadline = shared.deadline();
-        let name = if down == Down::Keep { "vmem-write-back" } else { "vmem-evict" };
+        let (name, cause) = match down {
+            Down::Keep => ("vmem-write-back", MigrationCause::WriteBack),
+            Down::Drop | Down::Detach => ("vmem-evict", MigrationCause::Evict),
+        };
         spawn_into(tasks, name, async move {
-            let outcome = write_down(batch, down, cause, &deadline).await;
-            let took = match outcome {
+            let took = match write_down(batch, down, cause, &deadline).await {
                 Ok(()) => Took::All,
                 Err(DiskError::Full { .. }) => Took::NoSpace,
                 Err(_) => Took::Failed,
             };
-            Ended::Evicted { reclaims_bytes, took }
+            Ended::Evicted { leaves_bytes, took }
         });
+    }
+
+    /// Why a look that has ended found nothing; and when it may be worth another one.
+    fn why_stuck(&mut self, shared: &Shared) -> Stuck {
+        if self.look.clean_only {
+            return Stuck::FullBelow;
+        }
+        let Some(spared_since) = self.look.spared_since else { return Stuck::Held };
+        let mut coldest = None;
+        self.tier.state(shared).order.lock().coldest(1, &mut |id| coldest = Some(id));
+        let stamp = coldest.and_then(|id| shared.find(id)).map_or(0, |object| object.stamp());
+        if stamp < spared_since {
+            return Stuck::Held;
+        }
+        if let Some(cools_in) = self.tier.cools_in(shared, stamp) {
+            let cools_at = Instant::now() + cools_in.max(COOLS_MIN);
+            self.wakes_at = self.wakes_at.into_iter().chain([cools_at]).min();
+        }
+        Stuck::TooHot
     }
 
     /// Answers those whom no amount of waiting for the evictor would help.
-    fn refuse_hopeless(&self, shared: &Shared, wanted: &Wanted, stuck: Round) {
+    fn refuse_hopeless(&self, shared: &Shared, wanted: &Wanted, stuck: Stuck) {
         if !wanted.any() || self.batches > 0 {
             return;
         }
-        shared.blocked_by_holds.store(stuck == Round::Nothing, Ordering::SeqCst);
-        shared.host.refuse(|need, footprint| match (need.class, &stuck) {
-            (Class::Prefetch, Round::DiskFull) => Some(Refused::Error(shared.host_full(footprint))),
-            (Class::Prefetch, _) => None,
-            (Class::Demand, _) if need.may_spill => Some(Refused::Spill),
-            (Class::Demand, Round::DiskFull) => Some(Refused::Error(shared.host_full(footprint))),
-            (Class::Demand, _) => None,
+        let state = self.tier.state(shared);
+        state.set_blocked_by_holds(stuck == Stuck::Held);
+        let is_full = stuck == Stuck::FullBelow;
+        state.queue.refuse(|need, footprint| match need.class {
+            Class::Demand if need.may_spill => Some(Refused::Spill),
+            _ => is_full.then(|| Refused::Error(state.full(footprint))),
         });
     }
 
-    /// Writes what is dirty at the cold end, so that most victims are clean when room is needed.
+    /// Writes what is dirty at the cold end, so that most victims are clean when space is needed.
     fn write_ahead(&mut self, shared: &Shared, tasks: &mut JoinSet<Ended>) {
-        let resting = self.disk_rests_until.is_some_and(|until| Instant::now() < until);
-        if self.batches > 0
-            || resting
-            || shared.host.space().used_bytes() <= shared.limits.low_bytes
-        {
+        let state = self.tier.state(shared);
+        let is_resting = self.disk_rests_until.is_some_and(|until| Instant::now() < until);
+        if self.batches > 0 || is_resting || state.space().used_bytes() <= state.marks.low_bytes {
             return;
         }
-        let band = shared.limits.high_bytes - shared.limits.low_bytes;
+        let band = state.marks.high_bytes - state.marks.low_bytes;
         let mut cold = Vec::new();
-        shared.policy.lock().coldest(WRITE_AHEAD_OBJECTS, &mut |id| cold.push(id));
+        state.order.lock().coldest(WRITE_AHEAD_OBJECTS, &mut |id| cold.push(id));
         let (mut batch, mut payload, mut seen) = (Vec::new(), 0, 0);
         for object in cold.into_iter().filter_map(|id| shared.find(id)) {
             if seen >= band || payload >= BATCH_BYTES {
                 break;
             }
-            seen += crate::host::HostArena::footprint(object.len);
+            seen += self.tier.victim(&object).footprint;
             if !object.is_dirty() {
                 continue;
             }
@@ -396,41 +404,40 @@ impl Evictor {
             if !object.is_dirty() {
                 continue;
             }
-            let Ok(victim) = Victim::prepare(pass) else { break };
-            payload += victim.payload();
-            batch.push(victim);
+            let Ok(leaving) = Leaving::prepare(pass) else { break };
+            payload += leaving.payload();
+            batch.push(leaving);
         }
-        self.launch(shared, tasks, batch, 0, Down::Keep, MigrationCause::WriteBack);
+        self.launch(shared, tasks, batch, 0, Down::Keep);
     }
 
     /// One slice of bringing the order of eviction up to the accesses. True if more is left.
     fn settle(&mut self, shared: &Shared) -> bool {
         if self.unsettled {
-            let mut policy = shared.policy.lock();
-            self.unsettled = policy.settle(SETTLE_STEPS, &mut |id| probe(shared, id));
+            let tier = &self.tier;
+            let mut order = tier.state(shared).order.lock();
+            self.unsettled = order.settle(SETTLE_STEPS, &mut |id| {
+                shared.find(id).map_or(Probe::Gone, |object| tier.probe(&object, u64::MAX))
+            });
         }
         self.unsettled
     }
-
-    /// When there may be something to do although nothing happens.
-    pub(super) fn wakes_at(&self) -> Option<Instant> {
-        self.cools_at.into_iter().chain(self.unblocks_at).min()
-    }
 }
 
-/// Whether an object cannot leave host memory without new space on disk.
-fn needs_disk(shared: &Shared, id: u64) -> bool {
-    shared.find(id).is_some_and(|object| object.is_dirty() || object.has_spare())
-}
-
-/// How an object stands, for the policy.
-fn probe(shared: &Shared, id: u64) -> Probe {
-    let Some(object) = shared.find(id) else { return Probe::Gone };
-    if object.pins() > 0 {
-        Probe::Pinned
-    } else if object.copy.readers() > 0 || object.is_changing() {
-        Probe::Busy { stamp: shared.now() }
+/// An object that the level below does not have.
+fn take_dirty(object: &Object, pass: GatePass) -> Step {
+    let refused = if object.has_spare() {
+        move_room_down(&pass).map(|()| Step::Freed)
     } else {
-        Probe::Evictable { stamp: object.stamp(), touches: object.take_touches() }
-    }
+        match Leaving::prepare(pass) {
+            Ok(leaving) => Ok(Step::Write(leaving)),
+            Err((_pass, error)) => Err(error),
+        }
+    };
+    refused.unwrap_or_else(|error| {
+        if !matches!(error, DiskError::Full { .. }) {
+            tracing::warn!(target: "vmem::actor", ?error, "the disk refuses space");
+        }
+        Step::NoDisk
+    })
 }

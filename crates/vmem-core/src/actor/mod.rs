@@ -15,9 +15,10 @@
 //! at once, past the actor. Requests for space do not come through the channels: they stand in the queue of
 //! their tier (`tier/queue.rs`), where the actor sees them whole. Started by `VirtualMemory::with_backends`.
 
-mod device;
 mod evict;
+mod plan;
 mod request;
+mod tiers;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -26,6 +27,9 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
+
+use evict::Evictor;
+use tiers::{InHost, OnDevice};
 
 pub(crate) use request::{Move, PrefetchEnd, Request, Requests};
 
@@ -50,7 +54,7 @@ pub(super) enum Ended {
     Kernel,
     /// A batch on its way down, which was to free so many bytes, and whether the disk took it.
     Evicted {
-        reclaims_bytes: u64,
+        leaves_bytes: u64,
         took: evict::Took,
     },
 }
@@ -78,6 +82,8 @@ pub(crate) fn channels() -> (Requests, Inbox) {
 /// Starts the actor on the current runtime. The receiver gets the outcome of its end.
 pub(crate) fn start(shared: Arc<Shared>, inbox: Inbox) -> watch::Receiver<Outcome> {
     let (done, outcome) = watch::channel(None);
+    let devices =
+        (0..shared.devices().len()).map(|device| Evictor::new(OnDevice(device))).collect();
     let actor = Actor {
         shared,
         inbox,
@@ -85,7 +91,8 @@ pub(crate) fn start(shared: Arc<Shared>, inbox: Inbox) -> watch::Receiver<Outcom
         kernels: JoinSet::new(),
         demand: 0,
         background: 0,
-        evict: evict::Evictor::default(),
+        host: Evictor::new(InHost),
+        devices,
     };
     let runtime = actor.shared.runtime.clone();
     spawn_named(&runtime, "vmem-actor", actor.run(done));
@@ -100,7 +107,8 @@ struct Actor {
     kernels: JoinSet<Ended>,
     demand: usize,
     background: usize,
-    evict: evict::Evictor,
+    host: Evictor<InHost>,
+    devices: Vec<Evictor<OnDevice>>,
 }
 
 /// However it ends, with its runtime too: nobody waits for what the actor alone brings about.
@@ -117,8 +125,7 @@ impl Actor {
         let mut woken = true;
         while !self.shared.is_closed() {
             let recall_at = self.recall_unclaimed();
-            let more = self.evict.turn(&self.shared, &mut self.tasks, woken)
-                | self.shared.vram_if_any().is_some_and(|vram| device::serve(&self.shared, vram));
+            let more = self.turn(woken);
             woken = !more;
             if more {
                 // Background work in slices: others have their turn in between.
@@ -126,7 +133,8 @@ impl Actor {
                 self.drain_ready();
                 continue;
             }
-            let wakes_at = self.evict.wakes_at().into_iter().chain(recall_at).min();
+            let of_devices = self.devices.iter().filter_map(Evictor::wakes_at);
+            let wakes_at = of_devices.chain(self.host.wakes_at()).chain(recall_at).min();
             tokio::select! {
                 biased;
                 () = self.shared.wake.asleep() => {}
@@ -151,11 +159,25 @@ impl Actor {
         done.send_replace(Some(outcome));
     }
 
+    /// One turn of every evictor. True if there is more to do at once.
+    fn turn(&mut self, woken: bool) -> bool {
+        let Actor { shared, tasks, host, devices, .. } = self;
+        let mut more = host.turn(shared, tasks, woken);
+        for (device, evictor) in shared.devices().iter().zip(devices) {
+            match device.lost() {
+                None => more |= evictor.turn(shared, tasks, woken),
+                Some(error) => evictor.refuse_all(shared, &error),
+            }
+        }
+        more
+    }
+
     /// While anybody waits for space, takes back what others were granted and do not come for. Returns when there
     /// may be more of that.
     fn recall_unclaimed(&self) -> Option<Instant> {
-        let vram = self.shared.vram_if_any().map_or(0, |vram| vram.queue.len());
-        if self.shared.host.len() + vram == 0 {
+        let waiting: usize =
+            self.shared.devices().iter().map(|device| device.state.queue.len()).sum();
+        if self.shared.host.queue.len() + waiting == 0 {
             return None;
         }
         self.shared.unclaimed.recall()
@@ -207,7 +229,7 @@ impl Actor {
             Ok(Ended::Demand) => self.demand -= 1,
             Ok(Ended::Background) => self.background -= 1,
             Ok(Ended::Kernel) => {}
-            Ok(Ended::Evicted { reclaims_bytes, took }) => self.evict.ended(reclaims_bytes, took),
+            Ok(Ended::Evicted { leaves_bytes, took }) => self.host.ended(leaves_bytes, took),
             Err(error) if error.is_cancelled() => {}
             Err(error) => {
                 // A migration never panics; if one does, the store is not to be trusted with more.
@@ -244,10 +266,10 @@ impl Actor {
             Err(_) => Ok(()),
         };
         let closed = self.shared.disk.close().await;
-        let device = match self.shared.vram_if_any() {
-            Some(vram) => vram.backend.close().await.map_err(DeviceError::public),
-            None => Ok(()),
-        };
+        let mut device = Ok(());
+        for one in self.shared.devices() {
+            device = device.and(one.backend.close().await.map_err(DeviceError::public));
+        }
         let closed = closed.map_err(|error| self.shared.disk_error(0, error));
         flushed.and(unnamed).and(closed).and(device)
     }

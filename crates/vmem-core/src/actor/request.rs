@@ -42,12 +42,12 @@ const PREFETCHED_AT_ONCE: usize = 32;
 /// Where an object is to move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Move {
-    /// To VRAM.
-    ToDevice,
-    /// To VRAM again, behind a write, whoever waits for it.
-    Refresh,
-    /// Out of VRAM, to host memory if it has space.
-    OffDevice,
+    /// To the memory of this device.
+    ToDevice(usize),
+    /// There again, behind a write, whoever waits for it.
+    Refresh(usize),
+    /// Out of the memory of devices, to host memory if it has space.
+    OffDevices,
     /// To host memory, to stay.
     ToHost,
     /// To disk, out of host memory.
@@ -78,10 +78,10 @@ impl Request {
     pub(super) fn name(&self) -> &'static str {
         match self {
             Request::Fetch { .. } => "vmem-fetch",
-            Request::Move { what: Move::ToHost | Move::ToDevice | Move::Refresh, .. } => {
+            Request::Move { what: Move::ToHost | Move::ToDevice(_) | Move::Refresh(_), .. } => {
                 "vmem-promote"
             }
-            Request::Move { what: Move::OffDevice | Move::ToDisk, .. } => "vmem-demote",
+            Request::Move { what: Move::OffDevices | Move::ToDisk, .. } => "vmem-demote",
             Request::Move { what: Move::Flush, .. } => "vmem-flush",
             Request::Finish { .. } => "vmem-finish",
             Request::Prefetch { .. } => "vmem-prefetch",
@@ -108,12 +108,13 @@ impl Request {
                         while_wanted(job, &reply, async |job| migrate::fetch(job).await.map(drop))
                             .await
                     }
-                    Move::ToDevice => {
-                        while_wanted(job, &reply, async |job| migrate::promote_to_device(job).await)
-                            .await
+                    Move::ToDevice(device) => {
+                        let promote =
+                            async |job: &Job| migrate::promote_to_device(job, device).await;
+                        while_wanted(job, &reply, promote).await
                     }
-                    Move::Refresh => migrate::promote_to_device(&job).await,
-                    Move::OffDevice => migrate::leave_device(&object, &deadline).await,
+                    Move::Refresh(device) => migrate::promote_to_device(&job, device).await,
+                    Move::OffDevices => migrate::leave_devices(&object, &deadline).await,
                     Move::ToDisk => migrate::demote(&object, &deadline).await,
                     Move::Flush => migrate::flush(&object, &deadline).await,
                 };
@@ -182,9 +183,9 @@ async fn prefetch(objects: Vec<Arc<Object>>, to: MemoryTier, deadline: Deadline)
     let one = |object| async move {
         let mut job = Job::new(object, MigrationCause::Prefetch, deadline);
         job.class = Class::Prefetch;
-        match to {
-            MemoryTier::Vram => migrate::promote_to_device(&job).await,
-            MemoryTier::Host | MemoryTier::Disk => migrate::fetch(&job).await.map(drop),
+        match to.device() {
+            Some(device) => migrate::promote_to_device(&job, device).await,
+            None => migrate::fetch(&job).await.map(drop),
         }
     };
     let mut ended = futures::stream::iter(objects).map(one).buffered(PREFETCHED_AT_ONCE);

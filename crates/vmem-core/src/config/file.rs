@@ -24,6 +24,7 @@ struct Fields {
     disk_capacity: Option<Size>,
     vram_capacity: Option<Size>,
     gpu: Option<Gpu>,
+    gpus: Option<Vec<Gpu>>,
     io_driver: Option<String>,
     watermarks: Option<(f64, f64)>,
     max_pinned: Option<f64>,
@@ -102,6 +103,7 @@ impl NumberOrWord for Size {
     }
 }
 
+#[derive(Clone)]
 struct Gpu(GpuSelection);
 
 impl NumberOrWord for Gpu {
@@ -152,8 +154,14 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
     builder.staging_capacity = bytes(fields.staging_capacity);
     builder.disk_capacity = bytes(fields.disk_capacity);
     builder.vram_capacity = bytes(fields.vram_capacity);
-    if let Some(Gpu(gpu)) = fields.gpu {
-        builder.gpu = gpu;
+    if let Some(Gpu(gpu)) = fields.gpu.clone() {
+        builder.gpus = vec![gpu];
+    }
+    if let Some(gpus) = fields.gpus {
+        if fields.gpu.is_some() {
+            return Err("gpu and gpus say the same: one of them is enough".to_owned());
+        }
+        builder.gpus = gpus.into_iter().map(|Gpu(gpu)| gpu).collect();
     }
     if let Some(driver) = fields.io_driver {
         builder.io_driver = driver.parse().map_err(|error| format!("{error}"))?;

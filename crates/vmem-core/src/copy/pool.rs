@@ -109,8 +109,8 @@ impl Anchor {
     }
 }
 
-/// The runtime's end of the pool.
-#[derive(Debug)]
+/// The runtime's end of the pool. Clones are of the same pool.
+#[derive(Clone, Debug)]
 pub(crate) struct Copies {
     pool: Arc<CopyPool>,
     anchors: Vec<Arc<Anchor>>,

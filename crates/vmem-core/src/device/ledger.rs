@@ -74,6 +74,11 @@ impl RangeLedger {
         self.free.add(offset..end);
     }
 
+    /// How many bytes are free from this offset on.
+    pub fn free_from(&self, offset: u64) -> u64 {
+        self.free.run_from(offset)
+    }
+
     /// The figures, now.
     pub fn usage(&self) -> DeviceUsage {
         DeviceUsage {

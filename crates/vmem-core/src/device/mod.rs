@@ -75,6 +75,13 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
     /// lost: it must not block.
     fn set_freed_hook(&self, hook: Box<dyn Fn() + Send + Sync>);
 
+    /// How many bytes from this address on belong to nobody, up to the next range. 0 where that is not known: then free
+    /// memory between two ranges does not count as part of a stretch that could be emptied.
+    fn free_from(&self, address: u64) -> u64 {
+        let _ = address;
+        0
+    }
+
     /// The ledger, now.
     fn usage(&self) -> DeviceUsage;
 

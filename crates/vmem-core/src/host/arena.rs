@@ -259,6 +259,7 @@ impl HostSlot {
     }
 
     /// Whether it is in this span of a class.
+    #[cfg(test)]
     pub(super) fn is_in(&self, class: usize, span: u32) -> bool {
         let is_small = (1..=SMALL_MAX).contains(&self.len);
         is_small && class_of(self.len) == class && self.span == span

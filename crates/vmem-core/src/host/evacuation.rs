@@ -61,6 +61,7 @@ impl Evacuation {
     }
 
     /// Pages that the last move frees.
+    #[cfg(test)]
     pub(crate) fn pages(&self) -> u64 {
         self.pages
     }
@@ -71,6 +72,7 @@ impl Evacuation {
     }
 
     /// Whether this slot is in the span.
+    #[cfg(test)]
     pub(crate) fn holds(&self, slot: &HostSlot) -> bool {
         slot.is_in(self.class, self.span)
     }

@@ -19,7 +19,6 @@
 
 mod arena;
 mod classes;
-#[cfg_attr(not(test), expect(dead_code, reason = "the evictor does not move objects yet"))]
 mod evacuation;
 mod mapping;
 mod pages;
@@ -29,6 +28,7 @@ mod spans;
 mod staging;
 
 pub(crate) use arena::{HostArena, HostSlot};
+pub(crate) use evacuation::Evacuation;
 pub use space::{InUse, ObjectSpace, Part, Registrar};
 pub use staging::StagingMemory;
 pub(crate) use staging::{StagingPiece, StagingPool};

@@ -23,6 +23,7 @@ use crate::stats::add;
 /// A version that a kernel wrote, or is still writing, in device memory.
 pub(crate) struct Changed {
     pass: GatePass,
+    device: usize,
     range: DeviceRange,
     /// Room for the new version; none once it was published.
     room: Option<OwnedCopy>,
@@ -37,21 +38,22 @@ impl Changed {
     /// Readers wait from now on.
     pub(crate) fn begin(
         pass: GatePass,
-        range: DeviceRange,
+        (device, range): (usize, DeviceRange),
         room: OwnedCopy,
         reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
     ) -> Self {
-        let old = pass.object().begin_pending(&pass);
+        let old = pass.object().begin_pending(&pass, device);
         let (room, reply) = (Some(room), Some(reply));
         let deadline = pass.object().shared.deadline();
-        Changed { pass, range, room, old, deadline, reply }
+        Changed { pass, device, range, room, old, deadline, reply }
     }
 
     /// Once the kernel has ended: copies the new version down, and publishes it.
     pub(crate) async fn finish(mut self, ready: DeviceAnswer<Result<(), DeviceError>>) {
         let object = self.pass.object().clone();
         let shared = &object.shared;
-        let route = (MemoryTier::Vram, MemoryTier::Host);
+        let from = shared.devices()[self.device].tier();
+        let route = (from, MemoryTier::Host);
         let record =
             Record::start(shared, object.id, route, MigrationCause::Kernel, &self.deadline);
         let outcome = match self.bring_down(ready).await {
@@ -85,12 +87,12 @@ impl Changed {
             // Here the version before is whole still.
             _ = shared.patience.acquire() => return Err(VirtualMemoryError::Closed),
         }
-        let vram = shared.vram()?;
+        let device = shared.device(self.device)?;
         let room = self.room.take().expect("invariant: taken here, and put back after a failure");
         let into = IoBuf::from_copy(room);
         let len = self.pass.object().len;
         let (buf, outcome) =
-            vram.backend.download(Arc::new(self.range.share()), 0, len, into, 0).await;
+            device.backend.download(Arc::new(self.range.share()), 0, len, into, 0).await;
         match outcome {
             Ok(()) => Ok(buf.into_copy()),
             Err(error) => {
@@ -114,6 +116,6 @@ impl Drop for Changed {
             room
         });
         object.give_up_pending(&self.pass, restored);
-        object.detach_from_vram(&self.pass);
+        object.detach_from(&self.pass, self.device);
     }
 }

@@ -28,30 +28,32 @@ pub(crate) async fn load(
     front: usize,
     class: Class,
 ) -> (IoBuf, Result<(), VirtualMemoryError>) {
-    if let Some(copy) = &version.vram {
+    if let Some(copy) = &version.device {
         let outcome;
-        (buf, outcome) = load_from_vram(object, copy, chunks.clone(), buf, front).await;
+        (buf, outcome) = load_from_device(object, copy, chunks.clone(), buf, front).await;
         match outcome {
             Ok(()) => return (buf, Ok(())),
             // The copies below go on serving.
-            Err(error) => tracing::warn!(target: "vmem::migration", %error, "reading from vram"),
+            Err(error) => {
+                tracing::warn!(target: "vmem::migration", %error, "reading from a device")
+            }
         }
     }
     load_from_disk(object, &version.disk, chunks, buf, front, class).await
 }
 
-async fn load_from_vram(
+async fn load_from_device(
     object: &Object,
-    copy: &DeviceRange,
+    (device, copy): &(usize, DeviceRange),
     chunks: Range<usize>,
     buf: IoBuf,
     at: usize,
 ) -> (IoBuf, Result<(), DeviceError>) {
     let shared = &object.shared;
-    let Some(vram) = shared.vram_if_any() else { return (buf, Err(DeviceError::Closed)) };
+    let device = &shared.devices()[*device];
     let start = chunks.start * CHUNK_BYTES;
     let len = object.len.min(chunks.end * CHUNK_BYTES) - start;
-    let (buf, outcome) = vram.backend.download(Arc::new(copy.share()), start, len, buf, at).await;
+    let (buf, outcome) = device.backend.download(Arc::new(copy.share()), start, len, buf, at).await;
     match &outcome {
         Ok(()) => stats::add(&shared.counters.vram_to_host_bytes, len as u64),
         Err(_) => stats::add(&shared.counters.errors, 1),

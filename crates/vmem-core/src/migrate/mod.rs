@@ -8,6 +8,7 @@ mod kernel;
 mod link;
 mod load;
 mod part;
+mod relocate;
 mod set;
 mod to_device;
 mod to_disk;
@@ -26,10 +27,11 @@ pub(crate) use kernel::Changed;
 pub(crate) use link::Link;
 pub(crate) use load::load;
 pub(crate) use part::{Piece, read_part, read_piece};
+pub(crate) use relocate::relocate;
 pub(crate) use set::read_set;
-pub(crate) use to_device::{leave_device, promote_to_device};
+pub(crate) use to_device::{fill_device, leave_devices, promote_to_device};
 pub(crate) use to_disk::{
-    Down, Victim, demote, flush, flush_many, move_room_down, settle, write_down,
+    Down, Leaving, demote, flush, flush_many, move_room_down, settle, write_down,
 };
 pub(crate) use to_host::{count_hit, fetch, fetch_into, fetch_with};
 pub(crate) use write::{DiskWrite, NewVersion, finish_disk_write, publish_version, write_piece};

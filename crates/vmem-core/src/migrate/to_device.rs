@@ -1,4 +1,4 @@
-//! To VRAM, from host memory or, through staging, from disk; and out of it.
+//! To the memory of a device, from host memory or, through staging, from disk; and out of it.
 //!
 //! Ownership: the range is the object's from before the first byte; each copy has a share of it and owns the
 //! bytes that it reads, until it has completed. The gate is held throughout, so the version that goes up
@@ -19,88 +19,108 @@ use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
 use crate::object::{GatePass, Object, chunk_count};
 use crate::stats::add;
-use crate::tier::{Class, Need};
-use crate::vram::Vram;
+use crate::tier::{Class, Device, Need};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
 /// Pieces of one object that are on their way up at once.
 const PIECES_MAX: usize = 4;
 
-/// Brings the current version of an object to VRAM.
+/// Brings the current version of an object to the memory of this device.
 ///
 /// # Errors
 ///
-/// Those of making room, of the device, and of reading the disk; the object is then where it was.
-pub(crate) async fn promote_to_device(job: &Job) -> Result<()> {
+/// Those of making space, of the device, and of reading the disk; the object is then where it was.
+pub(crate) async fn promote_to_device(job: &Job, number: usize) -> Result<()> {
     let object = &job.object;
-    let vram = object.shared.vram()?;
+    let device = object.shared.device(number)?;
     if object.len == 0 {
         return Ok(());
     }
     loop {
-        if object.in_vram() {
+        if object.is_on(number) {
             object.touch();
             return Ok(());
         }
-        // Never behind the gate: a write is not to be kept waiting by a copy that finds no room.
-        let room = if object.has_vram_room() { None } else { Some(room(job, vram).await?) };
+        // Never behind the gate: a write is not to be kept waiting by a copy that finds no space.
+        let space = match object.has_space_on(number) {
+            true => None,
+            false => job.while_wanted(device.state.take(&job.need(), &job.deadline)).await?.pop(),
+        };
         let pass = object.gate(&job.deadline).await?;
-        if object.in_vram() {
+        if fill_device(job, number, (&pass, space), true).await? {
             return Ok(());
         }
-        match room {
-            Some(room) if !object.has_vram_room() => object.set_vram_room(&pass, room),
-            Some(_) => {}
-            // It has left meanwhile.
-            None if !object.has_vram_room() => continue,
-            None => {}
-        }
-        let Some(range) = object.vram_room(&pass) else {
-            // Something still uses what was there before: it keeps that, and we take something else.
-            object.detach_from_vram(&pass);
-            continue;
-        };
-        let filling = Filling { pass: &pass, published: false };
-        let outcome = fill(job, vram, &pass, &range).await;
-        drop(range);
-        if outcome.is_ok() {
-            filling.publish();
-        }
-        return outcome;
     }
 }
 
-/// Room that is being filled. Whatever keeps it from being published, it goes back, unless the object lives there.
+/// Fills memory of this device that was taken for the object, or that it has already; for the holder of the gate.
+/// `with_bytes` says whether the version is wanted, or the space alone. True once the object is there; not where it
+/// had lost its memory meanwhile.
+pub(crate) async fn fill_device(
+    job: &Job,
+    number: usize,
+    (pass, space): (&GatePass, Option<DeviceRange>),
+    with_bytes: bool,
+) -> Result<bool> {
+    let object = &job.object;
+    let device = object.shared.device(number)?;
+    if object.is_on(number) {
+        return Ok(true);
+    }
+    match space {
+        Some(space) if !object.has_space_on(number) => {
+            object.set_space_on(pass, number, space, job.class == Class::Prefetch);
+        }
+        Some(_) => {}
+        // It has left meanwhile.
+        None if !object.has_space_on(number) => return Ok(false),
+        None => {}
+    }
+    if !with_bytes {
+        return Ok(true);
+    }
+    let Some(range) = object.space_on(pass, number) else {
+        // Something still uses what was there before: it keeps that, and we take something else.
+        object.detach_from(pass, number);
+        return Ok(false);
+    };
+    let filling = Filling { pass, device: number, is_published: false };
+    let outcome = fill(job, device, pass, &range).await;
+    drop(range);
+    if outcome.is_ok() {
+        filling.publish();
+    }
+    outcome.map(|()| true)
+}
+
+/// Space that is being filled. Whatever keeps it from being published, it goes back, unless the object belongs there.
 struct Filling<'a> {
     pass: &'a GatePass,
-    published: bool,
+    device: usize,
+    is_published: bool,
 }
 
 impl Filling<'_> {
     fn publish(mut self) {
         let object = self.pass.object();
-        object.publish_in_vram(self.pass);
+        object.publish_on(self.pass, self.device);
         add(&object.shared.counters.promotions, 1);
-        self.published = true;
+        self.is_published = true;
     }
 }
 
 impl Drop for Filling<'_> {
     fn drop(&mut self) {
         let object = self.pass.object();
-        if !self.published && !object.belongs_in_vram() {
-            object.detach_from_vram(self.pass);
+        if !self.is_published && !object.devices_to_refresh().contains(&self.device) {
+            object.detach_from(self.pass, self.device);
         }
     }
 }
 
-async fn room(job: &Job, vram: &Vram) -> Result<DeviceRange> {
-    job.while_wanted(vram.room(&job.need(), &job.deadline)).await
-}
-
 /// Copies the current version to the range.
-async fn fill(job: &Job, vram: &Vram, pass: &GatePass, range: &DeviceRange) -> Result<()> {
+async fn fill(job: &Job, device: &Device, pass: &GatePass, range: &DeviceRange) -> Result<()> {
     let object = pass.object();
     let shared = &object.shared;
     let host = match object.copy.acquire(&shared.copies) {
@@ -108,15 +128,15 @@ async fn fill(job: &Job, vram: &Vram, pass: &GatePass, range: &DeviceRange) -> R
         Found::Locked | Found::Nothing => None,
     };
     let from = if host.is_some() { MemoryTier::Host } else { MemoryTier::Disk };
-    let route = (from, MemoryTier::Vram);
+    let route = (from, device.tier());
     let record = Record::start(shared, object.id, route, job.cause, &job.deadline);
     let outcome = match host {
-        Some(bytes) => vram
+        Some(bytes) => device
             .backend
             .upload(Arc::new(range.share()), 0, bytes)
             .await
             .map_err(DeviceError::public),
-        None => fill_from_disk(job, vram, pass, range).await,
+        None => fill_from_disk(job, device, pass, range).await,
     };
     match &outcome {
         Ok(()) => {
@@ -131,7 +151,7 @@ async fn fill(job: &Job, vram: &Vram, pass: &GatePass, range: &DeviceRange) -> R
 /// Piece by piece through staging: host memory needs no room for it.
 async fn fill_from_disk(
     job: &Job,
-    vram: &Vram,
+    device: &Device,
     pass: &GatePass,
     range: &DeviceRange,
 ) -> Result<()> {
@@ -143,7 +163,7 @@ async fn fill_from_disk(
     let version = object.version();
     let written = |index| version.disk.chunk(index).is_some_and(|extent| extent.sum().is_some());
     if !(0..chunk_count(object.len)).any(written) {
-        return vram.backend.zero(Arc::new(range.share())).await.map_err(DeviceError::public);
+        return device.backend.zero(Arc::new(range.share())).await.map_err(DeviceError::public);
     }
     let per_piece = (shared.staging.piece_bytes() / CHUNK_BYTES).max(1);
     let mut uploads: FuturesOrdered<DeviceAnswer<std::result::Result<(), DeviceError>>> =
@@ -166,7 +186,7 @@ async fn fill_from_disk(
             break;
         }
         let bytes = piece.freeze().slice(..end - start);
-        uploads.push_back(vram.backend.upload(Arc::new(range.share()), start, bytes));
+        uploads.push_back(device.backend.upload(Arc::new(range.share()), start, bytes));
         while uploads.len() >= PIECES_MAX
             && let Some(uploaded) = uploads.next().await
         {
@@ -180,35 +200,42 @@ async fn fill_from_disk(
     outcome
 }
 
-/// Takes an object out of VRAM, to host memory if there is space for it; else it stays where it is below.
+/// Takes an object out of the memory of devices, to host memory if there is space for it; else it stays where it is
+/// below.
 ///
 /// # Errors
 ///
 /// `Pinned`.
-pub(crate) async fn leave_device(object: &Arc<Object>, deadline: &Deadline) -> Result<()> {
+pub(crate) async fn leave_devices(object: &Arc<Object>, deadline: &Deadline) -> Result<()> {
     let pass = object.gate(deadline).await?;
-    check_unpinned(object)?;
-    if object.in_vram() && !object.has_host_room() && object.shared.fits_host(object.len) {
-        let need = Need::one(object.len, object.id, Class::Demand);
-        if let Some(room) = object.shared.try_host_room(&need) {
-            let job = Job::new(object.clone(), MigrationCause::Demote, *deadline);
-            if let Err(error) = fetch_into(&job, &pass, Some(room)).await {
-                tracing::debug!(target: "vmem::migration", %error, "it stays on disk");
-            }
+    check_unheld(object)?;
+    if object.is_on_any_device()
+        && !object.has_host_room()
+        && object.shared.fits_host(object.len)
+        && let Some(room) =
+            object.shared.try_host_room(&Need::one(object.len, object.id, Class::Demand))
+    {
+        let job = Job::new(object.clone(), MigrationCause::Demote, *deadline);
+        if let Err(error) = fetch_into(&job, &pass, Some(room)).await {
+            tracing::debug!(target: "vmem::migration", %error, "it stays on disk");
         }
     }
-    object.detach_from_vram(&pass);
+    object.detach_from_devices(&pass);
     Ok(())
 }
 
-/// Whether nothing keeps the object in VRAM.
+/// Whether nothing keeps the object on a device.
 ///
 /// # Errors
 ///
 /// `Pinned`.
-pub(crate) fn check_unpinned(object: &Object) -> Result<()> {
-    match object.vram_pins() {
-        0 => Ok(()),
-        pins => Err(VirtualMemoryError::Pinned { handle: object.id, tier: MemoryTier::Vram, pins }),
+pub(crate) fn check_unheld(object: &Object) -> Result<()> {
+    for device in object.devices_with_space() {
+        let tier = object.shared.devices()[device].tier();
+        let pins = object.holds_in(tier);
+        if pins > 0 {
+            return Err(VirtualMemoryError::Pinned { handle: object.id, tier, pins });
+        }
     }
+    Ok(())
 }

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 
 use super::Record;
-use super::to_device::check_unpinned;
+use super::to_device::check_unheld;
 use crate::copy::Found;
 use crate::deadline::Deadline;
 use crate::disk::{CHUNK_BYTES, DiskError, Extent};
@@ -30,7 +30,7 @@ const BATCHES_MAX: usize = 8;
 
 /// An object on its way down, with the extents that its missing chunks will have.
 #[derive(Debug)]
-pub(crate) struct Victim {
+pub(crate) struct Leaving {
     pass: GatePass,
     missing: Vec<usize>,
     extents: Vec<Extent>,
@@ -48,7 +48,7 @@ pub(crate) enum Down {
     Keep,
 }
 
-impl Victim {
+impl Leaving {
     /// Takes space for what the disk does not have. The pass comes back with the error.
     pub(crate) fn prepare(pass: GatePass) -> Result<Self, (GatePass, DiskError)> {
         let object = pass.object();
@@ -62,7 +62,7 @@ impl Victim {
             unreachable!("the holder of the gate found a host copy, and alone takes it away")
         };
         let bytes = guard.into_bytes();
-        Ok(Victim { pass, missing, extents, bytes })
+        Ok(Leaving { pass, missing, extents, bytes })
     }
 
     /// Payload that will be written, in bytes.
@@ -84,7 +84,7 @@ impl Victim {
     /// The disk has it all: says so, and lets the host copy go as asked. Returns where the disk has
     /// it.
     fn publish(self, written: Vec<Extent>, down: Down) -> DiskMap {
-        let Victim { pass, missing, bytes, .. } = self;
+        let Leaving { pass, missing, bytes, .. } = self;
         let object = pass.object();
         let extents = missing.into_iter().zip(written);
         let map = object.with_disk(&pass, |disk, old| {
@@ -111,7 +111,7 @@ impl Victim {
 /// keep the others: each is tried alone then. Returns the first error; what failed stays where it
 /// was.
 pub(crate) async fn write_down(
-    mut batch: Vec<Victim>,
+    mut batch: Vec<Leaving>,
     down: Down,
     cause: MigrationCause,
     deadline: &Deadline,
@@ -121,10 +121,10 @@ pub(crate) async fn write_down(
         return Err(error);
     }
     let mut first_error = None;
-    for Victim { pass, bytes, .. } in batch {
+    for Leaving { pass, bytes, .. } in batch {
         // It counts as a reader, and would keep the copy from going.
         drop(bytes);
-        let alone = match Victim::prepare(pass) {
+        let alone = match Leaving::prepare(pass) {
             Ok(victim) => write_batch(&mut vec![victim], down, cause, deadline).await.map(drop),
             Err((_pass, error)) => Err(error),
         };
@@ -138,7 +138,7 @@ pub(crate) async fn write_down(
 /// Writes a batch, all or none, and returns where each is. After an error the batch still holds its
 /// passes.
 async fn write_batch(
-    batch: &mut Vec<Victim>,
+    batch: &mut Vec<Leaving>,
     down: Down,
     cause: MigrationCause,
     deadline: &Deadline,
@@ -147,20 +147,20 @@ async fn write_batch(
     let shared = first.pass.object().shared.clone();
     let route = (MemoryTier::Host, MemoryTier::Disk);
     let start =
-        |victim: &Victim| Record::start(&shared, victim.pass.object().id, route, cause, deadline);
+        |victim: &Leaving| Record::start(&shared, victim.pass.object().id, route, cause, deadline);
     let records: Vec<_> = batch.iter().map(start).collect();
     let counts: Vec<_> = batch.iter().map(|victim| victim.missing.len()).collect();
-    let payload: u64 = batch.iter().map(Victim::payload).sum();
-    let pieces = batch.iter_mut().flat_map(Victim::pieces).collect();
+    let payload: u64 = batch.iter().map(Leaving::payload).sum();
+    let pieces = batch.iter_mut().flat_map(Leaving::pieces).collect();
     match shared.disk.write(pieces).await {
         Ok(written) => {
             add(&shared.counters.host_to_disk_bytes, payload);
             let mut written = written.into_iter();
             let mut maps = Vec::with_capacity(counts.len());
-            for ((victim, count), record) in batch.drain(..).zip(counts).zip(records) {
+            for ((leaving, count), record) in batch.drain(..).zip(counts).zip(records) {
                 let extents: Vec<_> = written.by_ref().take(count).collect();
                 let bytes = extents.iter().map(|extent| u64::from(extent.len())).sum();
-                maps.push(victim.publish(extents, down));
+                maps.push(leaving.publish(extents, down));
                 record.end(Ok(bytes));
             }
             shared.room_was_freed();
@@ -186,12 +186,12 @@ pub(crate) async fn demote(
     deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
-    check_unpinned(object)?;
+    check_unheld(object)?;
     if object.pins() > 0 {
         let (handle, pins) = (object.id, object.pins());
         return Err(VirtualMemoryError::Pinned { handle, tier: MemoryTier::Host, pins });
     }
-    object.detach_from_vram(&pass);
+    object.detach_from_devices(&pass);
     if object.has_spare() {
         return move_room_down(&pass).map_err(|error| object.shared.disk_error(object.id, error));
     }
@@ -247,7 +247,7 @@ async fn flush_batch(
     let (mut batch, mut alone) = (Vec::new(), Vec::new());
     for object in objects {
         match object.try_gate() {
-            Some(pass) if object.is_dirty() => match Victim::prepare(pass) {
+            Some(pass) if object.is_dirty() => match Leaving::prepare(pass) {
                 Ok(victim) => batch.push(victim),
                 Err(_) => alone.push(object),
             },
@@ -289,7 +289,7 @@ pub(crate) async fn settle(
         return Ok(object.disk());
     }
     let public = |error| object.shared.disk_error(object.id, error);
-    let victim = Victim::prepare(pass).map_err(|(_pass, error)| public(error))?;
+    let victim = Leaving::prepare(pass).map_err(|(_pass, error)| public(error))?;
     let mut batch = vec![victim];
     let written = write_batch(&mut batch, Down::Keep, MigrationCause::Flush, deadline).await;
     let map = written.map_err(public)?.pop();
@@ -307,7 +307,7 @@ async fn write_one(
         return Ok(());
     }
     let public = |error| object.shared.disk_error(object.id, error);
-    let victim = Victim::prepare(pass).map_err(|(_pass, error)| public(error))?;
+    let victim = Leaving::prepare(pass).map_err(|(_pass, error)| public(error))?;
     write_down(vec![victim], down, cause, deadline).await.map_err(public)
 }
 

@@ -14,6 +14,7 @@ use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
 use crate::object::{GatePass, Object, Version, chunk_count};
 use crate::stats;
+use crate::tier::Class;
 
 /// Brings the bytes of an object to host memory.
 ///
@@ -86,7 +87,7 @@ pub(crate) async fn fetch_into(
         if job.cause == MigrationCause::Read {
             count_hit(object, &version);
         }
-        object.publish_fetched(pass, copy);
+        object.publish_fetched(pass, copy, job.class == Class::Prefetch);
         stats::add(&shared.counters.promotions, 1);
     }
     match object.copy.acquire(&shared.copies) {
@@ -99,10 +100,10 @@ pub(crate) async fn fetch_into(
 
 /// Counts a read that the tier of this version served.
 pub(crate) fn count_hit(object: &Object, version: &Version) {
-    let counters = &object.shared.counters;
-    let hits = match version.tier() {
-        MemoryTier::Vram => &counters.vram_hits,
-        MemoryTier::Host | MemoryTier::Disk => &counters.disk_hits,
+    let shared = &object.shared;
+    let hits = match &version.device {
+        Some((device, _)) => &shared.devices()[*device].state.hits,
+        None => &shared.counters.disk_hits,
     };
     stats::add(hits, 1);
 }

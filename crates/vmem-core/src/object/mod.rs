@@ -2,14 +2,14 @@
 //!
 //! Invariant: at every moment the current version of an object is in exactly these places: its
 //! host copy if it has one; else, chunk by chunk, the extents of its disk map; and zeros where
-//! there is neither. Device memory may have all of it besides (`in_vram.rs`). Everything but the access marks and the reader counts is changed by the
+//! there is neither. Device memory may have all of it besides (`on_devices.rs`). Everything but the access marks and the reader counts is changed by the
 //! holder of the gate only (`gate.rs`).
 //!
 //! Handles hold objects; the table, the actor and the migrations borrow them.
 
 mod disk_map;
 mod gate;
-mod in_vram;
+mod on_devices;
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -22,15 +22,16 @@ pub(crate) use disk_map::{
 };
 pub(crate) use gate::GatePass;
 
-use crate::copy::{CopyCell, OwnedCopy};
+use crate::copy::{CopyCell, Found, OwnedCopy};
 use crate::device::DeviceRange;
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
 use crate::names::Named;
 use crate::parcel::{Parcel, WeakParcel};
-use crate::policy::{Entry, Token};
+use crate::policy::{Entry, Probe, Token};
 use crate::shared::Shared;
 use crate::stats;
+use crate::tier::Hold;
 
 /// The object was freed; set once, in `life`.
 const DEAD: u32 = 1 << 31;
@@ -49,14 +50,17 @@ pub(crate) type WeakFlight = WeakParcel<Result<Bytes, VirtualMemoryError>>;
 pub(crate) struct Version {
     /// The clone keeps the extents alive.
     pub(crate) disk: DiskMap,
-    /// The whole of it, in device memory.
-    pub(crate) vram: Option<DeviceRange>,
+    /// The whole of it, in the memory of this device.
+    pub(crate) device: Option<(usize, DeviceRange)>,
 }
 
 impl Version {
     /// The tier that a read of it comes from.
     pub(crate) fn tier(&self) -> MemoryTier {
-        if self.vram.is_some() { MemoryTier::Vram } else { MemoryTier::Disk }
+        match &self.device {
+            Some((device, _)) => MemoryTier::of_device(*device as u8),
+            None => MemoryTier::Disk,
+        }
     }
 }
 
@@ -80,12 +84,12 @@ pub(crate) struct Object {
     pub(crate) id: u64,
     /// `DEAD`, and how many handles there are.
     life: AtomicU32,
-    /// Accesses since the policy last looked.
+    /// Accesses, counted up to what fits.
     touches: AtomicU32,
+    /// Those that the policy of the host tier has seen.
+    seen: AtomicU32,
     /// Pins in host memory.
     pins: AtomicU32,
-    /// Pins in device memory.
-    vram_pins: AtomicU32,
     /// What the policy of the host tier calls this object; written under the policy's lock.
     token: AtomicU32,
     pub(crate) home: MemoryTier,
@@ -104,9 +108,9 @@ struct Inner {
     /// Host memory that was taken for an object that nobody has written yet.
     spare: Option<OwnedCopy>,
     disk: DiskMap,
-    vram: Option<Box<in_vram::InVram>>,
-    /// A kernel has written a new version, which is on its way: whoever reads waits for it.
-    pending: bool,
+    devices: Option<Box<on_devices::OnDevices>>,
+    /// A kernel on this device has written a new version, which is on its way: whoever reads waits for it.
+    pending: Option<usize>,
     /// The read in flight that a reader who comes now may join.
     flight: Option<WeakFlight>,
     /// The damage that was found, until the next write of the whole object.
@@ -125,7 +129,7 @@ impl Object {
             shared: shared.clone(),
             id,
             pins: AtomicU32::new(0),
-            vram_pins: AtomicU32::new(0),
+            seen: AtomicU32::new(0),
             home,
             token: AtomicU32::new(NO_TOKEN),
             inner: Mutex::default(),
@@ -138,19 +142,33 @@ impl Object {
     /// Marks an access.
     pub(crate) fn touch(&self) {
         self.stamp.fetch_max(self.shared.now(), Ordering::Relaxed);
+        // A count that is lost to another thread makes the object no colder: no need for more than this.
         let touches = self.touches.load(Ordering::Relaxed);
-        if touches < u32::from(u8::MAX) {
-            self.touches.store(touches + 1, Ordering::Relaxed);
-        }
+        self.touches.store(touches.wrapping_add(1), Ordering::Relaxed);
     }
 
     pub(crate) fn stamp(&self) -> u64 {
         self.stamp.load(Ordering::Relaxed)
     }
 
-    /// Accesses since the last call.
-    pub(crate) fn take_touches(&self) -> u32 {
-        self.touches.swap(0, Ordering::Relaxed)
+    fn touches(&self) -> u32 {
+        self.touches.load(Ordering::Relaxed)
+    }
+
+    /// How it stands in host memory, for the policy. What was used at `spared_since` or later is not to go.
+    pub(crate) fn probe_in_host(&self, spared_since: u64) -> Probe {
+        let stamp = self.stamp();
+        if self.pins() > 0 {
+            Probe::Pinned
+        } else if self.copy.readers() > 0 || self.is_changing() {
+            Probe::Busy { stamp: self.shared.now() }
+        } else if stamp >= spared_since {
+            Probe::Unfit
+        } else {
+            let now = self.touches();
+            let touches = now.wrapping_sub(self.seen.swap(now, Ordering::Relaxed));
+            Probe::Evictable { stamp, touches }
+        }
     }
 
     // ---- The name ---------------------------------------------------------------------------
@@ -211,15 +229,15 @@ impl Object {
 
     /// Gives back everything that a dead object owns; by its last gate holder.
     fn reclaim(&self) {
-        self.leave_policy();
+        self.leave_order();
         let before = self.standing();
-        let (owned, in_vram) = {
+        let (owned, left) = {
             let mut inner = self.inner.lock();
             inner.corrupt = None;
             let owned = (inner.spare.take(), std::mem::take(&mut inner.disk), inner.flight.take());
-            (owned, inner.vram.take())
+            (owned, inner.take_devices())
         };
-        self.left_vram(in_vram);
+        self.left_devices(left);
         self.copy.detach(&self.shared.copies);
         self.count_change(before);
         drop(owned);
@@ -242,16 +260,20 @@ impl Object {
     /// memory has none.
     pub(crate) fn version(&self) -> Version {
         let inner = self.inner.lock();
-        Version { disk: inner.disk.clone(), vram: self.vram_share(&inner) }
+        let device = inner.device_share(self.shared.devices());
+        Version { disk: inner.disk.clone(), device }
     }
 
     /// The current version, if host memory holds no copy of it and no room for it. None
     /// of a dead object either: its map may have been given back, and an empty one reads as zeros.
     pub(crate) fn cold_version(&self) -> Option<Version> {
         let inner = self.inner.lock();
-        let held = self.copy.is_some() || inner.spare.is_some() || inner.pending;
+        let held = self.copy.is_some() || inner.spare.is_some() || inner.pending.is_some();
         let cold = !held && !self.is_dead();
-        cold.then(|| Version { disk: inner.disk.clone(), vram: self.vram_share(&inner) })
+        cold.then(|| {
+            let device = inner.device_share(self.shared.devices());
+            Version { disk: inner.disk.clone(), device }
+        })
     }
 
     /// Whether host memory holds the only current bytes of some chunk.
@@ -276,7 +298,7 @@ impl Object {
         assert!(unwritten, "room is set apart for an object that has bytes nowhere");
         self.inner.lock().spare = Some(spare);
         self.count_change(before);
-        self.enter_policy();
+        self.enter_order(false);
     }
 
     /// Sets space apart again that was taken for a first write, unless the object has bytes by now.
@@ -291,7 +313,7 @@ impl Object {
     pub(crate) fn take_spare(&self, _pass: &GatePass) -> Option<OwnedCopy> {
         let before = self.standing();
         let spare = self.inner.lock().spare.take()?;
-        self.leave_policy();
+        self.leave_order();
         self.count_change(before);
         Some(spare)
     }
@@ -319,14 +341,13 @@ impl Object {
     ) {
         let before = self.standing();
         let mut old = Replaced::new();
-        let keep_room = self.belongs_in_vram();
-        let in_vram;
+        let left;
         let leftover = {
             let mut inner = self.inner.lock();
             // Together under the lock: a reader that finds no copy sees the map of this version.
             change(&mut inner.disk, &mut old);
             inner.corrupt = None;
-            in_vram = inner.outdate_vram(keep_room);
+            left = inner.outdate_devices(self.home);
             match copy {
                 Some(copy) => self.copy.publish(copy, &self.shared.copies),
                 None => self.copy.detach(&self.shared.copies),
@@ -334,16 +355,21 @@ impl Object {
             (inner.flight.take(), inner.spare.take())
         };
         drop((old, leftover));
-        self.left_vram(in_vram);
-        self.leave_policy();
+        self.left_devices(left);
+        self.leave_order();
         self.count_change(before);
         if self.copy.is_some() {
-            self.enter_policy();
+            self.enter_order(false);
         }
     }
 
     /// The same version, now in host memory too.
-    pub(crate) fn publish_fetched(self: &Arc<Self>, _pass: &GatePass, copy: OwnedCopy) {
+    pub(crate) fn publish_fetched(
+        self: &Arc<Self>,
+        _pass: &GatePass,
+        copy: OwnedCopy,
+        prefetched: bool,
+    ) {
         let before = self.standing();
         let spare = {
             let mut inner = self.inner.lock();
@@ -352,11 +378,31 @@ impl Object {
             inner.spare.take()
         };
         drop(spare);
-        self.leave_policy();
+        self.leave_order();
         self.count_change(before);
         // Whoever asked for it has not used it yet: it is not to be the next that leaves.
         self.stamp.fetch_max(self.shared.now(), Ordering::Relaxed);
-        self.enter_policy();
+        self.enter_order(prefetched);
+    }
+
+    /// Moves what it has in host memory to another slot. False if somebody reads it there.
+    pub(crate) fn relocate(&self, _pass: &GatePass, mut to: OwnedCopy) -> bool {
+        let old = match self.copy.acquire(&self.shared.copies) {
+            Found::Copy(guard) => guard.into_bytes(),
+            Found::Locked => return false,
+            Found::Nothing => {
+                // Space that nobody has written to yet.
+                let before = self.inner.lock().spare.replace(to);
+                drop(before);
+                return true;
+            }
+        };
+        to.as_mut_slice().copy_from_slice(&old);
+        let inner = self.inner.lock();
+        self.copy.publish(to, &self.shared.copies);
+        drop(inner);
+        drop(old);
+        true
     }
 
     /// Changes the bytes of the host copy where they are, if nobody reads them; the chunks of
@@ -370,19 +416,18 @@ impl Object {
         let before = self.standing();
         let mut old = Replaced::new();
         let mut flight = None;
-        let keep_room = self.belongs_in_vram();
-        let mut in_vram = None;
+        let mut left = on_devices::Left::default();
         let written = self.copy.write_in_place(|bytes| {
             // Under the copy's own lock: nobody sees new bytes with an old map.
             let mut inner = self.inner.lock();
             inner.disk.forget(self.len, chunks_of(&range), &mut old);
-            in_vram = inner.outdate_vram(keep_room);
+            left = inner.outdate_devices(self.home);
             flight = inner.flight.take();
             drop(inner);
             bytes[range].copy_from_slice(data);
         });
         drop((old, flight));
-        self.left_vram(in_vram);
+        self.left_devices(left);
         if written {
             self.count_change(before);
         }
@@ -394,7 +439,7 @@ impl Object {
         let before = self.standing();
         assert!(!before.dirty, "the only copy of some bytes is never dropped");
         let copy = self.copy.take_idle(&self.shared.copies)?;
-        self.leave_policy();
+        self.leave_order();
         self.count_change(before);
         Some(copy)
     }
@@ -404,7 +449,7 @@ impl Object {
         let before = self.standing();
         assert!(!before.dirty, "the only copy of some bytes is never dropped");
         self.copy.detach(&self.shared.copies);
-        self.leave_policy();
+        self.leave_order();
         self.count_change(before);
     }
 
@@ -428,7 +473,7 @@ impl Object {
                 (true, false) => stats::sub(gauge, weight),
                 _ => {}
             };
-        gauge(&counters.host_objects, before.in_host, after.in_host, 1);
+        gauge(&self.shared.host.objects, before.in_host, after.in_host, 1);
         gauge(&counters.disk_objects, before.on_disk, after.on_disk, 1);
         gauge(&counters.dirty_bytes, before.dirty, after.dirty, self.len as u64);
     }
@@ -488,67 +533,76 @@ impl Object {
         self.pins.load(Ordering::SeqCst)
     }
 
-    /// How often it is pinned in this tier; below disk there is nothing, so that nothing is pinned there.
-    pub(crate) fn pins_in(&self, tier: MemoryTier) -> &AtomicU32 {
-        match tier {
-            MemoryTier::Vram => &self.vram_pins,
-            MemoryTier::Host | MemoryTier::Disk => &self.pins,
+    /// How many pins and leases hold it in this tier; below disk there is nothing, so that nothing is held there.
+    pub(crate) fn holds_in(&self, tier: MemoryTier) -> u32 {
+        match tier.device() {
+            Some(device) => self.holds_on(device),
+            None => self.pins(),
         }
     }
 
-    /// One more pin; true if it is the first.
-    pub(crate) fn add_pin(&self, tier: MemoryTier, _pass: &GatePass) -> bool {
-        self.pins_in(tier).fetch_add(1, Ordering::SeqCst) == 0
+    /// One more hold, charged to the tier as this kind; true if it is the first.
+    pub(crate) fn add_hold(&self, tier: MemoryTier, charged_as: Hold, _pass: &GatePass) -> bool {
+        match tier.device() {
+            Some(device) => self.add_hold_on(device, charged_as),
+            None => self.pins.fetch_add(1, Ordering::SeqCst) == 0,
+        }
     }
 
-    /// One more pin, unless it were the first: pins go without the gate.
-    pub(crate) fn try_add_pin(&self, tier: MemoryTier, _pass: &GatePass) -> bool {
+    /// One more hold, unless it were the first: holds go without the gate.
+    pub(crate) fn try_add_hold(&self, tier: MemoryTier, _pass: &GatePass) -> bool {
         let more = |pins: u32| (pins > 0).then(|| pins + 1);
-        self.pins_in(tier).try_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
+        match tier.device() {
+            Some(device) => self.try_add_hold_on(device),
+            None => self.pins.try_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok(),
+        }
     }
 
-    /// One pin less; after the last one the policy asks about the object again. True if it was that.
-    pub(crate) fn remove_pin(&self, tier: MemoryTier) -> bool {
-        let before = self.pins_in(tier).fetch_sub(1, Ordering::SeqCst);
-        assert!(before > 0, "unpinned more often than pinned");
-        if before > 1 {
-            return false;
+    /// One hold less; after the last one the policy asks about the object again, and the tier is uncharged.
+    pub(crate) fn remove_hold(&self, tier: MemoryTier) {
+        let last = match tier.device() {
+            Some(device) => self.remove_hold_on(device),
+            None => {
+                let before = self.pins.fetch_sub(1, Ordering::SeqCst);
+                assert!(before > 0, "unpinned more often than pinned");
+                (before == 1).then_some(Hold::Pin)
+            }
+        };
+        let Some(charged_as) = last else { return };
+        if tier.device().is_none() {
+            self.unpark();
         }
-        match tier {
-            MemoryTier::Vram => self.unpark_in_vram(),
-            MemoryTier::Host | MemoryTier::Disk => self.unpark(),
-        }
-        true
+        self.shared.uncharge(tier, charged_as, self.len);
     }
 
-    // ---- The policy's order ----------------------------------------------------------------
+    // ---- The order of eviction ---------------------------------------------------------------
 
-    /// Enters the order of eviction.
-    pub(crate) fn enter_policy(&self) {
-        let mut policy = self.shared.policy.lock();
-        assert!(self.token.load(Ordering::Relaxed) == NO_TOKEN, "an object is in the order once");
+    /// Enters the order of eviction of the host tier.
+    pub(crate) fn enter_order(&self, prefetched: bool) {
         let footprint = crate::host::HostArena::footprint(self.len);
-        let token = policy.insert(Entry::new(self.id, self.stamp(), footprint));
-        self.token.store(token.0, Ordering::Relaxed);
+        let entry = Entry { id: self.id, stamp: self.stamp(), footprint, prefetched };
+        let mut order = self.shared.host.order.lock();
+        assert!(self.token.load(Ordering::Relaxed) == NO_TOKEN, "an object is in the order once");
+        self.seen.store(self.touches(), Ordering::Relaxed);
+        self.token.store(order.insert(entry).0, Ordering::Relaxed);
     }
 
     /// Leaves the order of eviction, if it is there.
-    pub(crate) fn leave_policy(&self) {
+    pub(crate) fn leave_order(&self) {
         if self.token.load(Ordering::Relaxed) == NO_TOKEN {
             return;
         }
-        let mut policy = self.shared.policy.lock();
+        let mut order = self.shared.host.order.lock();
         let token = self.token.swap(NO_TOKEN, Ordering::Relaxed);
-        policy.remove(Token(token));
+        order.remove(Token(token));
     }
 
     /// Is asked about again by the policy, after the last pin went.
     fn unpark(&self) {
-        let mut policy = self.shared.policy.lock();
-        let token = self.token.load(Ordering::Relaxed);
-        if token != NO_TOKEN {
-            policy.unpark(Token(token));
-        }
+        self.shared.host.unpark(|| {
+            let token = self.token.load(Ordering::Relaxed);
+            (token != NO_TOKEN).then_some(Token(token))
+        });
     }
 }
 

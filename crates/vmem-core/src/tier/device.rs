@@ -1,22 +1,234 @@
-//! Device memory as space that is granted.
+//! The memory of one device, and who is in it.
 //!
-//! Invariant: each range tells the tier of every share that is dropped, so nobody who waits for memory, or for the
-//! last user of a range, misses it. Called by the queue of the tier.
+//! Invariant: what is in device memory has its bytes in host memory or on disk too, so space is made by dropping
+//! copies, never by writing. Each range tells the tier of every share that is dropped, so nobody who waits for memory,
+//! or for the last user of a range, misses it. Asked by the migrations to and from the device; served by the actor.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{NoSpace, Space};
-use crate::device::{DeviceBackend, DeviceRange, ShareWatcher};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
-/// The memory of one device.
+use super::{NoSpace, Queue, Space, TierState, Watermarks};
+use crate::device::{DeviceBackend, DeviceRange, DeviceUsage, ShareWatcher};
+use crate::error::VirtualMemoryError;
+use crate::memory_tier::MemoryTier;
+use crate::parcel::Unclaimed;
+use crate::policy::{Entry, Policy, Token};
+use crate::stats::{TierStats, get};
+use crate::wake::Wake;
+
+/// One device of the store.
+pub(crate) struct Device {
+    pub(crate) backend: Arc<dyn DeviceBackend>,
+    pub(crate) state: TierState<DeviceSpace>,
+    /// Rung when a share of a range was dropped, or the store has ended.
+    released: Arc<Notify>,
+}
+
+impl Device {
+    pub(crate) fn new(
+        number: u8,
+        backend: Arc<dyn DeviceBackend>,
+        order: Box<dyn Policy>,
+        max_held: f64,
+        wake: &Arc<Wake>,
+        unclaimed: &Arc<Unclaimed>,
+    ) -> Self {
+        let released = Arc::new(Notify::new());
+        let (ring, bell) = (released.clone(), wake.clone());
+        let watcher: ShareWatcher = Arc::new(move || {
+            ring.notify_waiters();
+            bell.if_waiting();
+        });
+        let freed = watcher.clone();
+        backend.set_freed_hook(Box::new(move || freed()));
+        // Dropping copies is cheap: nothing is evicted ahead of need.
+        let all = backend.usage().capacity_bytes;
+        let marks = Watermarks { low_bytes: all, high_bytes: all };
+        let residents = Mutex::default();
+        let space = DeviceSpace { backend: backend.clone(), watcher, residents };
+        let queue = Queue::new(space, all, wake.clone(), unclaimed.clone());
+        let tier = MemoryTier::of_device(number);
+        let state = TierState::new(tier, queue, order, max_held, marks);
+        Device { backend, state, released }
+    }
+
+    pub(crate) fn tier(&self) -> MemoryTier {
+        self.state.tier
+    }
+
+    /// Something may have become idle.
+    pub(crate) fn ring(&self) {
+        self.released.notify_waiters();
+    }
+
+    /// Ends when a share of a range is dropped from now on, or the store has ended.
+    pub(crate) fn released(&self) -> Notified<'_> {
+        self.released.notified()
+    }
+
+    /// The range is that of a copy from now on.
+    pub(crate) fn enter(&self, entry: Entry, range: &DeviceRange) -> Token {
+        let space = self.state.space();
+        let resident = Resident { footprint: range.footprint(), object: entry.id };
+        space.residents.lock().insert(range.address(), resident);
+        self.state.enter(entry)
+    }
+
+    /// The range is no copy any more; whoever uses it keeps it.
+    pub(crate) fn leave(&self, token: Token, range: &DeviceRange) {
+        self.state.space().residents.lock().remove(range.address());
+        self.state.leave(token);
+    }
+
+    /// Its figures, now.
+    pub(crate) fn stats(&self) -> TierStats {
+        let usage = self.backend.usage();
+        TierStats {
+            used_bytes: usage.used_bytes,
+            capacity_bytes: usage.capacity_bytes,
+            peak_bytes: usage.peak_bytes,
+            objects: get(&self.state.objects),
+            hits: get(&self.state.hits),
+            largest_free_bytes: usage.largest_free_bytes,
+        }
+    }
+
+    /// What those who wait get from a device that is lost.
+    pub(crate) fn lost(&self) -> Option<VirtualMemoryError> {
+        let reason = self.backend.lost()?;
+        Some(VirtualMemoryError::TierNotAvailable { tier: self.tier(), reason })
+    }
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device").field("backend", &self.backend).finish_non_exhaustive()
+    }
+}
+
+/// A copy in device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Resident {
+    pub(crate) footprint: u64,
+    pub(crate) object: u64,
+}
+
+/// The copies by their address, for whoever looks for neighbours.
+#[derive(Debug, Default)]
+pub(crate) struct Residents {
+    by_address: BTreeMap<u64, Resident>,
+    bytes: u64,
+}
+
+impl Residents {
+    fn insert(&mut self, address: u64, resident: Resident) {
+        self.bytes += resident.footprint;
+        let before = self.by_address.insert(address, resident);
+        assert!(before.is_none(), "two copies lie at one address of the device");
+    }
+
+    /// The copies within `need` bytes of `seed`, on both sides.
+    fn around(&self, seed: u64, need: u64) -> BTreeMap<u64, Resident> {
+        let from = seed.saturating_sub(need);
+        // One more on the low side: it may reach into the stretch.
+        let first =
+            self.by_address.range(..=from).next_back().map_or(from, |(&address, _)| address);
+        let near = self.by_address.range(first..seed.saturating_add(need));
+        near.map(|(&address, &resident)| (address, resident)).collect()
+    }
+
+    fn remove(&mut self, address: u64) {
+        let resident =
+            self.by_address.remove(&address).expect("invariant: a copy that leaves had entered");
+        self.bytes -= resident.footprint;
+    }
+}
+
+/// A stretch of copies that lie beside each other.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Window {
+    objects: Vec<u64>,
+    /// The last access of any of them.
+    newest: u64,
+    /// What they take.
+    bytes: u64,
+}
+
+/// The copies from the one at `seed` upwards, then downwards, until they and what is free between them come to `need`
+/// bytes. None if something that cannot go is in the way.
+fn window(
+    around: &BTreeMap<u64, Resident>,
+    seed: u64,
+    need: u64,
+    free_from: &dyn Fn(u64) -> u64,
+    stamp: &dyn Fn(u64) -> Option<u64>,
+) -> Option<Window> {
+    let mut window = Window::default();
+    let mut add = |resident: &Resident| {
+        let stamp = stamp(resident.object)?;
+        window.objects.push(resident.object);
+        window.newest = window.newest.max(stamp);
+        window.bytes += resident.footprint;
+        Some(())
+    };
+    let (mut start, mut end) = (seed, seed);
+    while end - start < need {
+        match around.get(&end) {
+            Some(resident) => match add(resident) {
+                Some(()) => end += resident.footprint,
+                None => break,
+            },
+            None => match free_from(end) {
+                0 => break,
+                free => end += free,
+            },
+        }
+    }
+    while end - start < need {
+        let (&address, resident) = around.range(..start).next_back()?;
+        let gap = start.checked_sub(address + resident.footprint)?;
+        if gap > 0 && free_from(address + resident.footprint) < gap {
+            return None;
+        }
+        add(resident)?;
+        start = address;
+    }
+    Some(window)
+}
+
+/// The memory of one device as space that is granted.
 pub(crate) struct DeviceSpace {
     backend: Arc<dyn DeviceBackend>,
     watcher: ShareWatcher,
+    residents: Mutex<Residents>,
 }
 
 impl DeviceSpace {
-    pub(crate) fn new(backend: Arc<dyn DeviceBackend>, watcher: ShareWatcher) -> Self {
-        DeviceSpace { backend, watcher }
+    /// Neighbours that leave one free piece of `need` bytes when they go: around one of these addresses, the ones that
+    /// were used longest ago. `stamp` tells the last access of an object that can go. Empty if there are none.
+    pub(crate) fn coldest_window(
+        &self,
+        seeds: &[u64],
+        need: u64,
+        stamp: &dyn Fn(u64) -> Option<u64>,
+    ) -> Vec<u64> {
+        let windows = seeds.iter().filter_map(|&seed| {
+            // Copied first: no object is asked anything under this lock.
+            let around = self.residents.lock().around(seed, need);
+            let free_from = |address| self.backend.free_from(address);
+            window(&around, seed, need, &free_from, stamp)
+        });
+        windows
+            .min_by_key(|window| (window.newest, window.bytes))
+            .map_or_else(Vec::new, |w| w.objects)
+    }
+
+    pub(crate) fn usage(&self) -> DeviceUsage {
+        self.backend.usage()
     }
 }
 
@@ -28,11 +240,17 @@ impl Space for DeviceSpace {
     }
 
     fn used_bytes(&self) -> u64 {
-        self.backend.usage().used_bytes
+        self.usage().used_bytes
     }
 
     fn capacity_bytes(&self) -> u64 {
-        self.backend.usage().capacity_bytes
+        self.usage().capacity_bytes
+    }
+
+    /// Ranges of versions that have passed, which kernels or copies still use.
+    fn held_bytes(&self) -> u64 {
+        let resident_bytes = self.residents.lock().bytes;
+        self.used_bytes().saturating_sub(resident_bytes)
     }
 
     fn try_take(&self, len: usize, _owner: u64) -> Result<DeviceRange, NoSpace> {
@@ -42,7 +260,7 @@ impl Space for DeviceSpace {
                 Ok(range)
             }
             None => {
-                let usage = self.backend.usage();
+                let usage = self.usage();
                 let free = usage.capacity_bytes.saturating_sub(usage.used_bytes);
                 Err(NoSpace { scattered: self.backend.footprint(len) <= free })
             }

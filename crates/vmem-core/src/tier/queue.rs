@@ -21,7 +21,6 @@ use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-use super::NoSpace;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::parcel::{Delivery, Parcel, Unclaimed, Unkept, parcel};
@@ -31,6 +30,13 @@ use crate::wake::Wake;
 const PASSES_MAX: u32 = 64;
 /// How long a request that was passed so often keeps smaller ones from space that it cannot use.
 pub(crate) const BLOCK_MAX: Duration = Duration::from_millis(100);
+
+/// Why there is no space now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NoSpace {
+    /// By its footprint it would fit: the space lies in pieces, or in spans of other objects.
+    pub(crate) scattered: bool,
+}
 
 /// Memory within a budget.
 pub(crate) trait Space: Send + Sync + 'static {
@@ -45,6 +51,9 @@ pub(crate) trait Space: Send + Sync + 'static {
 
     /// The budget, in bytes.
     fn capacity_bytes(&self) -> u64;
+
+    /// What is used by nobody's current copy: readers or kernels keep it, and no eviction frees it.
+    fn held_bytes(&self) -> u64;
 
     /// Space for `len` bytes of the object `owner`, at once or not at all.
     fn try_take(&self, len: usize, owner: u64) -> Result<Self::Slot, NoSpace>;
@@ -120,6 +129,8 @@ pub(crate) struct Wanted {
     pub(crate) prefetch_bytes: u64,
     /// Of the first demand request.
     pub(crate) first_demand: u64,
+    /// Of the first prefetch request.
+    pub(crate) first_prefetch: u64,
     /// Of the smallest prefetch request.
     pub(crate) smallest_prefetch: u64,
     /// When the first prefetch was asked for.
@@ -135,6 +146,16 @@ pub(crate) struct Wanted {
 }
 
 impl Wanted {
+    /// What the first request takes.
+    pub(crate) fn first(&self) -> u64 {
+        if self.demand_bytes > 0 { self.first_demand } else { self.first_prefetch }
+    }
+
+    /// Whether the first request would fit by its footprint, but the space lies in pieces.
+    pub(crate) fn is_scattered(&self) -> bool {
+        if self.demand_bytes > 0 { self.scattered } else { self.prefetch_scattered }
+    }
+
     pub(crate) fn any(&self) -> bool {
         self.demand_bytes + self.prefetch_bytes > 0 || self.out_of_reach > 0
     }
@@ -256,10 +277,15 @@ impl<S: Space> Queue<S> {
 
     /// Space that is there now and that nobody waits for.
     pub(crate) fn try_take(&self, need: &Need) -> Option<Grant<S>> {
+        if need.objects.is_empty() {
+            return Some(Grant::<S>::new());
+        }
         if self.len.load(Ordering::SeqCst) > 0 && !self.may_pass(need) {
             return None;
         }
-        self.try_grant(need).ok()
+        let grant = self.try_grant(need).ok()?;
+        self.count_pass();
+        Some(grant)
     }
 
     /// A newcomer passes the queue only where one that waits could be passed.
@@ -271,11 +297,16 @@ impl<S: Space> Queue<S> {
         }
         let smallest = waiters.demand.iter().map(|waiter| waiter.footprint).min();
         let Some(front) = waiters.demand.front_mut() else { return true };
-        let passes = smallest.is_some_and(|s| footprint < s) && front.may_be_passed();
-        if passes {
+        smallest.is_some_and(|smallest| footprint < smallest) && front.may_be_passed()
+    }
+
+    /// A newcomer was granted space past those who wait.
+    fn count_pass(&self) {
+        if self.len.load(Ordering::SeqCst) > 0
+            && let Some(front) = self.waiters.lock().demand.front_mut()
+        {
             front.pass();
         }
-        passes
     }
 
     /// Space, as soon as there is some.
@@ -284,6 +315,9 @@ impl<S: Space> Queue<S> {
     ///
     /// See [`Refused`].
     pub(crate) async fn take(&self, need: &Need, deadline: &Deadline) -> Answer<S> {
+        if need.objects.is_empty() {
+            return Ok(Grant::<S>::new());
+        }
         if let Some(grant) = self.try_take(need) {
             return Ok(grant);
         }
@@ -352,6 +386,7 @@ impl<S: Space> Queue<S> {
         if demand.bytes == 0 {
             let prefetch = self.serve_class(&mut waiters.prefetch, reach, &mut answers);
             wanted.prefetch_bytes = prefetch.bytes;
+            wanted.first_prefetch = prefetch.first;
             wanted.prefetch_scattered = prefetch.scattered;
             wanted.smallest_prefetch = prefetch.smallest;
             wanted.prefetch_asked = prefetch.asked;

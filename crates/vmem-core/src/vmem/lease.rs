@@ -1,35 +1,38 @@
-//! What `vmem-gpu` builds its leases on: objects that stay in device memory while kernels use them.
+//! What back ends of devices build their leases on: objects that stay on a device while kernels use them.
 //!
 //! Invariant: a hold keeps the bytes of one version where they are; a change is alone with the object from when it is
 //! granted until what the kernel wrote is published or given up. Both own what they keep and give it back when they are
-//! dropped; a kernel that still runs is the caller's matter: he drops them after it.
+//! dropped; a kernel that still runs is the caller's matter, who drops them after it. Called by `vmem-gpu` through
+//! `backend`.
 
 use std::future::Future;
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use super::pin::{Charge, PinGuard, charge_pin, pin, pin_now};
-use super::place::ask;
+use super::lease_set::{Asked, take};
+use super::pin::Held;
+use super::place::refresh;
 use super::{Result, VirtualMemory};
-use crate::actor::{Move, Request};
+use crate::actor::Request;
 use crate::buffer::IoBuf;
 use crate::copy::OwnedCopy;
-use crate::deadline::Deadline;
 use crate::device::{DeviceAnswer, DeviceBackend, DeviceError, DeviceRange};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
 use crate::migrate::Changed;
 use crate::object::GatePass;
-use crate::tier::{Class, Need};
+use crate::tier::{Class, Hold, Need};
 
 /// One version of an object in device memory, which stays there until this is dropped.
 #[derive(Debug)]
 pub struct VramHold {
     /// None for an object of no bytes.
-    range: Option<DeviceRange>,
-    _pin: PinGuard,
+    pub(super) range: Option<DeviceRange>,
+    pub(super) _held: Held,
+    /// The object lives as long as somebody reads it.
+    pub(super) _handle: VMemHandle,
 }
 
 impl VramHold {
@@ -49,17 +52,19 @@ impl VramHold {
 #[must_use = "dropped, it leaves the version before; `finish` publishes what was written"]
 pub struct VramChange {
     /// None for an object of no bytes.
-    inner: Option<Inner>,
+    pub(super) inner: Option<Claim>,
     /// The object lives as long as somebody changes it.
-    handle: VMemHandle,
+    pub(super) handle: VMemHandle,
 }
 
-struct Inner {
-    range: DeviceRange,
-    /// For the new version below: taken before, so that what was written can never be lost for want of room.
-    room: OwnedCopy,
-    pass: GatePass,
-    charge: Charge,
+/// What a change keeps.
+pub(super) struct Claim {
+    pub(super) device: usize,
+    pub(super) range: DeviceRange,
+    /// For the new version below: taken before, so that what was written can never be lost for want of space.
+    pub(super) room: OwnedCopy,
+    pub(super) pass: GatePass,
+    pub(super) held: Held,
 }
 
 impl VramChange {
@@ -88,17 +93,17 @@ impl VramChange {
 
     fn hand_over(
         &self,
-        inner: Inner,
+        inner: Claim,
         ready: DeviceAnswer<std::result::Result<(), DeviceError>>,
         reply: oneshot::Sender<Result<()>>,
     ) {
-        let Inner { range, room, pass, charge } = inner;
+        let Claim { device, range, room, pass, held } = inner;
         let (shared, handle) = (pass.object().shared.clone(), self.handle.clone());
-        let change = Box::new(Changed::begin(pass, range, room, reply));
+        let change = Box::new(Changed::begin(pass, (device, range), room, reply));
         let ready = Box::pin(async move {
             let outcome = ready.await;
             // They were kept for as long as the kernel could write.
-            drop((charge, handle));
+            drop((held, handle));
             outcome
         });
         shared.requests.send(&shared, Request::Finish { change, ready });
@@ -108,9 +113,13 @@ impl VramChange {
 impl Drop for VramChange {
     /// Nothing was written, or nobody wants it: what is in the range means nothing.
     fn drop(&mut self) {
-        if let Some(Inner { range, pass, .. }) = self.inner.take() {
+        if let Some(Claim { device, range, pass, .. }) = self.inner.take() {
             drop(range);
-            pass.object().detach_from_vram(&pass);
+            let object = pass.object().clone();
+            object.detach_from(&pass, device);
+            drop(pass);
+            // Others may hold it there, or it lives there.
+            refresh(&object.shared, &object);
         }
     }
 }
@@ -132,163 +141,147 @@ impl VramShare {
     }
 }
 
-impl VirtualMemory {
-    /// The device of the VRAM tier, for those who extend the store with what only they know of it.
-    pub fn device(&self) -> Option<&Arc<dyn DeviceBackend>> {
-        self.shared.vram_if_any().map(|vram| &vram.backend)
+/// One device of a store, for those who extend the store with what only they know of it.
+///
+/// ```
+/// # use vmem::{MemoryTier, VirtualMemoryConfig};
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+/// use vmem_core::backend::DeviceAccess;
+///
+/// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
+/// let vmem = vmem::open(config.gpu(vmem::GpuSelection::Off).build()?).await?;
+/// assert_eq!(DeviceAccess::all(&vmem).count(), 0);
+/// # vmem.close().await
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct DeviceAccess {
+    vmem: VirtualMemory,
+    device: usize,
+}
+
+impl DeviceAccess {
+    /// The devices of a store, in the order of their numbers.
+    pub fn all(vmem: &VirtualMemory) -> impl ExactSizeIterator<Item = DeviceAccess> + use<> {
+        let vmem = vmem.clone();
+        (0..vmem.shared.devices().len())
+            .map(move |device| DeviceAccess { vmem: vmem.clone(), device })
     }
 
-    /// A share of this version of the object, if device memory has it now. It is not pinned: its memory stays, and a
+    /// The store.
+    pub fn store(&self) -> &VirtualMemory {
+        &self.vmem
+    }
+
+    /// What moves the bytes.
+    pub fn backend(&self) -> &Arc<dyn DeviceBackend> {
+        &self.vmem.shared.devices()[self.device].backend
+    }
+
+    /// Its memory, as a tier.
+    pub fn tier(&self) -> MemoryTier {
+        self.vmem.shared.devices()[self.device].tier()
+    }
+
+    /// A share of this version of the object, if the device has it now. It is not held: its memory stays, and a
     /// write makes another version.
     ///
     /// # Errors
     ///
     /// `HandleNotFound`, `Closed`.
-    pub fn share_in_vram(&self, handle: &VMemHandle) -> Result<Option<VramShare>> {
-        let object = self.check(handle)?;
-        let share = object.version().vram;
+    pub fn share(&self, handle: &VMemHandle) -> Result<Option<VramShare>> {
+        let object = self.vmem.check(handle)?;
+        let share = object.share_on(self.device);
         if share.is_some() {
             object.touch();
         }
         Ok(share.map(VramShare))
     }
 
-    /// Room in host memory for bytes in passage, charged like any other.
+    /// Space in host memory for bytes in passage, charged like any other.
     ///
     /// # Errors
     ///
-    /// Those of making room in host memory.
+    /// Those of making space in host memory.
     pub async fn scratch(&self, len: usize) -> Result<IoBuf> {
-        self.check_open()?;
+        let vmem = &self.vmem;
+        vmem.check_open()?;
         let need = Need::one(len, 0, Class::Demand);
-        let room = self.shared.host_room_or_error(&need, &self.shared.deadline()).await?;
+        let room = vmem.shared.host_room_or_error(&need, &vmem.shared.deadline()).await?;
         Ok(IoBuf::from_copy(room))
     }
 
-    /// Whether leases of all these objects could ever be there at once.
+    /// Brings the object to the device and keeps this version there, for a kernel that reads it.
     ///
     /// # Errors
     ///
-    /// `ExceedsCapacity`; `HandleNotFound`, `TierNotAvailable`, `Closed`.
-    pub fn check_fits_leases(&self, handles: &[&VMemHandle]) -> Result<()> {
-        let capacity_bytes = self.shared.vram()?.pins.max();
-        let mut requested_bytes = 0_u64;
-        for handle in handles {
-            let footprint = self.shared.footprint_in(MemoryTier::Vram, self.check(handle)?.len);
-            requested_bytes = requested_bytes.saturating_add(footprint);
-        }
-        if requested_bytes <= capacity_bytes {
-            return Ok(());
-        }
-        let tier = MemoryTier::Vram;
-        Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
-    }
-
-    /// Brings the object to device memory and keeps this version there, for a kernel that reads it.
-    ///
-    /// # Errors
-    ///
-    /// Those of a [`pin`](Self::pin) in VRAM.
-    pub async fn hold_in_vram(&self, handle: &VMemHandle) -> Result<VramHold> {
-        self.check(handle)?.touch();
-        self.shared.vram()?;
-        if let Some(pin) = pin_now(handle, MemoryTier::Vram)? {
-            let range = handle.object().version().vram;
+    /// Those of a [`pin`](VirtualMemory::pin) there.
+    pub async fn hold(&self, handle: &VMemHandle) -> Result<VramHold> {
+        self.vmem.check(handle)?.touch();
+        self.vmem.shared.device(self.device)?;
+        if let Some(held) = Held::now(handle, self.tier(), Hold::Lease)? {
+            let range = handle.object().share_on(self.device);
             if range.is_some() || handle.is_empty() {
-                return Ok(VramHold { range, _pin: pin });
+                return Ok(VramHold { range, _held: held, _handle: handle.clone() });
             }
         }
-        let deadline = self.shared.deadline();
-        loop {
-            let held = hold(handle.clone(), deadline);
-            let parcel = self.shared.spawn_for_caller_briefly("vmem-lease", held);
-            if let Some(hold) = self.shared.answer(&parcel, &deadline, LEASE).await? {
-                return Ok(hold);
-            }
-            self.check(handle)?;
-        }
+        let mut set = self.set(std::slice::from_ref(handle), &[]).await?;
+        Ok(set.reads.pop().expect("invariant: one was asked for"))
     }
 
-    /// The object in device memory, for a kernel that writes to it: waits for whoever else uses it there. With
+    /// The object on the device, for a kernel that writes to it: waits for whoever else uses it there. With
     /// `overwrite` the kernel writes all of it: the bytes before are not brought up, it begins as zeros.
     ///
     /// # Errors
     ///
-    /// Those of a [`pin`](Self::pin) in VRAM and of making space in host memory, where the new version will be too.
-    pub async fn change_in_vram(&self, handle: &VMemHandle, overwrite: bool) -> Result<VramChange> {
-        let object = self.check(handle)?;
-        self.shared.vram()?;
-        if object.len == 0 {
-            return Ok(VramChange { inner: None, handle: handle.clone() });
+    /// Those of a [`pin`](VirtualMemory::pin) there and of making space in host memory, where the new version will be
+    /// too.
+    pub async fn change(&self, handle: &VMemHandle, overwrite: bool) -> Result<VramChange> {
+        let asked = Asked { reads: Vec::new(), writes: vec![handle.clone()], overwrite };
+        let mut set = self.take(asked).await?;
+        Ok(set.writes.pop().expect("invariant: one was asked for"))
+    }
+
+    /// Several objects on the device at once, some for kernels that read them, some for kernels that write: all or none.
+    /// Nothing is held while any of them has to be waited for.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`hold`](Self::hold) and [`change`](Self::change), and `ExceedsCapacity` if all could never be there at
+    /// once.
+    pub async fn set(&self, reads: &[VMemHandle], writes: &[VMemHandle]) -> Result<VramSet> {
+        let (reads, writes) = (reads.to_vec(), writes.to_vec());
+        self.take(Asked { reads, writes, overwrite: false }).await
+    }
+
+    async fn take(&self, asked: Asked) -> Result<VramSet> {
+        let vmem = &self.vmem;
+        vmem.shared.device(self.device)?;
+        for handle in asked.handles() {
+            vmem.check(handle)?.touch();
         }
-        let deadline = self.shared.deadline();
+        asked.check_fits(&vmem.shared, self.device)?;
+        let deadline = vmem.shared.deadline();
+        let asked = Arc::new(asked);
         loop {
-            let change = change(handle.clone(), overwrite, deadline);
-            let parcel = self.shared.spawn_for_caller_briefly("vmem-lease", change);
-            if let Some(change) = self.shared.answer(&parcel, &deadline, LEASE).await? {
-                return Ok(change);
+            let taken = take(vmem.shared.clone(), self.device, asked.clone(), deadline);
+            let parcel = vmem.shared.spawn_for_caller_briefly("vmem-lease", taken);
+            if let Some(set) = vmem.shared.answer(&parcel, &deadline, LEASE).await? {
+                return Ok(set);
             }
-            self.check(handle)?;
+            vmem.check_open()?;
         }
     }
 }
 
-const LEASE: &str = "bringing an object to vram";
-
-/// Pins an object in device memory and takes a share of its current version there; for a task.
-async fn hold(handle: VMemHandle, deadline: Deadline) -> Result<VramHold> {
-    let pin = pin(handle.clone(), MemoryTier::Vram, deadline).await?;
-    let object = handle.object();
-    loop {
-        let pass = object.gate(&deadline).await?;
-        let range = object.version().vram;
-        drop(pass);
-        if range.is_some() || object.len == 0 {
-            return Ok(VramHold { range, _pin: pin });
-        }
-        if deadline.is_past() {
-            return Err(deadline.error(LEASE));
-        }
-        // It was written since: the new version is promoted.
-        ask(&object.shared, object, Move::ToDevice, &deadline).await?;
-    }
+/// Objects that are on a device at once.
+#[derive(Debug)]
+pub struct VramSet {
+    /// Those for kernels that read, in the order in which they were asked for.
+    pub reads: Vec<VramHold>,
+    /// Those for kernels that write.
+    pub writes: Vec<VramChange>,
 }
 
-/// Takes an object for a kernel that writes to it; for a task.
-async fn change(handle: VMemHandle, overwrite: bool, deadline: Deadline) -> Result<VramChange> {
-    let object = handle.object();
-    let shared = &object.shared;
-    let charge = charge_pin(object, MemoryTier::Vram, &deadline).await?;
-    let need = Need::one(object.len, object.id, Class::Demand);
-    let room = shared.host_room_or_error(&need, &deadline).await?;
-    loop {
-        let vram = shared.vram()?;
-        let mut fresh = None;
-        if !overwrite {
-            ask(shared, object, Move::ToDevice, &deadline).await?;
-        } else if !object.has_vram_room() {
-            fresh = Some(vram.room(&need, &deadline).await?);
-        }
-        let pass = object.gate(&deadline).await?;
-        object.touch();
-        if let Some(fresh) = fresh.filter(|_| !object.has_vram_room()) {
-            object.set_vram_room(&pass, fresh);
-        }
-        let there = if overwrite { object.has_vram_room() } else { object.in_vram() };
-        if there {
-            let range = vram.until_idle(&pass, &deadline).await?;
-            let to_zero = overwrite.then(|| Arc::new(range.share()));
-            let inner = Inner { range, room, pass, charge };
-            // From here on its drop gives everything back.
-            let change = VramChange { inner: Some(inner), handle: handle.clone() };
-            if let Some(range) = to_zero {
-                // What is not written must not show what others left there.
-                vram.backend.zero(range).await.map_err(DeviceError::public)?;
-            }
-            return Ok(change);
-        }
-        if deadline.is_past() {
-            return Err(deadline.error(LEASE));
-        }
-    }
-}
+pub(super) const LEASE: &str = "bringing objects to a device";

@@ -5,6 +5,7 @@
 //! method checks, in this order: closed, a handle of ours, alive, its arguments.
 
 mod lease;
+mod lease_set;
 mod miss;
 mod named;
 mod pin;
@@ -19,7 +20,7 @@ use std::sync::Arc;
 use futures::Stream;
 use tokio::sync::watch;
 
-pub use lease::{VramChange, VramHold, VramShare};
+pub use lease::{DeviceAccess, VramChange, VramHold, VramSet, VramShare};
 pub use named::NamedEntry;
 pub use pin::PinGuard;
 pub use place::Prefetch;
@@ -36,7 +37,7 @@ use crate::host::HostArena;
 use crate::memory_tier::MemoryTier;
 use crate::object::{Object, chunk_count, chunk_lens};
 use crate::shared::{Limits, Shared};
-use crate::stats::VirtualMemoryStats;
+use crate::stats::{TierStats, VirtualMemoryStats};
 use crate::tier::{Class, Need, Refused};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
@@ -85,16 +86,18 @@ impl VirtualMemory {
         let limits = Limits::of(config, backends.host_capacity_bytes)?;
         let (requests, inbox) = actor::channels();
         let mut capabilities = backends.capabilities.clone();
-        let vram_reason = capabilities.vram_reason.clone();
-        let shared = Shared::new(config, limits, backends, requests, vram_reason)?;
-        if let Some(vram) = shared.vram_if_any() {
-            capabilities.vram = Some(vram.backend.describe());
-            vram.backend.register_space(ObjectSpace::new(shared.host.space().clone()));
+        let no_device = capabilities.vram_reason.clone();
+        let shared = Shared::new(config, limits, backends, requests, no_device)?;
+        for device in shared.devices() {
+            capabilities.devices.push(device.backend.describe());
+            let space = ObjectSpace::new(shared.host.space().arena.clone());
+            device.backend.register_space(space);
             let staging = StagingMemory::new(shared.staging.clone());
-            if let Err(error) = vram.backend.register(staging) {
+            if let Err(error) = device.backend.register(staging) {
                 capabilities.vram_reason = format!("staging is not registered: {error}").into();
             }
         }
+        capabilities.vram = capabilities.devices.first().cloned();
         match shared.disk.register(StagingMemory::new(shared.staging.clone())) {
             Ok(()) => capabilities.staging_registered = true,
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
@@ -116,14 +119,12 @@ impl VirtualMemory {
     /// hold it, `TierFull` if there is no room and nothing can make way, `Closed`.
     pub async fn allocate(&self, len: usize, home: MemoryTier) -> Result<VMemHandle> {
         self.check_open()?;
-        if home == MemoryTier::Vram {
-            self.shared.vram()?;
-        }
+        self.shared.check_tier(home)?;
         self.check_fits_somewhere(len, home)?;
         let handle = VMemHandle::adopt(self.shared.create(len, home));
         if len > 0 {
             self.take_room(handle.object(), home).await?;
-            self.take_vram_room(handle.object()).await?;
+            self.take_device_space(handle.object()).await?;
         } else {
             self.shared.announce(handle.object());
         }
@@ -164,6 +165,11 @@ impl VirtualMemory {
     /// The figures of this moment; costs the same however many objects there are.
     pub fn stats(&self) -> VirtualMemoryStats {
         self.shared.stats()
+    }
+
+    /// One tier, at this moment: the memory of each device too, by its number.
+    pub fn tier_stats(&self, tier: MemoryTier) -> TierStats {
+        self.shared.tier_stats(tier)
     }
 
     /// What was found when the store was opened, and what serves in its place.
@@ -231,20 +237,21 @@ impl VirtualMemory {
 
     /// Takes device memory for a new object that lives there, if there is some or what nobody uses can make
     /// way for it.
-    async fn take_vram_room(&self, object: &Arc<Object>) -> Result<()> {
-        if object.home != MemoryTier::Vram {
+    async fn take_device_space(&self, object: &Arc<Object>) -> Result<()> {
+        let Some(number) = object.home.device() else { return Ok(()) };
+        let deadline = self.shared.deadline();
+        let state = &self.shared.device(number)?.state;
+        let need = Need::one(object.len, object.id, Class::Demand).or_spill();
+        if state.check_fits(state.queue.footprint(&need)).is_err() {
             return Ok(());
         }
-        let deadline = self.shared.deadline();
-        let vram = self.shared.vram()?;
-        let Some(room) = vram.room_now((object.len, object.id), &deadline).await else {
-            return Ok(());
-        };
+        let Ok(mut space) = state.queue.take(&need, &deadline).await else { return Ok(()) };
         // Somebody who found the object by its number may have been faster, or be at it.
         if let Some(pass) = object.gate_if_open()?
-            && !object.has_vram_room()
+            && !object.has_space_on(number)
+            && let Some(space) = space.pop()
         {
-            object.set_vram_room(&pass, room);
+            object.set_space_on(&pass, number, space, false);
         }
         Ok(())
     }

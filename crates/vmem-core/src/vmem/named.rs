@@ -129,10 +129,8 @@ impl VirtualMemory {
     /// home tier is not there; `Damaged`, `Io`.
     pub async fn open_named(&self, name: &str) -> Result<VMemHandle> {
         let name = self.check_named(name)?;
-        let home_is_there = |handle: VMemHandle| match handle.home_tier() {
-            MemoryTier::Vram => self.shared.vram().map(|_| handle),
-            MemoryTier::Host | MemoryTier::Disk => Ok(handle),
-        };
+        let home_is_there =
+            |handle: VMemHandle| self.shared.check_tier(handle.home_tier()).map(|()| handle);
         if let Some(handle) = self.shared.names.get(&name) {
             return home_is_there(handle);
         }

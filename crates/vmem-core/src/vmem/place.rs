@@ -13,7 +13,7 @@ use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use tokio::sync::oneshot;
 
-use super::pin::{PinGuard, pin, pin_now};
+use super::pin::{Held, PinGuard, pin};
 use super::{Result, VirtualMemory};
 use crate::actor::{Move, PrefetchEnd, Request};
 use crate::deadline::{Deadline, Late};
@@ -24,6 +24,7 @@ use crate::migrate;
 use crate::object::Object;
 use crate::parcel::parcel;
 use crate::shared::Shared;
+use crate::tier::Hold;
 
 /// Objects that are flushed at once, where all are.
 const FLUSHES_MAX: usize = 256;
@@ -36,19 +37,18 @@ impl VirtualMemory {
     /// `TierNotAvailable`, and those of a [`read`](Self::read) that has to bring it up.
     pub async fn promote(&self, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
         let object = self.check(handle)?;
-        match to {
-            MemoryTier::Vram => {
-                self.shared.vram()?;
+        self.shared.check_tier(to)?;
+        match (to, to.device()) {
+            (_, Some(device)) => {
                 object.touch();
-                self.ask(object, Move::ToDevice).await
+                self.ask(object, Move::ToDevice(device)).await
             }
-            MemoryTier::Host if object.in_vram() => Ok(()),
-            MemoryTier::Host => {
+            (MemoryTier::Host, None) if !object.is_on_any_device() => {
                 self.check_fits_host(object)?;
                 object.touch();
                 self.ask(object, Move::ToHost).await
             }
-            MemoryTier::Disk => Ok(()),
+            _ => Ok(()),
         }
     }
 
@@ -60,10 +60,11 @@ impl VirtualMemory {
     pub async fn demote(&self, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
         let object = self.check(handle)?;
         match to {
-            MemoryTier::Vram => Ok(()),
-            MemoryTier::Host if !object.has_vram_room() => Ok(()),
-            MemoryTier::Host => self.ask(object, Move::OffDevice).await,
             MemoryTier::Disk => self.ask(object, Move::ToDisk).await,
+            MemoryTier::Host if !object.devices_with_space().is_empty() => {
+                self.ask(object, Move::OffDevices).await
+            }
+            _ => Ok(()),
         }
     }
 
@@ -81,10 +82,10 @@ impl VirtualMemory {
         if object.has_name() {
             return self.flush_named(object.clone()).await;
         }
-        match object.home {
-            MemoryTier::Disk => self.ask(object, Move::Flush).await,
-            MemoryTier::Vram => self.ask(object, Move::ToDevice).await,
-            MemoryTier::Host => Ok(()),
+        match (object.home, object.home.device()) {
+            (_, Some(device)) => self.ask(object, Move::ToDevice(device)).await,
+            (MemoryTier::Disk, None) => self.ask(object, Move::Flush).await,
+            _ => Ok(()),
         }
     }
 
@@ -127,11 +128,11 @@ impl VirtualMemory {
             .iter()
             .map(|handle| {
                 let object = self.check(handle)?;
-                match to {
-                    MemoryTier::Vram => self.shared.vram().map(|_| object.clone()),
-                    MemoryTier::Host => self.check_fits_host(object).map(|()| object.clone()),
-                    MemoryTier::Disk => Ok(object.clone()),
+                self.shared.check_tier(to)?;
+                if to == MemoryTier::Host {
+                    self.check_fits_host(object)?;
                 }
+                Ok(object.clone())
             })
             .collect::<Result<Vec<_>>>();
         match objects {
@@ -166,15 +167,16 @@ impl VirtualMemory {
     /// the deadline, `ExceedsCapacity` if it never could.
     pub async fn pin(&self, handle: &VMemHandle, tier: MemoryTier) -> Result<PinGuard> {
         let object = self.check(handle)?;
+        self.shared.check_tier(tier)?;
         match tier {
-            MemoryTier::Vram => drop(self.shared.vram()?),
             // Nothing is below disk: there is nothing to keep it from.
-            MemoryTier::Disk => return Ok(PinGuard::of_nothing(handle, tier)),
+            MemoryTier::Disk => return Ok(PinGuard::of_nothing(handle)),
             MemoryTier::Host => self.check_fits_host(object)?,
+            _ => {}
         }
         object.touch();
-        if let Some(guard) = pin_now(handle, tier)? {
-            return Ok(guard);
+        if let Some(held) = Held::now(handle, tier, Hold::Pin)? {
+            return Ok(PinGuard::of(handle, held));
         }
         Box::pin(async {
             let deadline = self.shared.deadline();
@@ -190,11 +192,21 @@ impl VirtualMemory {
         .await
     }
 
-    /// Brings the object to VRAM again, in the background.
-    pub(super) fn refresh(&self, object: &Arc<Object>) {
+    /// What lives on devices, or is held there, is promoted there again, in the background.
+    pub(super) fn bring_home(&self, object: &Arc<Object>) {
+        refresh(&self.shared, object);
+    }
+}
+
+/// Brings an object to where it lives, or is held, on devices, in the background.
+pub(super) fn refresh(shared: &Arc<Shared>, object: &Arc<Object>) {
+    if object.len == 0 {
+        return;
+    }
+    for device in object.devices_to_refresh() {
         let (reply, _nobody_waits) = parcel();
-        let (object, what, deadline) = (object.clone(), Move::Refresh, self.shared.deadline());
-        self.shared.requests.send(&self.shared, Request::Move { object, what, deadline, reply });
+        let (object, what, deadline) = (object.clone(), Move::Refresh(device), shared.deadline());
+        shared.requests.send(shared, Request::Move { object, what, deadline, reply });
     }
 }
 
@@ -216,19 +228,21 @@ async fn flush_unnamed(shared: Arc<Shared>, deadline: Deadline) -> Result<()> {
     let mut to_disk = Vec::new();
     let mut to_device = Vec::new();
     for object in shared.all().into_iter().filter(|object| !object.has_name()) {
-        match object.home {
-            MemoryTier::Disk if object.is_dirty() => to_disk.push(object),
-            MemoryTier::Vram if object.len > 0 && !object.in_vram() => to_device.push(object),
+        match object.home.device() {
+            None if object.home == MemoryTier::Disk && object.is_dirty() => to_disk.push(object),
+            Some(device) if object.len > 0 && !object.is_on(device) => {
+                to_device.push((object, device));
+            }
             _ => {}
         }
     }
     let (mut failed, mut first_error) = migrate::flush_many(&shared, to_disk, &deadline).await;
-    let moves = to_device.into_iter().map(|object| {
+    let moves = to_device.into_iter().map(|(object, device)| {
         let shared = shared.clone();
         async move {
             // Each one starts when there is a place for it.
             let deadline = shared.deadline();
-            ask(&shared, &object, Move::ToDevice, &deadline).await
+            ask(&shared, &object, Move::ToDevice(device), &deadline).await
         }
     });
     let mut moves = futures::stream::iter(moves).buffer_unordered(FLUSHES_MAX);

@@ -11,7 +11,7 @@ use crate::memory_tier::MemoryTier;
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Residency {
-    /// Device memory has a valid copy.
+    /// Memory of the first device has a valid copy; see [`is_in`](Self::is_in) for the others.
     pub vram: bool,
     /// Host memory has a valid copy.
     pub host: bool,
@@ -19,23 +19,32 @@ pub struct Residency {
     pub disk: bool,
     /// Host memory has bytes that the disk does not have.
     pub dirty: bool,
-    /// Pins that hold it.
+    /// Pins and leases that hold it, in all tiers.
     pub pins: u32,
     /// Whether a caller holds its current bytes.
     pub held: bool,
+    /// The devices that have a valid copy, one bit each.
+    devices: u32,
 }
 
 impl Residency {
     /// The fastest tier with a valid copy; none for an object that nobody has written yet and that
     /// has no copy anywhere.
     pub fn current_tier(&self) -> Option<MemoryTier> {
-        [
-            (self.vram, MemoryTier::Vram),
-            (self.host, MemoryTier::Host),
-            (self.disk, MemoryTier::Disk),
-        ]
-        .into_iter()
-        .find_map(|(there, tier)| there.then_some(tier))
+        if self.devices != 0 {
+            return Some(MemoryTier::of_device(self.devices.trailing_zeros() as u8));
+        }
+        [MemoryTier::Host, MemoryTier::Disk].into_iter().find(|&tier| self.is_in(tier))
+    }
+
+    /// Whether this tier has a valid copy.
+    pub fn is_in(&self, tier: MemoryTier) -> bool {
+        match tier {
+            MemoryTier::Vram => self.vram,
+            MemoryTier::OtherVram(device) => self.devices & (1 << (device.get() % 32)) != 0,
+            MemoryTier::Host => self.host,
+            MemoryTier::Disk => self.disk,
+        }
     }
 }
 
@@ -48,12 +57,18 @@ impl VirtualMemory {
     /// `HandleNotFound`, `Closed`.
     pub fn residency(&self, handle: &VMemHandle) -> Result<Residency> {
         let object = self.check(handle)?;
+        let (mut devices, mut holds) = (0, object.pins());
+        for (number, device) in self.shared.devices().iter().enumerate() {
+            devices |= u32::from(object.is_on(number)) << number;
+            holds += object.holds_in(device.tier());
+        }
         Ok(Residency {
-            vram: object.in_vram(),
+            vram: devices & 1 != 0,
+            devices,
             host: object.has_host_room(),
             disk: object.len > 0 && object.disk().is_whole(object.len),
             dirty: object.is_dirty(),
-            pins: object.pins() + object.vram_pins(),
+            pins: holds,
             held: object.copy.readers() > 0,
         })
     }

@@ -131,13 +131,6 @@ impl VirtualMemory {
         Ok(())
     }
 
-    /// What lives in device memory, or is pinned there, is promoted again behind the write.
-    fn bring_home(&self, object: &Arc<Object>) {
-        if object.belongs_in_vram() && object.len > 0 {
-            self.refresh(object);
-        }
-    }
-
     async fn write_range(
         &self,
         object: &Arc<Object>,

@@ -1,0 +1,381 @@
+//! What an object has in the memory of devices.
+//!
+//! Invariant: a valid range holds the bytes of the current version, which host memory or the disk has too; one that is not
+//! valid is space that was set apart. Whatever changes the version makes every range invalid in the same step, but the
+//! one that a kernel wrote. Changed by the holder of the gate only; whoever uses a range holds a share of it, whose end
+//! wakes who waits for that.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use smallvec::SmallVec;
+
+use super::{DiskMap, GatePass, Inner, Object};
+use crate::copy::{Found, OwnedCopy};
+use crate::device::DeviceRange;
+use crate::memory_tier::MemoryTier;
+use crate::policy::{Entry, Probe, Token};
+use crate::stats;
+use crate::tier::{Device, Hold};
+
+/// What it has on each device where it has anything; most objects have at most one.
+pub(super) type OnDevices = SmallVec<[OnDevice; 1]>;
+
+/// What an object has on one device: a range, holds, or both.
+#[derive(Debug)]
+pub(super) struct OnDevice {
+    device: usize,
+    place: Option<Place>,
+    holds: u32,
+    /// What the first of the holds was charged as.
+    charged_as: Hold,
+}
+
+/// A range of device memory, and what the policy of the tier calls it.
+#[derive(Debug)]
+struct Place {
+    range: DeviceRange,
+    is_valid: bool,
+    token: Token,
+    /// The accesses that the policy has seen.
+    seen: u32,
+}
+
+/// Ranges that were taken out of the object, for `Object::left_devices`.
+#[must_use]
+#[derive(Debug, Default)]
+pub(super) struct Left(SmallVec<[(usize, Place); 1]>);
+
+impl Inner {
+    fn on(&self, device: usize) -> Option<&OnDevice> {
+        self.devices.as_ref()?.iter().find(|on| on.device == device)
+    }
+
+    fn on_mut(&mut self, device: usize) -> Option<&mut OnDevice> {
+        self.devices.as_mut()?.iter_mut().find(|on| on.device == device)
+    }
+
+    fn on_or_new(&mut self, device: usize) -> &mut OnDevice {
+        let devices = self.devices.get_or_insert_default();
+        let at = devices.iter().position(|on| on.device == device).unwrap_or_else(|| {
+            devices.push(OnDevice { device, place: None, holds: 0, charged_as: Hold::Pin });
+            devices.len() - 1
+        });
+        &mut devices[at]
+    }
+
+    fn place(&self, device: usize) -> Option<&Place> {
+        self.on(device)?.place.as_ref()
+    }
+
+    fn place_mut(&mut self, device: usize) -> Option<&mut Place> {
+        self.on_mut(device)?.place.as_mut()
+    }
+
+    fn take_place(&mut self, device: usize) -> Option<Place> {
+        let place = self.on_mut(device)?.place.take();
+        self.forget_empty();
+        place
+    }
+
+    /// Nothing is kept of devices where the object has nothing.
+    fn forget_empty(&mut self) {
+        let Some(devices) = &mut self.devices else { return };
+        devices.retain(|on| on.place.is_some() || on.holds > 0);
+        if devices.is_empty() {
+            self.devices = None;
+        }
+    }
+
+    /// The version has changed: copies of the one before are no use. Space stays where the object belongs, and nobody
+    /// uses it. What leaves is for `Object::left_devices`, where no lock is held.
+    pub(super) fn outdate_devices(&mut self, home: MemoryTier) -> Left {
+        let mut left = Left::default();
+        // What a kernel wrote is what is being published.
+        let written = self.pending;
+        let Some(devices) = &mut self.devices else { return left };
+        for on in devices.iter_mut() {
+            let Some(place) = &mut on.place else { continue };
+            place.is_valid = written == Some(on.device);
+            let belongs = on.holds > 0 || home.device() == Some(on.device);
+            if !place.is_valid && !(belongs && place.range.is_idle()) {
+                left.0.extend(on.place.take().map(|place| (on.device, place)));
+            }
+        }
+        self.forget_empty();
+        left
+    }
+
+    /// Everything, of an object that is freed.
+    pub(super) fn take_devices(&mut self) -> Left {
+        let devices = self.devices.iter_mut().flat_map(|devices| devices.iter_mut());
+        let places = devices.filter_map(|on| Some((on.device, on.place.take()?)));
+        let left = Left(places.collect());
+        self.forget_empty();
+        left
+    }
+
+    /// A share of the current version on a device that serves, and which that is.
+    pub(super) fn device_share(&self, devices: &[Device]) -> Option<(usize, DeviceRange)> {
+        self.devices.as_ref()?.iter().find_map(|on| {
+            let place = on.place.as_ref().filter(|place| place.is_valid)?;
+            let serves = devices[on.device].backend.lost().is_none();
+            serves.then(|| (on.device, place.range.share()))
+        })
+    }
+}
+
+impl Object {
+    /// Whether this device has the current version.
+    pub(crate) fn is_on(&self, device: usize) -> bool {
+        let is_valid = self.inner.lock().place(device).is_some_and(|place| place.is_valid);
+        is_valid && self.shared.device(device).is_ok()
+    }
+
+    /// Whether any device has the current version.
+    pub(crate) fn is_on_any_device(&self) -> bool {
+        self.inner.lock().device_share(self.shared.devices()).is_some()
+    }
+
+    /// A share of the current version on this device.
+    pub(crate) fn share_on(&self, device: usize) -> Option<DeviceRange> {
+        self.shared.device(device).ok()?;
+        let inner = self.inner.lock();
+        inner.place(device).filter(|place| place.is_valid).map(|place| place.range.share())
+    }
+
+    /// Whether it has memory of this device, with the current version in it or not.
+    pub(crate) fn has_space_on(&self, device: usize) -> bool {
+        self.inner.lock().place(device).is_some()
+    }
+
+    /// The devices where it has memory.
+    pub(crate) fn devices_with_space(&self) -> SmallVec<[usize; 4]> {
+        let inner = self.inner.lock();
+        let devices = inner.devices.iter().flat_map(|devices| devices.iter());
+        devices.filter(|on| on.place.is_some()).map(|on| on.device).collect()
+    }
+
+    /// The devices to which a change of the object is to come again: it lives there, or is held there.
+    pub(crate) fn devices_to_refresh(&self) -> SmallVec<[usize; 1]> {
+        let inner = self.inner.lock();
+        let devices = inner.devices.iter().flat_map(|devices| devices.iter());
+        let held = devices.filter(|on| on.holds > 0).map(|on| on.device);
+        let mut all: SmallVec<[usize; 1]> = held.collect();
+        all.extend(self.home.device().filter(|home| !all.contains(home)));
+        all
+    }
+
+    /// Sets device memory apart.
+    pub(crate) fn set_space_on(
+        &self,
+        _pass: &GatePass,
+        device: usize,
+        range: DeviceRange,
+        prefetched: bool,
+    ) {
+        let tier = &self.shared.devices()[device];
+        assert!(!self.has_space_on(device), "device memory is set apart once");
+        let (id, stamp, footprint) = (self.id, self.stamp(), range.footprint());
+        let token = tier.enter(Entry { id, stamp, footprint, prefetched }, &range);
+        let place = Place { range, is_valid: false, token, seen: self.touches() };
+        self.inner.lock().on_or_new(device).place = Some(place);
+        stats::add(&tier.state.objects, 1);
+    }
+
+    /// A share of the space that was set apart, if nothing uses it any more.
+    pub(crate) fn space_on(&self, _pass: &GatePass, device: usize) -> Option<DeviceRange> {
+        let inner = self.inner.lock();
+        let place = inner.place(device)?;
+        let is_idle = !place.is_valid && place.range.is_idle();
+        is_idle.then(|| place.range.share())
+    }
+
+    /// The space holds the current version now.
+    pub(crate) fn publish_on(&self, _pass: &GatePass, device: usize) {
+        if let Some(place) = self.inner.lock().place_mut(device) {
+            place.is_valid = true;
+        }
+        // Whoever asked for it has not used it yet: it is not to be the next that leaves.
+        self.stamp.fetch_max(self.shared.now(), Ordering::Relaxed);
+    }
+
+    /// Takes it out of device memory, unless it is held or used there. False if it stays.
+    pub(crate) fn leave_device(&self, _pass: &GatePass, device: usize) -> bool {
+        let mut inner = self.inner.lock();
+        let leaves = inner.on(device).is_some_and(|on| {
+            on.holds == 0 && on.place.as_ref().is_some_and(|place| place.range.is_idle())
+        });
+        let place = if leaves { inner.take_place(device) } else { None };
+        drop(inner);
+        self.left_devices(Left(place.map(|place| (device, place)).into_iter().collect()));
+        leaves
+    }
+
+    /// Takes it out of the memory of this device, whoever uses it there: they keep the range.
+    pub(crate) fn detach_from(&self, _pass: &GatePass, device: usize) {
+        let place = self.inner.lock().take_place(device);
+        self.left_devices(Left(place.map(|place| (device, place)).into_iter().collect()));
+    }
+
+    /// Takes it out of the memory of every device.
+    pub(crate) fn detach_from_devices(&self, _pass: &GatePass) {
+        let left = self.inner.lock().take_devices();
+        self.left_devices(left);
+    }
+
+    /// What was taken out of the object leaves the order of eviction; its range goes back with the last
+    /// share. Where no lock is held.
+    pub(super) fn left_devices(&self, left: Left) {
+        for (device, Place { range, token, .. }) in left.0 {
+            let tier = &self.shared.devices()[device];
+            tier.leave(token, &range);
+            stats::sub(&tier.state.objects, 1);
+            drop(range);
+        }
+    }
+
+    /// Where its copy on this device lies.
+    pub(crate) fn address_on(&self, device: usize) -> Option<u64> {
+        self.inner.lock().place(device).map(|place| place.range.address())
+    }
+
+    /// Whether its copy could leave this device now; a hint.
+    pub(crate) fn is_evictable_on(&self, device: usize) -> bool {
+        let inner = self.inner.lock();
+        let is_free = |on: &OnDevice| {
+            on.holds == 0 && on.place.as_ref().is_some_and(|place| place.range.is_idle())
+        };
+        !inner.gate_taken && inner.on(device).is_some_and(is_free)
+    }
+
+    /// How it stands on this device, for the policy. What was used at `spared_since` or later is not to go.
+    pub(crate) fn probe_on(&self, device: usize, spared_since: u64) -> Probe {
+        let mut inner = self.inner.lock();
+        let is_changing = inner.gate_taken;
+        let Some(on) = inner.on_mut(device) else { return Probe::Gone };
+        let Some(place) = &mut on.place else { return Probe::Gone };
+        let stamp = self.stamp();
+        if on.holds > 0 {
+            Probe::Pinned
+        } else if !place.range.is_idle() || is_changing {
+            Probe::Busy { stamp: self.shared.now() }
+        } else if stamp >= spared_since {
+            Probe::Unfit
+        } else {
+            let now = self.touches();
+            let touches = now.wrapping_sub(std::mem::replace(&mut place.seen, now));
+            Probe::Evictable { stamp, touches }
+        }
+    }
+
+    /// Whether a copy or a kernel uses its memory on this device right now; a hint.
+    pub(crate) fn is_used_on(&self, device: usize) -> bool {
+        self.inner.lock().place(device).is_some_and(|place| !place.range.is_idle())
+    }
+
+    // ---- Changes by kernels ------------------------------------------------------------------
+
+    /// The current copy, or the space, on this device for somebody who will write to it: from now on it is not the
+    /// current version. None if somebody else uses it.
+    pub(crate) fn claim_on(&self, _pass: &GatePass, device: usize) -> Option<DeviceRange> {
+        let mut inner = self.inner.lock();
+        let place = inner.place_mut(device)?;
+        if !place.range.is_idle() {
+            return None;
+        }
+        place.is_valid = false;
+        Some(place.range.share())
+    }
+
+    /// What was claimed was not written: it is as it was.
+    pub(crate) fn restore_on(&self, _pass: &GatePass, device: usize, was_valid: bool) {
+        if let Some(place) = self.inner.lock().place_mut(device) {
+            place.is_valid = was_valid;
+        }
+    }
+
+    /// Hides the version that is in host memory or on disk until what a kernel wrote on this device is published, or was
+    /// given up. Whoever reads already goes on. Returns the host copy.
+    pub(crate) fn begin_pending(&self, _pass: &GatePass, device: usize) -> Option<Bytes> {
+        let before = self.standing();
+        let old = match self.copy.acquire(&self.shared.copies) {
+            Found::Copy(guard) => Some(guard.into_bytes()),
+            Found::Locked | Found::Nothing => None,
+        };
+        let flight = {
+            let mut inner = self.inner.lock();
+            inner.pending = Some(device);
+            self.copy.detach(&self.shared.copies);
+            // A read that comes now does not join one of the version before.
+            inner.flight.take()
+        };
+        drop(flight);
+        self.leave_order();
+        self.count_change(before);
+        if self.has_spare() {
+            self.enter_order(false);
+        }
+        old
+    }
+
+    /// What a kernel wrote is the current version: in device memory, and here in host memory.
+    pub(crate) fn publish_changed(self: &Arc<Self>, pass: &GatePass, copy: OwnedCopy) {
+        self.publish(pass, Some(copy), DiskMap::clear);
+        self.inner.lock().pending = None;
+    }
+
+    /// Whether what a kernel wrote is on its way.
+    pub(crate) fn is_pending(&self) -> bool {
+        self.inner.lock().pending.is_some()
+    }
+
+    /// The version before is the current one again; `old` is its host copy if it had one.
+    pub(crate) fn give_up_pending(self: &Arc<Self>, pass: &GatePass, old: Option<OwnedCopy>) {
+        if let Some(old) = old {
+            self.publish_fetched(pass, old, false);
+        }
+        self.inner.lock().pending = None;
+    }
+
+    // ---- Holds -----------------------------------------------------------------------------
+
+    pub(super) fn holds_on(&self, device: usize) -> u32 {
+        self.inner.lock().on(device).map_or(0, |on| on.holds)
+    }
+
+    pub(super) fn add_hold_on(&self, device: usize, charged_as: Hold) -> bool {
+        let mut inner = self.inner.lock();
+        let on = inner.on_or_new(device);
+        on.holds += 1;
+        if on.holds == 1 {
+            on.charged_as = charged_as;
+        }
+        on.holds == 1
+    }
+
+    /// One more hold, unless it were the first.
+    pub(super) fn try_add_hold_on(&self, device: usize) -> bool {
+        let mut inner = self.inner.lock();
+        let Some(on) = inner.on_mut(device).filter(|on| on.holds > 0) else { return false };
+        on.holds += 1;
+        true
+    }
+
+    /// One hold less. Returns what to uncharge if it was the last.
+    pub(super) fn remove_hold_on(&self, device: usize) -> Option<Hold> {
+        let mut inner = self.inner.lock();
+        let on = inner.on_mut(device).expect("invariant: a hold is counted until it goes");
+        on.holds = on.holds.checked_sub(1).expect("invariant: a hold is counted until it goes");
+        let last = (on.holds == 0).then_some(on.charged_as);
+        inner.forget_empty();
+        drop(inner);
+        if last.is_some() {
+            let tier = &self.shared.devices()[device];
+            tier.state.unpark(|| self.inner.lock().place(device).map(|place| place.token));
+            tier.ring();
+        }
+        last
+    }
+}

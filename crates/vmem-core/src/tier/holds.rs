@@ -1,0 +1,87 @@
+//! What keeps a tier from being evicted: pins and leases, each object counted once.
+//!
+//! Invariant: what is charged never exceeds the most that the configuration allows. An object is charged by its
+//! first hold in the tier, whatever kind that is, and uncharged with its last, so no object is counted twice. Charged
+//! by the pins and leases of `vmem`; read by the evictor and by whoever says why there is no space.
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
+
+/// What keeps an object where it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hold {
+    Pin,
+    /// A kernel reads or writes it.
+    Lease,
+}
+
+/// The holds of one tier, in bytes of footprint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct HeldBytes {
+    pub(crate) pinned: u64,
+    pub(crate) leased: u64,
+}
+
+impl HeldBytes {
+    pub(crate) fn total(self) -> u64 {
+        self.pinned + self.leased
+    }
+
+    fn of(&mut self, hold: Hold) -> &mut u64 {
+        match hold {
+            Hold::Pin => &mut self.pinned,
+            Hold::Lease => &mut self.leased,
+        }
+    }
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct Holds {
+    bytes: Mutex<HeldBytes>,
+    max: u64,
+    gone: Notify,
+}
+
+impl Holds {
+    pub(crate) fn new(max: u64) -> Self {
+        Holds { bytes: Mutex::default(), max, gone: Notify::new() }
+    }
+
+    pub(crate) fn bytes(&self) -> HeldBytes {
+        *self.bytes.lock()
+    }
+
+    pub(crate) fn max(&self) -> u64 {
+        self.max
+    }
+
+    /// Charges one object, if the budget allows it.
+    pub(crate) fn try_charge(&self, hold: Hold, footprint: u64) -> bool {
+        let mut bytes = self.bytes.lock();
+        let fits = bytes.total().checked_add(footprint).is_some_and(|sum| sum <= self.max);
+        if fits {
+            *bytes.of(hold) += footprint;
+        }
+        fits
+    }
+
+    pub(crate) fn uncharge(&self, hold: Hold, footprint: u64) {
+        let mut bytes = self.bytes.lock();
+        let of_kind = bytes.of(hold);
+        assert!(*of_kind >= footprint, "held bytes never fall below zero");
+        *of_kind -= footprint;
+        drop(bytes);
+        self.ring();
+    }
+
+    /// Ends when a hold goes, or the store.
+    pub(crate) fn gone(&self) -> Notified<'_> {
+        self.gone.notified()
+    }
+
+    pub(crate) fn ring(&self) {
+        self.gone.notify_waiters();
+    }
+}

@@ -1,0 +1,182 @@
+//! One tier with a budget: its space and who waits for it, who is evicted first, and what keeps it.
+//!
+//! Invariant: every tier that evicts is one value of this type, so what is true of waiting, of holds and of the
+//! order of eviction is true of all of them. Asked by objects and migrations; served by the actor.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::queue::Grant;
+use super::{Holds, Need, Queue, Refused, Space};
+use crate::deadline::Deadline;
+use crate::error::VirtualMemoryError;
+use crate::memory_tier::MemoryTier;
+use crate::policy::{Entry, Policy, Token};
+
+/// Between which bytes of use the evictor works ahead of need.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Watermarks {
+    /// Eviction ahead of need ends here.
+    pub(crate) low_bytes: u64,
+    /// It starts there; a prefetch gets no space beyond it.
+    pub(crate) high_bytes: u64,
+}
+
+/// See the module's documentation.
+pub(crate) struct TierState<S: Space> {
+    pub(crate) tier: MemoryTier,
+    pub(crate) queue: Queue<S>,
+    pub(crate) order: Mutex<Box<dyn Policy>>,
+    pub(crate) holds: Holds,
+    pub(crate) marks: Watermarks,
+    /// Objects with a copy, or with space set apart, in this tier.
+    pub(crate) objects: AtomicU64,
+    /// Reads that a copy in this tier served.
+    pub(crate) hits: AtomicU64,
+    /// The evictor found nothing that it could take but what is held.
+    blocked_by_holds: AtomicBool,
+}
+
+impl<S: Space> TierState<S> {
+    pub(crate) fn new(
+        tier: MemoryTier,
+        queue: Queue<S>,
+        order: Box<dyn Policy>,
+        max_held: f64,
+        marks: Watermarks,
+    ) -> Self {
+        let max_held_bytes = queue.space().capacity_bytes() as f64 * max_held;
+        TierState {
+            tier,
+            order: Mutex::new(order),
+            holds: Holds::new(max_held_bytes as u64),
+            marks,
+            objects: AtomicU64::new(0),
+            hits: AtomicU64::new(0),
+            blocked_by_holds: AtomicBool::new(false),
+            queue,
+        }
+    }
+
+    pub(crate) fn space(&self) -> &S {
+        self.queue.space()
+    }
+
+    // ---- Space -------------------------------------------------------------------------------
+
+    /// Space for each object of the request, as soon as there is some for all; for callers who have no other way.
+    ///
+    /// # Errors
+    ///
+    /// `ExceedsCapacity` and `TierFull` at once; `AllPinned` or `TimedOut` at the deadline; `Closed`.
+    pub(crate) async fn take(
+        &self,
+        need: &Need,
+        deadline: &Deadline,
+    ) -> Result<Grant<S>, VirtualMemoryError> {
+        self.check_fits(self.queue.footprint(need))?;
+        self.queue.take(need, deadline).await.map_err(|refused| self.refusal(need, refused))
+    }
+
+    /// Whether so many bytes of footprint could ever fit.
+    ///
+    /// # Errors
+    ///
+    /// `ExceedsCapacity`.
+    pub(crate) fn check_fits(&self, requested_bytes: u64) -> Result<(), VirtualMemoryError> {
+        let (tier, capacity_bytes) = (self.tier, self.space().capacity_bytes());
+        if requested_bytes <= capacity_bytes {
+            return Ok(());
+        }
+        Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
+    }
+
+    /// The public form of a refusal.
+    pub(crate) fn refusal(&self, need: &Need, refused: Refused) -> VirtualMemoryError {
+        let requested_bytes = self.queue.footprint(need);
+        match refused {
+            Refused::Error(error) => error,
+            Refused::Deadline(waited) => self.why_no_space(requested_bytes, waited),
+            Refused::Spill => self.full(requested_bytes),
+        }
+    }
+
+    /// What kept a request from being served until its deadline.
+    pub(crate) fn why_no_space(
+        &self,
+        requested_bytes: u64,
+        waited: Duration,
+    ) -> VirtualMemoryError {
+        let reach = self.space().capacity_bytes().saturating_sub(self.unevictable_bytes());
+        let is_blocked = self.blocked_by_holds.load(Ordering::SeqCst) || requested_bytes > reach;
+        if self.unevictable_bytes() == 0 || !is_blocked {
+            let operation = match self.tier {
+                MemoryTier::Host => "making room in host",
+                _ => "making room in vram",
+            };
+            return VirtualMemoryError::TimedOut { operation, waited };
+        }
+        self.all_held(requested_bytes, waited)
+    }
+
+    /// What holds the tier.
+    pub(crate) fn all_held(&self, requested_bytes: u64, waited: Duration) -> VirtualMemoryError {
+        let held = self.holds.bytes();
+        VirtualMemoryError::AllPinned {
+            tier: self.tier,
+            requested_bytes,
+            pinned_bytes: held.pinned,
+            leased_bytes: held.leased,
+            held_bytes: self.space().held_bytes(),
+            capacity_bytes: self.space().capacity_bytes(),
+            waited,
+        }
+    }
+
+    /// The tier is full and nothing can leave it.
+    pub(crate) fn full(&self, requested_bytes: u64) -> VirtualMemoryError {
+        let (used, capacity_bytes) = (self.space().used_bytes(), self.space().capacity_bytes());
+        VirtualMemoryError::TierFull {
+            tier: self.tier,
+            requested_bytes,
+            free_bytes: capacity_bytes.saturating_sub(used),
+            capacity_bytes,
+        }
+    }
+
+    /// What no eviction frees now, in bytes of footprint: at least so much, since what is pinned may be read too.
+    pub(crate) fn unevictable_bytes(&self) -> u64 {
+        self.holds.bytes().total().max(self.space().held_bytes())
+    }
+
+    /// Whether the last look for victims met nothing but what is held.
+    pub(crate) fn set_blocked_by_holds(&self, is_blocked: bool) {
+        self.blocked_by_holds.store(is_blocked, Ordering::SeqCst);
+    }
+
+    // ---- The order of eviction ---------------------------------------------------------------
+
+    pub(crate) fn enter(&self, entry: Entry) -> Token {
+        self.order.lock().insert(entry)
+    }
+
+    pub(crate) fn leave(&self, token: Token) {
+        self.order.lock().remove(token);
+    }
+
+    /// The policy asks about an object again; `token` is called under its lock.
+    pub(crate) fn unpark(&self, token: impl FnOnce() -> Option<Token>) {
+        let mut order = self.order.lock();
+        if let Some(token) = token() {
+            order.unpark(token);
+        }
+    }
+}
+
+impl<S: Space> std::fmt::Debug for TierState<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TierState").field("tier", &self.tier).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,400 @@
+//! Taking leases of one object or of several, all or none.
+//!
+//! Invariant: nothing is kept while space, a budget, a change or a kernel is waited for. With the space for all that is
+//! missing the bytes are brought up, and each object is held as soon as it is there; then all is taken in one step that
+//! waits for nothing, or nothing is, and what was in the way is waited for. So sets that want each other's objects never
+//! stand still, and a reader who holds an object already gets it again whoever waits to write to it. Run as a task;
+//! called by the leases.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+
+use super::Result;
+use super::lease::{Claim, LEASE, VramChange, VramHold, VramSet};
+use super::pin::{Held, until_unheld};
+use crate::copy::OwnedCopy;
+use crate::deadline::{Deadline, Late};
+use crate::device::{DeviceError, DeviceRange};
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
+use crate::handle::VMemHandle;
+use crate::migrate::{Job, fill_device};
+use crate::object::{GatePass, Object};
+use crate::shared::Shared;
+use crate::tier::{Device, Hold, Need};
+
+/// What a lease asks for.
+pub(super) struct Asked {
+    pub(super) reads: Vec<VMemHandle>,
+    pub(super) writes: Vec<VMemHandle>,
+    /// The bytes of what is written do not matter: it begins as zeros.
+    pub(super) overwrite: bool,
+}
+
+/// What keeps a set from being taken now.
+enum Blocked {
+    /// It is not on the device, or not the current version.
+    Missing,
+    /// A change of this object is under way.
+    Changing(Arc<Object>),
+    /// Copies or kernels use what is to be written.
+    Used(Arc<Object>),
+    /// The budget for holds has no place for so many bytes more.
+    Budget(u64),
+}
+
+impl Asked {
+    /// All objects, those to be read first.
+    pub(super) fn handles(&self) -> impl Iterator<Item = &VMemHandle> {
+        self.reads.iter().chain(&self.writes)
+    }
+
+    /// Each object that has bytes, once.
+    fn objects(&self) -> Vec<Arc<Object>> {
+        let mut seen = HashSet::new();
+        let objects = self.handles().map(VMemHandle::object);
+        objects.filter(|object| object.len > 0 && seen.insert(object.id)).cloned().collect()
+    }
+
+    /// Whether the bytes of this object do not matter.
+    fn overwrites(&self, object: &Object) -> bool {
+        self.overwrite && self.writes.iter().any(|handle| handle.object().id == object.id)
+    }
+
+    /// Whether the device has what the lease needs of this object.
+    fn is_there(&self, object: &Object, number: usize) -> bool {
+        match self.overwrites(object) {
+            true => object.has_space_on(number),
+            false => object.is_on(number),
+        }
+    }
+
+    /// Whether all of it could ever be on the device at once.
+    ///
+    /// # Errors
+    ///
+    /// `ExceedsCapacity`.
+    pub(super) fn check_fits(&self, shared: &Shared, number: usize) -> Result<()> {
+        let device = shared.device(number)?;
+        let footprints =
+            self.objects().into_iter().map(|object| device.backend.footprint(object.len));
+        let requested_bytes = footprints.fold(0, u64::saturating_add);
+        let capacity_bytes = device.state.holds.max();
+        if requested_bytes <= capacity_bytes {
+            return Ok(());
+        }
+        let tier = device.tier();
+        Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
+    }
+}
+
+/// Takes all that is asked for; for a task.
+pub(super) async fn take(
+    shared: Arc<Shared>,
+    number: usize,
+    asked: Arc<Asked>,
+    deadline: Deadline,
+) -> Result<VramSet> {
+    let device = shared.device(number)?;
+    loop {
+        match attempt(&shared, number, &asked, &deadline).await? {
+            Ok(set) => {
+                if asked.overwrite {
+                    zero(device, &set).await?;
+                }
+                return Ok(set);
+            }
+            Err(blocked) => wait(&shared, number, blocked, &deadline).await?,
+        }
+        if deadline.is_past() {
+            return Err(deadline.error(LEASE));
+        }
+    }
+}
+
+/// Space first, for which it waits with nothing in its hands; then everything else, for which it waits for nothing but
+/// the bytes.
+async fn attempt(
+    shared: &Arc<Shared>,
+    number: usize,
+    asked: &Asked,
+    deadline: &Deadline,
+) -> Result<std::result::Result<VramSet, Blocked>> {
+    let (there, missing): (Vec<_>, Vec<_>) =
+        asked.objects().into_iter().partition(|object| asked.is_there(object, number));
+    let (spaces, rooms) = spaces(shared, number, &missing, asked, deadline).await?;
+    // Dropped after the holds.
+    let overwritten = missing.iter().filter(|object| asked.overwrites(object));
+    let _unfilled: Vec<_> =
+        overwritten.map(|object| Unfilled { object: object.clone(), number }).collect();
+    let mut held = Vec::new();
+    for object in &there {
+        match try_hold(shared, number, asked, object)? {
+            Ok(hold) => held.push(hold),
+            Err(blocked) => return Ok(Err(blocked)),
+        }
+    }
+    let mut spaces = spaces.into_iter();
+    let mut filling = FuturesUnordered::new();
+    for object in missing {
+        let space = if object.has_space_on(number) { None } else { spaces.next() };
+        let Some(pass) = object.gate_if_open()? else { return Ok(Err(Blocked::Changing(object))) };
+        filling.push(bring(asked, number, (pass, space), deadline));
+    }
+    let mut blocked = None;
+    while let Some(brought) = filling.next().await {
+        match brought? {
+            Ok(hold) => held.push(hold),
+            Err(why) => blocked = Some(why),
+        }
+    }
+    drop(filling);
+    match blocked {
+        Some(blocked) => Ok(Err(blocked)),
+        None => try_take(shared, number, asked, rooms),
+    }
+}
+
+/// Space on the device for what is missing there, and in host memory for each version that will be written: all of
+/// both, and nothing is kept while either is waited for.
+async fn spaces(
+    shared: &Arc<Shared>,
+    number: usize,
+    missing: &[Arc<Object>],
+    asked: &Asked,
+    deadline: &Deadline,
+) -> Result<(Vec<DeviceRange>, Vec<OwnedCopy>)> {
+    let state = &shared.device(number)?.state;
+    let lens = |objects: &mut dyn Iterator<Item = &Arc<Object>>| {
+        Need::set(objects.map(|object| (object.len, object.id)))
+    };
+    let on_device = lens(&mut missing.iter().filter(|object| !object.has_space_on(number)));
+    let written = asked.writes.iter().map(VMemHandle::object).filter(|object| object.len > 0);
+    let in_host = lens(&mut written.into_iter());
+    if !shared.fits_host(in_host.len()) {
+        return Err(shared.exceeds_host(in_host.len()));
+    }
+    loop {
+        let spaces = state.take(&on_device, deadline).await?;
+        if let Some(rooms) = shared.try_host_rooms(&in_host) {
+            return Ok((spaces.into_vec(), rooms));
+        }
+        drop(spaces);
+        let rooms = shared.host_rooms(&in_host, deadline).await;
+        let rooms = rooms.map_err(|refused| shared.refusal(&in_host, refused))?;
+        if let Some(spaces) = state.queue.try_take(&on_device) {
+            return Ok((spaces.into_vec(), rooms));
+        }
+    }
+}
+
+/// Space for an object whose bytes do not matter: unless it was taken for good, it goes back.
+struct Unfilled {
+    object: Arc<Object>,
+    number: usize,
+}
+
+impl Drop for Unfilled {
+    fn drop(&mut self) {
+        let Unfilled { object, number } = self;
+        if let Some(pass) = object.try_gate()
+            && !object.is_on(*number)
+            && !object.devices_to_refresh().contains(number)
+        {
+            object.detach_from(&pass, *number);
+        }
+    }
+}
+
+/// Brings one object up and holds it.
+async fn bring(
+    asked: &Asked,
+    number: usize,
+    (pass, space): (GatePass, Option<DeviceRange>),
+    deadline: &Deadline,
+) -> Result<std::result::Result<Held, Blocked>> {
+    let object = pass.object().clone();
+    let device = object.shared.device(number)?;
+    let job = Job::new(object.clone(), MigrationCause::Promote, *deadline);
+    if !fill_device(&job, number, (&pass, space), !asked.overwrites(&object)).await? {
+        return Ok(Err(Blocked::Missing));
+    }
+    let held = Held::try_count(&pass, device.tier(), Hold::Lease)?;
+    Ok(held.ok_or_else(|| Blocked::Budget(device.backend.footprint(object.len))))
+}
+
+/// Holds an object that is there.
+fn try_hold(
+    shared: &Arc<Shared>,
+    number: usize,
+    asked: &Asked,
+    object: &Arc<Object>,
+) -> Result<std::result::Result<Held, Blocked>> {
+    let device = shared.device(number)?;
+    let Some(pass) = object.gate_if_open()? else {
+        return Ok(Err(Blocked::Changing(object.clone())));
+    };
+    if !asked.is_there(object, number) {
+        return Ok(Err(Blocked::Missing));
+    }
+    let held = Held::try_count(&pass, device.tier(), Hold::Lease)?;
+    Ok(held.ok_or_else(|| Blocked::Budget(device.backend.footprint(object.len))))
+}
+
+/// What is not written must not show what others left there.
+async fn zero(device: &Device, set: &VramSet) -> Result<()> {
+    for range in set.writes.iter().filter_map(VramChange::range) {
+        device.backend.zero(range).await.map_err(DeviceError::public)?;
+    }
+    Ok(())
+}
+
+/// A copy that is claimed, and whether it was valid before.
+struct Claimed {
+    claim: Claim,
+    handle: VMemHandle,
+    was_valid: bool,
+}
+
+impl Claimed {
+    /// It is as it was.
+    fn give_up(self) {
+        let Claim { device, range, pass, .. } = self.claim;
+        drop(range);
+        pass.object().restore_on(&pass, device, self.was_valid);
+    }
+}
+
+/// Takes all now, or says what is in the way.
+fn try_take(
+    shared: &Arc<Shared>,
+    number: usize,
+    asked: &Asked,
+    rooms: Vec<OwnedCopy>,
+) -> Result<std::result::Result<VramSet, Blocked>> {
+    let mut reads = Vec::with_capacity(asked.reads.len());
+    for handle in &asked.reads {
+        match try_lease(shared, number, handle)? {
+            Ok(hold) => reads.push(hold),
+            Err(blocked) => return Ok(Err(blocked)),
+        }
+    }
+    let mut rooms = rooms.into_iter();
+    let mut claimed: Vec<Claimed> = Vec::new();
+    let mut writes = Vec::new();
+    for handle in &asked.writes {
+        if handle.is_empty() {
+            writes.push(VramChange { inner: None, handle: handle.clone() });
+            continue;
+        }
+        let room = rooms.next().expect("invariant: there is space for each version");
+        match try_claim(shared, number, handle, room, asked.overwrite) {
+            Ok(Ok(claim)) => claimed.push(claim),
+            refused => {
+                claimed.into_iter().for_each(Claimed::give_up);
+                return refused.map(|refused| refused.map(|_| unreachable!("it was refused")));
+            }
+        }
+    }
+    writes.extend(
+        claimed
+            .into_iter()
+            .map(|Claimed { claim, handle, .. }| VramChange { inner: Some(claim), handle }),
+    );
+    Ok(Ok(VramSet { reads, writes }))
+}
+
+fn gate(object: &Arc<Object>) -> Result<std::result::Result<GatePass, Blocked>> {
+    let pass = object.gate_if_open()?;
+    Ok(pass.ok_or_else(|| Blocked::Changing(object.clone())))
+}
+
+fn try_lease(
+    shared: &Arc<Shared>,
+    number: usize,
+    handle: &VMemHandle,
+) -> Result<std::result::Result<VramHold, Blocked>> {
+    let object = handle.object();
+    let device = shared.device(number)?;
+    let pass = match gate(object)? {
+        Ok(pass) => pass,
+        Err(blocked) => return Ok(Err(blocked)),
+    };
+    let range = object.share_on(number);
+    if range.is_none() && object.len > 0 {
+        return Ok(Err(Blocked::Missing));
+    }
+    Ok(match Held::try_count(&pass, device.tier(), Hold::Lease)? {
+        Some(held) => Ok(VramHold { range, _held: held, _handle: handle.clone() }),
+        None => Err(Blocked::Budget(device.backend.footprint(object.len))),
+    })
+}
+
+fn try_claim(
+    shared: &Arc<Shared>,
+    number: usize,
+    handle: &VMemHandle,
+    room: OwnedCopy,
+    overwrite: bool,
+) -> Result<std::result::Result<Claimed, Blocked>> {
+    let object = handle.object();
+    let device = shared.device(number)?;
+    let pass = match gate(object)? {
+        Ok(pass) => pass,
+        Err(blocked) => return Ok(Err(blocked)),
+    };
+    let was_valid = object.is_on(number);
+    if !(was_valid || overwrite && object.has_space_on(number)) {
+        return Ok(Err(Blocked::Missing));
+    }
+    let Some(held) = Held::try_count(&pass, device.tier(), Hold::Lease)? else {
+        return Ok(Err(Blocked::Budget(device.backend.footprint(object.len))));
+    };
+    let Some(range) = object.claim_on(&pass, number) else {
+        return Ok(Err(Blocked::Used(object.clone())));
+    };
+    let claim = Claim { device: number, range, room, pass, held };
+    Ok(Ok(Claimed { claim, handle: handle.clone(), was_valid }))
+}
+
+/// Waits until what was in the way may have gone.
+async fn wait(
+    shared: &Arc<Shared>,
+    number: usize,
+    blocked: Blocked,
+    deadline: &Deadline,
+) -> Result<()> {
+    let device = shared.device(number)?;
+    match blocked {
+        Blocked::Missing => {
+            // Others have their turn, so that whoever took it gets on.
+            tokio::task::yield_now().await;
+            Ok(())
+        }
+        Blocked::Changing(object) => object.gate_opened(deadline).await,
+        Blocked::Budget(footprint) => {
+            until_unheld(shared, device.tier(), footprint, deadline).await
+        }
+        Blocked::Used(object) => {
+            // Before the look, so that no drop in between is missed.
+            let released = device.released();
+            if shared.is_closed() {
+                return Err(VirtualMemoryError::Closed);
+            }
+            if !object.is_used_on(number) {
+                return Ok(());
+            }
+            let late = |Late| match device.state.holds.bytes().total() {
+                0 => deadline.error(LEASE),
+                _ => {
+                    let footprint = device.backend.footprint(object.len);
+                    shared.all_held(device.tier(), footprint, deadline.waited())
+                }
+            };
+            deadline.bound(released).await.map_err(late)
+        }
+    }
+}
