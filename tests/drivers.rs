@@ -16,7 +16,7 @@ use vmem_testkit::Denied;
 use vmem_testkit::place::DRIVER_VARIABLE;
 
 /// This one would run itself for ever; the others have no disk, or hardly any, or choose their drivers.
-const NOT_AGAIN: [&str; 20] = [
+const NOT_AGAIN: [&str; 21] = [
     "vmem",
     "drivers",
     "hostile",
@@ -28,6 +28,7 @@ const NOT_AGAIN: [&str; 20] = [
     "vram_separate",
     "dlpack",
     // These bring their own devices, processes and drivers.
+    "devices",
     "gpu_faults",
     "gpu_gather",
     "gpu_sets",

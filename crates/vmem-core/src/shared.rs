@@ -467,9 +467,8 @@ impl Shared {
         }
     }
 
-    /// Gives back what the first hold of an object was charged.
-    pub(crate) fn uncharge(&self, tier: MemoryTier, hold: Hold, len: usize) {
-        let footprint = self.footprint_in(tier, len);
+    /// Gives back what was charged for holds, in bytes of footprint.
+    pub(crate) fn uncharge(&self, tier: MemoryTier, hold: Hold, footprint: u64) {
         let device = tier.device().and_then(|device| self.devices.get(device));
         device.map_or(&self.host.holds, |device| &device.state.holds).uncharge(hold, footprint);
         self.room_was_freed();

@@ -572,7 +572,8 @@ impl Object {
         if tier.device().is_none() {
             self.unpark();
         }
-        self.shared.uncharge(tier, charged_as, self.len);
+        let footprint = self.shared.footprint_in(tier, self.len);
+        self.shared.uncharge(tier, charged_as, footprint);
     }
 
     // ---- The order of eviction ---------------------------------------------------------------

@@ -253,13 +253,16 @@ impl Object {
     /// How it stands on this device, for the policy. What was used at `spared_since` or later is not to go.
     pub(crate) fn probe_on(&self, device: usize, spared_since: u64) -> Probe {
         let mut inner = self.inner.lock();
-        let is_changing = inner.gate_taken;
+        if inner.gate_taken {
+            // Its place may be half way in or out; to say that it is gone would be for ever.
+            return Probe::Busy { stamp: self.shared.now() };
+        }
         let Some(on) = inner.on_mut(device) else { return Probe::Gone };
         let Some(place) = &mut on.place else { return Probe::Gone };
         let stamp = self.stamp();
         if on.holds > 0 {
             Probe::Pinned
-        } else if !place.range.is_idle() || is_changing {
+        } else if !place.range.is_idle() {
             Probe::Busy { stamp: self.shared.now() }
         } else if stamp >= spared_since {
             Probe::Unfit

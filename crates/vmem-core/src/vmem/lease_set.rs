@@ -14,7 +14,7 @@ use futures::stream::FuturesUnordered;
 
 use super::Result;
 use super::lease::{Claim, LEASE, VramChange, VramHold, VramSet};
-use super::pin::{Held, until_unheld};
+use super::pin::{Held, Prepaid, until_unheld};
 use crate::copy::OwnedCopy;
 use crate::deadline::{Deadline, Late};
 use crate::device::{DeviceError, DeviceRange};
@@ -123,16 +123,26 @@ async fn attempt(
     asked: &Asked,
     deadline: &Deadline,
 ) -> Result<std::result::Result<VramSet, Blocked>> {
+    let objects = asked.objects();
+    for object in objects.iter().filter(|object| object.is_changing()) {
+        // Nothing leaves the device for a set that could not be taken anyway.
+        object.gate_opened(deadline).await?;
+    }
     let (there, missing): (Vec<_>, Vec<_>) =
-        asked.objects().into_iter().partition(|object| asked.is_there(object, number));
+        objects.iter().cloned().partition(|object| asked.is_there(object, number));
     let (spaces, rooms) = spaces(shared, number, &missing, asked, deadline).await?;
+    let tier = shared.device(number)?.tier();
+    let mut prepaid = match Prepaid::try_charge(shared, tier, Hold::Lease, &objects)? {
+        Ok(prepaid) => prepaid,
+        Err(bytes) => return Ok(Err(Blocked::Budget(bytes))),
+    };
     // Dropped after the holds.
     let overwritten = missing.iter().filter(|object| asked.overwrites(object));
     let _unfilled: Vec<_> =
         overwritten.map(|object| Unfilled { object: object.clone(), number }).collect();
     let mut held = Vec::new();
     for object in &there {
-        match try_hold(shared, number, asked, object)? {
+        match try_hold(number, asked, object, &mut prepaid)? {
             Ok(hold) => held.push(hold),
             Err(blocked) => return Ok(Err(blocked)),
         }
@@ -146,9 +156,13 @@ async fn attempt(
     }
     let mut blocked = None;
     while let Some(brought) = filling.next().await {
-        match brought? {
-            Ok(hold) => held.push(hold),
-            Err(why) => blocked = Some(why),
+        let Some(pass) = brought? else {
+            blocked = Some(Blocked::Missing);
+            continue;
+        };
+        match Held::count_prepaid(&pass, &mut prepaid)? {
+            Some(hold) => held.push(hold),
+            None => blocked = Some(Blocked::Budget(footprint(pass.object(), number)?)),
         }
     }
     drop(filling);
@@ -209,39 +223,40 @@ impl Drop for Unfilled {
     }
 }
 
-/// Brings one object up and holds it.
+/// Brings one object up; none if it has lost its memory there meanwhile.
 async fn bring(
     asked: &Asked,
     number: usize,
     (pass, space): (GatePass, Option<DeviceRange>),
     deadline: &Deadline,
-) -> Result<std::result::Result<Held, Blocked>> {
+) -> Result<Option<GatePass>> {
     let object = pass.object().clone();
-    let device = object.shared.device(number)?;
-    let job = Job::new(object.clone(), MigrationCause::Promote, *deadline);
-    if !fill_device(&job, number, (&pass, space), !asked.overwrites(&object)).await? {
-        return Ok(Err(Blocked::Missing));
-    }
-    let held = Held::try_count(&pass, device.tier(), Hold::Lease)?;
-    Ok(held.ok_or_else(|| Blocked::Budget(device.backend.footprint(object.len))))
+    let with_bytes = !asked.overwrites(&object);
+    let job = Job::new(object, MigrationCause::Promote, *deadline);
+    let is_there = fill_device(&job, number, (&pass, space), with_bytes).await?;
+    Ok(is_there.then_some(pass))
+}
+
+fn footprint(object: &Object, number: usize) -> Result<u64> {
+    Ok(object.shared.device(number)?.backend.footprint(object.len))
 }
 
 /// Holds an object that is there.
 fn try_hold(
-    shared: &Arc<Shared>,
     number: usize,
     asked: &Asked,
     object: &Arc<Object>,
+    prepaid: &mut Prepaid,
 ) -> Result<std::result::Result<Held, Blocked>> {
-    let device = shared.device(number)?;
     let Some(pass) = object.gate_if_open()? else {
         return Ok(Err(Blocked::Changing(object.clone())));
     };
     if !asked.is_there(object, number) {
         return Ok(Err(Blocked::Missing));
     }
-    let held = Held::try_count(&pass, device.tier(), Hold::Lease)?;
-    Ok(held.ok_or_else(|| Blocked::Budget(device.backend.footprint(object.len))))
+    let held = Held::count_prepaid(&pass, prepaid)?;
+    let footprint = footprint(object, number)?;
+    Ok(held.ok_or(Blocked::Budget(footprint)))
 }
 
 /// What is not written must not show what others left there.

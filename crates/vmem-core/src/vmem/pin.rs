@@ -73,6 +73,27 @@ impl Held {
         Ok(Some(Held { object: object.clone(), tier }))
     }
 
+    /// As [`try_count`](Self::try_count), paid for by what was charged before.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub(super) fn count_prepaid(pass: &GatePass, prepaid: &mut Prepaid) -> Result<Option<Self>> {
+        let (tier, hold, object) = (prepaid.tier, prepaid.hold, pass.object());
+        if object.try_add_hold(tier, pass) {
+            return Ok(Some(Held { object: object.clone(), tier }));
+        }
+        let footprint = object.shared.footprint_in(tier, object.len);
+        if prepaid.bytes < footprint {
+            // Somebody held it when the bill was made.
+            return Held::try_count(pass, tier, hold);
+        }
+        prepaid.bytes -= footprint;
+        let is_first = object.add_hold(tier, hold, pass);
+        assert!(is_first, "a hold was added without the gate");
+        Ok(Some(Held { object: object.clone(), tier }))
+    }
+
     /// A hold of an object that is where it is to be kept, if nothing has to be waited for.
     pub(super) fn now(handle: &VMemHandle, tier: MemoryTier, hold: Hold) -> Result<Option<Self>> {
         let object = handle.object();
@@ -98,6 +119,40 @@ impl Held {
         match tier.device() {
             Some(device) => hold_on_device(object, (device, tier), hold, deadline).await,
             None => pin_in_host(object, deadline).await,
+        }
+    }
+}
+
+/// What several holds will be charged, charged at once: so that no two sets have half of the budget each.
+pub(super) struct Prepaid {
+    shared: Arc<Shared>,
+    tier: MemoryTier,
+    hold: Hold,
+    /// What no hold has taken yet.
+    bytes: u64,
+}
+
+impl Prepaid {
+    /// For those of these objects that nothing holds yet; how much is missing if the budget has no place for that now.
+    pub(super) fn try_charge(
+        shared: &Arc<Shared>,
+        tier: MemoryTier,
+        hold: Hold,
+        objects: &[Arc<Object>],
+    ) -> Result<std::result::Result<Self, u64>> {
+        let unheld = objects.iter().filter(|object| object.holds_in(tier) == 0);
+        let bytes = unheld.map(|object| shared.footprint_in(tier, object.len)).sum();
+        if !shared.holds(tier)?.try_charge(hold, bytes) {
+            return Ok(Err(bytes));
+        }
+        Ok(Ok(Prepaid { shared: shared.clone(), tier, hold, bytes }))
+    }
+}
+
+impl Drop for Prepaid {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            self.shared.uncharge(self.tier, self.hold, self.bytes);
         }
     }
 }
