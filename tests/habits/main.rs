@@ -16,6 +16,7 @@ mod stores;
 
 mod calls;
 mod kept_calls;
+mod kept_copies;
 mod kept_device;
 mod kept_partial;
 mod kept_shapes;

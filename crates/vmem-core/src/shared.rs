@@ -32,7 +32,7 @@ use crate::memory_tier::MemoryTier;
 use crate::migrate::Link;
 use crate::names::Names;
 use crate::object::Object;
-use crate::parcel::{Delivery, GRACE, Parcel, Unclaimed, Unkept};
+use crate::parcel::{Delivery, GRACE, Parcel, SetAside, Unclaimed, Unkept};
 use crate::pins::PinBudget;
 use crate::policy::Policy;
 use crate::stats::{Counters, TierStats, VirtualMemoryStats, get};
@@ -261,12 +261,15 @@ impl Shared {
         work: F,
     ) -> Parcel<Result<T, VirtualMemoryError>>
     where
-        T: Send + 'static,
+        T: SetAside + Send + 'static,
         F: Future<Output = Result<T, VirtualMemoryError>> + Send + 'static,
     {
         let (delivery, parcel) = crate::parcel::parcel();
         let unclaimed = self.unclaimed.clone();
-        self.spawn(name, async move { serve_caller(work, delivery, &unclaimed).await });
+        self.spawn(
+            name,
+            async move { serve_caller(work, delivery, &unclaimed, T::is_shared).await },
+        );
         parcel
     }
 
@@ -283,7 +286,7 @@ impl Shared {
         let (delivery, parcel) = crate::parcel::parcel();
         let unclaimed = Arc::new(Unclaimed::default());
         self.spawn(name, async move {
-            serve_caller(work, delivery, &unclaimed).await;
+            serve_caller(work, delivery, &unclaimed, |_| true).await;
             while let Some(due) = unclaimed.recall() {
                 tokio::time::sleep_until(due).await;
             }
@@ -587,18 +590,19 @@ impl Shared {
     }
 }
 
-/// Runs `work` for as long as its caller is there, and sets its value aside.
+/// Runs `work` for as long as its caller is there, and sets its value aside: to be taken back if it `is_shared`.
 async fn serve_caller<T: Send + 'static>(
     work: impl Future<Output = Result<T, VirtualMemoryError>>,
     delivery: Delivery<Result<T, VirtualMemoryError>>,
     unclaimed: &Arc<Unclaimed>,
+    is_shared: impl FnOnce(&T) -> bool,
 ) {
     let outcome = tokio::select! {
         biased;
         outcome = work => outcome,
         () = delivery.unwanted() => return,
     };
-    let counted = outcome.is_ok().then_some(unclaimed);
+    let counted = outcome.as_ref().is_ok_and(is_shared).then_some(unclaimed);
     drop(delivery.deliver(outcome, counted));
 }
 

@@ -25,7 +25,7 @@ use tracing::Span;
 pub(crate) use kernel::Changed;
 pub(crate) use link::Link;
 pub(crate) use load::load;
-pub(crate) use part::{Piece, read_part, read_piece};
+pub(crate) use part::{Copied, Piece, read_part, read_piece};
 pub(crate) use set::read_set;
 pub(crate) use to_device::{leave_device, promote_to_device};
 pub(crate) use to_disk::{

@@ -26,6 +26,8 @@ pub(crate) enum DiskMap {
 /// Tells one map from another, also from one that comes to lie where it was.
 #[derive(Clone, Debug)]
 pub(crate) enum MapIdentity {
+    /// No chunk is on disk. One such map of an object that is in no other tier is like another: zeros.
+    Empty,
     One(Weak<Extent>),
     Many(Weak<Vec<Option<Arc<Extent>>>>),
 }
@@ -33,6 +35,7 @@ pub(crate) enum MapIdentity {
 impl MapIdentity {
     pub(crate) fn is_same(&self, other: &MapIdentity) -> bool {
         match (self, other) {
+            (MapIdentity::Empty, MapIdentity::Empty) => true,
             (MapIdentity::One(a), MapIdentity::One(b)) => Weak::ptr_eq(a, b),
             (MapIdentity::Many(a), MapIdentity::Many(b)) => Weak::ptr_eq(a, b),
             _ => false,
@@ -111,12 +114,12 @@ impl DiskMap {
         }
     }
 
-    /// What tells this map from every other one, and keeps nothing of it; none of an empty map.
-    pub(crate) fn identity(&self) -> Option<MapIdentity> {
+    /// What tells this map from every other one, and keeps nothing of it.
+    pub(crate) fn identity(&self) -> MapIdentity {
         match self {
-            DiskMap::Empty => None,
-            DiskMap::One(extent) => Some(MapIdentity::One(Arc::downgrade(extent))),
-            DiskMap::Many(extents) => Some(MapIdentity::Many(Arc::downgrade(extents))),
+            DiskMap::Empty => MapIdentity::Empty,
+            DiskMap::One(extent) => MapIdentity::One(Arc::downgrade(extent)),
+            DiskMap::Many(extents) => MapIdentity::Many(Arc::downgrade(extents)),
         }
     }
 
@@ -230,5 +233,20 @@ impl DiskMap {
         };
         // Nobody else had any of them just now, and nobody gets one who does not see the map.
         extents.into_iter().map(|extent| Arc::try_unwrap(extent?).ok()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn empty_maps_are_the_same_version_and_no_other_map_is() {
+        let (one, other) = (DiskMap::Empty.identity(), DiskMap::Empty.identity());
+        assert!(one.is_same(&other));
+        let chunks = DiskMap::of_some(vec![None, None]);
+        assert!(!one.is_same(&chunks.identity()));
+        assert!(chunks.identity().is_same(&chunks.clone().identity()));
+        assert!(!chunks.identity().is_same(&DiskMap::of_some(vec![None, None]).identity()));
     }
 }

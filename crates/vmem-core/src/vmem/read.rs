@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::into::PIECE;
 use super::miss::Asked;
 use super::{Result, VirtualMemory};
 use crate::copy::{Found, ReadGuard};
@@ -122,11 +123,14 @@ impl VirtualMemory {
         if range.is_empty() {
             return Ok(());
         }
-        if let Some(guard) = self.hit(object) {
-            copy_yielding(buf, &guard.as_ref()[range]).await;
+        if let Some(guard) = self.hit(object)
+            && range.len() <= PIECE
+        {
+            buf.copy_from_slice(&guard.as_ref()[range]);
             return Ok(());
         }
-        Box::pin(self.copy_slowly(object, range, buf, self.ordinary())).await
+        // More than that is copied in several polls, between which this holds no reader count.
+        Box::pin(self.copy_in_pieces(object, range, buf, self.ordinary())).await
     }
 
     /// Several objects at once, in the order of `handles`: all of them, or none. While it waits for
@@ -189,15 +193,4 @@ fn check_range(object: &Object, range: &Range<usize>) -> Result<()> {
         end: range.end,
         len: object.len,
     })
-}
-
-/// Copies, letting others run after each piece of a large copy.
-pub(super) async fn copy_yielding(to: &mut [u8], from: &[u8]) {
-    const PIECE: usize = 256 * 1024;
-    for (to, from) in to.chunks_mut(PIECE).zip(from.chunks(PIECE)) {
-        to.copy_from_slice(from);
-        if from.len() == PIECE {
-            tokio::task::yield_now().await;
-        }
-    }
 }
