@@ -26,7 +26,8 @@ pub(crate) enum DiskMap {
 /// Tells one map from another, also from one that comes to lie where it was.
 #[derive(Clone, Debug)]
 pub(crate) enum MapIdentity {
-    /// No chunk is on disk. One such map of an object that is in no other tier is like another: zeros.
+    /// No chunk is on disk. One such map of an object that is in no other tier is like another:
+    /// zeros.
     Empty,
     One(Weak<Extent>),
     Many(Weak<Vec<Option<Arc<Extent>>>>),
@@ -209,18 +210,19 @@ impl DiskMap {
     }
 
     /// Takes the extents that were reserved and never written, for the first write of a whole
-    /// object: all of them, or none. A reader who has the map keeps them where they are.
+    /// object: all of them, or none. A reader who has the map keeps them where they are; one that
+    /// only knows which map it was ([`MapIdentity`]) does not.
     pub(crate) fn take_reserved(&mut self, len: usize) -> Option<Vec<Extent>> {
         let unwritten =
             |extent: &Arc<Extent>| extent.sum().is_none() && Arc::strong_count(extent) == 1;
-        let mine = match self {
+        let mine = match &*self {
             DiskMap::Empty => false,
             DiskMap::One(extent) => unwritten(extent),
             DiskMap::Many(extents) => {
-                let whole = extents.len() == chunk_count(len);
                 let unwritten =
                     |extent: &Option<Arc<Extent>>| extent.as_ref().is_some_and(unwritten);
-                whole && Arc::get_mut(extents).is_some_and(|all| all.iter().all(unwritten))
+                let whole = extents.len() == chunk_count(len);
+                whole && Arc::strong_count(extents) == 1 && extents.iter().all(unwritten)
             }
         };
         if !mine {
@@ -239,6 +241,30 @@ impl DiskMap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::ExtentOwner;
+
+    #[derive(Debug)]
+    struct Disk;
+
+    impl ExtentOwner for Disk {
+        fn release(&self, _offset: u64, _footprint: u32) {}
+    }
+
+    #[test]
+    fn reserved_extents_are_taken_from_a_map_that_others_only_know() {
+        let len = CHUNK_BYTES + 7;
+        let extent = |index| {
+            let len = chunk_len(len, index);
+            Extent::new((index * CHUNK_BYTES) as u64, len, CHUNK_BYTES as u32, Arc::new(Disk))
+        };
+        let mut map = DiskMap::of(vec![extent(0), extent(1)]);
+        let (identity, clone) = (map.identity(), map.clone());
+        assert!(map.take_reserved(len).is_none(), "a reader has it");
+        drop(clone);
+        let taken = map.take_reserved(len).map(|extents| extents.len());
+        assert_eq!(taken, Some(2));
+        assert!(!map.identity().is_same(&identity));
+    }
 
     #[test]
     fn empty_maps_are_the_same_version_and_no_other_map_is() {
