@@ -1,8 +1,9 @@
-//! Scenario 35, copies of what is large: `read_into` left alone between two pieces, or polled rarely.
+//! Scenario 35, copies of what is large: `read_into` left alone between two pieces, or polled
+//! rarely.
 //!
-//! Excluded: a reader count, staging or extents that such a future keeps; a mixture of two versions once it goes on;
-//! a copy that never ends since what it has is taken back again and again. Noticed by other tasks that need the space,
-//! by the bytes that the copy brings, and by its deadline.
+//! Excluded: a reader count, staging or extents that such a future keeps; a mixture of two versions
+//! once it goes on; a copy that never ends since what it has is taken back again and again. Noticed
+//! by other tasks that need the space, by the bytes that the copy brings, and by its deadline.
 
 use std::time::Duration;
 
@@ -119,7 +120,8 @@ async fn polled_rarely(found: Rarely) -> Result<(), String> {
     eventually("somebody waits for space", || vmem.stats().waiters == 1).await?;
     let (vmem, handle) = (vmem.clone(), subject.clone());
     let slow = Slow { copy: Box::pin(copy(vmem, handle)), rest: None };
-    // Each chunk twice, each with a poll before and after: what is taken back again and again takes for ever.
+    // Each chunk twice, each with a poll before and after: what is taken back again and again takes
+    // for ever.
     let most = RARELY * (4 * LEN / (64 * KIB)) as u32;
     let copied = within("a copy that is polled rarely", most, slow).await?;
     check(1, &[1], 0, &copied.map_err(|error| error.to_string())?)?;

@@ -18,6 +18,7 @@ mod calls;
 mod kept_calls;
 mod kept_copies;
 mod kept_device;
+mod kept_extents;
 mod kept_partial;
 mod kept_shapes;
 mod kept_world;

@@ -33,8 +33,9 @@ pub(crate) enum Unkept {
     Abandoned,
 }
 
-/// What a task sets aside for a caller, and whether others could use something in it: then it is taken back from a
-/// caller who does not come. What the caller alone has use for stays, so that one that is polled rarely gets on.
+/// What a task sets aside for a caller, and whether others could use something in it: then it is
+/// taken back from a caller who does not come. What the caller alone has use for stays, so that one
+/// that is polled rarely gets on.
 pub(crate) trait SetAside {
     fn is_shared(&self) -> bool;
 }

@@ -24,7 +24,7 @@ use crate::buffer::IoBuf;
 use crate::config::{self, Promotion, VirtualMemoryConfig};
 use crate::copy::{Copies, OwnedCopy};
 use crate::deadline::{Deadline, Late, Timing};
-use crate::disk::{DiskBackend, DiskError};
+use crate::disk::{DiskBackend, DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::events::Events;
 use crate::host::{HostArena, StagingPool};
@@ -108,6 +108,9 @@ pub(crate) struct Shared {
     pub(crate) blocked_by_holds: AtomicBool,
     /// What the runtime has set aside for callers.
     pub(crate) unclaimed: Arc<Unclaimed>,
+    /// Writes to disk, which lie aside for their callers with the extents that they have taken so
+    /// far. Taken back for space on disk alone: such a write begins again.
+    pub(crate) unfinished: Arc<Unclaimed>,
     /// The tasks that serve callers past the actor.
     pub(crate) tasks: TaskTracker,
     /// Closed once a store that ends waits for kernels no longer; it never has a permit.
@@ -162,6 +165,7 @@ impl Shared {
             host_pins: PinBudget::new(pinned_max as u64),
             blocked_by_holds: AtomicBool::new(false),
             unclaimed,
+            unfinished: Arc::default(),
             tasks: TaskTracker::new(),
             patience: Semaphore::const_new(0),
             closed: AtomicBool::new(false),
@@ -452,6 +456,47 @@ impl Shared {
         self.vram_was_released();
     }
 
+    // ---- Space on disk -----------------------------------------------------------------------
+
+    /// Space on disk, at once or not at all. If there is none, what lies there for callers who do
+    /// not come goes back first.
+    pub(crate) fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
+        match self.disk.reserve(lens) {
+            Err(DiskError::Full { .. }) => {
+                self.recall_extents();
+                self.disk.reserve(lens)
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// As `reserve`, for whoever would be refused: if something may come back within the grace it
+    /// waits for that.
+    pub(crate) async fn reserve_soon(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
+        match self.reserve(lens) {
+            Err(DiskError::Full { .. }) if self.extents_come_back().await => self.reserve(lens),
+            outcome => outcome,
+        }
+    }
+
+    /// Takes back what has lain for the grace with extents on disk, or with versions that keep
+    /// some. Returns whether something lies there for less.
+    fn recall_extents(&self) -> bool {
+        self.unclaimed.recall().is_some() | self.unfinished.recall().is_some()
+    }
+
+    /// Waits until what lies aside now has lain there for the grace, and takes it back. False at
+    /// once if nothing does.
+    pub(crate) async fn extents_come_back(&self) -> bool {
+        if !self.recall_extents() {
+            return false;
+        }
+        let grace = self.deadline_in(GRACE);
+        let Err(Late) = grace.bound(std::future::pending::<std::convert::Infallible>()).await;
+        self.recall_extents();
+        true
+    }
+
     // ---- VRAM --------------------------------------------------------------------------------
 
     /// The tier above host memory.
@@ -590,7 +635,8 @@ impl Shared {
     }
 }
 
-/// Runs `work` for as long as its caller is there, and sets its value aside: to be taken back if it `is_shared`.
+/// Runs `work` for as long as its caller is there, and sets its value aside: to be taken back if it
+/// `is_shared`.
 async fn serve_caller<T: Send + 'static>(
     work: impl Future<Output = Result<T, VirtualMemoryError>>,
     delivery: Delivery<Result<T, VirtualMemoryError>>,

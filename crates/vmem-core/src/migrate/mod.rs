@@ -4,6 +4,8 @@
 //! way out of it, an error or a cancel too, gives it back; nothing is visible to readers before
 //! the one step that publishes. Spawned by the actor alone.
 
+mod disk_write;
+mod edges;
 mod kernel;
 mod link;
 mod load;
@@ -22,6 +24,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::Span;
 
+pub(crate) use disk_write::{DiskWrite, Turn, begin_disk_write, finish_disk_write, next_turn};
 pub(crate) use kernel::Changed;
 pub(crate) use link::Link;
 pub(crate) use load::load;
@@ -32,7 +35,7 @@ pub(crate) use to_disk::{
     Down, Victim, demote, flush, flush_many, move_room_down, settle, write_down,
 };
 pub(crate) use to_host::{count_hit, fetch, fetch_into, fetch_with};
-pub(crate) use write::{DiskWrite, NewVersion, finish_disk_write, publish_version, write_piece};
+pub(crate) use write::{NewVersion, publish_version};
 
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;

@@ -1,4 +1,5 @@
-//! Invariant under test: a value leaves its parcel once, and stays unclaimed no longer than the grace.
+//! Invariant under test: a value leaves its parcel once, and stays unclaimed no longer than the
+//! grace.
 
 use super::*;
 

@@ -1,8 +1,9 @@
 //! Copies into memory of the caller, a piece a poll.
 //!
-//! Invariant: a copy is of one version, and its future holds nothing of it between two polls that cannot be taken
-//! back: not the reader count of a host copy, no staging, no extents. Once something was taken back the copy goes on
-//! where it was if the version is still the same, which its disk map tells; else from the front. Called by `read.rs`.
+//! Invariant: a copy is of one version, and its future holds nothing of it between two polls that
+//! cannot be taken back: not the reader count of a host copy, no staging, no extents. Once
+//! something was taken back the copy goes on where it was if the version is still the same, which
+//! its disk map tells; else from the front. Called by `read.rs`.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -34,7 +35,8 @@ impl Progress {
         Progress { done: 0, map: None, step: PIECE, recalled: false }
     }
 
-    /// Goes on in this version: from the front, unless the pieces so far are of the same. True if they are.
+    /// Goes on in this version: from the front, unless the pieces so far are of the same. True if
+    /// they are.
     fn go_on(&mut self, map: Option<MapIdentity>) -> bool {
         let same = self.map.as_ref().zip(map.as_ref()).is_some_and(|(one, two)| one.is_same(two));
         if !same {
@@ -84,9 +86,10 @@ impl VirtualMemory {
         }
     }
 
-    /// The reader count is lent: whoever waits for space takes it back if this future is not polled. A version of
-    /// which the disk does not have all cannot be told from another one, so each new start has larger pieces: it
-    /// ends however rarely it is polled, and copies no more than twice as much as it would at once.
+    /// The reader count is lent: whoever waits for space takes it back if this future is not
+    /// polled. A version of which the disk does not have all cannot be told from another one, so
+    /// each new start has larger pieces: it ends however rarely it is polled, and copies no more
+    /// than twice as much as it would at once.
     async fn copy_from_host(
         &self,
         object: &Arc<Object>,
@@ -122,14 +125,14 @@ impl VirtualMemory {
     fn host_version(&self, object: &Arc<Object>) -> Option<(ReadGuard, Option<MapIdentity>)> {
         let map = object.disk();
         let Found::Copy(guard) = object.copy.acquire(&self.shared.copies) else { return None };
-        // Every change of the bytes takes chunks out of the map: one that is whole and the same before and after has
-        // been that of the copy.
+        // Every change of the bytes takes chunks out of the map: one that is whole and the same
+        // before and after has been that of the copy.
         let is_its = map.is_whole(object.len) && object.disk().is_same(&map);
         Some((guard, is_its.then(|| map.identity())))
     }
 
-    /// Each piece is read by a task of its own, which hands the version on with it; between two of them this
-    /// future has both, and no await.
+    /// Each piece is read by a task of its own, which hands the version on with it; between two of
+    /// them this future has both, and no await.
     async fn copy_from_below(
         &self,
         object: &Arc<Object>,
