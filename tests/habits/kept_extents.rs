@@ -129,12 +129,18 @@ async fn fill_disk(store: &Store) -> Result<Vec<VMemHandle>, String> {
 enum First {
     Dropped,
     LeftAlone,
+    /// And the disk was full before.
+    LeftAloneOnFullDisk,
 }
 
 async fn promise(first: First, polls: usize, slow: bool) -> Result<(), String> {
     let store = open(Place::Simulated, ONE, |builder| builder).await;
     let vmem = &store.vmem;
     let subject = vmem.allocate(LEN, DISK).await.unwrap();
+    let mut filled = match first {
+        First::LeftAloneOnFullDisk => fill_disk(&store).await?,
+        First::Dropped | First::LeftAlone => Vec::new(),
+    };
     if slow {
         store.slow(Duration::from_millis(8), 1);
     }
@@ -143,12 +149,14 @@ async fn promise(first: First, polls: usize, slow: bool) -> Result<(), String> {
         // On another thread the store was faster.
         return succeeds("the first write", BOUND, kept.finish()).await;
     }
-    if !slow {
+    if !slow || first == First::LeftAloneOnFullDisk {
         // A slow disk still works on what it was given.
         tokio::time::sleep(MEANWHILE).await;
     }
-    let kept = (first == First::LeftAlone).then_some(kept);
-    let filled = fill_disk(&store).await?;
+    let kept = (first != First::Dropped).then_some(kept);
+    if first != First::LeftAloneOnFullDisk {
+        filled = fill_disk(&store).await?;
+    }
     if filled.len() > 4 {
         return Err(format!("{} chunks are free", filled.len()));
     }
@@ -169,7 +177,7 @@ async fn promise(first: First, polls: usize, slow: bool) -> Result<(), String> {
 #[test]
 fn first_write_that_was_dropped_or_left_alone_leaves_the_space_to_its_object() {
     let mut cases = Vec::new();
-    for first in [First::Dropped, First::LeftAlone] {
+    for first in [First::Dropped, First::LeftAlone, First::LeftAloneOnFullDisk] {
         for polls in [1, 2, 3, 7] {
             for slow in [false, true] {
                 cases.extend(THREADS.map(|threads| (threads, first, polls, slow)));

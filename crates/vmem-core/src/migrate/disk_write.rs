@@ -108,10 +108,11 @@ impl DiskWrite {
         }
         let lens = chunk_lens(object.len, self.next.clone());
         let extents = object.shared.reserve_soon(&lens).await;
-        // A write that was dropped may be about to give the reservation back, behind the gate.
+        // A write that was taken back has given the reservation back, or is about to, with the
+        // gate.
         if extents.is_err()
             && !object.has_host_room()
-            && object.disk().is_empty()
+            && object.disk().is_unwritten()
             && let Ok(pass) = object.gate(deadline).await
             && self.take_reserved(&pass)
         {

@@ -133,6 +133,16 @@ impl DiskMap {
         }
     }
 
+    /// Whether nothing was ever written to what extents there are.
+    pub(crate) fn is_unwritten(&self) -> bool {
+        let unwritten = |extent: &Arc<Extent>| extent.sum().is_none();
+        match self {
+            DiskMap::Empty => true,
+            DiskMap::One(extent) => unwritten(extent),
+            DiskMap::Many(extents) => extents.iter().flatten().all(unwritten),
+        }
+    }
+
     /// The chunks of an object of `len` bytes that have no extent.
     pub(crate) fn missing(&self, len: usize) -> Vec<usize> {
         (0..chunk_count(len)).filter(|&index| self.chunk(index).is_none()).collect()
