@@ -236,14 +236,41 @@ impl VirtualMemory {
                 (object, stay)
             })
             .collect();
+        // First those that are missing. The others are looked at again when these have come; if one
+        // of them has left meanwhile, all are asked for at once.
+        let missing = objects.iter().filter(|(object, _)| !object.copy.is_some());
+        let mut asked: Arc<[_]> = missing.cloned().collect();
         loop {
-            let set = migrate::read_set(self.shared.clone(), objects.clone(), deadline);
+            let set = migrate::read_set(self.shared.clone(), asked.clone(), deadline);
             let parcel = self.shared.spawn_for_caller("vmem-read-many", set);
             let answer = self.shared.answer(&parcel, &deadline, "reading several objects").await?;
-            if let Some(all) = answer {
-                return Ok(all);
+            if let Some(read) = answer {
+                if let Some(all) = self.with_hits(&objects, &asked, read) {
+                    return Ok(all);
+                }
+                asked = objects.clone();
             }
             self.check_open()?;
         }
+    }
+
+    /// The bytes of each object of a set, of which these were asked for and have been read; the
+    /// others are in host memory still, or there is none.
+    fn with_hits(
+        &self,
+        objects: &[(Arc<Object>, bool)],
+        asked: &[(Arc<Object>, bool)],
+        read: Vec<Bytes>,
+    ) -> Option<Vec<Bytes>> {
+        let mut read = asked.iter().zip(read).peekable();
+        let mut all = Vec::with_capacity(objects.len());
+        for (object, _) in objects {
+            let was_read = read.next_if(|((one, _), _)| Arc::ptr_eq(one, object));
+            all.push(match was_read {
+                Some((_, bytes)) => bytes,
+                None => self.hit(object)?.into_bytes(),
+            });
+        }
+        Some(all)
     }
 }
