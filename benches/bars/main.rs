@@ -16,6 +16,7 @@ mod peer;
 #[cfg(target_os = "linux")]
 mod raw;
 mod report;
+mod sets;
 
 use report::Report;
 
@@ -48,6 +49,9 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("P12") {
         named::p12(&mut report, if quick { 3 } else { 7 })?;
+    }
+    if wanted("sets") {
+        sets::sets(&mut report, rounds)?;
     }
     if wanted("names") {
         named::million(&mut report, if quick { 50_000 } else { 1_000_000 })?;

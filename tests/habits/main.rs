@@ -16,7 +16,9 @@ mod stores;
 
 mod calls;
 mod kept_calls;
+mod kept_copies;
 mod kept_device;
+mod kept_extents;
 mod kept_partial;
 mod kept_shapes;
 mod kept_world;

@@ -11,6 +11,7 @@ use bytes::Bytes;
 
 use crate::copy::OwnedCopy;
 use crate::host::StagingPiece;
+use crate::parcel::SetAside;
 
 /// Exclusive memory for one operation, in bytes.
 ///
@@ -60,6 +61,15 @@ impl IoBuf {
     /// The buffer as bytes that nobody changes any more.
     pub(crate) fn freeze(self) -> Bytes {
         Bytes::from_owner(Frozen(self))
+    }
+}
+
+impl SetAside for IoBuf {
+    fn is_shared(&self) -> bool {
+        match self.backing {
+            Backing::Heap(_) => false,
+            Backing::Copy(_) | Backing::Staging(_) => true,
+        }
     }
 }
 

@@ -190,6 +190,12 @@ impl Extent {
         self.sealed = true;
     }
 
+    /// The same space for a chunk of the same length, as if nothing had been written to it.
+    pub(crate) fn into_unwritten(mut self) -> Self {
+        (self.sum, self.sealed) = (0, false);
+        self
+    }
+
     /// From now on its space outlives it, because something durable leads there, or may.
     pub fn keep(&self) {
         self.kept.store(true, Ordering::Release);

@@ -33,6 +33,19 @@ pub(crate) enum Unkept {
     Abandoned,
 }
 
+/// What a task sets aside for a caller, and whether others could use something in it: then it is
+/// taken back from a caller who does not come. What the caller alone has use for stays, so that one
+/// that is polled rarely gets on.
+pub(crate) trait SetAside {
+    fn is_shared(&self) -> bool;
+}
+
+impl SetAside for () {
+    fn is_shared(&self) -> bool {
+        false
+    }
+}
+
 enum State<T> {
     Awaited,
     Ready(T, Option<Ticket>),
@@ -136,6 +149,17 @@ impl<T> Parcel<T> {
             receivers: AtomicUsize::new(1),
             changed: Notify::new(),
         }))
+    }
+
+    /// As `lend`, and it can be taken back from now on.
+    pub(crate) fn set_aside(value: T, unclaimed: &Arc<Unclaimed>) -> Self
+    where
+        T: Send + 'static,
+    {
+        let lent = Parcel::lend(value);
+        // If it is gone already, its caller finds that.
+        let _still_there = lent.with(unclaimed, |_| ());
+        lent
     }
 
     /// Works on a lent value; from now on it can be taken back. `None` if it was.
@@ -359,58 +383,4 @@ impl fmt::Debug for Unclaimed {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_value_that_is_not_claimed_is_recalled_after_the_grace_only() {
-        let unclaimed = Arc::new(Unclaimed::default());
-        let (delivery, parcel) = parcel();
-        let counted = Arc::new(());
-        delivery.deliver(counted.clone(), Some(&unclaimed)).expect("it is wanted");
-        assert!(unclaimed.recall().is_some(), "too young");
-        assert_eq!(Arc::strong_count(&counted), 2);
-        tokio::time::advance(GRACE * 2).await;
-        assert!(unclaimed.recall().is_none(), "nothing is left");
-        assert_eq!(Arc::strong_count(&counted), 1);
-        assert_eq!(parcel.claim().await, Err(Unkept::Recalled));
-    }
-
-    #[tokio::test]
-    async fn a_claimed_value_leaves_no_entry() {
-        let unclaimed = Arc::new(Unclaimed::default());
-        let (delivery, parcel) = parcel();
-        delivery.deliver(7, Some(&unclaimed)).expect("it is wanted");
-        assert_eq!(parcel.claim().await, Ok(7));
-        assert!(unclaimed.entries.lock().by_age.is_empty());
-    }
-
-    #[tokio::test]
-    async fn a_shared_value_goes_with_its_last_parcel() {
-        let unclaimed = Arc::new(Unclaimed::default());
-        let (delivery, parcel) = parcel();
-        let weak = parcel.downgrade();
-        let other = weak.upgrade().expect("a caller waits");
-        let counted = Arc::new(());
-        delivery.deliver(counted.clone(), Some(&unclaimed)).expect("it is wanted");
-        drop(parcel.share().await);
-        drop(parcel);
-        assert_eq!(Arc::strong_count(&counted), 2);
-        drop(other);
-        assert_eq!(Arc::strong_count(&counted), 1);
-        assert!(weak.upgrade().is_none());
-        assert!(unclaimed.entries.lock().by_age.is_empty());
-    }
-
-    #[tokio::test]
-    async fn an_abandoned_or_unwanted_parcel_says_so() {
-        let (delivery, receiver) = parcel::<u8>();
-        drop(delivery);
-        assert_eq!(receiver.claim().await, Err(Unkept::Abandoned));
-        let (delivery, receiver) = parcel::<u8>();
-        assert!(!delivery.is_unwanted());
-        drop(receiver);
-        delivery.unwanted().await;
-        assert_eq!(delivery.deliver(1, None), Err(1));
-    }
-}
+mod tests;

@@ -24,7 +24,7 @@ use crate::config::{self, Promotion, VirtualMemoryConfig};
 use crate::copy::{Copies, OwnedCopy};
 use crate::deadline::{Deadline, Late, Timing};
 use crate::device::DeviceBackend;
-use crate::disk::{DiskBackend, DiskError};
+use crate::disk::{DiskBackend, DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::events::Events;
 use crate::host::{HostArena, StagingPool};
@@ -32,7 +32,7 @@ use crate::memory_tier::MemoryTier;
 use crate::migrate::Link;
 use crate::names::Names;
 use crate::object::Object;
-use crate::parcel::{Delivery, GRACE, Parcel, Unclaimed, Unkept};
+use crate::parcel::{Delivery, GRACE, Parcel, SetAside, Unclaimed, Unkept};
 use crate::stats::{Counters, TierStats, VirtualMemoryStats, get};
 use crate::tier::{Device, Hold, Holds, HostSpace, Need, Queue, Refused, TierState, Watermarks};
 use crate::wake::Wake;
@@ -102,6 +102,9 @@ pub(crate) struct Shared {
     pub(crate) counters: Counters,
     /// What the runtime has set aside for callers.
     pub(crate) unclaimed: Arc<Unclaimed>,
+    /// Writes to disk, which lie aside for their callers with the extents that they have taken so
+    /// far. Taken back for space on disk alone: such a write begins again.
+    pub(crate) unfinished: Arc<Unclaimed>,
     /// The tasks that serve callers past the actor.
     pub(crate) tasks: TaskTracker,
     /// Closed once a store that ends waits for kernels no longer; it never has a permit.
@@ -160,6 +163,7 @@ impl Shared {
             events: Events::new(),
             counters: Counters::default(),
             unclaimed,
+            unfinished: Arc::default(),
             tasks: TaskTracker::new(),
             patience: Semaphore::const_new(0),
             closed: AtomicBool::new(false),
@@ -257,12 +261,15 @@ impl Shared {
         work: F,
     ) -> Parcel<Result<T, VirtualMemoryError>>
     where
-        T: Send + 'static,
+        T: SetAside + Send + 'static,
         F: Future<Output = Result<T, VirtualMemoryError>> + Send + 'static,
     {
         let (delivery, parcel) = crate::parcel::parcel();
         let unclaimed = self.unclaimed.clone();
-        self.spawn(name, async move { serve_caller(work, delivery, &unclaimed).await });
+        self.spawn(
+            name,
+            async move { serve_caller(work, delivery, &unclaimed, T::is_shared).await },
+        );
         parcel
     }
 
@@ -279,7 +286,7 @@ impl Shared {
         let (delivery, parcel) = crate::parcel::parcel();
         let unclaimed = Arc::new(Unclaimed::default());
         self.spawn(name, async move {
-            serve_caller(work, delivery, &unclaimed).await;
+            serve_caller(work, delivery, &unclaimed, |_| true).await;
             while let Some(due) = unclaimed.recall() {
                 tokio::time::sleep_until(due).await;
             }
@@ -408,6 +415,47 @@ impl Shared {
     pub(crate) fn room_was_freed(&self) {
         self.wake.if_waiting();
         self.devices.iter().for_each(Device::ring);
+    }
+
+    // ---- Space on disk -----------------------------------------------------------------------
+
+    /// Space on disk, at once or not at all. If there is none, what lies there for callers who do
+    /// not come goes back first.
+    pub(crate) fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
+        match self.disk.reserve(lens) {
+            Err(DiskError::Full { .. }) => {
+                self.recall_extents();
+                self.disk.reserve(lens)
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// As `reserve`, for whoever would be refused: if something may come back within the grace it
+    /// waits for that.
+    pub(crate) async fn reserve_soon(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
+        match self.reserve(lens) {
+            Err(DiskError::Full { .. }) if self.extents_come_back().await => self.reserve(lens),
+            outcome => outcome,
+        }
+    }
+
+    /// Takes back what has lain for the grace with extents on disk, or with versions that keep
+    /// some. Returns whether something lies there for less.
+    fn recall_extents(&self) -> bool {
+        self.unclaimed.recall().is_some() | self.unfinished.recall().is_some()
+    }
+
+    /// Waits until what lies aside now has lain there for the grace, and takes it back. False at
+    /// once if nothing does.
+    pub(crate) async fn extents_come_back(&self) -> bool {
+        if !self.recall_extents() {
+            return false;
+        }
+        let grace = self.deadline_in(GRACE);
+        let Err(Late) = grace.bound(std::future::pending::<std::convert::Infallible>()).await;
+        self.recall_extents();
+        true
     }
 
     // ---- Devices -----------------------------------------------------------------------------
@@ -564,18 +612,20 @@ impl Shared {
     }
 }
 
-/// Runs `work` for as long as its caller is there, and sets its value aside.
+/// Runs `work` for as long as its caller is there, and sets its value aside: to be taken back if it
+/// `is_shared`.
 async fn serve_caller<T: Send + 'static>(
     work: impl Future<Output = Result<T, VirtualMemoryError>>,
     delivery: Delivery<Result<T, VirtualMemoryError>>,
     unclaimed: &Arc<Unclaimed>,
+    is_shared: impl FnOnce(&T) -> bool,
 ) {
     let outcome = tokio::select! {
         biased;
         outcome = work => outcome,
         () = delivery.unwanted() => return,
     };
-    let counted = outcome.is_ok().then_some(unclaimed);
+    let counted = outcome.as_ref().is_ok_and(is_shared).then_some(unclaimed);
     drop(delivery.deliver(outcome, counted));
 }
 

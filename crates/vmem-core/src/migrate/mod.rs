@@ -4,6 +4,8 @@
 //! way out of it, an error or a cancel too, gives it back; nothing is visible to readers before
 //! the one step that publishes. Spawned by the actor alone.
 
+mod disk_write;
+mod edges;
 mod kernel;
 mod link;
 mod load;
@@ -23,10 +25,11 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::Span;
 
+pub(crate) use disk_write::{DiskWrite, Turn, begin_disk_write, finish_disk_write, next_turn};
 pub(crate) use kernel::Changed;
 pub(crate) use link::Link;
 pub(crate) use load::load;
-pub(crate) use part::{Piece, read_part, read_piece};
+pub(crate) use part::{Copied, Piece, read_part, read_piece};
 pub(crate) use relocate::relocate;
 pub(crate) use set::read_set;
 pub(crate) use to_device::{fill_device, leave_devices, promote_to_device};
@@ -34,7 +37,7 @@ pub(crate) use to_disk::{
     Down, Leaving, demote, flush, flush_many, move_room_down, settle, write_down,
 };
 pub(crate) use to_host::{count_hit, fetch, fetch_into, fetch_with};
-pub(crate) use write::{DiskWrite, NewVersion, finish_disk_write, publish_version, write_piece};
+pub(crate) use write::{NewVersion, publish_version};
 
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;

@@ -3,7 +3,6 @@
 //! Ownership: staging, the space for the result and the version that is read belong to the task until it has ended;
 //! what it returns goes into a parcel. Called by reads of ranges.
 
-use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -15,89 +14,125 @@ use crate::copy::Found;
 use crate::deadline::Deadline;
 use crate::disk::CHUNK_BYTES;
 use crate::error::VirtualMemoryError;
-use crate::object::{Object, Version, chunk_count, chunks_of};
+use crate::object::{MapIdentity, Object, Version, chunk_count, chunks_of};
+use crate::parcel::{Parcel, SetAside};
 use crate::tier::{Class, Need};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
 /// What a read of a part found.
 pub(crate) enum Piece {
-    /// Bytes of this version, at this range of the buffer.
-    Staged { bytes: IoBuf, at: Range<usize>, version: Version },
-    /// The object is in host memory by now: all of its bytes.
-    Resident(Bytes),
+    Copied(Copied),
+    /// The object is in host memory by now.
+    Resident,
     /// Nobody has written the object yet.
     Zeros,
 }
 
+/// A piece of a version, whose map this is, at this range of the buffer.
+pub(crate) struct Copied {
+    pub(crate) bytes: IoBuf,
+    pub(crate) at: Range<usize>,
+    pub(crate) map: MapIdentity,
+    /// It keeps space from others, and is taken back by itself: the bytes stay what they are.
+    pub(crate) version: Parcel<Version>,
+}
+
+impl SetAside for Piece {
+    fn is_shared(&self) -> bool {
+        match self {
+            Piece::Copied(copied) => copied.bytes.is_shared(),
+            Piece::Resident | Piece::Zeros => false,
+        }
+    }
+}
+
+/// The bytes of a part.
+pub(crate) enum Part {
+    /// In memory of their own.
+    Owned(Bytes),
+    /// In object space.
+    Held(Bytes),
+}
+
+impl Part {
+    pub(crate) fn into_bytes(self) -> Bytes {
+        match self {
+            Part::Owned(bytes) | Part::Held(bytes) => bytes,
+        }
+    }
+}
+
+impl SetAside for Part {
+    fn is_shared(&self) -> bool {
+        matches!(self, Part::Held(_))
+    }
+}
+
 /// Reads as much of the front of `range` as a piece of staging holds: of `version`, or else of the current one.
 /// With `owned` it is one chunk, in memory of its own, which nobody takes back.
-pub(crate) fn read_piece(
+pub(crate) async fn read_piece(
     object: Arc<Object>,
     version: Option<Version>,
     mut range: Range<usize>,
     owned: bool,
     class: Class,
-) -> impl FnOnce(Deadline) -> std::pin::Pin<Box<dyn Future<Output = Result<Piece>> + Send>> {
-    move |deadline| {
-        Box::pin(async move {
-            let version = match version {
-                Some(version) => version,
-                None => match below(&object, &deadline).await? {
-                    Below::Version(version) => {
-                        count_hit(&object, &version);
-                        version
-                    }
-                    Below::Resident(bytes) => return Ok(Piece::Resident(bytes)),
-                    Below::Zeros => return Ok(Piece::Zeros),
-                },
-            };
-            if owned {
-                range.end = range.end.min((range.start / CHUNK_BYTES + 1) * CHUNK_BYTES);
+    deadline: Deadline,
+) -> Result<Piece> {
+    let version = match version {
+        Some(version) => version,
+        None => match below(&object, &deadline).await? {
+            Below::Version(version) => {
+                count_hit(&object, &version);
+                version
             }
-            let (mut bytes, mut at) = staged(&object, &version, &range, class, &deadline).await?;
-            if owned {
-                bytes = IoBuf::from_vec(bytes[at].to_vec());
-                at = 0..bytes.len();
-            }
-            Ok(Piece::Staged { bytes, at, version })
-        })
+            Below::Resident(_) => return Ok(Piece::Resident),
+            Below::Zeros => return Ok(Piece::Zeros),
+        },
+    };
+    if owned {
+        range.end = range.end.min((range.start / CHUNK_BYTES + 1) * CHUNK_BYTES);
     }
+    let (mut bytes, mut at) = staged(&object, &version, &range, class, &deadline).await?;
+    if owned {
+        bytes = IoBuf::from_vec(bytes[at].to_vec());
+        at = 0..bytes.len();
+    }
+    let map = version.disk.identity();
+    let version = Parcel::set_aside(version, &object.shared.unclaimed);
+    Ok(Piece::Copied(Copied { bytes, at, map, version }))
 }
 
 /// Reads a range of the object: into memory of its own if it is small (`copied`), else into object space.
-pub(crate) fn read_part(
+pub(crate) async fn read_part(
     object: Arc<Object>,
     range: Range<usize>,
     copied: bool,
     class: Class,
-) -> impl FnOnce(Deadline) -> std::pin::Pin<Box<dyn Future<Output = Result<Bytes>> + Send>> {
-    move |deadline| {
-        Box::pin(async move {
-            let shared = object.shared.clone();
-            let mut small = Vec::new();
-            let mut room = None;
-            if copied {
-                small = vec![0; range.len()];
-            } else {
-                let need = Need::one(range.len(), object.id, class);
-                room = Some(shared.host_room_or_error(&need, &deadline).await?);
-            }
-            let to = room.as_mut().map_or(&mut small[..], |room| room.as_mut_slice());
-            match below(&object, &deadline).await? {
-                Below::Version(version) => {
-                    count_hit(&object, &version);
-                    copy_all(&object, &version, &range, to, class, &deadline).await?;
-                }
-                Below::Resident(bytes) => to.copy_from_slice(&bytes[range]),
-                Below::Zeros => to.fill(0),
-            }
-            Ok(match room {
-                Some(room) => room.into_bytes(&shared.copies),
-                None => Bytes::from(small),
-            })
-        })
+    deadline: Deadline,
+) -> Result<Part> {
+    let shared = object.shared.clone();
+    let mut small = Vec::new();
+    let mut room = None;
+    if copied {
+        small = vec![0; range.len()];
+    } else {
+        let need = Need::one(range.len(), object.id, class);
+        room = Some(shared.host_room_or_error(&need, &deadline).await?);
     }
+    let to = room.as_mut().map_or(&mut small[..], |room| room.as_mut_slice());
+    match below(&object, &deadline).await? {
+        Below::Version(version) => {
+            count_hit(&object, &version);
+            copy_all(&object, &version, &range, to, class, &deadline).await?;
+        }
+        Below::Resident(bytes) => to.copy_from_slice(&bytes[range]),
+        Below::Zeros => to.fill(0),
+    }
+    Ok(match room {
+        Some(room) => Part::Held(room.into_bytes(&shared.copies)),
+        None => Part::Owned(Bytes::from(small)),
+    })
 }
 
 /// Copies a range of a version through staging.

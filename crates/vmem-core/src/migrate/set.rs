@@ -15,11 +15,17 @@ use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::object::Object;
-use crate::parcel::parcel;
+use crate::parcel::{SetAside, parcel};
 use crate::shared::Shared;
 use crate::tier::Need;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
+
+impl SetAside for Vec<Bytes> {
+    fn is_shared(&self) -> bool {
+        true
+    }
+}
 
 /// Reads of one set that are in flight at once.
 const IN_FLIGHT_MAX: usize = 64;

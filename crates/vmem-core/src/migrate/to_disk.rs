@@ -54,7 +54,7 @@ impl Leaving {
         let object = pass.object();
         let shared = &object.shared;
         let missing = object.disk().missing(object.len);
-        let extents = match shared.disk.reserve(&chunk_lens(object.len, missing.iter().copied())) {
+        let extents = match shared.reserve(&chunk_lens(object.len, missing.iter().copied())) {
             Ok(extents) => extents,
             Err(error) => return Err((pass, error)),
         };
@@ -316,7 +316,7 @@ async fn write_one(
 pub(crate) fn move_room_down(pass: &GatePass) -> Result<(), DiskError> {
     let object = pass.object();
     let chunks = 0..chunk_count(object.len);
-    let extents = object.shared.disk.reserve(&chunk_lens(object.len, chunks.clone()))?;
+    let extents = object.shared.reserve(&chunk_lens(object.len, chunks.clone()))?;
     let Some(spare) = object.take_spare(pass) else { return Ok(()) };
     object.with_disk(pass, |disk, old| disk.put(object.len, chunks.zip(extents), old));
     drop(spare);

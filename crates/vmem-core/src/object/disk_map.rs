@@ -26,6 +26,9 @@ pub(crate) enum DiskMap {
 /// Tells one map from another, also from one that comes to lie where it was.
 #[derive(Clone, Debug)]
 pub(crate) enum MapIdentity {
+    /// No chunk is on disk. One such map of an object that is in no other tier is like another:
+    /// zeros.
+    Empty,
     One(Weak<Extent>),
     Many(Weak<Vec<Option<Arc<Extent>>>>),
 }
@@ -33,6 +36,7 @@ pub(crate) enum MapIdentity {
 impl MapIdentity {
     pub(crate) fn is_same(&self, other: &MapIdentity) -> bool {
         match (self, other) {
+            (MapIdentity::Empty, MapIdentity::Empty) => true,
             (MapIdentity::One(a), MapIdentity::One(b)) => Weak::ptr_eq(a, b),
             (MapIdentity::Many(a), MapIdentity::Many(b)) => Weak::ptr_eq(a, b),
             _ => false,
@@ -111,12 +115,12 @@ impl DiskMap {
         }
     }
 
-    /// What tells this map from every other one, and keeps nothing of it; none of an empty map.
-    pub(crate) fn identity(&self) -> Option<MapIdentity> {
+    /// What tells this map from every other one, and keeps nothing of it.
+    pub(crate) fn identity(&self) -> MapIdentity {
         match self {
-            DiskMap::Empty => None,
-            DiskMap::One(extent) => Some(MapIdentity::One(Arc::downgrade(extent))),
-            DiskMap::Many(extents) => Some(MapIdentity::Many(Arc::downgrade(extents))),
+            DiskMap::Empty => MapIdentity::Empty,
+            DiskMap::One(extent) => MapIdentity::One(Arc::downgrade(extent)),
+            DiskMap::Many(extents) => MapIdentity::Many(Arc::downgrade(extents)),
         }
     }
 
@@ -126,6 +130,16 @@ impl DiskMap {
             DiskMap::Empty => true,
             DiskMap::One(_) => false,
             DiskMap::Many(extents) => extents.iter().all(Option::is_none),
+        }
+    }
+
+    /// Whether nothing was ever written to what extents there are.
+    pub(crate) fn is_unwritten(&self) -> bool {
+        let unwritten = |extent: &Arc<Extent>| extent.sum().is_none();
+        match self {
+            DiskMap::Empty => true,
+            DiskMap::One(extent) => unwritten(extent),
+            DiskMap::Many(extents) => extents.iter().flatten().all(unwritten),
         }
     }
 
@@ -206,18 +220,19 @@ impl DiskMap {
     }
 
     /// Takes the extents that were reserved and never written, for the first write of a whole
-    /// object: all of them, or none. A reader who has the map keeps them where they are.
+    /// object: all of them, or none. A reader who has the map keeps them where they are; one that
+    /// only knows which map it was ([`MapIdentity`]) does not.
     pub(crate) fn take_reserved(&mut self, len: usize) -> Option<Vec<Extent>> {
         let unwritten =
             |extent: &Arc<Extent>| extent.sum().is_none() && Arc::strong_count(extent) == 1;
-        let mine = match self {
+        let mine = match &*self {
             DiskMap::Empty => false,
             DiskMap::One(extent) => unwritten(extent),
             DiskMap::Many(extents) => {
-                let whole = extents.len() == chunk_count(len);
                 let unwritten =
                     |extent: &Option<Arc<Extent>>| extent.as_ref().is_some_and(unwritten);
-                whole && Arc::get_mut(extents).is_some_and(|all| all.iter().all(unwritten))
+                let whole = extents.len() == chunk_count(len);
+                whole && Arc::strong_count(extents) == 1 && extents.iter().all(unwritten)
             }
         };
         if !mine {
@@ -230,5 +245,44 @@ impl DiskMap {
         };
         // Nobody else had any of them just now, and nobody gets one who does not see the map.
         extents.into_iter().map(|extent| Arc::try_unwrap(extent?).ok()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::ExtentOwner;
+
+    #[derive(Debug)]
+    struct Disk;
+
+    impl ExtentOwner for Disk {
+        fn release(&self, _offset: u64, _footprint: u32) {}
+    }
+
+    #[test]
+    fn reserved_extents_are_taken_from_a_map_that_others_only_know() {
+        let len = CHUNK_BYTES + 7;
+        let extent = |index| {
+            let len = chunk_len(len, index);
+            Extent::new((index * CHUNK_BYTES) as u64, len, CHUNK_BYTES as u32, Arc::new(Disk))
+        };
+        let mut map = DiskMap::of(vec![extent(0), extent(1)]);
+        let (identity, clone) = (map.identity(), map.clone());
+        assert!(map.take_reserved(len).is_none(), "a reader has it");
+        drop(clone);
+        let taken = map.take_reserved(len).map(|extents| extents.len());
+        assert_eq!(taken, Some(2));
+        assert!(!map.identity().is_same(&identity));
+    }
+
+    #[test]
+    fn empty_maps_are_the_same_version_and_no_other_map_is() {
+        let (one, other) = (DiskMap::Empty.identity(), DiskMap::Empty.identity());
+        assert!(one.is_same(&other));
+        let chunks = DiskMap::of_some(vec![None, None]);
+        assert!(!one.is_same(&chunks.identity()));
+        assert!(chunks.identity().is_same(&chunks.clone().identity()));
+        assert!(!chunks.identity().is_same(&DiskMap::of_some(vec![None, None]).identity()));
     }
 }

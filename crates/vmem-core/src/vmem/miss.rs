@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 
-use super::read::{copy_yielding, is_copied};
+use super::read::is_copied;
 use super::{Result, VirtualMemory};
 use crate::actor::Request;
 use crate::copy::Found;
@@ -20,8 +20,8 @@ use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::host::HostArena;
 use crate::memory_tier::MemoryTier;
-use crate::migrate::{self, Job, Piece};
-use crate::object::{DiskMap, MapIdentity, Object, chunk_count, chunks_of};
+use crate::migrate::{self, Job};
+use crate::object::{Object, chunk_count, chunks_of};
 use crate::parcel::{Unkept, parcel};
 use crate::promotion;
 use crate::stats::add;
@@ -42,32 +42,6 @@ pub(super) struct Asked {
     /// The caller has another way where host memory has no space.
     pub(super) may_spill: bool,
     pub(super) deadline: Deadline,
-}
-
-/// How far a copy in pieces has come, in which version.
-#[derive(Debug, Default)]
-struct Progress {
-    done: usize,
-    map: Option<MapIdentity>,
-    /// A piece was taken back.
-    recalled: bool,
-}
-
-impl Progress {
-    fn of(map: &DiskMap) -> Self {
-        Progress { done: 0, map: map.identity(), recalled: false }
-    }
-
-    /// Whether the pieces so far are of this version; the first one decides.
-    fn is_of(&mut self, map: &DiskMap) -> bool {
-        let identity = map.identity();
-        if self.done == 0 {
-            self.map = identity;
-            return true;
-        }
-        let same = self.map.as_ref().zip(identity.as_ref());
-        same.is_some_and(|(one, other)| one.is_same(other))
-    }
 }
 
 impl VirtualMemory {
@@ -197,11 +171,13 @@ impl VirtualMemory {
             }
             loop {
                 let shared = &self.shared;
-                let part = migrate::read_part(object.clone(), range.clone(), copied, how.class);
-                let parcel = shared.spawn_for_caller("vmem-read", part(how.deadline));
-                let answer = shared.answer(&parcel, &how.deadline, "reading a part").await?;
-                if let Some(bytes) = answer {
-                    return Ok(bytes);
+                let (class, deadline) = (how.class, how.deadline);
+                let part =
+                    migrate::read_part(object.clone(), range.clone(), copied, class, deadline);
+                let parcel = shared.spawn_for_caller("vmem-read", part);
+                let answer = shared.answer(&parcel, &deadline, "reading a part").await?;
+                if let Some(part) = answer {
+                    return Ok(part.into_bytes());
                 }
                 self.check_open()?;
             }
@@ -211,7 +187,7 @@ impl VirtualMemory {
 
     /// All bytes of an object of which a part is to be read, if the rule, or the caller, promotes it with this
     /// read, and host memory has space for it.
-    async fn promoted(
+    pub(super) async fn promoted(
         &self,
         object: &Arc<Object>,
         range: &Range<usize>,
@@ -238,72 +214,6 @@ impl VirtualMemory {
         }
     }
 
-    /// Copies a part of one version into memory of the caller.
-    pub(super) async fn copy_slowly(
-        &self,
-        object: &Arc<Object>,
-        range: Range<usize>,
-        buf: &mut [u8],
-        how: Asked,
-    ) -> Result<()> {
-        if let Some(whole) = self.promoted(object, &range, &how).await? {
-            copy_yielding(buf, &whole[range]).await;
-            return Ok(());
-        }
-        let mut progress = Progress::default();
-        // A piece that was taken back is read again, into memory of its own.
-        while !self.copy_pieces(object, &range, buf, &how, &mut progress).await? {
-            self.check_open()?;
-            progress.recalled = true;
-        }
-        Ok(())
-    }
-
-    /// Each piece is read by a task of its own, which hands the version on with it; between two of them this
-    /// future has both, and no await.
-    async fn copy_pieces(
-        &self,
-        object: &Arc<Object>,
-        range: &Range<usize>,
-        buf: &mut [u8],
-        how: &Asked,
-        progress: &mut Progress,
-    ) -> Result<bool> {
-        let mut version = None;
-        while progress.done < range.len() {
-            let rest = range.start + progress.done..range.end;
-            let (owned, class, fresh) = (progress.recalled, how.class, version.is_none());
-            let piece = migrate::read_piece(object.clone(), version.take(), rest, owned, class);
-            let parcel = self.shared.spawn_for_caller("vmem-read", piece(how.deadline));
-            let answer = self.shared.answer(&parcel, &how.deadline, "reading a part").await?;
-            let Some(piece) = answer else { return Ok(false) };
-            let to = &mut buf[progress.done..];
-            match piece {
-                Piece::Staged { bytes, at, version: same } => {
-                    if fresh && !progress.is_of(&same.disk) {
-                        // Another version by now: from the front.
-                        *progress =
-                            Progress { recalled: progress.recalled, ..Progress::of(&same.disk) };
-                        version = Some(same);
-                        continue;
-                    }
-                    to[..at.len()].copy_from_slice(&bytes[at.clone()]);
-                    progress.done += at.len();
-                    version = Some(same);
-                }
-                Piece::Resident(bytes) => {
-                    copy_yielding(buf, &bytes[range.clone()]).await;
-                    return Ok(true);
-                }
-                Piece::Zeros => {
-                    buf.fill(0);
-                    return Ok(true);
-                }
-            }
-        }
-        Ok(true)
-    }
-
     /// Several objects at once.
     pub(super) async fn many_slowly(&self, objects: Vec<Arc<Object>>) -> Result<Vec<Bytes>> {
         let mut seen = std::collections::HashSet::new();
@@ -326,14 +236,41 @@ impl VirtualMemory {
                 (object, stay)
             })
             .collect();
+        // First those that are missing. The others are looked at again when these have come; if one
+        // of them has left meanwhile, all are asked for at once.
+        let missing = objects.iter().filter(|(object, _)| !object.copy.is_some());
+        let mut asked: Arc<[_]> = missing.cloned().collect();
         loop {
-            let set = migrate::read_set(self.shared.clone(), objects.clone(), deadline);
+            let set = migrate::read_set(self.shared.clone(), asked.clone(), deadline);
             let parcel = self.shared.spawn_for_caller("vmem-read-many", set);
             let answer = self.shared.answer(&parcel, &deadline, "reading several objects").await?;
-            if let Some(all) = answer {
-                return Ok(all);
+            if let Some(read) = answer {
+                if let Some(all) = self.with_hits(&objects, &asked, read) {
+                    return Ok(all);
+                }
+                asked = objects.clone();
             }
             self.check_open()?;
         }
+    }
+
+    /// The bytes of each object of a set, of which these were asked for and have been read; the
+    /// others are in host memory still, or there is none.
+    fn with_hits(
+        &self,
+        objects: &[(Arc<Object>, bool)],
+        asked: &[(Arc<Object>, bool)],
+        read: Vec<Bytes>,
+    ) -> Option<Vec<Bytes>> {
+        let mut read = asked.iter().zip(read).peekable();
+        let mut all = Vec::with_capacity(objects.len());
+        for (object, _) in objects {
+            let was_read = read.next_if(|((one, _), _)| Arc::ptr_eq(one, object));
+            all.push(match was_read {
+                Some((_, bytes)) => bytes,
+                None => self.hit(object)?.into_bytes(),
+            });
+        }
+        Some(all)
     }
 }

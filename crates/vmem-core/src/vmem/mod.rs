@@ -4,6 +4,7 @@
 //! other than through a guard that the future owns; so dropping it gives everything back. Each
 //! method checks, in this order: closed, a handle of ours, alive, its arguments.
 
+mod into;
 mod lease;
 mod lease_set;
 mod miss;
@@ -275,7 +276,7 @@ impl VirtualMemory {
             }
         }
         let lens = chunk_lens(object.len, 0..chunk_count(object.len));
-        let reserved = self.shared.disk.reserve(&lens);
+        let reserved = self.shared.reserve_soon(&lens).await;
         let extents = reserved.map_err(|error| self.shared.disk_error(object.id, error))?;
         let pass = object.try_gate().expect(new);
         self.shared.announce(object);

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::into::PIECE;
 use super::miss::Asked;
 use super::{Result, VirtualMemory};
 use crate::copy::{Found, ReadGuard};
@@ -122,11 +123,38 @@ impl VirtualMemory {
         if range.is_empty() {
             return Ok(());
         }
-        if let Some(guard) = self.hit(object) {
-            copy_yielding(buf, &guard.as_ref()[range]).await;
+        if let Some(guard) = self.hit(object)
+            && range.len() <= PIECE
+        {
+            buf.copy_from_slice(&guard.as_ref()[range]);
             return Ok(());
         }
-        Box::pin(self.copy_slowly(object, range, buf, self.ordinary())).await
+        // More than that is copied in several polls, between which this holds no reader count.
+        Box::pin(self.copy_in_pieces(object, range, buf, self.ordinary())).await
+    }
+
+    /// The bytes of the object if they are in host memory right now; no wait, no I/O. `None` also
+    /// if somebody is changing them at this moment, if the object was freed, or the store was
+    /// closed.
+    ///
+    /// ```
+    /// # use vmem::{MemoryTier, VirtualMemoryConfig};
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+    /// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
+    /// # let vmem = vmem::open(config.build()?).await?;
+    /// let handle = vmem.put([1, 2, 3], MemoryTier::Host).await?;
+    /// assert_eq!(vmem.try_read(&handle).as_deref(), Some(&[1, 2, 3][..])); vmem.demote(&handle,
+    /// MemoryTier::Disk).await?; assert!(vmem.try_read(&handle).is_none());
+    /// # vmem.close().await
+    /// # }
+    /// ```
+    pub fn try_read(&self, handle: &VMemHandle) -> Option<Bytes> {
+        let object = self.check(handle).ok()?;
+        if object.len == 0 {
+            return Some(Bytes::new());
+        }
+        self.hit(object).map(ReadGuard::into_bytes)
     }
 
     /// Several objects at once, in the order of `handles`: all of them, or none. While it waits for
@@ -136,16 +164,30 @@ impl VirtualMemory {
     ///
     /// The first error of any of them; `ExceedsCapacity` at once if host memory could never hold
     /// the whole set.
-    pub async fn read_many(&self, handles: &[VMemHandle]) -> Result<Vec<Bytes>> {
+    pub async fn read_many<'a>(
+        &self,
+        handles: impl IntoIterator<Item = &'a VMemHandle>,
+    ) -> Result<Vec<Bytes>> {
         tokio::task::coop::consume_budget().await;
         let objects: Vec<_> =
-            handles.iter().map(|handle| self.check(handle)).collect::<Result<_>>()?;
-        let hits: Option<Vec<_>> = objects.iter().map(|object| self.hit(object)).collect();
-        if let Some(hits) = hits {
-            return Ok(hits.into_iter().map(ReadGuard::into_bytes).collect());
+            handles.into_iter().map(|handle| self.check(handle)).collect::<Result<_>>()?;
+        if let Some(hits) = self.hits(&objects) {
+            return Ok(hits);
         }
         let objects = objects.into_iter().cloned().collect();
         Box::pin(self.many_slowly(objects)).await
+    }
+
+    /// The current host copies, if there is one of each.
+    fn hits(&self, objects: &[&Arc<Object>]) -> Option<Vec<Bytes>> {
+        if !objects.iter().all(|object| object.copy.is_some()) {
+            return None;
+        }
+        let mut hits = Vec::with_capacity(objects.len());
+        for object in objects {
+            hits.push(self.hit(object)?.into_bytes());
+        }
+        Some(hits)
     }
 
     /// The current host copy, if there is one: a load, a count, a mark.
@@ -189,15 +231,4 @@ fn check_range(object: &Object, range: &Range<usize>) -> Result<()> {
         end: range.end,
         len: object.len,
     })
-}
-
-/// Copies, letting others run after each piece of a large copy.
-pub(super) async fn copy_yielding(to: &mut [u8], from: &[u8]) {
-    const PIECE: usize = 256 * 1024;
-    for (to, from) in to.chunks_mut(PIECE).zip(from.chunks(PIECE)) {
-        to.copy_from_slice(from);
-        if from.len() == PIECE {
-            tokio::task::yield_now().await;
-        }
-    }
 }

@@ -15,12 +15,12 @@ use std::sync::Arc;
 
 use super::{Result, VirtualMemory};
 use crate::buffer::IoBuf;
-use crate::deadline::{Deadline, Late};
+use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
-use crate::migrate::{self, DiskWrite, Job, NewVersion};
+use crate::migrate::{self, DiskWrite, Job, NewVersion, Turn};
 use crate::object::{GatePass, Object};
 use crate::parcel::{Parcel, parcel};
 use crate::tier::{Class, Need, Refused};
@@ -288,7 +288,9 @@ impl VirtualMemory {
         self.shared.answer(&parcel, deadline, "publishing a write").await.map(drop)
     }
 
-    /// Writes through staging: every chunk that the range touches goes to a new extent.
+    /// Writes through staging: every chunk that the range touches goes to a new extent. What is
+    /// between two pieces is a task's, or lies in a parcel: where the disk has no space for others
+    /// it is taken back, and the write begins again.
     async fn write_to_disk(
         &self,
         object: &Arc<Object>,
@@ -296,34 +298,55 @@ impl VirtualMemory {
         data: &[u8],
         deadline: &Deadline,
     ) -> Result<()> {
-        let mut write = DiskWrite::begin(object, range)?;
-        write.take_edges(range, data);
         // Once a piece was taken back, since this future did not come for it, what it writes lies in memory of its own.
-        let mut recalled = false;
-        while let Some(chunks) = write.next_chunks(recalled) {
-            let settled = deadline.bound_answer(write.settle_some()).await;
-            settled.map_err(|Late| deadline.error("writing to disk"))??;
-            let mut piece = if recalled {
-                IoBuf::from_vec(vec![0; chunks.len()])
-            } else {
-                let piece = migrate::write_piece(self.shared.clone(), *deadline);
-                let parcel = self.shared.spawn_for_caller("vmem-write", piece);
-                match self.shared.answer(&parcel, deadline, "writing to disk").await? {
-                    Some(piece) => piece,
-                    None => {
-                        self.check_open()?;
-                        recalled = true;
-                        continue;
-                    }
-                }
-            };
-            let start = chunks.start - range.start;
-            piece[..chunks.len()].copy_from_slice(&data[start..start + chunks.len()]);
-            write.submit(piece, chunks);
-        }
+        let mut owned = false;
+        let write = loop {
+            let submitted = self.submit_all(object, range, data, &mut owned, deadline).await?;
+            if let Some(write) = submitted {
+                break write;
+            }
+            self.check_open()?;
+            if deadline.is_past() {
+                return Err(deadline.error("writing to disk"));
+            }
+        };
         let (reply, parcel) = parcel();
         self.shared.spawn("vmem-write", migrate::finish_disk_write(write, *deadline, reply));
         self.shared.answer(&parcel, deadline, "writing to disk").await.map(drop)
+    }
+
+    /// Sends all chunks that the data covers on their way. `None` if the write was taken back.
+    async fn submit_all(
+        &self,
+        object: &Arc<Object>,
+        range: &Range<usize>,
+        data: &[u8],
+        owned: &mut bool,
+        deadline: &Deadline,
+    ) -> Result<Option<DiskWrite>> {
+        let write = DiskWrite::new(object, range, data);
+        if write.is_submitted() {
+            return Ok(Some(write));
+        }
+        let begun = migrate::begin_disk_write(write, *owned, *deadline);
+        let mut turn = self.shared.spawn_for_caller("vmem-write", begun);
+        loop {
+            let answer = self.shared.answer(&turn, deadline, "writing to disk").await?;
+            let Some(Turn { write, piece }) = answer else { return Ok(None) };
+            let Some(mut write) = write.take_back() else { return Ok(None) };
+            let piece = piece.and_then(Parcel::take_back);
+            *owned |= piece.is_none();
+            let bytes = write.next_bytes(piece.is_none());
+            let mut piece = piece.unwrap_or_else(|| IoBuf::from_vec(vec![0; bytes.len()]));
+            let start = bytes.start - range.start;
+            piece[..bytes.len()].copy_from_slice(&data[start..start + bytes.len()]);
+            write.submit(piece, bytes);
+            if write.is_submitted() {
+                return Ok(Some(write));
+            }
+            let next = migrate::next_turn(write, *owned, *deadline);
+            turn = self.shared.spawn_for_caller("vmem-write", next);
+        }
     }
 }
 
