@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
-use crate::disk::Runs;
+use crate::chunk::StoredChunk;
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
 
@@ -116,15 +116,6 @@ pub struct CatalogObject {
     pub record: CatalogRecord,
     /// Where its chunks are; none is a chunk of zeros.
     pub chunks: Vec<Option<StoredChunk>>,
-}
-
-/// Where the disk tier has a chunk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoredChunk {
-    /// Its runs, in the order in which it fills them.
-    pub runs: Runs,
-    /// The CRC-32C of the chunk.
-    pub sum: u32,
 }
 
 /// One change of the catalog.

@@ -13,16 +13,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use smallvec::SmallVec;
 
 use crate::buffer::IoBuf;
-use crate::catalog::StoredChunk;
+use crate::chunk::{CHUNK_BYTES, Run, Runs, StoredChunk};
 use crate::deadline::Clock;
 use crate::host::StagingMemory;
-
-/// The unit of checksums and of partial rewrites, in bytes: objects up to this size are one chunk,
-/// larger ones are cut at its multiples.
-pub const CHUNK_BYTES: usize = 64 * 1024;
 
 /// A tier below host memory that stores chunks.
 ///
@@ -114,18 +109,6 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
 fn unsupported(operation: &'static str) -> DiskError {
     DiskError::Io { operation, source: Arc::new(io::ErrorKind::Unsupported.into()) }
 }
-
-/// A run of bytes of the disk tier.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
-    /// Where it starts, in bytes.
-    pub offset: u64,
-    /// Space taken, in bytes, rounding included.
-    pub footprint: u32,
-}
-
-/// The runs of one chunk, in its order. Only where the free space is in pieces it is more than one.
-pub type Runs = SmallVec<[Run; 1]>;
 
 /// A piece of the disk tier that holds, or will hold, one chunk. Dropping it frees the space, unless it is
 /// [kept](Self::keep).

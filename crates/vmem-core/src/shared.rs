@@ -17,9 +17,9 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
-use crate::actor::{Requests, spawn_named};
-use crate::backend::Backends;
 use crate::buffer::IoBuf;
+use crate::capabilities::Capabilities;
+use crate::catalog::Catalog;
 use crate::config::{self, Promotion, VirtualMemoryConfig};
 use crate::copy::{Copies, OwnedCopy};
 use crate::deadline::{Deadline, Late, Timing};
@@ -29,13 +29,35 @@ use crate::error::VirtualMemoryError;
 use crate::events::Events;
 use crate::host::{HostArena, StagingPool};
 use crate::memory_tier::MemoryTier;
-use crate::migrate::Link;
+
 use crate::names::Names;
 use crate::object::Object;
 use crate::parcel::{Delivery, GRACE, Parcel, SetAside, Unclaimed, Unkept};
+use crate::requests::{Request, Requests};
 use crate::stats::{Counters, TierStats, VirtualMemoryStats, get};
-use crate::tier::{Device, Hold, Holds, HostSpace, Need, Queue, Refused, TierState, Watermarks};
+use crate::task::spawn_named;
+use crate::tier::{
+    Device, Hold, Holds, HostSpace, Link, Need, Queue, Refused, TierState, Watermarks,
+};
 use crate::wake::Wake;
+
+/// Reads past the actor that are under way at once.
+const READS_MAX: usize = 1024;
+
+/// The parts of a store.
+#[derive(Debug)]
+pub struct Backends {
+    /// Host memory that the store may use, staging included, in bytes.
+    pub host_capacity_bytes: u64,
+    /// The tier below it.
+    pub disk: Arc<dyn DiskBackend>,
+    /// Where names are stored; without one there are no named objects.
+    pub catalog: Option<Arc<dyn Catalog>>,
+    /// The tiers above it, in the order of their numbers: `MemoryTier::Vram` is the first.
+    pub devices: Vec<Arc<dyn DeviceBackend>>,
+    /// What was found when they were opened.
+    pub capabilities: Capabilities,
+}
 
 /// What the configuration comes to on this machine.
 #[derive(Clone, Debug)]
@@ -94,7 +116,7 @@ pub(crate) struct Shared {
     pub(crate) disk: Arc<dyn DiskBackend>,
     pub(crate) disk_link: Link,
     pub(crate) names: Names,
-    pub(crate) requests: Requests,
+    requests: Requests,
     /// Where the actor runs.
     pub(crate) runtime: tokio::runtime::Handle,
     pub(crate) wake: Arc<Wake>,
@@ -252,6 +274,21 @@ impl Shared {
             }
         });
         spawn_named(&self.runtime, name, guarded);
+    }
+
+    /// Whether a read may start its own task, past the actor.
+    pub(crate) fn takes_reads(&self) -> bool {
+        self.tasks.len() < READS_MAX && !self.requests.is_closed()
+    }
+
+    /// Has the actor start a migration. Where its channel is full a task waits there, and the caller does not.
+    pub(crate) fn request(self: &Arc<Self>, request: Request) {
+        if let Some((channel, request)) = self.requests.try_send(request) {
+            self.spawn("vmem-request", async move {
+                // Dropped unsent it is refused: whoever waits for its reply finds that nobody will.
+                drop(channel.send(request).await);
+            });
+        }
     }
 
     /// Runs `work` as a task, which is dropped once its caller is, and sets its value aside for the caller.

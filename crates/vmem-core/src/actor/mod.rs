@@ -17,29 +17,25 @@
 
 mod evict;
 mod plan;
-mod request;
 mod tiers;
 
 use std::future::Future;
 use std::sync::Arc;
 
-use tokio::runtime::Handle;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use evict::Evictor;
 use tiers::{InHost, OnDevice};
 
-pub(crate) use request::{Move, PrefetchEnd, Request, Requests};
-
 use crate::device::DeviceError;
 use crate::error::VirtualMemoryError;
 use crate::names;
+use crate::requests::{Inbox, Line, Request};
 use crate::shared::Shared;
+use crate::task::spawn_named;
 
-/// Requests of one class that wait in its channel; a caller beyond that waits as a future.
-const QUEUE_MAX: usize = 1024;
 /// Migrations of demand that are started at once; those that copy are bounded by the link.
 const DEMAND_MAX: usize = 1024;
 /// Prefetch requests that are started at once.
@@ -61,23 +57,6 @@ pub(super) enum Ended {
 
 /// The result of the end, for whoever closes.
 pub(crate) type Outcome = Option<Result<(), VirtualMemoryError>>;
-
-/// The ends of the channels that the actor holds.
-#[derive(Debug)]
-pub(crate) struct Inbox {
-    demand: mpsc::Receiver<Request>,
-    background: mpsc::Receiver<Request>,
-    kernels: mpsc::UnboundedReceiver<Request>,
-}
-
-/// The channels between the store and its actor.
-pub(crate) fn channels() -> (Requests, Inbox) {
-    let (demand_tx, demand) = mpsc::channel(QUEUE_MAX);
-    let (background_tx, background) = mpsc::channel(QUEUE_MAX);
-    let (kernels_tx, kernels) = mpsc::unbounded_channel();
-    let requests = Requests::new(demand_tx, background_tx, kernels_tx);
-    (requests, Inbox { demand, background, kernels })
-}
 
 /// Starts the actor on the current runtime. The receiver gets the outcome of its end.
 pub(crate) fn start(shared: Arc<Shared>, inbox: Inbox) -> watch::Receiver<Outcome> {
@@ -207,19 +186,19 @@ impl Actor {
     }
 
     fn start(&mut self, request: Request) {
-        let ended = request.kind();
-        match ended {
-            Ended::Background => self.background += 1,
-            Ended::Demand | Ended::Evicted { .. } => self.demand += 1,
-            Ended::Kernel => {}
-        }
-        let name = request.name();
-        let tasks = match ended {
-            Ended::Kernel => &mut self.kernels,
-            _ => &mut self.tasks,
+        let Request { name, line, work } = request;
+        let (tasks, ended) = match line {
+            Line::Demand => (&mut self.tasks, Ended::Demand),
+            Line::Background => (&mut self.tasks, Ended::Background),
+            Line::Kernel => (&mut self.kernels, Ended::Kernel),
         };
+        match line {
+            Line::Demand => self.demand += 1,
+            Line::Background => self.background += 1,
+            Line::Kernel => {}
+        }
         spawn_into(tasks, name, async move {
-            request.serve().await;
+            work.await;
             ended
         });
     }
@@ -244,12 +223,9 @@ impl Actor {
     async fn end(&mut self) -> Result<(), VirtualMemoryError> {
         self.inbox.demand.close();
         self.inbox.background.close();
-        while let Some(request) = self.inbox.demand.recv().await {
-            request.refuse(VirtualMemoryError::Closed);
-        }
-        while let Some(request) = self.inbox.background.recv().await {
-            request.refuse(VirtualMemoryError::Closed);
-        }
+        // Dropped they are refused.
+        while self.inbox.demand.recv().await.is_some() {}
+        while self.inbox.background.recv().await.is_some() {}
         self.shared.close_queues();
         while let Some(ended) = self.tasks.join_next().await {
             self.account(ended);
@@ -281,9 +257,7 @@ impl Actor {
         self.wait_for_kernels().await;
         // Leases that are still held can publish nothing any more.
         self.inbox.kernels.close();
-        while let Ok(request) = self.inbox.kernels.try_recv() {
-            request.refuse(VirtualMemoryError::Closed);
-        }
+        while self.inbox.kernels.try_recv().is_ok() {}
         if self.kernels.is_empty() {
             return;
         }
@@ -318,23 +292,6 @@ async fn sleep_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
-    }
-}
-
-/// Spawns a task with a name that tokio-console shows.
-pub(crate) fn spawn_named<F>(runtime: &Handle, name: &str, future: F)
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    #[cfg(all(tokio_unstable, feature = "tokio-console"))]
-    let spawned = tokio::task::Builder::new().name(name).spawn_on(future, runtime).map(drop);
-    #[cfg(not(all(tokio_unstable, feature = "tokio-console")))]
-    let spawned = {
-        drop(runtime.spawn(future));
-        Ok::<(), std::io::Error>(())
-    };
-    if let Err(error) = spawned {
-        tracing::error!(target: "vmem::actor", name, %error, "not spawned");
     }
 }
 

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::mapping::Mapping;
-use crate::disk::CHUNK_BYTES;
+use crate::chunk::CHUNK_BYTES;
 
 /// The largest piece, in bytes.
 const PIECE_MAX: usize = 1024 * 1024;

@@ -9,9 +9,10 @@ use std::ops::Range;
 use bytes::Bytes;
 
 use super::load;
+use crate::chunk::CHUNK_BYTES;
 use crate::copy::Found;
 use crate::deadline::Deadline;
-use crate::disk::{CHUNK_BYTES, DiskError, Extent};
+use crate::disk::{DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::object::{GatePass, Object, Version, chunk_lens, chunks_of, range_of};
 use crate::stats::add;

@@ -8,8 +8,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::buffer::IoBuf;
+use crate::chunk::CHUNK_BYTES;
 use crate::device::{DeviceError, DeviceRange};
-use crate::disk::{CHUNK_BYTES, DiskError, ReadChunk};
+use crate::disk::{DiskError, ReadChunk};
 use crate::error::VirtualMemoryError;
 use crate::object::{DiskMap, Object, Version, chunk_len};
 use crate::stats;

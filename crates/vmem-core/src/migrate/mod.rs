@@ -7,10 +7,10 @@
 mod disk_write;
 mod edges;
 mod kernel;
-mod link;
 mod load;
 mod part;
 mod relocate;
+mod request;
 mod set;
 mod to_device;
 mod to_disk;
@@ -27,10 +27,12 @@ use tracing::Span;
 
 pub(crate) use disk_write::{DiskWrite, Turn, begin_disk_write, finish_disk_write, next_turn};
 pub(crate) use kernel::Changed;
-pub(crate) use link::Link;
 pub(crate) use load::load;
 pub(crate) use part::{Copied, Piece, read_part, read_piece};
 pub(crate) use relocate::relocate;
+pub(crate) use request::{
+    Move, PrefetchEnd, request_fetch, request_finish, request_move, request_prefetch,
+};
 pub(crate) use set::read_set;
 pub(crate) use to_device::{fill_device, leave_devices, promote_to_device};
 pub(crate) use to_disk::{

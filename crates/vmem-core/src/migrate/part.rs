@@ -10,9 +10,9 @@ use bytes::Bytes;
 
 use super::{count_hit, load};
 use crate::buffer::IoBuf;
+use crate::chunk::CHUNK_BYTES;
 use crate::copy::Found;
 use crate::deadline::Deadline;
-use crate::disk::CHUNK_BYTES;
 use crate::error::VirtualMemoryError;
 use crate::object::{MapIdentity, Object, Version, chunk_count, chunks_of};
 use crate::parcel::{Parcel, SetAside};

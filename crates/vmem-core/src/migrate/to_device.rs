@@ -10,10 +10,10 @@ use futures::StreamExt;
 use futures::stream::FuturesOrdered;
 
 use super::{Job, Record, fetch_into, load};
+use crate::chunk::CHUNK_BYTES;
 use crate::copy::Found;
 use crate::deadline::Deadline;
 use crate::device::{DeviceAnswer, DeviceError, DeviceRange};
-use crate::disk::CHUNK_BYTES;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;

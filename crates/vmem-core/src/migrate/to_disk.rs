@@ -11,9 +11,10 @@ use futures::StreamExt;
 
 use super::Record;
 use super::to_device::check_unheld;
+use crate::chunk::CHUNK_BYTES;
 use crate::copy::Found;
 use crate::deadline::Deadline;
-use crate::disk::{CHUNK_BYTES, DiskError, Extent};
+use crate::disk::{DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;

@@ -9,9 +9,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::load;
+use crate::chunk::CHUNK_BYTES;
 use crate::copy::{Found, OwnedCopy};
 use crate::deadline::Deadline;
-use crate::disk::CHUNK_BYTES;
 use crate::error::VirtualMemoryError;
 use crate::object::{DiskMap, GatePass, Object, chunk_len, chunks_of};
 use crate::parcel::Delivery;

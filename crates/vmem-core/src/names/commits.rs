@@ -11,11 +11,11 @@ use std::sync::atomic::AtomicU64;
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::actor::spawn_named;
 use crate::catalog::{Catalog, CatalogChange};
 use crate::disk::{DiskBackend, DiskError};
 use crate::error::VirtualMemoryError;
 use crate::stats::{add, get};
+use crate::task::spawn_named;
 
 /// Changes of so many callers go into one commit at most, and wait at most.
 const BATCH_MAX: usize = 1024;

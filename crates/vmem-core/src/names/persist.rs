@@ -10,7 +10,8 @@ use futures::StreamExt;
 use parking_lot::Mutex;
 
 use super::{NotCommitted, Result, Turn};
-use crate::catalog::{CatalogChange, CatalogRecord, SEGMENT_CHUNKS, StoredChunk};
+use crate::catalog::{CatalogChange, CatalogRecord, SEGMENT_CHUNKS};
+use crate::chunk::StoredChunk;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::migrate;

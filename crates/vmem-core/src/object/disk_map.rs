@@ -9,7 +9,8 @@
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
-use crate::disk::{CHUNK_BYTES, Extent};
+use crate::chunk::CHUNK_BYTES;
+use crate::disk::Extent;
 
 /// The chunks of one object.
 #[derive(Clone, Debug, Default)]

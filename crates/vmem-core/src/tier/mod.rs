@@ -7,11 +7,13 @@
 mod device;
 mod holds;
 mod host;
+mod link;
 mod queue;
 mod state;
 
 pub(crate) use device::{Device, DeviceSpace};
 pub(crate) use holds::{Hold, Holds};
 pub(crate) use host::HostSpace;
+pub(crate) use link::Link;
 pub(crate) use queue::{Class, Need, NoSpace, Queue, Refused, Space, Wanted};
 pub(crate) use state::{TierState, Watermarks};

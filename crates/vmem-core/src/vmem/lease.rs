@@ -14,14 +14,13 @@ use super::lease_set::{Asked, take};
 use super::pin::Held;
 use super::place::refresh;
 use super::{Result, VirtualMemory};
-use crate::actor::Request;
 use crate::buffer::IoBuf;
 use crate::copy::OwnedCopy;
 use crate::device::{DeviceAnswer, DeviceBackend, DeviceError, DeviceRange};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
-use crate::migrate::Changed;
+use crate::migrate::{Changed, request_finish};
 use crate::object::GatePass;
 use crate::tier::{Class, Hold, Need};
 
@@ -99,14 +98,14 @@ impl VramChange {
     ) {
         let Claim { device, range, room, pass, held } = inner;
         let (shared, handle) = (pass.object().shared.clone(), self.handle.clone());
-        let change = Box::new(Changed::begin(pass, (device, range), room, reply));
+        let change = Changed::begin(pass, (device, range), room, reply);
         let ready = Box::pin(async move {
             let outcome = ready.await;
             // They were kept for as long as the kernel could write.
             drop((held, handle));
             outcome
         });
-        shared.requests.send(&shared, Request::Finish { change, ready });
+        request_finish(&shared, change, ready);
     }
 }
 

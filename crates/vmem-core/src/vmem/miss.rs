@@ -13,14 +13,13 @@ use futures::future::{BoxFuture, FutureExt};
 
 use super::read::is_copied;
 use super::{Result, VirtualMemory};
-use crate::actor::Request;
 use crate::copy::Found;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::host::HostArena;
 use crate::memory_tier::MemoryTier;
-use crate::migrate::{self, Job};
+use crate::migrate::{self, Job, request_fetch};
 use crate::object::{Object, chunk_count, chunks_of};
 use crate::parcel::{Unkept, parcel};
 use crate::promotion;
@@ -130,8 +129,7 @@ impl VirtualMemory {
         if let Some(reply) = reply {
             let mut job = Job::new(object.clone(), MigrationCause::Read, how.deadline);
             (job.class, job.stay, job.may_spill) = (how.class, stay, how.may_spill);
-            let request = Request::Fetch { job, flight: flight.downgrade(), reply };
-            self.shared.requests.send(&self.shared, request);
+            request_fetch(job, flight.downgrade(), reply);
         }
         let late = || how.deadline.error("reading from a slower tier");
         let again = match how.deadline.bound_answer(flight.share()).await {

@@ -28,16 +28,16 @@ pub use place::Prefetch;
 pub use residency::Residency;
 
 use crate::actor::{self, Outcome};
-use crate::backend::{Backends, ObjectSpace, StagingMemory};
 use crate::capabilities::Capabilities;
 use crate::config::VirtualMemoryConfig;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationEvent;
 use crate::handle::VMemHandle;
-use crate::host::HostArena;
+use crate::host::{HostArena, ObjectSpace, StagingMemory};
 use crate::memory_tier::MemoryTier;
 use crate::object::{Object, chunk_count, chunk_lens};
-use crate::shared::{Limits, Shared};
+use crate::requests;
+use crate::shared::{Backends, Limits, Shared};
 use crate::stats::{TierStats, VirtualMemoryStats};
 use crate::tier::{Class, Need, Refused};
 
@@ -85,7 +85,7 @@ impl VirtualMemory {
     /// Outside of a tokio runtime with its timer enabled.
     pub fn with_backends(config: &VirtualMemoryConfig, backends: Backends) -> Result<Self> {
         let limits = Limits::of(config, backends.host_capacity_bytes)?;
-        let (requests, inbox) = actor::channels();
+        let (requests, inbox) = requests::channels();
         let mut capabilities = backends.capabilities.clone();
         let no_device = capabilities.vram_reason.clone();
         let shared = Shared::new(config, limits, backends, requests, no_device)?;

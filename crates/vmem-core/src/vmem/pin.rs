@@ -9,13 +9,12 @@ use std::sync::Arc;
 
 use super::Result;
 use super::place::ask;
-use crate::actor::Move;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
-use crate::migrate::{Job, fetch_into};
+use crate::migrate::{Job, Move, fetch_into};
 use crate::object::{GatePass, Object};
 use crate::shared::Shared;
 use crate::tier::{Class, Hold, Need};

@@ -15,12 +15,11 @@ use tokio::sync::oneshot;
 
 use super::pin::{Held, PinGuard, pin};
 use super::{Result, VirtualMemory};
-use crate::actor::{Move, PrefetchEnd, Request};
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
-use crate::migrate;
+use crate::migrate::{self, Move, PrefetchEnd, request_move, request_prefetch};
 use crate::object::Object;
 use crate::parcel::parcel;
 use crate::shared::Shared;
@@ -205,8 +204,7 @@ pub(super) fn refresh(shared: &Arc<Shared>, object: &Arc<Object>) {
     }
     for device in object.devices_to_refresh() {
         let (reply, _nobody_waits) = parcel();
-        let (object, what, deadline) = (object.clone(), Move::Refresh(device), shared.deadline());
-        shared.requests.send(shared, Request::Move { object, what, deadline, reply });
+        request_move(object, Move::Refresh(device), shared.deadline(), reply);
     }
 }
 
@@ -218,8 +216,7 @@ pub(super) async fn ask(
     deadline: &Deadline,
 ) -> Result<()> {
     let (reply, parcel) = parcel();
-    let request = Request::Move { object: object.clone(), what, deadline: *deadline, reply };
-    shared.requests.send(shared, request);
+    request_move(object, what, *deadline, reply);
     shared.answer(&parcel, deadline, "moving an object").await.map(drop)
 }
 
@@ -291,7 +288,7 @@ impl Prefetch {
         let detached = Arc::new(AtomicBool::new(false));
         let end = PrefetchEnd { reply, detached: detached.clone() };
         let deadline = shared.deadline();
-        shared.requests.send(shared, Request::Prefetch { objects, to, deadline, end });
+        request_prefetch(shared, objects, to, deadline, end);
         let answer = async move {
             match deadline.bound_answer(answer).await {
                 Ok(answer) => answer.unwrap_or(Err(VirtualMemoryError::Closed)),

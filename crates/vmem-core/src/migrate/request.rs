@@ -1,0 +1,197 @@
+//! What can be asked of the actor, and how each is carried out.
+//!
+//! Invariant: each request is answered exactly once: by its task, or, unserved, by the drop of its reply. Called by the
+//! public methods; the actor starts the tasks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use tokio::sync::{Notify, oneshot};
+
+use super::{Changed, Job};
+use crate::deadline::Deadline;
+use crate::device::{DeviceAnswer, DeviceError};
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
+use crate::memory_tier::MemoryTier;
+use crate::object::{Object, WeakFlight};
+use crate::parcel::Delivery;
+use crate::requests::{Line, Request};
+use crate::shared::Shared;
+use crate::tier::Class;
+
+type Result<T> = std::result::Result<T, VirtualMemoryError>;
+
+/// Objects of one prefetch that are on their way at once.
+const PREFETCHED_AT_ONCE: usize = 32;
+
+/// Where an object is to move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Move {
+    /// To the memory of this device.
+    ToDevice(usize),
+    /// There again, behind a write, whoever waits for it.
+    Refresh(usize),
+    /// Out of the memory of devices, to host memory if it has space.
+    OffDevices,
+    /// To host memory, to stay.
+    ToHost,
+    /// To disk, out of host memory.
+    ToDisk,
+    /// To disk too.
+    Flush,
+}
+
+/// How a prefetch ends: for its future, or, detached, for nobody.
+#[derive(Debug)]
+pub(crate) struct PrefetchEnd {
+    pub(crate) reply: oneshot::Sender<Result<()>>,
+    /// Nobody waits for it, and it is wanted all the same.
+    pub(crate) detached: Arc<AtomicBool>,
+}
+
+/// The bytes of one object; everybody who joined the flight gets them. A read that leaves the object where it is moves
+/// nothing between tiers and needs no decision: its task starts at once, past the actor, unless too many are under way.
+pub(crate) fn request_fetch(job: Job, flight: WeakFlight, reply: Delivery<Result<Bytes>>) {
+    let shared = job.object.shared.clone();
+    let is_read = !job.stay && job.class == Class::Demand;
+    let line = match job.class {
+        Class::Demand => Line::Demand,
+        Class::Prefetch => Line::Background,
+    };
+    let work = serve_fetch(job, flight, reply);
+    if is_read && shared.takes_reads() {
+        shared.spawn("vmem-read", work);
+    } else {
+        shared.request(Request::new("vmem-fetch", line, work));
+    }
+}
+
+async fn serve_fetch(job: Job, flight: WeakFlight, reply: Delivery<Result<Bytes>>) {
+    let object = job.object.clone();
+    let outcome = while_wanted(job, &reply, async |job| super::fetch(job).await).await;
+    // First, so that nobody joins a flight that has landed.
+    object.end_flight(&flight);
+    let counted = outcome.is_ok().then_some(&object.shared.unclaimed);
+    // Whoever asked may have gone.
+    drop(reply.deliver(outcome, counted));
+}
+
+/// One object to another tier, or to where its home tier has it all.
+pub(crate) fn request_move(
+    object: &Arc<Object>,
+    what: Move,
+    deadline: Deadline,
+    reply: Delivery<Result<()>>,
+) {
+    let name = match what {
+        Move::ToHost | Move::ToDevice(_) | Move::Refresh(_) => "vmem-promote",
+        Move::OffDevices | Move::ToDisk => "vmem-demote",
+        Move::Flush => "vmem-flush",
+    };
+    let work = serve_move(object.clone(), what, deadline, reply);
+    object.shared.request(Request::new(name, Line::Demand, work));
+}
+
+async fn serve_move(
+    object: Arc<Object>,
+    what: Move,
+    deadline: Deadline,
+    reply: Delivery<Result<()>>,
+) {
+    let job = Job::new(object.clone(), MigrationCause::Promote, deadline);
+    let outcome = match what {
+        Move::ToHost => {
+            while_wanted(job, &reply, async |job| super::fetch(job).await.map(drop)).await
+        }
+        Move::ToDevice(device) => {
+            let promote = async |job: &Job| super::promote_to_device(job, device).await;
+            while_wanted(job, &reply, promote).await
+        }
+        Move::Refresh(device) => super::promote_to_device(&job, device).await,
+        Move::OffDevices => super::leave_devices(&object, &deadline).await,
+        Move::ToDisk => super::demote(&object, &deadline).await,
+        Move::Flush => super::flush(&object, &deadline).await,
+    };
+    drop(reply.deliver(outcome, None));
+}
+
+/// What a kernel wrote becomes the current version, once it is `ready`.
+pub(crate) fn request_finish(
+    shared: &Arc<Shared>,
+    change: Changed,
+    ready: DeviceAnswer<std::result::Result<(), DeviceError>>,
+) {
+    shared.request(Request::new("vmem-finish", Line::Kernel, change.finish(ready)));
+}
+
+/// Objects to a faster tier ahead of need, in this order.
+pub(crate) fn request_prefetch(
+    shared: &Arc<Shared>,
+    objects: Vec<Arc<Object>>,
+    to: MemoryTier,
+    deadline: Deadline,
+    mut end: PrefetchEnd,
+) {
+    let work = async move {
+        let outcome = tokio::select! {
+            biased;
+            () = end.cancelled() => return,
+            outcome = prefetch(objects, to, deadline) => outcome,
+        };
+        drop(end.reply.send(outcome));
+    };
+    shared.request(Request::new("vmem-prefetch", Line::Background, work));
+}
+
+impl PrefetchEnd {
+    /// Ends when the prefetch is no longer wanted; one that was detached always is.
+    async fn cancelled(&mut self) {
+        self.reply.closed().await;
+        if self.detached.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Carries a job out, which no longer waits for space once its callers have gone; I/O that has begun comes to its
+/// end, so that calls with short deadlines over a slow disk make progress.
+async fn while_wanted<T>(
+    mut job: Job,
+    reply: &Delivery<Result<T>>,
+    carry_out: impl AsyncFnOnce(&Job) -> Result<T>,
+) -> Result<T>
+where
+    T: Send + 'static,
+{
+    let unwanted = Arc::new(Notify::new());
+    job.unwanted = Some(unwanted.clone());
+    let work = carry_out(&job);
+    tokio::pin!(work);
+    tokio::select! {
+        biased;
+        outcome = &mut work => return outcome,
+        () = reply.unwanted() => unwanted.notify_one(),
+    }
+    work.await
+}
+
+/// Promotes objects in order. One that fails does not keep the others; the first error counts.
+async fn prefetch(objects: Vec<Arc<Object>>, to: MemoryTier, deadline: Deadline) -> Result<()> {
+    let one = |object| async move {
+        let mut job = Job::new(object, MigrationCause::Prefetch, deadline);
+        job.class = Class::Prefetch;
+        match to.device() {
+            Some(device) => super::promote_to_device(&job, device).await,
+            None => super::fetch(&job).await.map(drop),
+        }
+    };
+    let mut ended = futures::stream::iter(objects).map(one).buffered(PREFETCHED_AT_ONCE);
+    let mut outcome = Ok(());
+    while let Some(one) = ended.next().await {
+        outcome = outcome.and(one);
+    }
+    outcome
+}
