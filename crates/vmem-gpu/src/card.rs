@@ -238,7 +238,7 @@ impl Card {
         }
         let Some(error) = last else { return false };
         let reason: Arc<str> = told("the device failed", error).into();
-        if self.lost.set(reason.clone()).is_ok() {
+        if self.lost.set(reason.clone()) {
             tracing::error!(
                 target: "vmem::gpu", %reason,
                 "the VRAM tier is lost; the copies below serve"

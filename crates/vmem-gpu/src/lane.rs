@@ -31,7 +31,40 @@ const RETRY: Duration = Duration::from_millis(2);
 const BATCHES_MAX: usize = 8;
 
 /// Why a device serves no more, once it does not.
-pub(crate) type Lost = Arc<OnceLock<Arc<str>>>;
+pub(crate) type Lost = Arc<Loss>;
+
+/// The end of a device, and who is told of it.
+#[derive(Default)]
+pub(crate) struct Loss {
+    reason: OnceLock<Arc<str>>,
+    hook: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+impl Loss {
+    pub(crate) fn get(&self) -> Option<&Arc<str>> {
+        self.reason.get()
+    }
+
+    /// It is lost, for this reason. False if it was lost before.
+    pub(crate) fn set(&self, reason: Arc<str>) -> bool {
+        let is_first = self.reason.set(reason).is_ok();
+        if is_first && let Some(hook) = self.hook.get() {
+            hook();
+        }
+        is_first
+    }
+
+    /// `hook` is called once it is lost. Set once.
+    pub(crate) fn tell(&self, hook: Box<dyn Fn() + Send + Sync>) {
+        let _ = self.hook.set(hook);
+    }
+}
+
+impl std::fmt::Debug for Loss {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Loss").field(&self.reason.get()).finish()
+    }
+}
 
 /// The end of a lane, for several.
 pub(crate) type Ended = Shared<BoxFuture<'static, ()>>;

@@ -68,7 +68,6 @@ pub(crate) struct Settings {
 struct Inner {
     base: u64,
     ledger: Mutex<RangeLedger>,
-    freed: OnceLock<Box<dyn Fn() + Send + Sync>>,
     /// Where each object has an allocation of its own.
     separate: Option<Separate>,
 }
@@ -104,8 +103,8 @@ impl CudaTier {
         let described = format!("{name} (device {ordinal}), {} bytes", card.capacity()).into();
         let separate =
             separate.then(|| Separate { card: card.clone(), offsets: Mutex::new(HashMap::new()) });
-        let (ledger, freed) = (Mutex::new(ledger), OnceLock::new());
-        let inner = Inner { base: card.base(), ledger, freed, separate };
+        let ledger = Mutex::new(ledger);
+        let inner = Inner { base: card.base(), ledger, separate };
         let (inner, card) = (Arc::new(inner), Mutex::new(Some(card)));
         let tier =
             Arc::new(CudaTier { card, inner, up, down, side, watch, lost, described, settings });
@@ -304,7 +303,7 @@ impl DeviceBackend for CudaTier {
     }
 
     fn set_freed_hook(&self, hook: Box<dyn Fn() + Send + Sync>) {
-        let _ = self.inner.freed.set(hook);
+        self.lost.tell(hook);
     }
 
     fn usage(&self) -> DeviceUsage {
@@ -365,9 +364,6 @@ impl RangeOwner for Inner {
         };
         if let Some(offset) = offset {
             self.ledger.lock().give_back(offset, footprint);
-        }
-        if let Some(hook) = self.freed.get() {
-            hook();
         }
     }
 }

@@ -129,6 +129,9 @@ impl SimDevice {
     /// From now on every operation fails, and the device says that it is lost.
     pub fn lose(&self) {
         *self.inner.lost.lock() = Some("it was lost".into());
+        if let Some(hook) = &*self.inner.freed.lock() {
+            hook();
+        }
     }
 
     /// Operations that wait, or run.
@@ -227,9 +230,6 @@ impl RangeOwner for Inner {
         let at = address as usize..(address + footprint) as usize;
         self.memory.lock()[at].fill(GARBAGE);
         self.ledger.lock().give_back(address, footprint);
-        if let Some(hook) = &*self.freed.lock() {
-            hook();
-        }
     }
 }
 

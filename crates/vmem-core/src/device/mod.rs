@@ -72,7 +72,7 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
     }
 
     /// Calls `hook` whenever memory became free other than by the last share of a range, and when the device is
-    /// lost: it must not block.
+    /// lost. It is quick. Not when a range is released: whoever took one on trial would wake itself for ever.
     fn set_freed_hook(&self, hook: Box<dyn Fn() + Send + Sync>);
 
     /// How many bytes from this address on belong to nobody, up to the next range. 0 where that is not known: then free

@@ -99,7 +99,8 @@ impl Inner {
             let Some(place) = &mut on.place else { continue };
             place.is_valid = written == Some(on.device);
             let belongs = on.holds > 0 || home.device() == Some(on.device);
-            if !place.is_valid && !(belongs && place.range.is_idle()) {
+            let stays = place.is_valid || belongs && place.range.is_idle();
+            if !stays {
                 left.0.extend(on.place.take().map(|place| (on.device, place)));
             }
         }
