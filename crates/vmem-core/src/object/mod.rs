@@ -155,10 +155,9 @@ impl Object {
 
     // ---- The name ---------------------------------------------------------------------------
 
-    /// Gives it its first name.
-    pub(crate) fn name(&self, named: Named) {
-        let fresh = self.named.set(Box::new(named)).is_ok();
-        assert!(fresh, "an object is named once, and then renamed");
+    /// What it knows of its name, from now on if it had none.
+    pub(crate) fn named(&self) -> &Named {
+        self.named.get_or_init(Box::default)
     }
 
     /// Whether it has a name now.
