@@ -22,6 +22,8 @@ pub const NAME_LEN_MAX: usize = 1024;
 pub const METADATA_LEN_MAX: usize = 4096;
 /// Chunks whose places are stored, and rewritten, as one row.
 pub const SEGMENT_CHUNKS: usize = 1024;
+/// Closed names that stay in memory, unless the catalog says otherwise.
+const CLOSED_NAMES_MAX: usize = 1024;
 
 /// What a catalog answers, later.
 pub type Answer<T> = BoxFuture<'static, Result<T, VirtualMemoryError>>;
@@ -78,6 +80,11 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
 
     /// The time that a change which is committed now is stamped with.
     fn time(&self) -> SystemTime;
+
+    /// How many names that no handle leads to core may keep in memory, to spare itself a look-up.
+    fn closed_names_max(&self) -> usize {
+        CLOSED_NAMES_MAX
+    }
 
     /// Copies what is committed now into an empty directory, which opens as a store then. Nothing that
     /// is committed now may lose its space before this ends.

@@ -31,7 +31,7 @@ use crate::host::{HostArena, StagingPool};
 use crate::memory_tier::MemoryTier;
 use crate::migrate::Link;
 use crate::names::Names;
-use crate::object::Object;
+use crate::object::{OBJECT_BYTES, Object};
 use crate::parcel::{Delivery, GRACE, Parcel, Unclaimed, Unkept};
 use crate::pins::PinBudget;
 use crate::policy::Policy;
@@ -535,6 +535,7 @@ impl Shared {
 
     pub(crate) fn stats(&self) -> VirtualMemoryStats {
         let (arena, disk, counters) = (self.host.space(), self.disk.usage(), &self.counters);
+        let objects = self.table.len() as u64;
         VirtualMemoryStats {
             vram: self.vram.as_ref().map_or_else(TierStats::default, |vram| {
                 let usage = vram.usage();
@@ -563,7 +564,11 @@ impl Shared {
                 hits: get(&counters.disk_hits),
                 largest_free_bytes: disk.largest_free_bytes,
             },
-            objects: self.table.len() as u64,
+            objects,
+            metadata_bytes: objects * OBJECT_BYTES
+                + get(&counters.map_bytes)
+                + self.names.memory_bytes(),
+            names_in_memory: self.names.in_memory(),
             staging_bytes: self.limits.staging_capacity,
             registered_bytes: arena.registered_bytes(),
             held_bytes: self.copies.held_bytes(),

@@ -9,6 +9,7 @@
 //! Called by `vmem/named.rs`, and by the actor at its end.
 
 mod changes;
+mod closed;
 mod commits;
 mod named;
 mod persist;
@@ -26,6 +27,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 pub(crate) use changes::{
     Expected, adopt, allocate, find_or_error, record, remove, rename, replace, set_metadata,
 };
+pub(crate) use closed::offer;
 pub(crate) use commits::{Commits, NotCommitted};
 pub(crate) use named::Named;
 pub(crate) use persist::{flush, flush_all, persist};
@@ -52,6 +54,11 @@ pub(crate) struct Names {
     /// Every named object that is in memory, each with a handle of its own, so that one that has changed
     /// outlives those of the users.
     table: DashMap<Arc<str>, VMemHandle>,
+    /// Bytes of the names in the table.
+    name_bytes: AtomicU64,
+    /// Those in the table that may leave it.
+    closed: closed::Closed,
+    closed_max: usize,
     turns: turns::Turns,
     next_id: AtomicU64,
     tasks: Arc<Semaphore>,
@@ -73,9 +80,12 @@ impl Names {
         let commits = catalog.as_ref().map(|catalog| Commits::start(catalog.clone(), disk.clone()));
         Names {
             next_id: AtomicU64::new(catalog.as_ref().map_or(0, |catalog| catalog.next_id())),
+            closed_max: catalog.as_ref().map_or(0, |catalog| catalog.closed_names_max()),
             catalog,
             commits,
             table: DashMap::new(),
+            name_bytes: AtomicU64::new(0),
+            closed: closed::Closed::default(),
             turns: turns::Turns::default(),
             tasks: Arc::new(Semaphore::new(TASKS_MAX)),
             frozen: Mutex::default(),

@@ -5,13 +5,14 @@
 //! the version that the first flush will make durable. Called with the turn of the name, by
 //! `changes.rs` and `persist.rs`.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
 use crate::catalog::CatalogRecord;
 use crate::error::VirtualMemoryError;
-use crate::object::{DiskMap, Object};
+use crate::object::{DiskMap, GatePass, Leave, Object};
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
@@ -19,6 +20,8 @@ pub(crate) struct Named {
     /// The name with which it came into memory: handles lend it out, so it stays.
     first: OnceLock<Arc<str>>,
     state: Mutex<Option<State>>,
+    /// Whether it stands in the line of those that may leave memory.
+    in_line: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -130,5 +133,25 @@ impl Named {
         if let Some(state) = &mut *self.state.lock() {
             state.record = record;
         }
+    }
+
+    /// Lets the object leave memory if it may; the caller holds the lock of its entry in the table.
+    pub(super) fn try_leave(&self, object: &Object, pass: &GatePass) -> Leave {
+        // Held meanwhile: nobody clones the map between the look and the end of the object.
+        let state = self.state.lock();
+        match state.as_ref().and_then(|state| state.durable.as_ref()) {
+            Some(durable) => object.try_leave(pass, durable),
+            None => Leave::Stays,
+        }
+    }
+
+    /// Takes a place in the line of those that may leave memory; false if it has one.
+    pub(super) fn enter_line(&self) -> bool {
+        !self.in_line.swap(true, Ordering::SeqCst)
+    }
+
+    /// Leaves the line, before it is looked at: what happens from now on offers it again.
+    pub(super) fn leave_line(&self) {
+        self.in_line.store(false, Ordering::SeqCst);
     }
 }

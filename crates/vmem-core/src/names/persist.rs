@@ -32,6 +32,9 @@ pub(crate) async fn persist(shared: &Arc<Shared>, turn: &Turn, object: &Arc<Obje
     if let Some(old) = old {
         shared.names.retire(old, object.len, &map);
     }
+    drop(map);
+    // The last handle may have gone while it was not durable.
+    object.offer_if_closed();
     Ok(())
 }
 

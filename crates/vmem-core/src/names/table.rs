@@ -8,9 +8,15 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::Names;
+use super::{Named, Names};
 use crate::catalog::CatalogRecord;
 use crate::handle::VMemHandle;
+
+/// What an entry of the table takes beside the bytes of its name: key, value and control byte, with
+/// the share of the table that stands empty; the two counts in front of the name; what the object
+/// knows of it.
+const ENTRY_BYTES: usize =
+    (size_of::<(Arc<str>, VMemHandle)>() + 1) * 3 / 2 + 2 * size_of::<usize>() + size_of::<Named>();
 
 impl Names {
     /// The object of this name, if it is in memory.
@@ -53,6 +59,7 @@ impl Names {
     /// Lets the objects go; at the end of the store. Each holds the store, which holds the table.
     pub(crate) fn clear(&self) {
         self.cleared.store(true, Ordering::SeqCst);
+        self.closed.clear();
         for (name, handle) in self.all() {
             drop(self.take(&name));
             drop(handle);
@@ -62,6 +69,9 @@ impl Names {
     /// Puts an object into the table; returns what had the name there.
     pub(super) fn insert(&self, name: &Arc<str>, handle: VMemHandle) -> Option<VMemHandle> {
         let before = self.table.insert(name.clone(), handle);
+        if before.is_none() {
+            self.name_bytes.fetch_add(name.len() as u64, Ordering::Relaxed);
+        }
         if self.cleared.load(Ordering::SeqCst) {
             // The store has ended meanwhile, and nobody would take it out again.
             drop(self.take(name));
@@ -71,6 +81,24 @@ impl Names {
 
     /// Takes what has the name out of the table.
     pub(super) fn take(&self, name: &Arc<str>) -> Option<VMemHandle> {
-        self.table.remove(name).map(|(_, handle)| handle)
+        let (name, handle) = self.table.remove(name)?;
+        self.forget_bytes(&name);
+        Some(handle)
+    }
+
+    /// An entry was taken out.
+    pub(super) fn forget_bytes(&self, name: &str) {
+        self.name_bytes.fetch_sub(name.len() as u64, Ordering::Relaxed);
+    }
+
+    /// How many names are in memory.
+    pub(crate) fn in_memory(&self) -> u64 {
+        self.table.len() as u64
+    }
+
+    /// What the names in memory take beside their objects, in bytes.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        let entries = self.table.len() * ENTRY_BYTES + self.closed.len() * size_of::<usize>();
+        entries as u64 + self.name_bytes.load(Ordering::Relaxed)
     }
 }
