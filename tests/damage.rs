@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Bound;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -91,7 +92,7 @@ fn rows(catalog: Vec<u8>) -> Result<String, VirtualMemoryError> {
     let tape = Tape::of(Image { data: Vec::new(), catalog });
     let (catalog, taken) = NameCatalog::over(Arc::new(TapeStorage(tape)), 512)?;
     let mut rows = format!("{taken:?}");
-    for (name, record) in block_on(catalog.names("".into(), None, 1000))? {
+    for (name, record) in block_on(catalog.names("".into(), Bound::Unbounded, 1000))? {
         let object = block_on(catalog.find(name.clone()))?;
         rows += &format!("{name} {record:?} {object:?}");
     }

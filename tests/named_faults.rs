@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 use std::io;
+use std::ops::Bound;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures::TryStreamExt;
 use redb::StorageBackend;
@@ -353,13 +354,21 @@ impl Catalog for Picky {
         self.0.find(name)
     }
 
+    fn record(&self, name: Arc<str>) -> Answer<Option<CatalogRecord>> {
+        self.0.record(name)
+    }
+
     fn names(
         &self,
         prefix: Arc<str>,
-        after: Option<Arc<str>>,
+        from: Bound<Arc<str>>,
         limit: usize,
     ) -> Answer<Vec<(Arc<str>, CatalogRecord)>> {
-        self.0.names(prefix, after, limit)
+        self.0.names(prefix, from, limit)
+    }
+
+    fn time(&self) -> SystemTime {
+        self.0.time()
     }
 
     fn snapshot(&self, directory: std::path::PathBuf) -> Answer<()> {

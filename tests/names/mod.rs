@@ -13,7 +13,7 @@ use futures::TryStreamExt;
 use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::SmallRng;
-use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
+use vmem::{MemoryTier, PutOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
 
 /// Lengths of versions, in turn.
 const LENS: [usize; 6] = [0, 100, 700, 65_536, 150_000, 1 << 20];
@@ -80,8 +80,8 @@ impl Task {
         let (own, other) = (name(task, which), name(task, 1 - which));
         let home = if self.rng.random_bool(0.5) { MemoryTier::Host } else { MemoryTier::Disk };
         let operation = match self.state[which] {
-            None => 0,
-            Some(_) => self.rng.random_range(0..6),
+            None => [0, 6, 7][self.rng.random_range(0..3)],
+            Some(_) => self.rng.random_range(0..7),
         };
         self.version += 1;
         let mut after = self.state;
@@ -95,6 +95,7 @@ impl Task {
             (3, Some((bytes, _))) => after[which] = Some((bytes, self.version)),
             (4, Some(_)) => after = if which == 0 { [None, after[0]] } else { [after[1], None] },
             (5, Some(_)) => after[which] = None,
+            (6, _) => after[which] = Some((self.version, self.version)),
             _ => after[which] = Some((self.version, 0)),
         }
         let bytes = bytes_of(task, self.version, self.largest);
@@ -116,6 +117,14 @@ impl Task {
             3 => vmem.set_metadata(&own, &self.version.to_le_bytes()).await?,
             4 => vmem.rename_named(&own, &other).await?,
             5 => vmem.remove_named(&own).await?,
+            6 => {
+                let options = PutOptions::new(home).metadata(self.version.to_le_bytes().to_vec());
+                drop(vmem.put_named_with(&own, &bytes, options).await?);
+            }
+            7 => {
+                let handle = vmem.put(&bytes, home).await?;
+                vmem.adopt(&handle, &own).await?;
+            }
             _ => drop(vmem.put_named(&own, &bytes, home).await?),
         }
         journal.acknowledged(task);

@@ -5,7 +5,9 @@
 //! `vmem-io`.
 
 use std::fmt;
+use std::ops::Bound;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -20,6 +22,8 @@ pub const NAME_LEN_MAX: usize = 1024;
 pub const METADATA_LEN_MAX: usize = 4096;
 /// Chunks whose places are stored, and rewritten, as one row.
 pub const SEGMENT_CHUNKS: usize = 1024;
+/// Closed names that stay in memory, unless the catalog says otherwise.
+const CLOSED_NAMES_MAX: usize = 1024;
 
 /// What a catalog answers, later.
 pub type Answer<T> = BoxFuture<'static, Result<T, VirtualMemoryError>>;
@@ -54,7 +58,14 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     /// [`Damaged`](VirtualMemoryError::Damaged) if its rows are not what was written; `Io`.
     fn find(&self, name: Arc<str>) -> Answer<Option<CatalogObject>>;
 
-    /// At most `limit` names that start with `prefix`, from the first one behind `after`, in the order of
+    /// The record of this name, at a cost that does not depend on the length of the object.
+    ///
+    /// # Errors
+    ///
+    /// As `find`.
+    fn record(&self, name: Arc<str>) -> Answer<Option<CatalogRecord>>;
+
+    /// At most `limit` names that start with `prefix` and are not below `from`, in the order of
     /// their bytes.
     ///
     /// # Errors
@@ -63,9 +74,17 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     fn names(
         &self,
         prefix: Arc<str>,
-        after: Option<Arc<str>>,
+        from: Bound<Arc<str>>,
         limit: usize,
     ) -> Answer<Vec<(Arc<str>, CatalogRecord)>>;
+
+    /// The time that a change which is committed now is stamped with.
+    fn time(&self) -> SystemTime;
+
+    /// How many names that no handle leads to core may keep in memory, to spare itself a look-up.
+    fn closed_names_max(&self) -> usize {
+        CLOSED_NAMES_MAX
+    }
 
     /// Copies what is committed now into an empty directory, which opens as a store then. Nothing that
     /// is committed now may lose its space before this ends.
@@ -75,7 +94,7 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     /// `InvalidConfig` if the directory cannot serve, `Damaged`, `Io`.
     fn snapshot(&self, directory: std::path::PathBuf) -> Answer<()>;
 
-    /// The first number that no object in the catalog has.
+    /// The first number that neither an object nor a version in the catalog has.
     fn next_id(&self) -> u64;
 
     /// Checks that what is committed can be opened again: that nobody has removed or replaced what
@@ -99,8 +118,12 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
 /// What is stored of a name, but for where the bytes are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CatalogRecord {
-    /// The number of the version; never used for another one.
+    /// The number under which the segments of the object are; never used for another one.
     pub id: u64,
+    /// The number of this state of bytes and metadata; never used for another one of any name.
+    pub version: u64,
+    /// When this state was committed: [`Catalog::time`] just before.
+    pub modified: SystemTime,
     /// The length of the object, in bytes.
     pub len: u64,
     /// The home tier.
@@ -121,30 +144,31 @@ pub struct CatalogObject {
 /// One change of the catalog.
 #[derive(Clone, Debug)]
 pub enum CatalogChange {
-    /// Gives a name to a version. The rows of another version that had it go.
+    /// Gives a name to an object, or a new record to the one that has it. The rows of another
+    /// object that had the name go.
     Put {
         /// The name.
         name: Arc<str>,
-        /// The version.
+        /// The new record.
         record: CatalogRecord,
     },
-    /// Where some chunks of a version are: number `segment` of [`SEGMENT_CHUNKS`] each.
+    /// Where some chunks of an object are: number `segment` of [`SEGMENT_CHUNKS`] each.
     Segment {
-        /// The version.
+        /// The object.
         id: u64,
         /// Which of its segments.
         segment: u32,
         /// The chunks of the segment, all of them.
         chunks: Vec<Option<StoredChunk>>,
     },
-    /// Moves a version to another name. The rows of one that had that name go.
+    /// Moves an object, with its record, to another name. The rows of one that had that name go.
     Rename {
         /// The name that it has.
         from: Arc<str>,
         /// The name that it gets.
         to: Arc<str>,
     },
-    /// Forgets a name and its version.
+    /// Forgets a name and its object.
     Remove {
         /// The name.
         name: Arc<str>,

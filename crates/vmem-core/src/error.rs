@@ -109,6 +109,24 @@ pub enum VirtualMemoryError {
         /// The name.
         name: Arc<str>,
     },
+    /// The name has moved on from the version that the caller knew.
+    #[error("{name:?} has version {current}, not {expected}")]
+    VersionChanged {
+        /// The name.
+        name: Arc<str>,
+        /// The version that the caller knew.
+        expected: u64,
+        /// The version that the name has now.
+        current: u64,
+    },
+    /// The object has a name already, or is being given one.
+    #[error("object {handle} is named {name:?}")]
+    AlreadyNamed {
+        /// The object.
+        handle: u64,
+        /// Its name.
+        name: Arc<str>,
+    },
     /// A whole-object write brought another number of bytes than the object has.
     #[error("object {handle} holds {expected} bytes, the call brought {actual}")]
     SizeMismatch {

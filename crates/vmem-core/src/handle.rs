@@ -34,7 +34,8 @@ impl VMemHandle {
         Arc::ptr_eq(&self.object.shared, shared)
     }
 
-    /// The number of the object, unique within its store and never used again.
+    /// The number of the object, unique within its store and never used again. A named object that
+    /// is opened again after its last handle was dropped may have another one.
     pub fn id(&self) -> u64 {
         self.object.id
     }
@@ -57,7 +58,7 @@ impl VMemHandle {
     /// The name that the object had when it came into memory, if it had one. A handle keeps its
     /// version when the name is given to another one, and does not follow a rename.
     pub fn name(&self) -> Option<&str> {
-        self.object.named.get().map(|named| named.first())
+        self.object.named.get().and_then(|named| named.first())
     }
 }
 

@@ -60,4 +60,7 @@ pub use memory_tier::MemoryTier;
 pub use options::{ReadClass, ReadOptions};
 pub use policy::{PolicyChoice, PolicyKind};
 pub use stats::{TierStats, VirtualMemoryStats};
-pub use vmem::{NamedEntry, OBJECT_LEN_MAX, PinGuard, Prefetch, Residency, VirtualMemory};
+pub use vmem::{
+    ListOptions, Listed, NamedEntry, OBJECT_LEN_MAX, PinGuard, Prefetch, PutMode, PutOptions,
+    Residency, VirtualMemory,
+};

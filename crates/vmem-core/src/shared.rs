@@ -31,7 +31,7 @@ use crate::host::{HostArena, StagingPool};
 use crate::memory_tier::MemoryTier;
 
 use crate::names::Names;
-use crate::object::Object;
+use crate::object::{OBJECT_BYTES, Object};
 use crate::parcel::{Delivery, GRACE, Parcel, SetAside, Unclaimed, Unkept};
 use crate::requests::{Request, Requests};
 use crate::stats::{Counters, TierStats, VirtualMemoryStats, get};
@@ -621,11 +621,16 @@ impl Shared {
     pub(crate) fn stats(&self) -> VirtualMemoryStats {
         let counters = &self.counters;
         let waiting = |device: &Device| device.state.queue.len() as u64;
+        let objects = self.table.len() as u64;
         VirtualMemoryStats {
             vram: self.tier_stats(MemoryTier::Vram),
             host: self.tier_stats(MemoryTier::Host),
             disk: self.tier_stats(MemoryTier::Disk),
-            objects: self.table.len() as u64,
+            objects,
+            metadata_bytes: objects * OBJECT_BYTES
+                + get(&counters.map_bytes)
+                + self.names.memory_bytes(),
+            names_in_memory: self.names.in_memory(),
             staging_bytes: self.limits.staging_capacity,
             registered_bytes: self.host.space().arena.registered_bytes(),
             held_bytes: self.copies.held_bytes(),

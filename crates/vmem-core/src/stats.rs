@@ -34,8 +34,17 @@ pub struct VirtualMemoryStats {
     pub host: TierStats,
     /// The data file.
     pub disk: TierStats,
-    /// Handles and named objects that exist.
+    /// Objects in memory: those that have a handle, and named ones that were opened and did not
+    /// leave yet.
     pub objects: u64,
+    /// What objects and names in memory take beside their bytes, in bytes: computed from how many
+    /// there are, the sizes of their entries, and the chunks that they have on disk. Not counted:
+    /// the order of eviction (about 32 bytes for each object in host memory or VRAM), what the
+    /// allocator rounds up, and the catalog's cache. A name that no handle leads to leaves memory
+    /// when its object is on disk alone and durable; the last 1,024 of them stay.
+    pub metadata_bytes: u64,
+    /// Names whose objects are in memory.
+    pub names_in_memory: u64,
     /// Host memory set apart for bytes in passage, in bytes.
     pub staging_bytes: u64,
     /// Object space that the device reaches directly, in bytes; the rest goes by a detour of the driver.
@@ -88,6 +97,8 @@ impl VirtualMemoryStats {
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) disk_objects: AtomicU64,
+    /// What the maps of the objects on disk take in memory, in bytes.
+    pub(crate) map_bytes: AtomicU64,
     pub(crate) host_to_vram_bytes: AtomicU64,
     pub(crate) vram_to_host_bytes: AtomicU64,
     pub(crate) dirty_bytes: AtomicU64,
@@ -112,6 +123,15 @@ pub(crate) fn add(counter: &AtomicU64, n: u64) {
 pub(crate) fn sub(counter: &AtomicU64, n: u64) {
     let before = counter.fetch_sub(n, Ordering::Relaxed);
     assert!(before >= n, "a gauge never falls below zero: {before} - {n}");
+}
+
+/// Changes the part of one object in a gauge.
+pub(crate) fn shift(gauge: &AtomicU64, before: u64, after: u64) {
+    match after.checked_sub(before) {
+        Some(0) => {}
+        Some(more) => add(gauge, more),
+        None => sub(gauge, before - after),
+    }
 }
 
 /// Reads a counter.

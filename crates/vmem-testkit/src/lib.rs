@@ -4,11 +4,13 @@
 //! the same again. Called by the tests of all crates of the workspace.
 //!
 //! Reading order: [`seed`] starts a test; [`sim`] is the disk under it; [`fault`] and [`decorate`]
-//! make that disk fail, wait, stand still or tell; [`device`] is the VRAM above; [`cancel`] drops futures at every point;
-//! [`model`] knows which bytes a read may return; [`conformance`] is what every driver and every
-//! disk tier has to pass; [`tape`] cuts the power; [`place`] denies what machines deny.
+//! make that disk fail, wait, stand still or tell; [`catalog`] keeps names beside it; [`device`] is
+//! the VRAM above; [`cancel`] drops futures at every point; [`model`] knows which bytes a read may
+//! return; [`conformance`] is what every driver, disk tier and catalog has to pass; [`tape`] cuts
+//! the power; [`place`] denies what machines deny.
 
 pub mod cancel;
+pub mod catalog;
 pub mod conformance;
 pub mod decorate;
 pub mod device;
@@ -21,6 +23,7 @@ pub mod sim;
 pub mod tape;
 
 pub use cancel::{exhaust, exhaust_with, poll_then_drop, poll_wake_then_drop};
+pub use catalog::{ClosedNames, SimCatalog};
 pub use decorate::{DelayDriver, GateDriver, OpKind, ThrottleDriver, TraceDriver};
 pub use device::SimDevice;
 pub use fault::{Errno, Fault, FaultDriver, FaultPlan, When};

@@ -7,7 +7,7 @@
 //! Started with the store, ends with the last of its owners.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -31,6 +31,8 @@ pub(crate) struct Commits {
 struct Counts {
     changes: AtomicU64,
     commits: AtomicU64,
+    /// What the catalog leads to is not known: the last commit may have been made.
+    unknown: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -76,6 +78,11 @@ impl Commits {
     /// Changes that were made durable, and the commits that did it.
     pub(super) fn committed(&self) -> (u64, u64) {
         (get(&self.counts.changes), get(&self.counts.commits))
+    }
+
+    /// Whether the last commit that failed may have been made, and none succeeded since.
+    pub(super) fn is_unknown(&self) -> bool {
+        self.counts.unknown.load(Ordering::Acquire)
     }
 
     /// Commits these changes, all or none.
@@ -159,14 +166,16 @@ async fn commit(batch: &[Commit], catalog: &dyn Catalog, counts: &Counts) -> Out
         Ok(()) => {
             add(&counts.changes, batch.len() as u64);
             add(&counts.commits, 1);
+            counts.unknown.store(false, Ordering::Release);
             Ok(())
         }
         Err(error) => {
             // In this order: whoever opens it again poisons it first.
             let shut = catalog.is_shut();
             let poison = catalog.is_poisoned();
-            let begun = catalog.attempts() != before;
-            Err(NotCommitted { error, perhaps: begun && (poison || shut), poison })
+            let perhaps = catalog.attempts() != before && (poison || shut);
+            counts.unknown.fetch_or(perhaps, Ordering::AcqRel);
+            Err(NotCommitted { error, perhaps, poison })
         }
     }
 }

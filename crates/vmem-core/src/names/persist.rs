@@ -5,9 +5,7 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use futures::StreamExt;
-use parking_lot::Mutex;
 
 use super::{NotCommitted, Result, Turn};
 use crate::catalog::{CatalogChange, CatalogRecord, SEGMENT_CHUNKS};
@@ -21,75 +19,6 @@ use crate::shared::Shared;
 /// Objects that are flushed at once, where all are.
 const AT_ONCE: usize = 64;
 
-/// What an object knows of its name.
-#[derive(Debug)]
-pub(crate) struct Named {
-    /// The name with which it came into memory: handles lend it out, so it stays.
-    first: Arc<str>,
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
-    /// None once another version has the name, or nobody.
-    current: Option<Arc<str>>,
-    /// None before the first flush.
-    durable: Option<Durable>,
-}
-
-/// The version to which the catalog leads.
-#[derive(Debug)]
-pub(crate) struct Durable {
-    pub(super) record: CatalogRecord,
-    pub(super) map: DiskMap,
-}
-
-impl Named {
-    pub(super) fn new(name: Arc<str>) -> Self {
-        let state = State { current: Some(name.clone()), durable: None };
-        Named { first: name, state: Mutex::new(state) }
-    }
-
-    pub(super) fn stored(name: Arc<str>, durable: Durable) -> Self {
-        let state = State { current: Some(name.clone()), durable: Some(durable) };
-        Named { first: name, state: Mutex::new(state) }
-    }
-
-    /// The name with which it came into memory.
-    pub(crate) fn first(&self) -> &str {
-        &self.first
-    }
-
-    /// The name that it has now.
-    pub(crate) fn current(&self) -> Option<Arc<str>> {
-        self.state.lock().current.clone()
-    }
-
-    pub(super) fn rename(&self, to: Arc<str>) {
-        self.state.lock().current = Some(to);
-    }
-
-    pub(super) fn lose(&self) -> Option<Durable> {
-        let mut state = self.state.lock();
-        state.current = None;
-        state.durable.take()
-    }
-
-    pub(super) fn is_durable(&self) -> bool {
-        self.state.lock().durable.is_some()
-    }
-
-    pub(super) fn record(&self) -> Option<CatalogRecord> {
-        self.state.lock().durable.as_ref().map(|durable| durable.record.clone())
-    }
-
-    pub(super) fn set_record(&self, record: CatalogRecord) {
-        if let Some(durable) = &mut self.state.lock().durable {
-            durable.record = record;
-        }
-    }
-}
-
 /// Makes every write that completed before the call durable. What is durable already costs nothing.
 ///
 /// # Errors
@@ -98,18 +27,15 @@ impl Named {
 /// the commit that failed.
 pub(crate) async fn persist(shared: &Arc<Shared>, turn: &Turn, object: &Arc<Object>) -> Result<()> {
     let Some(named) = object.named.get() else { return Ok(()) };
-    let before = named
-        .state
-        .lock()
-        .durable
-        .as_ref()
-        .map(|durable| Durable { record: durable.record.clone(), map: durable.map.clone() });
-    let durable = store(shared, turn, object, before).await?;
-    let map = durable.map.clone();
-    let old = named.state.lock().durable.replace(durable);
+    let Some((record, before)) = named.state() else { return Ok(()) };
+    let (record, map) = store(shared, turn, object, record, before).await?;
+    let old = named.set_durable(record, map.clone());
     if let Some(old) = old {
-        shared.names.retire(old.map, object.len, &map);
+        shared.names.retire(old, object.len, &map);
     }
+    drop(map);
+    // The last handle may have gone while it was not durable.
+    object.offer_if_closed();
     Ok(())
 }
 
@@ -153,32 +79,28 @@ pub(crate) async fn flush_all(shared: &Arc<Shared>) -> Result<()> {
     Err(VirtualMemoryError::NotFlushed { names, source })
 }
 
-/// Brings the current bytes down and commits where they are.
+/// Brings the current bytes to disk and commits where they are: under `record`, as a new version of
+/// it unless nothing has changed since `before`.
 pub(super) async fn store(
     shared: &Arc<Shared>,
     turn: &Turn,
     object: &Arc<Object>,
-    before: Option<Durable>,
-) -> Result<Durable> {
+    record: CatalogRecord,
+    before: Option<DiskMap>,
+) -> Result<(CatalogRecord, DiskMap)> {
     let map = migrate::settle(object, turn.deadline()).await?;
-    let record = match &before {
-        Some(before) => before.record.clone(),
-        None => new_record(object, shared.names.next_id()),
-    };
-    let is_new = before.is_none();
-    let before = before.map_or(DiskMap::Empty, |before| before.map);
-    let mut changes = segments(record.id, object.len, &map, (!is_new).then_some(&before));
+    let mut changes = segments(record.id, object.len, &map, before.as_ref());
     if changes.is_empty() {
-        return Ok(Durable { record, map });
+        return Ok((record, map));
     }
+    let record = shared.names.new_version(record)?;
+    let before = before.unwrap_or_default();
     for extent in (0..chunk_count(object.len)).filter_map(|index| map.chunk(index)) {
         extent.keep();
     }
-    if is_new {
-        changes.push(CatalogChange::Put { name: turn.name().clone(), record: record.clone() });
-    }
+    changes.push(CatalogChange::Put { name: turn.name().clone(), record: record.clone() });
     match shared.names.commit(changes, true).await {
-        Ok(()) => Ok(Durable { record, map }),
+        Ok(()) => Ok((record, map)),
         Err(NotCommitted { error, perhaps, .. }) => {
             if !perhaps {
                 let_go(&map, object.len, &before);
@@ -196,11 +118,6 @@ pub(super) fn let_go(map: &DiskMap, len: usize, other: &DiskMap) {
             extent.let_go();
         }
     }
-}
-
-/// The record of a version that is not stored yet.
-pub(super) fn new_record(object: &Object, id: u64) -> CatalogRecord {
-    CatalogRecord { id, len: object.len as u64, home: object.home, metadata: Bytes::new() }
 }
 
 /// The segments that differ from those before; all of them where there is nothing before. An object

@@ -149,6 +149,17 @@ impl DiskMap {
         (0..chunk_count(len)).filter(|&index| self.chunk(index).is_none()).collect()
     }
 
+    /// What it takes in memory, in bytes; each chunk of several counts as if it had an extent.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        const EXTENT: usize = size_of::<Extent>() + 2 * size_of::<usize>();
+        let bytes = match self {
+            DiskMap::Empty => 0,
+            DiskMap::One(_) => EXTENT,
+            DiskMap::Many(extents) => extents.len() * (EXTENT + size_of::<usize>()),
+        };
+        bytes as u64
+    }
+
     /// Whether every chunk of an object of `len` bytes has an extent.
     pub(crate) fn is_whole(&self, len: usize) -> bool {
         match self {

@@ -36,11 +36,14 @@ pub(crate) struct GatePass {
     /// Whether the evictor is told when the gate opens. Not by the evictor's own passes: it would
     /// wake itself for ever.
     rings: bool,
+    /// Whether the object is offered to those that may leave memory when the gate opens. Not by
+    /// whoever has just looked at it for that.
+    offers: bool,
 }
 
 impl GatePass {
     fn to(object: &Arc<Object>) -> Self {
-        GatePass { object: Some(object.clone()), rings: true }
+        GatePass { object: Some(object.clone()), rings: true, offers: true }
     }
 
     pub(crate) fn object(&self) -> &Arc<Object> {
@@ -53,6 +56,13 @@ impl Object {
     pub(crate) fn try_gate_quietly(self: &Arc<Self>) -> Option<GatePass> {
         let mut pass = self.try_gate()?;
         pass.rings = false;
+        Some(pass)
+    }
+
+    /// The pass, if nobody has it and the object is alive; for whoever lets it leave memory.
+    pub(crate) fn try_gate_to_leave(self: &Arc<Self>) -> Option<GatePass> {
+        let mut pass = self.try_gate_quietly()?;
+        pass.offers = false;
         Some(pass)
     }
 
@@ -150,7 +160,7 @@ impl Drop for GatePass {
     fn drop(&mut self) {
         let Some(object) = self.object.take() else { return };
         loop {
-            let Some(next) = object.next_in_line(self.rings) else { return };
+            let Some(next) = object.next_in_line(self.rings, self.offers) else { return };
             match next.send(GatePass::to(&object)) {
                 Ok(()) => return,
                 // Whoever stood there has left: the right goes to the one behind.
@@ -163,7 +173,11 @@ impl Drop for GatePass {
 impl Object {
     /// Who gets the gate next. If nobody does, it is open, or, if the object was freed, everything
     /// that it owns is given back, and the gate stays shut.
-    fn next_in_line(&self, rings: bool) -> Option<oneshot::Sender<GatePass>> {
+    fn next_in_line(
+        self: &Arc<Self>,
+        rings: bool,
+        offers: bool,
+    ) -> Option<oneshot::Sender<GatePass>> {
         let mut inner = self.inner.lock();
         if let Some(next) = inner.line.as_mut().and_then(|line| line.tasks.pop_front()) {
             return Some(next);
@@ -178,6 +192,10 @@ impl Object {
             if rings {
                 // What was being changed can be evicted now.
                 self.shared.room_was_freed();
+            }
+            if offers {
+                // The copy that kept it in memory may have gone.
+                self.offer_if_closed();
             }
         }
         if let Some(opened) = opened {

@@ -9,6 +9,7 @@
 
 mod disk_map;
 mod gate;
+mod leave;
 mod on_devices;
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -21,6 +22,7 @@ pub(crate) use disk_map::{
     DiskMap, MapIdentity, Replaced, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
 };
 pub(crate) use gate::GatePass;
+pub(crate) use leave::Leave;
 
 use crate::copy::{CopyCell, Found, OwnedCopy};
 use crate::device::DeviceRange;
@@ -64,12 +66,20 @@ impl Version {
     }
 }
 
+/// What an object and its entry in the table take, in bytes, with the counts of its share and the
+/// part of the table that stands empty.
+pub(crate) const OBJECT_BYTES: u64 = (size_of::<Object>()
+    + 2 * size_of::<usize>()
+    + (size_of::<(u64, Arc<Object>)>() + 1) * 3 / 2) as u64;
+
 /// Where an object stands, as the gauges count it.
 #[derive(Clone, Copy, Debug)]
 struct Standing {
     in_host: bool,
     on_disk: bool,
     dirty: bool,
+    /// What saying where it is on disk takes in memory, in bytes.
+    map_bytes: u64,
 }
 
 /// See the module's documentation. What a hit touches comes first, close together.
@@ -173,10 +183,9 @@ impl Object {
 
     // ---- The name ---------------------------------------------------------------------------
 
-    /// Gives it its first name.
-    pub(crate) fn name(&self, named: Named) {
-        let fresh = self.named.set(Box::new(named)).is_ok();
-        assert!(fresh, "an object is named once, and then renamed");
+    /// What it knows of its name, from now on if it had none.
+    pub(crate) fn named(&self) -> &Named {
+        self.named.get_or_init(Box::default)
     }
 
     /// Whether it has a name now.
@@ -209,10 +218,15 @@ impl Object {
             .is_ok()
     }
 
-    /// One handle less; the last one frees the object.
+    /// One handle less; the last one frees the object, the last but that of the table of names lets
+    /// it leave memory.
     pub(crate) fn remove_handle(self: &Arc<Self>) {
-        if self.life.fetch_sub(1, Ordering::SeqCst) & !DEAD == 1 {
-            self.free();
+        match self.life.fetch_sub(1, Ordering::SeqCst) & !DEAD {
+            1 => {
+                self.free();
+            }
+            2 => self.offer_if_closed(),
+            _ => {}
         }
     }
 
@@ -461,6 +475,7 @@ impl Object {
             in_host: in_copy || inner.spare.is_some(),
             on_disk: !inner.disk.is_empty(),
             dirty: in_copy && !inner.disk.is_whole(self.len),
+            map_bytes: inner.disk.memory_bytes(),
         }
     }
 
@@ -476,6 +491,7 @@ impl Object {
         gauge(&self.shared.host.objects, before.in_host, after.in_host, 1);
         gauge(&counters.disk_objects, before.on_disk, after.on_disk, 1);
         gauge(&counters.dirty_bytes, before.dirty, after.dirty, self.len as u64);
+        stats::shift(&counters.map_bytes, before.map_bytes, after.map_bytes);
     }
 
     // ---- Reads in flight, damage -----------------------------------------------------------

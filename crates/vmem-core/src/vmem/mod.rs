@@ -4,9 +4,11 @@
 //! other than through a guard that the future owns; so dropping it gives everything back. Each
 //! method checks, in this order: closed, a handle of ours, alive, its arguments.
 
+mod entries;
 mod into;
 mod lease;
 mod lease_set;
+mod listing;
 mod miss;
 mod named;
 mod pin;
@@ -21,8 +23,8 @@ use std::sync::Arc;
 use futures::Stream;
 use tokio::sync::watch;
 
+pub use entries::{ListOptions, Listed, NamedEntry, PutMode, PutOptions};
 pub use lease::{DeviceAccess, VramChange, VramHold, VramSet, VramShare};
-pub use named::NamedEntry;
 pub use pin::PinGuard;
 pub use place::Prefetch;
 pub use residency::Residency;
@@ -157,7 +159,8 @@ impl VirtualMemory {
         if object.free() { Ok(()) } else { Err(object.not_found()) }
     }
 
-    /// Another handle of the object with this number, if it is alive.
+    /// Another handle of the object with this number, if it is in memory. One that has a name may
+    /// leave memory once its last handle has gone; [`open_named`](Self::open_named) finds it again.
     pub fn handle(&self, id: u64) -> Option<VMemHandle> {
         let object = self.shared.find(id)?;
         object.try_add_handle().then(|| VMemHandle::adopt(object))

@@ -4,17 +4,15 @@
 //! caller's future waits for the answer and owns nothing. A change whose caller went away may have
 //! happened, or happens still, whole.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::Stream;
-use futures::stream::try_unfold;
+use futures::{Stream, TryStreamExt};
 
+use super::entries::{ListOptions, Listed, NamedEntry, PutOptions};
 use super::{Result, VirtualMemory};
-use crate::catalog::{CatalogRecord, METADATA_LEN_MAX};
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
@@ -23,29 +21,6 @@ use crate::names::{self, Names, Turn};
 use crate::object::Object;
 use crate::parcel::parcel;
 use crate::shared::Shared;
-
-/// Names that are read from the catalog at a time.
-const PAGE: usize = 256;
-
-/// One named object, as [`VirtualMemory::names`] lists it.
-#[non_exhaustive]
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NamedEntry {
-    /// Its name.
-    pub name: Arc<str>,
-    /// Its length, in bytes.
-    pub len: u64,
-    /// Its home tier.
-    pub home: MemoryTier,
-    /// What was stored beside it.
-    pub metadata: Bytes,
-}
-
-impl NamedEntry {
-    fn new(name: Arc<str>, record: CatalogRecord) -> Self {
-        NamedEntry { name, len: record.len, home: record.home, metadata: record.metadata }
-    }
-}
 
 impl VirtualMemory {
     /// [`allocate`](Self::allocate) under a name: 1 to 1024 bytes of UTF-8. The name, and zeros, become
@@ -65,10 +40,7 @@ impl VirtualMemory {
         let handle = self.allocate(len, home).await?;
         self.change(move |shared, deadline| async move {
             let turn = Turn::of(&shared, name, &deadline).await?;
-            if names::find(&shared, &turn).await?.is_some() {
-                return Err(VirtualMemoryError::NameExists { name: turn.name().clone() });
-            }
-            names::call(&shared, &turn, &handle);
+            names::allocate(&shared, &turn, &handle).await?;
             Ok(handle)
         })
         .await
@@ -111,14 +83,7 @@ impl VirtualMemory {
         data: impl AsRef<[u8]> + Send,
         home: MemoryTier,
     ) -> Result<VMemHandle> {
-        let name = self.check_named(name)?;
-        let handle = self.put(data, home).await?;
-        self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name, &deadline).await?;
-            names::replace(&shared, &turn, &handle).await?;
-            Ok(handle)
-        })
-        .await
+        self.put_named_with(name, data, PutOptions::new(home)).await
     }
 
     /// The object that has this name.
@@ -129,17 +94,21 @@ impl VirtualMemory {
     /// home tier is not there; `Damaged`, `Io`.
     pub async fn open_named(&self, name: &str) -> Result<VMemHandle> {
         let name = self.check_named(name)?;
-        let home_is_there =
-            |handle: VMemHandle| self.shared.check_tier(handle.home_tier()).map(|()| handle);
         if let Some(handle) = self.shared.names.get(&name) {
-            return home_is_there(handle);
+            return self.with_home(handle);
         }
-        self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name, &deadline).await?;
-            names::find_or_error(&shared, &turn).await
-        })
-        .await
-        .and_then(home_is_there)
+        let handle = self
+            .change(move |shared, deadline| async move {
+                let turn = Turn::of(&shared, name, &deadline).await?;
+                names::find_or_error(&shared, &turn).await
+            })
+            .await?;
+        self.with_home(handle)
+    }
+
+    /// The handle, if the home tier of the object is there.
+    pub(super) fn with_home(&self, handle: VMemHandle) -> Result<VMemHandle> {
+        self.shared.check_tier(handle.home_tier()).map(|()| handle)
     }
 
     /// Gives the object of one name another one, atomically; what had that name loses it, its handles keep
@@ -182,16 +151,12 @@ impl VirtualMemory {
         &self,
         prefix: &str,
     ) -> impl Stream<Item = Result<NamedEntry>> + Send + 'static + use<> {
-        let listing = Listing {
-            shared: self.shared.clone(),
-            prefix: prefix.into(),
-            after: None,
-            page: VecDeque::new(),
-            volatile: None,
-            ended: false,
-        };
-        try_unfold(listing, |mut listing| async move {
-            Ok(listing.next().await?.map(|entry| (entry, listing)))
+        let entries = self.names_with(ListOptions::new().prefix(prefix));
+        entries.try_filter_map(|listed| async move {
+            Ok(match listed {
+                Listed::Entry(entry) => Some(entry),
+                Listed::Prefix(_) => None,
+            })
         })
     }
 
@@ -203,11 +168,7 @@ impl VirtualMemory {
     /// those of [`flush`](Self::flush).
     pub async fn set_metadata(&self, name: &str, metadata: &[u8]) -> Result<()> {
         let name = self.check_named(name)?;
-        if metadata.len() > METADATA_LEN_MAX {
-            let (field, len) = ("metadata", metadata.len());
-            let reason = format!("at most {METADATA_LEN_MAX} bytes, not {len}").into();
-            return Err(VirtualMemoryError::InvalidConfig { field, reason });
-        }
+        names::check_metadata(metadata)?;
         let metadata = Bytes::copy_from_slice(metadata);
         self.change(move |shared, deadline| async move {
             let turn = Turn::of(&shared, name, &deadline).await?;
@@ -259,7 +220,7 @@ impl VirtualMemory {
     }
 
     /// A name that may be one, of a store that is open.
-    fn check_named(&self, name: &str) -> Result<Arc<str>> {
+    pub(super) fn check_named(&self, name: &str) -> Result<Arc<str>> {
         self.check_open()?;
         names::check_name(name)?;
         self.shared.names.catalog()?;
@@ -296,49 +257,5 @@ impl VirtualMemory {
         }
         // It takes as long as it takes: what it waits for has deadlines. Without an answer the runtime has gone.
         answer.claim().await.unwrap_or(Err(VirtualMemoryError::Closed))
-    }
-}
-
-/// Where a listing of names is.
-struct Listing {
-    shared: Arc<Shared>,
-    prefix: Arc<str>,
-    after: Option<Arc<str>>,
-    page: VecDeque<(Arc<str>, CatalogRecord)>,
-    /// Names that the catalog does not know yet.
-    volatile: Option<BTreeMap<Arc<str>, CatalogRecord>>,
-    ended: bool,
-}
-
-impl Listing {
-    async fn next(&mut self) -> Result<Option<NamedEntry>> {
-        if self.shared.is_closed() {
-            return Err(VirtualMemoryError::Closed);
-        }
-        if self.volatile.is_none() {
-            self.volatile = Some(self.shared.names.volatile(&self.prefix));
-        }
-        if self.page.is_empty() && !self.ended {
-            let catalog = self.shared.names.catalog()?.clone();
-            let page = catalog.names(self.prefix.clone(), self.after.clone(), PAGE).await?;
-            self.ended = page.len() < PAGE;
-            self.after = page.last().map(|(name, _)| name.clone()).or(self.after.take());
-            self.page = page.into();
-        }
-        let volatile = self.volatile.get_or_insert_default();
-        let first = volatile.first_key_value().map(|(name, _)| name.clone());
-        let stored = self.page.front().map(|(name, _)| name.clone());
-        let entry = match (first, stored) {
-            (Some(first), Some(stored)) if first == stored => {
-                // It was flushed since the listing began.
-                volatile.pop_first();
-                self.page.pop_front()
-            }
-            (Some(first), stored) if stored.as_ref().is_none_or(|stored| first < *stored) => {
-                volatile.pop_first()
-            }
-            _ => self.page.pop_front(),
-        };
-        Ok(entry.map(|(name, record)| NamedEntry::new(name, record)))
     }
 }

@@ -17,9 +17,11 @@ mod tables;
 
 use std::fs::File;
 use std::io;
+use std::ops::Bound;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::SystemTime;
 
 use futures::FutureExt;
 use futures::channel::oneshot;
@@ -209,15 +211,24 @@ impl Catalog for NameCatalog {
         self.run(move |inner| inner.read(None, |db| tables::find(db, &name)))
     }
 
+    fn record(&self, name: Arc<str>) -> Answer<Option<CatalogRecord>> {
+        self.run(move |inner| inner.read(None, |db| tables::record(db, &name)))
+    }
+
     fn names(
         &self,
         prefix: Arc<str>,
-        after: Option<Arc<str>>,
+        from: Bound<Arc<str>>,
         limit: usize,
     ) -> Answer<Vec<(Arc<str>, CatalogRecord)>> {
         self.run(move |inner| {
-            inner.read(Vec::new(), |db| tables::names(db, &prefix, after.as_deref(), limit))
+            let from = from.as_ref().map(|from| &**from);
+            inner.read(Vec::new(), |db| tables::names(db, &prefix, from, limit))
         })
+    }
+
+    fn time(&self) -> SystemTime {
+        SystemTime::now()
     }
 
     fn snapshot(&self, directory: PathBuf) -> Answer<()> {

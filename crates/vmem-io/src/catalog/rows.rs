@@ -3,6 +3,8 @@
 //! Invariant: each row ends with the CRC-32C of its key and of what is before it, so that a row which is not
 //! what was written, or is not where it was written, is never taken for one. Called by the catalog.
 
+use std::time::{Duration, SystemTime};
+
 use bytes::{Buf, BufMut, Bytes};
 use vmem_core::MemoryTier;
 use vmem_core::backend::{
@@ -12,7 +14,7 @@ use vmem_core::backend::{
 use crate::checksum::crc32c;
 
 /// The version of the format that is written, and the only one that is read.
-pub(super) const FORMAT: u32 = 0;
+pub(super) const FORMAT: u32 = 1;
 
 /// A row that is not what was written, in words.
 pub(super) type Flaw = &'static str;
@@ -25,7 +27,7 @@ pub(super) struct Head {
     pub(super) block_bytes: u32,
     /// How many names there are.
     pub(super) names: u64,
-    /// The first number that no version has had.
+    /// The first number that neither an object nor a version has had.
     pub(super) next_id: u64,
     /// Commits so far: no two states of a catalog have the same.
     pub(super) commits: u64,
@@ -65,13 +67,15 @@ impl Head {
 
 /// What a name stands for.
 pub(super) fn encode_record(name: &[u8], record: &CatalogRecord) -> Vec<u8> {
-    let mut row = Vec::with_capacity(23 + record.metadata.len());
+    let mut row = Vec::with_capacity(39 + record.metadata.len());
     row.put_u8(match record.home {
         MemoryTier::Vram => 0,
         MemoryTier::Host => 1,
         _ => 2,
     });
     row.put_u64_le(record.id);
+    row.put_u64_le(record.version);
+    row.put_u64_le(nanoseconds(record.modified));
     row.put_u64_le(record.len);
     row.put_u16_le(record.metadata.len() as u16);
     row.put_slice(&record.metadata);
@@ -87,13 +91,22 @@ pub(super) fn decode_record(name: &[u8], row: &[u8]) -> Result<CatalogRecord, Fl
         _ => return Err("a tier that is none"),
     };
     let id = body.try_get_u64_le().map_err(|_| SHORT)?;
+    let version = body.try_get_u64_le().map_err(|_| SHORT)?;
+    let modified = body.try_get_u64_le().map_err(|_| SHORT)?;
     let len = body.try_get_u64_le().map_err(|_| SHORT)?;
     let metadata_len = usize::from(body.try_get_u16_le().map_err(|_| SHORT)?);
     if metadata_len > METADATA_LEN_MAX || body.remaining() != metadata_len {
         return Err("metadata of another length");
     }
     let metadata = Bytes::copy_from_slice(body);
-    Ok(CatalogRecord { id, len, home, metadata })
+    let modified = SystemTime::UNIX_EPOCH + Duration::from_nanos(modified);
+    Ok(CatalogRecord { id, version, modified, len, home, metadata })
+}
+
+/// Since 1970; a time before, or after 2554, is stored as the nearest that can be.
+fn nanoseconds(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Where the chunks of a segment are.
@@ -181,10 +194,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn times_out_of_range_are_stored_as_the_nearest() {
+        let second = Duration::from_secs(1);
+        assert_eq!(nanoseconds(SystemTime::UNIX_EPOCH - second), 0);
+        assert_eq!(nanoseconds(SystemTime::UNIX_EPOCH + second), 1_000_000_000);
+        assert_eq!(nanoseconds(SystemTime::UNIX_EPOCH + second * (1 << 31) * 10), u64::MAX);
+    }
+
+    #[test]
     fn rows_come_back_and_every_flipped_bit_is_seen() {
         let head = Head { format: FORMAT, block_bytes: 512, names: 3, next_id: 9, commits: 4 };
         let record = CatalogRecord {
             id: 7,
+            version: 9,
+            modified: SystemTime::UNIX_EPOCH + Duration::new(1_764_000_000, 123_456_789),
             len: 1 << 40,
             home: MemoryTier::Disk,
             metadata: Bytes::from_static(b"beside it"),

@@ -1,11 +1,12 @@
 //! The tables of the catalog: what a change does to their rows, and what all rows together must be.
 //!
-//! Invariant: after each commit there is one head, which counts the names; each name leads to a version, no
-//! two to the same; each version has all of its segments, and no segment is without one. Called by the
-//! catalog on its threads.
+//! Invariant: after each commit there is one head, which counts the names; each name leads to an
+//! object and has a version, no two to or of the same; each object has all of its segments, and no
+//! segment is without one. Called by the catalog on its threads.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::ErrorKind;
+use std::ops::Bound;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -122,7 +123,8 @@ fn apply(
         match change {
             CatalogChange::Put { name, record } => {
                 put(&mut names, &mut chunks, head, name.as_bytes(), record)?;
-                head.next_id = head.next_id.max(record.id + 1);
+                let last = record.id.max(record.version);
+                head.next_id = head.next_id.max(last.saturating_add(1));
             }
             CatalogChange::Segment { id, segment, chunks: places } => {
                 let key = (*id, *segment);
@@ -217,25 +219,37 @@ pub(super) fn find(db: &Database, name: &str) -> Result<Option<CatalogObject>, F
     Ok(Some(CatalogObject { record, chunks }))
 }
 
+/// The record of this name.
+pub(super) fn record(db: &Database, name: &str) -> Result<Option<CatalogRecord>, Failure> {
+    let transaction = db.begin_read()?;
+    let names = transaction.open_table(NAMES)?;
+    let Some(row) = names.get(name.as_bytes())? else { return Ok(None) };
+    let record = rows::decode_record(name.as_bytes(), row.value());
+    record.map(Some).map_err(|why| flaw(format!("{name:?}"), why))
+}
+
 /// A page of names.
 pub(super) fn names(
     db: &Database,
     prefix: &str,
-    after: Option<&str>,
+    from: Bound<&str>,
     limit: usize,
 ) -> Result<Vec<(Arc<str>, CatalogRecord)>, Failure> {
     let transaction = db.begin_read()?;
     let table = transaction.open_table(NAMES)?;
-    let from = after.unwrap_or(prefix).max(prefix);
+    let from = match from.map(str::as_bytes) {
+        Bound::Included(from) | Bound::Excluded(from) if from < prefix.as_bytes() => {
+            Bound::Included(prefix.as_bytes())
+        }
+        Bound::Unbounded => Bound::Included(prefix.as_bytes()),
+        from => from,
+    };
     let mut page = Vec::new();
-    for row in table.range(from.as_bytes()..)? {
+    for row in table.range::<&[u8]>((from, Bound::Unbounded))? {
         let (name, record) = row?;
         let name = name.value();
         if !name.starts_with(prefix.as_bytes()) || page.len() == limit {
             break;
-        }
-        if after.is_some_and(|after| name <= after.as_bytes()) {
-            continue;
         }
         let record =
             rows::decode_record(name, record.value()).map_err(|why| flaw("a name", why))?;
@@ -266,14 +280,17 @@ pub(super) fn summary(db: &Database) -> Result<Summary, Failure> {
     let transaction = db.begin_read()?;
     // How many segments of each version are still to come.
     let mut due: HashMap<u64, (u64, u32)> = HashMap::new();
+    let mut versions: HashSet<u64> = HashSet::new();
     for row in transaction.open_table(NAMES)?.iter()? {
         let (name, record) = row?;
         let record =
             rows::decode_record(name.value(), record.value()).map_err(|why| flaw("a name", why))?;
         text(name.value())?;
         let segments = segment_count(record.len);
-        if due.insert(record.id, (record.len, segments)).is_some() || record.id >= head.next_id {
-            return Err(flaw(format!("version {}", record.id), "is another one's"));
+        let used = due.insert(record.id, (record.len, segments)).is_some();
+        if used || !versions.insert(record.version) || record.id.max(record.version) >= head.next_id
+        {
+            return Err(flaw(format!("version {}", record.version), "is another one's"));
         }
     }
     if due.len() as u64 != head.names {
@@ -284,7 +301,7 @@ pub(super) fn summary(db: &Database) -> Result<Summary, Failure> {
     for row in transaction.open_table(CHUNKS)?.iter()? {
         let (key, places) = row?;
         let (id, segment) = key.value();
-        let bad = |why| flaw(format!("segment {segment} of version {id}"), why);
+        let bad = |why| flaw(format!("segment {segment} of object {id}"), why);
         let places = rows::decode_segment((id, segment), places.value()).map_err(bad)?;
         let (len, left) = due.get_mut(&id).ok_or_else(|| bad("has no name"))?;
         if segment >= segment_count(*len) || places.len() != chunks_in(*len, segment) {
@@ -303,13 +320,13 @@ pub(super) fn summary(db: &Database) -> Result<Summary, Failure> {
         }
     }
     if due.values().any(|&(_, left)| left > 0) {
-        return Err(flaw("a version", "has not all of its segments"));
+        return Err(flaw("an object", "has not all of its segments"));
     }
     drop(due);
     taken.sort_unstable();
     let overlap = taken.windows(2).any(|two| two[0].0 + u64::from(two[0].1) > two[1].0);
     if overlap {
-        return Err(flaw("two versions", "have the same space"));
+        return Err(flaw("two objects", "have the same space"));
     }
     Ok(Summary { head, taken })
 }

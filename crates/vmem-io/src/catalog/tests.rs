@@ -16,12 +16,14 @@ use super::*;
 
 #[test]
 fn a_catalog_of_another_version_is_refused_and_left_as_it_is() {
+    // Format 0 had records without version and time.
+    const OTHER: u32 = 0;
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join(CATALOG_FILE);
     {
         let db = Database::create(&path).unwrap();
         tables::begin(&db, 512).unwrap();
-        tables::set_head(&db, Head { format: 1, block_bytes: 512, ..Head::default() });
+        tables::set_head(&db, Head { format: OTHER, block_bytes: 512, ..Head::default() });
         // As a crash leaves it: opening it would write.
         fs::copy(&path, place.path().join("copy")).unwrap();
     }
@@ -31,12 +33,13 @@ fn a_catalog_of_another_version_is_refused_and_left_as_it_is() {
         let (directory, data) = StoreDirectory::open(Some(place.path())).unwrap();
         drop(data);
         let error = NameCatalog::open(&directory, 1 << 20).err();
-        let Some(VirtualMemoryError::UnknownFormat { path: of, found: 1, known: 0 }) = error else {
+        let Some(VirtualMemoryError::UnknownFormat { path: of, found, known }) = error else {
             panic!("{error:?}")
         };
+        assert_eq!((found, known), (OTHER, rows::FORMAT));
         assert_eq!(of, directory.path().join(CATALOG_FILE));
         let error = NameCatalog::look_at(&directory, 1 << 20).err();
-        assert!(matches!(error, Some(VirtualMemoryError::UnknownFormat { found: 1, .. })));
+        assert!(matches!(error, Some(VirtualMemoryError::UnknownFormat { found: OTHER, .. })));
     }
     assert!(fs::read(&path).unwrap() == written, "what is not understood is not touched");
 }
@@ -44,7 +47,9 @@ fn a_catalog_of_another_version_is_refused_and_left_as_it_is() {
 /// An object of no bytes, with the first letter of its name as its number.
 fn put(name: &str) -> Vec<CatalogChange> {
     let id = name.as_bytes()[0].into();
-    let record = CatalogRecord { id, len: 0, home: MemoryTier::Disk, metadata: Bytes::new() };
+    let (version, modified) = (id, SystemTime::UNIX_EPOCH);
+    let (len, home, metadata) = (0, MemoryTier::Disk, Bytes::new());
+    let record = CatalogRecord { id, version, modified, len, home, metadata };
     let segment = CatalogChange::Segment { id, segment: 0, chunks: Vec::new() };
     vec![CatalogChange::Put { name: name.into(), record }, segment]
 }
@@ -162,14 +167,14 @@ fn a_failed_commit_takes_the_database_from_a_snapshot() {
     assert!(matches!(error, VirtualMemoryError::Io { .. }), "{error:?}");
     full.store(false, Ordering::SeqCst);
     commit(&catalog, "c").unwrap();
-    let read = tables::names(&copying, "", None, 10);
+    let read = tables::names(&copying, "", Bound::Unbounded, 10);
     assert!(!matches!(read, Ok(names) if names.len() > 1), "what it sees is not later");
     // Its end writes nothing over what was committed since.
     drop(copying);
     commit(&catalog, "d").unwrap();
     catalog.shut();
     let (again, _) = NameCatalog::over(storage, 512).unwrap();
-    let names = block_on(again.names("".into(), None, 10)).unwrap();
+    let names = block_on(again.names("".into(), Bound::Unbounded, 10)).unwrap();
     let names: Vec<_> = names.iter().map(|(name, _)| &**name).collect();
     assert_eq!(names, ["a", "c", "d"]);
 }

@@ -4,6 +4,7 @@
 //! implementation that fails is wrong. The checks panic with what was expected and what came: they
 //! are test code. Called by the tests of each implementation, with the seed of the run.
 
+pub mod catalog;
 pub mod disk;
 pub mod driver;
 

@@ -1,6 +1,7 @@
 //! The test tools under test: each must do what it says, and above all refuse what is wrong.
 
 mod cancelling;
+mod catalog_suite;
 mod decorators;
 mod disk_suite;
 mod driver_suite;

@@ -1,0 +1,255 @@
+//! The changes of names, each with the turn of its names.
+//!
+//! Invariant: the catalog changes first and memory after it; until both say the same the turn is
+//! held. Whatever handle was taken from the table is dropped after the object is back in it, since
+//! the last one but that of the table lets the object leave memory. Called by `vmem/named.rs` and
+//! `vmem/entries.rs`.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::named::Claim;
+use super::{NotCommitted, Result, Turn, persist};
+use crate::catalog::{CatalogChange, CatalogObject, CatalogRecord};
+use crate::disk::DiskError;
+use crate::error::VirtualMemoryError;
+use crate::handle::VMemHandle;
+use crate::memory_tier::MemoryTier;
+use crate::object::{DiskMap, Object, chunk_len};
+use crate::shared::Shared;
+
+/// What a name has to stand for before it is replaced.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Expected {
+    Anything,
+    Nothing,
+    Version(u64),
+}
+
+impl Expected {
+    /// # Errors
+    ///
+    /// `NameExists`, `NameNotFound`, `VersionChanged`.
+    pub(crate) fn check(self, name: &Arc<str>, found: Option<&CatalogRecord>) -> Result<()> {
+        let name = || name.clone();
+        match (self, found.map(|record| record.version)) {
+            (Expected::Nothing, Some(_)) => Err(VirtualMemoryError::NameExists { name: name() }),
+            (Expected::Version(_), None) => Err(VirtualMemoryError::NameNotFound { name: name() }),
+            (Expected::Version(expected), Some(current)) if expected != current => {
+                Err(VirtualMemoryError::VersionChanged { name: name(), expected, current })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What has the name, from memory or from the catalog.
+///
+/// # Errors
+///
+/// What the catalog says; `TierNotAvailable` for an object whose home is not there.
+async fn find(shared: &Arc<Shared>, turn: &Turn) -> Result<Option<VMemHandle>> {
+    let name = turn.name();
+    if let Some(handle) = shared.names.get(name) {
+        return Ok(Some(handle));
+    }
+    match shared.names.catalog()?.find(name.clone()).await? {
+        None => Ok(None),
+        Some(stored) => bring_in(shared, name, stored).await.map(Some),
+    }
+}
+
+/// What has the name.
+///
+/// # Errors
+///
+/// `NameNotFound`, and those of the catalog.
+pub(crate) async fn find_or_error(shared: &Arc<Shared>, turn: &Turn) -> Result<VMemHandle> {
+    let found = find(shared, turn).await?;
+    found.ok_or_else(|| VirtualMemoryError::NameNotFound { name: turn.name().clone() })
+}
+
+/// The record of the name, without its object.
+///
+/// # Errors
+///
+/// `NameNotFound`, and those of the catalog.
+pub(crate) async fn record(shared: &Arc<Shared>, turn: &Turn) -> Result<CatalogRecord> {
+    let name = turn.name();
+    if let Some(record) = shared.names.record_in_memory(name) {
+        return Ok(record);
+    }
+    let stored = shared.names.catalog()?.record(name.clone()).await?;
+    stored.ok_or_else(|| VirtualMemoryError::NameNotFound { name: name.clone() })
+}
+
+/// Makes an object of what the catalog has.
+async fn bring_in(
+    shared: &Arc<Shared>,
+    name: &Arc<str>,
+    stored: CatalogObject,
+) -> Result<VMemHandle> {
+    let CatalogObject { record, chunks } = stored;
+    let len = usize::try_from(record.len).map_err(|_| VirtualMemoryError::ExceedsCapacity {
+        tier: MemoryTier::Disk,
+        requested_bytes: record.len,
+        capacity_bytes: usize::MAX as u64,
+    })?;
+    let adopt = |(index, chunk): (usize, Option<_>)| match chunk {
+        None => Ok(None),
+        Some(chunk) => shared.disk.adopt(chunk_len(len, index), chunk).map(Some),
+    };
+    let adopted = chunks.into_iter().enumerate().map(adopt).collect::<std::result::Result<_, _>>();
+    let map =
+        DiskMap::of_some(adopted.map_err(|error: DiskError| shared.disk_error(record.id, error))?);
+    let handle = VMemHandle::adopt(shared.create(len, record.home));
+    let object = handle.object();
+    let pass = object.gate(&shared.deadline()).await?;
+    Claim::of(object, name, record.clone())?.keep(record, Some(map.clone()));
+    object.with_disk(&pass, |disk, _| *disk = map);
+    drop(pass);
+    shared.announce(object);
+    drop(shared.names.insert(name, handle.clone()));
+    Ok(handle)
+}
+
+/// Gives a name that is free to an object that has none; no change of the catalog.
+///
+/// # Errors
+///
+/// `NameExists`, and those of the catalog.
+pub(crate) async fn allocate(shared: &Arc<Shared>, turn: &Turn, handle: &VMemHandle) -> Result<()> {
+    if find(shared, turn).await?.is_some() {
+        return Err(VirtualMemoryError::NameExists { name: turn.name().clone() });
+    }
+    let record = shared.names.new_record(handle.object(), Bytes::new())?;
+    Claim::of(handle.object(), turn.name(), record.clone())?.keep(record, None);
+    drop(shared.names.insert(turn.name(), handle.clone()));
+    Ok(())
+}
+
+/// Gives the name to an object that has none, durably, and takes it from whatever had it.
+///
+/// # Errors
+///
+/// What `expected` says of what has the name; `AlreadyNamed`; those of a flush.
+pub(crate) async fn replace(
+    shared: &Arc<Shared>,
+    turn: &Turn,
+    handle: &VMemHandle,
+    metadata: Bytes,
+    expected: Expected,
+) -> Result<()> {
+    let before = find(shared, turn).await?;
+    if let (Expected::Version(_), Some(before)) = (expected, &before) {
+        // What was written to it and not flushed is a version of its own, which nobody has seen.
+        persist::persist(shared, turn, before.object()).await?;
+    }
+    let found = before.as_ref().and_then(|before| before.object().named().record());
+    expected.check(turn.name(), found.as_ref())?;
+    give(shared, turn, handle, metadata).await?;
+    if let Some(before) = before {
+        lose_name(shared, before.object());
+    }
+    Ok(())
+}
+
+/// Gives a name that is free to an object that has none, durably. What it was as an unnamed object
+/// it stays if that fails.
+///
+/// # Errors
+///
+/// `NameExists`, `AlreadyNamed`; those of a flush.
+pub(crate) async fn adopt(shared: &Arc<Shared>, turn: &Turn, handle: &VMemHandle) -> Result<()> {
+    let found = record(shared, turn).await;
+    match found {
+        Ok(found) => Expected::Nothing.check(turn.name(), Some(&found))?,
+        Err(VirtualMemoryError::NameNotFound { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    give(shared, turn, handle, Bytes::new()).await
+}
+
+/// Commits the bytes, the metadata and the name at once.
+async fn give(
+    shared: &Arc<Shared>,
+    turn: &Turn,
+    handle: &VMemHandle,
+    metadata: Bytes,
+) -> Result<()> {
+    let object = handle.object();
+    let record = shared.names.new_record(object, metadata)?;
+    let claim = Claim::of(object, turn.name(), record.clone())?;
+    let (record, map) = persist::store(shared, turn, object, record, None).await?;
+    claim.keep(record, Some(map));
+    drop(shared.names.insert(turn.name(), handle.clone()));
+    Ok(())
+}
+
+/// Moves what has one name to another, durably; whatever had that one loses it.
+///
+/// # Errors
+///
+/// `NameNotFound`; those of a flush.
+pub(crate) async fn rename(shared: &Arc<Shared>, from: &Turn, to: &Turn) -> Result<()> {
+    let moved = find_or_error(shared, from).await?;
+    let before = find(shared, to).await?;
+    persist::persist(shared, from, moved.object()).await?;
+    let change = CatalogChange::Rename { from: from.name().clone(), to: to.name().clone() };
+    commit(shared, change).await?;
+    moved.object().named().rename(to.name().clone());
+    drop(shared.names.take(from.name()));
+    let replaced = shared.names.insert(to.name(), moved.clone());
+    if let Some(before) = before {
+        lose_name(shared, before.object());
+    }
+    drop(replaced);
+    Ok(())
+}
+
+/// Forgets the name, durably.
+///
+/// # Errors
+///
+/// `NameNotFound`; those of the catalog.
+pub(crate) async fn remove(shared: &Arc<Shared>, turn: &Turn) -> Result<()> {
+    let handle = find_or_error(shared, turn).await?;
+    if handle.object().named().is_durable() {
+        commit(shared, CatalogChange::Remove { name: turn.name().clone() }).await?;
+    }
+    drop(shared.names.take(turn.name()));
+    lose_name(shared, handle.object());
+    Ok(())
+}
+
+/// Stores metadata beside the name, durably.
+///
+/// # Errors
+///
+/// `NameNotFound`; those of a flush.
+pub(crate) async fn set_metadata(shared: &Arc<Shared>, turn: &Turn, metadata: Bytes) -> Result<()> {
+    let handle = find_or_error(shared, turn).await?;
+    let object = handle.object();
+    persist::persist(shared, turn, object).await?;
+    let Some(record) = object.named().record() else { return Err(object.not_found()) };
+    let record = shared.names.new_version(CatalogRecord { metadata, ..record })?;
+    commit(shared, CatalogChange::Put { name: turn.name().clone(), record: record.clone() })
+        .await?;
+    object.named().set_record(record);
+    Ok(())
+}
+
+/// Commits a change that leads to no new bytes.
+async fn commit(shared: &Shared, change: CatalogChange) -> Result<()> {
+    let committed = shared.names.commit(vec![change], false).await;
+    committed.map_err(|NotCommitted { error, .. }| error)
+}
+
+/// The catalog does not lead to this object any more: its space goes with its last handle.
+fn lose_name(shared: &Shared, object: &Arc<Object>) {
+    let Some(named) = object.named.get() else { return };
+    if let Some(durable) = named.lose() {
+        shared.names.retire(durable, object.len, &DiskMap::Empty);
+    }
+}

@@ -1,0 +1,157 @@
+//! What an object knows of its name.
+//!
+//! Invariant: an object has one name at a time, and whoever gives it one claims it first, so that
+//! two who want to at once do not both succeed. The record is that of the durable version, or of
+//! the version that the first flush will make durable. Called with the turn of the name, by
+//! `changes.rs` and `persist.rs`.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+
+use crate::catalog::CatalogRecord;
+use crate::error::VirtualMemoryError;
+use crate::object::{DiskMap, GatePass, Leave, Object};
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub(crate) struct Named {
+    /// The name with which it came into memory: handles lend it out, so it stays.
+    first: OnceLock<Arc<str>>,
+    state: Mutex<Option<State>>,
+    /// Whether it stands in the line of those that may leave memory.
+    in_line: AtomicBool,
+}
+
+#[derive(Debug)]
+struct State {
+    /// The name that it has now.
+    current: Arc<str>,
+    record: CatalogRecord,
+    /// Where the version is to which the catalog leads. None before the first flush.
+    durable: Option<DiskMap>,
+}
+
+/// The right to give a name to an object that has none. Dropped, it still has none.
+pub(super) struct Claim<'a> {
+    named: &'a Named,
+    kept: bool,
+}
+
+impl<'a> Claim<'a> {
+    /// Claims the object for this name, under this record.
+    ///
+    /// # Errors
+    ///
+    /// `AlreadyNamed`.
+    pub(super) fn of(
+        object: &'a Object,
+        name: &Arc<str>,
+        record: CatalogRecord,
+    ) -> Result<Self, VirtualMemoryError> {
+        let named = object.named();
+        let mut state = named.state.lock();
+        if let Some(state) = &*state {
+            let (handle, name) = (object.id, state.current.clone());
+            return Err(VirtualMemoryError::AlreadyNamed { handle, name });
+        }
+        *state = Some(State { current: name.clone(), record, durable: None });
+        Ok(Claim { named, kept: false })
+    }
+
+    /// The object has the name from now on; the catalog leads to `durable`, if it is there.
+    pub(super) fn keep(mut self, record: CatalogRecord, durable: Option<DiskMap>) {
+        self.kept = true;
+        if let Some(state) = &mut *self.named.state.lock() {
+            let _ = self.named.first.set(state.current.clone());
+            (state.record, state.durable) = (record, durable);
+        }
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            *self.named.state.lock() = None;
+        }
+    }
+}
+
+impl Named {
+    /// The name with which it came into memory, once it has one.
+    pub(crate) fn first(&self) -> Option<&str> {
+        self.first.get().map(|name| &**name)
+    }
+
+    /// The name that it has now.
+    pub(crate) fn current(&self) -> Option<Arc<str>> {
+        self.state.lock().as_ref().map(|state| state.current.clone())
+    }
+
+    /// The record of the name that it has now.
+    pub(crate) fn record(&self) -> Option<CatalogRecord> {
+        self.state.lock().as_ref().map(|state| state.record.clone())
+    }
+
+    /// The record, unless the catalog has it.
+    pub(super) fn volatile_record(&self) -> Option<CatalogRecord> {
+        let state = self.state.lock();
+        state.as_ref().filter(|state| state.durable.is_none()).map(|state| state.record.clone())
+    }
+
+    pub(super) fn is_durable(&self) -> bool {
+        self.state.lock().as_ref().is_some_and(|state| state.durable.is_some())
+    }
+
+    /// Record and durable map; none of an object that has lost its name.
+    pub(super) fn state(&self) -> Option<(CatalogRecord, Option<DiskMap>)> {
+        let state = self.state.lock();
+        state.as_ref().map(|state| (state.record.clone(), state.durable.clone()))
+    }
+
+    pub(super) fn rename(&self, to: Arc<str>) {
+        if let Some(state) = &mut *self.state.lock() {
+            state.current = to;
+        }
+    }
+
+    /// Another version has the name from now on, or nobody. Returns the durable map.
+    pub(super) fn lose(&self) -> Option<DiskMap> {
+        self.state.lock().take().and_then(|state| state.durable)
+    }
+
+    /// The catalog leads to this version now. Returns the map of the one before.
+    pub(super) fn set_durable(&self, record: CatalogRecord, map: DiskMap) -> Option<DiskMap> {
+        let mut state = self.state.lock();
+        let state = state.as_mut()?;
+        state.record = record;
+        state.durable.replace(map)
+    }
+
+    pub(super) fn set_record(&self, record: CatalogRecord) {
+        if let Some(state) = &mut *self.state.lock() {
+            state.record = record;
+        }
+    }
+
+    /// Lets the object leave memory if it may; the caller holds the lock of its entry in the table.
+    pub(super) fn try_leave(&self, object: &Object, pass: &GatePass) -> Leave {
+        // Held meanwhile: nobody clones the map between the look and the end of the object.
+        let state = self.state.lock();
+        match state.as_ref().and_then(|state| state.durable.as_ref()) {
+            Some(durable) => object.try_leave(pass, durable),
+            None => Leave::Stays,
+        }
+    }
+
+    /// Takes a place in the line of those that may leave memory; false if it has one.
+    pub(super) fn enter_line(&self) -> bool {
+        !self.in_line.swap(true, Ordering::SeqCst)
+    }
+
+    /// Leaves the line, before it is looked at: what happens from now on offers it again.
+    pub(super) fn leave_line(&self) {
+        self.in_line.store(false, Ordering::SeqCst);
+    }
+}
