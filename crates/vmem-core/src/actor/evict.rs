@@ -79,6 +79,8 @@ struct Look {
     spared_since: Option<u64>,
     /// It has met something that the disk has no space for: what is clean can go all the same.
     clean_only: bool,
+    /// The longest unused of what it met and spared, in nanoseconds of the store's clock.
+    spared: Option<u64>,
     /// It has come to its end.
     is_over: bool,
     /// Moves within the tier that it has made.
@@ -250,13 +252,19 @@ impl<T: Evicting> Evictor<T> {
         let Evictor { tier, look, .. } = self;
         let Look { pass, clean_only, .. } = look;
         let spared_since = look.spared_since.unwrap_or(u64::MAX);
+        let mut spared = look.spared;
         let pick = tier.state(shared).order.lock().victim(pass, &mut |id| {
             let Some(object) = shared.find(id) else { return Probe::Gone };
-            match *clean_only && tier.needs_space_below(&object) {
-                true => Probe::Unfit,
-                false => tier.probe(&object, spared_since),
+            if *clean_only && tier.needs_space_below(&object) {
+                return Probe::Unfit;
             }
+            let probe = tier.probe(&object, spared_since);
+            if probe == Probe::Unfit {
+                spared = spared.into_iter().chain([object.stamp()]).min();
+            }
+            probe
         });
+        look.spared = spared;
         match pick {
             Pick::Victim { id, hurried } => {
                 self.unsettled |= hurried;
@@ -354,12 +362,12 @@ impl<T: Evicting> Evictor<T> {
             return Stuck::FullBelow;
         }
         let Some(spared_since) = self.look.spared_since else { return Stuck::Held };
+        // What is filed as too hot is not even asked.
         let mut coldest = None;
         self.tier.state(shared).order.lock().coldest(1, &mut |id| coldest = Some(id));
-        let stamp = coldest.and_then(|id| shared.find(id)).map_or(0, |object| object.stamp());
-        if stamp < spared_since {
-            return Stuck::Held;
-        }
+        let filed = coldest.and_then(|id| shared.find(id)).map(|object| object.stamp());
+        let hot = filed.filter(|&stamp| stamp >= spared_since).into_iter().chain(self.look.spared);
+        let Some(stamp) = hot.min() else { return Stuck::Held };
         if let Some(cools_in) = self.tier.cools_in(shared, stamp) {
             let cools_at = Instant::now() + cools_in.max(COOLS_MIN);
             self.wakes_at = self.wakes_at.into_iter().chain([cools_at]).min();
