@@ -101,7 +101,7 @@ async fn the_loss_of_one_device_leaves_the_other() {
     let (vmem, devices) = open(4 * MIB, MIB);
     let mut handles = Vec::new();
     for n in 0..8_u64 {
-        let handle = vmem.put(bytes(n as u64, 1, 64 * KIB), HOST).await.unwrap();
+        let handle = vmem.put(bytes(n, 1, 64 * KIB), HOST).await.unwrap();
         vmem.promote(&handle, FIRST).await.unwrap();
         vmem.promote(&handle, second()).await.unwrap();
         handles.push(handle);
