@@ -4,12 +4,13 @@
 //! names the field. What depends on the machine (free memory, free space) is left open here and
 //! filled in when the store opens. Called by users; read by the facade and by `Shared`.
 
+mod choices;
 #[cfg(feature = "serde")]
 mod file;
 
-use std::fmt;
+pub use choices::{GpuSelection, IoDriver, Promotion};
+
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use crate::error::VirtualMemoryError;
@@ -24,81 +25,6 @@ pub const STAGING_CAPACITY_MIN: u64 = 128 * 1024;
 
 /// The most GPUs that one store uses.
 pub const GPUS_MAX: usize = 32;
-
-/// Which GPU serves the VRAM tier.
-#[non_exhaustive]
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum GpuSelection {
-    /// The first usable one; none is no error.
-    #[default]
-    Auto,
-    /// None.
-    Off,
-    /// The one with this ordinal.
-    Device(usize),
-    /// The one with this UUID.
-    Uuid(String),
-}
-
-/// How the disk tier reaches its file.
-#[non_exhaustive]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum IoDriver {
-    /// The fastest that the probe found to work.
-    #[default]
-    Auto,
-    /// io_uring, submitted from the calling task.
-    Reactor,
-    /// io_uring, on threads of its own.
-    TokioUring,
-    /// Positional reads and writes on a bounded pool of threads.
-    Blocking,
-}
-
-impl fmt::Display for IoDriver {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            IoDriver::Auto => "auto",
-            IoDriver::Reactor => "reactor",
-            IoDriver::TokioUring => "tokio-uring",
-            IoDriver::Blocking => "blocking",
-        })
-    }
-}
-
-impl FromStr for IoDriver {
-    type Err = VirtualMemoryError;
-
-    /// Parses `auto`, `reactor`, `tokio-uring` or `blocking`.
-    ///
-    /// # Errors
-    ///
-    /// [`VirtualMemoryError::InvalidConfig`] for any other word.
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let all = [IoDriver::Auto, IoDriver::Reactor, IoDriver::TokioUring, IoDriver::Blocking];
-        let named = all.into_iter().find(|driver| driver.to_string() == text);
-        named.ok_or_else(|| VirtualMemoryError::InvalidConfig {
-            field: "io_driver",
-            reason: format!("{text:?} is none of auto, reactor, tokio-uring, blocking").into(),
-        })
-    }
-}
-
-/// When a read brings an object up to stay.
-#[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Promotion {
-    /// At the n-th read from a slower tier; 1 is the first.
-    OnNthRead(u32),
-    /// Only when asked for by `promote`, `pin` or `prefetch`.
-    Never,
-}
-
-impl Default for Promotion {
-    fn default() -> Self {
-        Promotion::OnNthRead(2)
-    }
-}
 
 /// A valid configuration. Sizes are bytes.
 ///

@@ -10,7 +10,8 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::plan::{Candidate, Plan, Situation, Stop, Victim, plan};
+use super::look::Look;
+use super::plan::{Plan, Situation, Stop, Victim, plan};
 use super::tiers::Evicting;
 use super::{Ended, spawn_into};
 use crate::disk::DiskError;
@@ -18,7 +19,7 @@ use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::migrate::{Down, Leaving, move_room_down, write_down};
 use crate::object::{GatePass, Object};
-use crate::policy::{Pass, Pick, Probe};
+use crate::policy::Probe;
 use crate::shared::Shared;
 use crate::stats::add;
 use crate::tier::{Class, Refused, Space, TierState, Wanted};
@@ -69,24 +70,6 @@ pub(super) struct Evictor<T> {
     failures: u32,
     /// Something may be there to do then, although nothing happens.
     wakes_at: Option<Instant>,
-}
-
-/// A look for victims, over several turns.
-#[derive(Debug, Default)]
-struct Look {
-    pass: Pass,
-    /// What was used since is not to go; where nothing is spared, none.
-    spared_since: Option<u64>,
-    /// It has met something that the disk has no space for: what is clean can go all the same.
-    clean_only: bool,
-    /// The longest unused of what it met and spared, in nanoseconds of the store's clock.
-    spared: Option<u64>,
-    /// It has come to its end.
-    is_over: bool,
-    /// Moves within the tier that it has made.
-    compactions: usize,
-    /// Neighbours could not go.
-    neighbours_stay: bool,
 }
 
 /// What became of one attempt to take an object out.
@@ -229,11 +212,7 @@ impl<T: Evicting> Evictor<T> {
     fn plan(&mut self, shared: &Shared, situation: &Situation, target: u64) -> Plan {
         let wanted = &situation.wanted;
         let spared_since = situation.spares_hot().then(|| self.tier.spared_since(shared, wanted));
-        if self.look.spared_since.is_some() != spared_since.is_some() {
-            let pass = spared_since.map_or_else(Pass::default, Pass::colder_than);
-            let before = std::mem::take(&mut self.look);
-            self.look = Look { pass, spared_since, is_over: false, ..before };
-        }
+        self.look.spare(spared_since);
         let neighbours = if wanted.is_scattered() && !self.look.neighbours_stay {
             let ids = self.tier.neighbours(shared, wanted);
             let found = ids.into_iter().filter_map(|id| shared.find(id));
@@ -241,45 +220,10 @@ impl<T: Evicting> Evictor<T> {
         } else {
             Vec::new()
         };
-        plan(target, neighbours, &mut || self.look(shared))
-    }
-
-    /// The next victim of the policy, if a bounded look finds one.
-    fn look(&mut self, shared: &Shared) -> Candidate {
-        if self.look.is_over {
-            return Candidate::End;
-        }
         let Evictor { tier, look, .. } = self;
-        let Look { pass, clean_only, .. } = look;
-        let spared_since = look.spared_since.unwrap_or(u64::MAX);
-        let mut spared = look.spared;
-        let pick = tier.state(shared).order.lock().victim(pass, &mut |id| {
-            let Some(object) = shared.find(id) else { return Probe::Gone };
-            if *clean_only && tier.needs_space_below(&object) {
-                return Probe::Unfit;
-            }
-            let probe = tier.probe(&object, spared_since);
-            if probe == Probe::Unfit {
-                spared = spared.into_iter().chain([object.stamp()]).min();
-            }
-            probe
-        });
-        look.spared = spared;
-        match pick {
-            Pick::Victim { id, hurried } => {
-                self.unsettled |= hurried;
-                let found = shared.find(id).map(|object| self.tier.victim(&object));
-                found.map_or(Candidate::Again, Candidate::Object)
-            }
-            Pick::Retry => {
-                self.unsettled = true;
-                Candidate::Again
-            }
-            Pick::Empty => {
-                self.look.is_over = true;
-                Candidate::End
-            }
-        }
+        let plan = plan(target, neighbours, &mut || look.next(tier, shared));
+        self.unsettled |= std::mem::take(&mut self.look.is_hurried);
+        plan
     }
 
     /// Takes these objects out, as far as that goes without waiting. True if any of them goes.

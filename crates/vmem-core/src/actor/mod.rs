@@ -16,6 +16,7 @@
 //! their tier (`tier/queue.rs`), where the actor sees them whole. Started by `VirtualMemory::with_backends`.
 
 mod evict;
+mod look;
 mod plan;
 mod tiers;
 

@@ -15,10 +15,13 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+mod state;
+
+use state::{Entered, Leaving, Plan, State};
+
 use super::mapping::{Mapping, PAGE_BYTES};
 use super::slabs::{Slabs, Way};
 use super::space::Registrar;
-use crate::ranges::{End, Ranges};
 
 /// One part in so many of the budget may be kept for reuse.
 const KEPT_PART: u64 = 8;
@@ -29,9 +32,6 @@ const GIVE_BACK_TRIES: usize = 8;
 /// How long an allocation waits for registered slabs to be given back; a fraction of it does if
 /// the device is idle.
 const UNREGISTER_PATIENCE: Duration = Duration::from_millis(2);
-
-/// Kept runs that one look passes by because copies use them.
-const LOOKS_MAX: usize = 4096;
 
 /// The pages of object space.
 #[derive(Debug)]
@@ -47,125 +47,6 @@ pub(super) struct Pages {
     settled: AtomicBool,
     /// Rung when nobody changes some slab any more.
     changed: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    fresh: Ranges,
-    kept: Ranges,
-    live: u64,
-    /// Pages that are being given back; they count as kept until that is done.
-    leaving: u64,
-    leaving_runs: Ranges,
-    /// Lots that the unregistering thread was given and has not finished.
-    unregistering: usize,
-    /// An allocation gave up waiting for that thread, which has not caught up since.
-    slow: bool,
-    /// None without a device.
-    slabs: Option<Slabs>,
-    /// Somebody found no room because copies use what could have been given back.
-    starved: bool,
-}
-
-impl State {
-    fn check(&self, capacity: u64) {
-        let physical = self.live + self.kept.total() + self.leaving;
-        assert!(physical <= capacity, "{physical} pages of a budget of {capacity}");
-    }
-}
-
-enum Plan {
-    Take(Range<u64>),
-    /// These have to be given back first.
-    GiveBack(Leaving),
-    NoRoom,
-}
-
-/// Pages on their way back to the system.
-#[derive(Debug, Default)]
-pub(super) struct Leaving {
-    /// With their slabs, where there are slabs.
-    runs: Vec<(Range<u64>, u64)>,
-    /// The slabs among them that are registered.
-    unregister: BTreeSet<u64>,
-}
-
-/// What of object space a copy touches: bytes of the mapping, the slab that they are in, and whether that is registered.
-pub(super) type Entered = (Range<usize>, Option<u64>, bool);
-
-impl State {
-    /// Chooses kept pages that are to be given back, at most `left`: of slabs that no device knows, or of those that one
-    /// knows and no copy uses.
-    fn choose(&mut self, left: &mut u64, registered: bool, leaving: &mut Leaving) {
-        let (mut aside, mut useless) = (Vec::new(), 0);
-        while *left > 0
-            && useless < LOOKS_MAX
-            && let Some(run) = self.kept.take_longest()
-        {
-            let before = *left;
-            for (slab, pages) in self.split(run) {
-                let len = (pages.end - pages.start).min(*left);
-                if len == 0 || !self.may_leave(slab, registered, leaving) {
-                    aside.push(pages);
-                    continue;
-                }
-                aside.push(pages.start + len..pages.end);
-                *left -= len;
-                self.leave(slab, pages.start..pages.start + len, leaving);
-            }
-            useless += usize::from(before == *left);
-        }
-        aside.into_iter().for_each(|run| self.kept.add(run));
-    }
-
-    /// Chooses what goes at once of a run that has come back, because enough is kept: what no
-    /// device knows. Registered slabs stay until their pages are needed elsewhere: a driver
-    /// unregisters only once the device is idle, which whoever frees memory must not wait for, and
-    /// what comes next would be copied by the detour and registered anew.
-    fn let_go(&mut self, run: Range<u64>, kept_max: u64) -> Leaving {
-        let mut leaving = Leaving::default();
-        for (slab, pages) in self.split(run) {
-            let may = self.may_leave(slab, false, &leaving) && self.kept.total() > kept_max;
-            if may && self.kept.take_exact(&pages) {
-                self.leave(slab, pages, &mut leaving);
-            }
-        }
-        leaving
-    }
-
-    fn may_leave(&self, slab: u64, registered: bool, leaving: &Leaving) -> bool {
-        let Some(slabs) = &self.slabs else { return true };
-        let chosen = || leaving.unregister.contains(&slab);
-        slabs.is_plain(slab) || (registered && (slabs.is_idle(slab) || chosen()))
-    }
-
-    /// Pages that are no longer kept are on their way.
-    fn leave(&mut self, slab: u64, pages: Range<u64>, leaving: &mut Leaving) {
-        if let Some(slabs) = &mut self.slabs {
-            if slabs.is_idle(slab) {
-                slabs.change(slab);
-                leaving.unregister.insert(slab);
-            } else if slabs.is_plain(slab) {
-                // What was copied of it was of other pages.
-                slabs.plain(slab);
-            }
-        }
-        self.leaving += pages.end - pages.start;
-        self.leaving_runs.add(pages.clone());
-        leaving.runs.push((pages, slab));
-    }
-
-    fn split(&self, run: Range<u64>) -> Vec<(u64, Range<u64>)> {
-        match &self.slabs {
-            Some(slabs) => slabs.split(run).collect(),
-            None => vec![(0, run)],
-        }
-    }
-
-    /// Whether each of these pages has memory, and none is about to lose it.
-    fn has_memory(&self, pages: &Range<u64>) -> bool {
-        !self.fresh.touches(pages) && !self.leaving_runs.touches(pages)
-    }
 }
 
 /// For a device.
@@ -385,7 +266,8 @@ impl Pages {
     pub(super) fn take(&self, len: u64) -> Option<Range<u64>> {
         // What the system does not take back is kept, so giving back may not help: not for ever.
         for _ in 0..GIVE_BACK_TRIES {
-            match self.plan(len) {
+            let plan = self.state.lock().plan(len, self.capacity);
+            match plan {
                 Plan::Take(run) => return Some(run),
                 Plan::NoRoom => return None,
                 Plan::GiveBack(leaving) => {
@@ -401,42 +283,6 @@ impl Pages {
     /// Whether there may be more room than somebody has seen, since this was asked last.
     pub(super) fn has_settled(&self) -> bool {
         self.settled.load(Ordering::Relaxed) && self.settled.swap(false, Ordering::SeqCst)
-    }
-
-    fn plan(&self, len: u64) -> Plan {
-        let mut state = self.state.lock();
-        if let Some(run) = state.kept.take(len, End::Low) {
-            state.live += len;
-            state.check(self.capacity);
-            return Plan::Take(run);
-        }
-        if state.live + state.leaving + len > self.capacity {
-            state.starved |= state.leaving > 0;
-            return Plan::NoRoom;
-        }
-        let physical = state.live + state.kept.total() + state.leaving;
-        let over = (physical + len).saturating_sub(self.capacity);
-        if over == 0 {
-            let Some(run) = state.fresh.take(len, End::Low) else { return Plan::NoRoom };
-            state.live += len;
-            state.check(self.capacity);
-            return Plan::Take(run);
-        }
-        if state.slow && state.leaving >= over {
-            // What is on its way will do.
-            state.starved = true;
-            return Plan::NoRoom;
-        }
-        let mut leaving = Leaving::default();
-        let mut left = over;
-        for registered in [false, true] {
-            state.choose(&mut left, registered, &mut leaving);
-        }
-        if leaving.runs.is_empty() {
-            state.starved |= state.kept.total() > 0;
-            return Plan::NoRoom;
-        }
-        Plan::GiveBack(leaving)
     }
 
     /// Gives pages back to the system that are nobody's and are counted as leaving. Those that the
@@ -523,89 +369,4 @@ impl Pages {
 }
 
 #[cfg(all(test, not(miri)))]
-mod tests {
-    use std::io;
-    use std::sync::Barrier;
-
-    use super::*;
-
-    /// A device whose unregistrations stand still twice, once that is asked for.
-    #[derive(Debug)]
-    struct Slow {
-        stands: AtomicBool,
-        barrier: Barrier,
-    }
-
-    impl Registrar for Slow {
-        fn register(&self, _address: usize, _len: usize) -> io::Result<()> {
-            Ok(())
-        }
-
-        fn unregister(&self, _address: usize, _len: usize) -> io::Result<()> {
-            if self.stands.swap(false, Ordering::SeqCst) {
-                self.barrier.wait();
-                self.barrier.wait();
-            }
-            Ok(())
-        }
-    }
-
-    /// Who finds no room because a slab is being unregistered for somebody else is told when that has come to its end.
-    #[test]
-    fn who_looked_while_a_slab_changed_is_told() {
-        let pages = Pages::new(64).unwrap();
-        let device = Arc::new(Slow { stands: AtomicBool::new(false), barrier: Barrier::new(2) });
-        pages.serve(device.clone());
-        let all = pages.take(64).unwrap();
-        let bytes = all.start as usize * PAGE_BYTES..all.end as usize * PAGE_BYTES;
-        let entered = pages.enter(bytes);
-        assert!(entered.iter().all(|(_, _, direct)| *direct), "all slabs are registered");
-        entered.into_iter().filter_map(|(_, slab, _)| slab).for_each(|slab| {
-            pages.leave(slab);
-        });
-        // Free, and not in one run.
-        pages.put(0..1);
-        pages.put(2..3);
-        device.stands.store(true, Ordering::SeqCst);
-        std::thread::scope(|scope| {
-            let first = scope.spawn(|| pages.take(2));
-            device.barrier.wait();
-            // Two more of the slab that is being unregistered.
-            pages.put(1..2);
-            pages.put(3..4);
-            assert_eq!(pages.take(2), None, "they cannot go yet");
-            assert!(!pages.has_settled());
-            device.barrier.wait();
-            assert!(first.join().unwrap().is_some());
-        });
-        assert!(pages.has_settled(), "who was refused is to look again");
-        assert!(pages.take(2).is_some(), "and finds room");
-    }
-
-    /// Many small runs are given back in little time: not in one that grows with the square of their number.
-    #[test]
-    fn scattered_pages_are_given_back_in_time() {
-        let once = |count: u64| {
-            let pages = Pages::new(2 * count).unwrap();
-            assert!(pages.take(2 * count).is_some());
-            {
-                let mut state = pages.state.lock();
-                state.live -= count;
-                (0..count).for_each(|at| state.kept.add(2 * at..2 * at + 1));
-            }
-            let begun = std::time::Instant::now();
-            assert!(pages.take(count).is_some());
-            begun.elapsed().as_secs_f64()
-        };
-        // The least of some, for other work on the machine only adds. Eight times as many: the
-        // square would be 64 times as long, however often it is tried.
-        let (mut few, mut many) = (f64::MAX, f64::MAX);
-        for _ in 0..32 {
-            (few, many) = (few.min(once(4_000)), many.min(once(32_000)));
-            if many < few * 32.0 {
-                return;
-            }
-        }
-        panic!("{few} s for 4,000, {many} s for 32,000");
-    }
-}
+mod tests;

@@ -8,6 +8,7 @@ mod device;
 mod holds;
 mod host;
 mod link;
+mod need;
 mod queue;
 mod state;
 
@@ -15,5 +16,6 @@ pub(crate) use device::{Device, DeviceSpace};
 pub(crate) use holds::{Hold, Holds};
 pub(crate) use host::HostSpace;
 pub(crate) use link::Link;
-pub(crate) use queue::{Class, Need, NoSpace, Queue, Refused, Space, Wanted};
+pub(crate) use need::{Class, Grant, Need, NoSpace, Refused, Space, Wanted};
+pub(crate) use queue::Queue;
 pub(crate) use state::{TierState, Watermarks};

@@ -8,8 +8,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::queue::Grant;
-use super::{Holds, Need, Queue, Refused, Space};
+use super::{Grant, Holds, Need, Queue, Refused, Space};
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;

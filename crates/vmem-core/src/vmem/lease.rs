@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use super::lease_set::{Asked, take};
+use super::asked::Asked;
+use super::lease_set::take;
 use super::pin::Held;
 use super::place::refresh;
 use super::{Result, VirtualMemory};

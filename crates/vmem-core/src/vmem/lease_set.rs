@@ -6,90 +6,24 @@
 //! stand still, and a reader who holds an object already gets it again whoever waits to write to it. Run as a task;
 //! called by the leases.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 
 use super::Result;
+use super::asked::{Asked, Blocked, wait};
 use super::lease::{Claim, LEASE, VramChange, VramHold, VramSet};
-use super::pin::{Held, Prepaid, until_unheld};
+use super::pin::{Held, Prepaid};
 use crate::copy::OwnedCopy;
-use crate::deadline::{Deadline, Late};
+use crate::deadline::Deadline;
 use crate::device::{DeviceError, DeviceRange};
-use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::migrate::{Job, fill_device};
 use crate::object::{GatePass, Object};
 use crate::shared::Shared;
 use crate::tier::{Device, Hold, Need};
-
-/// What a lease asks for.
-pub(super) struct Asked {
-    pub(super) reads: Vec<VMemHandle>,
-    pub(super) writes: Vec<VMemHandle>,
-    /// The bytes of what is written do not matter: it begins as zeros.
-    pub(super) overwrite: bool,
-}
-
-/// What keeps a set from being taken now.
-enum Blocked {
-    /// It is not on the device, or not the current version.
-    Missing,
-    /// A change of this object is under way.
-    Changing(Arc<Object>),
-    /// Copies or kernels use what is to be written.
-    Used(Arc<Object>),
-    /// The budget for holds has no place for so many bytes more.
-    Budget(u64),
-}
-
-impl Asked {
-    /// All objects, those to be read first.
-    pub(super) fn handles(&self) -> impl Iterator<Item = &VMemHandle> {
-        self.reads.iter().chain(&self.writes)
-    }
-
-    /// Each object that has bytes, once.
-    fn objects(&self) -> Vec<Arc<Object>> {
-        let mut seen = HashSet::new();
-        let objects = self.handles().map(VMemHandle::object);
-        objects.filter(|object| object.len > 0 && seen.insert(object.id)).cloned().collect()
-    }
-
-    /// Whether the bytes of this object do not matter.
-    fn overwrites(&self, object: &Object) -> bool {
-        self.overwrite && self.writes.iter().any(|handle| handle.object().id == object.id)
-    }
-
-    /// Whether the device has what the lease needs of this object.
-    fn is_there(&self, object: &Object, number: usize) -> bool {
-        match self.overwrites(object) {
-            true => object.has_space_on(number),
-            false => object.is_on(number),
-        }
-    }
-
-    /// Whether all of it could ever be on the device at once.
-    ///
-    /// # Errors
-    ///
-    /// `ExceedsCapacity`.
-    pub(super) fn check_fits(&self, shared: &Shared, number: usize) -> Result<()> {
-        let device = shared.device(number)?;
-        let footprints =
-            self.objects().into_iter().map(|object| device.backend.footprint(object.len));
-        let requested_bytes = footprints.fold(0, u64::saturating_add);
-        let capacity_bytes = device.state.holds.max();
-        if requested_bytes <= capacity_bytes {
-            return Ok(());
-        }
-        let tier = device.tier();
-        Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
-    }
-}
 
 /// Takes all that is asked for; for a task.
 pub(super) async fn take(
@@ -373,43 +307,4 @@ fn try_claim(
     };
     let claim = Claim { device: number, range, room, pass, held };
     Ok(Ok(Claimed { claim, handle: handle.clone(), was_valid }))
-}
-
-/// Waits until what was in the way may have gone.
-async fn wait(
-    shared: &Arc<Shared>,
-    number: usize,
-    blocked: Blocked,
-    deadline: &Deadline,
-) -> Result<()> {
-    let device = shared.device(number)?;
-    match blocked {
-        Blocked::Missing => {
-            // Others have their turn, so that whoever took it gets on.
-            tokio::task::yield_now().await;
-            Ok(())
-        }
-        Blocked::Changing(object) => object.gate_opened(deadline).await,
-        Blocked::Budget(footprint) => {
-            until_unheld(shared, device.tier(), footprint, deadline).await
-        }
-        Blocked::Used(object) => {
-            // Before the look, so that no drop in between is missed.
-            let released = device.released();
-            if shared.is_closed() {
-                return Err(VirtualMemoryError::Closed);
-            }
-            if !object.is_used_on(number) {
-                return Ok(());
-            }
-            let late = |Late| match device.state.holds.bytes().total() {
-                0 => deadline.error(LEASE),
-                _ => {
-                    let footprint = device.backend.footprint(object.len);
-                    shared.all_held(device.tier(), footprint, deadline.waited())
-                }
-            };
-            deadline.bound(released).await.map_err(late)
-        }
-    }
 }

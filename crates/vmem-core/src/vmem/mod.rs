@@ -4,6 +4,7 @@
 //! other than through a guard that the future owns; so dropping it gives everything back. Each
 //! method checks, in this order: closed, a handle of ours, alive, its arguments.
 
+mod asked;
 mod entries;
 mod into;
 mod lease;

@@ -1,0 +1,56 @@
+//! Reads in flight that others join, and the damage that reads have found.
+//!
+//! Invariant: one read of an object from a slower tier is under way for all who want it whole. Called by the reads.
+
+use super::{DiskMap, Flight, Object, WeakFlight};
+use crate::error::VirtualMemoryError;
+use crate::parcel::WeakParcel;
+
+impl Object {
+    /// Joins the read in flight, or registers `start` as the one. True if it was registered.
+    pub(crate) fn join_or_start(&self, start: impl FnOnce() -> Flight) -> (Flight, bool) {
+        let mut inner = self.inner.lock();
+        if let Some(flight) = inner.flight.as_ref().and_then(WeakParcel::upgrade) {
+            return (flight, false);
+        }
+        let flight = start();
+        inner.flight = Some(flight.downgrade());
+        (flight, true)
+    }
+
+    /// Ends the read in flight, if it is still the one that readers join.
+    pub(crate) fn end_flight(&self, flight: &WeakFlight) {
+        let mut inner = self.inner.lock();
+        if inner.flight.as_ref().is_some_and(|current| current.is_same(flight)) {
+            inner.flight = None;
+        }
+    }
+
+    /// Whether somebody waits for a read from a slower tier.
+    pub(crate) fn has_flight(&self) -> bool {
+        let flight = self.inner.lock().flight.as_ref().and_then(WeakParcel::upgrade);
+        flight.is_some()
+    }
+
+    /// Counts a read of so many chunks that host memory did not serve. Returns what reads had moved before.
+    pub(crate) fn count_moved(&self, chunks: usize) -> u32 {
+        let chunks = u32::try_from(chunks).unwrap_or(u32::MAX);
+        let mut inner = self.inner.lock();
+        let before = inner.chunks_moved;
+        inner.chunks_moved = before.saturating_add(chunks);
+        before
+    }
+
+    /// The damage that was found before, if any.
+    pub(crate) fn damage(&self) -> Option<VirtualMemoryError> {
+        self.inner.lock().corrupt.as_deref().cloned()
+    }
+
+    /// Remembers that this map leads to damage, if it is still the current one.
+    pub(crate) fn set_damage(&self, disk: &DiskMap, error: VirtualMemoryError) {
+        let mut inner = self.inner.lock();
+        if inner.disk.is_same(disk) {
+            inner.corrupt = Some(Box::new(error));
+        }
+    }
+}

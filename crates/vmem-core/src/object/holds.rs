@@ -1,0 +1,90 @@
+//! What keeps an object in a tier, and its place in the order of eviction of host memory.
+//!
+//! Invariant: the first hold in a tier is charged there and the last one uncharged; an object is in the order once, for as
+//! long as it has host memory. Called by the pins, the leases and whatever publishes or drops a host copy.
+
+use std::sync::atomic::Ordering;
+
+use super::{GatePass, NO_TOKEN, Object};
+use crate::memory_tier::MemoryTier;
+use crate::policy::{Entry, Token};
+use crate::tier::Hold;
+
+impl Object {
+    pub(crate) fn pins(&self) -> u32 {
+        self.pins.load(Ordering::SeqCst)
+    }
+
+    /// How many pins and leases hold it in this tier; below disk there is nothing, so that nothing is held there.
+    pub(crate) fn holds_in(&self, tier: MemoryTier) -> u32 {
+        match tier.device() {
+            Some(device) => self.holds_on(device),
+            None => self.pins(),
+        }
+    }
+
+    /// One more hold, charged to the tier as this kind; true if it is the first.
+    pub(crate) fn add_hold(&self, tier: MemoryTier, charged_as: Hold, _pass: &GatePass) -> bool {
+        match tier.device() {
+            Some(device) => self.add_hold_on(device, charged_as),
+            None => self.pins.fetch_add(1, Ordering::SeqCst) == 0,
+        }
+    }
+
+    /// One more hold, unless it were the first: holds go without the gate.
+    pub(crate) fn try_add_hold(&self, tier: MemoryTier, _pass: &GatePass) -> bool {
+        let more = |pins: u32| (pins > 0).then(|| pins + 1);
+        match tier.device() {
+            Some(device) => self.try_add_hold_on(device),
+            None => self.pins.try_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok(),
+        }
+    }
+
+    /// One hold less; after the last one the policy asks about the object again, and the tier is uncharged.
+    pub(crate) fn remove_hold(&self, tier: MemoryTier) {
+        let last = match tier.device() {
+            Some(device) => self.remove_hold_on(device),
+            None => {
+                let before = self.pins.fetch_sub(1, Ordering::SeqCst);
+                assert!(before > 0, "unpinned more often than pinned");
+                (before == 1).then_some(Hold::Pin)
+            }
+        };
+        let Some(charged_as) = last else { return };
+        if tier.device().is_none() {
+            self.unpark();
+        }
+        let footprint = self.shared.footprint_in(tier, self.len);
+        self.shared.uncharge(tier, charged_as, footprint);
+    }
+
+    // ---- The order of eviction ---------------------------------------------------------------
+
+    /// Enters the order of eviction of the host tier.
+    pub(crate) fn enter_order(&self, prefetched: bool) {
+        let footprint = crate::host::HostArena::footprint(self.len);
+        let entry = Entry { id: self.id, stamp: self.stamp(), footprint, prefetched };
+        let mut order = self.shared.host.order.lock();
+        assert!(self.token.load(Ordering::Relaxed) == NO_TOKEN, "an object is in the order once");
+        self.seen.store(self.touches(), Ordering::Relaxed);
+        self.token.store(order.insert(entry).0, Ordering::Relaxed);
+    }
+
+    /// Leaves the order of eviction, if it is there.
+    pub(crate) fn leave_order(&self) {
+        if self.token.load(Ordering::Relaxed) == NO_TOKEN {
+            return;
+        }
+        let mut order = self.shared.host.order.lock();
+        let token = self.token.swap(NO_TOKEN, Ordering::Relaxed);
+        order.remove(Token(token));
+    }
+
+    /// Is asked about again by the policy, after the last pin went.
+    pub(super) fn unpark(&self) {
+        self.shared.host.unpark(|| {
+            let token = self.token.load(Ordering::Relaxed);
+            (token != NO_TOKEN).then_some(Token(token))
+        });
+    }
+}

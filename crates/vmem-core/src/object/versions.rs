@@ -1,0 +1,243 @@
+//! Where the current version of an object is, and how the next one takes its place.
+//!
+//! Invariant: a reader sees the bytes and the map of one version: both change in one step, under the object's lock. Only
+//! the holder of the gate changes them; what a change replaces is dropped where no lock is held. Called by the
+//! migrations, the writes and the evictor.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::{DiskMap, GatePass, Object, Replaced, Standing, Version, chunks_of, on_devices};
+use crate::copy::{Found, OwnedCopy};
+use crate::stats;
+
+impl Object {
+    /// A clone of the disk map: it keeps the extents alive.
+    pub(crate) fn disk(&self) -> DiskMap {
+        self.inner.lock().disk.clone()
+    }
+
+    /// The current version without its host copy; for the holder of the gate, or whoever knows that host
+    /// memory has none.
+    pub(crate) fn version(&self) -> Version {
+        let inner = self.inner.lock();
+        let device = inner.device_share(self.shared.devices());
+        Version { disk: inner.disk.clone(), device }
+    }
+
+    /// The current version, if host memory holds no copy of it and no room for it. None
+    /// of a dead object either: its map may have been given back, and an empty one reads as zeros.
+    pub(crate) fn cold_version(&self) -> Option<Version> {
+        let inner = self.inner.lock();
+        let held = self.copy.is_some() || inner.spare.is_some() || inner.pending.is_some();
+        let cold = !held && !self.is_dead();
+        cold.then(|| {
+            let device = inner.device_share(self.shared.devices());
+            Version { disk: inner.disk.clone(), device }
+        })
+    }
+
+    /// Whether host memory holds the only current bytes of some chunk.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.standing().dirty
+    }
+
+    /// Whether a host copy exists or room for one is set apart.
+    pub(crate) fn has_host_room(&self) -> bool {
+        self.copy.is_some() || self.has_spare()
+    }
+
+    /// Whether host memory is set apart for an object of zeros.
+    pub(crate) fn has_spare(&self) -> bool {
+        self.inner.lock().spare.is_some()
+    }
+
+    /// Sets host memory apart for the first write.
+    pub(crate) fn set_spare(self: &Arc<Self>, _pass: &GatePass, spare: OwnedCopy) {
+        let before = self.standing();
+        let unwritten = !before.in_host && !before.on_disk;
+        assert!(unwritten, "room is set apart for an object that has bytes nowhere");
+        self.inner.lock().spare = Some(spare);
+        self.count_change(before);
+        self.enter_order(false);
+    }
+
+    /// Sets space apart again that was taken for a first write, unless the object has bytes by now.
+    pub(crate) fn return_spare(self: &Arc<Self>, pass: &GatePass, spare: OwnedCopy) {
+        let standing = self.standing();
+        if !standing.in_host && !standing.on_disk && !self.is_dead() {
+            self.set_spare(pass, spare);
+        }
+    }
+
+    /// The room that was set apart.
+    pub(crate) fn take_spare(&self, _pass: &GatePass) -> Option<OwnedCopy> {
+        let before = self.standing();
+        let spare = self.inner.lock().spare.take()?;
+        self.leave_order();
+        self.count_change(before);
+        Some(spare)
+    }
+
+    /// Changes the disk map; what it replaces goes into the vector.
+    pub(crate) fn with_disk<T>(
+        &self,
+        _pass: &GatePass,
+        change: impl FnOnce(&mut DiskMap, &mut Replaced) -> T,
+    ) -> T {
+        let before = self.standing();
+        let mut old = Replaced::new();
+        let result = change(&mut self.inner.lock().disk, &mut old);
+        self.count_change(before);
+        result
+    }
+
+    /// A new version: `copy` if it is in host memory, and a changed disk map. Whoever reads the
+    /// version before keeps it; nobody joins a read of it any more.
+    pub(crate) fn publish(
+        self: &Arc<Self>,
+        _pass: &GatePass,
+        copy: Option<OwnedCopy>,
+        change: impl FnOnce(&mut DiskMap, &mut Replaced),
+    ) {
+        let before = self.standing();
+        let mut old = Replaced::new();
+        let left;
+        let leftover = {
+            let mut inner = self.inner.lock();
+            // Together under the lock: a reader that finds no copy sees the map of this version.
+            change(&mut inner.disk, &mut old);
+            inner.corrupt = None;
+            left = inner.outdate_devices(self.home);
+            match copy {
+                Some(copy) => self.copy.publish(copy, &self.shared.copies),
+                None => self.copy.detach(&self.shared.copies),
+            }
+            (inner.flight.take(), inner.spare.take())
+        };
+        drop((old, leftover));
+        self.left_devices(left);
+        self.leave_order();
+        self.count_change(before);
+        if self.copy.is_some() {
+            self.enter_order(false);
+        }
+    }
+
+    /// The same version, now in host memory too.
+    pub(crate) fn publish_fetched(
+        self: &Arc<Self>,
+        _pass: &GatePass,
+        copy: OwnedCopy,
+        prefetched: bool,
+    ) {
+        let before = self.standing();
+        let spare = {
+            let mut inner = self.inner.lock();
+            inner.chunks_moved = 0;
+            self.copy.publish(copy, &self.shared.copies);
+            inner.spare.take()
+        };
+        drop(spare);
+        self.leave_order();
+        self.count_change(before);
+        // Whoever asked for it has not used it yet: it is not to be the next that leaves.
+        self.stamp.fetch_max(self.shared.now(), Ordering::Relaxed);
+        self.enter_order(prefetched);
+    }
+
+    /// Moves what it has in host memory to another slot. False if somebody reads it there.
+    pub(crate) fn relocate(&self, _pass: &GatePass, mut to: OwnedCopy) -> bool {
+        let old = match self.copy.acquire(&self.shared.copies) {
+            Found::Copy(guard) => guard.into_bytes(),
+            Found::Locked => return false,
+            Found::Nothing => {
+                // Space that nobody has written to yet.
+                let before = self.inner.lock().spare.replace(to);
+                drop(before);
+                return true;
+            }
+        };
+        to.as_mut_slice().copy_from_slice(&old);
+        let inner = self.inner.lock();
+        self.copy.publish(to, &self.shared.copies);
+        drop(inner);
+        drop(old);
+        true
+    }
+
+    /// Changes the bytes of the host copy where they are, if nobody reads them; the chunks of
+    /// `range` are then in host memory alone.
+    pub(crate) fn write_in_place(
+        &self,
+        _pass: &GatePass,
+        range: std::ops::Range<usize>,
+        data: &[u8],
+    ) -> bool {
+        let before = self.standing();
+        let mut old = Replaced::new();
+        let mut flight = None;
+        let mut left = on_devices::Left::default();
+        let written = self.copy.write_in_place(|bytes| {
+            // Under the copy's own lock: nobody sees new bytes with an old map.
+            let mut inner = self.inner.lock();
+            inner.disk.forget(self.len, chunks_of(&range), &mut old);
+            left = inner.outdate_devices(self.home);
+            flight = inner.flight.take();
+            drop(inner);
+            bytes[range].copy_from_slice(data);
+        });
+        drop((old, flight));
+        self.left_devices(left);
+        if written {
+            self.count_change(before);
+        }
+        written
+    }
+
+    /// Takes the host copy away if nobody reads it and the disk has it all.
+    pub(crate) fn drop_clean_copy(&self, _pass: &GatePass) -> Option<OwnedCopy> {
+        let before = self.standing();
+        assert!(!before.dirty, "the only copy of some bytes is never dropped");
+        let copy = self.copy.take_idle(&self.shared.copies)?;
+        self.leave_order();
+        self.count_change(before);
+        Some(copy)
+    }
+
+    /// Takes the host copy away whoever reads it; the disk has it all.
+    pub(crate) fn detach_clean_copy(&self, _pass: &GatePass) {
+        let before = self.standing();
+        assert!(!before.dirty, "the only copy of some bytes is never dropped");
+        self.copy.detach(&self.shared.copies);
+        self.leave_order();
+        self.count_change(before);
+    }
+
+    /// Where the object stands, for the gauges.
+    pub(super) fn standing(&self) -> Standing {
+        let in_copy = self.copy.is_some();
+        let inner = self.inner.lock();
+        Standing {
+            in_host: in_copy || inner.spare.is_some(),
+            on_disk: !inner.disk.is_empty(),
+            dirty: in_copy && !inner.disk.is_whole(self.len),
+            map_bytes: inner.disk.memory_bytes(),
+        }
+    }
+
+    /// Keeps the gauges of the store equal to the sum over its objects.
+    pub(super) fn count_change(&self, before: Standing) {
+        let (after, counters) = (self.standing(), &self.shared.counters);
+        let gauge =
+            |gauge: &AtomicU64, before: bool, after: bool, weight: u64| match (before, after) {
+                (false, true) => stats::add(gauge, weight),
+                (true, false) => stats::sub(gauge, weight),
+                _ => {}
+            };
+        gauge(&self.shared.host.objects, before.in_host, after.in_host, 1);
+        gauge(&counters.disk_objects, before.on_disk, after.on_disk, 1);
+        gauge(&counters.dirty_bytes, before.dirty, after.dirty, self.len as u64);
+        stats::shift(&counters.map_bytes, before.map_bytes, after.map_bytes);
+    }
+}

@@ -1,0 +1,265 @@
+//! What the handles, the actor and the migrations of one store have in common.
+//!
+//! Invariant: object space, staging, disk and the order of eviction each keep their own ledger
+//! behind their own lock, and no lock is taken while another one is held, but for those of
+//! the allocators inside of them. Made by `VirtualMemory::with_backends`.
+
+mod figures;
+mod space;
+mod tasks;
+mod tiers;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use dashmap::DashMap;
+use foldhash::fast::FixedState;
+
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
+
+use crate::capabilities::Capabilities;
+use crate::catalog::Catalog;
+use crate::config::{self, Promotion, VirtualMemoryConfig};
+use crate::copy::Copies;
+use crate::deadline::{Deadline, Timing};
+use crate::device::DeviceBackend;
+use crate::disk::DiskBackend;
+use crate::error::VirtualMemoryError;
+use crate::events::Events;
+use crate::host::{HostArena, StagingPool};
+use crate::memory_tier::MemoryTier;
+
+use crate::names::Names;
+use crate::object::Object;
+use crate::parcel::Unclaimed;
+use crate::requests::Requests;
+use crate::stats::Counters;
+use crate::tier::{Device, HostSpace, Link, Queue, TierState, Watermarks};
+use crate::wake::Wake;
+
+/// Reads past the actor that are under way at once.
+const READS_MAX: usize = 1024;
+
+/// The parts of a store.
+#[derive(Debug)]
+pub struct Backends {
+    /// Host memory that the store may use, staging included, in bytes.
+    pub host_capacity_bytes: u64,
+    /// The tier below it.
+    pub disk: Arc<dyn DiskBackend>,
+    /// Where names are stored; without one there are no named objects.
+    pub catalog: Option<Arc<dyn Catalog>>,
+    /// The tiers above it, in the order of their numbers: `MemoryTier::Vram` is the first.
+    pub devices: Vec<Arc<dyn DeviceBackend>>,
+    /// What was found when they were opened.
+    pub capabilities: Capabilities,
+}
+
+/// What the configuration comes to on this machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Limits {
+    pub(crate) host_capacity: u64,
+    pub(crate) staging_capacity: u64,
+    /// Of object space.
+    pub(crate) marks: Watermarks,
+    pub(crate) promotion: Promotion,
+    pub(crate) wait_timeout: Duration,
+}
+
+impl Limits {
+    /// # Errors
+    ///
+    /// `InvalidConfig` if what was left open does not fit what was given.
+    pub(crate) fn of(
+        config: &VirtualMemoryConfig,
+        host_capacity: u64,
+    ) -> Result<Self, VirtualMemoryError> {
+        let staging = config.staging_capacity().unwrap_or(config::default_staging(host_capacity));
+        if staging >= host_capacity {
+            let reason = format!("{staging} leaves nothing of host_capacity {host_capacity}");
+            let field = "staging_capacity";
+            return Err(VirtualMemoryError::InvalidConfig { field, reason: reason.into() });
+        }
+        let space = (host_capacity - staging) as f64;
+        let (low, high) = config.watermarks();
+        Ok(Limits {
+            host_capacity,
+            staging_capacity: staging,
+            marks: Watermarks {
+                low_bytes: (space * low) as u64,
+                high_bytes: (space * high) as u64,
+            },
+            promotion: config.promotion(),
+            wait_timeout: config.wait_timeout(),
+        })
+    }
+}
+
+/// See the module's documentation.
+pub(crate) struct Shared {
+    pub(crate) limits: Limits,
+    table: DashMap<u64, Arc<Object>, FixedState>,
+    next_id: AtomicU64,
+    opened: Instant,
+    pub(crate) timing: Timing,
+    pub(crate) host: TierState<HostSpace>,
+    /// The tiers above host memory.
+    devices: Vec<Device>,
+    /// Why there are none.
+    no_device: Arc<str>,
+    pub(crate) copies: Copies,
+    pub(crate) staging: Arc<StagingPool>,
+    pub(crate) disk: Arc<dyn DiskBackend>,
+    pub(crate) disk_link: Link,
+    pub(crate) names: Names,
+    requests: Requests,
+    /// Where the actor runs.
+    pub(crate) runtime: tokio::runtime::Handle,
+    pub(crate) wake: Arc<Wake>,
+    pub(crate) events: Events,
+    pub(crate) counters: Counters,
+    /// What the runtime has set aside for callers.
+    pub(crate) unclaimed: Arc<Unclaimed>,
+    /// Writes to disk, which lie aside for their callers with the extents that they have taken so
+    /// far. Taken back for space on disk alone: such a write begins again.
+    pub(crate) unfinished: Arc<Unclaimed>,
+    /// The tasks that serve callers past the actor.
+    pub(crate) tasks: TaskTracker,
+    /// Closed once a store that ends waits for kernels no longer; it never has a permit.
+    pub(crate) patience: Semaphore,
+    closed: AtomicBool,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        config: &VirtualMemoryConfig,
+        limits: Limits,
+        backends: Backends,
+        requests: Requests,
+        no_device: Arc<str>,
+    ) -> Result<Arc<Self>, VirtualMemoryError> {
+        let Backends { disk, catalog, devices, .. } = backends;
+        let reserve = |e| VirtualMemoryError::io("reserving host memory", e);
+        let arena =
+            HostArena::new(limits.host_capacity - limits.staging_capacity).map_err(reserve)?;
+        let staging = StagingPool::new(limits.staging_capacity).map_err(reserve)?;
+        let wake = Arc::new(Wake::default());
+        let bell = wake.clone();
+        arena.set_freed_hook(Box::new(move || bell.if_waiting()));
+        let unclaimed = Arc::new(Unclaimed::new(wake.clone()));
+        let runtime = tokio::runtime::Handle::current();
+        let copies = Copies::new(wake.clone());
+        let order = |capacity_bytes| config.policy().build(capacity_bytes);
+        let host = {
+            let order = order(arena.capacity_bytes());
+            let space = HostSpace::new(arena, copies.clone());
+            let high_bytes = limits.marks.high_bytes;
+            let queue = Queue::new(space, high_bytes, wake.clone(), unclaimed.clone());
+            TierState::new(MemoryTier::Host, queue, order, config.max_pinned(), limits.marks)
+        };
+        let device = |(number, backend): (u8, Arc<dyn DeviceBackend>)| {
+            let order = order(backend.usage().capacity_bytes);
+            Device::new(number, backend, order, config.max_pinned(), &wake, &unclaimed)
+        };
+        let devices = (0..).zip(devices).map(device).collect();
+        Ok(Arc::new(Shared {
+            table: DashMap::with_hasher(FixedState::default()),
+            next_id: AtomicU64::new(1),
+            opened: Instant::now(),
+            timing: Timing { clock: disk.clock(), runtime: runtime.id() },
+            host,
+            devices,
+            no_device,
+            copies,
+            staging,
+            names: Names::start(catalog, &disk),
+            disk,
+            disk_link: Link::default(),
+            requests,
+            runtime,
+            wake,
+            events: Events::new(),
+            counters: Counters::default(),
+            unclaimed,
+            unfinished: Arc::default(),
+            tasks: TaskTracker::new(),
+            patience: Semaphore::const_new(0),
+            closed: AtomicBool::new(false),
+            limits,
+        }))
+    }
+
+    /// Nanoseconds since the store was opened.
+    pub(crate) fn now(&self) -> u64 {
+        self.opened.elapsed().as_nanos() as u64
+    }
+
+    /// When a request that starts now gives up.
+    pub(crate) fn deadline(&self) -> Deadline {
+        self.deadline_in(self.limits.wait_timeout)
+    }
+
+    /// When a request that starts now and waits so long gives up.
+    pub(crate) fn deadline_in(&self, wait: Duration) -> Deadline {
+        Deadline::after(wait, self.timing)
+    }
+
+    // ---- The table ---------------------------------------------------------------------------
+
+    /// A new object with one handle, which nobody finds before `announce`.
+    pub(crate) fn create(self: &Arc<Self>, len: usize, home: MemoryTier) -> Arc<Object> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        Object::new(self, id, len, home)
+    }
+
+    /// Puts a new object, which has its room, into the table.
+    pub(crate) fn announce(&self, object: &Arc<Object>) {
+        self.table.insert(object.id, object.clone());
+    }
+
+    pub(crate) fn find(&self, id: u64) -> Option<Arc<Object>> {
+        self.table.get(&id).map(|object| object.clone())
+    }
+
+    /// Every object that is alive now.
+    pub(crate) fn all(&self) -> Vec<Arc<Object>> {
+        self.table.iter().map(|object| object.clone()).collect()
+    }
+
+    pub(crate) fn forget(&self, id: u64) {
+        self.table.remove(&id);
+    }
+
+    // ---- The end -----------------------------------------------------------------------------
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    /// From now on every new call gets `Closed`. True for the first caller.
+    pub(crate) fn set_closed(&self) -> bool {
+        let first = !self.closed.swap(true, Ordering::SeqCst);
+        self.wake.now();
+        self.host.holds.ring();
+        for device in &self.devices {
+            device.state.holds.ring();
+            device.ring();
+        }
+        first
+    }
+
+    /// Nobody makes space any more.
+    pub(crate) fn close_queues(&self) {
+        self.host.queue.close();
+        self.devices.iter().for_each(|device| device.state.queue.close());
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,159 @@
+//! Space: in host memory, in staging, on disk.
+//!
+//! Invariant: whoever waits for space waits in the queue of its tier, with a deadline, and holds none. Called by
+//! whatever makes or brings bytes.
+
+use super::Shared;
+use crate::buffer::IoBuf;
+use crate::copy::OwnedCopy;
+use crate::deadline::{Deadline, Late};
+use crate::disk::{DiskError, Extent};
+use crate::error::VirtualMemoryError;
+use crate::host::HostArena;
+use crate::memory_tier::MemoryTier;
+use crate::parcel::GRACE;
+use crate::tier::{Device, Need, Refused};
+
+impl Shared {
+    /// A piece of staging; for a task. What lies there for callers who do not come is taken back.
+    ///
+    /// # Errors
+    ///
+    /// `TimedOut` at the deadline.
+    pub(crate) async fn staging(&self, deadline: &Deadline) -> Result<IoBuf, VirtualMemoryError> {
+        let acquired = async {
+            let acquire = self.staging.acquire();
+            tokio::pin!(acquire);
+            loop {
+                tokio::select! {
+                    biased;
+                    piece = &mut acquire => return IoBuf::from_staging(piece),
+                    () = tokio::time::sleep(GRACE) => drop(self.unclaimed.recall()),
+                }
+            }
+        };
+        let late = |Late| deadline.error("waiting for staging memory");
+        deadline.bound(acquired).await.map_err(late)
+    }
+
+    /// The largest object that host memory could ever hold, in bytes of footprint.
+    pub(crate) fn host_space(&self) -> u64 {
+        self.host.space().arena.capacity_bytes()
+    }
+
+    /// Whether an object of this length can be host-resident at all.
+    pub(crate) fn fits_host(&self, len: usize) -> bool {
+        HostArena::footprint(len) <= self.host_space()
+    }
+
+    pub(crate) fn exceeds_host(&self, len: usize) -> VirtualMemoryError {
+        VirtualMemoryError::ExceedsCapacity {
+            tier: MemoryTier::Host,
+            requested_bytes: HostArena::footprint(len),
+            capacity_bytes: self.host_space(),
+        }
+    }
+
+    /// Space in host memory for one object, if there is some now.
+    pub(crate) fn try_host_room(&self, need: &Need) -> Option<OwnedCopy> {
+        self.try_host_rooms(need)?.pop()
+    }
+
+    /// Space in host memory for each object of the request, if there is some for all now.
+    pub(crate) fn try_host_rooms(&self, need: &Need) -> Option<Vec<OwnedCopy>> {
+        let grant = self.host.queue.try_take(need)?;
+        self.check_high_mark();
+        Some(grant.into_iter().map(|slot| OwnedCopy::new(&self.copies, slot)).collect())
+    }
+
+    /// Space in host memory for one object, as soon as there is some.
+    pub(crate) async fn host_room(
+        &self,
+        need: &Need,
+        deadline: &Deadline,
+    ) -> Result<OwnedCopy, Refused> {
+        let mut rooms = self.host_rooms(need, deadline).await?;
+        Ok(rooms.pop().expect("invariant: a grant has space for each object"))
+    }
+
+    /// Space in host memory for each object of the request, as soon as there is some for all.
+    pub(crate) async fn host_rooms(
+        &self,
+        need: &Need,
+        deadline: &Deadline,
+    ) -> Result<Vec<OwnedCopy>, Refused> {
+        let grant = self.host.queue.take(need, deadline).await?;
+        self.check_high_mark();
+        Ok(grant.into_iter().map(|slot| OwnedCopy::new(&self.copies, slot)).collect())
+    }
+
+    /// As [`host_room`](Self::host_room), for callers who have no other way.
+    pub(crate) async fn host_room_or_error(
+        &self,
+        need: &Need,
+        deadline: &Deadline,
+    ) -> Result<OwnedCopy, VirtualMemoryError> {
+        if !self.fits_host(need.len()) {
+            return Err(self.exceeds_host(need.len()));
+        }
+        self.host_room(need, deadline).await.map_err(|refused| self.refusal(need, refused))
+    }
+
+    /// The public form of a refusal.
+    pub(crate) fn refusal(&self, need: &Need, refused: Refused) -> VirtualMemoryError {
+        self.host.refusal(need, refused)
+    }
+
+    fn check_high_mark(&self) {
+        if self.host.space().arena.used_bytes() > self.limits.marks.high_bytes {
+            self.wake.now();
+        }
+    }
+
+    /// Tells those who wait that something went.
+    pub(crate) fn room_was_freed(&self) {
+        self.wake.if_waiting();
+        self.devices.iter().for_each(Device::ring);
+    }
+
+    // ---- On disk -----------------------------------------------------------------------------
+
+    /// Space on disk, at once or not at all. If there is none, what lies there for callers who do
+    /// not come goes back first.
+    pub(crate) fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
+        match self.disk.reserve(lens) {
+            Err(DiskError::Full { .. }) => {
+                self.recall_extents();
+                self.disk.reserve(lens)
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// As `reserve`, for whoever would be refused: if something may come back within the grace it
+    /// waits for that.
+    pub(crate) async fn reserve_soon(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
+        match self.reserve(lens) {
+            Err(DiskError::Full { .. }) if self.extents_come_back().await => self.reserve(lens),
+            outcome => outcome,
+        }
+    }
+
+    /// Takes back what has lain for the grace with extents on disk, or with versions that keep
+    /// some. Returns whether something lies there for less.
+    fn recall_extents(&self) -> bool {
+        self.unclaimed.recall().is_some() | self.unfinished.recall().is_some()
+    }
+
+    /// Waits until what lies aside now has lain there for the grace, and takes it back. False at
+    /// once if nothing does.
+    pub(crate) async fn extents_come_back(&self) -> bool {
+        if !self.recall_extents() {
+            return false;
+        }
+        let grace = self.deadline_in(GRACE);
+        let Err(Late) = grace.bound(std::future::pending::<std::convert::Infallible>()).await;
+        self.recall_extents();
+        true
+    }
+}

@@ -1,0 +1,89 @@
+//! The devices above host memory, and what holds objects in the tiers.
+//!
+//! Invariant: a device that is lost is no tier for anybody but those who still hold memory of it. Called by everything that
+//! names a tier.
+
+use std::time::Duration;
+
+use super::Shared;
+use crate::error::VirtualMemoryError;
+use crate::host::HostArena;
+use crate::memory_tier::MemoryTier;
+use crate::tier::{Device, Hold, Holds};
+
+impl Shared {
+    /// All devices, in use or lost.
+    pub(crate) fn devices(&self) -> &[Device] {
+        &self.devices
+    }
+
+    /// A device that serves.
+    ///
+    /// # Errors
+    ///
+    /// `TierNotAvailable` with the reason.
+    pub(crate) fn device(&self, number: usize) -> Result<&Device, VirtualMemoryError> {
+        match self.devices.get(number) {
+            Some(device) => device.lost().map_or(Ok(device), Err),
+            None => {
+                let reason = match self.devices.len() {
+                    0 => self.no_device.clone(),
+                    count => format!("the store has {count} devices").into(),
+                };
+                let tier = MemoryTier::of_device(u8::try_from(number).unwrap_or(u8::MAX));
+                Err(VirtualMemoryError::TierNotAvailable { tier, reason })
+            }
+        }
+    }
+
+    /// Whether the tier is there.
+    ///
+    /// # Errors
+    ///
+    /// `TierNotAvailable` with the reason.
+    pub(crate) fn check_tier(&self, tier: MemoryTier) -> Result<(), VirtualMemoryError> {
+        tier.device().map_or(Ok(()), |device| self.device(device).map(drop))
+    }
+
+    // ---- Holds -------------------------------------------------------------------------------
+
+    /// What holds a tier that can be held.
+    ///
+    /// # Errors
+    ///
+    /// `TierNotAvailable` with the reason.
+    pub(crate) fn holds(&self, tier: MemoryTier) -> Result<&Holds, VirtualMemoryError> {
+        match tier.device() {
+            Some(device) => Ok(&self.device(device)?.state.holds),
+            None => Ok(&self.host.holds),
+        }
+    }
+
+    /// What an object of `len` bytes takes of this tier, in bytes.
+    pub(crate) fn footprint_in(&self, tier: MemoryTier, len: usize) -> u64 {
+        match tier.device().and_then(|device| self.devices.get(device)) {
+            Some(device) => device.backend.footprint(len),
+            None => HostArena::footprint(len),
+        }
+    }
+
+    /// Gives back what was charged for holds, in bytes of footprint.
+    pub(crate) fn uncharge(&self, tier: MemoryTier, hold: Hold, footprint: u64) {
+        let device = tier.device().and_then(|device| self.devices.get(device));
+        device.map_or(&self.host.holds, |device| &device.state.holds).uncharge(hold, footprint);
+        self.room_was_freed();
+    }
+
+    /// Why an object cannot be held in this tier.
+    pub(crate) fn all_held(
+        &self,
+        tier: MemoryTier,
+        requested_bytes: u64,
+        waited: Duration,
+    ) -> VirtualMemoryError {
+        match tier.device().and_then(|device| self.devices.get(device)) {
+            Some(device) => device.state.all_held(requested_bytes, waited),
+            None => self.host.all_held(requested_bytes, waited),
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! What is asked of a tier, and what it answers.
+//!
+//! Invariant: a request for several objects is one request. Made by whoever needs space; answered by the queue of the tier.
+
+use std::time::Duration;
+
+use smallvec::SmallVec;
+use tokio::time::Instant;
+
+use crate::error::VirtualMemoryError;
+
+/// Why there is no space now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NoSpace {
+    /// By its footprint it would fit: the space lies in pieces, or in spans of other objects.
+    pub(crate) scattered: bool,
+}
+
+/// Memory within a budget.
+pub(crate) trait Space: Send + Sync + 'static {
+    /// Space for one object, exclusively; dropping it gives it back.
+    type Slot: Send + 'static;
+
+    /// What an object of `len` bytes takes, rounding included, in bytes.
+    fn footprint(&self, len: usize) -> u64;
+
+    /// The footprint of all slots, in bytes.
+    fn used_bytes(&self) -> u64;
+
+    /// The budget, in bytes.
+    fn capacity_bytes(&self) -> u64;
+
+    /// What is used by nobody's current copy: readers or kernels keep it, and no eviction frees it.
+    fn held_bytes(&self) -> u64;
+
+    /// Space for `len` bytes of the object `owner`, at once or not at all.
+    fn try_take(&self, len: usize, owner: u64) -> Result<Self::Slot, NoSpace>;
+
+    /// Gives back what was taken on trial, and wakes nobody for it.
+    fn put_back(&self, slot: Self::Slot);
+}
+
+/// Space for the objects of one request, in its order.
+pub(crate) type Grant<S> = SmallVec<[<S as Space>::Slot; 1]>;
+pub(super) type Answer<S> = Result<Grant<S>, Refused>;
+
+/// Who asks, which decides who goes first and what may be evicted for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// Somebody waits for it now.
+    Demand,
+    /// Ahead of need: never at the cost of what is in use.
+    Prefetch,
+}
+
+/// A request for space.
+#[derive(Clone, Debug)]
+pub(crate) struct Need {
+    /// Length and number of each object, all of which get space at once.
+    pub(super) objects: SmallVec<[(usize, u64); 1]>,
+    pub(crate) class: Class,
+    /// The caller goes to disk rather than wait for what is held or pinned.
+    pub(crate) may_spill: bool,
+}
+
+impl Need {
+    /// Space for one object of `len` bytes.
+    pub(crate) fn one(len: usize, owner: u64, class: Class) -> Self {
+        Need { objects: SmallVec::from_buf([(len, owner)]), class, may_spill: false }
+    }
+
+    /// Space for several objects, for somebody who waits.
+    pub(crate) fn set(objects: impl IntoIterator<Item = (usize, u64)>) -> Self {
+        let objects = objects.into_iter().collect();
+        Need { objects, class: Class::Demand, may_spill: false }
+    }
+
+    /// The caller has another way where waiting for eviction does not help.
+    pub(crate) fn or_spill(mut self) -> Self {
+        self.may_spill = true;
+        self
+    }
+
+    /// The bytes of all objects.
+    pub(crate) fn len(&self) -> usize {
+        self.objects.iter().map(|&(len, _)| len).sum()
+    }
+}
+
+/// Why there is no space.
+#[derive(Clone, Debug)]
+pub(crate) enum Refused {
+    /// Nothing can be evicted now, and the caller said that it has another way.
+    Spill,
+    /// The deadline passed after so long a wait.
+    Deadline(Duration),
+    /// Something that waiting does not change.
+    Error(VirtualMemoryError),
+}
+
+/// What waits, as the evictor sees it. Bytes are footprints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    /// Of all demand requests that eviction can serve.
+    pub(crate) demand_bytes: u64,
+    /// Of all prefetch requests.
+    pub(crate) prefetch_bytes: u64,
+    /// Of the first demand request.
+    pub(crate) first_demand: u64,
+    /// Of the first prefetch request.
+    pub(crate) first_prefetch: u64,
+    /// Of the smallest prefetch request.
+    pub(crate) smallest_prefetch: u64,
+    /// When the first prefetch was asked for.
+    pub(crate) prefetch_asked: Option<Instant>,
+    /// As `scattered`, for the first prefetch request.
+    pub(crate) prefetch_scattered: bool,
+    /// The first request would fit by its footprint, but the space lies in pieces.
+    pub(crate) scattered: bool,
+    /// Requests that no eviction can serve, for what is pinned and held.
+    pub(crate) out_of_reach: usize,
+    /// When the first request lets others pass again.
+    pub(crate) unblocks_at: Option<Instant>,
+}
+
+impl Wanted {
+    /// What the first request takes.
+    pub(crate) fn first(&self) -> u64 {
+        if self.demand_bytes > 0 { self.first_demand } else { self.first_prefetch }
+    }
+
+    /// Whether the first request would fit by its footprint, but the space lies in pieces.
+    pub(crate) fn is_scattered(&self) -> bool {
+        if self.demand_bytes > 0 { self.scattered } else { self.prefetch_scattered }
+    }
+
+    pub(crate) fn any(&self) -> bool {
+        self.demand_bytes + self.prefetch_bytes > 0 || self.out_of_reach > 0
+    }
+}
+
+/// What was found in one class. Bytes are footprints of those that wait on.
+#[derive(Default)]
+pub(super) struct Served {
+    pub(super) bytes: u64,
+    pub(super) first: u64,
+    pub(super) smallest: u64,
+    pub(super) asked: Option<Instant>,
+    pub(super) unblocks_at: Option<Instant>,
+    pub(super) scattered: bool,
+    pub(super) out_of_reach: usize,
+}

@@ -1,0 +1,120 @@
+//! What a lease asks for, and what may be in its way.
+//!
+//! Invariant: an object is in a request once, however often it is named. Made by the leases, read by the task that takes
+//! them.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use super::Result;
+use super::lease::LEASE;
+use super::pin::until_unheld;
+use crate::deadline::{Deadline, Late};
+use crate::error::VirtualMemoryError;
+use crate::handle::VMemHandle;
+use crate::object::Object;
+use crate::shared::Shared;
+
+/// What a lease asks for.
+pub(super) struct Asked {
+    pub(super) reads: Vec<VMemHandle>,
+    pub(super) writes: Vec<VMemHandle>,
+    /// The bytes of what is written do not matter: it begins as zeros.
+    pub(super) overwrite: bool,
+}
+
+/// What keeps a set from being taken now.
+pub(super) enum Blocked {
+    /// It is not on the device, or not the current version.
+    Missing,
+    /// A change of this object is under way.
+    Changing(Arc<Object>),
+    /// Copies or kernels use what is to be written.
+    Used(Arc<Object>),
+    /// The budget for holds has no place for so many bytes more.
+    Budget(u64),
+}
+
+impl Asked {
+    /// All objects, those to be read first.
+    pub(super) fn handles(&self) -> impl Iterator<Item = &VMemHandle> {
+        self.reads.iter().chain(&self.writes)
+    }
+
+    /// Each object that has bytes, once.
+    pub(super) fn objects(&self) -> Vec<Arc<Object>> {
+        let mut seen = HashSet::new();
+        let objects = self.handles().map(VMemHandle::object);
+        objects.filter(|object| object.len > 0 && seen.insert(object.id)).cloned().collect()
+    }
+
+    /// Whether the bytes of this object do not matter.
+    pub(super) fn overwrites(&self, object: &Object) -> bool {
+        self.overwrite && self.writes.iter().any(|handle| handle.object().id == object.id)
+    }
+
+    /// Whether the device has what the lease needs of this object.
+    pub(super) fn is_there(&self, object: &Object, number: usize) -> bool {
+        match self.overwrites(object) {
+            true => object.has_space_on(number),
+            false => object.is_on(number),
+        }
+    }
+
+    /// Whether all of it could ever be on the device at once.
+    ///
+    /// # Errors
+    ///
+    /// `ExceedsCapacity`.
+    pub(super) fn check_fits(&self, shared: &Shared, number: usize) -> Result<()> {
+        let device = shared.device(number)?;
+        let footprints =
+            self.objects().into_iter().map(|object| device.backend.footprint(object.len));
+        let requested_bytes = footprints.fold(0, u64::saturating_add);
+        let capacity_bytes = device.state.holds.max();
+        if requested_bytes <= capacity_bytes {
+            return Ok(());
+        }
+        let tier = device.tier();
+        Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
+    }
+}
+
+/// Waits until what was in the way may have gone.
+pub(super) async fn wait(
+    shared: &Arc<Shared>,
+    number: usize,
+    blocked: Blocked,
+    deadline: &Deadline,
+) -> Result<()> {
+    let device = shared.device(number)?;
+    match blocked {
+        Blocked::Missing => {
+            // Others have their turn, so that whoever took it gets on.
+            tokio::task::yield_now().await;
+            Ok(())
+        }
+        Blocked::Changing(object) => object.gate_opened(deadline).await,
+        Blocked::Budget(footprint) => {
+            until_unheld(shared, device.tier(), footprint, deadline).await
+        }
+        Blocked::Used(object) => {
+            // Before the look, so that no drop in between is missed.
+            let released = device.released();
+            if shared.is_closed() {
+                return Err(VirtualMemoryError::Closed);
+            }
+            if !object.is_used_on(number) {
+                return Ok(());
+            }
+            let late = |Late| match device.state.holds.bytes().total() {
+                0 => deadline.error(LEASE),
+                _ => {
+                    let footprint = device.backend.footprint(object.len);
+                    shared.all_held(device.tier(), footprint, deadline.waited())
+                }
+            };
+            deadline.bound(released).await.map_err(late)
+        }
+    }
+}
