@@ -19,6 +19,6 @@ pub use crate::host::{InUse, ObjectSpace, Part, Registrar, StagingMemory};
 
 pub use crate::ranges::{End, Ranges};
 
-pub use crate::shared::Backends;
+pub use crate::object::Backends;
 
 pub use crate::vmem::{DeviceAccess, VramChange, VramHold, VramSet, VramShare};

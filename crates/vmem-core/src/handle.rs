@@ -9,8 +9,7 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use crate::memory_tier::MemoryTier;
-use crate::object::Object;
-use crate::shared::Shared;
+use crate::object::{Object, Shared};
 
 /// Leads to one object of one store. Dropping the last clone of an unnamed object frees it; of a named
 /// one it does not.

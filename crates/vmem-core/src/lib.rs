@@ -41,7 +41,6 @@ pub mod policy;
 mod promotion;
 mod ranges;
 mod requests;
-mod shared;
 mod stats;
 mod task;
 mod tier;

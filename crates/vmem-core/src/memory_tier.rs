@@ -6,9 +6,6 @@
 
 use std::fmt;
 use std::num::NonZeroU8;
-use std::str::FromStr;
-
-use crate::error::VirtualMemoryError;
 
 /// A tier of the store.
 ///
@@ -79,30 +76,5 @@ impl fmt::Display for MemoryTier {
             MemoryTier::Host => f.write_str("host"),
             MemoryTier::Disk => f.write_str("disk"),
         }
-    }
-}
-
-impl FromStr for MemoryTier {
-    type Err = VirtualMemoryError;
-
-    /// Parses `vram`, `host` or `disk`, in any case of letters, and `vram:1` for the memory of the second GPU.
-    ///
-    /// # Errors
-    ///
-    /// [`VirtualMemoryError::InvalidConfig`] for any other word.
-    fn from_str(word: &str) -> Result<Self, Self::Err> {
-        let lower = word.to_ascii_lowercase();
-        let numbered = lower.strip_prefix("vram:").and_then(|number| number.parse().ok());
-        if let Some(device) = numbered {
-            return Ok(MemoryTier::of_device(device));
-        }
-        [MemoryTier::Vram, MemoryTier::Host, MemoryTier::Disk]
-            .into_iter()
-            .find(|tier| tier.to_string() == lower)
-            .ok_or_else(|| VirtualMemoryError::InvalidConfig {
-                field: "tier",
-                reason: format!("unknown tier {word:?}: expected vram, vram:N, host or disk")
-                    .into(),
-            })
     }
 }

@@ -18,9 +18,8 @@ use crate::disk::DiskError;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::migrate::{Down, Leaving, move_room_down, write_down};
-use crate::object::{GatePass, Object};
+use crate::object::{GatePass, Object, Shared};
 use crate::policy::Probe;
-use crate::shared::Shared;
 use crate::stats::add;
 use crate::tier::{Class, Refused, Space, TierState, Wanted};
 

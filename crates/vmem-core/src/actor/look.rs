@@ -5,8 +5,8 @@
 
 use super::plan::Candidate;
 use super::tiers::Evicting;
+use crate::object::Shared;
 use crate::policy::{Pass, Pick, Probe};
-use crate::shared::Shared;
 
 /// A look for victims, over several turns.
 #[derive(Debug, Default)]

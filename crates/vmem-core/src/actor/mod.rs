@@ -32,9 +32,9 @@ use tiers::{InHost, OnDevice};
 
 use crate::device::DeviceError;
 use crate::error::VirtualMemoryError;
-use crate::names;
+use crate::names::{self, Names};
+use crate::object::Shared;
 use crate::requests::{Inbox, Line, Request};
-use crate::shared::Shared;
 use crate::task::spawn_named;
 
 /// Migrations of demand that are started at once; those that copy are bounded by the link.
@@ -60,12 +60,14 @@ pub(super) enum Ended {
 pub(crate) type Outcome = Option<Result<(), VirtualMemoryError>>;
 
 /// Starts the actor on the current runtime. The receiver gets the outcome of its end.
-pub(crate) fn start(shared: Arc<Shared>, inbox: Inbox) -> watch::Receiver<Outcome> {
+pub(crate) fn start(names: Arc<Names>, inbox: Inbox) -> watch::Receiver<Outcome> {
     let (done, outcome) = watch::channel(None);
+    let shared = names.shared.clone();
     let devices =
         (0..shared.devices().len()).map(|device| Evictor::new(OnDevice(device))).collect();
     let actor = Actor {
         shared,
+        names,
         inbox,
         tasks: JoinSet::new(),
         kernels: JoinSet::new(),
@@ -81,6 +83,7 @@ pub(crate) fn start(shared: Arc<Shared>, inbox: Inbox) -> watch::Receiver<Outcom
 
 struct Actor {
     shared: Arc<Shared>,
+    names: Arc<Names>,
     inbox: Inbox,
     tasks: JoinSet<Ended>,
     /// Those that wait for kernels of users: they take no one else's place, and nobody knows for how long.
@@ -96,7 +99,7 @@ impl Drop for Actor {
     fn drop(&mut self) {
         self.shared.set_closed();
         self.shared.close_queues();
-        self.shared.names.clear();
+        self.names.clear();
     }
 }
 
@@ -234,11 +237,11 @@ impl Actor {
         self.end_kernels().await;
         self.shared.tasks.close();
         self.shared.tasks.wait().await;
-        let flushed = names::flush_all(&self.shared).await;
-        self.shared.names.clear();
+        let flushed = names::flush_all(&self.names).await;
+        self.names.clear();
         self.shared.events.end();
         // The catalog first: the disk gives the directory back.
-        let unnamed = match self.shared.names.catalog() {
+        let unnamed = match self.names.catalog() {
             Ok(catalog) => catalog.close().await,
             Err(_) => Ok(()),
         };

@@ -10,9 +10,8 @@ use tokio::time::Instant;
 use super::plan::Victim;
 use crate::host::HostArena;
 use crate::migrate::relocate;
-use crate::object::{GatePass, Object};
+use crate::object::{GatePass, Object, Shared};
 use crate::policy::Probe;
-use crate::shared::Shared;
 use crate::stats::add;
 use crate::tier::{DeviceSpace, HostSpace, Space, TierState, Wanted};
 

@@ -6,6 +6,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::error::VirtualMemoryError;
+use crate::memory_tier::MemoryTier;
 /// Which GPU serves the VRAM tier.
 #[non_exhaustive]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -78,5 +79,30 @@ pub enum Promotion {
 impl Default for Promotion {
     fn default() -> Self {
         Promotion::OnNthRead(2)
+    }
+}
+
+impl FromStr for MemoryTier {
+    type Err = VirtualMemoryError;
+
+    /// Parses `vram`, `host` or `disk`, in any case of letters, and `vram:1` for the memory of the second GPU.
+    ///
+    /// # Errors
+    ///
+    /// [`VirtualMemoryError::InvalidConfig`] for any other word.
+    fn from_str(word: &str) -> Result<Self, Self::Err> {
+        let lower = word.to_ascii_lowercase();
+        let numbered = lower.strip_prefix("vram:").and_then(|number| number.parse().ok());
+        if let Some(device) = numbered {
+            return Ok(MemoryTier::of_device(device));
+        }
+        [MemoryTier::Vram, MemoryTier::Host, MemoryTier::Disk]
+            .into_iter()
+            .find(|tier| tier.to_string() == lower)
+            .ok_or_else(|| VirtualMemoryError::InvalidConfig {
+                field: "tier",
+                reason: format!("unknown tier {word:?}: expected vram, vram:N, host or disk")
+                    .into(),
+            })
     }
 }

@@ -23,8 +23,9 @@ use crate::deadline::{Deadline, Late};
 use crate::disk::{DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
-use crate::object::{DiskMap, GatePass, Object, chunk_count, chunk_len, chunk_lens};
-use crate::object::{chunks_of, range_of};
+use crate::object::{
+    DiskMap, GatePass, Object, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
+};
 use crate::parcel::{Parcel, SetAside};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;

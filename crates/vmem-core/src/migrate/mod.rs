@@ -45,8 +45,7 @@ use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::{MigrationCause, MigrationEvent};
 use crate::memory_tier::MemoryTier;
-use crate::object::Object;
-use crate::shared::Shared;
+use crate::object::{Object, Shared};
 use crate::stats;
 use crate::tier::{Class, Need};
 

@@ -16,10 +16,9 @@ use crate::device::{DeviceAnswer, DeviceError};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
-use crate::object::{Object, WeakFlight};
+use crate::object::{Object, Shared, WeakFlight};
 use crate::parcel::Delivery;
 use crate::requests::{Line, Request};
-use crate::shared::Shared;
 use crate::tier::Class;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;

@@ -14,9 +14,8 @@ use crate::copy::{Found, OwnedCopy};
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
-use crate::object::Object;
+use crate::object::{Object, Shared};
 use crate::parcel::{SetAside, parcel};
-use crate::shared::Shared;
 use crate::tier::Need;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;

@@ -18,8 +18,7 @@ use crate::disk::{DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
-use crate::object::{DiskMap, GatePass, Object, chunk_count, chunk_lens};
-use crate::shared::Shared;
+use crate::object::{DiskMap, GatePass, Object, Shared, chunk_count, chunk_lens};
 use crate::stats::{self, add};
 
 /// Payload of one batch of a flush, in bytes, unless one object alone has more.

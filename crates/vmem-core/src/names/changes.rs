@@ -9,15 +9,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::named::Claim;
-use super::{NotCommitted, Result, Turn, persist};
+use super::{Names, NotCommitted, Result, Turn, persist};
 use crate::catalog::{CatalogChange, CatalogObject, CatalogRecord};
 use crate::disk::DiskError;
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
-use crate::object::{DiskMap, Object, chunk_len};
-use crate::shared::Shared;
+use crate::object::{Claim, DiskMap, Object, chunk_len};
 
 /// What a name has to stand for before it is replaced.
 #[derive(Clone, Copy, Debug)]
@@ -49,14 +47,14 @@ impl Expected {
 /// # Errors
 ///
 /// What the catalog says; `TierNotAvailable` for an object whose home is not there.
-async fn find(shared: &Arc<Shared>, turn: &Turn) -> Result<Option<VMemHandle>> {
+async fn find(names: &Arc<Names>, turn: &Turn) -> Result<Option<VMemHandle>> {
     let name = turn.name();
-    if let Some(handle) = shared.names.get(name) {
+    if let Some(handle) = names.get(name) {
         return Ok(Some(handle));
     }
-    match shared.names.catalog()?.find(name.clone()).await? {
+    match names.catalog()?.find(name.clone()).await? {
         None => Ok(None),
-        Some(stored) => bring_in(shared, name, stored).await.map(Some),
+        Some(stored) => bring_in(names, name, stored).await.map(Some),
     }
 }
 
@@ -65,8 +63,8 @@ async fn find(shared: &Arc<Shared>, turn: &Turn) -> Result<Option<VMemHandle>> {
 /// # Errors
 ///
 /// `NameNotFound`, and those of the catalog.
-pub(crate) async fn find_or_error(shared: &Arc<Shared>, turn: &Turn) -> Result<VMemHandle> {
-    let found = find(shared, turn).await?;
+pub(crate) async fn find_or_error(names: &Arc<Names>, turn: &Turn) -> Result<VMemHandle> {
+    let found = find(names, turn).await?;
     found.ok_or_else(|| VirtualMemoryError::NameNotFound { name: turn.name().clone() })
 }
 
@@ -75,18 +73,18 @@ pub(crate) async fn find_or_error(shared: &Arc<Shared>, turn: &Turn) -> Result<V
 /// # Errors
 ///
 /// `NameNotFound`, and those of the catalog.
-pub(crate) async fn record(shared: &Arc<Shared>, turn: &Turn) -> Result<CatalogRecord> {
+pub(crate) async fn record(names: &Arc<Names>, turn: &Turn) -> Result<CatalogRecord> {
     let name = turn.name();
-    if let Some(record) = shared.names.record_in_memory(name) {
+    if let Some(record) = names.record_in_memory(name) {
         return Ok(record);
     }
-    let stored = shared.names.catalog()?.record(name.clone()).await?;
+    let stored = names.catalog()?.record(name.clone()).await?;
     stored.ok_or_else(|| VirtualMemoryError::NameNotFound { name: name.clone() })
 }
 
 /// Makes an object of what the catalog has.
 async fn bring_in(
-    shared: &Arc<Shared>,
+    names: &Arc<Names>,
     name: &Arc<str>,
     stored: CatalogObject,
 ) -> Result<VMemHandle> {
@@ -98,19 +96,20 @@ async fn bring_in(
     })?;
     let adopt = |(index, chunk): (usize, Option<_>)| match chunk {
         None => Ok(None),
-        Some(chunk) => shared.disk.adopt(chunk_len(len, index), chunk).map(Some),
+        Some(chunk) => names.shared.disk.adopt(chunk_len(len, index), chunk).map(Some),
     };
     let adopted = chunks.into_iter().enumerate().map(adopt).collect::<std::result::Result<_, _>>();
-    let map =
-        DiskMap::of_some(adopted.map_err(|error: DiskError| shared.disk_error(record.id, error))?);
-    let handle = VMemHandle::adopt(shared.create(len, record.home));
+    let map = DiskMap::of_some(
+        adopted.map_err(|error: DiskError| names.shared.disk_error(record.id, error))?,
+    );
+    let handle = VMemHandle::adopt(names.shared.create(len, record.home));
     let object = handle.object();
-    let pass = object.gate(&shared.deadline()).await?;
+    let pass = object.gate(&names.shared.deadline()).await?;
     Claim::of(object, name, record.clone())?.keep(record, Some(map.clone()));
     object.with_disk(&pass, |disk, _| *disk = map);
     drop(pass);
-    shared.announce(object);
-    drop(shared.names.insert(name, handle.clone()));
+    names.shared.announce(object);
+    drop(names.insert(name, handle.clone()));
     Ok(handle)
 }
 
@@ -119,13 +118,13 @@ async fn bring_in(
 /// # Errors
 ///
 /// `NameExists`, and those of the catalog.
-pub(crate) async fn allocate(shared: &Arc<Shared>, turn: &Turn, handle: &VMemHandle) -> Result<()> {
-    if find(shared, turn).await?.is_some() {
+pub(crate) async fn allocate(names: &Arc<Names>, turn: &Turn, handle: &VMemHandle) -> Result<()> {
+    if find(names, turn).await?.is_some() {
         return Err(VirtualMemoryError::NameExists { name: turn.name().clone() });
     }
-    let record = shared.names.new_record(handle.object(), Bytes::new())?;
+    let record = names.new_record(handle.object(), Bytes::new())?;
     Claim::of(handle.object(), turn.name(), record.clone())?.keep(record, None);
-    drop(shared.names.insert(turn.name(), handle.clone()));
+    drop(names.insert(turn.name(), handle.clone()));
     Ok(())
 }
 
@@ -135,22 +134,22 @@ pub(crate) async fn allocate(shared: &Arc<Shared>, turn: &Turn, handle: &VMemHan
 ///
 /// What `expected` says of what has the name; `AlreadyNamed`; those of a flush.
 pub(crate) async fn replace(
-    shared: &Arc<Shared>,
+    names: &Arc<Names>,
     turn: &Turn,
     handle: &VMemHandle,
     metadata: Bytes,
     expected: Expected,
 ) -> Result<()> {
-    let before = find(shared, turn).await?;
+    let before = find(names, turn).await?;
     if let (Expected::Version(_), Some(before)) = (expected, &before) {
         // What was written to it and not flushed is a version of its own, which nobody has seen.
-        persist::persist(shared, turn, before.object()).await?;
+        persist::persist(names, turn, before.object()).await?;
     }
     let found = before.as_ref().and_then(|before| before.object().named().record());
     expected.check(turn.name(), found.as_ref())?;
-    give(shared, turn, handle, metadata).await?;
+    give(names, turn, handle, metadata).await?;
     if let Some(before) = before {
-        lose_name(shared, before.object());
+        lose_name(names, before.object());
     }
     Ok(())
 }
@@ -161,29 +160,24 @@ pub(crate) async fn replace(
 /// # Errors
 ///
 /// `NameExists`, `AlreadyNamed`; those of a flush.
-pub(crate) async fn adopt(shared: &Arc<Shared>, turn: &Turn, handle: &VMemHandle) -> Result<()> {
-    let found = record(shared, turn).await;
+pub(crate) async fn adopt(names: &Arc<Names>, turn: &Turn, handle: &VMemHandle) -> Result<()> {
+    let found = record(names, turn).await;
     match found {
         Ok(found) => Expected::Nothing.check(turn.name(), Some(&found))?,
         Err(VirtualMemoryError::NameNotFound { .. }) => {}
         Err(error) => return Err(error),
     }
-    give(shared, turn, handle, Bytes::new()).await
+    give(names, turn, handle, Bytes::new()).await
 }
 
 /// Commits the bytes, the metadata and the name at once.
-async fn give(
-    shared: &Arc<Shared>,
-    turn: &Turn,
-    handle: &VMemHandle,
-    metadata: Bytes,
-) -> Result<()> {
+async fn give(names: &Arc<Names>, turn: &Turn, handle: &VMemHandle, metadata: Bytes) -> Result<()> {
     let object = handle.object();
-    let record = shared.names.new_record(object, metadata)?;
+    let record = names.new_record(object, metadata)?;
     let claim = Claim::of(object, turn.name(), record.clone())?;
-    let (record, map) = persist::store(shared, turn, object, record, None).await?;
+    let (record, map) = persist::store(names, turn, object, record, None).await?;
     claim.keep(record, Some(map));
-    drop(shared.names.insert(turn.name(), handle.clone()));
+    drop(names.insert(turn.name(), handle.clone()));
     Ok(())
 }
 
@@ -192,17 +186,17 @@ async fn give(
 /// # Errors
 ///
 /// `NameNotFound`; those of a flush.
-pub(crate) async fn rename(shared: &Arc<Shared>, from: &Turn, to: &Turn) -> Result<()> {
-    let moved = find_or_error(shared, from).await?;
-    let before = find(shared, to).await?;
-    persist::persist(shared, from, moved.object()).await?;
+pub(crate) async fn rename(names: &Arc<Names>, from: &Turn, to: &Turn) -> Result<()> {
+    let moved = find_or_error(names, from).await?;
+    let before = find(names, to).await?;
+    persist::persist(names, from, moved.object()).await?;
     let change = CatalogChange::Rename { from: from.name().clone(), to: to.name().clone() };
-    commit(shared, change).await?;
+    commit(names, change).await?;
     moved.object().named().rename(to.name().clone());
-    drop(shared.names.take(from.name()));
-    let replaced = shared.names.insert(to.name(), moved.clone());
+    drop(names.take(from.name()));
+    let replaced = names.insert(to.name(), moved.clone());
     if let Some(before) = before {
-        lose_name(shared, before.object());
+        lose_name(names, before.object());
     }
     drop(replaced);
     Ok(())
@@ -213,13 +207,13 @@ pub(crate) async fn rename(shared: &Arc<Shared>, from: &Turn, to: &Turn) -> Resu
 /// # Errors
 ///
 /// `NameNotFound`; those of the catalog.
-pub(crate) async fn remove(shared: &Arc<Shared>, turn: &Turn) -> Result<()> {
-    let handle = find_or_error(shared, turn).await?;
+pub(crate) async fn remove(names: &Arc<Names>, turn: &Turn) -> Result<()> {
+    let handle = find_or_error(names, turn).await?;
     if handle.object().named().is_durable() {
-        commit(shared, CatalogChange::Remove { name: turn.name().clone() }).await?;
+        commit(names, CatalogChange::Remove { name: turn.name().clone() }).await?;
     }
-    drop(shared.names.take(turn.name()));
-    lose_name(shared, handle.object());
+    drop(names.take(turn.name()));
+    lose_name(names, handle.object());
     Ok(())
 }
 
@@ -228,28 +222,27 @@ pub(crate) async fn remove(shared: &Arc<Shared>, turn: &Turn) -> Result<()> {
 /// # Errors
 ///
 /// `NameNotFound`; those of a flush.
-pub(crate) async fn set_metadata(shared: &Arc<Shared>, turn: &Turn, metadata: Bytes) -> Result<()> {
-    let handle = find_or_error(shared, turn).await?;
+pub(crate) async fn set_metadata(names: &Arc<Names>, turn: &Turn, metadata: Bytes) -> Result<()> {
+    let handle = find_or_error(names, turn).await?;
     let object = handle.object();
-    persist::persist(shared, turn, object).await?;
+    persist::persist(names, turn, object).await?;
     let Some(record) = object.named().record() else { return Err(object.not_found()) };
-    let record = shared.names.new_version(CatalogRecord { metadata, ..record })?;
-    commit(shared, CatalogChange::Put { name: turn.name().clone(), record: record.clone() })
-        .await?;
+    let record = names.new_version(CatalogRecord { metadata, ..record })?;
+    commit(names, CatalogChange::Put { name: turn.name().clone(), record: record.clone() }).await?;
     object.named().set_record(record);
     Ok(())
 }
 
 /// Commits a change that leads to no new bytes.
-async fn commit(shared: &Shared, change: CatalogChange) -> Result<()> {
-    let committed = shared.names.commit(vec![change], false).await;
+async fn commit(names: &Names, change: CatalogChange) -> Result<()> {
+    let committed = names.commit(vec![change], false).await;
     committed.map_err(|NotCommitted { error, .. }| error)
 }
 
 /// The catalog does not lead to this object any more: its space goes with its last handle.
-fn lose_name(shared: &Shared, object: &Arc<Object>) {
+fn lose_name(names: &Names, object: &Arc<Object>) {
     let Some(named) = object.named.get() else { return };
     if let Some(durable) = named.lose() {
-        shared.names.retire(durable, object.len, &DiskMap::Empty);
+        names.retire(durable, object.len, &DiskMap::Empty);
     }
 }

@@ -14,7 +14,7 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
-use super::Commits;
+use super::{Commits, Names};
 use crate::object::{Leave, Object};
 
 /// How many of the line are looked at for each that comes: more than one, so that it gets shorter.
@@ -46,8 +46,7 @@ impl Closed {
 }
 
 /// Puts an object in line, and lets those leave memory that are too many.
-pub(crate) fn offer(object: &Arc<Object>) {
-    let names = &object.shared.names;
+pub(super) fn offer(names: &Names, object: &Arc<Object>) {
     let Some(named) = object.named.get() else { return };
     if names.cleared.load(Ordering::SeqCst) {
         return;
@@ -60,7 +59,7 @@ pub(crate) fn offer(object: &Arc<Object>) {
         let Some(first) = first.upgrade() else { continue };
         let Some(named) = first.named.get() else { continue };
         named.leave_line();
-        if leave(&first) == Leave::InUse && named.enter_line() {
+        if leave(names, &first) == Leave::InUse && named.enter_line() {
             names.closed.push(&first);
         }
     }
@@ -70,8 +69,7 @@ pub(crate) fn offer(object: &Arc<Object>) {
 }
 
 /// Takes the object out of the tables if it may leave memory.
-fn leave(object: &Arc<Object>) -> Leave {
-    let (shared, names) = (&object.shared, &object.shared.names);
+fn leave(names: &Names, object: &Arc<Object>) -> Leave {
     let Some(named) = object.named.get() else { return Leave::Stays };
     let Some(name) = named.current() else { return Leave::Stays };
     // What was committed last is not known: memory alone says what the names stand for.
@@ -91,7 +89,7 @@ fn leave(object: &Arc<Object>) -> Leave {
     });
     if let Some((name, handle)) = entry {
         names.forget_bytes(&name);
-        shared.forget(object.id);
+        names.shared.forget(object.id);
         drop(handle);
     }
     outcome

@@ -11,7 +11,6 @@
 mod changes;
 mod closed;
 mod commits;
-mod named;
 mod persist;
 mod table;
 mod turns;
@@ -27,19 +26,15 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 pub(crate) use changes::{
     Expected, adopt, allocate, find_or_error, record, remove, rename, replace, set_metadata,
 };
-pub(crate) use closed::offer;
 pub(crate) use commits::{Commits, NotCommitted};
-pub(crate) use named::Named;
 pub(crate) use persist::{flush, flush_all, persist};
 pub(crate) use turns::Turn;
 
 use crate::catalog::{Catalog, CatalogChange, CatalogRecord, METADATA_LEN_MAX, NAME_LEN_MAX};
-use crate::disk::DiskBackend;
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
-use crate::object::{DiskMap, Object};
-use crate::shared::Shared;
+use crate::object::{DiskMap, Object, Shared};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -49,6 +44,7 @@ const TASKS_MAX: usize = 1024;
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Names {
+    pub(crate) shared: Arc<Shared>,
     catalog: Option<Arc<dyn Catalog>>,
     commits: Option<Commits>,
     /// Every named object that is in memory, each with a handle of its own, so that one that has changed
@@ -76,9 +72,12 @@ struct Frozen {
 
 impl Names {
     /// Starts what commits, if there is a catalog, on the current runtime.
-    pub(crate) fn start(catalog: Option<Arc<dyn Catalog>>, disk: &Arc<dyn DiskBackend>) -> Self {
-        let commits = catalog.as_ref().map(|catalog| Commits::start(catalog.clone(), disk.clone()));
-        Names {
+    pub(crate) fn start(shared: &Arc<Shared>, catalog: Option<Arc<dyn Catalog>>) -> Arc<Self> {
+        let start =
+            |catalog: &Arc<dyn Catalog>| Commits::start(catalog.clone(), shared.disk.clone());
+        let commits = catalog.as_ref().map(start);
+        let names = Arc::new(Names {
+            shared: shared.clone(),
             next_id: AtomicU64::new(catalog.as_ref().map_or(0, |catalog| catalog.next_id())),
             closed_max: catalog.as_ref().map_or(0, |catalog| catalog.closed_names_max()),
             catalog,
@@ -90,7 +89,15 @@ impl Names {
             tasks: Arc::new(Semaphore::new(TASKS_MAX)),
             frozen: Mutex::default(),
             cleared: AtomicBool::new(false),
-        }
+        });
+        let weak = Arc::downgrade(&names);
+        let offer = move |object: &Arc<Object>| {
+            if let Some(names) = weak.upgrade() {
+                closed::offer(&names, object);
+            }
+        };
+        shared.set_closed_hook(Box::new(offer));
+        names
     }
 
     /// The catalog.
@@ -157,18 +164,18 @@ impl Names {
     }
 
     /// Until the guard goes, the space of nothing that is committed now is given to others.
-    pub(crate) fn freeze(shared: &Arc<Shared>) -> Freeze {
-        shared.names.frozen.lock().snapshots += 1;
-        Freeze(shared.clone())
+    pub(crate) fn freeze(self: &Arc<Self>) -> Freeze {
+        self.frozen.lock().snapshots += 1;
+        Freeze(self.clone())
     }
 }
 
 /// See [`Names::freeze`].
-pub(crate) struct Freeze(Arc<Shared>);
+pub(crate) struct Freeze(Arc<Names>);
 
 impl Drop for Freeze {
     fn drop(&mut self) {
-        let mut frozen = self.0.names.frozen.lock();
+        let mut frozen = self.0.frozen.lock();
         frozen.snapshots -= 1;
         let limbo = match frozen.snapshots {
             0 => std::mem::take(&mut frozen.limbo),

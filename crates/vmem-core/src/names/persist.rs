@@ -7,14 +7,13 @@ use std::sync::Arc;
 
 use futures::StreamExt;
 
-use super::{NotCommitted, Result, Turn};
+use super::{Names, NotCommitted, Result, Turn};
 use crate::catalog::{CatalogChange, CatalogRecord, SEGMENT_CHUNKS};
 use crate::chunk::StoredChunk;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::migrate;
 use crate::object::{DiskMap, Object, chunk_count};
-use crate::shared::Shared;
 
 /// Objects that are flushed at once, where all are.
 const AT_ONCE: usize = 64;
@@ -25,13 +24,13 @@ const AT_ONCE: usize = 64;
 ///
 /// What the disk or the catalog says; the durable version is then the one before, or unknown if it was
 /// the commit that failed.
-pub(crate) async fn persist(shared: &Arc<Shared>, turn: &Turn, object: &Arc<Object>) -> Result<()> {
+pub(crate) async fn persist(names: &Arc<Names>, turn: &Turn, object: &Arc<Object>) -> Result<()> {
     let Some(named) = object.named.get() else { return Ok(()) };
     let Some((record, before)) = named.state() else { return Ok(()) };
-    let (record, map) = store(shared, turn, object, record, before).await?;
+    let (record, map) = store(names, turn, object, record, before).await?;
     let old = named.set_durable(record, map.clone());
     if let Some(old) = old {
-        shared.names.retire(old, object.len, &map);
+        names.retire(old, object.len, &map);
     }
     drop(map);
     // The last handle may have gone while it was not durable.
@@ -45,15 +44,15 @@ pub(crate) async fn persist(shared: &Arc<Shared>, turn: &Turn, object: &Arc<Obje
 ///
 /// Those of [`persist`].
 pub(crate) async fn flush(
-    shared: &Arc<Shared>,
+    names: &Arc<Names>,
     object: &Arc<Object>,
     deadline: &Deadline,
 ) -> Result<()> {
     let Some(named) = object.named.get() else { return Ok(()) };
     while let Some(name) = named.current() {
-        let turn = Turn::of(shared, name, deadline).await?;
+        let turn = Turn::of(names, name, deadline).await?;
         if named.current().as_ref() == Some(turn.name()) {
-            return persist(shared, &turn, object).await;
+            return persist(names, &turn, object).await;
         }
     }
     Ok(())
@@ -64,11 +63,11 @@ pub(crate) async fn flush(
 /// # Errors
 ///
 /// `NotFlushed` with the names of those that are not.
-pub(crate) async fn flush_all(shared: &Arc<Shared>) -> Result<()> {
+pub(crate) async fn flush_all(names: &Arc<Names>) -> Result<()> {
     // One for all: what nobody keeps from it goes on after it.
-    let deadline = shared.deadline();
-    let flushes = shared.names.all().into_iter().map(|(name, handle)| async move {
-        let outcome = flush(shared, handle.object(), &deadline).await;
+    let deadline = names.shared.deadline();
+    let flushes = names.all().into_iter().map(|(name, handle)| async move {
+        let outcome = flush(names, handle.object(), &deadline).await;
         outcome.map_err(|error| (name, error))
     });
     let outcomes: Vec<_> = futures::stream::iter(flushes).buffered(AT_ONCE).collect().await;
@@ -82,7 +81,7 @@ pub(crate) async fn flush_all(shared: &Arc<Shared>) -> Result<()> {
 /// Brings the current bytes to disk and commits where they are: under `record`, as a new version of
 /// it unless nothing has changed since `before`.
 pub(super) async fn store(
-    shared: &Arc<Shared>,
+    names: &Arc<Names>,
     turn: &Turn,
     object: &Arc<Object>,
     record: CatalogRecord,
@@ -93,13 +92,13 @@ pub(super) async fn store(
     if changes.is_empty() {
         return Ok((record, map));
     }
-    let record = shared.names.new_version(record)?;
+    let record = names.new_version(record)?;
     let before = before.unwrap_or_default();
     for extent in (0..chunk_count(object.len)).filter_map(|index| map.chunk(index)) {
         extent.keep();
     }
     changes.push(CatalogChange::Put { name: turn.name().clone(), record: record.clone() });
-    match shared.names.commit(changes, true).await {
+    match names.commit(changes, true).await {
         Ok(()) => Ok((record, map)),
         Err(NotCommitted { error, perhaps, .. }) => {
             if !perhaps {

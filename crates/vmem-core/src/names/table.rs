@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Named, Names};
+use super::Names;
 use crate::catalog::CatalogRecord;
 use crate::handle::VMemHandle;
+use crate::object::Named;
 
 /// What an entry of the table takes beside the bytes of its name: key, value and control byte, with
 /// the share of the table that stands empty; the two counts in front of the name; what the object

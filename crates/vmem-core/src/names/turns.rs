@@ -8,9 +8,9 @@ use std::sync::Arc;
 use dashmap::DashMap;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
+use super::Names;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
-use crate::shared::Shared;
 
 /// The names that are being changed.
 #[derive(Debug, Default)]
@@ -18,7 +18,7 @@ pub(super) struct Turns(DashMap<Arc<str>, Arc<Mutex<()>>>);
 
 /// The right to change what a name stands for.
 pub(crate) struct Turn {
-    shared: Arc<Shared>,
+    names: Arc<Names>,
     name: Arc<str>,
     /// Empty while it waits.
     guard: Option<OwnedMutexGuard<()>>,
@@ -33,14 +33,14 @@ impl Turn {
     ///
     /// `TimedOut` at the deadline, which also counts for what the change waits for later.
     pub(crate) async fn of(
-        shared: &Arc<Shared>,
+        names: &Arc<Names>,
         name: Arc<str>,
         deadline: &Deadline,
     ) -> Result<Turn, VirtualMemoryError> {
         // Whoever goes away while it waits drops this, which tidies up.
         let mut turn =
-            Turn { shared: shared.clone(), name: name.clone(), guard: None, deadline: *deadline };
-        let mutex = shared.names.turns.0.entry(name).or_default().clone();
+            Turn { names: names.clone(), name: name.clone(), guard: None, deadline: *deadline };
+        let mutex = names.turns.0.entry(name).or_default().clone();
         match deadline.bound(mutex.lock_owned()).await {
             Ok(guard) => turn.guard = Some(guard),
             Err(Late) => return Err(deadline.error("another change of the name")),
@@ -54,17 +54,17 @@ impl Turn {
     ///
     /// As `of`.
     pub(crate) async fn of_both(
-        shared: &Arc<Shared>,
+        names: &Arc<Names>,
         one: Arc<str>,
         other: Arc<str>,
         deadline: &Deadline,
     ) -> Result<(Turn, Turn), VirtualMemoryError> {
         if one < other {
-            let first = Turn::of(shared, one, deadline).await?;
-            Ok((first, Turn::of(shared, other, deadline).await?))
+            let first = Turn::of(names, one, deadline).await?;
+            Ok((first, Turn::of(names, other, deadline).await?))
         } else {
-            let first = Turn::of(shared, other, deadline).await?;
-            Ok((Turn::of(shared, one, deadline).await?, first))
+            let first = Turn::of(names, other, deadline).await?;
+            Ok((Turn::of(names, one, deadline).await?, first))
         }
     }
 
@@ -80,7 +80,7 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         self.guard = None;
-        let turns = &self.shared.names.turns.0;
+        let turns = &self.names.turns.0;
         // Under the lock of the entry nobody comes by a share of it.
         turns.remove_if(&self.name, |_, mutex| Arc::strong_count(mutex) == 1);
     }

@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::{DEAD, DiskMap, GatePass, Object, chunk_count};
-use crate::names;
 use crate::parcel::WeakParcel;
 
 /// What became of an attempt to let an object leave memory.
@@ -36,7 +35,7 @@ impl Object {
         // at the handles: one of the two sees both.
         fence(Ordering::SeqCst);
         if self.is_closed() && !self.copy.is_some() {
-            names::offer(self);
+            self.shared.tell_closed(self);
         }
     }
 

@@ -12,7 +12,9 @@ mod flight;
 mod gate;
 mod holds;
 mod leave;
+mod named;
 mod on_devices;
+mod shared;
 mod versions;
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -26,15 +28,16 @@ pub(crate) use disk_map::{
 };
 pub(crate) use gate::GatePass;
 pub(crate) use leave::Leave;
+pub(crate) use named::{Claim, Named};
+pub use shared::Backends;
+pub(crate) use shared::{Limits, Shared};
 
 use crate::copy::{CopyCell, OwnedCopy};
 use crate::device::DeviceRange;
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
-use crate::names::Named;
 use crate::parcel::{Parcel, WeakParcel};
 use crate::policy::Probe;
-use crate::shared::Shared;
 
 /// The object was freed; set once, in `life`.
 const DEAD: u32 = 1 << 31;

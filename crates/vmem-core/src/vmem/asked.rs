@@ -12,8 +12,7 @@ use super::pin::until_unheld;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
-use crate::object::Object;
-use crate::shared::Shared;
+use crate::object::{Object, Shared};
 
 /// What a lease asks for.
 pub(super) struct Asked {

@@ -199,13 +199,13 @@ impl VirtualMemory {
     /// changes of the name; `Damaged`, `Io`.
     pub async fn entry(&self, name: &str) -> Result<NamedEntry> {
         let name = self.check_named(name)?;
-        if let Some(record) = self.shared.names.record_in_memory(&name) {
+        if let Some(record) = self.names.record_in_memory(&name) {
             return Ok(NamedEntry::new(name, record));
         }
         // In turn: else it could be ahead of what memory says a moment later.
-        self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name.clone(), &deadline).await?;
-            names::record(&shared, &turn).await.map(|record| NamedEntry::new(name, record))
+        self.change(move |names, deadline| async move {
+            let turn = Turn::of(&names, name.clone(), &deadline).await?;
+            names::record(&names, &turn).await.map(|record| NamedEntry::new(name, record))
         })
         .await
     }
@@ -219,13 +219,13 @@ impl VirtualMemory {
     /// Those of [`open_named`](Self::open_named).
     pub async fn open_entry(&self, name: &str) -> Result<(VMemHandle, NamedEntry)> {
         let name = self.check_named(name)?;
-        let (handle, record) = match self.shared.names.get_entry(&name) {
+        let (handle, record) = match self.names.get_entry(&name) {
             Some(found) => found,
             None => {
                 let name = name.clone();
-                self.change(move |shared, deadline| async move {
-                    let turn = Turn::of(&shared, name, &deadline).await?;
-                    let handle = names::find_or_error(&shared, &turn).await?;
+                self.change(move |names, deadline| async move {
+                    let turn = Turn::of(&names, name, &deadline).await?;
+                    let handle = names::find_or_error(&names, &turn).await?;
                     let record = handle.object().named().record();
                     let record = record.ok_or_else(|| handle.object().not_found())?;
                     Ok((handle, record))
@@ -273,16 +273,16 @@ impl VirtualMemory {
         let PutOptions { home, metadata, mode } = options;
         names::check_metadata(&metadata)?;
         let expected = Expected::from(mode);
-        if let Some(record) = self.shared.names.record_in_memory(&name) {
+        if let Some(record) = self.names.record_in_memory(&name) {
             // Before anything is written.
             expected.check(&name, Some(&record))?;
         }
         // The caller's memory may be part of something large that it would keep.
         let metadata = Bytes::copy_from_slice(&metadata);
         let handle = self.put(data, home).await?;
-        self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name, &deadline).await?;
-            names::replace(&shared, &turn, &handle, metadata, expected).await?;
+        self.change(move |names, deadline| async move {
+            let turn = Turn::of(&names, name, &deadline).await?;
+            names::replace(&names, &turn, &handle, metadata, expected).await?;
             Ok(handle)
         })
         .await
@@ -299,9 +299,9 @@ impl VirtualMemory {
     pub async fn adopt(&self, handle: &VMemHandle, name: &str) -> Result<()> {
         self.check(handle)?;
         let (name, handle) = (self.check_named(name)?, handle.clone());
-        self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name, &deadline).await?;
-            names::adopt(&shared, &turn, &handle).await
+        self.change(move |names, deadline| async move {
+            let turn = Turn::of(&names, name, &deadline).await?;
+            names::adopt(&names, &turn, &handle).await
         })
         .await
     }
@@ -334,7 +334,7 @@ impl VirtualMemory {
         &self,
         options: ListOptions,
     ) -> impl Stream<Item = Result<Listed>> + Send + 'static + use<> {
-        let listing = Listing::new(self.shared.clone(), options);
+        let listing = Listing::new(self.names.clone(), options);
         try_unfold(listing, |mut listing| async move {
             Ok(listing.next().await?.map(|listed| (listed, listing)))
         })
@@ -350,14 +350,14 @@ impl VirtualMemory {
     /// it is the first error of any: `TimedOut`, `Damaged`, `Io`.
     pub async fn remove_many<N: AsRef<str> + Sync>(&self, names: &[N]) -> Result<u64> {
         let names = names.iter().map(|name| self.check_named(name.as_ref()));
-        let names: BTreeSet<Arc<str>> = names.collect::<Result<_>>()?;
-        self.change(move |shared, _| async move {
-            let removals = names.into_iter().map(|name| {
-                let shared = shared.clone();
+        let doomed: BTreeSet<Arc<str>> = names.collect::<Result<_>>()?;
+        self.change(move |names, _| async move {
+            let removals = doomed.into_iter().map(|name| {
+                let names = names.clone();
                 async move {
                     // Each has its time: all of them take as long as they take.
-                    let turn = Turn::of(&shared, name, &shared.deadline()).await?;
-                    names::remove(&shared, &turn).await
+                    let turn = Turn::of(&names, name, &names.shared.deadline()).await?;
+                    names::remove(&names, &turn).await
                 }
             });
             let mut removals = futures::stream::iter(removals).buffer_unordered(REMOVALS_MAX);

@@ -21,8 +21,7 @@ use crate::device::{DeviceError, DeviceRange};
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::migrate::{Job, fill_device};
-use crate::object::{GatePass, Object};
-use crate::shared::Shared;
+use crate::object::{GatePass, Object, Shared};
 use crate::tier::{Device, Hold, Need};
 
 /// Takes all that is asked for; for a task.

@@ -12,14 +12,14 @@ use super::Result;
 use super::entries::{ListOptions, Listed, NamedEntry};
 use crate::catalog::CatalogRecord;
 use crate::error::VirtualMemoryError;
-use crate::shared::Shared;
+use crate::names::Names;
 
 /// Names that are read from the catalog at a time.
 const PAGE: usize = 256;
 
 /// Where a listing is.
 pub(super) struct Listing {
-    shared: Arc<Shared>,
+    names: Arc<Names>,
     options: ListOptions,
     prefix: Arc<str>,
     /// What comes next is here or behind.
@@ -34,13 +34,13 @@ pub(super) struct Listing {
 }
 
 impl Listing {
-    pub(super) fn new(shared: Arc<Shared>, options: ListOptions) -> Self {
+    pub(super) fn new(names: Arc<Names>, options: ListOptions) -> Self {
         let from = options
             .start_after
             .as_deref()
             .map_or(Bound::Unbounded, |after| Bound::Excluded(after.into()));
         Listing {
-            shared,
+            names,
             prefix: options.prefix.as_str().into(),
             from,
             left: options.limit.unwrap_or(usize::MAX),
@@ -102,11 +102,11 @@ impl Listing {
 
     /// The next name, of those that are not grouped.
     async fn next_name(&mut self) -> Result<Option<(Arc<str>, CatalogRecord)>> {
-        if self.shared.is_closed() {
+        if self.names.shared.is_closed() {
             return Err(VirtualMemoryError::Closed);
         }
         if self.volatile.is_none() {
-            let mut volatile = self.shared.names.volatile(&self.prefix);
+            let mut volatile = self.names.volatile(&self.prefix);
             if let Bound::Excluded(after) = &self.from {
                 volatile = volatile.split_off(after);
                 volatile.remove(after);
@@ -131,7 +131,7 @@ impl Listing {
             _ => self.page.pop_front(),
         };
         Ok(next.map(|(name, record)| {
-            let record = self.shared.names.record_in_memory(&name).unwrap_or(record);
+            let record = self.names.record_in_memory(&name).unwrap_or(record);
             (name, record)
         }))
     }
@@ -142,7 +142,7 @@ impl Listing {
             Some(_) => PAGE,
             None => PAGE.min(self.left),
         };
-        let catalog = self.shared.names.catalog()?.clone();
+        let catalog = self.names.catalog()?.clone();
         let page = catalog.names(self.prefix.clone(), self.from.clone(), limit).await?;
         self.ended = page.len() < limit;
         if let Some((last, _)) = page.last() {

@@ -38,9 +38,9 @@ use crate::events::MigrationEvent;
 use crate::handle::VMemHandle;
 use crate::host::{HostArena, ObjectSpace, StagingMemory};
 use crate::memory_tier::MemoryTier;
-use crate::object::{Object, chunk_count, chunk_lens};
+use crate::names::Names;
+use crate::object::{Backends, Limits, Object, Shared, chunk_count, chunk_lens};
 use crate::requests;
-use crate::shared::{Backends, Limits, Shared};
 use crate::stats::{TierStats, VirtualMemoryStats};
 use crate::tier::{Class, Need, Refused};
 
@@ -55,6 +55,7 @@ pub const OBJECT_LEN_MAX: u64 = 1 << 40;
 #[derive(Clone, Debug)]
 pub struct VirtualMemory {
     shared: Arc<Shared>,
+    names: Arc<Names>,
     lifetime: Arc<Lifetime>,
 }
 
@@ -91,7 +92,9 @@ impl VirtualMemory {
         let (requests, inbox) = requests::channels();
         let mut capabilities = backends.capabilities.clone();
         let no_device = capabilities.vram_reason.clone();
+        let catalog = backends.catalog.clone();
         let shared = Shared::new(config, limits, backends, requests, no_device)?;
+        let names = Names::start(&shared, catalog);
         for device in shared.devices() {
             capabilities.devices.push(device.backend.describe());
             let space = ObjectSpace::new(shared.host.space().arena.clone());
@@ -109,9 +112,9 @@ impl VirtualMemory {
                 capabilities.disk_notes.push(format!("registered memory: {error}").into());
             }
         }
-        let outcome = actor::start(shared.clone(), inbox);
+        let outcome = actor::start(names.clone(), inbox);
         let lifetime = Lifetime { shared: shared.clone(), capabilities, outcome };
-        Ok(VirtualMemory { shared, lifetime: Arc::new(lifetime) })
+        Ok(VirtualMemory { shared, names, lifetime: Arc::new(lifetime) })
     }
 
     /// Takes room for an object of `len` bytes in its home tier, or below it under pressure. The
@@ -169,7 +172,11 @@ impl VirtualMemory {
 
     /// The figures of this moment; costs the same however many objects there are.
     pub fn stats(&self) -> VirtualMemoryStats {
-        self.shared.stats()
+        let mut stats = self.shared.stats();
+        stats.metadata_bytes += self.names.memory_bytes();
+        stats.names_in_memory = self.names.in_memory();
+        (stats.named_changes, stats.commits) = self.names.committed();
+        stats
     }
 
     /// One tier, at this moment: the memory of each device too, by its number.

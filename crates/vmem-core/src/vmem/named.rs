@@ -20,7 +20,6 @@ use crate::memory_tier::MemoryTier;
 use crate::names::{self, Names, Turn};
 use crate::object::Object;
 use crate::parcel::parcel;
-use crate::shared::Shared;
 
 impl VirtualMemory {
     /// [`allocate`](Self::allocate) under a name: 1 to 1024 bytes of UTF-8. The name, and zeros, become
@@ -38,9 +37,9 @@ impl VirtualMemory {
     ) -> Result<VMemHandle> {
         let name = self.check_named(name)?;
         let handle = self.allocate(len, home).await?;
-        self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name, &deadline).await?;
-            names::allocate(&shared, &turn, &handle).await?;
+        self.change(move |names, deadline| async move {
+            let turn = Turn::of(&names, name, &deadline).await?;
+            names::allocate(&names, &turn, &handle).await?;
             Ok(handle)
         })
         .await
@@ -94,13 +93,13 @@ impl VirtualMemory {
     /// home tier is not there; `Damaged`, `Io`.
     pub async fn open_named(&self, name: &str) -> Result<VMemHandle> {
         let name = self.check_named(name)?;
-        if let Some(handle) = self.shared.names.get(&name) {
+        if let Some(handle) = self.names.get(&name) {
             return self.with_home(handle);
         }
         let handle = self
-            .change(move |shared, deadline| async move {
-                let turn = Turn::of(&shared, name, &deadline).await?;
-                names::find_or_error(&shared, &turn).await
+            .change(move |names, deadline| async move {
+                let turn = Turn::of(&names, name, &deadline).await?;
+                names::find_or_error(&names, &turn).await
             })
             .await?;
         self.with_home(handle)
@@ -119,14 +118,14 @@ impl VirtualMemory {
     /// `NameNotFound`; `InvalidConfig` for a name that cannot be one; those of [`flush`](Self::flush).
     pub async fn rename_named(&self, from: &str, to: &str) -> Result<()> {
         let (from, to) = (self.check_named(from)?, self.check_named(to)?);
-        self.change(move |shared, deadline| async move {
+        self.change(move |names, deadline| async move {
             if from == to {
-                let turn = Turn::of(&shared, from, &deadline).await?;
-                let handle = names::find_or_error(&shared, &turn).await?;
-                return names::persist(&shared, &turn, handle.object()).await;
+                let turn = Turn::of(&names, from, &deadline).await?;
+                let handle = names::find_or_error(&names, &turn).await?;
+                return names::persist(&names, &turn, handle.object()).await;
             }
-            let (from, to) = Turn::of_both(&shared, from, to, &deadline).await?;
-            names::rename(&shared, &from, &to).await
+            let (from, to) = Turn::of_both(&names, from, to, &deadline).await?;
+            names::rename(&names, &from, &to).await
         })
         .await
     }
@@ -138,9 +137,9 @@ impl VirtualMemory {
     /// `NameNotFound`; `InvalidConfig` for a name that cannot be one; `Damaged`, `Io`.
     pub async fn remove_named(&self, name: &str) -> Result<()> {
         let name = self.check_named(name)?;
-        self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name, &deadline).await?;
-            names::remove(&shared, &turn).await
+        self.change(move |names, deadline| async move {
+            let turn = Turn::of(&names, name, &deadline).await?;
+            names::remove(&names, &turn).await
         })
         .await
     }
@@ -170,9 +169,9 @@ impl VirtualMemory {
         let name = self.check_named(name)?;
         names::check_metadata(metadata)?;
         let metadata = Bytes::copy_from_slice(metadata);
-        self.change(move |shared, deadline| async move {
-            let turn = Turn::of(&shared, name, &deadline).await?;
-            names::set_metadata(&shared, &turn, metadata).await
+        self.change(move |names, deadline| async move {
+            let turn = Turn::of(&names, name, &deadline).await?;
+            names::set_metadata(&names, &turn, metadata).await
         })
         .await
     }
@@ -187,10 +186,10 @@ impl VirtualMemory {
     pub async fn snapshot(&self, directory: &Path) -> Result<()> {
         self.check_open()?;
         let directory = directory.to_owned();
-        self.change(move |shared, _| async move {
-            names::flush_all(&shared).await?;
-            let frozen = Names::freeze(&shared);
-            let copied = shared.names.catalog()?.snapshot(directory).await;
+        self.change(move |names, _| async move {
+            names::flush_all(&names).await?;
+            let frozen = names.freeze();
+            let copied = names.catalog()?.snapshot(directory).await;
             drop(frozen);
             copied
         })
@@ -200,18 +199,18 @@ impl VirtualMemory {
     // ---- For `place.rs` ------------------------------------------------------------------------
 
     pub(super) async fn flush_named(&self, object: Arc<Object>) -> Result<()> {
-        self.change(move |shared, deadline| async move {
-            names::flush(&shared, &object, &deadline).await?;
+        self.change(move |names, deadline| async move {
+            names::flush(&names, &object, &deadline).await?;
             // What was durable before may have gone since.
-            shared.names.catalog()?.check().await
+            names.catalog()?.check().await
         })
         .await
     }
 
     pub(super) async fn flush_all_named(&self) -> Result<()> {
-        self.change(move |shared, _| async move {
-            names::flush_all(&shared).await?;
-            match shared.names.catalog() {
+        self.change(move |names, _| async move {
+            names::flush_all(&names).await?;
+            match names.catalog() {
                 Ok(catalog) => catalog.check().await,
                 Err(_) => Ok(()),
             }
@@ -223,7 +222,7 @@ impl VirtualMemory {
     pub(super) fn check_named(&self, name: &str) -> Result<Arc<str>> {
         self.check_open()?;
         names::check_name(name)?;
-        self.shared.names.catalog()?;
+        self.names.catalog()?;
         Ok(name.into())
     }
 
@@ -231,21 +230,21 @@ impl VirtualMemory {
     /// others.
     pub(super) async fn change<T, F>(
         &self,
-        make: impl FnOnce(Arc<Shared>, Deadline) -> F + Send,
+        make: impl FnOnce(Arc<Names>, Deadline) -> F + Send,
     ) -> Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
-        let (shared, deadline) = (self.shared.clone(), self.shared.deadline());
-        let change = make(shared.clone(), deadline);
+        let (names, deadline) = (self.names.clone(), self.shared.deadline());
+        let change = make(names.clone(), deadline);
         let (delivery, answer) = parcel();
         let (begun, begins) = parcel();
         self.shared.spawn("vmem-name", async move {
             let _ = begun.deliver((), None);
-            let permit = deadline.bound(shared.names.task()).await;
+            let permit = deadline.bound(names.task()).await;
             let outcome = match permit {
-                Ok(Ok(_permit)) if !shared.is_closed() => change.await,
+                Ok(Ok(_permit)) if !names.shared.is_closed() => change.await,
                 Ok(Ok(_)) => Err(VirtualMemoryError::Closed),
                 Ok(Err(error)) => Err(error),
                 Err(Late) => Err(deadline.error("other changes of names")),

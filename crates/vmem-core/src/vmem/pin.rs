@@ -15,8 +15,7 @@ use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
 use crate::migrate::{Job, Move, fetch_into};
-use crate::object::{GatePass, Object};
-use crate::shared::Shared;
+use crate::object::{GatePass, Object, Shared};
 use crate::tier::{Class, Hold, Need};
 
 /// Keeps an object in its tier; dropping it unpins. It holds a handle, so a pinned object is

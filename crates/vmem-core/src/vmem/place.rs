@@ -20,9 +20,8 @@ use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
 use crate::migrate::{self, Move, PrefetchEnd, request_move, request_prefetch};
-use crate::object::Object;
+use crate::object::{Object, Shared};
 use crate::parcel::parcel;
-use crate::shared::Shared;
 use crate::tier::Hold;
 
 /// Objects that are flushed at once, where all are.
@@ -98,7 +97,8 @@ impl VirtualMemory {
         self.check_open()?;
         let named = self.flush_all_named().await;
         // Each object has the deadline; all of them take as long as they take.
-        let unnamed = self.change(flush_unnamed).await;
+        let unnamed =
+            self.change(|names, deadline| flush_unnamed(names.shared.clone(), deadline)).await;
         named.and(unnamed)
     }
 

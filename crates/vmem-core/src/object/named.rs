@@ -10,9 +10,9 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
+use super::{DiskMap, GatePass, Leave, Object};
 use crate::catalog::CatalogRecord;
 use crate::error::VirtualMemoryError;
-use crate::object::{DiskMap, GatePass, Leave, Object};
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
@@ -34,7 +34,7 @@ struct State {
 }
 
 /// The right to give a name to an object that has none. Dropped, it still has none.
-pub(super) struct Claim<'a> {
+pub(crate) struct Claim<'a> {
     named: &'a Named,
     kept: bool,
 }
@@ -45,7 +45,7 @@ impl<'a> Claim<'a> {
     /// # Errors
     ///
     /// `AlreadyNamed`.
-    pub(super) fn of(
+    pub(crate) fn of(
         object: &'a Object,
         name: &Arc<str>,
         record: CatalogRecord,
@@ -61,7 +61,7 @@ impl<'a> Claim<'a> {
     }
 
     /// The object has the name from now on; the catalog leads to `durable`, if it is there.
-    pub(super) fn keep(mut self, record: CatalogRecord, durable: Option<DiskMap>) {
+    pub(crate) fn keep(mut self, record: CatalogRecord, durable: Option<DiskMap>) {
         self.kept = true;
         if let Some(state) = &mut *self.named.state.lock() {
             let _ = self.named.first.set(state.current.clone());
@@ -95,48 +95,48 @@ impl Named {
     }
 
     /// The record, unless the catalog has it.
-    pub(super) fn volatile_record(&self) -> Option<CatalogRecord> {
+    pub(crate) fn volatile_record(&self) -> Option<CatalogRecord> {
         let state = self.state.lock();
         state.as_ref().filter(|state| state.durable.is_none()).map(|state| state.record.clone())
     }
 
-    pub(super) fn is_durable(&self) -> bool {
+    pub(crate) fn is_durable(&self) -> bool {
         self.state.lock().as_ref().is_some_and(|state| state.durable.is_some())
     }
 
     /// Record and durable map; none of an object that has lost its name.
-    pub(super) fn state(&self) -> Option<(CatalogRecord, Option<DiskMap>)> {
+    pub(crate) fn state(&self) -> Option<(CatalogRecord, Option<DiskMap>)> {
         let state = self.state.lock();
         state.as_ref().map(|state| (state.record.clone(), state.durable.clone()))
     }
 
-    pub(super) fn rename(&self, to: Arc<str>) {
+    pub(crate) fn rename(&self, to: Arc<str>) {
         if let Some(state) = &mut *self.state.lock() {
             state.current = to;
         }
     }
 
     /// Another version has the name from now on, or nobody. Returns the durable map.
-    pub(super) fn lose(&self) -> Option<DiskMap> {
+    pub(crate) fn lose(&self) -> Option<DiskMap> {
         self.state.lock().take().and_then(|state| state.durable)
     }
 
     /// The catalog leads to this version now. Returns the map of the one before.
-    pub(super) fn set_durable(&self, record: CatalogRecord, map: DiskMap) -> Option<DiskMap> {
+    pub(crate) fn set_durable(&self, record: CatalogRecord, map: DiskMap) -> Option<DiskMap> {
         let mut state = self.state.lock();
         let state = state.as_mut()?;
         state.record = record;
         state.durable.replace(map)
     }
 
-    pub(super) fn set_record(&self, record: CatalogRecord) {
+    pub(crate) fn set_record(&self, record: CatalogRecord) {
         if let Some(state) = &mut *self.state.lock() {
             state.record = record;
         }
     }
 
     /// Lets the object leave memory if it may; the caller holds the lock of its entry in the table.
-    pub(super) fn try_leave(&self, object: &Object, pass: &GatePass) -> Leave {
+    pub(crate) fn try_leave(&self, object: &Object, pass: &GatePass) -> Leave {
         // Held meanwhile: nobody clones the map between the look and the end of the object.
         let state = self.state.lock();
         match state.as_ref().and_then(|state| state.durable.as_ref()) {
@@ -146,12 +146,12 @@ impl Named {
     }
 
     /// Takes a place in the line of those that may leave memory; false if it has one.
-    pub(super) fn enter_line(&self) -> bool {
+    pub(crate) fn enter_line(&self) -> bool {
         !self.in_line.swap(true, Ordering::SeqCst)
     }
 
     /// Leaves the line, before it is looked at: what happens from now on offers it again.
-    pub(super) fn leave_line(&self) {
+    pub(crate) fn leave_line(&self) {
         self.in_line.store(false, Ordering::SeqCst);
     }
 }

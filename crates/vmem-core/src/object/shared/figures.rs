@@ -64,10 +64,7 @@ impl Shared {
             host: self.tier_stats(MemoryTier::Host),
             disk: self.tier_stats(MemoryTier::Disk),
             objects,
-            metadata_bytes: objects * OBJECT_BYTES
-                + get(&counters.map_bytes)
-                + self.names.memory_bytes(),
-            names_in_memory: self.names.in_memory(),
+            metadata_bytes: objects * OBJECT_BYTES + get(&counters.map_bytes),
             staging_bytes: self.limits.staging_capacity,
             registered_bytes: self.host.space().arena.registered_bytes(),
             held_bytes: self.copies.held_bytes(),
@@ -84,9 +81,9 @@ impl Shared {
             vram_to_host_bytes: get(&counters.vram_to_host_bytes),
             disk_to_host_bytes: get(&counters.disk_to_host_bytes),
             host_to_disk_bytes: get(&counters.host_to_disk_bytes),
-            named_changes: self.names.committed().0,
-            commits: self.names.committed().1,
             errors: get(&counters.errors),
+            // Those of the names are added by whoever has them.
+            ..VirtualMemoryStats::default()
         }
     }
 }

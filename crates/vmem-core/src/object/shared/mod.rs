@@ -9,8 +9,8 @@ mod space;
 mod tasks;
 mod tiers;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use dashmap::DashMap;
@@ -32,7 +32,6 @@ use crate::events::Events;
 use crate::host::{HostArena, StagingPool};
 use crate::memory_tier::MemoryTier;
 
-use crate::names::Names;
 use crate::object::Object;
 use crate::parcel::Unclaimed;
 use crate::requests::Requests;
@@ -57,6 +56,9 @@ pub struct Backends {
     /// What was found when they were opened.
     pub capabilities: Capabilities,
 }
+
+/// Called when the last handle of a named object but that of the table of names has gone.
+type ClosedHook = Box<dyn Fn(&Arc<Object>) + Send + Sync>;
 
 /// What the configuration comes to on this machine.
 #[derive(Clone, Debug)]
@@ -114,7 +116,8 @@ pub(crate) struct Shared {
     pub(crate) staging: Arc<StagingPool>,
     pub(crate) disk: Arc<dyn DiskBackend>,
     pub(crate) disk_link: Link,
-    pub(crate) names: Names,
+    /// Told of named objects that no handle leads to any more.
+    closed_hook: OnceLock<ClosedHook>,
     requests: Requests,
     /// Where the actor runs.
     pub(crate) runtime: tokio::runtime::Handle,
@@ -141,7 +144,7 @@ impl Shared {
         requests: Requests,
         no_device: Arc<str>,
     ) -> Result<Arc<Self>, VirtualMemoryError> {
-        let Backends { disk, catalog, devices, .. } = backends;
+        let Backends { disk, devices, .. } = backends;
         let reserve = |e| VirtualMemoryError::io("reserving host memory", e);
         let arena =
             HostArena::new(limits.host_capacity - limits.staging_capacity).map_err(reserve)?;
@@ -175,7 +178,7 @@ impl Shared {
             no_device,
             copies,
             staging,
-            names: Names::start(catalog, &disk),
+            closed_hook: OnceLock::new(),
             disk,
             disk_link: Link::default(),
             requests,
@@ -231,6 +234,19 @@ impl Shared {
 
     pub(crate) fn forget(&self, id: u64) {
         self.table.remove(&id);
+    }
+
+    /// Sets who is told of objects that are closed. Once.
+    pub(crate) fn set_closed_hook(&self, hook: ClosedHook) {
+        let is_first = self.closed_hook.set(hook).is_ok();
+        assert!(is_first, "one table of names is told");
+    }
+
+    /// No handle but that of the table of names leads to this object any more.
+    pub(crate) fn tell_closed(&self, object: &Arc<Object>) {
+        if let Some(hook) = self.closed_hook.get() {
+            hook(object);
+        }
     }
 
     // ---- The end -----------------------------------------------------------------------------
