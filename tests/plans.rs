@@ -160,3 +160,77 @@ async fn what_was_prefetched_is_there_at_its_first_use() {
         vmem.close().await.unwrap();
     }
 }
+
+/// A prefetch that finds the free space in pieces takes no neighbours that are in use.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefetch_evicts_no_neighbours_that_are_in_use() {
+    let backends = Backends {
+        host_capacity_bytes: (8 * MIB + STAGING) as u64,
+        disk: DiskTier::new(MemDriver::new(), 64 * MIB as u64),
+        catalog: None,
+        devices: vec![Arc::new(SimDevice::new(MIB as u64))],
+        capabilities: Capabilities::new("memory".into(), "".into()),
+    };
+    let timeout = std::time::Duration::from_secs(1);
+    let config = config(8 * MIB, |builder| builder.wait_timeout(timeout));
+    let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
+    let mut four = Vec::new();
+    for n in 0..4 {
+        let handle = vmem.put(bytes(n, 1, 256 * KIB), HOST).await.unwrap();
+        vmem.promote(&handle, VRAM).await.unwrap();
+        four.push(handle);
+    }
+    vmem.demote(&four[0], HOST).await.unwrap();
+    vmem.demote(&four[2], HOST).await.unwrap();
+    let in_use = [four[1].clone(), four[3].clone()];
+    let user = tokio::spawn({
+        let (vmem, in_use) = (vmem.clone(), in_use.clone());
+        async move {
+            loop {
+                for handle in &in_use {
+                    drop(vmem.promote(handle, VRAM).await);
+                }
+                tokio::task::yield_now().await;
+            }
+        }
+    });
+    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    let evictions = vmem.stats().evictions;
+    let late = vmem.put(bytes(9, 1, 512 * KIB), HOST).await.unwrap();
+    let prefetched = vmem.prefetch(&late, VRAM).await;
+    user.abort();
+    assert!(prefetched.is_err(), "there was no piece that nobody used");
+    assert_eq!(vmem.stats().evictions, evictions, "what is in use was evicted for a prefetch");
+}
+
+/// Old versions that readers keep lie in spans of objects whose current bytes lie elsewhere: nothing moves, or leaves, for
+/// them.
+#[tokio::test]
+async fn old_versions_that_are_held_move_nothing() {
+    let timeout = std::time::Duration::from_millis(500);
+    let (vmem, _driver) = common::open(MIB, 64 * MIB, |b| b.max_pinned(1.0).wait_timeout(timeout));
+    let (mut kept, mut held) = (Vec::new(), Vec::new());
+    let mut all = Vec::new();
+    for n in 0..900_u64 {
+        all.push(vmem.put(bytes(n, 1, 1024), HOST).await.unwrap());
+    }
+    for (n, handle) in all.into_iter().enumerate() {
+        if n % 16 == 0 {
+            held.push(vmem.read(&handle).await.unwrap());
+            kept.push(handle);
+        }
+    }
+    for (n, handle) in kept.iter().enumerate() {
+        vmem.write(handle, bytes(n as u64, 2, 1024)).await.unwrap();
+    }
+    // The rest of the spans that old versions keep is no use for it.
+    let large = vmem.put(vec![1; 600 * KIB], DISK).await.unwrap();
+    let refused = vmem.pin(&large, HOST).await.unwrap_err();
+    assert!(matches!(refused, vmem::VirtualMemoryError::AllPinned { .. }), "{refused:?}");
+    let moved = vmem.stats().relocated_bytes;
+    assert!(moved <= 256 * KIB as u64, "{moved} bytes moved, over and over");
+    for (n, handle) in kept.iter().enumerate() {
+        assert!(vmem.read(handle).await.unwrap() == bytes(n as u64, 2, 1024));
+    }
+    assert!(held.iter().enumerate().all(|(n, old)| *old == bytes(16 * n as u64, 1, 1024)));
+}

@@ -4,7 +4,6 @@
 //! the same objects, in whatever order, never wait for each other in a ring. The stream is checked
 //! once, and a set that is dropped whole ends with one event. Called by users.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
@@ -54,13 +53,6 @@ impl DeviceSetRequest {
     /// and those of a single lease.
     pub async fn acquire(self) -> Result<DeviceSet> {
         let DeviceSetRequest { vmem, stream, read, write } = self;
-        let mut seen = HashSet::new();
-        let twice = !write.iter().all(|handle| seen.insert(handle.id()))
-            || read.iter().any(|handle| seen.contains(&handle.id()));
-        if twice {
-            let reason = "an object that a set writes to is in it more than once".into();
-            return Err(VirtualMemoryError::InvalidConfig { field: "device_set", reason });
-        }
         let access = device_of(&vmem, &stream)?;
         let VramSet { reads, writes } = access.set(&read, &write).await?;
         let read = reads.into_iter().map(|hold| DeviceLease::new(&access, &stream, hold));

@@ -5,6 +5,7 @@
 //! for victims is one pass of the policy, which ends; a new one begins only once something has happened. Run by the
 //! actor, between two sleeps; it never waits.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
@@ -129,7 +130,8 @@ impl<T: Evicting> Evictor<T> {
     }
 
     /// Refuses all who wait: the tier serves no more.
-    pub(super) fn refuse_all(&self, shared: &Shared, error: &VirtualMemoryError) {
+    pub(super) fn refuse_all(&mut self, shared: &Shared, error: &VirtualMemoryError) {
+        self.wakes_at = None;
         let queue = &self.tier.state(shared).queue;
         queue.refuse(|_, _| Some(Refused::Error(error.clone())));
     }
@@ -214,8 +216,14 @@ impl<T: Evicting> Evictor<T> {
         self.look.spare(spared_since);
         let neighbours = if wanted.is_scattered() && !self.look.neighbours_stay {
             let ids = self.tier.neighbours(shared, wanted);
-            let found = ids.into_iter().filter_map(|id| shared.find(id));
-            found.map(|object| self.tier.victim(&object)).collect()
+            let found: Vec<_> = ids.into_iter().filter_map(|id| shared.find(id)).collect();
+            let spared =
+                |object: &Arc<Object>| spared_since.is_some_and(|since| object.stamp() >= since);
+            // All of them or none: some would be no use.
+            match found.iter().any(spared) {
+                true => Vec::new(),
+                false => found.iter().map(|object| self.tier.victim(object)).collect(),
+            }
         } else {
             Vec::new()
         };

@@ -73,6 +73,7 @@ pub(crate) fn start(names: Arc<Names>, inbox: Inbox) -> watch::Receiver<Outcome>
         kernels: JoinSet::new(),
         demand: 0,
         background: 0,
+        batch_failed: false,
         host: Evictor::new(InHost),
         devices,
     };
@@ -90,6 +91,8 @@ struct Actor {
     kernels: JoinSet<Ended>,
     demand: usize,
     background: usize,
+    /// Since the last turn.
+    batch_failed: bool,
     host: Evictor<InHost>,
     devices: Vec<Evictor<OnDevice>>,
 }
@@ -108,6 +111,8 @@ impl Actor {
         let mut woken = true;
         while !self.shared.is_closed() {
             let recall_at = self.recall_unclaimed();
+            // A batch that failed has freed nothing, and rings nobody: what it was to make way for looks again.
+            woken |= std::mem::take(&mut self.batch_failed);
             let more = self.turn(woken);
             woken = !more;
             if more {
@@ -212,7 +217,10 @@ impl Actor {
             Ok(Ended::Demand) => self.demand -= 1,
             Ok(Ended::Background) => self.background -= 1,
             Ok(Ended::Kernel) => {}
-            Ok(Ended::Evicted { leaves_bytes, took }) => self.host.ended(leaves_bytes, took),
+            Ok(Ended::Evicted { leaves_bytes, took }) => {
+                self.batch_failed |= took != evict::Took::All;
+                self.host.ended(leaves_bytes, took);
+            }
             Err(error) if error.is_cancelled() => {}
             Err(error) => {
                 // A migration never panics; if one does, the store is not to be trusted with more.

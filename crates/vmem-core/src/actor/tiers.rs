@@ -95,8 +95,15 @@ impl Evicting for InHost {
 
     /// The owners of a span whose pages it needs.
     fn neighbours(&self, shared: &Shared, _wanted: &Wanted) -> Vec<u64> {
-        let space = shared.host.space();
-        space.arena.sparsest_span(&|id| !is_movable(shared, id)).unwrap_or_default()
+        let arena = &shared.host.space().arena;
+        let Some(span) = arena.sparsest_span(&|id| !is_movable(shared, id)) else {
+            return Vec::new();
+        };
+        let lies_there = |&id: &u64| {
+            let pass = shared.find(id).and_then(|object| object.try_gate_quietly());
+            pass.is_some_and(|pass| pass.object().lies_in(&pass, |slot| span.holds(slot)))
+        };
+        if span.owners.iter().all(lies_there) { span.owners } else { Vec::new() }
     }
 
     fn compact(&self, shared: &Shared) -> bool {

@@ -98,7 +98,7 @@ impl OwnedCopy {
         unsafe { &mut *place }
     }
 
-    fn slot(&self) -> &HostSlot {
+    pub(crate) fn slot(&self) -> &HostSlot {
         // SAFETY: this is the owner.
         unsafe { self.descriptor().slot() }
     }
@@ -219,6 +219,16 @@ impl CopyCell {
     /// Whether the cell names a copy.
     pub(crate) fn is_some(&self) -> bool {
         !self.0.load(Ordering::Acquire).is_null()
+    }
+
+    /// Looks at the slot of the current copy, and counts as no reader. For the holder of the gate, who alone takes a copy
+    /// away or publishes another.
+    pub(crate) fn peek<T>(&self, look: impl FnOnce(&HostSlot) -> T) -> Option<T> {
+        let copy = self.current()?;
+        // SAFETY: descriptors live as long as the pool, which the object's runtime holds.
+        let copy = unsafe { follow(copy) };
+        // SAFETY: a current copy has its slot until the holder of the gate, who calls this, takes the copy away.
+        Some(look(unsafe { copy.slot() }))
     }
 
     /// Readers of the current copy: a hint.

@@ -17,7 +17,7 @@ use std::sync::{Arc, OnceLock};
 use super::classes::{CLASSES, SMALL_MAX, class_of, slot_bytes, span_pages};
 use super::mapping::PAGE_BYTES;
 use super::pages::Pages;
-use super::spans::Spans;
+use super::spans::{Spans, Sparse};
 
 /// A slot that is not in a span: it has pages of its own.
 const OWN_PAGES: u32 = u32::MAX;
@@ -162,22 +162,23 @@ impl HostArena {
         (0..CLASSES).rev().find(fits).map_or(0, |class| slot_bytes(class) as u64)
     }
 
-    /// The owners of a span that is worth emptying: it gives many pages for few live bytes, and none
-    /// of its owners is one to `skip`. `skip` is called with no lock held.
-    pub(crate) fn sparsest_span(&self, skip: &dyn Fn(u64) -> bool) -> Option<Vec<u64>> {
-        let per_class = self.spans.iter().filter_map(|spans| {
+    /// A span that is worth emptying: it gives many pages for few live bytes, and none of its owners is one to `skip`.
+    /// `skip` is called with no lock held.
+    pub(crate) fn sparsest_span(&self, skip: &dyn Fn(u64) -> bool) -> Option<SparseSpan> {
+        let per_class = self.spans.iter().enumerate().filter_map(|(class, spans)| {
             let mut fixed = Vec::new();
             for _ in 0..SPARSE_TRIES {
                 let sparse = spans.sparsest(&fixed)?;
                 if !sparse.owners.iter().any(|&owner| skip(owner)) {
-                    return Some(sparse);
+                    return Some((class, sparse));
                 }
                 fixed.push(sparse.owners);
             }
             None
         });
-        let cheapest = per_class.min_by_key(|sparse| sparse.live_bytes / sparse.pages)?;
-        Some(cheapest.owners)
+        let (class, Sparse { span, owners, .. }) =
+            per_class.min_by_key(|(_, sparse)| sparse.live_bytes / sparse.pages)?;
+        Some(SparseSpan { class, span, owners })
     }
 
     fn free(&self, slot: &HostSlot) {
@@ -259,7 +260,6 @@ impl HostSlot {
     }
 
     /// Whether it is in this span of a class.
-    #[cfg(test)]
     pub(super) fn is_in(&self, class: usize, span: u32) -> bool {
         let is_small = (1..=SMALL_MAX).contains(&self.len);
         is_small && class_of(self.len) == class && self.span == span
@@ -274,6 +274,22 @@ impl HostSlot {
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `&mut self` makes the access exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+/// A span with few live slots.
+#[derive(Debug)]
+pub(crate) struct SparseSpan {
+    class: usize,
+    span: u32,
+    /// Of its live slots; an owner may have its current slot elsewhere, while a reader keeps an old one here.
+    pub(crate) owners: Vec<u64>,
+}
+
+impl SparseSpan {
+    /// Whether this slot is in the span.
+    pub(crate) fn holds(&self, slot: &HostSlot) -> bool {
+        slot.is_in(self.class, self.span)
     }
 }
 

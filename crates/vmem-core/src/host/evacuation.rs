@@ -72,7 +72,6 @@ impl Evacuation {
     }
 
     /// Whether this slot is in the span.
-    #[cfg(test)]
     pub(crate) fn holds(&self, slot: &HostSlot) -> bool {
         slot.is_in(self.class, self.span)
     }

@@ -57,6 +57,7 @@ pub(super) struct Place {
 /// A span that would be worth emptying.
 #[derive(Debug)]
 pub(super) struct Sparse {
+    pub(super) span: u32,
     pub(super) owners: Vec<u64>,
     pub(super) live_bytes: u64,
     pub(super) pages: u64,
@@ -141,7 +142,11 @@ impl Spans {
         let ticket = state.evacuations;
         state.partial.remove(&number);
         state.leaving.insert(number, ticket);
-        Some(Leaving { span: number, ticket, sparse: Sparse { owners, live_bytes, pages } })
+        Some(Leaving {
+            span: number,
+            ticket,
+            sparse: Sparse { span: number, owners, live_bytes, pages },
+        })
     }
 
     /// The span gives slots again, if it still has live ones. True if fewer than `taken`: some were
@@ -188,11 +193,12 @@ impl Spans {
     pub(super) fn sparsest(&self, skip: &[Vec<u64>]) -> Option<Sparse> {
         let state = self.state.lock();
         let numbers = state.partial.iter().rev().take(LOOKED_AT);
-        let span = numbers
-            .filter_map(|&number| state.spans[number as usize].as_ref())
-            .filter(|span| !skip.iter().any(|owners| span.has_owners(owners)))
-            .min_by_key(|span| span.taken)?;
+        let (&number, span) = numbers
+            .filter_map(|number| Some((number, state.spans[*number as usize].as_ref()?)))
+            .filter(|(_, span)| !skip.iter().any(|owners| span.has_owners(owners)))
+            .min_by_key(|(_, span)| span.taken)?;
         Some(Sparse {
+            span: number,
             owners: span.live_owners(),
             live_bytes: u64::from(span.taken) * slot_bytes(self.class) as u64,
             pages: span.pages.end - span.pages.start,

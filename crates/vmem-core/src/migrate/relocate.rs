@@ -16,6 +16,10 @@ pub(crate) fn relocate(object: &Arc<Object>, evacuation: &Evacuation) -> bool {
         // It has left by itself.
         return true;
     }
+    if !object.lies_in(&pass, |slot| evacuation.holds(slot)) {
+        // A reader keeps an old version there, which moves for nobody.
+        return false;
+    }
     let Some(slot) = evacuation.take(object.len, object.id) else { return false };
     object.relocate(&pass, OwnedCopy::new(&object.shared.copies, slot))
 }

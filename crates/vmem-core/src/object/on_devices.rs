@@ -119,6 +119,9 @@ impl Inner {
 
     /// A share of the current version on a device that serves, and which that is.
     pub(super) fn device_share(&self, devices: &[Device]) -> Option<(usize, DeviceRange)> {
+        if self.pending.is_some() {
+            return None;
+        }
         self.devices.as_ref()?.iter().find_map(|on| {
             let place = on.place.as_ref().filter(|place| place.is_valid)?;
             let serves = devices[on.device].backend.lost().is_none();
@@ -130,8 +133,11 @@ impl Inner {
 impl Object {
     /// Whether this device has the current version.
     pub(crate) fn is_on(&self, device: usize) -> bool {
-        let is_valid = self.inner.lock().place(device).is_some_and(|place| place.is_valid);
-        is_valid && self.shared.device(device).is_ok()
+        let inner = self.inner.lock();
+        let is_valid = inner.place(device).is_some_and(|place| place.is_valid);
+        let is_current = is_valid && inner.pending.is_none();
+        drop(inner);
+        is_current && self.shared.device(device).is_ok()
     }
 
     /// Whether any device has the current version.
@@ -143,6 +149,10 @@ impl Object {
     pub(crate) fn share_on(&self, device: usize) -> Option<DeviceRange> {
         self.shared.device(device).ok()?;
         let inner = self.inner.lock();
+        if inner.pending.is_some() {
+            // What a kernel wrote is on its way: this is the version before.
+            return None;
+        }
         inner.place(device).filter(|place| place.is_valid).map(|place| place.range.share())
     }
 
@@ -178,6 +188,7 @@ impl Object {
     ) {
         let tier = &self.shared.devices()[device];
         assert!(!self.has_space_on(device), "device memory is set apart once");
+        assert!(range.len() == self.len, "a range is as long as its object");
         let (id, stamp, footprint) = (self.id, self.stamp(), range.footprint());
         let token = tier.enter(Entry { id, stamp, footprint, prefetched }, &range);
         let place = Place { range, is_valid: false, token, seen: self.touches() };

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{DiskMap, GatePass, Object, Replaced, Standing, Version, chunks_of, on_devices};
 use crate::copy::{Found, OwnedCopy};
+use crate::host::HostSlot;
 use crate::stats;
 
 impl Object {
@@ -144,6 +145,14 @@ impl Object {
         // Whoever asked for it has not used it yet: it is not to be the next that leaves.
         self.stamp.fetch_max(self.shared.now(), Ordering::Relaxed);
         self.enter_order(prefetched);
+    }
+
+    /// Whether what it has in host memory lies there.
+    pub(crate) fn lies_in(&self, _pass: &GatePass, is_there: impl Fn(&HostSlot) -> bool) -> bool {
+        match self.copy.peek(&is_there) {
+            Some(is_there) => is_there,
+            None => self.inner.lock().spare.as_ref().is_some_and(|spare| is_there(spare.slot())),
+        }
     }
 
     /// Moves what it has in host memory to another slot. False if somebody reads it there.

@@ -189,6 +189,10 @@ fn window(
         }
     }
     while end - start < need {
+        let missing = need - (end - start);
+        if start >= missing && free_from(start - missing) >= missing {
+            break;
+        }
         let (&address, resident) = around.range(..start).next_back()?;
         let gap = start.checked_sub(address + resident.footprint)?;
         if gap > 0 && free_from(address + resident.footprint) < gap {

@@ -60,6 +60,22 @@ impl Asked {
         }
     }
 
+    /// Whether what is written is in the request once.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidConfig`.
+    pub(super) fn check_distinct(&self) -> Result<()> {
+        let mut seen = HashSet::new();
+        let is_once = self.writes.iter().all(|handle| seen.insert(handle.id()))
+            && !self.reads.iter().any(|handle| seen.contains(&handle.id()));
+        if is_once {
+            return Ok(());
+        }
+        let reason = "an object that a set writes to is in it more than once".into();
+        Err(VirtualMemoryError::InvalidConfig { field: "device_set", reason })
+    }
+
     /// Whether all of it could ever be on the device at once.
     ///
     /// # Errors
@@ -97,7 +113,7 @@ pub(super) async fn wait(
         Blocked::Budget(footprint) => {
             until_unheld(shared, device.tier(), footprint, deadline).await
         }
-        Blocked::Used(object) => {
+        Blocked::Used(object) => loop {
             // Before the look, so that no drop in between is missed.
             let released = device.released();
             if shared.is_closed() {
@@ -106,6 +122,7 @@ pub(super) async fn wait(
             if !object.is_used_on(number) {
                 return Ok(());
             }
+            // Others who wait for the same kernel ring too, when they give up what they had.
             let late = |Late| match device.state.holds.bytes().total() {
                 0 => deadline.error(LEASE),
                 _ => {
@@ -113,7 +130,7 @@ pub(super) async fn wait(
                     shared.all_held(device.tier(), footprint, deadline.waited())
                 }
             };
-            deadline.bound(released).await.map_err(late)
-        }
+            deadline.bound(released).await.map_err(late)?;
+        },
     }
 }

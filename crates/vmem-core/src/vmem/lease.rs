@@ -30,7 +30,7 @@ use crate::tier::{Class, Hold, Need};
 pub struct VramHold {
     /// None for an object of no bytes.
     pub(super) range: Option<DeviceRange>,
-    pub(super) _held: Held,
+    pub(super) _held: Option<Held>,
     /// The object lives as long as somebody reads it.
     pub(super) _handle: VMemHandle,
 }
@@ -220,10 +220,12 @@ impl DeviceAccess {
     pub async fn hold(&self, handle: &VMemHandle) -> Result<VramHold> {
         self.vmem.check(handle)?.touch();
         self.vmem.shared.device(self.device)?;
-        if let Some(held) = Held::now(handle, self.tier(), Hold::Lease)? {
+        if !handle.is_empty()
+            && let Some(held) = Held::now(handle, self.tier(), Hold::Lease)?
+        {
             let range = handle.object().share_on(self.device);
-            if range.is_some() || handle.is_empty() {
-                return Ok(VramHold { range, _held: held, _handle: handle.clone() });
+            if range.is_some() {
+                return Ok(VramHold { range, _held: Some(held), _handle: handle.clone() });
             }
         }
         let mut set = self.set(std::slice::from_ref(handle), &[]).await?;
@@ -248,8 +250,8 @@ impl DeviceAccess {
     ///
     /// # Errors
     ///
-    /// Those of [`hold`](Self::hold) and [`change`](Self::change), and `ExceedsCapacity` if all could never be there at
-    /// once.
+    /// Those of [`hold`](Self::hold) and [`change`](Self::change); `ExceedsCapacity` if all could never be there at
+    /// once; `InvalidConfig` if an object that is written is in the set more than once.
     pub async fn set(&self, reads: &[VMemHandle], writes: &[VMemHandle]) -> Result<VramSet> {
         let (reads, writes) = (reads.to_vec(), writes.to_vec());
         self.take(Asked { reads, writes, overwrite: false }).await
@@ -261,6 +263,7 @@ impl DeviceAccess {
         for handle in asked.handles() {
             vmem.check(handle)?.touch();
         }
+        asked.check_distinct()?;
         asked.check_fits(&vmem.shared, self.device)?;
         let deadline = vmem.shared.deadline();
         let asked = Arc::new(asked);

@@ -6,6 +6,7 @@
 //! stand still, and a reader who holds an object already gets it again whoever waits to write to it. Run as a task;
 //! called by the leases.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use futures::StreamExt;
@@ -22,7 +23,7 @@ use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::migrate::{Job, fill_device};
 use crate::object::{GatePass, Object, Shared};
-use crate::tier::{Device, Hold, Need};
+use crate::tier::{Device, DeviceSpace, Grant, Hold, Need};
 
 /// Takes all that is asked for; for a task.
 pub(super) async fn take(
@@ -42,6 +43,8 @@ pub(super) async fn take(
             }
             Err(blocked) => wait(&shared, number, blocked, &deadline).await?,
         }
+        // Others have their turn, so that whoever was in the way gets on.
+        tokio::task::yield_now().await;
         if deadline.is_past() {
             return Err(deadline.error(LEASE));
         }
@@ -63,7 +66,7 @@ async fn attempt(
     }
     let (there, missing): (Vec<_>, Vec<_>) =
         objects.iter().cloned().partition(|object| asked.is_there(object, number));
-    let (spaces, rooms) = spaces(shared, number, &missing, asked, deadline).await?;
+    let (mut spaces, rooms) = spaces(shared, number, &missing, asked, deadline).await?;
     let tier = shared.device(number)?.tier();
     let mut prepaid = match Prepaid::try_charge(shared, tier, Hold::Lease, &objects)? {
         Ok(prepaid) => prepaid,
@@ -80,10 +83,10 @@ async fn attempt(
             Err(blocked) => return Ok(Err(blocked)),
         }
     }
-    let mut spaces = spaces.into_iter();
     let mut filling = FuturesUnordered::new();
     for object in missing {
-        let space = if object.has_space_on(number) { None } else { spaces.next() };
+        // None if it had some when space was asked for; if it has lost that since, it is missing still.
+        let space = spaces.remove(&object.id);
         let Some(pass) = object.gate_if_open()? else { return Ok(Err(Blocked::Changing(object))) };
         filling.push(bring(asked, number, (pass, space), deadline));
     }
@@ -113,27 +116,30 @@ async fn spaces(
     missing: &[Arc<Object>],
     asked: &Asked,
     deadline: &Deadline,
-) -> Result<(Vec<DeviceRange>, Vec<OwnedCopy>)> {
+) -> Result<(HashMap<u64, DeviceRange>, Vec<OwnedCopy>)> {
     let state = &shared.device(number)?.state;
     let lens = |objects: &mut dyn Iterator<Item = &Arc<Object>>| {
         Need::set(objects.map(|object| (object.len, object.id)))
     };
-    let on_device = lens(&mut missing.iter().filter(|object| !object.has_space_on(number)));
+    let spaceless: Vec<_> =
+        missing.iter().filter(|object| !object.has_space_on(number)).cloned().collect();
+    let on_device = lens(&mut spaceless.iter());
+    let by_object = |spaces: Grant<DeviceSpace>| {
+        spaceless.iter().map(|object| object.id).zip(spaces).collect::<HashMap<_, _>>()
+    };
     let written = asked.writes.iter().map(VMemHandle::object).filter(|object| object.len > 0);
     let in_host = lens(&mut written.into_iter());
-    if !shared.fits_host(in_host.len()) {
-        return Err(shared.exceeds_host(in_host.len()));
-    }
+    shared.host.check_fits(shared.host.queue.footprint(&in_host))?;
     loop {
         let spaces = state.take(&on_device, deadline).await?;
         if let Some(rooms) = shared.try_host_rooms(&in_host) {
-            return Ok((spaces.into_vec(), rooms));
+            return Ok((by_object(spaces), rooms));
         }
         drop(spaces);
         let rooms = shared.host_rooms(&in_host, deadline).await;
         let rooms = rooms.map_err(|refused| shared.refusal(&in_host, refused))?;
         if let Some(spaces) = state.queue.try_take(&on_device) {
-            return Ok((spaces.into_vec(), rooms));
+            return Ok((by_object(spaces), rooms));
         }
     }
 }
@@ -267,16 +273,19 @@ fn try_lease(
 ) -> Result<std::result::Result<VramHold, Blocked>> {
     let object = handle.object();
     let device = shared.device(number)?;
+    if object.len == 0 {
+        return Ok(Ok(VramHold { range: None, _held: None, _handle: handle.clone() }));
+    }
     let pass = match gate(object)? {
         Ok(pass) => pass,
         Err(blocked) => return Ok(Err(blocked)),
     };
     let range = object.share_on(number);
-    if range.is_none() && object.len > 0 {
+    if range.is_none() {
         return Ok(Err(Blocked::Missing));
     }
     Ok(match Held::try_count(&pass, device.tier(), Hold::Lease)? {
-        Some(held) => Ok(VramHold { range, _held: held, _handle: handle.clone() }),
+        Some(held) => Ok(VramHold { range, _held: Some(held), _handle: handle.clone() }),
         None => Err(Blocked::Budget(device.backend.footprint(object.len))),
     })
 }

@@ -125,7 +125,9 @@ fn scattered_room_is_reported_and_the_sparsest_spans_give_it_back() {
         if let Ok(large) = arena.try_alloc(64 * 1024, 0) {
             break large;
         }
-        for owner in arena.sparsest_span(&|owner| owner == 1).expect("there are sparse spans") {
+        for owner in
+            arena.sparsest_span(&|owner| owner == 1).expect("there are sparse spans").owners
+        {
             assert!(slots[owner as usize].take().is_some() && owner != 1);
         }
         emptied += 1;

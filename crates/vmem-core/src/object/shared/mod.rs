@@ -22,7 +22,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::capabilities::Capabilities;
 use crate::catalog::Catalog;
-use crate::config::{self, Promotion, VirtualMemoryConfig};
+use crate::config::{self, GPUS_MAX, Promotion, VirtualMemoryConfig};
 use crate::copy::Copies;
 use crate::deadline::{Deadline, Timing};
 use crate::device::DeviceBackend;
@@ -145,6 +145,10 @@ impl Shared {
         no_device: Arc<str>,
     ) -> Result<Arc<Self>, VirtualMemoryError> {
         let Backends { disk, devices, .. } = backends;
+        if devices.len() > GPUS_MAX {
+            let reason = format!("at most {GPUS_MAX}, not {}", devices.len()).into();
+            return Err(VirtualMemoryError::InvalidConfig { field: "gpus", reason });
+        }
         let reserve = |e| VirtualMemoryError::io("reserving host memory", e);
         let arena =
             HostArena::new(limits.host_capacity - limits.staging_capacity).map_err(reserve)?;
