@@ -256,3 +256,55 @@ async fn an_error_that_sticks_ends_the_tier() {
     tokio::time::timeout(HANGS, vmem.close()).await.unwrap().unwrap();
     emulator.sticky(0);
 }
+
+/// Mechanism: there was no way out of a mutable lease but a new version. Effect: a step that was given up, or a panic half way,
+/// published half of a change. Fix: a lease is abandoned, by name or by a panic; the version before stays, and the range is
+/// nobody else's before the kernel has ended.
+#[tokio::test]
+async fn an_abandoned_change_leaves_the_version_before() {
+    let emulator = Emulator::load().unwrap();
+    // Space for one object.
+    let vmem = open(512 * 300).await;
+    let stream = stream();
+    let handle = vmem.put(bytes(1), HOST).await.unwrap();
+    emulator.hold(Kind::Kernel);
+    let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
+    // SAFETY: used by the kernel below, on the stream of the lease.
+    let at = unsafe { lease.device_ptr() };
+    launch("vmem_add", at, LEN as u64, 9, &stream);
+    lease.abandon();
+    // Nobody waits for the kernel but those who want its memory.
+    let read = tokio::time::timeout(HANGS, vmem.read(&handle)).await.expect("it waits");
+    assert!(read.unwrap() == bytes(1));
+    let other = vmem.put(bytes(2), HOST).await.unwrap();
+    let mut promote = Box::pin(vmem.promote(&other, VRAM));
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut promote).await;
+    assert!(early.is_err(), "{early:?}: it took what a kernel writes to");
+    emulator.release_all();
+    promote.await.unwrap();
+    vmem.demote(&other, HOST).await.unwrap();
+
+    let panicked = tokio::spawn({
+        let (vmem, handle, stream) = (vmem.clone(), handle.clone(), stream.clone());
+        async move {
+            let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
+            // SAFETY: used by the kernel below, on the stream of the lease.
+            launch("vmem_add", unsafe { lease.device_ptr() }, LEN as u64, 9, &stream);
+            panic!("half way");
+        }
+    });
+    assert!(panicked.await.unwrap_err().is_panic());
+    let set = vmem.device_set(&stream).write(&handle);
+    let panicked = tokio::spawn(async move {
+        let set = set.acquire().await.unwrap();
+        assert!(set.write.is_empty(), "half way");
+    });
+    assert!(panicked.await.unwrap_err().is_panic());
+    assert!(vmem.read(&handle).await.unwrap() == bytes(1), "half of a change");
+    let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
+    // SAFETY: used by the kernel below, on the stream of the lease.
+    launch("vmem_add", unsafe { lease.device_ptr() }, LEN as u64, 9, &stream);
+    lease.finish().await.unwrap();
+    assert!(vmem.read(&handle).await.unwrap() == plus(&bytes(1), 9));
+    end(vmem, vec![handle, other], &emulator).await;
+}

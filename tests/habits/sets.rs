@@ -231,7 +231,6 @@ fn set_that_is_dropped_while_it_waits_leaves_nothing() {
 
 /// The same in device memory: a set of leases that pins keep from its room.
 #[test]
-#[ignore = "a set of leases takes its objects one by one, and keeps them while it waits"]
 fn small_leases_pass_a_set_that_waits_for_device_memory() {
     let test = async |store: &Store| {
         let vmem = &store.vmem;

@@ -284,7 +284,7 @@ impl Drop for DeviceLease {
 }
 
 /// An object in device memory that kernels change. Dropping it publishes what they wrote, once they
-/// have ended.
+/// have ended; [`abandon`](Self::abandon) does not.
 #[derive(Debug)]
 #[must_use = "dropping it ends the lease"]
 pub struct DeviceLeaseMut {
@@ -360,6 +360,38 @@ impl DeviceLeaseMut {
         self.end_now().await
     }
 
+    /// Ends the lease without a new version: the object has the bytes that it had before, whatever kernels have written. Its
+    /// device memory is nobody else's before they have ended. A lease that is dropped by a panic is abandoned too.
+    ///
+    /// ```no_run
+    /// # use vmem::gpu::VramExt;
+    /// # async fn step(
+    /// #     vmem: vmem::VirtualMemory,
+    /// #     weights: vmem::VMemHandle,
+    /// #     stream: std::sync::Arc<vmem::gpu::cudarc::driver::CudaStream>,
+    /// #     is_diverging: bool,
+    /// # ) -> Result<(), vmem::VirtualMemoryError> {
+    /// let lease = vmem.device_mut_on(&weights, &stream).await?;
+    /// // ... kernels write to it ...
+    /// if is_diverging {
+    ///     lease.abandon();
+    /// } else {
+    ///     lease.finish().await?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn abandon(mut self) {
+        self.give_up();
+    }
+
+    fn give_up(&mut self) {
+        let Some(change) = self.change.take() else { return };
+        // The thread keeps the memory, whether anybody awaits that or not.
+        drop(self.leased.release(Box::new(change.range())));
+        drop(change);
+    }
+
     /// Ends it before the future is polled.
     pub(crate) fn end_now(mut self) -> BoxFuture<'static, Result<()>> {
         self.end().unwrap_or_else(|| futures::future::ready(Ok(())).boxed())
@@ -375,6 +407,10 @@ impl DeviceLeaseMut {
 
 impl Drop for DeviceLeaseMut {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Half of a change is no version.
+            return self.give_up();
+        }
         // It goes on by itself.
         drop(self.end());
     }

@@ -98,6 +98,10 @@ impl DeviceSet {
 
 impl Drop for DeviceSet {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Each lease is given up by itself.
+            return;
+        }
         // It goes on by itself.
         drop(self.end());
     }
