@@ -30,7 +30,7 @@ use crate::tier::{Class, Hold, Need};
 pub struct VramHold {
     /// None for an object of no bytes.
     pub(super) range: Option<DeviceRange>,
-    pub(super) _held: Option<Held>,
+    pub(super) _held: Held,
     /// The object lives as long as somebody reads it.
     pub(super) _handle: VMemHandle,
 }
@@ -220,12 +220,10 @@ impl DeviceAccess {
     pub async fn hold(&self, handle: &VMemHandle) -> Result<VramHold> {
         self.vmem.check(handle)?.touch();
         self.vmem.shared.device(self.device)?;
-        if !handle.is_empty()
-            && let Some(held) = Held::now(handle, self.tier(), Hold::Lease)?
-        {
+        if let Some(held) = Held::now(handle, self.tier(), Hold::Lease)? {
             let range = handle.object().share_on(self.device);
-            if range.is_some() {
-                return Ok(VramHold { range, _held: Some(held), _handle: handle.clone() });
+            if range.is_some() || handle.is_empty() {
+                return Ok(VramHold { range, _held: held, _handle: handle.clone() });
             }
         }
         let mut set = self.set(std::slice::from_ref(handle), &[]).await?;

@@ -273,19 +273,16 @@ fn try_lease(
 ) -> Result<std::result::Result<VramHold, Blocked>> {
     let object = handle.object();
     let device = shared.device(number)?;
-    if object.len == 0 {
-        return Ok(Ok(VramHold { range: None, _held: None, _handle: handle.clone() }));
-    }
     let pass = match gate(object)? {
         Ok(pass) => pass,
         Err(blocked) => return Ok(Err(blocked)),
     };
     let range = object.share_on(number);
-    if range.is_none() {
+    if range.is_none() && object.len > 0 {
         return Ok(Err(Blocked::Missing));
     }
     Ok(match Held::try_count(&pass, device.tier(), Hold::Lease)? {
-        Some(held) => Ok(VramHold { range, _held: Some(held), _handle: handle.clone() }),
+        Some(held) => Ok(VramHold { range, _held: held, _handle: handle.clone() }),
         None => Err(Blocked::Budget(device.backend.footprint(object.len))),
     })
 }

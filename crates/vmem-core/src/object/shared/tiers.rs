@@ -61,6 +61,10 @@ impl Shared {
 
     /// What an object of `len` bytes takes of this tier, in bytes.
     pub(crate) fn footprint_in(&self, tier: MemoryTier, len: usize) -> u64 {
+        if len == 0 {
+            // It has no memory anywhere.
+            return 0;
+        }
         match tier.device().and_then(|device| self.devices.get(device)) {
             Some(device) => device.backend.footprint(len),
             None => HostArena::footprint(len),
