@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::look::Look;
 use super::plan::{Plan, Situation, Stop, Victim, plan};
 use super::tiers::Evicting;
-use super::{Ended, spawn_into};
+use super::{Ended, Took, spawn_into};
 use crate::disk::DiskError;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
@@ -44,16 +44,6 @@ const COMPACTIONS_MAX: usize = 256;
 /// Batches that fail in a row before the disk is taken for broken: one failure is the matter of one batch,
 /// which is tried again elsewhere on the disk.
 const FAILURES_MAX: u32 = 8;
-
-/// Whether the disk took a batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Took {
-    All,
-    /// It has no space for it.
-    NoSpace,
-    /// It failed otherwise.
-    Failed,
-}
 
 /// The state of the evictor of one tier between two turns.
 pub(super) struct Evictor<T> {

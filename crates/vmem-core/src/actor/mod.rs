@@ -42,6 +42,16 @@ const DEMAND_MAX: usize = 1024;
 /// Prefetch requests that are started at once.
 const BACKGROUND_MAX: usize = 64;
 
+/// Whether the disk took a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Took {
+    All,
+    /// It has no space for it.
+    NoSpace,
+    /// It failed otherwise.
+    Failed,
+}
+
 /// What kind of task has ended.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Ended {
@@ -52,7 +62,7 @@ pub(super) enum Ended {
     /// A batch on its way down, which was to free so many bytes, and whether the disk took it.
     Evicted {
         leaves_bytes: u64,
-        took: evict::Took,
+        took: Took,
     },
 }
 
@@ -218,7 +228,7 @@ impl Actor {
             Ok(Ended::Background) => self.background -= 1,
             Ok(Ended::Kernel) => {}
             Ok(Ended::Evicted { leaves_bytes, took }) => {
-                self.batch_failed |= took != evict::Took::All;
+                self.batch_failed |= took != Took::All;
                 self.host.ended(leaves_bytes, took);
             }
             Err(error) if error.is_cancelled() => {}
