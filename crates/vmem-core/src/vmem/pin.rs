@@ -132,6 +132,10 @@ pub(super) struct Prepaid {
 
 impl Prepaid {
     /// For those of these objects that nothing holds yet; how much is missing if the budget has no place for that now.
+    ///
+    /// # Errors
+    ///
+    /// `ExceedsCapacity` if it never could; `TierNotAvailable`.
     pub(super) fn try_charge(
         shared: &Arc<Shared>,
         tier: MemoryTier,
@@ -140,7 +144,16 @@ impl Prepaid {
     ) -> Result<std::result::Result<Self, u64>> {
         let unheld = objects.iter().filter(|object| object.holds_in(tier) == 0);
         let bytes = unheld.map(|object| shared.footprint_in(tier, object.len)).sum();
-        if !shared.holds(tier)?.try_charge(hold, bytes) {
+        let holds = shared.holds(tier)?;
+        if bytes > holds.max() {
+            let (requested_bytes, capacity_bytes) = (bytes, holds.max());
+            return Err(VirtualMemoryError::ExceedsCapacity {
+                tier,
+                requested_bytes,
+                capacity_bytes,
+            });
+        }
+        if !holds.try_charge(hold, bytes) {
             return Ok(Err(bytes));
         }
         Ok(Ok(Prepaid { shared: shared.clone(), tier, hold, bytes }))
@@ -179,16 +192,22 @@ async fn pin_in_host(object: &Arc<Object>, deadline: &Deadline) -> Result<Held> 
         if object.len > 0 && room.is_none() && !object.has_host_room() {
             continue;
         }
-        let Some(held) = Held::try_count(&pass, tier, Hold::Pin)? else {
-            drop((room, pass));
-            let footprint = object.shared.footprint_in(tier, object.len);
-            until_unheld(&object.shared, tier, footprint, deadline).await?;
-            continue;
+        let one = std::slice::from_ref(object);
+        let mut prepaid = match Prepaid::try_charge(&object.shared, tier, Hold::Pin, one)? {
+            Ok(prepaid) => prepaid,
+            Err(footprint) => {
+                drop((room, pass));
+                until_unheld(&object.shared, tier, footprint, deadline).await?;
+                continue;
+            }
         };
         if object.len > 0 {
             drop(fetch_into(&job, &pass, room).await?);
         }
-        return Ok(held);
+        // Counted last: what is pinned is there.
+        if let Some(held) = Held::count_prepaid(&pass, &mut prepaid)? {
+            return Ok(held);
+        }
     }
 }
 
