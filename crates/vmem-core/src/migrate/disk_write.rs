@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 
 use super::edges::{Edge, Written, account, write_edges, write_rest};
 use super::write::Reply;
-use super::{Job, fetch_with};
+use super::{Job, fetch_into, fetch_with};
 use crate::buffer::IoBuf;
 use crate::chunk::CHUNK_BYTES;
 use crate::copy::Found;
@@ -27,6 +27,7 @@ use crate::object::{
     DiskMap, GatePass, Object, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
 };
 use crate::parcel::{Parcel, SetAside};
+use crate::tier::{Class, Need};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -320,21 +321,31 @@ async fn try_finish(mut write: DiskWrite, deadline: &Deadline, reply: &Reply) ->
     object.publish(&pass, None, |disk, old| {
         disk.put(object.len, written.into_iter().chain(edges).chain(rest), old);
     });
-    drop(pass);
+    // Pins come under the gate, so none comes now.
     if object.pins() > 0 {
-        bring_back(object);
+        bring_back(pass);
     }
     Ok(())
 }
 
-/// Brings an object to host memory that was pinned while it was written to disk: behind the write,
-/// whose caller may go, and not with the gate held, since there may be no space for it for long.
-fn bring_back(object: Arc<Object>) {
+/// Brings an object to host memory that was pinned while it was written to disk: behind the write, whose caller may go.
+/// The gate is held for that where there is space, which the version before may just have given back; it is not
+/// while space is waited for, since there may be none for long.
+fn bring_back(pass: GatePass) {
+    let object = pass.object().clone();
     let shared = object.shared.clone();
+    let need = Need::one(object.len, object.id, Class::Demand);
+    let room = shared.try_host_room(&need);
     shared.spawn("vmem-promote", async move {
         let deadline = object.shared.deadline();
         let job = Job::new(object, MigrationCause::Promote, deadline);
-        if let Err(error) = fetch_with(&job, None).await {
+        let brought = if room.is_some() {
+            fetch_into(&job, &pass, room).await
+        } else {
+            drop(pass);
+            fetch_with(&job, None).await
+        };
+        if let Err(error) = brought {
             tracing::warn!(target: "vmem::migration", %error, "a pinned object is on disk only");
         }
     });
