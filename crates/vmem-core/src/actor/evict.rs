@@ -138,7 +138,9 @@ impl<T: Evicting> Evictor<T> {
         if woken {
             self.look = Look::default();
         }
-        let wanted = state.queue.serve(state.unevictable_bytes());
+        // Where nobody waits, what is held does not matter, and is not counted together.
+        let held = if state.queue.len() == 0 { 0 } else { state.unevictable_bytes() };
+        let wanted = state.queue.serve(held);
         self.wakes_at = wanted.unblocks_at;
         let situation = self.situation(state, wanted);
         self.is_above_mark = situation.is_above_mark;

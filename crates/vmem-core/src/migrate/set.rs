@@ -79,8 +79,7 @@ async fn granted(
         return Ok(HashMap::new());
     }
     let need = Need::set(missing.iter().copied());
-    let rooms = shared.host_rooms(&need, deadline).await;
-    let rooms = rooms.map_err(|refused| shared.refusal(&need, refused))?;
+    let rooms = shared.host_rooms_or_error(&need, deadline).await?;
     Ok(missing.iter().map(|&(_, id)| id).zip(rooms).collect())
 }
 

@@ -102,7 +102,7 @@ pub(crate) async fn fetch_into(
 pub(crate) fn count_hit(object: &Object, version: &Version) {
     let shared = &object.shared;
     let hits = match &version.device {
-        Some((device, _)) => &shared.devices()[*device].state.hits,
+        Some((device, _)) => &shared.devices()[*device].hits,
         None => &shared.counters.disk_hits,
     };
     stats::add(hits, 1);

@@ -80,11 +80,6 @@ impl Need {
         self.may_spill = true;
         self
     }
-
-    /// The bytes of all objects.
-    pub(crate) fn len(&self) -> usize {
-        self.objects.iter().map(|&(len, _)| len).sum()
-    }
 }
 
 /// Why there is no space.

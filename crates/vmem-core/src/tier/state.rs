@@ -32,8 +32,6 @@ pub(crate) struct TierState<S: Space> {
     pub(crate) marks: Watermarks,
     /// Objects with a copy, or with space set apart, in this tier.
     pub(crate) objects: AtomicU64,
-    /// Reads that a copy in this tier served.
-    pub(crate) hits: AtomicU64,
     /// The evictor found nothing that it could take but what is held.
     blocked_by_holds: AtomicBool,
 }
@@ -53,7 +51,6 @@ impl<S: Space> TierState<S> {
             holds: Holds::new(max_held_bytes as u64),
             marks,
             objects: AtomicU64::new(0),
-            hits: AtomicU64::new(0),
             blocked_by_holds: AtomicBool::new(false),
             queue,
         }
@@ -93,7 +90,7 @@ impl<S: Space> TierState<S> {
     }
 
     /// The public form of a refusal.
-    pub(crate) fn refusal(&self, need: &Need, refused: Refused) -> VirtualMemoryError {
+    fn refusal(&self, need: &Need, refused: Refused) -> VirtualMemoryError {
         let requested_bytes = self.queue.footprint(need);
         match refused {
             Refused::Error(error) => error,
@@ -103,11 +100,7 @@ impl<S: Space> TierState<S> {
     }
 
     /// What kept a request from being served until its deadline.
-    pub(crate) fn why_no_space(
-        &self,
-        requested_bytes: u64,
-        waited: Duration,
-    ) -> VirtualMemoryError {
+    fn why_no_space(&self, requested_bytes: u64, waited: Duration) -> VirtualMemoryError {
         let reach = self.space().capacity_bytes().saturating_sub(self.unevictable_bytes());
         let is_blocked = self.blocked_by_holds.load(Ordering::SeqCst) || requested_bytes > reach;
         if self.unevictable_bytes() == 0 || !is_blocked {

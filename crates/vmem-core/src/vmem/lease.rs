@@ -10,9 +10,9 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use super::asked::Asked;
+use super::lease_request::LeaseRequest;
 use super::lease_set::take;
-use super::pin::Held;
+use super::pin::HoldGuard;
 use super::place::refresh;
 use super::{Result, VirtualMemory};
 use crate::buffer::IoBuf;
@@ -30,7 +30,7 @@ use crate::tier::{Class, Hold, Need};
 pub struct VramHold {
     /// None for an object of no bytes.
     pub(super) range: Option<DeviceRange>,
-    pub(super) _held: Held,
+    pub(super) _held: HoldGuard,
     /// The object lives as long as somebody reads it.
     pub(super) _handle: VMemHandle,
 }
@@ -64,7 +64,7 @@ pub(super) struct Claim {
     /// For the new version below: taken before, so that what was written can never be lost for want of space.
     pub(super) room: OwnedCopy,
     pub(super) pass: GatePass,
-    pub(super) held: Held,
+    pub(super) held: HoldGuard,
 }
 
 impl VramChange {
@@ -220,7 +220,7 @@ impl DeviceAccess {
     pub async fn hold(&self, handle: &VMemHandle) -> Result<VramHold> {
         self.vmem.check(handle)?.touch();
         self.vmem.shared.device(self.device)?;
-        if let Some(held) = Held::now(handle, self.tier(), Hold::Lease)? {
+        if let Some(held) = HoldGuard::now(handle, self.tier(), Hold::Lease)? {
             let range = handle.object().share_on(self.device);
             if range.is_some() || handle.is_empty() {
                 return Ok(VramHold { range, _held: held, _handle: handle.clone() });
@@ -238,8 +238,8 @@ impl DeviceAccess {
     /// Those of a [`pin`](VirtualMemory::pin) there and of making space in host memory, where the new version will be
     /// too.
     pub async fn change(&self, handle: &VMemHandle, overwrite: bool) -> Result<VramChange> {
-        let asked = Asked { reads: Vec::new(), writes: vec![handle.clone()], overwrite };
-        let mut set = self.take(asked).await?;
+        let request = LeaseRequest { reads: Vec::new(), writes: vec![handle.clone()], overwrite };
+        let mut set = self.take(request).await?;
         Ok(set.writes.pop().expect("invariant: one was asked for"))
     }
 
@@ -252,21 +252,21 @@ impl DeviceAccess {
     /// once; `InvalidConfig` if an object that is written is in the set more than once.
     pub async fn set(&self, reads: &[VMemHandle], writes: &[VMemHandle]) -> Result<VramSet> {
         let (reads, writes) = (reads.to_vec(), writes.to_vec());
-        self.take(Asked { reads, writes, overwrite: false }).await
+        self.take(LeaseRequest { reads, writes, overwrite: false }).await
     }
 
-    async fn take(&self, asked: Asked) -> Result<VramSet> {
+    async fn take(&self, request: LeaseRequest) -> Result<VramSet> {
         let vmem = &self.vmem;
         vmem.shared.device(self.device)?;
-        for handle in asked.handles() {
+        for handle in request.handles() {
             vmem.check(handle)?.touch();
         }
-        asked.check_distinct()?;
-        asked.check_fits(&vmem.shared, self.device)?;
+        request.check_distinct()?;
+        request.check_fits(&vmem.shared, self.device)?;
         let deadline = vmem.shared.deadline();
-        let asked = Arc::new(asked);
+        let request = Arc::new(request);
         loop {
-            let taken = take(vmem.shared.clone(), self.device, asked.clone(), deadline);
+            let taken = take(vmem.shared.clone(), self.device, request.clone(), deadline);
             let parcel = vmem.shared.spawn_for_caller_briefly("vmem-lease", taken);
             if let Some(set) = vmem.shared.answer(&parcel, &deadline, LEASE).await? {
                 return Ok(set);

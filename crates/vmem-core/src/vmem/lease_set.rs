@@ -13,9 +13,9 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 
 use super::Result;
-use super::asked::{Asked, Blocked, wait};
 use super::lease::{Claim, LEASE, VramChange, VramHold, VramSet};
-use super::pin::{Held, Prepaid};
+use super::lease_request::{LeaseRequest, Obstacle, wait};
+use super::pin::{HoldGuard, Prepaid};
 use crate::copy::OwnedCopy;
 use crate::deadline::Deadline;
 use crate::device::{DeviceError, DeviceRange};
@@ -29,14 +29,14 @@ use crate::tier::{Device, DeviceSpace, Grant, Hold, Need};
 pub(super) async fn take(
     shared: Arc<Shared>,
     number: usize,
-    asked: Arc<Asked>,
+    request: Arc<LeaseRequest>,
     deadline: Deadline,
 ) -> Result<VramSet> {
     let device = shared.device(number)?;
     loop {
-        match attempt(&shared, number, &asked, &deadline).await? {
+        match attempt(&shared, number, &request, &deadline).await? {
             Ok(set) => {
-                if asked.overwrite {
+                if request.overwrite {
                     zero(device, &set).await?;
                 }
                 return Ok(set);
@@ -56,29 +56,29 @@ pub(super) async fn take(
 async fn attempt(
     shared: &Arc<Shared>,
     number: usize,
-    asked: &Asked,
+    request: &LeaseRequest,
     deadline: &Deadline,
-) -> Result<std::result::Result<VramSet, Blocked>> {
-    let objects = asked.objects();
+) -> Result<std::result::Result<VramSet, Obstacle>> {
+    let objects = request.objects();
     for object in objects.iter().filter(|object| object.is_changing()) {
         // Nothing leaves the device for a set that could not be taken anyway.
         object.gate_opened(deadline).await?;
     }
     let (there, missing): (Vec<_>, Vec<_>) =
-        objects.iter().cloned().partition(|object| asked.is_there(object, number));
-    let (mut spaces, rooms) = spaces(shared, number, &missing, asked, deadline).await?;
+        objects.iter().cloned().partition(|object| request.is_there(object, number));
+    let (mut spaces, rooms) = spaces(shared, number, &missing, request, deadline).await?;
     let tier = shared.device(number)?.tier();
     let mut prepaid = match Prepaid::try_charge(shared, tier, Hold::Lease, &objects)? {
         Ok(prepaid) => prepaid,
-        Err(bytes) => return Ok(Err(Blocked::Budget(bytes))),
+        Err(bytes) => return Ok(Err(Obstacle::Budget(bytes))),
     };
     // Dropped after the holds.
-    let overwritten = missing.iter().filter(|object| asked.overwrites(object));
+    let overwritten = missing.iter().filter(|object| request.overwrites(object));
     let _unfilled: Vec<_> =
         overwritten.map(|object| Unfilled { object: object.clone(), number }).collect();
     let mut held = Vec::new();
     for object in &there {
-        match try_hold(number, asked, object, &mut prepaid)? {
+        match try_hold(number, request, object, &mut prepaid)? {
             Ok(hold) => held.push(hold),
             Err(blocked) => return Ok(Err(blocked)),
         }
@@ -87,24 +87,27 @@ async fn attempt(
     for object in missing {
         // None if it had some when space was asked for; if it has lost that since, it is missing still.
         let space = spaces.remove(&object.id);
-        let Some(pass) = object.gate_if_open()? else { return Ok(Err(Blocked::Changing(object))) };
-        filling.push(bring(asked, number, (pass, space), deadline));
+        let pass = match gate(&object)? {
+            Ok(pass) => pass,
+            Err(blocked) => return Ok(Err(blocked)),
+        };
+        filling.push(bring(request, number, (pass, space), deadline));
     }
     let mut blocked = None;
     while let Some(brought) = filling.next().await {
         let Some(pass) = brought? else {
-            blocked = Some(Blocked::Missing);
+            blocked = Some(Obstacle::Missing);
             continue;
         };
-        match Held::count_prepaid(&pass, &mut prepaid)? {
+        match HoldGuard::count_prepaid(&pass, &mut prepaid)? {
             Some(hold) => held.push(hold),
-            None => blocked = Some(Blocked::Budget(footprint(pass.object(), number)?)),
+            None => blocked = Some(Obstacle::Budget(footprint(pass.object(), number)?)),
         }
     }
     drop(filling);
     match blocked {
         Some(blocked) => Ok(Err(blocked)),
-        None => try_take(shared, number, asked, rooms),
+        None => try_take(shared, number, request, rooms),
     }
 }
 
@@ -114,7 +117,7 @@ async fn spaces(
     shared: &Arc<Shared>,
     number: usize,
     missing: &[Arc<Object>],
-    asked: &Asked,
+    request: &LeaseRequest,
     deadline: &Deadline,
 ) -> Result<(HashMap<u64, DeviceRange>, Vec<OwnedCopy>)> {
     let state = &shared.device(number)?.state;
@@ -127,7 +130,7 @@ async fn spaces(
     let by_object = |spaces: Grant<DeviceSpace>| {
         spaceless.iter().map(|object| object.id).zip(spaces).collect::<HashMap<_, _>>()
     };
-    let written = asked.writes.iter().map(VMemHandle::object).filter(|object| object.len > 0);
+    let written = request.writes.iter().map(VMemHandle::object).filter(|object| object.len > 0);
     let in_host = lens(&mut written.into_iter());
     shared.host.check_fits(shared.host.queue.footprint(&in_host))?;
     loop {
@@ -136,8 +139,7 @@ async fn spaces(
             return Ok((by_object(spaces), rooms));
         }
         drop(spaces);
-        let rooms = shared.host_rooms(&in_host, deadline).await;
-        let rooms = rooms.map_err(|refused| shared.refusal(&in_host, refused))?;
+        let rooms = shared.host_rooms_or_error(&in_host, deadline).await?;
         if let Some(spaces) = state.queue.try_take(&on_device) {
             return Ok((by_object(spaces), rooms));
         }
@@ -164,13 +166,13 @@ impl Drop for Unfilled {
 
 /// Brings one object up; none if it has lost its memory there meanwhile.
 async fn bring(
-    asked: &Asked,
+    request: &LeaseRequest,
     number: usize,
     (pass, space): (GatePass, Option<DeviceRange>),
     deadline: &Deadline,
 ) -> Result<Option<GatePass>> {
     let object = pass.object().clone();
-    let with_bytes = !asked.overwrites(&object);
+    let with_bytes = !request.overwrites(&object);
     let job = Job::new(object, MigrationCause::Promote, *deadline);
     let is_there = fill_device(&job, number, (&pass, space), with_bytes).await?;
     Ok(is_there.then_some(pass))
@@ -183,19 +185,20 @@ fn footprint(object: &Object, number: usize) -> Result<u64> {
 /// Holds an object that is there.
 fn try_hold(
     number: usize,
-    asked: &Asked,
+    request: &LeaseRequest,
     object: &Arc<Object>,
     prepaid: &mut Prepaid,
-) -> Result<std::result::Result<Held, Blocked>> {
-    let Some(pass) = object.gate_if_open()? else {
-        return Ok(Err(Blocked::Changing(object.clone())));
+) -> Result<std::result::Result<HoldGuard, Obstacle>> {
+    let pass = match gate(object)? {
+        Ok(pass) => pass,
+        Err(blocked) => return Ok(Err(blocked)),
     };
-    if !asked.is_there(object, number) {
-        return Ok(Err(Blocked::Missing));
+    if !request.is_there(object, number) {
+        return Ok(Err(Obstacle::Missing));
     }
-    let held = Held::count_prepaid(&pass, prepaid)?;
+    let held = HoldGuard::count_prepaid(&pass, prepaid)?;
     let footprint = footprint(object, number)?;
-    Ok(held.ok_or(Blocked::Budget(footprint)))
+    Ok(held.ok_or(Obstacle::Budget(footprint)))
 }
 
 /// What is not written must not show what others left there.
@@ -207,13 +210,13 @@ async fn zero(device: &Device, set: &VramSet) -> Result<()> {
 }
 
 /// A copy that is claimed, and whether it was valid before.
-struct Claimed {
+struct TentativeClaim {
     claim: Claim,
     handle: VMemHandle,
     was_valid: bool,
 }
 
-impl Claimed {
+impl TentativeClaim {
     /// It is as it was.
     fn give_up(self) {
         let Claim { device, range, pass, .. } = self.claim;
@@ -226,29 +229,29 @@ impl Claimed {
 fn try_take(
     shared: &Arc<Shared>,
     number: usize,
-    asked: &Asked,
+    request: &LeaseRequest,
     rooms: Vec<OwnedCopy>,
-) -> Result<std::result::Result<VramSet, Blocked>> {
-    let mut reads = Vec::with_capacity(asked.reads.len());
-    for handle in &asked.reads {
+) -> Result<std::result::Result<VramSet, Obstacle>> {
+    let mut reads = Vec::with_capacity(request.reads.len());
+    for handle in &request.reads {
         match try_lease(shared, number, handle)? {
             Ok(hold) => reads.push(hold),
             Err(blocked) => return Ok(Err(blocked)),
         }
     }
     let mut rooms = rooms.into_iter();
-    let mut claimed: Vec<Claimed> = Vec::new();
+    let mut claimed: Vec<TentativeClaim> = Vec::new();
     let mut writes = Vec::new();
-    for handle in &asked.writes {
+    for handle in &request.writes {
         if handle.is_empty() {
             writes.push(VramChange { inner: None, handle: handle.clone() });
             continue;
         }
         let room = rooms.next().expect("invariant: there is space for each version");
-        match try_claim(shared, number, handle, room, asked.overwrite) {
+        match try_claim(shared, number, handle, room, request.overwrite) {
             Ok(Ok(claim)) => claimed.push(claim),
             refused => {
-                claimed.into_iter().for_each(Claimed::give_up);
+                claimed.into_iter().for_each(TentativeClaim::give_up);
                 return refused.map(|refused| refused.map(|_| unreachable!("it was refused")));
             }
         }
@@ -256,21 +259,21 @@ fn try_take(
     writes.extend(
         claimed
             .into_iter()
-            .map(|Claimed { claim, handle, .. }| VramChange { inner: Some(claim), handle }),
+            .map(|TentativeClaim { claim, handle, .. }| VramChange { inner: Some(claim), handle }),
     );
     Ok(Ok(VramSet { reads, writes }))
 }
 
-fn gate(object: &Arc<Object>) -> Result<std::result::Result<GatePass, Blocked>> {
+fn gate(object: &Arc<Object>) -> Result<std::result::Result<GatePass, Obstacle>> {
     let pass = object.gate_if_open()?;
-    Ok(pass.ok_or_else(|| Blocked::Changing(object.clone())))
+    Ok(pass.ok_or_else(|| Obstacle::Changing(object.clone())))
 }
 
 fn try_lease(
     shared: &Arc<Shared>,
     number: usize,
     handle: &VMemHandle,
-) -> Result<std::result::Result<VramHold, Blocked>> {
+) -> Result<std::result::Result<VramHold, Obstacle>> {
     let object = handle.object();
     let device = shared.device(number)?;
     let pass = match gate(object)? {
@@ -279,11 +282,11 @@ fn try_lease(
     };
     let range = object.share_on(number);
     if range.is_none() && object.len > 0 {
-        return Ok(Err(Blocked::Missing));
+        return Ok(Err(Obstacle::Missing));
     }
-    Ok(match Held::try_count(&pass, device.tier(), Hold::Lease)? {
+    Ok(match HoldGuard::try_count(&pass, device.tier(), Hold::Lease)? {
         Some(held) => Ok(VramHold { range, _held: held, _handle: handle.clone() }),
-        None => Err(Blocked::Budget(device.backend.footprint(object.len))),
+        None => Err(Obstacle::Budget(device.backend.footprint(object.len))),
     })
 }
 
@@ -293,7 +296,7 @@ fn try_claim(
     handle: &VMemHandle,
     room: OwnedCopy,
     overwrite: bool,
-) -> Result<std::result::Result<Claimed, Blocked>> {
+) -> Result<std::result::Result<TentativeClaim, Obstacle>> {
     let object = handle.object();
     let device = shared.device(number)?;
     let pass = match gate(object)? {
@@ -302,14 +305,14 @@ fn try_claim(
     };
     let was_valid = object.is_on(number);
     if !(was_valid || overwrite && object.has_space_on(number)) {
-        return Ok(Err(Blocked::Missing));
+        return Ok(Err(Obstacle::Missing));
     }
-    let Some(held) = Held::try_count(&pass, device.tier(), Hold::Lease)? else {
-        return Ok(Err(Blocked::Budget(device.backend.footprint(object.len))));
+    let Some(held) = HoldGuard::try_count(&pass, device.tier(), Hold::Lease)? else {
+        return Ok(Err(Obstacle::Budget(device.backend.footprint(object.len))));
     };
     let Some(range) = object.claim_on(&pass, number) else {
-        return Ok(Err(Blocked::Used(object.clone())));
+        return Ok(Err(Obstacle::Used(object.clone())));
     };
     let claim = Claim { device: number, range, room, pass, held };
-    Ok(Ok(Claimed { claim, handle: handle.clone(), was_valid }))
+    Ok(Ok(TentativeClaim { claim, handle: handle.clone(), was_valid }))
 }

@@ -18,7 +18,6 @@ use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::host::HostArena;
-use crate::memory_tier::MemoryTier;
 use crate::migrate::{self, Job, request_fetch};
 use crate::object::{Object, chunk_count, chunks_of};
 use crate::parcel::{Unkept, parcel};
@@ -54,9 +53,7 @@ impl VirtualMemory {
             if object.len == 0 {
                 return Ok(Bytes::new());
             }
-            if !self.shared.fits_host(object.len) {
-                return Err(self.shared.exceeds_host(object.len));
-            }
+            self.shared.check_fits_host(object.len)?;
             let mut stay = how.promote;
             let mut counted = false;
             let mut locked = 0;
@@ -217,15 +214,7 @@ impl VirtualMemory {
         let mut seen = std::collections::HashSet::new();
         let distinct = objects.iter().filter(|object| seen.insert(object.id));
         let footprints = distinct.map(|object| HostArena::footprint(object.len));
-        let requested_bytes = footprints.fold(0, u64::saturating_add);
-        let (tier, capacity_bytes) = (MemoryTier::Host, self.shared.host_space());
-        if requested_bytes > capacity_bytes {
-            return Err(VirtualMemoryError::ExceedsCapacity {
-                tier,
-                requested_bytes,
-                capacity_bytes,
-            });
-        }
+        self.shared.host.check_fits(footprints.fold(0, u64::saturating_add))?;
         let deadline = self.shared.deadline();
         let objects: Arc<[_]> = objects
             .into_iter()

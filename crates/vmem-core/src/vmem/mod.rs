@@ -4,10 +4,10 @@
 //! other than through a guard that the future owns; so dropping it gives everything back. Each
 //! method checks, in this order: closed, a handle of ours, alive, its arguments.
 
-mod asked;
 mod entries;
 mod into;
 mod lease;
+mod lease_request;
 mod lease_set;
 mod listing;
 mod miss;

@@ -24,7 +24,7 @@ use crate::tier::{Class, Hold, Need};
 #[derive(Debug)]
 pub struct PinGuard {
     /// None where there is nothing to keep the object from.
-    _held: Option<Held>,
+    _held: Option<HoldGuard>,
     _handle: VMemHandle,
 }
 
@@ -34,25 +34,25 @@ impl PinGuard {
         PinGuard { _held: None, _handle: handle.clone() }
     }
 
-    pub(super) fn of(handle: &VMemHandle, held: Held) -> Self {
+    pub(super) fn of(handle: &VMemHandle, held: HoldGuard) -> Self {
         PinGuard { _held: Some(held), _handle: handle.clone() }
     }
 }
 
 /// One hold of an object in a tier, counted until this is dropped.
 #[derive(Debug)]
-pub(super) struct Held {
+pub(super) struct HoldGuard {
     object: Arc<Object>,
     tier: MemoryTier,
 }
 
-impl Drop for Held {
+impl Drop for HoldGuard {
     fn drop(&mut self) {
         self.object.remove_hold(self.tier);
     }
 }
 
-impl Held {
+impl HoldGuard {
     /// Counts one more hold under the gate; none if the budget has no place for it now.
     ///
     /// # Errors
@@ -61,14 +61,19 @@ impl Held {
     pub(super) fn try_count(pass: &GatePass, tier: MemoryTier, hold: Hold) -> Result<Option<Self>> {
         let object = pass.object();
         if !object.try_add_hold(tier, pass) {
-            if !try_charge(object, tier, hold)? {
+            let footprint = object.shared.footprint_in(tier, object.len);
+            if !object.shared.try_charge(tier, hold, footprint)? {
                 return Ok(None);
             }
-            // Holds are added under the gate alone, so this is the first still.
-            let is_first = object.add_hold(tier, hold, pass);
-            assert!(is_first, "a hold was added without the gate");
+            HoldGuard::count_first(pass, tier, hold);
         }
-        Ok(Some(Held { object: object.clone(), tier }))
+        Ok(Some(HoldGuard { object: object.clone(), tier }))
+    }
+
+    /// Counts the hold that was charged. Holds are added under the gate alone, so it is the first still.
+    fn count_first(pass: &GatePass, tier: MemoryTier, hold: Hold) {
+        let is_first = pass.object().add_hold(tier, hold, pass);
+        assert!(is_first, "a hold was added without the gate");
     }
 
     /// As [`try_count`](Self::try_count), paid for by what was charged before.
@@ -79,17 +84,16 @@ impl Held {
     pub(super) fn count_prepaid(pass: &GatePass, prepaid: &mut Prepaid) -> Result<Option<Self>> {
         let (tier, hold, object) = (prepaid.tier, prepaid.hold, pass.object());
         if object.try_add_hold(tier, pass) {
-            return Ok(Some(Held { object: object.clone(), tier }));
+            return Ok(Some(HoldGuard { object: object.clone(), tier }));
         }
         let footprint = object.shared.footprint_in(tier, object.len);
         if prepaid.bytes < footprint {
             // Somebody held it when the bill was made.
-            return Held::try_count(pass, tier, hold);
+            return HoldGuard::try_count(pass, tier, hold);
         }
         prepaid.bytes -= footprint;
-        let is_first = object.add_hold(tier, hold, pass);
-        assert!(is_first, "a hold was added without the gate");
-        Ok(Some(Held { object: object.clone(), tier }))
+        HoldGuard::count_first(pass, tier, hold);
+        Ok(Some(HoldGuard { object: object.clone(), tier }))
     }
 
     /// A hold of an object that is where it is to be kept, if nothing has to be waited for.
@@ -100,7 +104,7 @@ impl Held {
         if object.len > 0 && !is_there {
             return Ok(None);
         }
-        Held::try_count(&pass, tier, hold)
+        HoldGuard::try_count(&pass, tier, hold)
     }
 
     /// Promotes an object and holds it; for a task.
@@ -144,16 +148,7 @@ impl Prepaid {
     ) -> Result<std::result::Result<Self, u64>> {
         let unheld = objects.iter().filter(|object| object.holds_in(tier) == 0);
         let bytes = unheld.map(|object| shared.footprint_in(tier, object.len)).sum();
-        let holds = shared.holds(tier)?;
-        if bytes > holds.max() {
-            let (requested_bytes, capacity_bytes) = (bytes, holds.max());
-            return Err(VirtualMemoryError::ExceedsCapacity {
-                tier,
-                requested_bytes,
-                capacity_bytes,
-            });
-        }
-        if !holds.try_charge(hold, bytes) {
+        if !shared.try_charge(tier, hold, bytes)? {
             return Ok(Err(bytes));
         }
         Ok(Ok(Prepaid { shared: shared.clone(), tier, hold, bytes }))
@@ -174,11 +169,11 @@ pub(super) async fn pin(
     tier: MemoryTier,
     deadline: Deadline,
 ) -> Result<PinGuard> {
-    let held = Held::take(handle.object(), tier, Hold::Pin, &deadline).await?;
+    let held = HoldGuard::take(handle.object(), tier, Hold::Pin, &deadline).await?;
     Ok(PinGuard::of(&handle, held))
 }
 
-async fn pin_in_host(object: &Arc<Object>, deadline: &Deadline) -> Result<Held> {
+async fn pin_in_host(object: &Arc<Object>, deadline: &Deadline) -> Result<HoldGuard> {
     let tier = MemoryTier::Host;
     let job = Job::new(object.clone(), MigrationCause::Promote, *deadline);
     loop {
@@ -205,7 +200,7 @@ async fn pin_in_host(object: &Arc<Object>, deadline: &Deadline) -> Result<Held> 
             drop(fetch_into(&job, &pass, room).await?);
         }
         // Counted last: what is pinned is there.
-        if let Some(held) = Held::count_prepaid(&pass, &mut prepaid)? {
+        if let Some(held) = HoldGuard::count_prepaid(&pass, &mut prepaid)? {
             return Ok(held);
         }
     }
@@ -216,7 +211,7 @@ async fn hold_on_device(
     (device, tier): (usize, MemoryTier),
     hold: Hold,
     deadline: &Deadline,
-) -> Result<Held> {
+) -> Result<HoldGuard> {
     object.shared.device(device)?;
     loop {
         if object.len > 0 && !object.is_on(device) {
@@ -231,7 +226,7 @@ async fn hold_on_device(
             }
             continue;
         }
-        match Held::try_count(&pass, tier, hold)? {
+        match HoldGuard::try_count(&pass, tier, hold)? {
             Some(held) => return Ok(held),
             None => {
                 drop(pass);
@@ -240,21 +235,6 @@ async fn hold_on_device(
             }
         }
     }
-}
-
-/// Charges the first hold of an object, if `max_pinned` allows it now.
-///
-/// # Errors
-///
-/// `ExceedsCapacity` if it never could; `TierNotAvailable`.
-fn try_charge(object: &Arc<Object>, tier: MemoryTier, hold: Hold) -> Result<bool> {
-    let requested_bytes = object.shared.footprint_in(tier, object.len);
-    let holds = object.shared.holds(tier)?;
-    if requested_bytes > holds.max() {
-        let capacity_bytes = holds.max();
-        return Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes });
-    }
-    Ok(holds.try_charge(hold, requested_bytes))
 }
 
 /// Waits until the budget for holds has a place for so many bytes of footprint.

@@ -13,7 +13,7 @@ use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use tokio::sync::oneshot;
 
-use super::pin::{Held, PinGuard, pin};
+use super::pin::{HoldGuard, PinGuard, pin};
 use super::{Result, VirtualMemory};
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
@@ -42,7 +42,7 @@ impl VirtualMemory {
                 self.ask(object, Move::ToDevice(device)).await
             }
             (MemoryTier::Host, None) if !object.is_on_any_device() => {
-                self.check_fits_host(object)?;
+                self.shared.check_fits_host(object.len)?;
                 object.touch();
                 self.ask(object, Move::ToHost).await
             }
@@ -106,14 +106,6 @@ impl VirtualMemory {
         ask(&self.shared, object, what, &self.shared.deadline()).await
     }
 
-    fn check_fits_host(&self, object: &Object) -> Result<()> {
-        if self.shared.fits_host(object.len) {
-            Ok(())
-        } else {
-            Err(self.shared.exceeds_host(object.len))
-        }
-    }
-
     /// Begins to bring the object up to `to`, at lower priority than any read, and never at the cost
     /// of what is in use. It has started when this returns; dropping the [`Prefetch`] cancels it.
     pub fn prefetch(&self, handle: &VMemHandle, to: MemoryTier) -> Prefetch {
@@ -129,7 +121,7 @@ impl VirtualMemory {
                 let object = self.check(handle)?;
                 self.shared.check_tier(to)?;
                 if to == MemoryTier::Host {
-                    self.check_fits_host(object)?;
+                    self.shared.check_fits_host(object.len)?;
                 }
                 Ok(object.clone())
             })
@@ -170,11 +162,11 @@ impl VirtualMemory {
         match tier {
             // Nothing is below disk: there is nothing to keep it from.
             MemoryTier::Disk => return Ok(PinGuard::of_nothing(handle)),
-            MemoryTier::Host => self.check_fits_host(object)?,
+            MemoryTier::Host => self.shared.check_fits_host(object.len)?,
             _ => {}
         }
         object.touch();
-        if let Some(held) = Held::now(handle, tier, Hold::Pin)? {
+        if let Some(held) = HoldGuard::now(handle, tier, Hold::Pin)? {
             return Ok(PinGuard::of(handle, held));
         }
         Box::pin(async {

@@ -49,8 +49,7 @@ impl Shared {
                 largest_free_bytes: disk.largest_free_bytes,
             },
             MemoryTier::Vram | MemoryTier::OtherVram(_) => {
-                let device = tier.device().and_then(|device| self.devices.get(device));
-                device.map_or_else(TierStats::default, Device::stats)
+                self.device_of(tier).map_or_else(TierStats::default, Device::stats)
             }
         }
     }

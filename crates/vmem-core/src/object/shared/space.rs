@@ -10,9 +10,8 @@ use crate::deadline::{Deadline, Late};
 use crate::disk::{DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::host::HostArena;
-use crate::memory_tier::MemoryTier;
 use crate::parcel::GRACE;
-use crate::tier::{Device, Need, Refused};
+use crate::tier::{Device, Grant, HostSpace, Need, Refused};
 
 impl Shared {
     /// A piece of staging; for a task. What lies there for callers who do not come is taken back.
@@ -46,12 +45,13 @@ impl Shared {
         HostArena::footprint(len) <= self.host_space()
     }
 
-    pub(crate) fn exceeds_host(&self, len: usize) -> VirtualMemoryError {
-        VirtualMemoryError::ExceedsCapacity {
-            tier: MemoryTier::Host,
-            requested_bytes: HostArena::footprint(len),
-            capacity_bytes: self.host_space(),
-        }
+    /// As [`fits_host`](Self::fits_host), for callers who have no other way.
+    ///
+    /// # Errors
+    ///
+    /// `ExceedsCapacity`.
+    pub(crate) fn check_fits_host(&self, len: usize) -> Result<(), VirtualMemoryError> {
+        self.host.check_fits(HostArena::footprint(len))
     }
 
     /// Space in host memory for one object, if there is some now.
@@ -61,9 +61,7 @@ impl Shared {
 
     /// Space in host memory for each object of the request, if there is some for all now.
     pub(crate) fn try_host_rooms(&self, need: &Need) -> Option<Vec<OwnedCopy>> {
-        let grant = self.host.queue.try_take(need)?;
-        self.check_high_mark();
-        Some(grant.into_iter().map(|slot| OwnedCopy::new(&self.copies, slot)).collect())
+        self.host.queue.try_take(need).map(|grant| self.copies_in(grant))
     }
 
     /// Space in host memory for one object, as soon as there is some.
@@ -72,19 +70,7 @@ impl Shared {
         need: &Need,
         deadline: &Deadline,
     ) -> Result<OwnedCopy, Refused> {
-        let mut rooms = self.host_rooms(need, deadline).await?;
-        Ok(rooms.pop().expect("invariant: a grant has space for each object"))
-    }
-
-    /// Space in host memory for each object of the request, as soon as there is some for all.
-    pub(crate) async fn host_rooms(
-        &self,
-        need: &Need,
-        deadline: &Deadline,
-    ) -> Result<Vec<OwnedCopy>, Refused> {
-        let grant = self.host.queue.take(need, deadline).await?;
-        self.check_high_mark();
-        Ok(grant.into_iter().map(|slot| OwnedCopy::new(&self.copies, slot)).collect())
+        self.host.queue.take(need, deadline).await.map(|grant| self.only_copy_in(grant))
     }
 
     /// As [`host_room`](Self::host_room), for callers who have no other way.
@@ -93,21 +79,28 @@ impl Shared {
         need: &Need,
         deadline: &Deadline,
     ) -> Result<OwnedCopy, VirtualMemoryError> {
-        if !self.fits_host(need.len()) {
-            return Err(self.exceeds_host(need.len()));
-        }
-        self.host_room(need, deadline).await.map_err(|refused| self.refusal(need, refused))
+        self.host.take(need, deadline).await.map(|grant| self.only_copy_in(grant))
     }
 
-    /// The public form of a refusal.
-    pub(crate) fn refusal(&self, need: &Need, refused: Refused) -> VirtualMemoryError {
-        self.host.refusal(need, refused)
+    /// Space in host memory for each object of the request, as soon as there is some for all.
+    pub(crate) async fn host_rooms_or_error(
+        &self,
+        need: &Need,
+        deadline: &Deadline,
+    ) -> Result<Vec<OwnedCopy>, VirtualMemoryError> {
+        self.host.take(need, deadline).await.map(|grant| self.copies_in(grant))
     }
 
-    fn check_high_mark(&self) {
+    /// What was granted, with descriptors. The evictor is told if that crossed the high watermark.
+    fn copies_in(&self, grant: Grant<HostSpace>) -> Vec<OwnedCopy> {
         if self.host.space().arena.used_bytes() > self.limits.marks.high_bytes {
             self.wake.now();
         }
+        grant.into_iter().map(|slot| OwnedCopy::new(&self.copies, slot)).collect()
+    }
+
+    fn only_copy_in(&self, grant: Grant<HostSpace>) -> OwnedCopy {
+        self.copies_in(grant).pop().expect("invariant: a grant has space for each object")
     }
 
     /// Tells those who wait that something went.

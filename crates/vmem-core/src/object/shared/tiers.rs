@@ -36,6 +36,11 @@ impl Shared {
         }
     }
 
+    /// The device of a tier that is the memory of one, in use or lost.
+    pub(super) fn device_of(&self, tier: MemoryTier) -> Option<&Device> {
+        self.devices.get(tier.device()?)
+    }
+
     /// Whether the tier is there.
     ///
     /// # Errors
@@ -59,13 +64,45 @@ impl Shared {
         }
     }
 
+    /// Whether holds could ever keep so many bytes of footprint in this tier.
+    ///
+    /// # Errors
+    ///
+    /// `ExceedsCapacity`; `TierNotAvailable`.
+    pub(crate) fn check_fits_holds(
+        &self,
+        tier: MemoryTier,
+        requested_bytes: u64,
+    ) -> Result<(), VirtualMemoryError> {
+        let capacity_bytes = self.holds(tier)?.max();
+        if requested_bytes <= capacity_bytes {
+            return Ok(());
+        }
+        Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
+    }
+
+    /// Charges holds, if the budget has a place for so many bytes of footprint now.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`check_fits_holds`](Self::check_fits_holds).
+    pub(crate) fn try_charge(
+        &self,
+        tier: MemoryTier,
+        hold: Hold,
+        footprint: u64,
+    ) -> Result<bool, VirtualMemoryError> {
+        self.check_fits_holds(tier, footprint)?;
+        Ok(self.holds(tier)?.try_charge(hold, footprint))
+    }
+
     /// What an object of `len` bytes takes of this tier, in bytes.
     pub(crate) fn footprint_in(&self, tier: MemoryTier, len: usize) -> u64 {
         if len == 0 {
             // It has no memory anywhere.
             return 0;
         }
-        match tier.device().and_then(|device| self.devices.get(device)) {
+        match self.device_of(tier) {
             Some(device) => device.backend.footprint(len),
             None => HostArena::footprint(len),
         }
@@ -73,8 +110,9 @@ impl Shared {
 
     /// Gives back what was charged for holds, in bytes of footprint.
     pub(crate) fn uncharge(&self, tier: MemoryTier, hold: Hold, footprint: u64) {
-        let device = tier.device().and_then(|device| self.devices.get(device));
-        device.map_or(&self.host.holds, |device| &device.state.holds).uncharge(hold, footprint);
+        self.device_of(tier)
+            .map_or(&self.host.holds, |device| &device.state.holds)
+            .uncharge(hold, footprint);
         self.room_was_freed();
     }
 
@@ -85,7 +123,7 @@ impl Shared {
         requested_bytes: u64,
         waited: Duration,
     ) -> VirtualMemoryError {
-        match tier.device().and_then(|device| self.devices.get(device)) {
+        match self.device_of(tier) {
             Some(device) => device.state.all_held(requested_bytes, waited),
             None => self.host.all_held(requested_bytes, waited),
         }

@@ -15,7 +15,7 @@ use crate::handle::VMemHandle;
 use crate::object::{Object, Shared};
 
 /// What a lease asks for.
-pub(super) struct Asked {
+pub(super) struct LeaseRequest {
     pub(super) reads: Vec<VMemHandle>,
     pub(super) writes: Vec<VMemHandle>,
     /// The bytes of what is written do not matter: it begins as zeros.
@@ -23,7 +23,7 @@ pub(super) struct Asked {
 }
 
 /// What keeps a set from being taken now.
-pub(super) enum Blocked {
+pub(super) enum Obstacle {
     /// It is not on the device, or not the current version.
     Missing,
     /// A change of this object is under way.
@@ -34,7 +34,7 @@ pub(super) enum Blocked {
     Budget(u64),
 }
 
-impl Asked {
+impl LeaseRequest {
     /// All objects, those to be read first.
     pub(super) fn handles(&self) -> impl Iterator<Item = &VMemHandle> {
         self.reads.iter().chain(&self.writes)
@@ -85,13 +85,7 @@ impl Asked {
         let device = shared.device(number)?;
         let footprints =
             self.objects().into_iter().map(|object| device.backend.footprint(object.len));
-        let requested_bytes = footprints.fold(0, u64::saturating_add);
-        let capacity_bytes = device.state.holds.max();
-        if requested_bytes <= capacity_bytes {
-            return Ok(());
-        }
-        let tier = device.tier();
-        Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
+        shared.check_fits_holds(device.tier(), footprints.fold(0, u64::saturating_add))
     }
 }
 
@@ -99,21 +93,17 @@ impl Asked {
 pub(super) async fn wait(
     shared: &Arc<Shared>,
     number: usize,
-    blocked: Blocked,
+    blocked: Obstacle,
     deadline: &Deadline,
 ) -> Result<()> {
     let device = shared.device(number)?;
     match blocked {
-        Blocked::Missing => {
-            // Others have their turn, so that whoever took it gets on.
-            tokio::task::yield_now().await;
-            Ok(())
-        }
-        Blocked::Changing(object) => object.gate_opened(deadline).await,
-        Blocked::Budget(footprint) => {
+        Obstacle::Missing => Ok(()),
+        Obstacle::Changing(object) => object.gate_opened(deadline).await,
+        Obstacle::Budget(footprint) => {
             until_unheld(shared, device.tier(), footprint, deadline).await
         }
-        Blocked::Used(object) => loop {
+        Obstacle::Used(object) => loop {
             // Before the look, so that no drop in between is missed.
             let released = device.released();
             if shared.is_closed() {
