@@ -189,8 +189,9 @@ struct Scene {
 impl Bench {
     fn new(len: usize) -> Self {
         let device = Arc::new(SimDevice::new(VRAM_BYTES as u64));
-        let (vmem, driver) =
-            common::open_below(Some(device), SPACE, 16 * MIB, |builder| builder.max_pinned(1.0));
+        let (vmem, driver) = common::open_below([device as Arc<_>], SPACE, 16 * MIB, |builder| {
+            builder.max_pinned(1.0)
+        });
         Bench { vmem, driver, len, versions: Versions::of(len) }
     }
 

@@ -11,12 +11,11 @@ mod gpu;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{DISK, HOST, KIB, MIB, MemDriver, STAGING, bytes, config};
+use common::{DISK, HOST, KIB, MIB, bytes};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use vmem::backend::{Backends, DeviceAccess};
-use vmem::{Capabilities, MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
-use vmem_io::DiskTier;
+use vmem::backend::DeviceAccess;
+use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
 use vmem_testkit::SimDevice;
 
 const FIRST: MemoryTier = MemoryTier::Vram;
@@ -28,15 +27,10 @@ fn second() -> MemoryTier {
 /// A store with two devices of this many bytes each.
 fn open(host: usize, vram: usize) -> (VirtualMemory, [SimDevice; 2]) {
     let devices = [SimDevice::new(vram as u64), SimDevice::new(vram as u64)];
-    let backends = Backends {
-        host_capacity_bytes: (host + STAGING) as u64,
-        disk: DiskTier::new(MemDriver::new(), 64 * MIB as u64),
-        catalog: None,
-        devices: devices.iter().map(|device| Arc::new(device.clone()) as Arc<_>).collect(),
-        capabilities: Capabilities::new("memory".into(), "".into()),
-    };
-    let config = config(host, |builder| builder.wait_timeout(Duration::from_secs(20)));
-    (VirtualMemory::with_backends(&config, backends).unwrap(), devices)
+    let backends = devices.iter().map(|device| Arc::new(device.clone()) as Arc<_>);
+    let wait = Duration::from_secs(20);
+    let (vmem, _) = common::open_below(backends, host, 64 * MIB, |b| b.wait_timeout(wait));
+    (vmem, devices)
 }
 
 #[tokio::test]

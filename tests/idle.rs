@@ -5,15 +5,7 @@
 use std::time::{Duration, Instant};
 
 use vmem::{MemoryTier, VirtualMemoryConfig};
-
-/// CPU time of this process, user and system.
-fn cpu() -> Duration {
-    let status = std::fs::read_to_string("/proc/self/stat").unwrap();
-    let fields: Vec<&str> = status.rsplit(')').next().unwrap().split_whitespace().collect();
-    let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-    // The kernel reports hundredths of a second.
-    Duration::from_millis(ticks * 10)
-}
+use vmem_testkit::process_cpu;
 
 /// Excluded: an engine that polls, or a ring that spins. After some work, and with objects dirty and
 /// held, ten seconds pass; the process used less than half a percent of a core.
@@ -32,9 +24,9 @@ async fn scenario_27_idle_costs_nothing() {
     }
     let held = vmem.read(&handles[299]).await.unwrap();
     tokio::time::sleep(Duration::from_secs(1)).await;
-    let (before, began) = (cpu(), Instant::now());
+    let (before, began) = (process_cpu(), Instant::now());
     tokio::time::sleep(Duration::from_secs(10)).await;
-    let share = (cpu() - before).as_secs_f64() / began.elapsed().as_secs_f64();
+    let share = (process_cpu() - before).as_secs_f64() / began.elapsed().as_secs_f64();
     println!("{:.3} % of a core", share * 100.0);
     assert!(share < 0.005, "{share} of a core while idle");
     drop(held);

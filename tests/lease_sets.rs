@@ -2,7 +2,7 @@
 //!
 //! Excluded: a range that goes to another object of the set, a stale copy on a sibling, a busy core while a kernel or a
 //! budget is waited for, and a set that could never be there and waits all the same. Noticed by the lengths of ranges, by
-//! the processor time of the process, and by the errors.
+//! the processor time of the thread, and by the errors.
 #![allow(missing_docs, clippy::unwrap_used)]
 #![cfg(target_os = "linux")]
 
@@ -14,9 +14,12 @@ use std::time::{Duration, Instant};
 use common::{HOST, KIB, MIB, MemDriver, STAGING, config};
 use futures::FutureExt;
 use vmem::backend::{Backends, DeviceAccess};
-use vmem::{Capabilities, MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
+use vmem::{
+    Capabilities, MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfigBuilder,
+    VirtualMemoryError,
+};
 use vmem_io::DiskTier;
-use vmem_testkit::SimDevice;
+use vmem_testkit::{SimDevice, thread_cpu};
 
 const VRAM: MemoryTier = MemoryTier::Vram;
 /// A core that is busy for half of the time is busy.
@@ -24,34 +27,21 @@ const WATCHED: Duration = Duration::from_millis(400);
 
 fn open(host: usize, vram: &[usize], wait: Duration) -> (VirtualMemory, Vec<SimDevice>) {
     let devices: Vec<_> = vram.iter().map(|&bytes| SimDevice::new(bytes as u64)).collect();
-    let backends = Backends {
-        host_capacity_bytes: (host + STAGING) as u64,
-        disk: DiskTier::new(MemDriver::new(), 64 * MIB as u64),
-        catalog: None,
-        devices: devices.iter().map(|device| Arc::new(device.clone()) as Arc<_>).collect(),
-        capabilities: Capabilities::new("memory".into(), "".into()),
-    };
-    let config = config(host, |builder| builder.max_pinned(1.0).wait_timeout(wait));
-    (VirtualMemory::with_backends(&config, backends).unwrap(), devices)
+    let backends = devices.iter().map(|device| Arc::new(device.clone()) as Arc<_>);
+    let set = |b: VirtualMemoryConfigBuilder| b.max_pinned(1.0).wait_timeout(wait);
+    let (vmem, _) = common::open_below(backends, host, 64 * MIB, set);
+    (vmem, devices)
 }
 
 fn access(vmem: &VirtualMemory, device: usize) -> DeviceAccess {
     DeviceAccess::all(vmem).nth(device).unwrap()
 }
 
-/// The processor time of the process, which this test has for itself while it looks.
-fn processor_time() -> Duration {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
-    let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-    let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-    // A hundred a second on every Linux that Rust runs on.
-    Duration::from_millis(10 * ticks)
-}
-
+/// On a runtime of one thread, which is the one of the test: what runs beside it does not count.
 async fn assert_idle(what: &str) {
-    let before = processor_time();
+    let before = thread_cpu();
     tokio::time::sleep(WATCHED).await;
-    let busy = processor_time() - before;
+    let busy = thread_cpu() - before;
     assert!(busy < WATCHED / 2, "{what}: busy for {busy:?} of {WATCHED:?}");
 }
 
@@ -113,7 +103,7 @@ async fn no_sibling_shares_the_version_before_one_that_is_pending() {
 }
 
 /// Several writers behind one reader, and a device that is lost while a large request has kept others from passing.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn waiting_for_kernels_and_for_a_lost_device_costs_nothing() {
     let (vmem, _devices) = open(8 * MIB, &[MIB], Duration::from_secs(20));
     let handle = vmem.put(vec![1; 64 * KIB], HOST).await.unwrap();

@@ -2,14 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 use std::io;
-use std::ops::Bound;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures::TryStreamExt;
 use redb::StorageBackend;
-use vmem::backend::{Answer, Backends, Catalog, CatalogChange, CatalogObject, CatalogRecord};
+use vmem::backend::{Answer, Backends, Catalog, CatalogChange};
 use vmem::{Capabilities, MemoryTier, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
 use vmem_io::DiskTier;
 use vmem_io::catalog::NameCatalog;
@@ -324,6 +323,19 @@ async fn quiet(vmem: &VirtualMemory) -> bool {
 struct Picky(NameCatalog, Option<Arc<tokio::sync::Semaphore>>);
 
 impl Catalog for Picky {
+    vmem_testkit::hand_on!(
+        attempts,
+        is_poisoned,
+        is_shut,
+        find,
+        record,
+        names,
+        time,
+        snapshot,
+        next_id,
+        close
+    );
+
     fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
         let of_bad = |change: &CatalogChange| matches!(change, CatalogChange::Put { name, .. } if &**name == "bad");
         if changes.iter().any(of_bad) {
@@ -336,51 +348,6 @@ impl Catalog for Picky {
             drop(held.acquire().await);
             commit.await
         })
-    }
-
-    fn attempts(&self) -> u64 {
-        self.0.attempts()
-    }
-
-    fn is_poisoned(&self) -> bool {
-        self.0.is_poisoned()
-    }
-
-    fn is_shut(&self) -> bool {
-        self.0.is_shut()
-    }
-
-    fn find(&self, name: Arc<str>) -> Answer<Option<CatalogObject>> {
-        self.0.find(name)
-    }
-
-    fn record(&self, name: Arc<str>) -> Answer<Option<CatalogRecord>> {
-        self.0.record(name)
-    }
-
-    fn names(
-        &self,
-        prefix: Arc<str>,
-        from: Bound<Arc<str>>,
-        limit: usize,
-    ) -> Answer<Vec<(Arc<str>, CatalogRecord)>> {
-        self.0.names(prefix, from, limit)
-    }
-
-    fn time(&self) -> SystemTime {
-        self.0.time()
-    }
-
-    fn snapshot(&self, directory: std::path::PathBuf) -> Answer<()> {
-        self.0.snapshot(directory)
-    }
-
-    fn next_id(&self) -> u64 {
-        self.0.next_id()
-    }
-
-    fn close(&self) -> Answer<()> {
-        self.0.close()
     }
 }
 

@@ -10,28 +10,28 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{DISK, HOST, KIB, MIB, MemDriver, STAGING, bytes, config};
+use common::{DISK, HOST, KIB, MIB, bytes};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
-use vmem::backend::{Backends, DeviceAccess};
-use vmem::{Capabilities, MemoryTier, PolicyKind, VMemHandle, VirtualMemory};
-use vmem_io::DiskTier;
+use vmem::backend::DeviceAccess;
+use vmem::{MemoryTier, PolicyKind, VMemHandle, VirtualMemory, VirtualMemoryConfigBuilder};
 use vmem_testkit::SimDevice;
 
 const VRAM: MemoryTier = MemoryTier::Vram;
 const SMALL: usize = 16 * KIB;
 
+/// A store with plenty of host memory below so many bytes of device memory.
+fn open(
+    vram: usize,
+    set: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
+) -> VirtualMemory {
+    let device = Arc::new(SimDevice::new(vram as u64)) as Arc<_>;
+    common::open_below([device], 32 * MIB, 64 * MIB, set).0
+}
+
 async fn full_of_small_objects(policy: PolicyKind) -> (VirtualMemory, Vec<VMemHandle>) {
-    let backends = Backends {
-        host_capacity_bytes: (32 * MIB + STAGING) as u64,
-        disk: DiskTier::new(MemDriver::new(), 64 * MIB as u64),
-        catalog: None,
-        devices: vec![Arc::new(SimDevice::new(8 * MIB as u64))],
-        capabilities: Capabilities::new("memory".into(), "".into()),
-    };
-    let config = config(32 * MIB, |builder| builder.policy(policy));
-    let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
+    let vmem = open(8 * MIB, |builder| builder.policy(policy));
     let mut small = Vec::new();
     for n in 0..8 * MIB / SMALL {
         let handle = vmem.put(bytes(n as u64, 1, SMALL), HOST).await.unwrap();
@@ -134,15 +134,7 @@ async fn readers_see_whole_objects_while_these_move() {
 #[tokio::test]
 async fn what_was_prefetched_is_there_at_its_first_use() {
     for policy in [PolicyKind::Lru, PolicyKind::Sieve, PolicyKind::S3Fifo] {
-        let backends = Backends {
-            host_capacity_bytes: (32 * MIB + STAGING) as u64,
-            disk: DiskTier::new(MemDriver::new(), 64 * MIB as u64),
-            catalog: None,
-            devices: vec![Arc::new(SimDevice::new(2 * MIB as u64))],
-            capabilities: Capabilities::new("memory".into(), "".into()),
-        };
-        let config = config(32 * MIB, |builder| builder.policy(policy));
-        let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
+        let vmem = open(2 * MIB, |builder| builder.policy(policy));
         let mut layers = Vec::new();
         for n in 0..96 {
             layers.push(vmem.put(bytes(n, 1, 64 * KIB), HOST).await.unwrap());
@@ -164,16 +156,8 @@ async fn what_was_prefetched_is_there_at_its_first_use() {
 /// A prefetch that finds the free space in pieces takes no neighbours that were used after it was asked for.
 #[tokio::test]
 async fn a_prefetch_evicts_no_neighbours_that_are_in_use() {
-    let backends = Backends {
-        host_capacity_bytes: (8 * MIB + STAGING) as u64,
-        disk: DiskTier::new(MemDriver::new(), 64 * MIB as u64),
-        catalog: None,
-        devices: vec![Arc::new(SimDevice::new(MIB as u64))],
-        capabilities: Capabilities::new("memory".into(), "".into()),
-    };
     let timeout = std::time::Duration::from_millis(500);
-    let config = config(8 * MIB, |builder| builder.wait_timeout(timeout));
-    let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
+    let vmem = open(MIB, |builder| builder.wait_timeout(timeout));
     let mut four = Vec::new();
     for n in 0..4 {
         let handle = vmem.put(bytes(n, 1, 256 * KIB), HOST).await.unwrap();

@@ -57,9 +57,9 @@ pub(crate) fn open(
     open_below(None, space, disk, set)
 }
 
-/// The same, with a device above it if there is one.
+/// The same, with these devices above it.
 pub(crate) fn open_below(
-    device: Option<Arc<dyn DeviceBackend>>,
+    devices: impl IntoIterator<Item = Arc<dyn DeviceBackend>>,
     space: usize,
     disk: usize,
     set: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
@@ -69,7 +69,7 @@ pub(crate) fn open_below(
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(driver.clone(), disk as u64),
         catalog: None,
-        devices: device.into_iter().collect(),
+        devices: devices.into_iter().collect(),
         capabilities: Capabilities::new("memory".into(), "not in this test".into()),
     };
     let vmem = VirtualMemory::with_backends(&config(space, set), backends).expect("opens");

@@ -9,10 +9,9 @@
 use std::time::Instant;
 
 use vmem::{PolicyKind, VMemHandle, VirtualMemory, VirtualMemoryError};
+use vmem_testkit::thread_cpu;
 
-use crate::harness::{
-    BOUND, CLOSE_BOUND, Threads, WAIT, assert_none, run, succeeds, thread_cpu, within,
-};
+use crate::harness::{BOUND, CLOSE_BOUND, Threads, WAIT, assert_none, run, succeeds, within};
 use crate::stores::{DISK, HOST, KIB, MIB, Place, Sizes, bytes, check, open};
 
 const POLICIES: [PolicyKind; 3] = [PolicyKind::Lru, PolicyKind::Sieve, PolicyKind::S3Fifo];

@@ -179,11 +179,3 @@ pub(crate) async fn eventually(what: &str, mut check: impl FnMut() -> bool) -> R
     }
     Err(format!("never: {what}"))
 }
-
-/// CPU time of the calling thread, to a hundredth of a second.
-pub(crate) fn thread_cpu() -> Duration {
-    let status = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
-    let fields: Vec<&str> = status.rsplit(')').next().unwrap().split_whitespace().collect();
-    let ticks = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-    Duration::from_millis(ticks * 10)
-}

@@ -194,60 +194,107 @@ impl Catalog for SimCatalog {
 pub struct ClosedNames(pub Arc<dyn Catalog>, pub usize);
 
 impl Catalog for ClosedNames {
-    fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
-        self.0.commit(changes)
-    }
-
-    fn attempts(&self) -> u64 {
-        self.0.attempts()
-    }
-
-    fn is_poisoned(&self) -> bool {
-        self.0.is_poisoned()
-    }
-
-    fn is_shut(&self) -> bool {
-        self.0.is_shut()
-    }
-
-    fn find(&self, name: Arc<str>) -> Answer<Option<CatalogObject>> {
-        self.0.find(name)
-    }
-
-    fn record(&self, name: Arc<str>) -> Answer<Option<CatalogRecord>> {
-        self.0.record(name)
-    }
-
-    fn names(
-        &self,
-        prefix: Arc<str>,
-        from: Bound<Arc<str>>,
-        limit: usize,
-    ) -> Answer<Vec<(Arc<str>, CatalogRecord)>> {
-        self.0.names(prefix, from, limit)
-    }
-
-    fn time(&self) -> SystemTime {
-        self.0.time()
-    }
+    crate::hand_on!(
+        commit,
+        attempts,
+        is_poisoned,
+        is_shut,
+        find,
+        record,
+        names,
+        time,
+        snapshot,
+        next_id,
+        close
+    );
 
     fn closed_names_max(&self) -> usize {
         self.1
     }
 
-    fn snapshot(&self, directory: PathBuf) -> Answer<()> {
-        self.0.snapshot(directory)
-    }
-
-    fn next_id(&self) -> u64 {
-        self.0.next_id()
-    }
-
     fn check(&self) -> Answer<()> {
         self.0.check()
     }
+}
 
-    fn close(&self) -> Answer<()> {
-        self.0.close()
-    }
+/// Methods of a [`Catalog`] that a decorator hands on to the catalog in its field `0`, by their names.
+#[macro_export]
+macro_rules! hand_on {
+    ($($method:ident),+ $(,)?) => { $($crate::hand_on!(@$method);)+ };
+    (@commit) => {
+        fn commit(
+            &self,
+            changes: Vec<$crate::catalog::parts::CatalogChange>,
+        ) -> $crate::catalog::parts::Answer<()> {
+            self.0.commit(changes)
+        }
+    };
+    (@attempts) => {
+        fn attempts(&self) -> u64 {
+            self.0.attempts()
+        }
+    };
+    (@is_poisoned) => {
+        fn is_poisoned(&self) -> bool {
+            self.0.is_poisoned()
+        }
+    };
+    (@is_shut) => {
+        fn is_shut(&self) -> bool {
+            self.0.is_shut()
+        }
+    };
+    (@find) => {
+        fn find(
+            &self,
+            name: std::sync::Arc<str>,
+        ) -> $crate::catalog::parts::Answer<Option<$crate::catalog::parts::CatalogObject>> {
+            self.0.find(name)
+        }
+    };
+    (@record) => {
+        fn record(
+            &self,
+            name: std::sync::Arc<str>,
+        ) -> $crate::catalog::parts::Answer<Option<$crate::catalog::parts::CatalogRecord>> {
+            self.0.record(name)
+        }
+    };
+    (@names) => {
+        fn names(
+            &self,
+            prefix: std::sync::Arc<str>,
+            from: std::ops::Bound<std::sync::Arc<str>>,
+            limit: usize,
+        ) -> $crate::catalog::parts::Answer<
+            Vec<(std::sync::Arc<str>, $crate::catalog::parts::CatalogRecord)>,
+        > {
+            self.0.names(prefix, from, limit)
+        }
+    };
+    (@time) => {
+        fn time(&self) -> std::time::SystemTime {
+            self.0.time()
+        }
+    };
+    (@snapshot) => {
+        fn snapshot(&self, directory: std::path::PathBuf) -> $crate::catalog::parts::Answer<()> {
+            self.0.snapshot(directory)
+        }
+    };
+    (@next_id) => {
+        fn next_id(&self) -> u64 {
+            self.0.next_id()
+        }
+    };
+    (@close) => {
+        fn close(&self) -> $crate::catalog::parts::Answer<()> {
+            self.0.close()
+        }
+    };
+}
+
+#[doc(hidden)]
+pub mod parts {
+    pub use vmem_core::backend::{Answer, CatalogChange, CatalogObject, CatalogRecord};
 }

@@ -12,6 +12,7 @@
 pub mod cancel;
 pub mod catalog;
 pub mod conformance;
+mod cpu;
 pub mod decorate;
 pub mod device;
 pub mod fault;
@@ -24,6 +25,7 @@ pub mod tape;
 
 pub use cancel::{exhaust, exhaust_with, poll_then_drop, poll_wake_then_drop};
 pub use catalog::{ClosedNames, SimCatalog};
+pub use cpu::{process_cpu, thread_cpu};
 pub use decorate::{DelayDriver, GateDriver, OpKind, ThrottleDriver, TraceDriver};
 pub use device::SimDevice;
 pub use fault::{Errno, Fault, FaultDriver, FaultPlan, When};

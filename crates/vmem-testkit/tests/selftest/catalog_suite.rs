@@ -64,6 +64,8 @@ enum Bug {
 struct Broken(Arc<SimCatalog>, Bug);
 
 impl Catalog for Broken {
+    vmem_testkit::hand_on!(attempts, is_poisoned, is_shut, record, time, snapshot, close);
+
     fn commit(&self, mut changes: Vec<CatalogChange>) -> Answer<()> {
         let mut more = Vec::new();
         for change in &mut changes {
@@ -84,18 +86,6 @@ impl Catalog for Broken {
         self.0.commit(more)
     }
 
-    fn attempts(&self) -> u64 {
-        self.0.attempts()
-    }
-
-    fn is_poisoned(&self) -> bool {
-        self.0.is_poisoned()
-    }
-
-    fn is_shut(&self) -> bool {
-        self.0.is_shut()
-    }
-
     fn find(&self, name: Arc<str>) -> Answer<Option<CatalogObject>> {
         let renamed = matches!(self.1, Bug::RenameIsNew) && &*name == "to";
         let found = self.0.find(name);
@@ -106,10 +96,6 @@ impl Catalog for Broken {
             }
             Ok(found)
         })
-    }
-
-    fn record(&self, name: Arc<str>) -> Answer<Option<CatalogRecord>> {
-        self.0.record(name)
     }
 
     fn names(
@@ -125,23 +111,11 @@ impl Catalog for Broken {
         self.0.names(prefix, from, limit)
     }
 
-    fn time(&self) -> SystemTime {
-        self.0.time()
-    }
-
-    fn snapshot(&self, directory: std::path::PathBuf) -> Answer<()> {
-        self.0.snapshot(directory)
-    }
-
     fn next_id(&self) -> u64 {
         match self.1 {
             Bug::VersionsAgain => self.0.next_id() - 1,
             _ => self.0.next_id(),
         }
-    }
-
-    fn close(&self) -> Answer<()> {
-        self.0.close()
     }
 }
 
