@@ -14,20 +14,16 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::edges::{Edge, Written, account, write_edges, write_rest};
-use super::write::Reply;
-use super::{Job, fetch_into, fetch_with};
 use crate::buffer::IoBuf;
 use crate::chunk::CHUNK_BYTES;
 use crate::copy::Found;
 use crate::deadline::{Deadline, Late};
 use crate::disk::{DiskError, Extent};
 use crate::error::VirtualMemoryError;
-use crate::events::MigrationCause;
 use crate::object::{
     DiskMap, GatePass, Object, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
 };
-use crate::parcel::{Parcel, SetAside};
-use crate::tier::{Class, Need};
+use crate::parcel::{Delivery, Parcel, SetAside};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -287,6 +283,19 @@ pub(crate) async fn next_turn(
     Ok(Turn { write: Parcel::set_aside(write, &shared.unfinished), piece })
 }
 
+/// What became of a write that is on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Finished {
+    /// It is the current version.
+    Published,
+    /// The object was pinned to host memory meanwhile, which the new version would not be in. The one before is the
+    /// current one still.
+    Pinned,
+}
+
+/// The end of a write to disk, for its caller; as [`Reply`](super::write::Reply).
+type Reply = Delivery<Result<Finished>>;
+
 /// Writes the chunks at the edges, and, if host memory has the rest of the object, what it alone
 /// has; then publishes. For a task.
 pub(crate) async fn finish_disk_write(write: DiskWrite, deadline: Deadline, reply: Reply) {
@@ -298,12 +307,16 @@ pub(crate) async fn finish_disk_write(write: DiskWrite, deadline: Deadline, repl
     drop(reply.deliver(outcome, None));
 }
 
-async fn try_finish(mut write: DiskWrite, deadline: &Deadline, reply: &Reply) -> Result<()> {
+async fn try_finish(mut write: DiskWrite, deadline: &Deadline, reply: &Reply) -> Result<Finished> {
     while !write.in_flight.is_empty() {
         write.settle_oldest().await?;
     }
     let object = write.object.clone();
     let pass = object.gate(deadline).await?;
+    // Pins come under the gate, so none comes from here on.
+    if object.pins() > 0 {
+        return Ok(Finished::Pinned);
+    }
     let edges = write_edges(&pass, &write.edges, deadline).await?;
     let host = match object.copy.acquire(&object.shared.copies) {
         Found::Copy(old) if write.range.len() < object.len => Some(old.into_bytes()),
@@ -314,39 +327,12 @@ async fn try_finish(mut write: DiskWrite, deadline: &Deadline, reply: &Reply) ->
         None => Vec::new(),
     };
     if reply.is_unwanted() {
-        return Ok(());
+        return Ok(Finished::Published);
     }
     let written = std::mem::take(&mut write.written);
     write.was_reserved = false;
     object.publish(&pass, None, |disk, old| {
         disk.put(object.len, written.into_iter().chain(edges).chain(rest), old);
     });
-    // Pins come under the gate, so none comes now.
-    if object.pins() > 0 {
-        bring_back(pass);
-    }
-    Ok(())
-}
-
-/// Brings an object to host memory that was pinned while it was written to disk: behind the write, whose caller may go.
-/// The gate is held for that where there is space, which the version before may just have given back; it is not
-/// while space is waited for, since there may be none for long.
-fn bring_back(pass: GatePass) {
-    let object = pass.object().clone();
-    let shared = object.shared.clone();
-    let need = Need::one(object.len, object.id, Class::Demand);
-    let room = shared.try_host_room(&need);
-    shared.spawn("vmem-promote", async move {
-        let deadline = object.shared.deadline();
-        let job = Job::new(object, MigrationCause::Promote, deadline);
-        let brought = if room.is_some() {
-            fetch_into(&job, &pass, room).await
-        } else {
-            drop(pass);
-            fetch_with(&job, None).await
-        };
-        if let Err(error) = brought {
-            tracing::warn!(target: "vmem::migration", %error, "a pinned object is on disk only");
-        }
-    });
+    Ok(Finished::Published)
 }

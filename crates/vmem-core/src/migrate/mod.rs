@@ -25,7 +25,9 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::Span;
 
-pub(crate) use disk_write::{DiskWrite, Turn, begin_disk_write, finish_disk_write, next_turn};
+pub(crate) use disk_write::{
+    DiskWrite, Finished, Turn, begin_disk_write, finish_disk_write, next_turn,
+};
 pub(crate) use kernel::Changed;
 pub(crate) use load::load;
 pub(crate) use part::{Copied, Piece, read_part, read_piece};

@@ -20,7 +20,7 @@ use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
-use crate::migrate::{self, DiskWrite, Job, NewVersion, Turn};
+use crate::migrate::{self, DiskWrite, Finished, Job, NewVersion, Turn};
 use crate::object::{GatePass, Object};
 use crate::parcel::{Parcel, parcel};
 use crate::tier::{Class, Need, Refused};
@@ -142,49 +142,71 @@ impl VirtualMemory {
         }
         let deadline = self.shared.deadline();
         object.touch();
+        loop {
+            if self.write_to_host(object, &range, data, &deadline).await? {
+                return Ok(());
+            }
+            // No space for two: in place, in one go, is better than not at all.
+            if let Some(pass) = object.gate_if_open()?
+                && object.write_in_place(&pass, range.clone(), data)
+            {
+                return Ok(());
+            }
+            match self.write_to_disk(object, &range, data, &deadline).await? {
+                Finished::Published => return Ok(()),
+                // It was pinned to host memory meanwhile.
+                Finished::Pinned if deadline.is_past() => return Err(deadline.error("writing")),
+                Finished::Pinned => {}
+            }
+        }
+    }
+
+    /// Writes to host memory; false if the new version is better on disk, or finds no space here.
+    async fn write_to_host(
+        &self,
+        object: &Arc<Object>,
+        range: &Range<usize>,
+        data: &[u8],
+        deadline: &Deadline,
+    ) -> Result<bool> {
         let mut promoted = false;
         loop {
             let look = match object.gate_if_open()? {
-                Some(pass) => self.look(&pass, &range, data, promoted),
+                Some(pass) => self.look(&pass, range, data, promoted),
                 None if data.len() <= IN_PLACE_MAX => {
-                    object.gate_opened(&deadline).await?;
+                    object.gate_opened(deadline).await?;
                     continue;
                 }
                 // A large one makes a new version anyway, for which it need not wait.
                 None => Look::Space { may_spill: object.pins() == 0 },
             };
-            match look {
-                Look::Written => return Ok(()),
-                Look::Promote => promoted = self.promote_for_write(object, &deadline).await?,
-                Look::Spare(version) => match self.fill(version, &range, data).await {
-                    Some(version) => return self.publish(version, range, &deadline).await,
-                    // It was taken back, and the object has it again.
-                    None => self.check_open()?,
-                },
+            let version = match look {
+                Look::Written => return Ok(true),
+                Look::Disk => return Ok(false),
+                Look::Promote => {
+                    promoted = self.promote_for_write(object, deadline).await?;
+                    None
+                }
+                Look::Spare(version) => Some(version),
                 Look::Space { may_spill } => {
-                    match self.take_space(object, may_spill, &deadline).await? {
-                        None => break,
-                        Some(version) => {
-                            if let Some(version) = self.fill(version, &range, data).await {
-                                return self.publish(version, range, &deadline).await;
-                            }
-                            self.check_open()?;
-                        }
+                    match self.take_space(object, may_spill, deadline).await? {
+                        None => return Ok(false),
+                        version => version,
                     }
                 }
-                Look::Disk => break,
+            };
+            if let Some(version) = version {
+                if let Some(version) = self.fill(version, range, data).await {
+                    self.publish(version, range.clone(), deadline).await?;
+                    return Ok(true);
+                }
+                // It was taken back; what was set apart for the object is so again.
+                self.check_open()?;
             }
             if deadline.is_past() {
                 return Err(deadline.error("writing"));
             }
         }
-        // No space for two: in place, in one go, is better than not at all.
-        if let Some(pass) = object.gate_if_open()?
-            && object.write_in_place(&pass, range.clone(), data)
-        {
-            return Ok(());
-        }
-        self.write_to_disk(object, &range, data, &deadline).await
     }
 
     /// Decides what becomes of a write, or does it if that takes no wait.
@@ -297,7 +319,7 @@ impl VirtualMemory {
         range: &Range<usize>,
         data: &[u8],
         deadline: &Deadline,
-    ) -> Result<()> {
+    ) -> Result<Finished> {
         // Once a piece was taken back, since this future did not come for it, what it writes lies in memory of its own.
         let mut owned = false;
         let write = loop {
@@ -312,7 +334,9 @@ impl VirtualMemory {
         };
         let (reply, parcel) = parcel();
         self.shared.spawn("vmem-write", migrate::finish_disk_write(write, *deadline, reply));
-        self.shared.answer(&parcel, deadline, "writing to disk").await.map(drop)
+        let finished = self.shared.answer(&parcel, deadline, "writing to disk").await?;
+        // This answer is not taken back; if it were, the write would begin again.
+        Ok(finished.unwrap_or(Finished::Pinned))
     }
 
     /// Sends all chunks that the data covers on their way. `None` if the write was taken back.
