@@ -23,6 +23,9 @@ pub const STAGING_CAPACITY_MAX: u64 = 256 * 1024 * 1024;
 /// The least `staging_capacity`, in bytes.
 pub const STAGING_CAPACITY_MIN: u64 = 128 * 1024;
 
+/// The default of `stream_capacity` is a sixteenth of `host_capacity`, and at most this, in bytes.
+pub const STREAM_CAPACITY_MAX: u64 = 64 * 1024 * 1024;
+
 /// The most GPUs that one store uses.
 pub const GPUS_MAX: usize = 32;
 
@@ -32,7 +35,7 @@ pub const GPUS_MAX: usize = 32;
 /// setters. An unknown field is an error.
 ///
 /// - `disk_path`: text, the path of a directory.
-/// - `host_capacity`, `staging_capacity`, `disk_capacity`, `vram_capacity`, `catalog_cache`: a
+/// - `host_capacity`, `staging_capacity`, `stream_capacity`, `disk_capacity`, `vram_capacity`, `catalog_cache`: a
 ///   number of bytes, or text such as `"512MiB"` or `"1.5 GB"`, with the units B, kB, MB, GB, TB,
 ///   PB, EB (powers of 1000) and KiB, MiB, GiB, TiB, PiB, EiB (powers of 1024).
 /// - `gpu`: `"auto"`, `"off"`, an ordinal such as `0`, or text with the UUID of a device; or
@@ -80,6 +83,11 @@ impl VirtualMemoryConfig {
     /// Staging memory, if it was given.
     pub fn staging_capacity(&self) -> Option<u64> {
         self.fields.staging_capacity
+    }
+
+    /// Memory for streams, if it was given.
+    pub fn stream_capacity(&self) -> Option<u64> {
+        self.fields.stream_capacity
     }
 
     /// Space of the data file, if it was given.
@@ -139,6 +147,7 @@ pub struct VirtualMemoryConfigBuilder {
     disk_path: Option<PathBuf>,
     host_capacity: Option<u64>,
     staging_capacity: Option<u64>,
+    stream_capacity: Option<u64>,
     disk_capacity: Option<u64>,
     vram_capacity: Option<u64>,
     gpus: Vec<GpuSelection>,
@@ -157,6 +166,7 @@ impl Default for VirtualMemoryConfigBuilder {
             disk_path: None,
             host_capacity: None,
             staging_capacity: None,
+            stream_capacity: None,
             disk_capacity: None,
             vram_capacity: None,
             gpus: vec![GpuSelection::default()],
@@ -194,6 +204,16 @@ impl VirtualMemoryConfigBuilder {
     /// Default: an eighth of `host_capacity`, at most [`STAGING_CAPACITY_MAX`].
     pub fn staging_capacity(mut self, bytes: u64) -> Self {
         self.staging_capacity = Some(bytes);
+        self
+    }
+
+    /// Memory in bytes, beside `host_capacity`, for what readers and writers of streams have taken
+    /// in and their peers not yet: see [`VirtualMemory::reader`](crate::VirtualMemory::reader). One
+    /// window gets at most an eighth of what is free. A stream waits for none: where nothing is
+    /// left a reader goes on with 4 KiB, and a writer with 64 KiB, beyond it. At least 64 KiB.
+    /// Default: a sixteenth of `host_capacity`, at most [`STREAM_CAPACITY_MAX`].
+    pub fn stream_capacity(mut self, bytes: u64) -> Self {
+        self.stream_capacity = Some(bytes);
         self
     }
 
@@ -315,6 +335,7 @@ impl VirtualMemoryConfigBuilder {
     fn check_capacities(&self) -> Result<(), VirtualMemoryError> {
         at_least("host_capacity", self.host_capacity, HOST_CAPACITY_MIN)?;
         at_least("staging_capacity", self.staging_capacity, STAGING_CAPACITY_MIN)?;
+        at_least("stream_capacity", self.stream_capacity, 64 << 10)?;
         at_least("disk_capacity", self.disk_capacity, 1)?;
         at_least("vram_capacity", self.vram_capacity, 1)?;
         at_least("catalog_cache", Some(self.catalog_cache), 64 << 10)?;
@@ -345,4 +366,9 @@ fn refuse<T>(field: &'static str, reason: String) -> Result<T, VirtualMemoryErro
 /// Staging memory that a store with this much host memory gets when none was asked for, in bytes.
 pub(crate) fn default_staging(host_capacity: u64) -> u64 {
     (host_capacity / 8).clamp(STAGING_CAPACITY_MIN, STAGING_CAPACITY_MAX)
+}
+
+/// Memory for streams that a store with this much host memory gets when none was asked for, in bytes.
+pub(crate) fn default_streams(host_capacity: u64) -> u64 {
+    (host_capacity / 16).min(STREAM_CAPACITY_MAX)
 }

@@ -263,3 +263,25 @@ impl VirtualMemoryError {
         VirtualMemoryError::Io { operation, source: Arc::new(source) }
     }
 }
+
+/// For what speaks in terms of streams and files; the error itself is the source.
+impl From<VirtualMemoryError> for io::Error {
+    fn from(error: VirtualMemoryError) -> Self {
+        use VirtualMemoryError::{
+            Closed, ExceedsCapacity, HandleNotFound, Io, NameExists, NameNotFound, OutOfRange,
+            TierFull, TimedOut,
+        };
+        let kind = match &error {
+            HandleNotFound { .. } | NameNotFound { .. } => io::ErrorKind::NotFound,
+            NameExists { .. } => io::ErrorKind::AlreadyExists,
+            OutOfRange { .. } => io::ErrorKind::InvalidInput,
+            TierFull { .. } => io::ErrorKind::StorageFull,
+            ExceedsCapacity { .. } => io::ErrorKind::FileTooLarge,
+            TimedOut { .. } => io::ErrorKind::TimedOut,
+            Closed => io::ErrorKind::NotConnected,
+            Io { source, .. } => source.kind(),
+            _ => io::ErrorKind::Other,
+        };
+        io::Error::new(kind, error)
+    }
+}

@@ -46,11 +46,12 @@ mod task;
 mod tier;
 mod vmem;
 mod wake;
+mod windows;
 
 pub use capabilities::Capabilities;
 pub use config::{
     GPUS_MAX, GpuSelection, HOST_CAPACITY_MIN, IoDriver, Promotion, STAGING_CAPACITY_MAX,
-    STAGING_CAPACITY_MIN, VirtualMemoryConfig, VirtualMemoryConfigBuilder,
+    STAGING_CAPACITY_MIN, STREAM_CAPACITY_MAX, VirtualMemoryConfig, VirtualMemoryConfigBuilder,
 };
 pub use error::VirtualMemoryError;
 pub use events::{MigrationCause, MigrationEvent};
@@ -60,6 +61,6 @@ pub use options::{ReadClass, ReadOptions};
 pub use policy::{PolicyChoice, PolicyKind};
 pub use stats::{TierStats, VirtualMemoryStats};
 pub use vmem::{
-    ListOptions, Listed, NamedEntry, OBJECT_LEN_MAX, PinGuard, Prefetch, PutMode, PutOptions,
-    Residency, VirtualMemory,
+    ListOptions, Listed, NamedEntry, OBJECT_LEN_MAX, ObjectReader, ObjectWriter, PinGuard,
+    Prefetch, PutMode, PutOptions, Residency, VirtualMemory,
 };

@@ -47,6 +47,9 @@ pub struct VirtualMemoryStats {
     pub names_in_memory: u64,
     /// Host memory set apart for bytes in passage, in bytes.
     pub staging_bytes: u64,
+    /// Memory that streams may hold now, in bytes: beside `host_capacity`, and never above
+    /// `stream_capacity` but for 4 KiB a reader and 64 KiB a writer.
+    pub stream_bytes: u64,
     /// Object space that the device reaches directly, in bytes; the rest goes by a detour of the driver.
     pub registered_bytes: u64,
     /// Footprint that `Bytes` given to callers keep in host memory, in bytes.

@@ -21,6 +21,7 @@ struct Fields {
     disk_path: Option<PathBuf>,
     host_capacity: Option<Size>,
     staging_capacity: Option<Size>,
+    stream_capacity: Option<Size>,
     disk_capacity: Option<Size>,
     vram_capacity: Option<Size>,
     gpu: Option<Gpu>,
@@ -152,6 +153,7 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
     builder.disk_path = fields.disk_path;
     builder.host_capacity = bytes(fields.host_capacity);
     builder.staging_capacity = bytes(fields.staging_capacity);
+    builder.stream_capacity = bytes(fields.stream_capacity);
     builder.disk_capacity = bytes(fields.disk_capacity);
     builder.vram_capacity = bytes(fields.vram_capacity);
     if let Some(Gpu(gpu)) = fields.gpu.clone() {

@@ -12,6 +12,7 @@ mod part;
 mod relocate;
 mod request;
 mod set;
+mod stream;
 mod to_device;
 mod to_disk;
 mod to_host;
@@ -36,6 +37,7 @@ pub(crate) use request::{
     Move, PrefetchEnd, request_fetch, request_finish, request_move, request_prefetch,
 };
 pub(crate) use set::read_set;
+pub(crate) use stream::{Filled, Sent, Source, fill_window, send_window};
 pub(crate) use to_device::{fill_device, leave_devices, promote_to_device};
 pub(crate) use to_disk::{
     Down, Leaving, demote, flush, flush_many, move_room_down, settle, write_down,

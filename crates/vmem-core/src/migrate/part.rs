@@ -136,7 +136,7 @@ pub(crate) async fn read_part(
 }
 
 /// Copies a range of a version through staging.
-async fn copy_all(
+pub(super) async fn copy_all(
     object: &Arc<Object>,
     version: &Version,
     range: &Range<usize>,

@@ -7,8 +7,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{DiskMap, GatePass, Object, Replaced, Standing, Version, chunks_of, on_devices};
-use crate::copy::{Found, OwnedCopy};
+use super::{
+    DiskMap, GatePass, MapIdentity, Object, Replaced, Standing, Version, chunks_of, on_devices,
+};
+use crate::copy::{Found, OwnedCopy, ReadGuard};
 use crate::host::HostSlot;
 use crate::stats;
 
@@ -24,6 +26,16 @@ impl Object {
         let inner = self.inner.lock();
         let device = inner.device_share(self.shared.devices());
         Version { disk: inner.disk.clone(), device }
+    }
+
+    /// The current host copy, and what tells its version, if the disk has all of it too.
+    pub(crate) fn host_version(&self) -> Option<(ReadGuard, Option<MapIdentity>)> {
+        let map = self.disk();
+        let Found::Copy(guard) = self.copy.acquire(&self.shared.copies) else { return None };
+        // Every change of the bytes takes chunks out of the map: one that is whole and the same
+        // before and after has been that of the copy.
+        let is_its = map.is_whole(self.len) && self.disk().is_same(&map);
+        Some((guard, is_its.then(|| map.identity())))
     }
 
     /// The current version, if host memory holds no copy of it and no room for it. None

@@ -277,9 +277,20 @@ impl VirtualMemory {
             // Before anything is written.
             expected.check(&name, Some(&record))?;
         }
-        // The caller's memory may be part of something large that it would keep.
-        let metadata = Bytes::copy_from_slice(&metadata);
         let handle = self.put(data, home).await?;
+        self.replace_named(name, handle, PutOptions { home, metadata, mode }).await
+    }
+
+    /// Gives a new object a name, as a put: what had the name loses it.
+    pub(super) async fn replace_named(
+        &self,
+        name: Arc<str>,
+        handle: VMemHandle,
+        options: PutOptions,
+    ) -> Result<VMemHandle> {
+        // The caller's memory may be part of something large that it would keep.
+        let metadata = Bytes::copy_from_slice(&options.metadata);
+        let expected = Expected::from(options.mode);
         self.change(move |names, deadline| async move {
             let turn = Turn::of(&names, name, &deadline).await?;
             names::replace(&names, &turn, &handle, metadata, expected).await?;

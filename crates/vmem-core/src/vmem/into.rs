@@ -10,7 +10,6 @@ use std::sync::Arc;
 
 use super::miss::Asked;
 use super::{Result, VirtualMemory};
-use crate::copy::{Found, ReadGuard};
 use crate::migrate::{self, Copied, Piece};
 use crate::object::{MapIdentity, Object};
 use crate::parcel::Parcel;
@@ -97,7 +96,7 @@ impl VirtualMemory {
         buf: &mut [u8],
         progress: &mut Progress,
     ) -> Ended {
-        let Some((guard, map)) = self.host_version(object) else { return Ended::Elsewhere };
+        let Some((guard, map)) = object.host_version() else { return Ended::Elsewhere };
         progress.go_on(map);
         let lent = Parcel::lend(guard);
         loop {
@@ -119,16 +118,6 @@ impl VirtualMemory {
             }
             tokio::task::yield_now().await;
         }
-    }
-
-    /// The current host copy, and what tells its version, if the disk has all of it too.
-    fn host_version(&self, object: &Arc<Object>) -> Option<(ReadGuard, Option<MapIdentity>)> {
-        let map = object.disk();
-        let Found::Copy(guard) = object.copy.acquire(&self.shared.copies) else { return None };
-        // Every change of the bytes takes chunks out of the map: one that is whole and the same
-        // before and after has been that of the copy.
-        let is_its = map.is_whole(object.len) && object.disk().is_same(&map);
-        Some((guard, is_its.then(|| map.identity())))
     }
 
     /// Each piece is read by a task of its own, which hands the version on with it; between two of

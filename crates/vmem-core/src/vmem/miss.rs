@@ -82,7 +82,7 @@ impl VirtualMemory {
     }
 
     /// Counts a read that host memory did not serve; says whether it promotes the object.
-    fn miss(&self, object: &Arc<Object>, chunks: usize) -> bool {
+    pub(super) fn miss(&self, object: &Arc<Object>, chunks: usize) -> bool {
         add(&self.shared.counters.misses, 1);
         object.touch();
         let moved = object.count_moved(chunks);

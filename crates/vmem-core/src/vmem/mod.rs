@@ -15,8 +15,10 @@ mod named;
 mod pin;
 mod place;
 mod read;
+mod reader;
 mod residency;
 mod write;
+mod writer;
 
 use std::io;
 use std::sync::Arc;
@@ -28,7 +30,9 @@ pub use entries::{ListOptions, Listed, NamedEntry, PutMode, PutOptions};
 pub use lease::{DeviceAccess, VramChange, VramHold, VramSet, VramShare};
 pub use pin::PinGuard;
 pub use place::Prefetch;
+pub use reader::ObjectReader;
 pub use residency::Residency;
+pub use writer::ObjectWriter;
 
 use crate::actor::{self, Outcome};
 use crate::capabilities::Capabilities;

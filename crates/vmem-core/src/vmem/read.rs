@@ -144,8 +144,9 @@ impl VirtualMemory {
     /// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
     /// # let vmem = vmem::open(config.build()?).await?;
     /// let handle = vmem.put([1, 2, 3], MemoryTier::Host).await?;
-    /// assert_eq!(vmem.try_read(&handle).as_deref(), Some(&[1, 2, 3][..])); vmem.demote(&handle,
-    /// MemoryTier::Disk).await?; assert!(vmem.try_read(&handle).is_none());
+    /// assert_eq!(vmem.try_read(&handle).as_deref(), Some(&[1, 2, 3][..]));
+    /// vmem.demote(&handle, MemoryTier::Disk).await?;
+    /// assert!(vmem.try_read(&handle).is_none());
     /// # vmem.close().await
     /// # }
     /// ```

@@ -65,6 +65,7 @@ impl Shared {
             objects,
             metadata_bytes: objects * OBJECT_BYTES + get(&counters.map_bytes),
             staging_bytes: self.limits.staging_capacity,
+            stream_bytes: self.windows.used_bytes(),
             registered_bytes: self.host.space().arena.registered_bytes(),
             held_bytes: self.copies.held_bytes(),
             pinned_bytes: self.host.holds.bytes().total(),

@@ -38,6 +38,7 @@ use crate::requests::Requests;
 use crate::stats::Counters;
 use crate::tier::{Device, HostSpace, Link, Queue, TierState, Watermarks};
 use crate::wake::Wake;
+use crate::windows::Windows;
 
 /// Reads past the actor that are under way at once.
 const READS_MAX: usize = 1024;
@@ -65,6 +66,7 @@ type ClosedHook = Box<dyn Fn(&Arc<Object>) + Send + Sync>;
 pub(crate) struct Limits {
     pub(crate) host_capacity: u64,
     pub(crate) staging_capacity: u64,
+    pub(crate) stream_capacity: u64,
     /// Of object space.
     pub(crate) marks: Watermarks,
     pub(crate) promotion: Promotion,
@@ -90,6 +92,9 @@ impl Limits {
         Ok(Limits {
             host_capacity,
             staging_capacity: staging,
+            stream_capacity: config
+                .stream_capacity()
+                .unwrap_or(config::default_streams(host_capacity)),
             marks: Watermarks {
                 low_bytes: (space * low) as u64,
                 high_bytes: (space * high) as u64,
@@ -114,6 +119,7 @@ pub(crate) struct Shared {
     no_device: Arc<str>,
     pub(crate) copies: Copies,
     pub(crate) staging: Arc<StagingPool>,
+    pub(crate) windows: Arc<Windows>,
     pub(crate) disk: Arc<dyn DiskBackend>,
     pub(crate) disk_link: Link,
     /// Told of named objects that no handle leads to any more.
@@ -182,6 +188,7 @@ impl Shared {
             no_device,
             copies,
             staging,
+            windows: Windows::new(limits.stream_capacity),
             closed_hook: OnceLock::new(),
             disk,
             disk_link: Link::default(),

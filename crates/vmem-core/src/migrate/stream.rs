@@ -1,0 +1,197 @@
+//! What the tasks of a stream do: fill windows from one version, and put windows on disk.
+//!
+//! Ownership: the window belongs to the task until it has ended. The version that a reader reads is
+//! its extents on disk, or, where the disk cannot take it, its host copy; both are shared with the
+//! reader, whose other tasks need them. Extents that were written belong to the writer, and are
+//! given back with it. Called by `vmem/reader.rs` and `vmem/writer.rs`.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::part::copy_all;
+use super::{Move, count_hit, request_move};
+use crate::chunk::CHUNK_BYTES;
+use crate::copy::ReadGuard;
+use crate::deadline::Deadline;
+use crate::disk::Extent;
+use crate::error::VirtualMemoryError;
+use crate::object::{Object, Shared, Version, chunk_lens};
+use crate::parcel::{SetAside, parcel};
+use crate::tier::Class;
+use crate::windows::Window;
+
+type Result<T> = std::result::Result<T, VirtualMemoryError>;
+
+/// What is copied from host memory before others run.
+const STEP: usize = 256 * 1024;
+
+/// The version that a stream reads.
+pub(crate) enum Source {
+    /// It can be read whatever becomes of the object.
+    Below(Version),
+    /// Only host memory has all of it, and the disk has no space for the rest.
+    Host(Bytes),
+}
+
+/// A window with bytes of this version, for its reader.
+pub(crate) struct Filled {
+    pub(crate) source: Arc<Source>,
+    pub(crate) window: Window,
+    /// Host memory did not serve it.
+    pub(crate) missed: bool,
+}
+
+impl SetAside for Filled {
+    /// The memory is the reader's own, whether it comes for it or not.
+    fn is_shared(&self) -> bool {
+        false
+    }
+}
+
+/// Fills a window with these bytes of `source`, or else of the version that is current now. `all`: the reader
+/// wants nothing else. For a task.
+///
+/// # Errors
+///
+/// `HandleNotFound`, `Corrupt`, `TimedOut`, `Io`.
+pub(crate) async fn fill_window(
+    object: Arc<Object>,
+    source: Option<Arc<Source>>,
+    range: Range<usize>,
+    all: bool,
+    mut window: Window,
+    deadline: Deadline,
+) -> Result<Filled> {
+    let source = match source {
+        Some(source) => source,
+        None => Arc::new(open(&object, all, &deadline).await?),
+    };
+    window.set_len(range.len());
+    let to = window.as_mut_slice();
+    let mut missed = false;
+    match &*source {
+        Source::Host(bytes) => copy(&bytes[range], to).await,
+        Source::Below(version) => match host_copy_of(&object, version) {
+            Some(guard) => {
+                object.shared.copies.count_hit();
+                copy(&guard.as_ref()[range], to).await;
+            }
+            None => {
+                missed = true;
+                count_hit(&object, version);
+                copy_all(&object, version, &range, to, Class::Demand, &deadline).await?;
+            }
+        },
+    }
+    Ok(Filled { source, window, missed })
+}
+
+/// The host copy, if it is of this version.
+fn host_copy_of(object: &Object, version: &Version) -> Option<ReadGuard> {
+    let (guard, map) = object.host_version()?;
+    map.is_some_and(|map| map.is_same(&version.disk.identity())).then_some(guard)
+}
+
+async fn copy(from: &[u8], to: &mut [u8]) {
+    for (from, to) in from.chunks(STEP).zip(to.chunks_mut(STEP)) {
+        to.copy_from_slice(from);
+        tokio::task::yield_now().await;
+    }
+}
+
+/// The current version, in a form that keeps no host memory from others: what only host memory has goes
+/// to disk first, unless the reader will have read it all in a moment (`brief`).
+async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<Source> {
+    let mut written_back = brief;
+    loop {
+        if let Some(damage) = object.damage() {
+            return Err(damage);
+        }
+        if object.is_dead() {
+            return Err(object.not_found());
+        }
+        if let Some(mut version) = object.cold_version() {
+            if version.disk.is_whole(object.len) || version.disk.is_unwritten() {
+                // A slow reader keeps no device memory.
+                version.device = None;
+            }
+            return Ok(Source::Below(version));
+        }
+        match object.host_version() {
+            Some((_, Some(map))) => {
+                let disk = object.disk();
+                if disk.identity().is_same(&map) {
+                    return Ok(Source::Below(Version { disk, device: None }));
+                }
+            }
+            Some((guard, None)) if written_back => return Ok(Source::Host(guard.into_bytes())),
+            Some((guard, None)) => {
+                drop(guard);
+                written_back = true;
+                write_back(object, deadline).await;
+            }
+            None => {
+                let pass = object.gate(deadline).await?;
+                // Space that was set apart holds no bytes: the object is zeros.
+                if object.has_spare() {
+                    let disk = object.disk();
+                    return Ok(Source::Below(Version { disk, device: None }));
+                }
+                drop(pass);
+            }
+        }
+        if deadline.is_past() {
+            return Err(deadline.error("reading a stream"));
+        }
+    }
+}
+
+/// Gives the disk what it does not have of the object. Where that fails the reader reads the host copy.
+async fn write_back(object: &Arc<Object>, deadline: &Deadline) {
+    let (reply, parcel) = parcel();
+    request_move(object, Move::Flush, *deadline, reply);
+    if let Err(error) = object.shared.answer(&parcel, deadline, "writing back").await {
+        tracing::debug!(target: "vmem::migration", %error, "a stream holds its host copy");
+    }
+}
+
+/// Chunks of an object that does not exist yet.
+pub(crate) struct Sent(pub(crate) Vec<Extent>);
+
+impl SetAside for Sent {
+    /// They are the writer's own, as the object will be.
+    fn is_shared(&self) -> bool {
+        false
+    }
+}
+
+/// Puts the bytes of a window on disk, chunk by chunk: the last one may be short. For a task.
+///
+/// # Errors
+///
+/// `TierFull`, `TimedOut`, `Io`.
+pub(crate) async fn send_window(
+    shared: Arc<Shared>,
+    window: Window,
+    deadline: Deadline,
+) -> Result<Sent> {
+    let len = window.as_slice().len();
+    let lens = chunk_lens(len, 0..len.div_ceil(CHUNK_BYTES));
+    // No object is known by number 0: it has none yet.
+    let public = |error| shared.disk_error(0, error);
+    let mut extents = shared.reserve_soon(&lens).await.map_err(public)?.into_iter();
+    let mut written = Vec::with_capacity(lens.len());
+    for part in window.as_slice().chunks(shared.staging.piece_bytes()) {
+        let mut piece = shared.staging(&deadline).await?;
+        piece[..part.len()].copy_from_slice(part);
+        let piece = piece.freeze();
+        let chunks = (0..part.len()).step_by(CHUNK_BYTES);
+        let chunk = |start: usize| piece.slice(start..part.len().min(start + CHUNK_BYTES));
+        let chunks = chunks.zip(extents.by_ref()).map(|(start, extent)| (extent, chunk(start)));
+        written.extend(shared.disk.write(chunks.collect()).await.map_err(public)?);
+    }
+    crate::stats::add(&shared.counters.host_to_disk_bytes, len as u64);
+    Ok(Sent(written))
+}
