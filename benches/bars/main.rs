@@ -17,6 +17,7 @@ mod peer;
 mod raw;
 mod report;
 mod sets;
+mod streams;
 
 use report::Report;
 
@@ -49,6 +50,9 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("P12") {
         named::p12(&mut report, if quick { 3 } else { 7 })?;
+    }
+    if wanted("P17") {
+        streams::p17(&mut report, if quick { 256 } else { 1024 }, if quick { 3 } else { 5 })?;
     }
     if wanted("sets") {
         sets::sets(&mut report, rounds)?;
