@@ -388,13 +388,21 @@ fn punctual_ticks(yields: bool) -> usize {
 
 /// Excluded: a task that only ever hits, and never lets its thread go: timers beside it stood still
 /// for 500 ms. Noticed by a timer that is late; compared with the same loop that yields by
-/// itself, so that a busy machine is not taken for it. Without a budget the loop never ends.
+/// itself, so that a busy machine is not taken for it, and several times, since the machine may be
+/// busy during one of the two alone. Without a budget the loop never ends.
 #[test]
 fn scenario_30_a_loop_of_hits_beside_a_timer() {
-    let (finished, ended) = std::sync::mpsc::channel();
-    std::thread::spawn(move || finished.send((punctual_ticks(true), punctual_ticks(false))));
-    let (yielding, reading) =
-        ended.recv_timeout(Duration::from_secs(60)).expect("the timer never had a turn");
-    println!("{yielding} of 60 in time with yields, {reading} without");
-    assert!(reading * 4 >= yielding * 3, "{reading} of 60 in time, with yields {yielding}");
+    let mut seen = Vec::new();
+    for _ in 0..6 {
+        let (finished, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || finished.send((punctual_ticks(true), punctual_ticks(false))));
+        let (yielding, reading) =
+            ended.recv_timeout(Duration::from_secs(60)).expect("the timer never had a turn");
+        println!("{yielding} of 60 in time with yields, {reading} without");
+        seen.push((yielding, reading));
+        if reading * 4 >= yielding * 3 {
+            return;
+        }
+    }
+    panic!("of 60 in time with yields, and without: {seen:?}");
 }
