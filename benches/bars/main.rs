@@ -5,6 +5,7 @@
 //! id as argument runs one bar; `VMEM_BENCH=quick` takes fewer rounds. It measures, a reader
 //! judges: the process ends with 0 whether or not the bars hold.
 
+mod bulk;
 #[cfg(target_os = "linux")]
 mod cold;
 mod evict;
@@ -13,16 +14,18 @@ mod metadata;
 mod named;
 #[cfg(feature = "peers")]
 mod peer;
+mod ranges;
 #[cfg(target_os = "linux")]
 mod raw;
 mod report;
 mod sets;
 mod streams;
+mod table;
 
 use report::Report;
 
 fn main() -> anyhow::Result<()> {
-    if metadata::child()? || named::child()? {
+    if metadata::child()? || named::child()? || table::child()? {
         return Ok(());
     }
     let only = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
@@ -50,6 +53,22 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("P12") {
         named::p12(&mut report, if quick { 3 } else { 7 })?;
+    }
+    if wanted("P13") {
+        table::p13(
+            &mut report,
+            if quick { 200_000 } else { 1_000_000 },
+            if quick { 3 } else { 7 },
+        )?;
+    }
+    if wanted("P14") {
+        table::p14(&mut report, if quick { 200_000 } else { 1_000_000 })?;
+    }
+    if wanted("P15") {
+        ranges::p15(&mut report, rounds)?;
+    }
+    if wanted("P16") {
+        bulk::p16(&mut report, if quick { 20_000 } else { 100_000 }, if quick { 3 } else { 5 })?;
     }
     if wanted("P17") {
         streams::p17(&mut report, if quick { 256 } else { 1024 }, if quick { 3 } else { 5 })?;
