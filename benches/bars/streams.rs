@@ -28,6 +28,7 @@ pub(crate) fn p17(report: &mut Report, mib: usize, rounds: usize) -> anyhow::Res
     let config = VirtualMemoryConfig::builder()
         .disk_path(place.path().join("store"))
         .host_capacity(64 << 20)
+        .stream_capacity(16 << 20)
         .disk_capacity((3 * mib * MIB) as u64)
         .promotion(Promotion::Never)
         .build()?;

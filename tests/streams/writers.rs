@@ -288,11 +288,13 @@ async fn killed_uploads_leave_nothing() {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
-        let dones = lines.filter_map(|line| line.strip_prefix("done ")?.parse::<u64>().ok());
-        let seen = dones.take(2 + kill as usize).last().unwrap();
+        // Read from until it is killed: it does not end by itself.
+        let mut dones = lines.filter_map(|line| line.strip_prefix("done ")?.parse::<u64>().ok());
+        let seen = dones.by_ref().take(2 + kill as usize).last().unwrap();
         tokio::time::sleep(Duration::from_millis(3 * kill)).await;
         child.kill().unwrap();
         child.wait().unwrap();
+        let seen = dones.last().unwrap_or(seen);
         let vmem = open_in(directory.path(), 2 * MIB, 32 * MIB).await;
         let (handle, entry) = vmem.open_entry("upload").await.unwrap();
         let nth = u64::from_le_bytes(entry.metadata[..].try_into().unwrap());

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use crate::copy::OwnedCopy;
 use crate::host::StagingPiece;
 use crate::parcel::SetAside;
+use crate::windows::Window;
 
 /// Exclusive memory for one operation, in bytes.
 ///
@@ -32,6 +33,8 @@ enum Backing {
     Copy(OwnedCopy),
     /// A piece of the staging reserve.
     Staging(StagingPiece),
+    /// Memory of a stream.
+    Window(Window),
 }
 
 impl IoBuf {
@@ -48,11 +51,25 @@ impl IoBuf {
         IoBuf { backing: Backing::Staging(piece) }
     }
 
+    pub(crate) fn from_window(window: Window) -> Self {
+        IoBuf { backing: Backing::Window(window) }
+    }
+
+    /// Back from `from_window`.
+    pub(crate) fn into_window(self) -> Window {
+        match self.backing {
+            Backing::Window(window) => window,
+            Backing::Heap(_) | Backing::Copy(_) | Backing::Staging(_) => {
+                unreachable!("a backend returns the buffer that it was given")
+            }
+        }
+    }
+
     /// Back from `from_copy`.
     pub(crate) fn into_copy(self) -> OwnedCopy {
         match self.backing {
             Backing::Copy(copy) => copy,
-            Backing::Heap(_) | Backing::Staging(_) => {
+            Backing::Heap(_) | Backing::Staging(_) | Backing::Window(_) => {
                 unreachable!("a backend returns the buffer that it was given")
             }
         }
@@ -67,7 +84,7 @@ impl IoBuf {
 impl SetAside for IoBuf {
     fn is_shared(&self) -> bool {
         match self.backing {
-            Backing::Heap(_) => false,
+            Backing::Heap(_) | Backing::Window(_) => false,
             Backing::Copy(_) | Backing::Staging(_) => true,
         }
     }
@@ -89,6 +106,7 @@ impl Deref for IoBuf {
             Backing::Heap(bytes) => bytes,
             Backing::Copy(copy) => copy.as_slice(),
             Backing::Staging(piece) => piece.as_slice(),
+            Backing::Window(window) => window.as_slice(),
         }
     }
 }
@@ -99,6 +117,7 @@ impl DerefMut for IoBuf {
             Backing::Heap(bytes) => bytes,
             Backing::Copy(copy) => copy.as_mut_slice(),
             Backing::Staging(piece) => piece.as_mut_slice(),
+            Backing::Window(window) => window.as_mut_slice(),
         }
     }
 }

@@ -209,7 +209,7 @@ impl VirtualMemoryConfigBuilder {
 
     /// Memory in bytes, beside `host_capacity`, for what readers and writers of streams have taken
     /// in and their peers not yet: see [`VirtualMemory::reader`](crate::VirtualMemory::reader). One
-    /// window gets at most an eighth of what is free. A stream waits for none: where nothing is
+    /// window gets at most a quarter of what is free. A stream waits for none: where nothing is
     /// left a reader goes on with 4 KiB, and a writer with 64 KiB, beyond it. At least 64 KiB.
     /// Default: a sixteenth of `host_capacity`, at most [`STREAM_CAPACITY_MAX`].
     pub fn stream_capacity(mut self, bytes: u64) -> Self {

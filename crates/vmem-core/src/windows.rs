@@ -8,45 +8,106 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use aligned_vec::{AVec, ConstAlign};
+use parking_lot::Mutex;
+
 /// One window gets at most this share of what is free, so that those who come later get some.
-const SHARE: u64 = 8;
+const SHARE: u64 = 4;
+/// Memory of this alignment goes to and from disk as it is.
+const ALIGNMENT: usize = 4096;
+
+type Memory = AVec<u8, ConstAlign<ALIGNMENT>>;
 
 /// The reserve.
 #[derive(Debug)]
 pub(crate) struct Windows {
     capacity_bytes: u64,
     used_bytes: AtomicU64,
+    spare: Mutex<Spare>,
+}
+
+/// Memory that windows have left for the next ones: fresh pages cost more than a copy does.
+#[derive(Debug, Default)]
+struct Spare {
+    memory: Vec<Memory>,
+    bytes: u64,
 }
 
 impl Windows {
     pub(crate) fn new(capacity_bytes: u64) -> Arc<Self> {
-        Arc::new(Windows { capacity_bytes, used_bytes: AtomicU64::new(0) })
+        let (used_bytes, spare) = (AtomicU64::new(0), Mutex::default());
+        Arc::new(Windows { capacity_bytes, used_bytes, spare })
     }
 
     /// Memory for `wanted` bytes, or fewer, but `least` in any case.
     pub(crate) fn grant(self: &Arc<Self>, wanted: usize, least: usize) -> Window {
         let size = |used: u64| {
             let share = self.capacity_bytes.saturating_sub(used) / SHARE;
+            // Few sizes: memory is used again for windows of the same one.
+            let share = (share + 1).next_power_of_two() / 2;
             (wanted as u64).min(share).max(least as u64)
         };
         let more = |used: u64| Some(used + size(used));
         let before = self.used_bytes.try_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        let capacity = size(before.unwrap_or_else(|used| used));
-        let windows = self.clone();
-        Window { bytes: Vec::new(), capacity: capacity as usize, windows }
+        let before = before.unwrap_or_else(|used| used);
+        let capacity = size(before);
+        let memory = self.take_spare(capacity as usize, before + capacity);
+        Window { memory, len: 0, capacity: capacity as usize, windows: self.clone() }
     }
 
     /// What all windows may hold now.
     pub(crate) fn used_bytes(&self) -> u64 {
         self.used_bytes.load(Ordering::Relaxed)
     }
+
+    /// Memory of another window, if there is some of this size; empty memory otherwise.
+    /// With what is used there is never more than the reserve.
+    fn take_spare(&self, capacity: usize, used: u64) -> Memory {
+        let mut dropped = Vec::new();
+        let mut spare = self.spare.lock();
+        // What a window takes is what it is charged, but for a rounding.
+        let fits = |memory: &Memory| (capacity..=capacity + ALIGNMENT).contains(&memory.capacity());
+        let found = spare.memory.iter().rposition(fits);
+        let memory = found.map(|at| spare.take(at));
+        while spare.bytes > 0 && used + spare.bytes > self.capacity_bytes {
+            dropped.push(spare.take(0));
+        }
+        drop(spare);
+        memory.unwrap_or_else(|| Memory::new(0))
+    }
+
+    /// Keeps the memory of a window for the next one, as long as there are others.
+    fn give_back(&self, memory: Memory, charged: u64) {
+        let before = self.used_bytes.fetch_sub(charged, Ordering::Relaxed);
+        assert!(before >= charged, "a window is given back once");
+        let (used, bytes) = (before - charged, memory.capacity() as u64);
+        let mut spare = self.spare.lock();
+        if used == 0 {
+            let all = std::mem::take(&mut *spare);
+            drop(spare);
+            return drop(all);
+        }
+        if bytes > 0 && used + spare.bytes + bytes <= self.capacity_bytes {
+            spare.bytes += bytes;
+            spare.memory.push(memory);
+        }
+    }
 }
 
-/// Memory of one stream, charged until it is dropped. It is empty at first, and takes no more than
-/// was put in.
+impl Spare {
+    fn take(&mut self, at: usize) -> Memory {
+        let memory = self.memory.swap_remove(at);
+        self.bytes -= memory.capacity() as u64;
+        memory
+    }
+}
+
+/// Memory of one stream, charged until it is dropped. It is empty at first.
 #[derive(Debug)]
 pub(crate) struct Window {
-    bytes: Vec<u8>,
+    /// Made when it is needed; longer than `len` where it was used before.
+    memory: Memory,
+    len: usize,
     capacity: usize,
     windows: Arc<Windows>,
 }
@@ -57,43 +118,50 @@ impl Window {
         self.capacity
     }
 
-    /// How many bytes still fit in.
-    pub(crate) fn free(&self) -> usize {
-        self.capacity - self.bytes.len()
-    }
-
     /// Appends the front of `data`, as much as fits in. Returns how much that was.
     pub(crate) fn fill(&mut self, data: &[u8]) -> usize {
-        let fits = data.len().min(self.free());
-        self.bytes.extend_from_slice(&data[..fits]);
+        let fits = data.len().min(self.capacity - self.len);
+        let (start, end) = (self.len, self.len + fits);
+        if self.memory.len() < end {
+            self.memory.reserve(self.capacity - self.memory.len());
+            self.memory.truncate(start);
+            self.memory.extend_from_slice(&data[..fits]);
+        } else {
+            self.memory[start..end].copy_from_slice(&data[..fits]);
+        }
+        self.len = end;
         fits
     }
 
-    /// Makes it `len` bytes long.
+    /// Makes it `len` bytes long, whatever is in it.
     pub(crate) fn set_len(&mut self, len: usize) {
         assert!(len <= self.capacity, "a window holds what was granted");
-        self.bytes.resize(len, 0);
+        if self.memory.len() < len {
+            self.memory.reserve(self.capacity - self.memory.len());
+            self.memory.resize(len, 0);
+        }
+        self.len = len;
     }
 
     pub(crate) fn as_slice(&self) -> &[u8] {
-        &self.bytes
+        &self.memory[..self.len]
     }
 
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        &mut self.bytes
+        &mut self.memory[..self.len]
     }
 }
 
 impl AsRef<[u8]> for Window {
     fn as_ref(&self) -> &[u8] {
-        &self.bytes
+        self.as_slice()
     }
 }
 
 impl Drop for Window {
     fn drop(&mut self) {
-        let before = self.windows.used_bytes.fetch_sub(self.capacity as u64, Ordering::Relaxed);
-        assert!(before >= self.capacity as u64, "a window is given back once");
+        let memory = std::mem::replace(&mut self.memory, Memory::new(0));
+        self.windows.give_back(memory, self.capacity as u64);
     }
 }
 
@@ -106,7 +174,8 @@ mod tests {
         let windows = Windows::new(1 << 20);
         let mut held: Vec<_> = (0..4).map(|_| windows.grant(64 << 10, 4 << 10)).collect();
         assert!(held.iter().all(|window| window.capacity() == 64 << 10));
-        while windows.used_bytes() < (1 << 20) - (32 << 10) {
+        assert_eq!(windows.grant(usize::MAX, 1).capacity(), 128 << 10, "a power of two");
+        while windows.used_bytes() < (1 << 20) - (16 << 10) {
             let before = held.last().map_or(0, Window::capacity);
             held.push(windows.grant(64 << 10, 4 << 10));
             assert!(held.last().is_some_and(|window| window.capacity() <= before));
@@ -125,9 +194,30 @@ mod tests {
     fn a_window_takes_what_fits() {
         let mut window = Windows::new(1 << 20).grant(10, 1);
         assert_eq!((window.fill(b"seven b"), window.fill(b"eight by")), (7, 3));
-        assert_eq!((window.as_slice(), window.free()), (&b"seven beig"[..], 0));
+        assert_eq!(window.fill(b"more"), 0);
+        assert_eq!(window.as_slice(), b"seven beig");
         window.set_len(4);
         window.as_mut_slice()[0] = b'S';
         assert_eq!(window.as_ref(), b"Seve");
+    }
+
+    #[test]
+    fn memory_is_used_again_within_the_reserve_and_goes_with_the_last_window() {
+        let windows = Windows::new(1 << 20);
+        let other = windows.grant(4 << 10, 1);
+        for round in 0..100_u8 {
+            let mut window = windows.grant(64 << 10, 1);
+            window.fill(&[round; 60 << 10]);
+            assert_eq!(window.fill(&[!round; 60 << 10]), 4 << 10);
+            assert!(window.as_slice()[..60 << 10].iter().all(|&byte| byte == round));
+            assert!(window.as_slice()[60 << 10..].iter().all(|&byte| byte == !round));
+        }
+        assert_eq!(windows.spare.lock().memory.len(), 1, "one window after the other");
+        let many: Vec<_> = (0..20).map(|_| windows.grant(1 << 20, 1 << 10)).collect();
+        let spare = windows.spare.lock().bytes;
+        assert!(windows.used_bytes() + spare <= 1 << 20);
+        drop(many);
+        drop(other);
+        assert_eq!((windows.used_bytes(), windows.spare.lock().bytes), (0, 0));
     }
 }

@@ -11,14 +11,16 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::part::copy_all;
-use super::{Move, count_hit, request_move};
+use super::{Move, count_hit, load, request_move};
+use crate::buffer::IoBuf;
 use crate::chunk::CHUNK_BYTES;
 use crate::copy::ReadGuard;
-use crate::deadline::Deadline;
+use crate::deadline::{Deadline, Late};
 use crate::disk::Extent;
 use crate::error::VirtualMemoryError;
-use crate::object::{Object, Shared, Version, chunk_lens};
+use crate::object::{Object, Shared, Version, chunk_lens, chunks_of};
 use crate::parcel::{SetAside, parcel};
+use crate::stats;
 use crate::tier::Class;
 use crate::windows::Window;
 
@@ -69,23 +71,40 @@ pub(crate) async fn fill_window(
         None => Arc::new(open(&object, all, &deadline).await?),
     };
     window.set_len(range.len());
-    let to = window.as_mut_slice();
     let mut missed = false;
     match &*source {
-        Source::Host(bytes) => copy(&bytes[range], to).await,
+        Source::Host(bytes) => copy(&bytes[range], window.as_mut_slice()).await,
         Source::Below(version) => match host_copy_of(&object, version) {
             Some(guard) => {
                 object.shared.copies.count_hit();
-                copy(&guard.as_ref()[range], to).await;
+                copy(&guard.as_ref()[range], window.as_mut_slice()).await;
             }
             None => {
                 missed = true;
                 count_hit(&object, version);
-                copy_all(&object, version, &range, to, Class::Demand, &deadline).await?;
+                window = read(&object, version, range, window, &deadline).await?;
             }
         },
     }
     Ok(Filled { source, window, missed })
+}
+
+/// Reads a range from below host memory: whole chunks to where they stay, others through staging.
+async fn read(
+    object: &Arc<Object>,
+    version: &Version,
+    range: Range<usize>,
+    mut window: Window,
+    deadline: &Deadline,
+) -> Result<Window> {
+    let whole = range.end == object.len || range.end.is_multiple_of(CHUNK_BYTES);
+    if range.start.is_multiple_of(CHUNK_BYTES) && whole {
+        let (chunks, buf) = (chunks_of(&range), IoBuf::from_window(window));
+        let (buf, outcome) = load(object, version, chunks, buf, 0, Class::Demand).await;
+        return outcome.map(|()| buf.into_window());
+    }
+    copy_all(object, version, &range, window.as_mut_slice(), Class::Demand, deadline).await?;
+    Ok(window)
 }
 
 /// The host copy, if it is of this version.
@@ -181,17 +200,14 @@ pub(crate) async fn send_window(
     let lens = chunk_lens(len, 0..len.div_ceil(CHUNK_BYTES));
     // No object is known by number 0: it has none yet.
     let public = |error| shared.disk_error(0, error);
-    let mut extents = shared.reserve_soon(&lens).await.map_err(public)?.into_iter();
-    let mut written = Vec::with_capacity(lens.len());
-    for part in window.as_slice().chunks(shared.staging.piece_bytes()) {
-        let mut piece = shared.staging(&deadline).await?;
-        piece[..part.len()].copy_from_slice(part);
-        let piece = piece.freeze();
-        let chunks = (0..part.len()).step_by(CHUNK_BYTES);
-        let chunk = |start: usize| piece.slice(start..part.len().min(start + CHUNK_BYTES));
-        let chunks = chunks.zip(extents.by_ref()).map(|(start, extent)| (extent, chunk(start)));
-        written.extend(shared.disk.write(chunks.collect()).await.map_err(public)?);
-    }
-    crate::stats::add(&shared.counters.host_to_disk_bytes, len as u64);
+    let extents = shared.reserve_soon(&lens).await.map_err(public)?;
+    let bytes = IoBuf::from_window(window).freeze();
+    let chunk = |start: usize| bytes.slice(start..len.min(start + CHUNK_BYTES));
+    let chunks = extents.into_iter().zip((0..len).step_by(CHUNK_BYTES).map(chunk));
+    let written = shared.disk.write(chunks.collect());
+    drop(bytes);
+    let written = deadline.bound(written).await;
+    let written = written.map_err(|Late| deadline.error("writing a stream"))?.map_err(public)?;
+    stats::add(&shared.counters.host_to_disk_bytes, len as u64);
     Ok(Sent(written))
 }
