@@ -53,8 +53,32 @@ pub(crate) fn p15(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
         }
         drop(objects);
         vmem.close().await?;
-        Ok(())
+        floor(report, rounds)
     })
+}
+
+/// What memory alone makes of it: the same ranges of two plain vectors.
+fn floor(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
+    let vectors = [bytes(8 << 20), bytes(48 << 10)];
+    let mut sides = [Rounds::default(), Rounds::default()];
+    let mut buffer = [0; RANGE];
+    for round in 0..=rounds {
+        for (vector, side) in vectors.iter().zip(&mut sides) {
+            let before = thread_cpu_ns();
+            for start in starts(vector.len(), round as u64, READS) {
+                buffer.copy_from_slice(&vector[start..start + RANGE]);
+                check(std::hint::black_box(&buffer), start)?;
+            }
+            if round > 0 {
+                side.0.push((thread_cpu_ns() - before) / READS as f64);
+            }
+        }
+    }
+    let [ours, theirs] = &sides;
+    let what = "the floor: 4 KiB copied from a plain vector of 8 MiB".to_owned();
+    let (id, unit, peer, bar) = ("P15", "ns CPU", "vector-of-48-KiB", None);
+    report.add(&Bar { id, what, unit, ours, peer, theirs, bar });
+    Ok(())
 }
 
 /// Each word tells where it is.

@@ -15,8 +15,8 @@ use crate::error::VirtualMemoryError;
 use crate::migrate;
 use crate::object::{DiskMap, Object, chunk_count};
 
-/// Objects that are flushed at once, where all are.
-const AT_ONCE: usize = 64;
+/// Names that are made durable at once, where all are: as many as share a commit.
+const AT_ONCE: usize = 1024;
 
 /// Makes every write that completed before the call durable. What is durable already costs nothing.
 ///
@@ -66,11 +66,16 @@ pub(crate) async fn flush(
 pub(crate) async fn flush_all(names: &Arc<Names>) -> Result<()> {
     // One for all: what nobody keeps from it goes on after it.
     let deadline = names.shared.deadline();
-    let flushes = names.all().into_iter().map(|(name, handle)| async move {
+    let all = names.all();
+    // Their bytes first, many in one run. What fails here is tried again below, and told there.
+    let objects = all.iter().map(|(_, handle)| handle.object());
+    let dirty = objects.filter(|object| object.is_dirty()).cloned().collect();
+    let _ = migrate::flush_many(&names.shared, dirty, &deadline).await;
+    let flushes = all.into_iter().map(|(name, handle)| async move {
         let outcome = flush(names, handle.object(), &deadline).await;
         outcome.map_err(|error| (name, error))
     });
-    let outcomes: Vec<_> = futures::stream::iter(flushes).buffered(AT_ONCE).collect().await;
+    let outcomes: Vec<_> = futures::stream::iter(flushes).buffer_unordered(AT_ONCE).collect().await;
     let mut failed: Vec<_> = outcomes.into_iter().filter_map(std::result::Result::err).collect();
     let Some((_, source)) = failed.first() else { return Ok(()) };
     let source = Box::new(source.clone());
