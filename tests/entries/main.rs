@@ -355,3 +355,38 @@ async fn puts_that_are_refused_leave_nothing_behind() {
     vmem.put_named_with("b", [2; 100], largest).await.unwrap();
     vmem.close().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn renames_on_a_condition_that_fails_change_no_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let vmem = open(directory.path()).await;
+    for name in ["from", "to"] {
+        vmem.put_named(name, name, Disk).await.unwrap();
+    }
+    let (from, to) = (vmem.entry("from").await.unwrap(), vmem.entry("to").await.unwrap());
+    let refused = [
+        vmem.rename_named_with("from", "to", PutMode::Create).await.err(),
+        vmem.rename_named_with("from", "from", PutMode::Create).await.err(),
+        vmem.rename_named_with("from", "to", PutMode::Update(from.version)).await.err(),
+        vmem.rename_named_with("from", "free", PutMode::Update(from.version)).await.err(),
+        vmem.rename_named_with("missing", "to", PutMode::Overwrite).await.err(),
+        vmem.rename_named_with("missing", "missing", PutMode::Create).await.err(),
+    ];
+    let kinds = refused.map(|error| format!("{error:?}"));
+    let expected = ["Exists", "Exists", "VersionChanged", "NotFound", "NotFound", "NotFound"];
+    for (kind, expected) in kinds.iter().zip(expected) {
+        assert!(kind.contains(expected), "{kind}");
+    }
+    assert_eq!(vmem.entry("from").await.unwrap(), from);
+    assert_eq!(vmem.entry("to").await.unwrap(), to);
+    // What was written and not flushed is another version, which the caller has not seen.
+    let handle = vmem.open_named("to").await.unwrap();
+    vmem.write(&handle, b"tO").await.unwrap();
+    let unseen = vmem.rename_named_with("from", "to", PutMode::Update(to.version)).await;
+    assert!(matches!(unseen, Err(VirtualMemoryError::VersionChanged { .. })), "{unseen:?}");
+    let seen = vmem.entry("to").await.unwrap().version;
+    vmem.rename_named_with("from", "to", PutMode::Update(seen)).await.unwrap();
+    vmem.rename_named_with("to", "free", PutMode::Create).await.unwrap();
+    assert_eq!(vmem.entry("free").await.unwrap().version, from.version);
+    vmem.close().await.unwrap();
+}

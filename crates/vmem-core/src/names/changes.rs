@@ -68,6 +68,26 @@ pub(crate) async fn find_or_error(names: &Arc<Names>, turn: &Turn) -> Result<VMe
     found.ok_or_else(|| VirtualMemoryError::NameNotFound { name: turn.name().clone() })
 }
 
+/// What has the name, if that is what `expected` says.
+///
+/// # Errors
+///
+/// Those of [`Expected::check`]; those of a flush.
+async fn find_expected(
+    names: &Arc<Names>,
+    turn: &Turn,
+    expected: Expected,
+) -> Result<Option<VMemHandle>> {
+    let found = find(names, turn).await?;
+    if let (Expected::Version(_), Some(found)) = (expected, &found) {
+        // What was written to it and not flushed is a version of its own, which nobody has seen.
+        persist::persist(names, turn, found.object()).await?;
+    }
+    let record = found.as_ref().and_then(|found| found.object().named().record());
+    expected.check(turn.name(), record.as_ref())?;
+    Ok(found)
+}
+
 /// The record of the name, without its object.
 ///
 /// # Errors
@@ -140,13 +160,7 @@ pub(crate) async fn replace(
     metadata: Bytes,
     expected: Expected,
 ) -> Result<()> {
-    let before = find(names, turn).await?;
-    if let (Expected::Version(_), Some(before)) = (expected, &before) {
-        // What was written to it and not flushed is a version of its own, which nobody has seen.
-        persist::persist(names, turn, before.object()).await?;
-    }
-    let found = before.as_ref().and_then(|before| before.object().named().record());
-    expected.check(turn.name(), found.as_ref())?;
+    let before = find_expected(names, turn, expected).await?;
     give(names, turn, handle, metadata).await?;
     if let Some(before) = before {
         lose_name(names, before.object());
@@ -185,10 +199,15 @@ async fn give(names: &Arc<Names>, turn: &Turn, handle: &VMemHandle, metadata: By
 ///
 /// # Errors
 ///
-/// `NameNotFound`; those of a flush.
-pub(crate) async fn rename(names: &Arc<Names>, from: &Turn, to: &Turn) -> Result<()> {
+/// `NameNotFound`; what `expected` says of what has the other name; those of a flush.
+pub(crate) async fn rename(
+    names: &Arc<Names>,
+    from: &Turn,
+    to: &Turn,
+    expected: Expected,
+) -> Result<()> {
     let moved = find_or_error(names, from).await?;
-    let before = find(names, to).await?;
+    let before = find_expected(names, to, expected).await?;
     persist::persist(names, from, moved.object()).await?;
     let change = CatalogChange::Rename { from: from.name().clone(), to: to.name().clone() };
     commit(names, change).await?;
@@ -200,6 +219,24 @@ pub(crate) async fn rename(names: &Arc<Names>, from: &Turn, to: &Turn) -> Result
     }
     drop(replaced);
     Ok(())
+}
+
+/// Makes the object of the name durable, and changes nothing else.
+///
+/// # Errors
+///
+/// `NameNotFound`; what `expected` says of it; those of a flush.
+pub(crate) async fn rename_to_itself(
+    names: &Arc<Names>,
+    turn: &Turn,
+    expected: Expected,
+) -> Result<()> {
+    find_or_error(names, turn).await?;
+    let found = find_expected(names, turn, expected).await?;
+    match found {
+        Some(found) => persist::persist(names, turn, found.object()).await,
+        None => Ok(()),
+    }
 }
 
 /// Forgets the name, durably.

@@ -24,7 +24,8 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 pub(crate) use changes::{
-    Expected, adopt, allocate, find_or_error, record, remove, rename, replace, set_metadata,
+    Expected, adopt, allocate, find_or_error, record, remove, rename, rename_to_itself, replace,
+    set_metadata,
 };
 pub(crate) use commits::{Commits, NotCommitted};
 pub(crate) use persist::{flush, flush_all, persist};

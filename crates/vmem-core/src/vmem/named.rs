@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt};
 
-use super::entries::{ListOptions, Listed, NamedEntry, PutOptions};
+use super::entries::{ListOptions, Listed, NamedEntry, PutMode, PutOptions};
 use super::{Result, VirtualMemory};
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
@@ -117,15 +117,23 @@ impl VirtualMemory {
     ///
     /// `NameNotFound`; `InvalidConfig` for a name that cannot be one; those of [`flush`](Self::flush).
     pub async fn rename_named(&self, from: &str, to: &str) -> Result<()> {
+        self.rename_named_with(from, to, PutMode::Overwrite).await
+    }
+
+    /// [`rename_named`](Self::rename_named) with a condition on what has the name `to`.
+    ///
+    /// # Errors
+    ///
+    /// Those of `rename_named`; those of the [mode](PutMode). Both names are as they were then.
+    pub async fn rename_named_with(&self, from: &str, to: &str, mode: PutMode) -> Result<()> {
         let (from, to) = (self.check_named(from)?, self.check_named(to)?);
         self.change(move |names, deadline| async move {
             if from == to {
                 let turn = Turn::of(&names, from, &deadline).await?;
-                let handle = names::find_or_error(&names, &turn).await?;
-                return names::persist(&names, &turn, handle.object()).await;
+                return names::rename_to_itself(&names, &turn, mode.into()).await;
             }
             let (from, to) = Turn::of_both(&names, from, to, &deadline).await?;
-            names::rename(&names, &from, &to).await
+            names::rename(&names, &from, &to, mode.into()).await
         })
         .await
     }
