@@ -1,42 +1,36 @@
 //! Bytes on their way out and in.
 //!
-//! Invariant: a body is of one version, since a put never changes an object; and what goes out lies
-//! in memory of its own, so that nobody who keeps it takes space of the store. Called by `store.rs`
-//! and `upload.rs`.
+//! Invariant: a body is of one version from start to end; what goes out lies in memory of its own
+//! or in the reserve for streams, never in object space, whoever keeps it; and nothing is held
+//! whole but what `get_ranges` is asked for at once. Called by `store.rs` and `upload.rs`.
 
+use std::io;
 use std::ops::Range;
+use std::pin::pin;
 
 use bytes::Bytes;
-use futures::stream::{BoxStream, StreamExt, try_unfold};
+use futures::stream::{BoxStream, StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{PutPayload, PutResult, Result, coalesce_ranges};
-use vmem_core::{MemoryTier, PutOptions, VMemHandle, VirtualMemory};
+use tokio::io::AsyncWriteExt;
+use vmem_core::{
+    MemoryTier, ObjectWriter, PutOptions, VMemHandle, VirtualMemory, VirtualMemoryError,
+};
 
 use crate::error::{self, RequestError};
-
-/// What is read of a body at a time, in bytes.
-const PIECE: usize = 256 * 1024;
 
 /// Ranges that lie no farther apart are read at once: the disk reads and verifies as many bytes.
 const GAP: u64 = vmem_core::backend::CHUNK_BYTES as u64;
 
-/// A part of an object, a piece at a time.
+/// A part of an object, a window at a time.
 pub(crate) fn stream(
-    vmem: VirtualMemory,
-    handle: VMemHandle,
+    vmem: &VirtualMemory,
+    handle: &VMemHandle,
     path: Path,
     range: Range<usize>,
 ) -> BoxStream<'static, Result<Bytes>> {
-    let from = (vmem, handle, path, range.start);
-    try_unfold(from, move |(vmem, handle, path, start)| async move {
-        if start == range.end {
-            return Ok(None);
-        }
-        let end = range.end.min(start.saturating_add(PIECE));
-        let piece = read(&vmem, &handle, &path, start..end).await?;
-        Ok(Some((piece, (vmem, handle, path, end))))
-    })
-    .boxed()
+    let windows = vmem.reader(handle, range).into_stream();
+    windows.map_err(move |error| error::of(error, &path)).boxed()
 }
 
 /// Several parts of an object at once.
@@ -70,11 +64,13 @@ async fn read(
 /// An unnamed object that has these bytes.
 pub(crate) async fn put_unnamed(
     vmem: &VirtualMemory,
-    payload: PutPayload,
+    path: &Path,
+    payload: &PutPayload,
     home: MemoryTier,
 ) -> Result<VMemHandle> {
-    let put = vmem.put(contiguous(payload)?, home).await;
-    put.map_err(|error| error::of(error, &Path::ROOT))
+    let mut writer = vmem.writer(home);
+    write(&mut writer, path, payload).await?;
+    writer.commit().await.map_err(|error| error::of(error, path))
 }
 
 /// A named object that has these bytes.
@@ -86,29 +82,52 @@ pub(crate) async fn put_named(
     options: PutOptions,
 ) -> Result<PutResult> {
     let metadata = options.metadata.clone();
-    let put = vmem.put_named_with(name, contiguous(payload)?, options).await;
+    if payload.as_ref().len() > 1 {
+        let mut writer = vmem.writer_named(name, options);
+        write(&mut writer, path, &payload).await?;
+        return commit(vmem, writer, name, path, &metadata).await;
+    }
+    let put = vmem.put_named_with(name, Bytes::from(payload), options).await;
     let handle = put.map_err(|error| error::of(error, path))?;
     Ok(put_result(vmem, name, &handle, &metadata).await)
 }
 
-/// A named object that has the bytes of these objects, one behind the other.
-pub(crate) async fn put_joined(
+/// A payload, behind what the writer has already.
+pub(crate) async fn write(
+    writer: &mut ObjectWriter,
+    path: &Path,
+    payload: &PutPayload,
+) -> Result<()> {
+    for piece in payload {
+        writer.write_all(piece).await.map_err(|error| of_io(error, path))?;
+    }
+    Ok(())
+}
+
+/// The bytes of another object, behind what the writer has already.
+pub(crate) async fn append(
     vmem: &VirtualMemory,
+    writer: &mut ObjectWriter,
+    path: &Path,
+    part: &VMemHandle,
+) -> Result<()> {
+    let mut windows = pin!(vmem.reader(part, ..).into_stream());
+    while let Some(window) = windows.try_next().await.map_err(|error| error::of(error, path))? {
+        writer.write_all(&window).await.map_err(|error| of_io(error, path))?;
+    }
+    Ok(())
+}
+
+/// Gives the name to what was written.
+pub(crate) async fn commit(
+    vmem: &VirtualMemory,
+    writer: ObjectWriter,
     name: &str,
     path: &Path,
-    parts: &[VMemHandle],
-    options: PutOptions,
+    metadata: &Bytes,
 ) -> Result<PutResult> {
-    let len = parts.iter().try_fold(0, |sum: usize, part| sum.checked_add(part.len()));
-    let mut bytes = zeros(len.unwrap_or(usize::MAX))?;
-    let mut start = 0;
-    for part in parts {
-        let end = start + part.len();
-        let read = vmem.read_into(part, 0..part.len(), &mut bytes[start..end]).await;
-        read.map_err(|error| error::of(error, path))?;
-        start = end;
-    }
-    put_named(vmem, name, path, bytes.into(), options).await
+    let handle = writer.commit().await.map_err(|error| error::of(error, path))?;
+    Ok(put_result(vmem, name, &handle, metadata).await)
 }
 
 /// What was put, if the name still has it. Else a tag that nothing has: whoever asks for it learns
@@ -128,26 +147,20 @@ async fn put_result(
     PutResult { e_tag: Some(e_tag), version: None }
 }
 
-/// A payload in one piece; those that are one already are not copied.
-fn contiguous(payload: PutPayload) -> Result<Bytes> {
-    if payload.as_ref().len() > 1 {
-        let mut bytes = reserve(payload.content_length())?;
-        payload.iter().for_each(|piece| bytes.extend_from_slice(piece));
-        return Ok(bytes.into());
+/// What a writer says as an error of its trait.
+fn of_io(error: io::Error, path: &Path) -> object_store::Error {
+    let said = error.get_ref().and_then(|said| said.downcast_ref::<VirtualMemoryError>());
+    match said {
+        Some(said) => error::of(said.clone(), path),
+        None => error::generic(error),
     }
-    Ok(payload.into())
 }
 
-fn zeros(len: usize) -> Result<Vec<u8>> {
-    let mut bytes = reserve(len)?;
-    bytes.resize(len, 0);
-    Ok(bytes)
-}
-
-fn reserve(len: usize) -> Result<Vec<u8>, RequestError> {
+fn zeros(len: usize) -> Result<Vec<u8>, RequestError> {
     let mut bytes = Vec::new();
     let reserved = bytes.try_reserve_exact(len);
     reserved.map_err(|_| RequestError::OutOfMemory { len: len as u64 })?;
+    bytes.resize(len, 0);
     Ok(bytes)
 }
 

@@ -40,11 +40,17 @@
 //!
 //! # What is in memory meanwhile
 //!
-//! A body is read a piece of 256 KiB at a time, of one version from start to end, into memory of
-//! its own: nothing that a slow consumer keeps takes space of the store. `get_ranges` returns all
-//! its ranges at once, in memory of their own too. The parts of a multipart upload are unnamed
-//! objects on disk. To complete an upload, and to copy, takes as much memory as the object has
-//! bytes; so does a put of a payload in several pieces.
+//! Bodies come in windows, of one version from start to end, out of the reserve for streams
+//! ([`stream_capacity`]): nothing that a slow consumer keeps takes object space. Puts in pieces,
+//! copies and uploads go through windows too. Only what `get_ranges` is asked for lies in the
+//! caller's memory at once.
+//!
+//! The parts of an upload go into its object as they come in order. One that comes out of turn, or
+//! while another is written, is an unnamed object on disk until its turn, and then copied: parts
+//! that are uploaded one after the other are written once, those that are uploaded at once are
+//! mostly written twice.
+//!
+//! [`stream_capacity`]: vmem_core::VirtualMemoryConfigBuilder::stream_capacity
 //!
 //! # Errors
 //!
@@ -54,7 +60,7 @@
 //! # Layout
 //!
 //! `store`: the trait; `names`: paths and names; `attributes`: what is stored beside the bytes;
-//! `body`: bytes on their way out and in; `listing`, `upload`: the two things that go on over
+//! `body`: bytes on their way out and in; `listing`; `upload` and `parts`: what goes on over
 //! several calls; `error`.
 
 mod attributes;
@@ -62,6 +68,7 @@ mod body;
 mod error;
 mod listing;
 mod names;
+mod parts;
 mod store;
 mod upload;
 

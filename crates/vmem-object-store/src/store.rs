@@ -215,7 +215,7 @@ impl ObjectStore for Store {
             Some(handle) => {
                 // No longer than the object, whose length is a `usize`.
                 let bytes = range.start as usize..range.end as usize;
-                body::stream(self.vmem.clone(), handle, location.clone(), bytes)
+                body::stream(&self.vmem, &handle, location.clone(), bytes)
             }
         };
         let attributes = attributes::from_metadata(&entry.metadata);
@@ -267,8 +267,11 @@ impl ObjectStore for Store {
             CopyMode::Overwrite => vmem_core::PutMode::Overwrite,
             CopyMode::Create => vmem_core::PutMode::Create,
         };
-        let options = vmem_core::PutOptions::new(entry.home).metadata(entry.metadata).mode(mode);
-        body::put_joined(&self.vmem, &target, to, &[handle], options).await.map(|_| ())
+        let metadata = entry.metadata;
+        let options = vmem_core::PutOptions::new(entry.home).metadata(metadata.clone()).mode(mode);
+        let mut writer = self.vmem.writer_named(&target, options);
+        body::append(&self.vmem, &mut writer, to, &handle).await?;
+        body::commit(&self.vmem, writer, &target, to, &metadata).await.map(|_| ())
     }
 
     async fn rename_opts(&self, from: &Path, to: &Path, options: RenameOptions) -> Result<()> {

@@ -3,7 +3,7 @@
 //! Invariant: nothing of an upload has a name before it is complete, and its parts are unnamed
 //! objects, which go with the upload. Called by `store.rs`, and by users for uploads with an id.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,85 +13,85 @@ use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::{MultipartId, MultipartUpload, PutPayload, PutResult, Result, UploadPart};
 use parking_lot::Mutex;
-use vmem_core::{MemoryTier, VMemHandle};
+use vmem_core::{MemoryTier, ObjectWriter, VMemHandle};
 
 use crate::body;
 use crate::error::RequestError;
+use crate::parts::{Joined, Parts};
 use crate::store::Store;
 
 /// Where the parts of an upload are until it is complete.
 const PARTS_HOME: MemoryTier = MemoryTier::Disk;
 
-/// The parts of an upload that have arrived, by their numbers; none once it has ended.
-#[derive(Debug)]
-struct Parts(Mutex<Option<BTreeMap<usize, VMemHandle>>>);
-
-impl Parts {
-    fn new() -> Arc<Self> {
-        Arc::new(Parts(Mutex::new(Some(BTreeMap::new()))))
-    }
-
-    /// A part that was there before under this number is given up.
-    fn add(&self, part: usize, handle: VMemHandle) -> Result<(), RequestError> {
-        let mut parts = self.0.lock();
-        let before = parts.as_mut().ok_or(RequestError::NoUpload)?.insert(part, handle);
-        drop(parts);
-        drop(before);
-        Ok(())
-    }
-
-    /// The first `count` parts.
-    fn first(&self, count: usize) -> Result<Vec<VMemHandle>, RequestError> {
-        let parts = self.0.lock();
-        let parts = parts.as_ref().ok_or(RequestError::NoUpload)?;
-        let part = |part| parts.get(&part).cloned().ok_or(RequestError::PartMissing { part });
-        (0..count).map(part).collect()
-    }
-
-    /// Parts that are still on their way are given up when they arrive.
-    fn end(&self) {
-        let parts = self.0.lock().take();
-        drop(parts);
-    }
-}
-
-/// An upload that ends when it is dropped.
+/// An upload whose parts are numbered as they are announced. It ends when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Upload {
-    store: Store,
-    path: Path,
-    name: String,
-    metadata: Bytes,
+    target: Arc<Target>,
     parts: Arc<Parts>,
     /// Parts that were announced.
     count: usize,
 }
 
+/// What an upload is to become.
+#[derive(Debug)]
+struct Target {
+    store: Store,
+    path: Path,
+    name: String,
+    metadata: Bytes,
+}
+
+impl Target {
+    fn writer(&self) -> ObjectWriter {
+        let options = self.store.put_options(self.metadata.clone());
+        self.store.vmem().writer_named(&self.name, options)
+    }
+
+    async fn append(&self, joined: &mut Joined, parts: Vec<VMemHandle>) -> Result<()> {
+        for part in parts {
+            body::append(self.store.vmem(), &mut joined.writer, &self.path, &part).await?;
+            joined.count += 1;
+        }
+        Ok(())
+    }
+
+    async fn commit(&self, joined: Joined) -> Result<PutResult> {
+        let (vmem, writer) = (self.store.vmem(), joined.writer);
+        body::commit(vmem, writer, &self.name, &self.path, &self.metadata).await
+    }
+}
+
 impl Upload {
     pub(crate) fn new(store: Store, path: &Path, metadata: Bytes) -> Result<Self> {
-        let name = store.names().name(path)?;
-        Ok(Upload { store, path: path.clone(), name, metadata, parts: Parts::new(), count: 0 })
+        let (name, path) = (store.names().name(path)?, path.clone());
+        let target = Arc::new(Target { store, path, name, metadata });
+        Ok(Upload { target, parts: Parts::new(), count: 0 })
     }
 }
 
 #[async_trait]
 impl MultipartUpload for Upload {
     fn put_part(&mut self, data: PutPayload) -> UploadPart {
-        let (vmem, parts, part) = (self.store.vmem().clone(), self.parts.clone(), self.count);
+        let (target, parts, part) = (self.target.clone(), self.parts.clone(), self.count);
         self.count += 1;
         Box::pin(async move {
-            let handle = body::put_unnamed(&vmem, data, PARTS_HOME).await?;
-            Ok(parts.add(part, handle)?)
+            let Some((mut joined, before)) = parts.take_turn(part, || target.writer()) else {
+                let (vmem, path) = (target.store.vmem(), &target.path);
+                let handle = body::put_unnamed(vmem, path, &data, PARTS_HOME).await?;
+                return Ok(parts.add(part, handle)?);
+            };
+            target.append(&mut joined, before).await?;
+            body::write(&mut joined.writer, &target.path, &data).await?;
+            joined.count += 1;
+            Ok(parts.give_back(joined)?)
         })
     }
 
+    /// The upload ends with it, unless a part is missing.
     async fn complete(&mut self) -> Result<PutResult> {
-        let parts = self.parts.first(self.count)?;
-        let options = self.store.put_options(self.metadata.clone());
-        let vmem = self.store.vmem();
-        let put = body::put_joined(vmem, &self.name, &self.path, &parts, options).await?;
-        self.parts.end();
-        Ok(put)
+        let (mut joined, rest) = self.parts.finish(self.count, || self.target.writer())?;
+        self.target.append(&mut joined, rest).await?;
+        self.target.commit(joined).await
     }
 
     async fn abort(&mut self) -> Result<()> {
@@ -150,7 +150,7 @@ impl MultipartStore for Store {
         data: PutPayload,
     ) -> Result<PartId> {
         let parts = self.uploads.find(&self.names().name(path)?, id)?;
-        let handle = body::put_unnamed(self.vmem(), data, PARTS_HOME).await?;
+        let handle = body::put_unnamed(self.vmem(), path, &data, PARTS_HOME).await?;
         let content_id = handle.id().to_string();
         parts.add(part_idx, handle)?;
         Ok(PartId { content_id })
@@ -167,14 +167,17 @@ impl MultipartStore for Store {
         parts: Vec<PartId>,
     ) -> Result<PutResult> {
         let name = self.names().name(path)?;
-        let found = self.uploads.find(&name, id)?.first(parts.len())?;
+        let found = self.uploads.find(&name, id)?.arrived(parts.len())?;
         let same =
             |(handle, part): (&VMemHandle, &PartId)| handle.id().to_string() == part.content_id;
         if let Some(part) = found.iter().zip(&parts).position(|pair| !same(pair)) {
             return Err(RequestError::PartMissing { part }.into());
         }
-        let options = self.put_options(Bytes::new());
-        let put = body::put_joined(self.vmem(), &name, path, &found, options).await?;
+        let (store, path, metadata) = (self.clone(), path.clone(), Bytes::new());
+        let target = Target { store, path, name, metadata };
+        let mut joined = Joined { writer: target.writer(), count: 0 };
+        target.append(&mut joined, found).await?;
+        let put = target.commit(joined).await?;
         self.uploads.end(id);
         Ok(put)
     }
