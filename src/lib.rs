@@ -27,12 +27,25 @@
 //! # }
 //! ```
 //!
+//! # Features
+//!
+//! - `gpu` (default): the VRAM tier over CUDA, and [`gpu`]. Without it a GPU that is asked for is
+//!   `TierNotAvailable`, and [`Capabilities`] says why there is none.
+//! - `tokio-uring` (default): the disk driver [`IoDriver::TokioUring`], on Linux. Without it that
+//!   driver is `TierNotAvailable`; [`IoDriver::Auto`] has the reactor driver, also io_uring, and
+//!   blocking calls.
+//! - `serde`: a [`VirtualMemoryConfig`] is read from a file.
+//! - `dlpack`: leases become tensors for PyTorch and others; implies `gpu`.
+//! - `tokio-console`: names the tasks of migrations where `--cfg tokio_unstable` is set too.
+//!
 //! `vmem-core` decides, `vmem-io` is the disk tier, `vmem-gpu` the VRAM tier;
 //! this crate opens them together. See `docs/architecture.md` for the life of a read.
 
 pub use vmem_core::*;
+pub use vmem_io::{Verified, verify};
 
 /// Objects for kernels: leases on streams of cudarc's, whose types are re-exported.
+#[cfg(feature = "gpu")]
 pub mod gpu {
     pub use cudarc;
     #[cfg(feature = "dlpack")]
@@ -43,7 +56,9 @@ pub mod gpu {
     };
 }
 
-use vmem_core::backend::Backends;
+use std::sync::Arc;
+
+use vmem_core::backend::{Backends, DeviceBackend};
 
 /// Opens a store on this machine, inside of a tokio runtime whose timer is enabled. What of it runs
 /// in the background runs on that runtime. An I/O driver makes the fastest disk driver available
@@ -84,13 +99,7 @@ pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
 
 fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
     vmem_io::check_runtime()?;
-    let (vram, wait) = (config.vram_capacity(), config.wait_timeout());
-    let (mut devices, mut no_device) = (Vec::new(), "".into());
-    for selection in config.gpus() {
-        let opened = vmem_gpu::open_device_within(selection, vram, wait)?;
-        devices.extend(opened.device);
-        no_device = opened.reason;
-    }
+    let (devices, no_device) = open_devices(config)?;
     let (path, capacity) = (config.disk_path(), config.disk_capacity());
     let disk = vmem_io::open_disk(path, capacity, config.io_driver(), config.catalog_cache())?;
     let mut capabilities = Capabilities::new(disk.backend.describe(), no_device);
@@ -113,3 +122,29 @@ fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
         },
     )
 }
+
+/// The devices, and why there are none.
+#[cfg(feature = "gpu")]
+fn open_devices(config: &VirtualMemoryConfig) -> Result<Devices, VirtualMemoryError> {
+    let (vram, wait) = (config.vram_capacity(), config.wait_timeout());
+    let (mut devices, mut no_device) = (Vec::new(), "".into());
+    for selection in config.gpus() {
+        let opened = vmem_gpu::open_device_within(selection, vram, wait)?;
+        devices.extend(opened.device);
+        no_device = opened.reason;
+    }
+    Ok((devices, no_device))
+}
+
+/// No device, whatever the machine has.
+#[cfg(not(feature = "gpu"))]
+fn open_devices(config: &VirtualMemoryConfig) -> Result<Devices, VirtualMemoryError> {
+    let reason: Arc<str> = "this build lacks the feature `gpu`".into();
+    match config.gpus() {
+        [GpuSelection::Off] => Ok((Vec::new(), "switched off by the configuration".into())),
+        [GpuSelection::Auto] => Ok((Vec::new(), reason)),
+        _ => Err(VirtualMemoryError::TierNotAvailable { tier: MemoryTier::Vram, reason }),
+    }
+}
+
+type Devices = (Vec<Arc<dyn DeviceBackend>>, Arc<str>);

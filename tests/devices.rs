@@ -5,7 +5,7 @@
 #![allow(missing_docs, clippy::unwrap_used, unsafe_code)]
 
 mod common;
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", feature = "gpu"))]
 mod gpu;
 
 use std::sync::Arc;
@@ -186,7 +186,7 @@ async fn random_moves_between_two_devices_lose_nothing() {
     vmem.close().await.unwrap();
 }
 
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", feature = "gpu"))]
 mod emulated {
     use cudarc::driver::CudaContext;
     use vmem::gpu::{VramExt, cudarc};

@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use vmem::gpu::VramExt;
 use vmem::gpu::cudarc::driver::{CudaContext, CudaStream, result};
-use vmem::gpu::dlpack::{DLManagedTensor, DLManagedTensorVersioned, DLTensor, DlPackTensor};
 use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
 use vmem_cuda_emulator::{Emulator, Kind};
+use vmem_gpu::dlpack::{DLManagedTensor, DLManagedTensorVersioned, DLTensor, DlPackTensor};
 
 const HOST: MemoryTier = MemoryTier::Host;
 const LEN: usize = 100_000;

@@ -22,34 +22,26 @@ use common::eventually;
 use futures::FutureExt;
 use futures::executor::block_on;
 use tokio::runtime::{Builder, Runtime};
+use vmem_core::IoDriver;
 use vmem_core::backend::IoBuf;
-use vmem_io::driver::{
-    Driver, Keep, ReactorDriver, ReadPiece, RingOptions, TokioUringDriver, WriteRun, is_closed,
-};
+use vmem_io::driver::{Driver, Keep, ReadPiece, RingOptions, WriteRun, driver_over, is_closed};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Reactor,
-    TokioUring,
-}
-
-const BOTH: [Kind; 2] = [Kind::Reactor, Kind::TokioUring];
+const BOTH: [IoDriver; 2] = [IoDriver::Reactor, IoDriver::TokioUring];
 
 fn runtime() -> Runtime {
     Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
 /// A driver over a file that is really a pipe. `None` where io_uring is not to be had.
-fn driver(kind: Kind, runtime: &Runtime, fd: OwnedFd, queue_max: usize) -> Option<Box<dyn Driver>> {
+fn driver(
+    kind: IoDriver,
+    runtime: &Runtime,
+    fd: OwnedFd,
+    queue_max: usize,
+) -> Option<Arc<dyn Driver>> {
     let _inside = runtime.enter();
     let options = RingOptions { queue_max, ..Default::default() };
-    let file = File::from(fd);
-    let made: io::Result<Box<dyn Driver>> = match kind {
-        Kind::Reactor => ReactorDriver::new(file, options).map(|driver| Box::new(driver) as _),
-        Kind::TokioUring => {
-            TokioUringDriver::new(file, options).map(|driver| Box::new(driver) as _)
-        }
-    };
+    let made = driver_over(kind, File::from(fd), options);
     match made {
         Ok(driver) => Some(driver),
         Err(error) => {
@@ -183,8 +175,8 @@ fn a_future_outlives_the_runtime_of_its_driver() {
         // The reactor driver needs its runtime and says so; the other one goes on.
         let (buf, _, result) = block_on(late);
         match kind {
-            Kind::Reactor => assert!(is_closed(&result.unwrap_err()) && buf.len() == 3),
-            Kind::TokioUring => assert_eq!((result.is_ok(), &buf[..]), (true, &b"def"[..])),
+            IoDriver::Reactor => assert!(is_closed(&result.unwrap_err()) && buf.len() == 3),
+            _ => assert_eq!((result.is_ok(), &buf[..]), (true, &b"def"[..])),
         }
     }
 }

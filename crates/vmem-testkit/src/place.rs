@@ -13,10 +13,7 @@ use seccompiler::{
     SeccompRule,
 };
 use vmem_core::IoDriver;
-use vmem_io::driver::{
-    Alignment, BlockingDriver, BlockingOptions, Driver, ReactorDriver, RingOptions,
-    TokioUringDriver,
-};
+use vmem_io::driver::{Alignment, Driver, RingOptions, driver_over};
 
 /// The variable that names the driver of a test run, in the words of [`IoDriver`].
 pub const DRIVER_VARIABLE: &str = "VMEM_TEST_DRIVER";
@@ -45,15 +42,10 @@ pub fn real_driver(kind: IoDriver, directory: &Path) -> io::Result<Arc<dyn Drive
     let alignment = Alignment::probe(&file, &scratch()?).unwrap_or(Alignment::NONE);
     let options = RingOptions { alignment, ..Default::default() };
     match kind {
-        IoDriver::Reactor => Ok(Arc::new(ReactorDriver::new(file, options)?)),
-        IoDriver::TokioUring => Ok(Arc::new(TokioUringDriver::new(file, options)?)),
-        IoDriver::Blocking => {
-            let options = BlockingOptions { alignment, ..Default::default() };
-            Ok(Arc::new(BlockingDriver::new(file, options)))
-        }
-        _ => real_driver(IoDriver::Reactor, directory)
+        IoDriver::Auto => real_driver(IoDriver::Reactor, directory)
             .or_else(|_| real_driver(IoDriver::TokioUring, directory))
             .or_else(|_| real_driver(IoDriver::Blocking, directory)),
+        kind => driver_over(kind, file, options),
     }
 }
 

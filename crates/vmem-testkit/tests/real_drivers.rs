@@ -10,23 +10,19 @@ use std::io;
 use std::sync::Arc;
 
 use tokio::runtime::{Builder, Runtime};
+use vmem_core::IoDriver;
 use vmem_io::DiskTier;
-use vmem_io::driver::{
-    Alignment, BlockingDriver, BlockingOptions, Driver, ReactorDriver, RingOptions,
-    TokioUringDriver,
-};
+use vmem_io::driver::{Alignment, Driver, RingOptions, driver_over};
 use vmem_testkit::Seed;
 use vmem_testkit::conformance::{disk, driver};
 
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    Reactor,
-    TokioUring,
-    Blocking,
-}
-
 /// A driver over a new, empty file.
-fn make(kind: Kind, direct: bool, rings: usize, queue_max: usize) -> io::Result<Arc<dyn Driver>> {
+fn make(
+    kind: IoDriver,
+    direct: bool,
+    rings: usize,
+    queue_max: usize,
+) -> io::Result<Arc<dyn Driver>> {
     let scratch = || -> io::Result<File> { tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")) };
     let file = scratch()?;
     let alignment = match direct {
@@ -34,14 +30,7 @@ fn make(kind: Kind, direct: bool, rings: usize, queue_max: usize) -> io::Result<
         false => Alignment::NONE,
     };
     let options = RingOptions { alignment, rings, queue_max, ..Default::default() };
-    Ok(match kind {
-        Kind::Reactor => Arc::new(ReactorDriver::new(file, options)?),
-        Kind::TokioUring => Arc::new(TokioUringDriver::new(file, options)?),
-        Kind::Blocking => {
-            let options = BlockingOptions { alignment, queue_max, ..Default::default() };
-            Arc::new(BlockingDriver::new(file, options))
-        }
-    })
+    driver_over(kind, file, options)
 }
 
 fn runtime(threads: usize) -> Runtime {
@@ -55,7 +44,7 @@ fn runtime(threads: usize) -> Runtime {
 /// Calls `check` with each variant that is to be had.
 fn variants(check: impl Fn(&Runtime, &dyn Fn() -> Arc<dyn Driver>)) {
     let mut tried = 0;
-    for kind in [Kind::Reactor, Kind::TokioUring, Kind::Blocking] {
+    for kind in [IoDriver::Reactor, IoDriver::TokioUring, IoDriver::Blocking] {
         for (direct, threads, rings, queue_max) in
             [(true, 2, 2, 256), (true, 1, 1, 16), (false, 2, 1, 256), (false, 1, 3, 16)]
         {

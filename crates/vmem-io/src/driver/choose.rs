@@ -11,7 +11,7 @@ use std::thread::available_parallelism;
 use vmem_core::{IoDriver, MemoryTier, VirtualMemoryError};
 
 use super::direct::Alignment;
-use super::{BlockingDriver, BlockingOptions, Driver};
+use super::{BlockingDriver, BlockingOptions, Driver, RingOptions};
 use crate::directory::StoreDirectory;
 
 /// The driver of a store, and why not another one.
@@ -98,35 +98,83 @@ fn make(
     alignment: Alignment,
     block_bytes: u32,
 ) -> io::Result<Arc<dyn Driver>> {
-    #[cfg(target_os = "linux")]
-    use super::{RingOptions, reactor, tokio_uring};
     if alignment.is_direct() {
         super::direct::set_direct(&trial, true)?;
     }
+    prove(kind, trial, alignment)?;
     let cores = available_parallelism().map_or(1, usize::from);
+    let rings = match kind {
+        IoDriver::Reactor => cores.min(8),
+        _ => (cores / 2).clamp(1, 4),
+    };
+    driver_over(kind, data, RingOptions { alignment, rings, block_bytes, ..Default::default() })
+}
+
+/// Moves bytes of `trial` by a ring, where the driver has rings.
+#[cfg(target_os = "linux")]
+fn prove(kind: IoDriver, trial: File, alignment: Alignment) -> io::Result<()> {
     match kind {
-        #[cfg(target_os = "linux")]
-        IoDriver::Reactor => {
-            reactor::prove(trial, alignment)?;
-            let rings = cores.min(8);
-            let options = RingOptions { alignment, rings, block_bytes, ..Default::default() };
-            Ok(Arc::new(super::ReactorDriver::new(data, options)?))
-        }
-        #[cfg(target_os = "linux")]
+        IoDriver::Reactor => super::reactor::prove(trial, alignment),
+        #[cfg(feature = "tokio-uring")]
         IoDriver::TokioUring => {
             // A bare ring first: where submission is denied, tokio-uring waits for ever.
-            reactor::prove(trial.try_clone()?, alignment)?;
+            super::reactor::prove(trial.try_clone()?, alignment)?;
             trial.set_len(0)?;
-            tokio_uring::prove(trial, alignment)?;
-            let rings = (cores / 2).clamp(1, 4);
-            let options = RingOptions { alignment, rings, block_bytes, ..Default::default() };
-            Ok(Arc::new(super::TokioUringDriver::new(data, options)?))
+            super::tokio_uring::prove(trial, alignment)
         }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn prove(_kind: IoDriver, _trial: File, _alignment: Alignment) -> io::Result<()> {
+    Ok(())
+}
+
+/// The driver of this kind over `file`, which it owns from now on. The reactor driver needs the
+/// runtime that it is made in; the blocking one has no rings and takes the other options.
+///
+/// # Errors
+///
+/// What the machine refuses; [`Unsupported`](io::ErrorKind::Unsupported) for a driver that this
+/// build lacks, and for `Auto`, which asks for a trial.
+///
+/// ```
+/// use vmem_core::IoDriver;
+/// use vmem_io::driver::{RingOptions, driver_over};
+///
+/// let driver = driver_over(IoDriver::Blocking, tempfile::tempfile()?, RingOptions::default())?;
+/// assert!(driver.describe().contains("blocking"));
+/// # Ok::<(), std::io::Error>(())
+/// ```
+pub fn driver_over(
+    kind: IoDriver,
+    file: File,
+    options: RingOptions,
+) -> io::Result<Arc<dyn Driver>> {
+    match kind {
+        #[cfg(target_os = "linux")]
+        IoDriver::Reactor => Ok(Arc::new(super::ReactorDriver::new(file, options)?)),
+        #[cfg(all(target_os = "linux", feature = "tokio-uring"))]
+        IoDriver::TokioUring => Ok(Arc::new(super::TokioUringDriver::new(file, options)?)),
         IoDriver::Blocking => {
-            let options = BlockingOptions { alignment, block_bytes, ..Default::default() };
-            Ok(Arc::new(BlockingDriver::new(data, options)))
+            let RingOptions { queue_max, alignment, block_bytes, .. } = options;
+            let threads = BlockingOptions::default();
+            let options = BlockingOptions { queue_max, alignment, block_bytes, ..threads };
+            Ok(Arc::new(BlockingDriver::new(file, options)))
         }
-        _ => Err(io::ErrorKind::Unsupported.into()),
+        missing => Err(io::Error::new(io::ErrorKind::Unsupported, lacks(missing))),
+    }
+}
+
+/// Why this build has no driver of this kind.
+fn lacks(kind: IoDriver) -> &'static str {
+    match kind {
+        IoDriver::TokioUring if cfg!(target_os = "linux") => {
+            "this build lacks the feature `tokio-uring`"
+        }
+        IoDriver::TokioUring | IoDriver::Reactor => "io_uring is of Linux alone",
+        _ => "it is no driver of its own",
     }
 }
 

@@ -16,7 +16,7 @@ mod memory;
 mod queued;
 #[cfg(target_os = "linux")]
 mod reactor;
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", feature = "tokio-uring"))]
 mod tokio_uring;
 
 use std::any::Any;
@@ -31,12 +31,13 @@ use futures::future::BoxFuture;
 use vmem_core::backend::{Clock, IoBuf, StagingMemory};
 
 pub use blocking::{BlockingDriver, BlockingOptions};
+pub use choose::driver_over;
 pub(crate) use choose::{Chosen, choose};
 pub use direct::Alignment;
 pub use file::PositionalFile;
 #[cfg(target_os = "linux")]
 pub use reactor::ReactorDriver;
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", feature = "tokio-uring"))]
 pub use tokio_uring::TokioUringDriver;
 
 /// Positional I/O on one file.

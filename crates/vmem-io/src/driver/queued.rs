@@ -56,7 +56,7 @@ pub trait Engine: fmt::Debug + Send + Sync + 'static {
 
 /// A driver made of an engine and the queue in front of it; named by the aliases
 /// [`BlockingDriver`](super::BlockingDriver), [`ReactorDriver`](super::ReactorDriver) and
-/// [`TokioUringDriver`](super::TokioUringDriver).
+/// `TokioUringDriver`.
 pub struct Queued<E: Engine> {
     core: Arc<Core<E>>,
     bounds: Bounds,

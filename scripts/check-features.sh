@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Checks every combination of features that makes sense, that a build without a feature has none of its
+# crates, and runs the tests of what a build offers in the smallest one. Some minutes at most: the
+# combinations share what they stand on.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# check ARGUMENT...: warnings too, with these features.
+check() {
+    printf -- '--- %s\n' "$*"
+    cargo clippy --quiet "$@" -- -D warnings
+}
+
+for features in "" gpu tokio-uring serde dlpack tokio-console gpu,serde tokio-uring,serde; do
+    check --package vmem --no-default-features --features "$features"
+done
+check --package vmem --all-features
+for crate in vmem-io vmem-core vmem-gpu; do
+    check --package "$crate" --no-default-features
+    check --package "$crate" --all-features
+done
+check --package vmem --no-default-features --tests --examples
+
+# lacks CRATE FEATURES: no such crate stands below vmem with these features.
+lacks() {
+    if cargo tree --package vmem --edges normal --no-default-features --features "$2" --prefix none |
+        grep -E "^($1) "; then
+        echo "vmem stands on $1 with no feature but '$2'" >&2
+        return 1
+    fi
+}
+lacks 'cudarc|vmem-gpu|libloading|dlpack-rs|tokio-uring|serde' ""
+lacks 'cudarc|vmem-gpu|libloading|dlpack-rs' tokio-uring,serde
+lacks 'tokio-uring' gpu,dlpack,serde
+
+cargo test --package vmem --no-default-features --test features --test config_file
