@@ -100,17 +100,20 @@ pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
 fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
     vmem_io::check_runtime()?;
     let (devices, no_device) = open_devices(config)?;
-    let (path, capacity) = (config.disk_path(), config.disk_capacity());
-    let disk = vmem_io::open_disk(path, capacity, config.io_driver(), config.catalog_cache())?;
+    let host_capacity_bytes = host_capacity_bytes(config)?;
+    let disk = vmem_io::open_disk_with(vmem_io::DiskOptions {
+        path: config.disk_path(),
+        allow_foreign_files: config.allow_foreign_files(),
+        capacity: config.disk_budget(),
+        driver: config.io_driver(),
+        catalog_cache: config.catalog_cache(),
+    })?;
     let mut capabilities = Capabilities::new(disk.backend.describe(), no_device);
     capabilities.disk_driver = Some(disk.driver);
     capabilities.disk_direct = disk.direct;
     capabilities.disk_notes = disk.notes;
     capabilities.disk_path = Some(disk.path);
     capabilities.disk_is_tmpfs = disk.tmpfs;
-    let host_capacity_bytes = config
-        .host_capacity()
-        .unwrap_or_else(|| (vmem_io::memory_limit_bytes() / 4).max(HOST_CAPACITY_MIN));
     VirtualMemory::with_backends(
         config,
         Backends {
@@ -123,10 +126,24 @@ fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
     )
 }
 
+fn host_capacity_bytes(config: &VirtualMemoryConfig) -> Result<u64, VirtualMemoryError> {
+    if let Some(bytes) = config.host_capacity() {
+        return Ok(bytes);
+    }
+    let (budget, limit) = (config.host_budget(), vmem_io::memory_limit_bytes());
+    let bytes = budget.resolve("host_capacity", limit, || (limit / 4).max(HOST_CAPACITY_MIN))?;
+    if bytes < HOST_CAPACITY_MIN {
+        let reason = format!("at least {HOST_CAPACITY_MIN}, and {budget} of {limit} are {bytes}");
+        let field = "host_capacity";
+        return Err(VirtualMemoryError::InvalidConfig { field, reason: reason.into() });
+    }
+    Ok(bytes)
+}
+
 /// The devices, and why there are none.
 #[cfg(feature = "gpu")]
 fn open_devices(config: &VirtualMemoryConfig) -> Result<Devices, VirtualMemoryError> {
-    let (vram, wait) = (config.vram_capacity(), config.wait_timeout());
+    let (vram, wait) = (config.vram_budget(), config.wait_timeout());
     let (mut devices, mut no_device) = (Vec::new(), "".into());
     for selection in config.gpus() {
         let opened = vmem_gpu::open_device_within(selection, vram, wait)?;

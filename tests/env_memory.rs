@@ -82,6 +82,10 @@ fn child_in_a_nested_group() {
         }
         drop(objects);
         vmem.close().await.unwrap();
+        let half = VirtualMemoryConfig::builder().disk_capacity(512 * MIB).host_percent(50.0);
+        let vmem = vmem::open(half.build().unwrap()).await.unwrap();
+        assert_eq!(vmem.config().host_capacity(), Some(LIMIT / 2));
+        vmem.close().await.unwrap();
     });
     println!("reached the end");
 }

@@ -21,6 +21,7 @@ fn refused_values_are_told_what_would_do() {
         ("catalog_cache = \"1 GiBi\"", size),
         ("vram_capacity = \"\"", size),
         ("staging_capacity = \"-1\"", size),
+        ("host_capacity = \"25 per cent\"", "or a percentage, such as \"25%\""),
         ("[gpu]", "\"auto\", \"off\", an ordinal such as 0, or a UUID"),
         ("gpu = -1", "\"auto\", \"off\", an ordinal such as 0, or a UUID"),
         ("gpu = \"none\"", "\"auto\", \"off\", an ordinal such as 0, or a UUID"),

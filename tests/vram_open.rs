@@ -79,3 +79,22 @@ async fn a_store_without_vram_says_why() {
     vmem.close().await.unwrap();
     assert_eq!(emulator.violations(), [""; 0]);
 }
+
+#[tokio::test]
+async fn a_percentage_of_device_memory_is_of_what_is_free() {
+    let _emulator = Emulator::load().unwrap();
+    let default = vmem::open(config().build().unwrap()).await.unwrap();
+    let three_quarters = default.stats().vram.capacity_bytes;
+    assert_eq!(default.config().vram_capacity(), Some(three_quarters));
+    default.close().await.unwrap();
+    let vmem = vmem::open(config().vram_percent(37.5).build().unwrap()).await.unwrap();
+    let half = vmem.stats().vram.capacity_bytes;
+    // Rounded down to what device memory is taken in.
+    assert!(half <= three_quarters / 2 && half + (1 << 20) > three_quarters / 2, "{half}");
+    assert_eq!(vmem.config().vram_capacity(), Some(half));
+    assert_eq!(vmem.config().gpus(), [GpuSelection::Auto]);
+    vmem.close().await.unwrap();
+    let off = vmem::open(config().gpu(GpuSelection::Off).build().unwrap()).await.unwrap();
+    assert_eq!(off.config().gpus(), [GpuSelection::Off]);
+    off.close().await.unwrap();
+}

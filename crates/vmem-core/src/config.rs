@@ -4,10 +4,15 @@
 //! names the field. What depends on the machine (free memory, free space) is left open here and
 //! filled in when the store opens. Called by users; read by the facade and by `Shared`.
 
+mod budget;
 mod choices;
 #[cfg(feature = "serde")]
 mod file;
+#[cfg(feature = "serde")]
+mod write;
 
+pub use budget::Budget;
+pub(crate) use budget::Effective;
 pub use choices::{GpuSelection, IoDriver, Promotion};
 
 use std::path::{Path, PathBuf};
@@ -23,6 +28,8 @@ pub const STAGING_CAPACITY_MAX: u64 = 256 * 1024 * 1024;
 /// The least `staging_capacity`, in bytes.
 pub const STAGING_CAPACITY_MIN: u64 = 128 * 1024;
 
+/// The least `stream_capacity`, in bytes.
+pub const STREAM_CAPACITY_MIN: u64 = 64 * 1024;
 /// The default of `stream_capacity` is a sixteenth of `host_capacity`, and at most this, in bytes.
 pub const STREAM_CAPACITY_MAX: u64 = 64 * 1024 * 1024;
 
@@ -31,18 +38,20 @@ pub const GPUS_MAX: usize = 32;
 
 /// A valid configuration. Sizes are bytes.
 ///
-/// With the feature `serde` it is read from a file: the fields have the names of the builder's
-/// setters. An unknown field is an error.
+/// With the feature `serde` it is read from a file, and written to one: the fields have the names
+/// of the builder's setters. An unknown field is an error.
 ///
-/// - `disk_path`: text, the path of a directory.
-/// - `host_capacity`, `staging_capacity`, `stream_capacity`, `disk_capacity`, `vram_capacity`, `catalog_cache`: a
-///   number of bytes, or text such as `"512MiB"` or `"1.5 GB"`, with the units B, kB, MB, GB, TB,
-///   PB, EB (powers of 1000) and KiB, MiB, GiB, TiB, PiB, EiB (powers of 1024).
+/// - `disk_path`: text, the path of a directory. `allow_foreign_files`: `true` or `false`.
+/// - `host_capacity`, `disk_capacity`, `vram_capacity`: a number of bytes, or text such as
+///   `"512MiB"` or `"1.5 GB"`, with the units B, kB, MB, GB, TB, PB, EB (powers of 1000) and KiB,
+///   MiB, GiB, TiB, PiB, EiB (powers of 1024); or a percentage such as `"25%"`, as
+///   [`host_percent`](VirtualMemoryConfigBuilder::host_percent) and its siblings say.
+/// - `staging_capacity`, `stream_capacity`, `catalog_cache`: the same, without percentages.
 /// - `gpu`: `"auto"`, `"off"`, an ordinal such as `0`, or text with the UUID of a device; or
 ///   `gpus`, a list of ordinals and UUIDs.
 /// - `io_driver`: `"auto"`, `"reactor"`, `"tokio-uring"` or `"blocking"`.
 /// - `watermarks`: two numbers, low and high. `max_pinned`: a number.
-/// - `policy`: a word that [`PolicyKind`](crate::PolicyKind) parses.
+/// - `policy`: `"lru"`, `"sieve"`, or `"s3-fifo"`, also written `"s3fifo"`.
 /// - `promotion`: the number of the read, from 1 on, or `"never"`.
 /// - `wait_timeout`: text such as `"30s"`, `"1m 30s"` or `"250ms"`.
 ///
@@ -75,9 +84,14 @@ impl VirtualMemoryConfig {
         self.fields.disk_path.as_deref()
     }
 
-    /// Host memory, staging included, if it was given.
+    /// Whether that directory may hold files of others.
+    pub fn allow_foreign_files(&self) -> bool {
+        self.fields.allow_foreign_files
+    }
+
+    /// Host memory, staging included, if it was given in bytes.
     pub fn host_capacity(&self) -> Option<u64> {
-        self.fields.host_capacity
+        self.fields.host_capacity.bytes()
     }
 
     /// Staging memory, if it was given.
@@ -90,14 +104,14 @@ impl VirtualMemoryConfig {
         self.fields.stream_capacity
     }
 
-    /// Space of the data file, if it was given.
+    /// Space of the data file, if it was given in bytes.
     pub fn disk_capacity(&self) -> Option<u64> {
-        self.fields.disk_capacity
+        self.fields.disk_capacity.bytes()
     }
 
-    /// Device memory, if it was given.
+    /// Device memory, if it was given in bytes.
     pub fn vram_capacity(&self) -> Option<u64> {
-        self.fields.vram_capacity
+        self.fields.vram_capacity.bytes()
     }
 
     /// Which GPU.
@@ -145,11 +159,12 @@ impl VirtualMemoryConfig {
 #[derive(Clone, Debug)]
 pub struct VirtualMemoryConfigBuilder {
     disk_path: Option<PathBuf>,
-    host_capacity: Option<u64>,
+    allow_foreign_files: bool,
+    host_capacity: Budget,
     staging_capacity: Option<u64>,
     stream_capacity: Option<u64>,
-    disk_capacity: Option<u64>,
-    vram_capacity: Option<u64>,
+    disk_capacity: Budget,
+    vram_capacity: Budget,
     gpus: Vec<GpuSelection>,
     io_driver: IoDriver,
     watermarks: (f64, f64),
@@ -164,11 +179,12 @@ impl Default for VirtualMemoryConfigBuilder {
     fn default() -> Self {
         VirtualMemoryConfigBuilder {
             disk_path: None,
-            host_capacity: None,
+            allow_foreign_files: false,
+            host_capacity: Budget::Default,
             staging_capacity: None,
             stream_capacity: None,
-            disk_capacity: None,
-            vram_capacity: None,
+            disk_capacity: Budget::Default,
+            vram_capacity: Budget::Default,
             gpus: vec![GpuSelection::default()],
             io_driver: IoDriver::default(),
             watermarks: (0.85, 0.95),
@@ -191,11 +207,18 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
+    /// Takes a directory that holds files of others and no store, which is refused otherwise, since
+    /// it is the wrong one more often than not. They are left alone. Default: false.
+    pub fn allow_foreign_files(mut self, allow: bool) -> Self {
+        self.allow_foreign_files = allow;
+        self
+    }
+
     /// Host memory in bytes, staging included; at least [`HOST_CAPACITY_MIN`].
     /// Default: a quarter of the smallest of RAM and the memory limits of the process's control
     /// groups, from its own up to the root.
     pub fn host_capacity(mut self, bytes: u64) -> Self {
-        self.host_capacity = Some(bytes);
+        self.host_capacity = Budget::Bytes(bytes);
         self
     }
 
@@ -210,7 +233,8 @@ impl VirtualMemoryConfigBuilder {
     /// Memory in bytes, beside `host_capacity`, for what readers and writers of streams have taken
     /// in and their peers not yet: see [`VirtualMemory::reader`](crate::VirtualMemory::reader). One
     /// window gets at most a quarter of what is free. A stream waits for none: where nothing is
-    /// left a reader goes on with 4 KiB, and a writer with 64 KiB, beyond it. At least 64 KiB.
+    /// left a reader goes on with 4 KiB, and a writer with 64 KiB, beyond it. At least
+    /// [`STREAM_CAPACITY_MIN`].
     /// Default: a sixteenth of `host_capacity`, at most [`STREAM_CAPACITY_MAX`].
     pub fn stream_capacity(mut self, bytes: u64) -> Self {
         self.stream_capacity = Some(bytes);
@@ -220,13 +244,13 @@ impl VirtualMemoryConfigBuilder {
     /// Space of the data file in bytes. Default: half of what is free in its file system; in a
     /// tmpfs at most a quarter of the memory that the process may have.
     pub fn disk_capacity(mut self, bytes: u64) -> Self {
-        self.disk_capacity = Some(bytes);
+        self.disk_capacity = Budget::Bytes(bytes);
         self
     }
 
     /// Memory of each device in bytes. Default: three quarters of what is free on it.
     pub fn vram_capacity(mut self, bytes: u64) -> Self {
-        self.vram_capacity = Some(bytes);
+        self.vram_capacity = Budget::Bytes(bytes);
         self
     }
 
@@ -333,13 +357,13 @@ impl VirtualMemoryConfigBuilder {
     }
 
     fn check_capacities(&self) -> Result<(), VirtualMemoryError> {
-        at_least("host_capacity", self.host_capacity, HOST_CAPACITY_MIN)?;
+        self.host_capacity.check("host_capacity", HOST_CAPACITY_MIN)?;
         at_least("staging_capacity", self.staging_capacity, STAGING_CAPACITY_MIN)?;
-        at_least("stream_capacity", self.stream_capacity, 64 << 10)?;
-        at_least("disk_capacity", self.disk_capacity, 1)?;
-        at_least("vram_capacity", self.vram_capacity, 1)?;
+        at_least("stream_capacity", self.stream_capacity, STREAM_CAPACITY_MIN)?;
+        self.disk_capacity.check("disk_capacity", 1)?;
+        self.vram_capacity.check("vram_capacity", 1)?;
         at_least("catalog_cache", Some(self.catalog_cache), 64 << 10)?;
-        match (self.staging_capacity, self.host_capacity) {
+        match (self.staging_capacity, self.host_capacity.bytes()) {
             (Some(staging), Some(host)) if staging >= host => {
                 let reason = format!("{staging} leaves nothing of host_capacity {host}");
                 refuse("staging_capacity", reason)
@@ -370,5 +394,5 @@ pub(crate) fn default_staging(host_capacity: u64) -> u64 {
 
 /// Memory for streams that a store with this much host memory gets when none was asked for, in bytes.
 pub(crate) fn default_streams(host_capacity: u64) -> u64 {
-    (host_capacity / 16).min(STREAM_CAPACITY_MAX)
+    (host_capacity / 16).clamp(STREAM_CAPACITY_MIN, STREAM_CAPACITY_MAX)
 }

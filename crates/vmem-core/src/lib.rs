@@ -50,8 +50,9 @@ mod windows;
 
 pub use capabilities::Capabilities;
 pub use config::{
-    GPUS_MAX, GpuSelection, HOST_CAPACITY_MIN, IoDriver, Promotion, STAGING_CAPACITY_MAX,
-    STAGING_CAPACITY_MIN, STREAM_CAPACITY_MAX, VirtualMemoryConfig, VirtualMemoryConfigBuilder,
+    Budget, GPUS_MAX, GpuSelection, HOST_CAPACITY_MIN, IoDriver, Promotion, STAGING_CAPACITY_MAX,
+    STAGING_CAPACITY_MIN, STREAM_CAPACITY_MAX, STREAM_CAPACITY_MIN, VirtualMemoryConfig,
+    VirtualMemoryConfigBuilder,
 };
 pub use error::VirtualMemoryError;
 pub use events::{MigrationCause, MigrationEvent};

@@ -13,8 +13,11 @@ use std::num::NonZeroU8;
 /// serve a kernel on another.
 ///
 /// ```
-/// use vmem_core::MemoryTier;
+/// use vmem::MemoryTier;
 ///
+/// for word in ["vram", "vram:1", "host", "disk"] {
+///     assert_eq!(word.parse::<MemoryTier>().unwrap().to_string(), word);
+/// }
 /// assert!(MemoryTier::Vram.is_faster_than(MemoryTier::Host));
 /// assert_eq!("host".parse::<MemoryTier>().unwrap(), MemoryTier::Host);
 ///

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use parking_lot::Mutex;
+use vmem_core::Budget;
 use vmem_core::backend::{DeviceError, ObjectSpace, Part, Registrar, StagingMemory};
 
 use crate::event::EventPool;
@@ -91,7 +92,7 @@ impl Card {
     /// What the driver says, in words.
     pub(crate) fn open(
         ordinal: usize,
-        capacity: Option<u64>,
+        budget: Budget,
         lost: Lost,
         separate: bool,
     ) -> Result<Arc<Self>, String> {
@@ -102,9 +103,12 @@ impl Card {
         unsafe { context.disable_event_tracking() };
         relax_capture().map_err(|error| told("exchanging the capture mode", error))?;
         let (free, _) = result::mem_get_info().map_err(|error| told("asking for memory", error))?;
-        let mut wanted = capacity.unwrap_or(free as u64 / 4 * 3).min(free as u64) / UNIT * UNIT;
+        let three_quarters = || free as u64 / 4 * 3;
+        let wanted = budget.resolve("vram_capacity", free as u64, three_quarters);
+        let mut wanted = wanted.map_err(|error| error.to_string())?.min(free as u64) / UNIT * UNIT;
         let events = EventPool::new(context.clone());
-        let least = CAPACITY_MIN.min(capacity.unwrap_or(u64::MAX)) / UNIT * UNIT;
+        let asked = budget.bytes().or(budget.percent().map(|_| wanted));
+        let least = CAPACITY_MIN.min(asked.unwrap_or(u64::MAX)) / UNIT * UNIT;
         loop {
             if wanted < least.max(UNIT) {
                 return Err(format!("the device has {free} bytes free, which is too little"));

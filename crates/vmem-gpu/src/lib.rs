@@ -42,7 +42,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vmem_core::backend::DeviceBackend;
-use vmem_core::{GpuSelection, MemoryTier, VirtualMemoryError};
+use vmem_core::{Budget, GpuSelection, MemoryTier, VirtualMemoryError};
 
 use crate::card::Listed;
 pub use crate::ext::VramExt;
@@ -84,7 +84,7 @@ pub fn open_device(
     selection: &GpuSelection,
     capacity: Option<u64>,
 ) -> Result<Opened, VirtualMemoryError> {
-    open_device_within(selection, capacity, WAIT_TIMEOUT)
+    open_device_within(selection, capacity.into(), WAIT_TIMEOUT)
 }
 
 /// As [`open_device`], for a store of which no call waits longer than `wait_timeout` for others.
@@ -95,7 +95,7 @@ pub fn open_device(
 /// As [`open_device`].
 pub fn open_device_within(
     selection: &GpuSelection,
-    capacity: Option<u64>,
+    budget: Budget,
     wait_timeout: Duration,
 ) -> Result<Opened, VirtualMemoryError> {
     if *selection == GpuSelection::Off {
@@ -105,7 +105,7 @@ pub fn open_device_within(
     let runtime = tokio::runtime::Handle::try_current().ok();
     let settings = Settings { wait_timeout, runtime };
     // A thread of its own: the context of whoever calls stays what it is.
-    let opening = std::thread::spawn(move || find_and_open(&selected, capacity, settings));
+    let opening = std::thread::spawn(move || find_and_open(&selected, budget, settings));
     let opened = opening.join().unwrap_or_else(|_| Err("the CUDA driver panicked".to_owned()));
     match (opened, selection) {
         (Ok(tier), _) => Ok(Opened { device: Some(tier), reason: "".into() }),
@@ -119,14 +119,14 @@ pub fn open_device_within(
 
 fn find_and_open(
     selection: &GpuSelection,
-    capacity: Option<u64>,
+    budget: Budget,
     settings: Settings,
 ) -> Result<Arc<CudaTier>, String> {
     probe::find_driver()?;
     let devices = probe::guarded(card::list)?;
     let Listed { ordinal, name, .. } = select(&devices, selection)?;
     let (ordinal, name) = (*ordinal, name.clone());
-    probe::guarded(move || CudaTier::open(ordinal, &name, capacity, settings))
+    probe::guarded(move || CudaTier::open(ordinal, &name, budget, settings))
 }
 
 fn select<'a>(devices: &'a [Listed], selection: &GpuSelection) -> Result<&'a Listed, String> {

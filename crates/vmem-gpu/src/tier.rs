@@ -22,7 +22,7 @@ use vmem_core::backend::{
     RangeLedger, RangeOwner, StagingMemory,
 };
 
-use vmem_core::{MemoryTier, VirtualMemoryError};
+use vmem_core::{Budget, MemoryTier, VirtualMemoryError};
 
 use crate::call::{Call, Foreign};
 use crate::card::{Card, UNIT};
@@ -89,12 +89,12 @@ impl CudaTier {
     pub(crate) fn open(
         ordinal: usize,
         name: &str,
-        capacity: Option<u64>,
+        budget: Budget,
         settings: Settings,
     ) -> Result<Arc<Self>, String> {
         let lost = Lost::default();
         let separate = std::env::var_os(ALLOCATIONS).is_some_and(|value| value == "separate");
-        let card = Card::open(ordinal, capacity, lost.clone(), separate)?;
+        let card = Card::open(ordinal, budget, lost.clone(), separate)?;
         let up = Lane::start("vmem-gpu-up", card.clone())?;
         let down = Lane::start("vmem-gpu-down", card.clone())?;
         let side = Lane::start("vmem-gpu-side", card.clone())?;

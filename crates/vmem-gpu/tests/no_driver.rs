@@ -20,6 +20,10 @@ fn child() {
     let opened = open_device(&GpuSelection::Auto, None).unwrap();
     assert!(opened.device.is_none());
     assert!(opened.reason.contains(&expected), "{}", opened.reason);
+    // It says what failed with which file, and nothing of that twice.
+    assert!(!opened.reason.contains("dlopen failed"), "{}", opened.reason);
+    let causes: Vec<_> = opened.reason.split("; ").collect();
+    assert!(causes.iter().all(|one| causes.iter().filter(|other| one == *other).count() == 1));
     let error = open_device(&GpuSelection::Device(0), None).unwrap_err();
     assert!(matches!(error, VirtualMemoryError::TierNotAvailable { .. }), "{error:?}");
     assert!(error.to_string().contains(&expected), "{error}");

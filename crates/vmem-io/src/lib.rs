@@ -28,7 +28,7 @@ mod verify;
 
 pub use directory::{CATALOG_FILE, DATA_FILE, LOCK_FILE, StoreDirectory};
 pub use machine::memory_limit_bytes;
-pub use open::{OpenedDisk, open_disk};
+pub use open::{DiskOptions, OpenedDisk, open_disk, open_disk_with};
 pub use runtime::{check_runtime, current_runtime};
 pub use tier::{DiskTier, Taken};
 pub use verify::{Verified, verify};

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vmem_core::backend::{CHUNK_BYTES, Catalog, DiskBackend};
-use vmem_core::{IoDriver, VirtualMemoryError};
+use vmem_core::{Budget, IoDriver, VirtualMemoryError};
 
 use crate::catalog::NameCatalog;
 use crate::directory::StoreDirectory;
@@ -40,18 +40,27 @@ pub struct OpenedDisk {
     pub notes: Vec<Arc<str>>,
 }
 
-/// Opens the disk tier in a directory, or in a private temporary one, with a budget in bytes; by
-/// default half of what the file system has free, and where it lies in memory (tmpfs) at most a
-/// quarter of [`memory_limit_bytes`](crate::memory_limit_bytes). The catalog of names keeps at most
-/// `catalog_cache` bytes of itself in memory. The calls that this makes block for a moment. The
-/// reactor driver is available inside of a tokio runtime alone.
+/// How to open the disk tier.
+#[derive(Clone, Debug)]
+pub struct DiskOptions<'a> {
+    /// The directory; `None` makes a private temporary one.
+    pub path: Option<&'a Path>,
+    /// Whether the directory may hold files of others, which are left alone.
+    pub allow_foreign_files: bool,
+    /// The budget. By default half of what the file system has free, and where it lies in memory
+    /// (tmpfs) at most a quarter of [`memory_limit_bytes`](crate::memory_limit_bytes).
+    pub capacity: Budget,
+    /// The driver; that of the reactor is available inside of a tokio runtime alone.
+    pub driver: IoDriver,
+    /// What the catalog of names keeps of itself in memory, in bytes.
+    pub catalog_cache: u64,
+}
+
+/// [`open_disk_with`] these options, and no others.
 ///
 /// # Errors
 ///
-/// Those of [`StoreDirectory::open`], and [`InvalidConfig`](VirtualMemoryError::InvalidConfig) for
-/// a budget that holds not one full chunk (64 KiB);
-/// [`TierNotAvailable`](VirtualMemoryError::TierNotAvailable) for a driver that was asked for and
-/// is unavailable.
+/// As [`open_disk_with`].
 ///
 /// ```
 /// use vmem_core::IoDriver;
@@ -67,7 +76,21 @@ pub fn open_disk(
     driver: IoDriver,
     catalog_cache: u64,
 ) -> Result<OpenedDisk, VirtualMemoryError> {
-    let (directory, data) = StoreDirectory::open(path)?;
+    let (allow_foreign_files, capacity) = (false, capacity_bytes.into());
+    open_disk_with(DiskOptions { path, allow_foreign_files, capacity, driver, catalog_cache })
+}
+
+/// Opens the disk tier. The calls that this makes block for a moment.
+///
+/// # Errors
+///
+/// Those of [`StoreDirectory::open`], and [`InvalidConfig`](VirtualMemoryError::InvalidConfig) for
+/// a budget that holds not one full chunk (64 KiB);
+/// [`TierNotAvailable`](VirtualMemoryError::TierNotAvailable) for a driver that was asked for and
+/// is unavailable.
+pub fn open_disk_with(options: DiskOptions<'_>) -> Result<OpenedDisk, VirtualMemoryError> {
+    let DiskOptions { path, allow_foreign_files, capacity, driver, catalog_cache } = options;
+    let (directory, data) = StoreDirectory::open_beside(path, allow_foreign_files)?;
     let (catalog, taken) =
         NameCatalog::open(&directory, usize::try_from(catalog_cache).unwrap_or(usize::MAX))?;
     let io = |error| VirtualMemoryError::io("reclaiming the data file", error);
@@ -75,11 +98,11 @@ pub fn open_disk(
     if data.metadata().map_err(io)?.len() > taken.end() {
         data.set_len(taken.end()).map_err(io)?;
     }
-    let capacity_bytes = match capacity_bytes {
+    let capacity_bytes = match capacity.bytes() {
         Some(bytes) => bytes,
         None => {
             let memory = directory.is_tmpfs().then(memory_limit_bytes);
-            default_capacity(directory.free_bytes()?, taken.bytes(), memory)
+            budget_bytes(capacity, directory.free_bytes()?, taken.bytes(), memory)?
         }
     };
     if capacity_bytes < CHUNK_BYTES as u64 {
@@ -109,6 +132,18 @@ pub fn open_disk(
     })
 }
 
+/// The budget of a store that was not given one in bytes. A percentage is of what is free and what
+/// is there already, of files in memory no more than this process may have of that.
+fn budget_bytes(
+    budget: Budget,
+    free: u64,
+    taken: u64,
+    memory: Option<u64>,
+) -> Result<u64, VirtualMemoryError> {
+    let whole = free.saturating_add(taken).min(memory.unwrap_or(u64::MAX));
+    budget.resolve("disk_capacity", whole, || default_capacity(free, taken, memory))
+}
+
 /// The budget of a store that was given none: it leaves others half of what is free, and, where the
 /// files lie in memory, takes a quarter of what this process may have of that. What has a name is
 /// there already and always fits.
@@ -124,7 +159,7 @@ fn reopened(data: &File) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use super::default_capacity;
+    use super::*;
 
     #[test]
     fn a_default_budget_leaves_space_for_others_and_memory_for_the_process() {
@@ -136,5 +171,21 @@ mod tests {
         assert_eq!(default_capacity(gib(24), 0, Some(gib(2))), gib(2) / 4);
         assert_eq!(default_capacity(gib(24), gib(1), Some(gib(2))), gib(1));
         assert_eq!(default_capacity(0, 0, None), 0);
+    }
+
+    #[test]
+    fn a_percentage_is_of_what_this_store_could_have() {
+        let gib = |n: u64| n << 30;
+        let quarter =
+            |free, taken, memory| budget_bytes(Budget::Percent(25.0), free, taken, memory).unwrap();
+        assert_eq!(quarter(gib(100), 0, None), gib(25));
+        assert_eq!(quarter(gib(60), gib(40), None), gib(25), "closing and opening changes nothing");
+        assert_eq!(quarter(gib(100), 0, Some(gib(8))), gib(2), "files in memory");
+        assert_eq!(budget_bytes(Budget::Default, gib(100), 0, None).unwrap(), gib(50));
+        let unknown = budget_bytes(Budget::Percent(25.0), 0, 0, None).unwrap_err();
+        assert!(matches!(
+            unknown,
+            VirtualMemoryError::InvalidConfig { field: "disk_capacity", .. }
+        ));
     }
 }

@@ -19,7 +19,9 @@ use futures::executor::block_on;
 use vmem_core::backend::DiskBackend;
 use vmem_core::{IoDriver, VirtualMemoryError};
 use vmem_io::driver::{BlockingDriver, BlockingOptions};
-use vmem_io::{DATA_FILE, DiskTier, LOCK_FILE, StoreDirectory, Taken, open_disk};
+use vmem_io::{
+    DATA_FILE, DiskOptions, DiskTier, LOCK_FILE, StoreDirectory, Taken, open_disk, open_disk_with,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -266,6 +268,7 @@ fn a_directory_with_foreign_files_is_refused_and_left_alone() {
     fs::write(path.join("passwd"), "somebody's").unwrap();
     let reason = refusal(&path);
     assert!(reason.contains("passwd") && reason.contains("empty directory"), "{reason}");
+    assert!(reason.contains("allow_foreign_files"), "{reason}");
     let left: Vec<_> = fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert_eq!(left, [path.join("passwd")]);
     // A store stays one, whatever its user puts beside it; so does a file system of its own.
@@ -274,6 +277,32 @@ fn a_directory_with_foreign_files_is_refused_and_left_alone() {
     drop(StoreDirectory::open(Some(&path)).unwrap());
     fs::write(path.join("notes"), "beside it").unwrap();
     drop(StoreDirectory::open(Some(&path)).unwrap());
+}
+
+#[test]
+fn foreign_files_are_left_alone_where_they_are_allowed() {
+    let (_scratch, path) = scratch();
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join("notes"), "somebody's").unwrap();
+    let options = DiskOptions {
+        path: Some(&path),
+        allow_foreign_files: true,
+        capacity: Some(MIB).into(),
+        driver: IoDriver::Auto,
+        catalog_cache: 1 << 20,
+    };
+    let disk = open_disk_with(options.clone()).unwrap();
+    assert!(path.join(DATA_FILE).exists());
+    block_on(disk.backend.close()).unwrap();
+    assert_eq!(fs::read(path.join("notes")).unwrap(), b"somebody's");
+    // It is a store now. A file under one of its own names still has to be its own.
+    drop(disk);
+    drop(StoreDirectory::open(Some(&path)).unwrap());
+    fs::remove_file(path.join(LOCK_FILE)).unwrap();
+    fs::write(path.join(DATA_FILE), "somebody's too").unwrap();
+    let refused = open_disk_with(options).unwrap_err();
+    assert!(matches!(refused, VirtualMemoryError::InvalidConfig { field: "disk_path", .. }));
+    assert_eq!(fs::read(path.join(DATA_FILE)).unwrap(), b"somebody's too");
 }
 
 /// The other process of the test below, which opens a temporary store and is killed, or only looks;

@@ -7,7 +7,16 @@ use std::str::FromStr;
 
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
+
 /// Which GPU serves the VRAM tier.
+///
+/// ```
+/// use vmem::GpuSelection;
+///
+/// for word in ["auto", "off", "0", "GPU-6d0f3c9e-0000-4000-8000-000000000000"] {
+///     assert_eq!(word.parse::<GpuSelection>().unwrap().to_string(), word);
+/// }
+/// ```
 #[non_exhaustive]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum GpuSelection {
@@ -22,7 +31,55 @@ pub enum GpuSelection {
     Uuid(String),
 }
 
+impl fmt::Display for GpuSelection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            GpuSelection::Auto => f.write_str("auto"),
+            GpuSelection::Off => f.write_str("off"),
+            GpuSelection::Device(ordinal) => write!(f, "{ordinal}"),
+            GpuSelection::Uuid(uuid) => f.write_str(uuid),
+        }
+    }
+}
+
+impl FromStr for GpuSelection {
+    type Err = VirtualMemoryError;
+
+    /// Parses `auto`, `off`, an ordinal such as `0`, or the UUID of a device.
+    ///
+    /// # Errors
+    ///
+    /// [`VirtualMemoryError::InvalidConfig`] for any other word.
+    fn from_str(word: &str) -> Result<Self, Self::Err> {
+        match word {
+            "auto" => Ok(GpuSelection::Auto),
+            "off" => Ok(GpuSelection::Off),
+            number if number.bytes().all(|byte| byte.is_ascii_digit()) => number
+                .parse()
+                .map(GpuSelection::Device)
+                .map_err(|_| unknown("gpu", word, "auto, off, an ordinal such as 0, or a UUID")),
+            // Every UUID has some, and no other word here.
+            uuid if uuid.contains('-') => Ok(GpuSelection::Uuid(uuid.to_owned())),
+            _ => Err(unknown("gpu", word, "auto, off, an ordinal such as 0, or a UUID")),
+        }
+    }
+}
+
+/// The error for a word of this field that is none of these.
+fn unknown(field: &'static str, word: &str, expected: &str) -> VirtualMemoryError {
+    let reason = format!("{word:?} is none of {expected}").into();
+    VirtualMemoryError::InvalidConfig { field, reason }
+}
+
 /// How the disk tier reaches its file.
+///
+/// ```
+/// use vmem::IoDriver;
+///
+/// for word in ["auto", "reactor", "tokio-uring", "blocking"] {
+///     assert_eq!(word.parse::<IoDriver>().unwrap().to_string(), word);
+/// }
+/// ```
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IoDriver {
@@ -59,14 +116,19 @@ impl FromStr for IoDriver {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let all = [IoDriver::Auto, IoDriver::Reactor, IoDriver::TokioUring, IoDriver::Blocking];
         let named = all.into_iter().find(|driver| driver.to_string() == text);
-        named.ok_or_else(|| VirtualMemoryError::InvalidConfig {
-            field: "io_driver",
-            reason: format!("{text:?} is none of auto, reactor, tokio-uring, blocking").into(),
-        })
+        named.ok_or_else(|| unknown("io_driver", text, "auto, reactor, tokio-uring, blocking"))
     }
 }
 
 /// When a read brings an object up to stay.
+///
+/// ```
+/// use vmem::Promotion;
+///
+/// for word in ["1", "2", "never"] {
+///     assert_eq!(word.parse::<Promotion>().unwrap().to_string(), word);
+/// }
+/// ```
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Promotion {
@@ -79,6 +141,32 @@ pub enum Promotion {
 impl Default for Promotion {
     fn default() -> Self {
         Promotion::OnNthRead(2)
+    }
+}
+
+impl fmt::Display for Promotion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Promotion::OnNthRead(nth) => write!(f, "{nth}"),
+            Promotion::Never => f.write_str("never"),
+        }
+    }
+}
+
+impl FromStr for Promotion {
+    type Err = VirtualMemoryError;
+
+    /// Parses the number of a read, from 1 on, or `never`.
+    ///
+    /// # Errors
+    ///
+    /// [`VirtualMemoryError::InvalidConfig`] for any other word.
+    fn from_str(word: &str) -> Result<Self, Self::Err> {
+        match (word, word.parse()) {
+            ("never", _) => Ok(Promotion::Never),
+            (_, Ok(nth)) if nth > 0 => Ok(Promotion::OnNthRead(nth)),
+            _ => Err(unknown("promotion", word, "never, or the number of a read from 1 on")),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use serde::de::{Deserialize, Deserializer, Error, Unexpected, Visitor};
 
-use super::{GpuSelection, Promotion, VirtualMemoryConfig, VirtualMemoryConfigBuilder};
+use super::{Budget, GpuSelection, Promotion, VirtualMemoryConfig, VirtualMemoryConfigBuilder};
 use crate::policy::PolicyKind;
 
 /// The fields by the names of their setters; one that is missing has its default.
@@ -19,18 +19,19 @@ use crate::policy::PolicyKind;
 #[serde(default, deny_unknown_fields)]
 struct Fields {
     disk_path: Option<PathBuf>,
-    host_capacity: Option<Size>,
+    allow_foreign_files: Option<bool>,
+    host_capacity: Option<Budget>,
     staging_capacity: Option<Size>,
     stream_capacity: Option<Size>,
-    disk_capacity: Option<Size>,
-    vram_capacity: Option<Size>,
-    gpu: Option<Gpu>,
-    gpus: Option<Vec<Gpu>>,
+    disk_capacity: Option<Budget>,
+    vram_capacity: Option<Budget>,
+    gpu: Option<GpuSelection>,
+    gpus: Option<Vec<GpuSelection>>,
     io_driver: Option<String>,
     watermarks: Option<(f64, f64)>,
     max_pinned: Option<f64>,
     policy: Option<String>,
-    promotion: Option<Promote>,
+    promotion: Option<Promotion>,
     catalog_cache: Option<Size>,
     #[serde(with = "humantime_serde")]
     wait_timeout: Option<Duration>,
@@ -87,7 +88,7 @@ macro_rules! read_as_number_or_word {
     )+};
 }
 
-read_as_number_or_word!(Size, Gpu, Promote);
+read_as_number_or_word!(Size, Budget, GpuSelection, Promotion);
 
 /// A size in bytes.
 struct Size(u64);
@@ -104,39 +105,44 @@ impl NumberOrWord for Size {
     }
 }
 
-#[derive(Clone)]
-struct Gpu(GpuSelection);
-
-impl NumberOrWord for Gpu {
-    const EXPECTED: &'static str = "\"auto\", \"off\", an ordinal such as 0, or a UUID";
+impl NumberOrWord for Budget {
+    const EXPECTED: &'static str = "a size in bytes, such as 1048576, \"512MiB\" or \"1.5 GB\", or a percentage, such as \"25%\"";
 
     fn of_number(number: u64) -> Option<Self> {
-        Some(Gpu(GpuSelection::Device(usize::try_from(number).ok()?)))
+        Some(Budget::Bytes(number))
     }
 
     fn of_word(word: &str) -> Option<Self> {
-        match word {
-            "auto" => Some(Gpu(GpuSelection::Auto)),
-            "off" => Some(Gpu(GpuSelection::Off)),
-            // Every UUID has some, and no other word here.
-            uuid if uuid.contains('-') => Some(Gpu(GpuSelection::Uuid(uuid.to_owned()))),
-            _ => None,
+        match word.trim().strip_suffix('%') {
+            // Whether it can be one is said by the builder.
+            Some(percent) => percent.trim_end().parse().ok().map(Budget::Percent),
+            None => Size::of_word(word).map(|Size(bytes)| Budget::Bytes(bytes)),
         }
     }
 }
 
-struct Promote(Promotion);
+impl NumberOrWord for GpuSelection {
+    const EXPECTED: &'static str = "\"auto\", \"off\", an ordinal such as 0, or a UUID";
 
-impl NumberOrWord for Promote {
+    fn of_number(number: u64) -> Option<Self> {
+        Some(GpuSelection::Device(usize::try_from(number).ok()?))
+    }
+
+    fn of_word(word: &str) -> Option<Self> {
+        word.parse().ok()
+    }
+}
+
+impl NumberOrWord for Promotion {
     const EXPECTED: &'static str = "the number of a read from 1 on, or \"never\"";
 
     fn of_number(number: u64) -> Option<Self> {
         let nth = u32::try_from(number).ok().filter(|&nth| nth > 0)?;
-        Some(Promote(Promotion::OnNthRead(nth)))
+        Some(Promotion::OnNthRead(nth))
     }
 
     fn of_word(word: &str) -> Option<Self> {
-        (word == "never").then_some(Promote(Promotion::Never))
+        word.parse().ok()
     }
 }
 
@@ -151,20 +157,20 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
     let mut builder = VirtualMemoryConfig::builder();
     let bytes = |size: Option<Size>| size.map(|size| size.0);
     builder.disk_path = fields.disk_path;
-    builder.host_capacity = bytes(fields.host_capacity);
+    builder.allow_foreign_files = fields.allow_foreign_files.unwrap_or_default();
+    builder.host_capacity = fields.host_capacity.unwrap_or_default();
     builder.staging_capacity = bytes(fields.staging_capacity);
     builder.stream_capacity = bytes(fields.stream_capacity);
-    builder.disk_capacity = bytes(fields.disk_capacity);
-    builder.vram_capacity = bytes(fields.vram_capacity);
-    if let Some(Gpu(gpu)) = fields.gpu.clone() {
-        builder.gpus = vec![gpu];
-    }
-    if let Some(gpus) = fields.gpus {
-        if fields.gpu.is_some() {
+    builder.disk_capacity = fields.disk_capacity.unwrap_or_default();
+    builder.vram_capacity = fields.vram_capacity.unwrap_or_default();
+    builder.gpus = match (fields.gpu, fields.gpus) {
+        (Some(_), Some(_)) => {
             return Err("gpu and gpus say the same: one of them is enough".to_owned());
         }
-        builder.gpus = gpus.into_iter().map(|Gpu(gpu)| gpu).collect();
-    }
+        (Some(gpu), None) => vec![gpu],
+        (None, Some(gpus)) => gpus,
+        (None, None) => builder.gpus,
+    };
     if let Some(driver) = fields.io_driver {
         builder.io_driver = driver.parse().map_err(|error| format!("{error}"))?;
     }
@@ -172,9 +178,7 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
         let kind = policy.parse::<PolicyKind>().map_err(|error| format!("{error}"))?;
         builder.policy = kind.into();
     }
-    if let Some(Promote(promotion)) = fields.promotion {
-        builder.promotion = promotion;
-    }
+    builder.promotion = fields.promotion.unwrap_or(builder.promotion);
     builder.watermarks = fields.watermarks.unwrap_or(builder.watermarks);
     builder.max_pinned = fields.max_pinned.unwrap_or(builder.max_pinned);
     builder.catalog_cache = bytes(fields.catalog_cache).unwrap_or(builder.catalog_cache);

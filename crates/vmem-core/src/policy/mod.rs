@@ -182,6 +182,15 @@ pub trait Policy: fmt::Debug + Send {
 }
 
 /// The policies that are built in.
+///
+/// ```
+/// use vmem::PolicyKind;
+///
+/// for word in ["lru", "sieve", "s3-fifo", "s3fifo"] {
+///     let kind: PolicyKind = word.parse().unwrap();
+///     assert_eq!(kind.to_string().replace('-', ""), word.replace('-', ""));
+/// }
+/// ```
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum PolicyKind {

@@ -36,7 +36,7 @@ pub use writer::ObjectWriter;
 
 use crate::actor::{self, Outcome};
 use crate::capabilities::Capabilities;
-use crate::config::VirtualMemoryConfig;
+use crate::config::{Effective, VirtualMemoryConfig};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationEvent;
 use crate::handle::VMemHandle;
@@ -67,6 +67,7 @@ pub struct VirtualMemory {
 #[derive(Debug)]
 struct Lifetime {
     shared: Arc<Shared>,
+    config: VirtualMemoryConfig,
     capabilities: Capabilities,
     outcome: watch::Receiver<Outcome>,
 }
@@ -117,7 +118,16 @@ impl VirtualMemory {
             }
         }
         let outcome = actor::start(names.clone(), inbox);
-        let lifetime = Lifetime { shared: shared.clone(), capabilities, outcome };
+        let vram = shared.devices().iter().map(|device| device.backend.usage().capacity_bytes);
+        let config = config.effective(Effective {
+            host_bytes: shared.limits.host_capacity,
+            staging_bytes: shared.limits.staging_capacity,
+            stream_bytes: shared.limits.stream_capacity,
+            disk_bytes: shared.disk.usage().capacity_bytes,
+            vram_bytes: vram.collect(),
+            driver: capabilities.disk_driver,
+        });
+        let lifetime = Lifetime { shared: shared.clone(), config, capabilities, outcome };
         Ok(VirtualMemory { shared, names, lifetime: Arc::new(lifetime) })
     }
 
@@ -191,6 +201,24 @@ impl VirtualMemory {
     /// What was found when the store was opened, and what serves in its place.
     pub fn capabilities(&self) -> &Capabilities {
         &self.lifetime.capabilities
+    }
+
+    /// The effective configuration: budgets in bytes, the driver that serves, and no GPU where none
+    /// was found. A temporary directory stays without a name, which
+    /// [`capabilities`](Self::capabilities) tells. Where several devices came to different amounts of
+    /// memory, `vram_capacity` is what was asked for, and [`tier_stats`](Self::tier_stats) tells.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+    /// let asked = vmem::VirtualMemoryConfig::builder().host_percent(1.0).disk_capacity(1 << 20);
+    /// let vmem = vmem::open(asked.build()?).await?;
+    /// assert!(vmem.config().host_capacity().is_some());
+    /// # vmem.close().await
+    /// # }
+    /// ```
+    pub fn config(&self) -> &VirtualMemoryConfig {
+        &self.lifetime.config
     }
 
     /// Migrations as they end. A listener that is slow loses events and is told how many.

@@ -87,12 +87,22 @@ impl StoreDirectory {
     /// [`InvalidConfig`](VirtualMemoryError::InvalidConfig), which names the path, if it cannot
     /// serve; [`Io`](VirtualMemoryError::Io) for what is not the fault of the path.
     pub fn open(path: Option<&Path>) -> Result<(Self, File), VirtualMemoryError> {
+        Self::open_beside(path, false)
+    }
+
+    /// [`open`](Self::open), and where `foreign` is true beside files of others too.
+    pub(crate) fn open_beside(
+        path: Option<&Path>,
+        foreign: bool,
+    ) -> Result<(Self, File), VirtualMemoryError> {
         let temporary = path.is_none().then(place::temporary).transpose()?;
         let path = match (path, &temporary) {
             (Some(path), _) => {
                 let (path, made) = place::create(path)?;
                 made.keep();
-                place::check_foreign(&path)?;
+                if !foreign {
+                    place::check_foreign(&path)?;
+                }
                 path
             }
             (None, Some(temporary)) => temporary.path().to_owned(),

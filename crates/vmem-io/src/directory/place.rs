@@ -90,7 +90,8 @@ pub(super) fn check_foreign(path: &Path) -> Result<(), VirtualMemoryError> {
         Some(name) if !store => {
             let name = name.to_string_lossy();
             let why = format!(
-                "holds {name:?} and no store: name an empty directory, or one that does not exist"
+                "holds {name:?} and no store: name an empty directory or one that does not exist, \
+                 or set allow_foreign_files"
             );
             Err(unusable(path, &why))
         }
