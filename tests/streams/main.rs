@@ -7,6 +7,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod readers;
+mod refuted;
 mod writers;
 
 use std::io;

@@ -184,8 +184,12 @@ impl ObjectReader {
             if self.at >= range.end {
                 return Poll::Ready(Ok(Bytes::new()));
             }
+            if let Err(closed) = self.vmem.check_open() {
+                // `close` waits for what fills windows: no more of them begin.
+                self.ahead.clear();
+                return Poll::Ready(Err(closed));
+            }
             if self.ahead.is_empty() {
-                self.vmem.check_open()?;
                 let first = self.fetch(self.at, range.end, false);
                 self.ahead.push_back(first);
             }

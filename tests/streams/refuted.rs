@@ -1,0 +1,50 @@
+//! What readers and writers keep from others: memory beyond the reserve, object space, extents,
+//! the end of the store.
+//!
+//! Invariant: each test fails without the fix that it came with. Called by nobody else.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt;
+use vmem::VirtualMemoryError;
+
+use crate::cause;
+use crate::common::{self, DISK, KIB, MIB, bytes};
+
+/// Many readers go on while the store closes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn close_ends_many_readers_that_go_on() {
+    let (vmem, driver) = common::open(4 * MIB, 256 * MIB, |builder| builder);
+    let len = 16 * MIB;
+    let handle = vmem.put(bytes(1, 1, len), DISK).await.unwrap();
+    driver.delay(|_| Duration::from_micros(300));
+    let read = Arc::new(AtomicUsize::new(0));
+    let mut tasks = Vec::new();
+    for n in 0..16 {
+        let mut reader = vmem.reader(&handle, n * 1000..).window(64 * KIB);
+        let count = read.clone();
+        tasks.push(tokio::spawn(async move {
+            let mut buf = vec![0; 64 * KIB];
+            loop {
+                match reader.read(&mut buf).await {
+                    Ok(0) => return Ok(()),
+                    Ok(n) => count.fetch_add(n, Ordering::SeqCst),
+                    Err(error) => return Err(error),
+                };
+            }
+        }));
+    }
+    while read.load(Ordering::SeqCst) < 16 * MIB {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let at_close = read.load(Ordering::SeqCst);
+    vmem.close().await.unwrap();
+    let after = read.load(Ordering::SeqCst);
+    for task in tasks {
+        let error = task.await.unwrap().unwrap_err();
+        assert!(matches!(cause(&error), VirtualMemoryError::Closed), "{error}");
+    }
+    assert!(after - at_close < 64 * MIB, "read {} more while it closed", after - at_close);
+}
