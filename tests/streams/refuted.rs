@@ -11,7 +11,7 @@ use tokio::io::AsyncReadExt;
 use vmem::VirtualMemoryError;
 
 use crate::cause;
-use crate::common::{self, DISK, KIB, MIB, bytes};
+use crate::common::{self, DISK, HOST, KIB, MIB, bytes};
 
 /// Many readers go on while the store closes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -47,4 +47,35 @@ async fn close_ends_many_readers_that_go_on() {
         assert!(matches!(cause(&error), VirtualMemoryError::Closed), "{error}");
     }
     assert!(after - at_close < 64 * MIB, "read {} more while it closed", after - at_close);
+}
+
+/// A reader of an object that is written all the time, on a disk that has space.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slow_reader_of_a_hot_object_holds_no_object_space() {
+    let (vmem, driver) = common::open(4 * MIB, 64 * MIB, |builder| builder);
+    driver.delay(|_| Duration::from_millis(3));
+    let handle = vmem.put(bytes(1, 1, MIB), HOST).await.unwrap();
+    let (writing, object) = (vmem.clone(), handle.clone());
+    let stop = Arc::new(AtomicUsize::new(0));
+    let stopped = stop.clone();
+    let task = tokio::spawn(async move {
+        let mut n = 0_u8;
+        while stopped.load(Ordering::SeqCst) == 0 {
+            writing.write_at(&object, 0, [n; 100]).await.unwrap();
+            n = n.wrapping_add(1);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    let mut held = 0;
+    let mut readers = Vec::new();
+    for _ in 0..20 {
+        let mut reader = vmem.reader(&handle, ..).window(64 * KIB);
+        reader.read_u8().await.unwrap();
+        readers.push(reader);
+        held = held.max(vmem.stats().held_bytes);
+    }
+    stop.store(1, Ordering::SeqCst);
+    task.await.unwrap();
+    let now = vmem.stats().held_bytes;
+    assert!(now == 0, "{now} bytes of object space are held by readers that stand still, {held}");
 }

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::part::copy_all;
-use super::{Move, count_hit, load, request_move};
+use super::to_disk::settle_copy;
+use super::{count_hit, load};
 use crate::buffer::IoBuf;
 use crate::chunk::CHUNK_BYTES;
 use crate::copy::ReadGuard;
@@ -19,7 +20,7 @@ use crate::deadline::{Deadline, Late};
 use crate::disk::Extent;
 use crate::error::VirtualMemoryError;
 use crate::object::{Object, Shared, Version, chunk_lens, chunks_of};
-use crate::parcel::{SetAside, parcel};
+use crate::parcel::SetAside;
 use crate::stats;
 use crate::tier::Class;
 use crate::windows::Window;
@@ -148,8 +149,19 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
             Some((guard, None)) if written_back => return Ok(Source::Host(guard.into_bytes())),
             Some((guard, None)) => {
                 drop(guard);
-                written_back = true;
-                write_back(object, deadline).await;
+                let pass = object.gate(deadline).await?;
+                if !object.copy.is_some() {
+                    continue;
+                }
+                // Where the disk has it is told under the gate: a write that follows at once changes another version.
+                match settle_copy(pass, deadline).await {
+                    Ok(disk) => return Ok(Source::Below(Version { disk, device: None })),
+                    Err(error) => {
+                        let id = object.id;
+                        tracing::debug!(target: "vmem::migration", id, %error, "a stream holds its host copy");
+                        written_back = true;
+                    }
+                }
             }
             None => {
                 let pass = object.gate(deadline).await?;
@@ -164,15 +176,6 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
         if deadline.is_past() {
             return Err(deadline.error("reading a stream"));
         }
-    }
-}
-
-/// Gives the disk what it does not have of the object. Where that fails the reader reads the host copy.
-async fn write_back(object: &Arc<Object>, deadline: &Deadline) {
-    let (reply, parcel) = parcel();
-    request_move(object, Move::Flush, *deadline, reply);
-    if let Err(error) = object.shared.answer(&parcel, deadline, "writing back").await {
-        tracing::debug!(target: "vmem::migration", %error, "a stream holds its host copy");
     }
 }
 

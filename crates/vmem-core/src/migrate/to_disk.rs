@@ -288,6 +288,19 @@ pub(crate) async fn settle(
     if !object.copy.is_some() {
         return Ok(object.disk());
     }
+    settle_copy(pass, deadline).await
+}
+
+/// As [`settle`], of an object that has a host copy.
+///
+/// # Errors
+///
+/// As there.
+pub(crate) async fn settle_copy(
+    pass: GatePass,
+    deadline: &Deadline,
+) -> Result<DiskMap, VirtualMemoryError> {
+    let object = pass.object().clone();
     let public = |error| object.shared.disk_error(object.id, error);
     let victim = Leaving::prepare(pass).map_err(|(_pass, error)| public(error))?;
     let mut batch = vec![victim];
