@@ -79,3 +79,17 @@ async fn slow_reader_of_a_hot_object_holds_no_object_space() {
     let now = vmem.stats().held_bytes;
     assert!(now == 0, "{now} bytes of object space are held by readers that stand still, {held}");
 }
+
+/// A reader of an object that nobody has written needs none of its extents.
+#[tokio::test]
+async fn reader_of_an_unwritten_object_keeps_no_space_from_its_first_write() {
+    let (vmem, _driver) = common::open(512 * KIB, MIB, |builder| builder);
+    let handle = vmem.allocate(MIB, DISK).await.unwrap();
+    let mut reader = vmem.reader(&handle, ..).window(64 * KIB);
+    assert_eq!(reader.read_u8().await.unwrap(), 0);
+    let outcome = vmem.write(&handle, bytes(1, 1, MIB)).await;
+    let mut rest = Vec::new();
+    reader.read_to_end(&mut rest).await.unwrap();
+    assert!(rest.len() == MIB - 1 && rest.iter().all(|&byte| byte == 0));
+    outcome.unwrap();
+}

@@ -19,7 +19,7 @@ use crate::copy::ReadGuard;
 use crate::deadline::{Deadline, Late};
 use crate::disk::Extent;
 use crate::error::VirtualMemoryError;
-use crate::object::{Object, Shared, Version, chunk_lens, chunks_of};
+use crate::object::{DiskMap, Object, Shared, Version, chunk_lens, chunks_of};
 use crate::parcel::SetAside;
 use crate::stats;
 use crate::tier::Class;
@@ -133,7 +133,10 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
             return Err(object.not_found());
         }
         if let Some(mut version) = object.cold_version() {
-            if version.disk.is_whole(object.len) || version.disk.is_unwritten() {
+            if version.disk.is_unwritten() {
+                // Zeros need no extents: the first write takes those that were reserved for it.
+                version = Version { disk: DiskMap::default(), device: None };
+            } else if version.disk.is_whole(object.len) {
                 // A slow reader keeps no device memory.
                 version.device = None;
             }
@@ -167,7 +170,7 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                 let pass = object.gate(deadline).await?;
                 // Space that was set apart holds no bytes: the object is zeros.
                 if object.has_spare() {
-                    let disk = object.disk();
+                    let disk = DiskMap::default();
                     return Ok(Source::Below(Version { disk, device: None }));
                 }
                 drop(pass);
