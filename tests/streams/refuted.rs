@@ -93,3 +93,14 @@ async fn reader_of_an_unwritten_object_keeps_no_space_from_its_first_write() {
     assert!(rest.len() == MIB - 1 && rest.iter().all(|&byte| byte == 0));
     outcome.unwrap();
 }
+
+/// Small windows of one chunk count as one read of it.
+#[tokio::test]
+async fn one_pass_of_a_stream_promotes_nothing() {
+    let (vmem, driver) = common::open(8 * MIB, 64 * MIB, |builder| builder);
+    let handle = vmem.put(bytes(1, 1, 4 * MIB), DISK).await.unwrap();
+    let mut read = Vec::new();
+    vmem.reader(&handle, ..).window(4 * KIB).read_to_end(&mut read).await.unwrap();
+    common::settle(&vmem, &driver).await;
+    assert!(!vmem.residency(&handle).unwrap().host);
+}

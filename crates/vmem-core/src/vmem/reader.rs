@@ -58,6 +58,8 @@ pub struct ObjectReader {
     front_at: usize,
     ahead: VecDeque<Fetch>,
     asked_to_promote: bool,
+    /// Chunks before this one were counted as read, since the last seek.
+    counted: usize,
 }
 
 impl VirtualMemory {
@@ -111,6 +113,7 @@ impl VirtualMemory {
             front_at: at,
             ahead: VecDeque::new(),
             asked_to_promote: false,
+            counted: 0,
         }
     }
 
@@ -268,7 +271,11 @@ impl ObjectReader {
     /// Counts a window that host memory did not serve. What the rule promotes comes up behind it.
     fn count_miss(&mut self, at: &Range<usize>) {
         let object = self.handle.object();
-        let promotes = self.vmem.miss(object, chunks_of(at).len());
+        // A chunk that several small windows have between them is read once by the rule.
+        let chunks = chunks_of(at);
+        let fresh = chunks.end.saturating_sub(chunks.start.max(self.counted));
+        self.counted = chunks.end;
+        let promotes = self.vmem.miss(object, fresh) && fresh > 0;
         if promotes && !self.asked_to_promote && self.vmem.shared.fits_host(object.len) {
             self.asked_to_promote = true;
             let (reply, _nobody_waits) = parcel();
@@ -283,6 +290,7 @@ impl ObjectReader {
         if self.in_front().is_none() && at != front_end {
             self.ahead.clear();
             self.forget_front();
+            self.counted = 0;
         }
     }
 }
