@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt};
 use vmem::VirtualMemoryError;
 
 use crate::cause;
@@ -103,4 +103,15 @@ async fn one_pass_of_a_stream_promotes_nothing() {
     vmem.reader(&handle, ..).window(4 * KIB).read_to_end(&mut read).await.unwrap();
     common::settle(&vmem, &driver).await;
     assert!(!vmem.residency(&handle).unwrap().host);
+}
+
+/// `consume` of too much.
+#[tokio::test]
+async fn consume_after_a_seek_is_no_panic() {
+    let (vmem, _driver) = common::open(8 * MIB, 64 * MIB, |builder| builder);
+    let handle = vmem.put(bytes(1, 1, MIB), HOST).await.unwrap();
+    let mut reader = vmem.reader(&handle, ..);
+    let some = reader.fill_buf().await.unwrap().len();
+    reader.seek(std::io::SeekFrom::Start(10)).await.unwrap();
+    reader.consume(some);
 }
