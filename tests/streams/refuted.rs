@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt};
+use futures::FutureExt;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 use vmem::VirtualMemoryError;
 
 use crate::cause;
@@ -114,4 +115,90 @@ async fn consume_after_a_seek_is_no_panic() {
     let some = reader.fill_buf().await.unwrap().len();
     reader.seek(std::io::SeekFrom::Start(10)).await.unwrap();
     reader.consume(some);
+}
+
+/// What one writer has beyond the reserve.
+#[tokio::test(start_paused = true)]
+async fn writer_has_no_more_than_its_least_beyond_the_reserve() {
+    let (vmem, driver) =
+        common::open(4 * MIB, 64 * MIB, |builder| builder.stream_capacity(64 * KIB as u64));
+    driver.stand_still();
+    let mut writers = Vec::new();
+    for _ in 0..10 {
+        let vmem = vmem.clone();
+        let mut writing = Box::pin(async move {
+            let mut writer = vmem.writer(DISK);
+            writer.write_all(&bytes(1, 1, 4 * MIB)).await
+        });
+        for _ in 0..20 {
+            assert!((&mut writing).now_or_never().is_none());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        writers.push(writing);
+    }
+    let used = vmem.stats().stream_bytes;
+    driver.go_on();
+    drop(writers);
+    assert!(used <= (64 + 10 * 64) * KIB as u64, "{} KiB", used / 1024);
+}
+
+/// What one reader has beyond the reserve.
+#[tokio::test(start_paused = true)]
+async fn reader_has_no_more_than_its_least_beyond_the_reserve() {
+    let (vmem, _driver) =
+        common::open(4 * MIB, 64 * MIB, |builder| builder.stream_capacity(64 * KIB as u64));
+    let handle = vmem.put(bytes(1, 1, 2 * MIB), DISK).await.unwrap();
+    let mut readers = Vec::new();
+    for _ in 0..100 {
+        let mut reader = vmem.reader(&handle, ..);
+        reader.read_u8().await.unwrap();
+        readers.push(reader);
+    }
+    let used = vmem.stats().stream_bytes;
+    drop(readers);
+    assert!(used <= (64 + 100 * 4) * KIB as u64, "{} KiB", used / 1024);
+}
+
+/// The first window of a writer is what was asked for.
+#[tokio::test]
+async fn window_of_a_writer_counts_from_the_first() {
+    let (vmem, _driver) =
+        common::open(8 * MIB, 64 * MIB, |builder| builder.stream_capacity(64 << 20));
+    let mut writer = vmem.writer(HOST).window(4 * MIB);
+    writer.write_all(&bytes(1, 1, MIB)).await.unwrap();
+    let handle = writer.commit().await.unwrap();
+    let residency = vmem.residency(&handle).unwrap();
+    let mut writer = vmem.writer(HOST).window(64 * KIB);
+    writer.write_all(&[1]).await.unwrap();
+    assert_eq!(vmem.stats().stream_bytes, 64 * KIB as u64);
+    drop(writer);
+    assert!(residency.host, "what fits in one window is put into its home tier");
+}
+
+/// Polled by an executor that is not tokio.
+#[test]
+fn streams_work_outside_the_runtime() {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (vmem, _driver) =
+        runtime.block_on(async { common::open(4 * MIB, 64 * MIB, |builder| builder) });
+    futures::executor::block_on(async {
+        let mut writer = vmem.writer(DISK).window(64 * KIB);
+        writer.write_all(&bytes(1, 1, MIB + 5)).await.unwrap();
+        let handle = writer.commit().await.unwrap();
+        let mut read = Vec::new();
+        vmem.reader(&handle, ..).read_to_end(&mut read).await.unwrap();
+        assert!(read == bytes(1, 1, MIB + 5));
+    });
+}
+
+/// One poll of a writer copies no more than others can wait for.
+#[tokio::test]
+async fn polls_of_streams_copy_in_steps() {
+    let (vmem, _driver) =
+        common::open(8 * MIB, 640 * MIB, |builder| builder.stream_capacity(1 << 30));
+    let mut writer = vmem.writer(DISK).window(64 * MIB);
+    writer.write_all(&bytes(1, 1, MIB)).await.unwrap();
+    let taken = writer.write(&bytes(1, 1, 32 * MIB)).await.unwrap();
+    assert!(taken <= 256 * KIB);
 }

@@ -48,7 +48,8 @@ pub struct VirtualMemoryStats {
     /// Host memory set apart for bytes in passage, in bytes.
     pub staging_bytes: u64,
     /// Memory that streams may hold now, in bytes: beside `host_capacity`, and never above
-    /// `stream_capacity` but for 4 KiB a reader and 64 KiB a writer.
+    /// `stream_capacity` but for 4 KiB a reader and 64 KiB a writer, and as much for each `Bytes`
+    /// of a reader's stream that is kept.
     pub stream_bytes: u64,
     /// Object space that the device reaches directly, in bytes; the rest goes by a detour of the driver.
     pub registered_bytes: u64,

@@ -22,6 +22,7 @@ type Memory = AVec<u8, ConstAlign<ALIGNMENT>>;
 #[derive(Debug)]
 pub(crate) struct Windows {
     capacity_bytes: u64,
+    /// Changed under the lock of `spare`: both together keep to the reserve.
     used_bytes: AtomicU64,
     spare: Mutex<Spare>,
 }
@@ -41,18 +42,31 @@ impl Windows {
 
     /// Memory for `wanted` bytes, or fewer, but `least` in any case.
     pub(crate) fn grant(self: &Arc<Self>, wanted: usize, least: usize) -> Window {
-        let size = |used: u64| {
-            let share = self.capacity_bytes.saturating_sub(used) / SHARE;
-            // Few sizes: memory is used again for windows of the same one.
-            let share = (share + 1).next_power_of_two() / 2;
-            (wanted as u64).min(share).max(least as u64)
-        };
-        let more = |used: u64| Some(used + size(used));
-        let before = self.used_bytes.try_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        let before = before.unwrap_or_else(|used| used);
-        let capacity = size(before);
-        let memory = self.take_spare(capacity as usize, before + capacity);
-        Window { memory, len: 0, capacity: capacity as usize, windows: self.clone() }
+        self.grant_within(u64::MAX, wanted, least).expect("invariant: no limit, no refusal")
+    }
+
+    /// As `grant`, for a stream that has another window: none where the reserve has no space for
+    /// the least.
+    pub(crate) fn grant_more(self: &Arc<Self>, wanted: usize, least: usize) -> Option<Window> {
+        self.grant_within(self.capacity_bytes, wanted, least)
+    }
+
+    fn grant_within(self: &Arc<Self>, limit: u64, wanted: usize, least: usize) -> Option<Window> {
+        let mut spare = self.spare.lock();
+        let before = self.used_bytes.load(Ordering::Relaxed);
+        let share = self.capacity_bytes.saturating_sub(before) / SHARE;
+        // Few sizes: memory is used again for windows of the same one.
+        let share = (share + 1).next_power_of_two() / 2;
+        let capacity = (wanted as u64).min(share).max(least as u64);
+        let used = before + capacity;
+        if used > limit {
+            return None;
+        }
+        self.used_bytes.store(used, Ordering::Relaxed);
+        let (memory, dropped) = self.take_spare(&mut spare, capacity as usize, used);
+        drop(spare);
+        drop(dropped);
+        Some(Window { memory, len: 0, capacity: capacity as usize, windows: self.clone() })
     }
 
     /// What all windows may hold now.
@@ -60,11 +74,10 @@ impl Windows {
         self.used_bytes.load(Ordering::Relaxed)
     }
 
-    /// Memory of another window, if there is some of this size; empty memory otherwise.
-    /// With what is used there is never more than the reserve.
-    fn take_spare(&self, capacity: usize, used: u64) -> Memory {
+    /// Memory of another window, if there is some of this size, or else empty memory; and what there
+    /// is no space for any more. With what is used there is never more than the reserve.
+    fn take_spare(&self, spare: &mut Spare, capacity: usize, used: u64) -> (Memory, Vec<Memory>) {
         let mut dropped = Vec::new();
-        let mut spare = self.spare.lock();
         // What a window takes is what it is charged, but for a rounding.
         let fits = |memory: &Memory| (capacity..=capacity + ALIGNMENT).contains(&memory.capacity());
         let found = spare.memory.iter().rposition(fits);
@@ -72,16 +85,16 @@ impl Windows {
         while spare.bytes > 0 && used + spare.bytes > self.capacity_bytes {
             dropped.push(spare.take(0));
         }
-        drop(spare);
-        memory.unwrap_or_else(|| Memory::new(0))
+        (memory.unwrap_or_else(|| Memory::new(0)), dropped)
     }
 
     /// Keeps the memory of a window for the next one, as long as there are others.
     fn give_back(&self, memory: Memory, charged: u64) {
-        let before = self.used_bytes.fetch_sub(charged, Ordering::Relaxed);
+        let mut spare = self.spare.lock();
+        let before = self.used_bytes.load(Ordering::Relaxed);
         assert!(before >= charged, "a window is given back once");
         let (used, bytes) = (before - charged, memory.capacity() as u64);
-        let mut spare = self.spare.lock();
+        self.used_bytes.store(used, Ordering::Relaxed);
         if used == 0 {
             let all = std::mem::take(&mut *spare);
             drop(spare);

@@ -71,7 +71,10 @@ pub(crate) async fn fill_window(
         Some(source) => source,
         None => Arc::new(open(&object, all, &deadline).await?),
     };
-    window.set_len(range.len());
+    for len in (0..range.len()).step_by(STEP) {
+        window.set_len(range.len().min(len + STEP));
+        tokio::task::yield_now().await;
+    }
     let mut missed = false;
     match &*source {
         Source::Host(bytes) => copy(&bytes[range], window.as_mut_slice()).await,
@@ -156,7 +159,8 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                 if !object.copy.is_some() {
                     continue;
                 }
-                // Where the disk has it is told under the gate: a write that follows at once changes another version.
+                // Where the disk has it is told under the gate: a write that follows at once
+                // makes another version.
                 match settle_copy(pass, deadline).await {
                     Ok(disk) => return Ok(Source::Below(Version { disk, device: None })),
                     Err(error) => {

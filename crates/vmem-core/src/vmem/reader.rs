@@ -30,6 +30,8 @@ use crate::windows::Window;
 const WINDOW: usize = 256 * 1024;
 /// What it gets in any case.
 const WINDOW_MIN: usize = 4 * 1024;
+/// What one poll copies at most.
+const STEP: usize = 256 * 1024;
 /// Windows that are filled ahead of the one that is read.
 const AHEAD: usize = 2;
 
@@ -193,7 +195,9 @@ impl ObjectReader {
                 return Poll::Ready(Err(closed));
             }
             if self.ahead.is_empty() {
-                let first = self.fetch(self.at, range.end, false);
+                let (wanted, least) = self.wants(range.end - self.at);
+                let window = self.vmem.shared.windows.grant(wanted, least);
+                let first = self.fetch(self.at, range.end, window, false);
                 self.ahead.push_back(first);
             }
             let Some(next) = self.ahead.front_mut() else { continue };
@@ -238,16 +242,21 @@ impl ObjectReader {
         self.source = Some(source);
         let mut next = self.ahead.back().map_or(at.end, |last| last.range.end);
         while self.ahead.len() < AHEAD && next < range.end {
-            let fetch = self.fetch(next, range.end, true);
+            let (wanted, least) = self.wants(range.end - next);
+            let Some(window) = self.vmem.shared.windows.grant_more(wanted, least) else { break };
+            let fetch = self.fetch(next, range.end, window, true);
             next = fetch.range.end;
             self.ahead.push_back(fetch);
         }
     }
 
-    /// Begins to fill the window that starts here.
-    fn fetch(&self, start: usize, end: usize, is_ahead: bool) -> Fetch {
-        let left = end - start;
-        let window = self.vmem.shared.windows.grant(self.window.min(left), WINDOW_MIN.min(left));
+    /// How large a window is to be where so much is left, and how large in any case.
+    fn wants(&self, left: usize) -> (usize, usize) {
+        (self.window.min(left), WINDOW_MIN.min(left))
+    }
+
+    /// Begins to fill this window, from here on.
+    fn fetch(&self, start: usize, end: usize, window: Window, is_ahead: bool) -> Fetch {
         let range = start..end_of(start, end, window.capacity());
         let filled = self.fill(range.clone(), window);
         Fetch { range, filled, is_ahead }
@@ -331,7 +340,7 @@ impl AsyncRead for ObjectReader {
         let budget = ready!(tokio::task::coop::poll_proceed(context));
         let bytes = ready!(this.poll_front(context))?;
         budget.made_progress();
-        let amount = bytes.len().min(buf.remaining());
+        let amount = bytes.len().min(buf.remaining()).min(STEP);
         buf.put_slice(&bytes[..amount]);
         this.at += amount;
         Poll::Ready(Ok(()))

@@ -28,6 +28,8 @@ use crate::windows::Window;
 
 /// What a writer asks the reserve for at a time, in bytes, unless it is told otherwise.
 const WINDOW: usize = 256 * 1024;
+/// What one poll copies at most.
+const STEP: usize = 256 * 1024;
 /// Windows that are on their way to disk at once.
 const SENDS_MAX: usize = 4;
 
@@ -43,7 +45,7 @@ pub struct ObjectWriter {
     home: MemoryTier,
     name: Option<Name>,
     window: usize,
-    /// What is not on its way yet.
+    /// What is not on its way yet. Empty, and without memory, until there is something.
     front: Window,
     sends: VecDeque<BoxFuture<'static, Result<Sent>>>,
     extents: Vec<Extent>,
@@ -119,7 +121,7 @@ impl VirtualMemory {
             home,
             name,
             window: WINDOW,
-            front: self.shared.windows.grant(WINDOW, CHUNK_BYTES),
+            front: self.shared.windows.grant(0, 0),
             sends: VecDeque::new(),
             extents: Vec::new(),
             len: 0,
@@ -210,10 +212,11 @@ impl ObjectWriter {
         self.failed = Some(error.clone());
         self.sends.clear();
         self.extents.clear();
+        self.front = self.vmem.shared.windows.grant(0, 0);
         Err(error)
     }
 
-    /// Sends what it has on its way, and takes another window.
+    /// Sends what it has on its way.
     fn send(&mut self) -> Result<()> {
         let bytes = self.front.as_slice().len() as u64;
         if bytes == 0 {
@@ -229,8 +232,7 @@ impl ObjectWriter {
         }
         self.len = requested_bytes;
         let shared = self.vmem.shared.clone();
-        let window = shared.windows.grant(self.window, CHUNK_BYTES);
-        let full = std::mem::replace(&mut self.front, window);
+        let full = std::mem::replace(&mut self.front, shared.windows.grant(0, 0));
         let deadline = shared.deadline();
         let sending = send_window(shared.clone(), full, deadline);
         let parcel = shared.spawn_for_caller("vmem-stream", sending);
@@ -241,6 +243,21 @@ impl ObjectWriter {
         };
         self.sends.push_back(sent.boxed());
         Ok(())
+    }
+
+    /// Sends the window that is full, and takes another one. Where the reserve has none beside those
+    /// on their way it waits for these: so beyond the reserve a writer has one window.
+    fn poll_window(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
+        ready!(self.poll_settle(context, SENDS_MAX - 1))?;
+        self.send()?;
+        let windows = self.vmem.shared.windows.clone();
+        if let Some(window) = windows.grant_more(self.window, CHUNK_BYTES) {
+            self.front = window;
+            return Poll::Ready(Ok(()));
+        }
+        ready!(self.poll_settle(context, 0))?;
+        self.front = windows.grant(self.window, CHUNK_BYTES);
+        Poll::Ready(Ok(()))
     }
 
     /// What is to fill before it is sent: whole chunks, since all chunks of an object but the last are.
@@ -263,11 +280,10 @@ impl AsyncWrite for ObjectWriter {
         }
         let budget = ready!(tokio::task::coop::poll_proceed(context));
         if this.room() == 0 {
-            ready!(this.poll_settle(context, SENDS_MAX - 1))?;
-            this.send()?;
+            ready!(this.poll_window(context))?;
         }
         budget.made_progress();
-        let amount = data.len().min(this.room());
+        let amount = data.len().min(this.room()).min(STEP);
         Poll::Ready(Ok(this.front.fill(&data[..amount])))
     }
 
