@@ -17,7 +17,7 @@ use crate::windows::Window;
 /// Exclusive memory for one operation, in bytes.
 ///
 /// ```
-/// use vmem_core::backend::IoBuf;
+/// use vmem::backend::IoBuf;
 ///
 /// let mut buf = IoBuf::from_vec(vec![0; 4]);
 /// buf[1] = 9;

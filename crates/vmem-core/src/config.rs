@@ -56,7 +56,7 @@ pub const GPUS_MAX: usize = 32;
 /// - `wait_timeout`: text such as `"30s"`, `"1m 30s"` or `"250ms"`.
 ///
 /// ```
-/// use vmem_core::{MemoryTier, VirtualMemoryConfig};
+/// use vmem::{MemoryTier, VirtualMemoryConfig};
 ///
 /// let config = VirtualMemoryConfig::builder()
 ///     .host_capacity(64 << 20)

@@ -13,7 +13,7 @@ use crate::memory_tier::MemoryTier;
 /// Why a call did not do what was asked. All sizes are bytes.
 ///
 /// ```
-/// use vmem_core::VirtualMemoryError;
+/// use vmem::VirtualMemoryError;
 ///
 /// let error = VirtualMemoryError::SizeMismatch { handle: 7, expected: 4096, actual: 12 };
 /// assert!(!error.is_retryable());

@@ -9,7 +9,7 @@ use std::time::Duration;
 ///
 /// ```
 /// use std::time::Duration;
-/// use vmem_core::{ReadClass, ReadOptions};
+/// use vmem::{ReadClass, ReadOptions};
 ///
 /// let options = ReadOptions::new()
 ///     .range(0..4096)

@@ -22,7 +22,7 @@ pub enum End {
 /// Disjoint ranges that are joined as soon as they touch.
 ///
 /// ```
-/// use vmem_core::backend::{End, Ranges};
+/// use vmem::backend::{End, Ranges};
 ///
 /// let mut free = Ranges::default();
 /// free.add(0..100);

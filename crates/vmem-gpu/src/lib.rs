@@ -74,7 +74,7 @@ const WAIT_TIMEOUT: Duration = Duration::from_secs(30);
 /// `TierNotAvailable` with the reason, if a certain GPU was asked for.
 ///
 /// ```
-/// use vmem_core::GpuSelection;
+/// use vmem::GpuSelection;
 ///
 /// let opened = vmem_gpu::open_device(&GpuSelection::Off, None).unwrap();
 /// assert!(opened.device.is_none());

@@ -17,7 +17,7 @@ const SHORT_BYTES: u64 = 64 * 1024;
 /// The free ranges of one memory, in bytes from its start.
 ///
 /// ```
-/// use vmem_core::backend::RangeLedger;
+/// use vmem::backend::RangeLedger;
 ///
 /// let mut ledger = RangeLedger::new(1 << 20, 512);
 /// let (offset, footprint) = ledger.take(700).unwrap();

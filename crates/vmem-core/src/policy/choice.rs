@@ -11,7 +11,7 @@ use super::{Policy, PolicyKind, Protected, build};
 /// A policy for the tiers of a store.
 ///
 /// ```
-/// use vmem_core::policy::{Lru, PolicyChoice, PolicyKind};
+/// use vmem::policy::{Lru, PolicyChoice, PolicyKind};
 ///
 /// let built_in = PolicyChoice::from(PolicyKind::Sieve);
 /// assert_eq!(built_in, PolicyKind::Sieve);

@@ -123,7 +123,7 @@ pub enum Pick {
 /// queue-based policies file it as the newest.
 ///
 /// ```
-/// use vmem_core::policy::{Entry, Pass, Pick, PolicyKind, Probe, build};
+/// use vmem::policy::{Entry, Pass, Pick, PolicyKind, Probe, build};
 ///
 /// let mut last_access = [10, 20, 30];
 /// let mut policy = build(PolicyKind::Lru);

@@ -52,7 +52,7 @@ impl NamedEntry {
 /// What [`VirtualMemory::put_named_with`] stores beside the bytes, and when it refuses to.
 ///
 /// ```
-/// use vmem_core::{MemoryTier, PutMode, PutOptions};
+/// use vmem::{MemoryTier, PutMode, PutOptions};
 ///
 /// let options = PutOptions::new(MemoryTier::Disk).metadata("text/plain").mode(PutMode::Create);
 /// assert_eq!(options.metadata, "text/plain");
@@ -118,7 +118,7 @@ impl From<PutMode> for Expected {
 /// Which names [`VirtualMemory::names_with`] lists.
 ///
 /// ```
-/// use vmem_core::ListOptions;
+/// use vmem::ListOptions;
 ///
 /// // What is directly in "photos/", a page of 100 after the last one that was seen.
 /// let page = ListOptions::new().prefix("photos/").delimiter("/").limit(100);

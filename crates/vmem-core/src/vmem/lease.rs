@@ -147,7 +147,7 @@ impl VramShare {
 /// # use vmem::{MemoryTier, VirtualMemoryConfig};
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
-/// use vmem_core::backend::DeviceAccess;
+/// use vmem::backend::DeviceAccess;
 ///
 /// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
 /// let vmem = vmem::open(config.gpu(vmem::GpuSelection::Off).build()?).await?;
