@@ -268,7 +268,7 @@ impl<T> WeakParcel<T> {
     pub(crate) fn upgrade(&self) -> Option<Parcel<T>> {
         let inner = self.0.upgrade()?;
         let more = |receivers: usize| (receivers > 0).then(|| receivers + 1);
-        inner.receivers.try_update(Ordering::SeqCst, Ordering::SeqCst, more).ok()?;
+        inner.receivers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).ok()?;
         let parcel = Parcel(inner);
         let gone = matches!(*parcel.0.state.lock(), State::Gone(_));
         (!gone).then_some(parcel)

@@ -208,7 +208,7 @@ impl Inner {
             queue.jobs.pop_front()
         };
         let left = |left: u64| left.checked_sub(1);
-        let told = || self.failing.try_update(Ordering::SeqCst, Ordering::SeqCst, left).is_ok();
+        let told = || self.failing.fetch_update(Ordering::SeqCst, Ordering::SeqCst, left).is_ok();
         let outcome = match self.lost.lock().clone() {
             Some(reason) => Err(DeviceError::Lost(reason)),
             None if fails || told() => {

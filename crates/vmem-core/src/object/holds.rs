@@ -36,7 +36,7 @@ impl Object {
         let more = |pins: u32| (pins > 0).then(|| pins + 1);
         match tier.device() {
             Some(device) => self.try_add_hold_on(device),
-            None => self.pins.try_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok(),
+            None => self.pins.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok(),
         }
     }
 

@@ -216,7 +216,7 @@ impl Object {
     /// One more handle, unless the last one has gone already.
     pub(crate) fn try_add_handle(&self) -> bool {
         self.life
-            .try_update(Ordering::SeqCst, Ordering::SeqCst, |life| {
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |life| {
                 (life & DEAD == 0 && life > 0).then_some(life + 1)
             })
             .is_ok()
