@@ -154,7 +154,8 @@ fn default_capacity(free: u64, taken: u64, memory: Option<u64>) -> u64 {
 
 /// The file again, opened anew: what is set for the one, such as direct I/O, is not for the other.
 fn reopened(data: &File) -> io::Result<File> {
-    File::open(format!("/proc/self/fd/{}", data.as_raw_fd()))
+    let descriptors = if cfg!(target_os = "linux") { "/proc/self/fd" } else { "/dev/fd" };
+    File::open(format!("{descriptors}/{}", data.as_raw_fd()))
 }
 
 #[cfg(test)]

@@ -77,7 +77,7 @@ fn of_the_target(error: VirtualMemoryError) -> VirtualMemoryError {
 
 /// Makes `to` the same as `from` where these extents are; the file system shares them where it can.
 fn copy_bytes(from: &File, to: &File, taken: &[(u64, u32)]) -> io::Result<()> {
-    if rustix::fs::ioctl_ficlone(to, from).is_ok() {
+    if share(from, to) {
         return Ok(());
     }
     let mut dirty = 0;
@@ -92,17 +92,37 @@ fn copy_bytes(from: &File, to: &File, taken: &[(u64, u32)]) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether the file system now shares all of `from` with `to`.
+#[cfg(target_os = "linux")]
+fn share(from: &File, to: &File) -> bool {
+    rustix::fs::ioctl_ficlone(to, from).is_ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn share(_from: &File, _to: &File) -> bool {
+    false
+}
+
+/// Copies inside of the kernel, at most so many bytes.
+#[cfg(target_os = "linux")]
+fn copy_inside(from: &File, to: &File, at: u64, len: usize) -> io::Result<usize> {
+    let (mut off_in, mut off_out) = (at, at);
+    Ok(rustix::fs::copy_file_range(from, Some(&mut off_in), to, Some(&mut off_out), len)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn copy_inside(_from: &File, _to: &File, _at: u64, _len: usize) -> io::Result<usize> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 fn copy_range(from: &File, to: &File, mut at: u64, end: u64, dirty: &mut u64) -> io::Result<()> {
     use std::os::unix::fs::FileExt;
     let mut buffer = Vec::new();
     while at < end {
-        let (mut off_in, mut off_out) = (at, at);
         let len = (end - at).min(1 << 20) as usize;
         let copied = match buffer.is_empty() {
-            true => {
-                rustix::fs::copy_file_range(from, Some(&mut off_in), to, Some(&mut off_out), len)
-            }
-            false => Err(rustix::io::Errno::OPNOTSUPP),
+            true => copy_inside(from, to, at, len),
+            false => Err(io::ErrorKind::Unsupported.into()),
         };
         let count = match copied {
             Ok(count) if count > 0 => count as u64,

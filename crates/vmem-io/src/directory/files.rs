@@ -21,6 +21,12 @@ use crate::lock::Lock;
 /// Device and inode: which file it is, whatever its name.
 pub(crate) type Identity = (u64, u64);
 
+/// Which file this is the status of. The types differ from system to system.
+#[allow(clippy::unnecessary_cast, reason = "the device is signed where it is not Linux")]
+pub(super) fn identity_of(status: &Stat) -> Identity {
+    (status.st_dev as u64, status.st_ino as u64)
+}
+
 /// The files of a directory, and a share of its lock: it is given back when the last share goes.
 #[derive(Clone, Debug)]
 pub(crate) struct Files {
@@ -151,7 +157,7 @@ fn missing(errno: Errno) -> String {
 }
 
 fn same(found: &Stat, identity: Identity) -> Result<(), String> {
-    match (found.st_dev, found.st_ino) == identity {
+    match identity_of(found) == identity {
         true => Ok(()),
         false => Err("was replaced".to_owned()),
     }

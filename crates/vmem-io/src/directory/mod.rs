@@ -276,7 +276,7 @@ impl StoreDirectory {
             return Ok(());
         };
         match rustix::fs::statat(&*self.files.directory, DATA_FILE, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(status) if (status.st_dev, status.st_ino) == identity => {
+            Ok(status) if files::identity_of(&status) == identity => {
                 // What leads to the data goes first.
                 self.files.remove(CATALOG_FILE)?;
                 self.files.remove(DATA_FILE)

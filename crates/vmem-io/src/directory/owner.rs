@@ -13,7 +13,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, statat, unlinkat};
 use vmem_core::VirtualMemoryError;
 
 use super::LOCK_FILE;
-use super::files::{open_own, refused, unusable};
+use super::files::{identity_of, open_own, refused, unusable};
 use crate::lock::Lock;
 
 /// How often a lock file is opened again that was removed while it was being locked.
@@ -64,7 +64,7 @@ fn lock(path: &Path, directory: &File) -> Result<Lock, VirtualMemoryError> {
             TryLockError::Error(error) => refused(&path.join(LOCK_FILE), error),
         })?;
         let found = statat(directory, LOCK_FILE, AtFlags::SYMLINK_NOFOLLOW).ok();
-        if found.map(|found| (found.st_dev, found.st_ino)) == lock.identity() {
+        if found.map(|found| identity_of(&found)) == lock.identity() {
             return Ok(lock);
         }
     }

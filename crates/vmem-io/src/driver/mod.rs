@@ -11,7 +11,9 @@ mod blocking;
 mod choose;
 mod direct;
 mod file;
+#[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "a part of it is for rings"))]
 mod job;
+#[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "a part of it is for rings"))]
 mod memory;
 mod queued;
 #[cfg(target_os = "linux")]
