@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Checks every combination of features that makes sense, that a build without a feature has none of its
-# crates, and runs the tests of what a build offers in the smallest one. Some minutes at most: the
-# combinations share what they stand on.
+# Checks each combination of features that makes sense, and that a build without a feature has none of
+# its crates; runs the tests of what a build offers in the smallest one. Some minutes at most: the
+# combinations share their dependencies.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
