@@ -47,11 +47,12 @@ const STRESS_SECONDS: &str = "6";
 /// Device memory, where there is some: every store takes three quarters of what is free.
 const VRAM_BYTES: &str = "33554432";
 
-/// The other test binaries of this package, as cargo has built them, or builds them now.
+/// The other test binaries of this package, as cargo has built them with the workspace, or builds them now. For this
+/// package alone it would build them once more: with fewer features of what they stand on.
 fn suite() -> Vec<(String, PathBuf)> {
     let own = std::env::current_exe().unwrap();
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["test", "--package", "vmem", "--tests", "--no-run", "--message-format=json"]);
+    cargo.args(["test", "--workspace", "--tests", "--no-run", "--message-format=json"]);
     if !cfg!(debug_assertions) {
         cargo.arg("--release");
     }
@@ -67,7 +68,9 @@ fn suite() -> Vec<(String, PathBuf)> {
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
         .filter_map(|message| {
             let name = message["target"]["name"].as_str()?.to_owned();
-            Some((name, message["executable"].as_str()?.into()))
+            let is_ours =
+                message["manifest_path"] == concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+            is_ours.then_some((name, message["executable"].as_str()?.into()))
         })
         .filter(|(name, _)| !NOT_AGAIN.contains(&name.as_str()))
         .collect();
