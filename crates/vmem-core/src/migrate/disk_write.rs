@@ -186,7 +186,7 @@ impl DiskWrite {
         let Some((_, answer)) = self.in_flight.front_mut() else { return Ok(()) };
         let outcome = answer.await.unwrap_or(Err(DiskError::Closed));
         let Some((chunks, _)) = self.in_flight.pop_front() else { return Ok(()) };
-        let written = account(&self.object, outcome)?;
+        let written = account(&self.object.shared, self.object.id, outcome)?;
         self.written.extend(chunks.zip(written));
         Ok(())
     }
@@ -288,8 +288,8 @@ pub(crate) async fn next_turn(
 pub(crate) enum Finished {
     /// It is the current version.
     Published,
-    /// The object was pinned to host memory meanwhile, which the new version would not be in. The one before is the
-    /// current one still.
+    /// The object was pinned to host memory meanwhile, which the new version would not be in. The
+    /// one before is the current one still.
     Pinned,
 }
 

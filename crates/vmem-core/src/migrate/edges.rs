@@ -2,7 +2,7 @@
 //!
 //! Invariant: called with the gate held, so that the version before is the one whose bytes go
 //! around the new ones; space is taken if there is some, and never waited for. Called by
-//! `disk_write.rs`.
+//! `disk_write.rs`; the figures by `stream.rs` too.
 
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ use crate::copy::Found;
 use crate::deadline::Deadline;
 use crate::disk::{DiskError, Extent};
 use crate::error::VirtualMemoryError;
-use crate::object::{GatePass, Object, Version, chunk_lens, chunks_of, range_of};
+use crate::object::{GatePass, Object, Shared, Version, chunk_lens, chunks_of, range_of};
 use crate::stats::add;
 use crate::tier::Class;
 
@@ -58,7 +58,7 @@ pub(super) async fn write_edges(
         let bytes = piece.freeze().slice(..chunk.len());
         let pieces = extent.into_iter().map(|extent| (extent, bytes.clone())).collect();
         drop(bytes);
-        let extents = account(object, object.shared.disk.write(pieces).await)?;
+        let extents = account(&object.shared, object.id, object.shared.disk.write(pieces).await)?;
         written.extend(extents.into_iter().map(|extent| (index, extent)));
     }
     Ok(written)
@@ -81,7 +81,7 @@ pub(super) async fn write_rest(
     let slice = |(&index, extent)| (extent, host.slice(range_of(object.len, index)));
     let pieces = rest.iter().zip(extents).map(slice).collect();
     drop(host);
-    let extents = account(object, object.shared.disk.write(pieces).await)?;
+    let extents = account(&object.shared, object.id, object.shared.disk.write(pieces).await)?;
     Ok(rest.into_iter().zip(extents).collect())
 }
 
@@ -91,8 +91,9 @@ fn reserve(object: &Object, chunks: impl IntoIterator<Item = usize>) -> Result<V
     reserved.map_err(|error| object.shared.disk_error(object.id, error))
 }
 
-pub(super) fn account(object: &Object, outcome: Written) -> Result<Vec<Extent>> {
-    let counters = &object.shared.counters;
+/// Counts a write of chunks of this object, in the terms of callers.
+pub(super) fn account(shared: &Shared, handle: u64, outcome: Written) -> Result<Vec<Extent>> {
+    let counters = &shared.counters;
     match outcome {
         Ok(extents) => {
             let bytes = extents.iter().map(|extent| u64::from(extent.len())).sum();
@@ -101,7 +102,7 @@ pub(super) fn account(object: &Object, outcome: Written) -> Result<Vec<Extent>> 
         }
         Err(error) => {
             add(&counters.errors, 1);
-            Err(object.shared.disk_error(object.id, error))
+            Err(shared.disk_error(handle, error))
         }
     }
 }

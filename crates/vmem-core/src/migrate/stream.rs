@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::edges::account;
 use super::part::copy_all;
 use super::to_disk::settle_copy;
 use super::{count_hit, load};
@@ -21,7 +22,6 @@ use crate::disk::Extent;
 use crate::error::VirtualMemoryError;
 use crate::object::{DiskMap, Object, Shared, Version, chunk_lens, chunks_of};
 use crate::parcel::SetAside;
-use crate::stats;
 use crate::tier::Class;
 use crate::windows::Window;
 
@@ -29,6 +29,9 @@ type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
 /// What is copied from host memory before others run.
 const STEP: usize = 256 * 1024;
+
+/// What errors call an object that does not exist yet: none has this number.
+const NO_OBJECT: u64 = 0;
 
 /// The version that a stream reads.
 pub(crate) enum Source {
@@ -53,8 +56,8 @@ impl SetAside for Filled {
     }
 }
 
-/// Fills a window with these bytes of `source`, or else of the version that is current now. `all`: the reader
-/// wants nothing else. For a task.
+/// Fills a window with these bytes of `source`, or else of the version that is current now. `all`:
+/// the reader wants nothing else. For a task.
 ///
 /// # Errors
 ///
@@ -124,10 +127,10 @@ async fn copy(from: &[u8], to: &mut [u8]) {
     }
 }
 
-/// The current version, in a form that keeps no host memory from others: what only host memory has goes
-/// to disk first, unless the reader will have read it all in a moment (`brief`).
+/// The current version, in a form that keeps no host memory from others: what only host memory has
+/// goes to disk first, unless the reader will have read it all in a moment (`brief`).
 async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<Source> {
-    let mut written_back = brief;
+    let mut may_hold = brief;
     loop {
         if let Some(damage) = object.damage() {
             return Err(damage);
@@ -152,7 +155,7 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                     return Ok(Source::Below(Version { disk, device: None }));
                 }
             }
-            Some((guard, None)) if written_back => return Ok(Source::Host(guard.into_bytes())),
+            Some((guard, None)) if may_hold => return Ok(Source::Host(guard.into_bytes())),
             Some((guard, None)) => {
                 drop(guard);
                 let pass = object.gate(deadline).await?;
@@ -166,7 +169,7 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                     Err(error) => {
                         let id = object.id;
                         tracing::debug!(target: "vmem::migration", id, %error, "a stream holds its host copy");
-                        written_back = true;
+                        may_hold = true;
                     }
                 }
             }
@@ -208,16 +211,14 @@ pub(crate) async fn send_window(
 ) -> Result<Sent> {
     let len = window.as_slice().len();
     let lens = chunk_lens(len, 0..len.div_ceil(CHUNK_BYTES));
-    // No object is known by number 0: it has none yet.
-    let public = |error| shared.disk_error(0, error);
-    let extents = shared.reserve_soon(&lens).await.map_err(public)?;
+    let extents = shared.reserve_soon(&lens).await;
+    let extents = extents.map_err(|error| shared.disk_error(NO_OBJECT, error))?;
     let bytes = IoBuf::from_window(window).freeze();
     let chunk = |start: usize| bytes.slice(start..len.min(start + CHUNK_BYTES));
     let chunks = extents.into_iter().zip((0..len).step_by(CHUNK_BYTES).map(chunk));
     let written = shared.disk.write(chunks.collect());
     drop(bytes);
     let written = deadline.bound(written).await;
-    let written = written.map_err(|Late| deadline.error("writing a stream"))?.map_err(public)?;
-    stats::add(&shared.counters.host_to_disk_bytes, len as u64);
-    Ok(Sent(written))
+    let written = written.map_err(|Late| deadline.error("writing a stream"))?;
+    account(&shared, NO_OBJECT, written).map(Sent)
 }

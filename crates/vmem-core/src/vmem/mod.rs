@@ -37,18 +37,22 @@ pub use writer::ObjectWriter;
 use crate::actor::{self, Outcome};
 use crate::capabilities::Capabilities;
 use crate::config::{Effective, VirtualMemoryConfig};
+use crate::disk::Extent;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationEvent;
 use crate::handle::VMemHandle;
 use crate::host::{HostArena, ObjectSpace, StagingMemory};
 use crate::memory_tier::MemoryTier;
 use crate::names::Names;
-use crate::object::{Backends, Limits, Object, Shared, chunk_count, chunk_lens};
+use crate::object::{Backends, DiskMap, Limits, Object, Shared, chunk_count, chunk_lens};
 use crate::requests;
 use crate::stats::{TierStats, VirtualMemoryStats};
 use crate::tier::{Class, Need, Refused};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
+
+/// Why the gate of a new object is open.
+const NEW: &str = "invariant: nobody else knows an object before it is announced";
 
 /// The longest object, in bytes, however large the tiers are: 1 TiB. Where its chunks are takes
 /// about 2 GiB of memory then; without a bound a length alone could take all that there is.
@@ -81,8 +85,8 @@ impl Drop for Lifetime {
 }
 
 impl VirtualMemory {
-    /// Opens a store over these backends, on the current tokio runtime. Most users call `vmem::open`,
-    /// which brings the backends of this machine.
+    /// Opens a store over these backends, on the current tokio runtime. Most users call
+    /// `vmem::open`, which brings the backends of this machine.
     ///
     /// # Errors
     ///
@@ -205,8 +209,9 @@ impl VirtualMemory {
 
     /// The effective configuration: budgets in bytes, the driver that serves, and no GPU where none
     /// was found. A temporary directory stays without a name, which
-    /// [`capabilities`](Self::capabilities) tells. Where several devices came to different amounts of
-    /// memory, `vram_capacity` is what was asked for, and [`tier_stats`](Self::tier_stats) tells.
+    /// [`capabilities`](Self::capabilities) tells. Where several devices came to different amounts
+    /// of memory, `vram_capacity` is what was asked for, and [`tier_stats`](Self::tier_stats)
+    /// tells.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -232,8 +237,8 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// `NotFlushed` with the names of what was not made durable; what the backends said of their end;
-    /// `Closed` if it was closed before.
+    /// `NotFlushed` with the names of what was not made durable; what the backends said of their
+    /// end; `Closed` if it was closed before.
     pub async fn close(self) -> Result<()> {
         let first = self.shared.set_closed();
         let mut outcome = self.lifetime.outcome.clone();
@@ -279,8 +284,8 @@ impl VirtualMemory {
 
     // ---- Room ----------------------------------------------------------------------------------
 
-    /// Takes device memory for a new object that lives there, if there is some or what nobody uses can make
-    /// way for it.
+    /// Takes device memory for a new object that lives there, if there is some or what nobody uses
+    /// can make way for it.
     async fn take_device_space(&self, object: &Arc<Object>) -> Result<()> {
         let Some(number) = object.home.device() else { return Ok(()) };
         let deadline = self.shared.deadline();
@@ -302,12 +307,11 @@ impl VirtualMemory {
 
     /// Takes the footprint of a new object, in its home tier or below it.
     async fn take_room(&self, object: &Arc<Object>, home: MemoryTier) -> Result<()> {
-        let new = "invariant: nobody else knows an object before it is announced";
         if home != MemoryTier::Disk && self.shared.fits_host(object.len) {
             let need = Need::one(object.len, object.id, Class::Demand).or_spill();
             match self.shared.host_room(&need, &self.shared.deadline()).await {
                 Ok(room) => {
-                    let pass = object.try_gate().expect(new);
+                    let pass = object.try_gate().expect(NEW);
                     // With the gate held: whoever finds it now changes it after this.
                     self.shared.announce(object);
                     object.set_spare(&pass, room);
@@ -321,9 +325,14 @@ impl VirtualMemory {
         let lens = chunk_lens(object.len, 0..chunk_count(object.len));
         let reserved = self.shared.reserve_soon(&lens).await;
         let extents = reserved.map_err(|error| self.shared.disk_error(object.id, error))?;
-        let pass = object.try_gate().expect(new);
-        self.shared.announce(object);
-        object.with_disk(&pass, |disk, _| *disk = crate::object::DiskMap::of(extents));
+        self.announce_on_disk(object, extents);
         Ok(())
+    }
+
+    /// Lets others find a new object that has these extents.
+    fn announce_on_disk(&self, object: &Arc<Object>, extents: Vec<Extent>) {
+        let pass = object.try_gate().expect(NEW);
+        self.shared.announce(object);
+        object.with_disk(&pass, |disk, _| *disk = DiskMap::of(extents));
     }
 }

@@ -1,8 +1,8 @@
 //! Reading.
 //!
-//! Invariant: `Bytes` are charged to object space, but for small parts, and never change; a read that finds a
-//! valid host copy is a load, a count, a mark and no more, ready at its first poll. Everything
-//! slower is behind one box (`miss.rs`), so that the fast path's future stays small.
+//! Invariant: `Bytes` are charged to object space, but for small parts, and never change; a read
+//! that finds a valid host copy is a load, a count, a mark and no more, ready at its first poll.
+//! Everything slower is behind one box (`miss.rs`), so that the fast path's future stays small.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,7 +19,8 @@ use crate::object::Object;
 use crate::options::{ReadClass, ReadOptions};
 use crate::tier::Class;
 
-/// A part of at most this many bytes, and of at most this share of its object, is copied rather than held.
+/// A part of at most this many bytes, and of at most this share of its object, is copied rather
+/// than held.
 const COPY_SMALL_MAX: usize = 4096;
 const COPY_SMALL_SHARE: usize = 8;
 
@@ -56,8 +57,9 @@ impl VirtualMemory {
         }
     }
 
-    /// A part of the object, in bytes from its start. A small part (an eighth of the object at most, and 4 KiB)
-    /// is a copy of its own; a larger one keeps all of the object's bytes in object space until it is dropped.
+    /// A part of the object, in bytes from its start. A small part (an eighth of the object at
+    /// most, and 4 KiB) is a copy of its own; a larger one keeps all of the object's bytes in
+    /// object space until it is dropped.
     ///
     /// # Errors
     ///
@@ -222,7 +224,7 @@ pub(super) fn part_of(guard: ReadGuard, range: Range<usize>, copy_small: Option<
     guard.into_bytes().slice(range)
 }
 
-fn check_range(object: &Object, range: &Range<usize>) -> Result<()> {
+pub(super) fn check_range(object: &Object, range: &Range<usize>) -> Result<()> {
     if range.start <= range.end && range.end <= object.len {
         return Ok(());
     }

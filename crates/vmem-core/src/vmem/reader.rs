@@ -17,6 +17,7 @@ use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{Stream, poll_fn};
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncSeek, ReadBuf};
 
+use super::read::check_range;
 use super::{Result, VirtualMemory};
 use crate::chunk::CHUNK_BYTES;
 use crate::error::VirtualMemoryError;
@@ -66,7 +67,8 @@ pub struct ObjectReader {
 
 impl VirtualMemory {
     /// A reader of these bytes of the object. It reads one version from start to end, the one that
-    /// is current when its first bytes come, whoever writes, replaces or frees the object meanwhile.
+    /// is current when its first bytes come, whoever writes, replaces or frees the object
+    /// meanwhile.
     ///
     /// What it has read ahead is charged to
     /// [`stream_capacity`](crate::VirtualMemoryConfigBuilder::stream_capacity), never to object
@@ -135,10 +137,8 @@ impl VirtualMemory {
             Bound::Excluded(&end) => end,
             Bound::Unbounded => object.len,
         };
-        if start <= end && end <= object.len {
-            return Ok(start..end);
-        }
-        Err(VirtualMemoryError::OutOfRange { handle: object.id, start, end, len: object.len })
+        let range = start..end;
+        check_range(object, &range).map(|()| range)
     }
 }
 
@@ -292,7 +292,8 @@ impl ObjectReader {
         }
     }
 
-    /// Goes on from another place. The front window stays if it has that; what is on its way, if it follows.
+    /// Goes on from another place. The front window stays if it has that; what is on its way, if it
+    /// follows.
     fn move_to(&mut self, at: usize) {
         self.at = at;
         let front_end = self.front_at + self.front.len();
@@ -304,7 +305,8 @@ impl ObjectReader {
     }
 }
 
-/// Where a window that starts here ends: at the end of a chunk, where it can, since chunks are read whole.
+/// Where a window that starts here ends: at the end of a chunk, where it can, since chunks are read
+/// whole.
 fn end_of(start: usize, end: usize, capacity: usize) -> usize {
     let most = end.min(start + capacity);
     let chunk_end = most / CHUNK_BYTES * CHUNK_BYTES;

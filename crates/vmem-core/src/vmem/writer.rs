@@ -2,7 +2,8 @@
 //!
 //! Invariant: what a writer has taken in lies in a window of the reserve for streams, or in extents
 //! on disk that are its own; there is no object before `commit`, and whatever becomes of the writer
-//! without it, its extents go back, after a crash too, since no catalog names them. Called by users.
+//! without it, its extents go back, after a crash too, since no catalog names them. Called by
+//! users.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -23,7 +24,6 @@ use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
 use crate::migrate::{Sent, send_window};
 use crate::names::{self, Expected};
-use crate::object::DiskMap;
 use crate::windows::Window;
 
 /// What a writer asks the reserve for at a time, in bytes, unless it is told otherwise.
@@ -83,16 +83,16 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// None here. Writing to it fails with an [`io::Error`] that has a [`VirtualMemoryError`] as its
-    /// source: `TierFull` when the disk is, `ExceedsCapacity` beyond [`OBJECT_LEN_MAX`], `TimedOut`,
-    /// `Closed`, `Io`. It says the same ever after.
+    /// None here. Writing to it fails with an [`io::Error`] that has a [`VirtualMemoryError`] as
+    /// its source: `TierFull` when the disk is, `ExceedsCapacity` beyond [`OBJECT_LEN_MAX`],
+    /// `TimedOut`, `Closed`, `Io`. It says the same ever after.
     pub fn writer(&self, home: MemoryTier) -> ObjectWriter {
         self.writer_of(home, None, self.shared.check_tier(home))
     }
 
     /// As [`writer`](Self::writer), for an object with a name: `commit` is a
-    /// [`put_named_with`](Self::put_named_with), durable, with bytes, metadata and name at once. What
-    /// has the name is replaced then and not before.
+    /// [`put_named_with`](Self::put_named_with), durable, with bytes, metadata and name at once.
+    /// What has the name is replaced then and not before.
     ///
     /// # Errors
     ///
@@ -131,16 +131,11 @@ impl VirtualMemory {
     }
 
     /// Makes an object that is on disk.
-    fn object_of(&self, extents: Vec<Extent>, len: usize, home: MemoryTier) -> Result<VMemHandle> {
+    fn object_of(&self, extents: Vec<Extent>, len: usize, home: MemoryTier) -> VMemHandle {
         let handle = VMemHandle::adopt(self.shared.create(len, home));
-        let object = handle.object();
-        let pass = object.gate_if_open()?;
-        let pass = pass.expect("invariant: nobody else knows an object before it is announced");
-        self.shared.announce(object);
-        object.with_disk(&pass, |disk, _| *disk = DiskMap::of(extents));
-        drop(pass);
-        self.bring_home(object);
-        Ok(handle)
+        self.announce_on_disk(handle.object(), extents);
+        self.bring_home(handle.object());
+        handle
     }
 }
 
@@ -159,7 +154,8 @@ impl ObjectWriter {
     }
 
     /// Makes the object, with its name if it is to have one. What fits in one window is
-    /// [`put`](VirtualMemory::put) into its home tier; what is longer is on disk, and comes up by use.
+    /// [`put`](VirtualMemory::put) into its home tier; what is longer is on disk, and comes up by
+    /// use.
     ///
     /// # Errors
     ///
@@ -175,7 +171,7 @@ impl ObjectWriter {
             self.send()?;
             poll_fn(|context| self.poll_settle(context, 0)).await?;
             let extents = std::mem::take(&mut self.extents);
-            self.vmem.object_of(extents, self.len as usize, self.home)?
+            self.vmem.object_of(extents, self.len as usize, self.home)
         };
         match self.name.take() {
             Some((name, options)) => self.vmem.replace_named(name, handle, options).await,
@@ -245,8 +241,8 @@ impl ObjectWriter {
         Ok(())
     }
 
-    /// Sends the window that is full, and takes another one. Where the reserve has none beside those
-    /// on their way it waits for these: so beyond the reserve a writer has one window.
+    /// Sends the window that is full, and takes another one. Where the reserve has none beside
+    /// those on their way it waits for these: so beyond the reserve a writer has one window.
     fn poll_window(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
         ready!(self.poll_settle(context, SENDS_MAX - 1))?;
         self.send()?;
@@ -260,7 +256,8 @@ impl ObjectWriter {
         Poll::Ready(Ok(()))
     }
 
-    /// What is to fill before it is sent: whole chunks, since all chunks of an object but the last are.
+    /// What is to fill before it is sent: whole chunks, since all chunks of an object but the last
+    /// are.
     fn room(&self) -> usize {
         let whole = self.front.capacity() / CHUNK_BYTES * CHUNK_BYTES;
         whole - self.front.as_slice().len()
@@ -294,7 +291,8 @@ impl AsyncWrite for ObjectWriter {
         this.poll_settle(context, 0).map_err(io::Error::from)
     }
 
-    /// As a flush, and the last write: there is an object after [`commit`](ObjectWriter::commit) alone.
+    /// As a flush, and the last write: there is an object after [`commit`](ObjectWriter::commit)
+    /// alone.
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.shut_down = true;
         self.poll_flush(context)
