@@ -398,7 +398,8 @@ impl Bench {
             assert_eq!(residency.pins, 0, "{when}");
             // All lengths here are rounded up to pages, in host memory, and to 512 bytes on disk.
             host += if residency.host { handle.len().next_multiple_of(4096) as u64 } else { 0 };
-            // At home in device memory it has room there, whatever is in it; unless it was taken down.
+            // At home in device memory it has room there, whatever is in it; unless it was taken
+            // down.
             let most = handle.home_tier() == VRAM || residency.vram;
             vram += if most { handle.len().next_multiple_of(512) as u64 } else { 0 };
             disk_most += handle.len().next_multiple_of(512) as u64;

@@ -1,7 +1,9 @@
-//! Several devices in one store: residency, leases, budgets and eviction of each, and the loss of one.
+//! Several devices in one store: residency, leases, budgets and eviction of each, and the loss of
+//! one.
 //!
-//! Excluded: a copy on one device that serves another, a stale copy on either after a change, bytes beyond a budget, and a
-//! device that is lost together with another. Over simulated devices, and over two emulated GPUs.
+//! Excluded: a copy on one device that serves another, a stale copy on either after a change, bytes
+//! beyond a budget, and a device that is lost together with another. Over simulated devices, and
+//! over two emulated GPUs.
 #![allow(missing_docs, clippy::unwrap_used, unsafe_code)]
 
 mod common;
@@ -196,7 +198,8 @@ mod emulated {
     use super::*;
     use crate::gpu::{LEN, launch, plus};
 
-    /// Kernels on two GPUs change one object in turn: each lease is where its stream is, and what one wrote the other reads.
+    /// Kernels on two GPUs change one object in turn: each lease is where its stream is, and what
+    /// one wrote the other reads.
     #[tokio::test]
     async fn leases_are_on_the_device_of_their_stream() {
         let emulator = Emulator::load().unwrap();

@@ -1,6 +1,8 @@
-//! Leases as DLPack tensors, in the hands of a consumer who knows nothing but the C interface, on the emulated driver.
+//! Leases as DLPack tensors, in the hands of a consumer who knows nothing but the C interface, on
+//! the emulated driver.
 //!
-//! Invariant: an object is pinned in VRAM as long as its tensor lives, and until what was queued on the stream of its lease has ended.
+//! Invariant: an object is pinned in VRAM as long as its tensor lives, and until what was queued on
+//! the stream of its lease has ended.
 #![allow(missing_docs, clippy::unwrap_used, unsafe_code)]
 #![cfg(target_os = "linux")]
 
@@ -72,7 +74,8 @@ fn copied(tensor: &DLTensor, stream: &CudaStream) -> Vec<u8> {
     stream.context().bind_to_thread().unwrap();
     let mut into = vec![0; dimension(tensor).0 as usize];
     let from = tensor.data.addr() as u64 + tensor.byte_offset;
-    // SAFETY: both are as long as the tensor; the memory of the vector is pageable, so the call waits.
+    // SAFETY: both are as long as the tensor; the memory of the vector is pageable, so the call
+    // waits.
     unsafe { result::memcpy_dtoh_async(&mut into, from, stream.cu_stream()) }.unwrap();
     into
 }
@@ -149,7 +152,8 @@ async fn the_versioned_form_says_that_it_is_read_only() {
     end(vmem, handle, &emulator).await;
 }
 
-/// On a thread that has neither a runtime nor a context, while what was queued on the stream of the lease still runs.
+/// On a thread that has neither a runtime nor a context, while what was queued on the stream of the
+/// lease still runs.
 #[tokio::test]
 async fn the_deleter_is_called_on_another_thread() {
     let emulator = Emulator::load().unwrap();

@@ -1,9 +1,10 @@
 //! The suite of this package once more, over each disk driver, and where io_uring is denied.
 //!
-//! Invariant: the test binaries that run are those of this build: cargo itself names them. Each runs
-//! in a process of its own, with the driver in `VMEM_TEST_DRIVER`; a driver that this machine
-//! has not is skipped aloud. Tests that bring a simulated disk run again too, which costs little. In the pass over blocking calls
-//! every store that is opened on this machine has the emulated CUDA driver, and so a VRAM tier.
+//! Invariant: the test binaries that run are those of this build: cargo itself names them. Each
+//! runs in a process of its own, with the driver in `VMEM_TEST_DRIVER`; a driver that this machine
+//! has not is skipped aloud. Tests that bring a simulated disk run again too, which costs little.
+//! In the pass over blocking calls every store that is opened on this machine has the emulated CUDA
+//! driver, and so a VRAM tier.
 #![cfg(target_os = "linux")]
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -15,7 +16,8 @@ use vmem::{IoDriver, VirtualMemoryConfig, VirtualMemoryError};
 use vmem_testkit::Denied;
 use vmem_testkit::place::DRIVER_VARIABLE;
 
-/// This one would run itself for ever; the others have no disk, or hardly any, or choose their drivers.
+/// This one would run itself for ever; the others have no disk, or hardly any, or choose their
+/// drivers.
 const NOT_AGAIN: [&str; 22] = [
     "vmem",
     "drivers",
@@ -47,8 +49,9 @@ const STRESS_SECONDS: &str = "6";
 /// Device memory, where there is some: every store takes three quarters of what is free.
 const VRAM_BYTES: &str = "33554432";
 
-/// The other test binaries of this package, as cargo has built them with the workspace, or builds them now. For this
-/// package alone it would build them once more: with fewer features of what they stand on.
+/// The other test binaries of this package, as cargo has built them with the workspace, or builds
+/// them now. For this package alone it would build them once more: with fewer features of what they
+/// stand on.
 fn suite() -> Vec<(String, PathBuf)> {
     let own = std::env::current_exe().unwrap();
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));

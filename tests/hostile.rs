@@ -1,5 +1,6 @@
-//! Scenario 25: places that deny what the disk tier would like to have. In each the store opens and works, and says
-//! what serves and why; or `open` fails at once with an error that names what is missing.
+//! Scenario 25: places that deny what the disk tier would like to have. In each the store opens and
+//! works, and says what serves and why; or `open` fails at once with an error that names what is
+//! missing.
 //!
 //! Invariant: each denial is in force in a child process alone, and the child shows that it is.
 #![cfg(target_os = "linux")]

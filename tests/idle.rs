@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use vmem::{MemoryTier, VirtualMemoryConfig};
 use vmem_testkit::process_cpu;
 
-/// Excluded: an engine that polls, or a ring that spins. After some work, and with objects dirty and
-/// held, ten seconds pass; the process used less than half a percent of a core.
+/// Excluded: an engine that polls, or a ring that spins. After some work, and with objects dirty
+/// and held, ten seconds pass; the process used less than half a percent of a core.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_27_idle_costs_nothing() {
     let config = VirtualMemoryConfig::builder()

@@ -1,8 +1,8 @@
 //! Leases of several objects, taken all at once, beside others who want the same.
 //!
-//! Excluded: a range that goes to another object of the set, a stale copy on a sibling, a busy core while a kernel or a
-//! budget is waited for, and a set that could never be there and waits all the same. Noticed by the lengths of ranges, by
-//! the processor time of the thread, and by the errors.
+//! Excluded: a range that goes to another object of the set, a stale copy on a sibling, a busy core
+//! while a kernel or a budget is waited for, and a set that could never be there and waits all the
+//! same. Noticed by the lengths of ranges, by the processor time of the thread, and by the errors.
 #![allow(missing_docs, clippy::unwrap_used)]
 #![cfg(target_os = "linux")]
 
@@ -102,7 +102,8 @@ async fn no_sibling_shares_the_version_before_one_that_is_pending() {
     vmem.close().await.unwrap();
 }
 
-/// Several writers behind one reader, and a device that is lost while a large request has kept others from passing.
+/// Several writers behind one reader, and a device that is lost while a large request has kept
+/// others from passing.
 #[tokio::test]
 async fn waiting_for_kernels_and_for_a_lost_device_costs_nothing() {
     let (vmem, _devices) = open(8 * MIB, &[MIB], Duration::from_secs(20));

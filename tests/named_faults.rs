@@ -115,8 +115,8 @@ async fn byte_of(vmem: &VirtualMemory, name: &str) -> u8 {
     bytes[0]
 }
 
-/// After the failure nothing is acknowledged, everything is readable, and the next start has what was
-/// acknowledged before.
+/// After the failure nothing is acknowledged, everything is readable, and the next start has what
+/// was acknowledged before.
 async fn poisons(place: Place, fail: impl FnOnce(&Place)) {
     let vmem = &place.vmem;
     let kept = vmem.put_named("kept", vec![1; 100_000], MemoryTier::Host).await.unwrap();
@@ -223,8 +223,8 @@ async fn full_under_the_catalog(all_writes: bool) {
     catalog_fails.space.store(false, Ordering::SeqCst);
     vmem.flush(&kept).await.unwrap();
     vmem.put_named("new", vec![3; 10], MemoryTier::Disk).await.unwrap();
-    // Of one commit it was not known whether it was made: what it would have led to is kept until the next start. The others
-    // were refused before they began.
+    // Of one commit it was not known whether it was made: what it would have led to is kept until
+    // the next start. The others were refused before they began.
     let in_doubt = if all_writes { used } else { 0 };
     let kept_for = vmem.stats().disk.used_bytes - used - 512;
     assert!(kept_for <= in_doubt, "{kept_for} bytes are kept in vain");
@@ -380,8 +380,8 @@ async fn damage_of_one_name_is_the_matter_of_one() {
     vmem.close().await.unwrap();
 }
 
-/// Changes of one name that wait for each other have one deadline each, from when they were asked for; so `close` ends
-/// soon after the one that is under way, however many there are.
+/// Changes of one name that wait for each other have one deadline each, from when they were asked
+/// for; so `close` ends soon after the one that is under way, however many there are.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn changes_that_wait_in_line_do_not_add_up() {
     let tape = Tape::of(Image::default());

@@ -1,9 +1,10 @@
-//! What a plan of eviction takes, seen from outside: neighbours on a device, moves within host memory, and what was
-//! prefetched.
+//! What a plan of eviction takes, seen from outside: neighbours on a device, moves within host
+//! memory, and what was prefetched.
 //!
-//! Excluded: an eviction in the order of the last use alone, which empties a tier until some free piece is long enough by
-//! chance; a refusal, or a write to disk, where moving small objects together would do; a prefetch that is evicted before
-//! its first use while other objects could go. Noticed by the counters.
+//! Excluded: an eviction in the order of the last use alone, which empties a tier until some free
+//! piece is long enough by chance; a refusal, or a write to disk, where moving small objects
+//! together would do; a prefetch that is evicted before its first use while other objects could go.
+//! Noticed by the counters.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
@@ -65,8 +66,8 @@ async fn a_large_promotion_evicts_at_most_twice_what_it_needs() {
     }
 }
 
-/// Half of the slots of small spans are free, and neither host nor disk has a free piece for a larger object: those that
-/// stay move together.
+/// Half of the slots of small spans are free, and neither host nor disk has a free piece for a
+/// larger object: those that stay move together.
 #[tokio::test]
 async fn small_objects_move_together_where_the_disk_is_full() {
     let (vmem, driver) = common::open(MIB, MIB, |builder| builder);
@@ -130,7 +131,8 @@ async fn readers_see_whole_objects_while_these_move() {
     vmem.close().await.unwrap();
 }
 
-/// A cycle over three times what fits, prefetched a few ahead: each is there when it is used, under every policy.
+/// A cycle over three times what fits, prefetched a few ahead: each is there when it is used, under
+/// every policy.
 #[tokio::test]
 async fn what_was_prefetched_is_there_at_its_first_use() {
     for policy in [PolicyKind::Lru, PolicyKind::Sieve, PolicyKind::S3Fifo] {
@@ -153,7 +155,8 @@ async fn what_was_prefetched_is_there_at_its_first_use() {
     }
 }
 
-/// A prefetch that finds the free space in pieces takes no neighbours that were used after it was asked for.
+/// A prefetch that finds the free space in pieces takes no neighbours that were used after it was
+/// asked for.
 #[tokio::test]
 async fn a_prefetch_evicts_no_neighbours_that_are_in_use() {
     let timeout = std::time::Duration::from_millis(500);
@@ -182,8 +185,8 @@ async fn a_prefetch_evicts_no_neighbours_that_are_in_use() {
     }
 }
 
-/// Old versions that readers keep lie in spans of objects whose current bytes lie elsewhere: nothing moves, or leaves, for
-/// them.
+/// Old versions that readers keep lie in spans of objects whose current bytes lie elsewhere:
+/// nothing moves, or leaves, for them.
 #[tokio::test]
 async fn old_versions_that_are_held_move_nothing() {
     let timeout = std::time::Duration::from_millis(500);

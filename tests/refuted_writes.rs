@@ -1,11 +1,13 @@
 //! A write that was dropped changes nothing, and none takes a pinned object away.
 //!
-//! A large write hands its version to a task, which publishes it under the gate. A task that did not look whether its
-//! caller was still there could publish after the caller had gone and a later write had completed, so that reads
-//! returned the older of the two. It looks with the gate held, directly before it publishes.
+//! A large write hands its version to a task, which publishes it under the gate. A task that did
+//! not look whether its caller was still there could publish after the caller had gone and a later
+//! write had completed, so that reads returned the older of the two. It looks with the gate held,
+//! directly before it publishes.
 //!
-//! A write that went to disk while nothing pinned the object published there whatever had been pinned meanwhile, and
-//! brought the object back behind it: until then, or for good where space was short, its guard kept nothing.
+//! A write that went to disk while nothing pinned the object published there whatever had been
+//! pinned meanwhile, and brought the object back behind it: until then, or for good where space was
+//! short, its guard kept nothing.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -64,7 +66,8 @@ async fn dropped_write_is_not_published_over_a_later_one() {
     vmem.close().await.unwrap();
 }
 
-/// The object is on disk, as is the write, when it is pinned; what was pinned then stays in host memory.
+/// The object is on disk, as is the write, when it is pinned; what was pinned then stays in host
+/// memory.
 #[tokio::test(start_paused = true)]
 async fn write_on_its_way_to_disk_does_not_take_a_pinned_object_away() {
     let (vmem, driver) = common::open(MIB, 64 * MIB, |builder| builder);

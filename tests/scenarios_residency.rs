@@ -15,7 +15,8 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use vmem::{MemoryTier, Promotion, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
 
-// ---- 2: one of a set fails -----------------------------------------------------------------------
+// ---- 2: one of a set fails
+// -----------------------------------------------------------------------
 
 const SET: usize = 64;
 const BAD: usize = 40;
@@ -109,12 +110,13 @@ async fn scenario_02_one_of_64_is_damaged() {
     set.read_all().await;
 }
 
-// ---- 6: eviction against reads -------------------------------------------------------------------
+// ---- 6: eviction against reads
+// -------------------------------------------------------------------
 
-/// Excluded: a reader that takes its count on a copy which is just being taken away or reused, and so
-/// sees torn, freed or older bytes. Noticed since every buffer is of one version from its first byte
-/// to its last, never older than what was complete when the read began, nor than what the
-/// same reader saw before.
+/// Excluded: a reader that takes its count on a copy which is just being taken away or reused, and
+/// so sees torn, freed or older bytes. Noticed since every buffer is of one version from its first
+/// byte to its last, never older than what was complete when the read began, nor than what the same
+/// reader saw before.
 async fn evict_against_read(len: usize, rounds: u64, home: MemoryTier, slow: bool) {
     let seed = seed();
     let (vmem, driver) = common::open(6 * len.max(64 * KIB), 64 * MIB, |b| b);
@@ -221,7 +223,8 @@ async fn scenario_06_evict_against_read_on_a_slow_disk() {
     evict_against_read(3000, 6000, DISK, true).await;
 }
 
-// ---- 10: sets in opposite orders -----------------------------------------------------------------
+// ---- 10: sets in opposite orders
+// -----------------------------------------------------------------
 
 /// Excluded: two sets that each hold half of what the other needs, and wait for ever; a set that
 /// can never fit and waits all the same. Noticed by tasks that do not end, or end with an error.
@@ -280,7 +283,8 @@ async fn sets_in_opposite_orders<const N: usize>(promotion: Promotion, sets: &[[
     common::assert_empty(&settle(&vmem, &driver).await, "sets");
 }
 
-// ---- 29: holding one, waiting for another --------------------------------------------------------
+// ---- 29: holding one, waiting for another
+// --------------------------------------------------------
 
 /// Excluded: callers that hold what the others wait for and stall round after round. Noticed by the
 /// simulated clock: each call ends by its own deadline, and reads into the caller's memory
@@ -348,7 +352,8 @@ async fn scenario_29_holding_one_and_awaiting_another() {
     common::assert_empty(&settle(&vmem, &driver).await, "a round of holders");
 }
 
-// ---- 30: hits beside a timer ---------------------------------------------------------------------
+// ---- 30: hits beside a timer
+// ---------------------------------------------------------------------
 
 /// Ticks of a 5 ms timer that were late by less than 5 of its periods, while one task on the same
 /// thread reads.

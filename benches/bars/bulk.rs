@@ -1,8 +1,8 @@
 //! P16: many objects at once, by one call and by hand.
 //!
-//! By hand the same store does it object by object, with each of several concurrencies; the best of them is the peer.
-//! The wall time of the whole is quoted, in turns on the same objects. `close` has no other way by hand than to flush
-//! each and close then.
+//! By hand the same store does it object by object, with each of several concurrencies; the best of
+//! them is the peer. The wall time of the whole is quoted, in turns on the same objects. `close`
+//! has no other way by hand than to flush each and close then.
 
 use std::path::Path;
 use std::time::Instant;

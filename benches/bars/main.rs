@@ -1,9 +1,10 @@
-//! The bars of vmem, each a ratio taken within this run: `cargo bench -p vmem-bench --features peers`.
+//! The bars of vmem, each a ratio taken within this run: `cargo bench -p vmem-bench --features
+//! peers`.
 //!
-//! Ours and the peer's rounds alternate on the same data; the median is quoted with its spread. Costs
-//! are CPU time of the measuring thread, which is steadier than wall time on a shared machine. An
-//! id as argument runs one bar; `VMEM_BENCH=quick` takes fewer rounds. It measures, a reader
-//! judges: the process ends with 0 whether or not the bars hold.
+//! Ours and the peer's rounds alternate on the same data; the median is quoted with its spread.
+//! Costs are CPU time of the measuring thread, which is steadier than wall time on a shared
+//! machine. An id as argument runs one bar; `VMEM_BENCH=quick` takes fewer rounds. It measures, a
+//! reader judges: the process ends with 0 whether or not the bars hold.
 
 mod bulk;
 #[cfg(target_os = "linux")]

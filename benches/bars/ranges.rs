@@ -1,7 +1,7 @@
 //! P15: random ranges of one hot object, large beside small.
 //!
-//! Both objects are in host memory once they are warm; what is read is checked. The cost is CPU time of the reading
-//! thread. `read_at` returns a copy of a part as small as this.
+//! Both objects are in host memory once they are warm; what is read is checked. The cost is CPU
+//! time of the reading thread. `read_at` returns a copy of a part as small as this.
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};

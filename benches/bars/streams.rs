@@ -1,8 +1,10 @@
-//! P17: an object copied to another one by `reader` and `writer`, beside a file copied with direct I/O.
+//! P17: an object copied to another one by `reader` and `writer`, beside a file copied with direct
+//! I/O.
 //!
-//! Both copies are of the same bytes, in the same file system, in turns; none is synced, since both go
-//! past the page cache. The peer reads and writes 1 MiB at a time, one after the other; and, the better
-//! one, with a thread that reads ahead of the one that writes. What was copied is compared once, at the end.
+//! Both copies are of the same bytes, in the same file system, in turns; none is synced, since both
+//! go past the page cache. The peer reads and writes 1 MiB at a time, one after the other; and, the
+//! better one, with a thread that reads ahead of the one that writes. What was copied is compared
+//! once, at the end.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};

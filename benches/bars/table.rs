@@ -1,7 +1,8 @@
 //! P13 and P14: a table of a million embeddings, ten times as large as its budget, read in sets.
 //!
-//! 64 tasks read sets of 32, chosen by Zipf's law, by `read_many` and by reads that are joined: one store each, in turns, with the
-//! same choices and a warm-up of each. Every object is checked. Resident memory is that of a process of its own, after the load.
+//! 64 tasks read sets of 32, chosen by Zipf's law, by `read_many` and by reads that are joined: one
+//! store each, in turns, with the same choices and a warm-up of each. Every object is checked.
+//! Resident memory is that of a process of its own, after the load.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -24,7 +25,8 @@ const TASKS: usize = 64;
 const HANDLE: usize = size_of::<VMemHandle>();
 /// What a handle may take in the store.
 const METADATA: f64 = 160.0;
-/// Everything that does not grow with the load: the program, its threads, the catalog's cache, buffers of the drivers.
+/// Everything that does not grow with the load: the program, its threads, the catalog's cache,
+/// buffers of the drivers.
 const CONSTANT: f64 = 48.0 * (1 << 20) as f64;
 
 struct Table {

@@ -204,8 +204,8 @@ async fn pinned_meanwhile() -> Result<(), String> {
     let pin = succeeds("pin", BOUND, vmem.pin(&subject, HOST)).await?;
     let old = succeeds("read", BOUND, vmem.read(&subject)).await?;
     check(1, &[1], 0, &old)?;
-    // There is no space for two versions in host memory, which the new one must not leave: it waits until its deadline, as any
-    // write to a pinned object does, and nobody waits behind it.
+    // There is no space for two versions in host memory, which the new one must not leave: it waits
+    // until its deadline, as any write to a pinned object does, and nobody waits behind it.
     tokio::time::sleep(Duration::from_millis(200)).await;
     if written.is_finished() {
         return Err("it went past the pin".into());

@@ -104,7 +104,8 @@ async fn random_steps_of_a_reader_equal_those_of_a_cursor() {
     vmem.close().await.unwrap();
 }
 
-/// Written in place, written anew, replaced below, freed: the reader goes on in the version it began with.
+/// Written in place, written anew, replaced below, freed: the reader goes on in the version it
+/// began with.
 #[tokio::test]
 async fn reader_gives_one_version_whatever_becomes_of_the_object() {
     let directory = tempfile::tempdir().unwrap();
@@ -138,7 +139,8 @@ async fn reader_gives_one_version_whatever_becomes_of_the_object() {
     vmem.close().await.unwrap();
 }
 
-/// 400 peers who read the start and then nothing: they keep no object space, and windows within the reserve.
+/// 400 peers who read the start and then nothing: they keep no object space, and windows within the
+/// reserve.
 #[tokio::test]
 async fn peers_who_do_not_read_keep_nothing_from_others() {
     const PEERS: usize = 400;
@@ -175,7 +177,8 @@ async fn peers_who_do_not_read_keep_nothing_from_others() {
     vmem.close().await.unwrap();
 }
 
-/// What only host memory has goes to disk for a reader; where the disk is full it is held, and read all the same.
+/// What only host memory has goes to disk for a reader; where the disk is full it is held, and read
+/// all the same.
 #[tokio::test]
 async fn full_disk_does_not_end_a_reader_of_a_dirty_object() {
     let (vmem, _driver) = common::open(4 * MIB, 512 * KIB, |builder| builder);

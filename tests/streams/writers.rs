@@ -119,7 +119,8 @@ async fn bad_input_of_a_writer_is_refused_by_its_first_write_and_ever_after() {
     assert!(matches!(late.commit().await, Err(VirtualMemoryError::Closed)));
 }
 
-/// What did not fit is not there, what was taken for it is free again, and the writer says so ever after.
+/// What did not fit is not there, what was taken for it is free again, and the writer says so ever
+/// after.
 #[tokio::test]
 async fn full_disk_ends_a_writer_and_gives_back_what_it_took() {
     let (vmem, driver) = common::open(4 * MIB, 4 * MIB, |builder| builder);
@@ -195,7 +196,8 @@ async fn dropped_writer_leaves_nothing() {
     vmem.close().await.unwrap();
 }
 
-/// Uploads that stand still, and one whose future nobody polls: others are not delayed, and `close` ends.
+/// Uploads that stand still, and one whose future nobody polls: others are not delayed, and `close`
+/// ends.
 #[tokio::test(start_paused = true)]
 async fn uploads_that_stand_still_delay_nobody() {
     let (vmem, driver) =

@@ -261,8 +261,8 @@ impl VirtualMemoryConfigBuilder {
     }
 
     /// Several GPUs, each named by its ordinal or its UUID, [`GPUS_MAX`] at most. Their memory is
-    /// [`MemoryTier::of_device`](crate::MemoryTier::of_device), counted from 0 in this order. A store that cannot use all
-    /// of them does not open.
+    /// [`MemoryTier::of_device`](crate::MemoryTier::of_device), counted from 0 in this order. A
+    /// store that cannot use all of them does not open.
     pub fn gpus(mut self, gpus: impl IntoIterator<Item = GpuSelection>) -> Self {
         self.gpus = gpus.into_iter().collect();
         self
@@ -392,7 +392,8 @@ pub(crate) fn default_staging(host_capacity: u64) -> u64 {
     (host_capacity / 8).clamp(STAGING_CAPACITY_MIN, STAGING_CAPACITY_MAX)
 }
 
-/// Memory for streams that a store with this much host memory gets when none was asked for, in bytes.
+/// Memory for streams that a store with this much host memory gets when none was asked for, in
+/// bytes.
 pub(crate) fn default_streams(host_capacity: u64) -> u64 {
     (host_capacity / 16).clamp(STREAM_CAPACITY_MIN, STREAM_CAPACITY_MAX)
 }

@@ -1,16 +1,16 @@
 //! The tiers, from fast to slow.
 //!
-//! Invariant: `level` is the place of a tier in the chain, 0 being the fastest; the devices stand beside each
-//! other on one level. Nothing outside this file relies on the numbers themselves, so that a tier below disk
-//! is added without touching policy code. Called by everybody.
+//! Invariant: `level` is the place of a tier in the chain, 0 being the fastest; the devices stand
+//! beside each other on one level. Nothing outside this file relies on the numbers themselves, so
+//! that a tier below disk is added without touching policy code. Called by everybody.
 
 use std::fmt;
 use std::num::NonZeroU8;
 
 /// A tier of the store.
 ///
-/// Tiers are not totally ordered: GPUs stand beside each other, and what is in the memory of one does not
-/// serve a kernel on another.
+/// Tiers are not totally ordered: GPUs stand beside each other, and what is in the memory of one
+/// does not serve a kernel on another.
 ///
 /// ```
 /// use vmem::MemoryTier;

@@ -68,8 +68,8 @@ impl ReadOptions {
         self
     }
 
-    /// A part of at most so many bytes is copied rather than held, so that it keeps nothing else in host
-    /// memory. Default: an eighth of the object, at most 4 KiB.
+    /// A part of at most so many bytes is copied rather than held, so that it keeps nothing else in
+    /// host memory. Default: an eighth of the object, at most 4 KiB.
     pub fn copy_small(mut self, bytes: usize) -> Self {
         self.copy_small = Some(bytes);
         self

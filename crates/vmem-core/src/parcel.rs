@@ -1,13 +1,15 @@
 //! Values that the runtime sets aside for callers, and takes back from those who do not come.
 //!
-//! A task that serves a caller holds a [`Delivery`], the caller's future a [`Parcel`]. What is delivered lies in
-//! the parcel until the caller's future is polled, which may be never. Where the value is shared and counted
-//! (bytes in object space, a piece of staging, granted space), the delivery enters it into [`Unclaimed`]; whoever
-//! waits for such things takes back what has lain there for longer than [`GRACE`]. The caller finds it
-//! [`Unkept::Recalled`] when it comes, and asks again.
+//! A task that serves a caller holds a [`Delivery`], the caller's future a [`Parcel`]. What is
+//! delivered lies in the parcel until the caller's future is polled, which may be never. Where the
+//! value is shared and counted (bytes in object space, a piece of staging, granted space), the
+//! delivery enters it into [`Unclaimed`]; whoever waits for such things takes back what has lain
+//! there for longer than [`GRACE`]. The caller finds it [`Unkept::Recalled`] when it comes, and
+//! asks again.
 //!
-//! Invariant: a value leaves a parcel exactly once: by a claim, by a recall, or with the last parcel. So no future
-//! that is left alone keeps anything from others for longer than the grace. Used by every call that waits.
+//! Invariant: a value leaves a parcel exactly once: by a claim, by a recall, or with the last
+//! parcel. So no future that is left alone keeps anything from others for longer than the grace.
+//! Used by every call that waits.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -51,7 +51,8 @@ pub struct VirtualMemoryStats {
     /// `stream_capacity` but for 4 KiB a reader and 64 KiB a writer, and as much for each `Bytes`
     /// of a reader's stream that is kept.
     pub stream_bytes: u64,
-    /// Object space that the device reaches directly, in bytes; the rest goes by a detour of the driver.
+    /// Object space that the device reaches directly, in bytes; the rest goes by a detour of the
+    /// driver.
     pub registered_bytes: u64,
     /// Footprint that `Bytes` given to callers keep in host memory, in bytes.
     pub held_bytes: u64,

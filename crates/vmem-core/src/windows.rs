@@ -1,9 +1,9 @@
 //! Memory for streams: what lies between the store and the peer of a reader or a writer.
 //!
-//! Invariant: a stream never waits for memory, so that a peer who does not read delays nobody. While
-//! there is plenty it gets what it asks for, then less and less, and always the least with which it
-//! gets on. What all streams have is counted, and beyond the least of each never above the reserve.
-//! Called by `ObjectReader` and `ObjectWriter`, and by the tasks that serve them.
+//! Invariant: a stream never waits for memory, so that a peer who does not read delays nobody.
+//! While there is plenty it gets what it asks for, then less and less, and always the least with
+//! which it gets on. What all streams have is counted, and beyond the least of each never above the
+//! reserve. Called by `ObjectReader` and `ObjectWriter`, and by the tasks that serve them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -74,8 +74,8 @@ impl Windows {
         self.used_bytes.load(Ordering::Relaxed)
     }
 
-    /// Memory of another window, if there is some of this size, or else empty memory; and what there
-    /// is no space for any more. With what is used there is never more than the reserve.
+    /// Memory of another window, if there is some of this size, or else empty memory; and what
+    /// there is no space for any more. With what is used there is never more than the reserve.
     fn take_spare(&self, spare: &mut Spare, capacity: usize, used: u64) -> (Memory, Vec<Memory>) {
         let mut dropped = Vec::new();
         // What a window takes is what it is charged, but for a rounding.

@@ -338,7 +338,8 @@ impl DeviceBackend for CudaTier {
     }
 }
 
-/// Waits for a device, which takes real time, also where a test has paused the clock of its runtime.
+/// Waits for a device, which takes real time, also where a test has paused the clock of its
+/// runtime.
 async fn in_real_time<T>(limit: Duration, wait: impl Future<Output = T>) -> Option<T> {
     // A wait without end is a century.
     let limit = limit.min(Duration::from_secs(100 * 365 * 24 * 3600));

@@ -1,6 +1,7 @@
 //! Machines without a CUDA driver, and with one that is not what it seems.
 //!
-//! Invariant: each case is a process of its own, whose dynamic linker finds what the case says under the driver's name.
+//! Invariant: each case is a process of its own, whose dynamic linker finds what the case says
+//! under the driver's name.
 #![allow(missing_docs, clippy::unwrap_used)]
 #![cfg(target_os = "linux")]
 

@@ -62,7 +62,8 @@ fn files_are_private_to_the_user() {
     drop(again);
 }
 
-/// A write is in flight, whose future is gone: dropping the tier does not wait for it, opening does.
+/// A write is in flight, whose future is gone: dropping the tier does not wait for it, opening
+/// does.
 #[test]
 fn a_directory_opens_again_when_the_last_operation_of_a_dropped_tier_has_ended() {
     let (_scratch, path) = scratch();
@@ -259,8 +260,9 @@ fn a_lock_file_that_a_power_cut_left_serves_again() {
     }
 }
 
-/// Mechanism: any directory was taken, and a lock file left in it. Effect: a path that was meant for
-/// something else, `/etc` at worst, became a store. Fix: what holds files and no store is refused.
+/// Mechanism: any directory was taken, and a lock file left in it. Effect: a path that was meant
+/// for something else, `/etc` at worst, became a store. Fix: what holds files and no store is
+/// refused.
 #[test]
 fn a_directory_with_foreign_files_is_refused_and_left_alone() {
     let (_scratch, path) = scratch();
@@ -337,8 +339,8 @@ fn temporary_in(place: &Path, then: &str) -> (std::process::Child, PathBuf) {
     (child, made)
 }
 
-/// Mechanism: a killed process cannot remove its temporary directory. Effect: it stayed for ever. Fix:
-/// the next temporary store removes those whose lock is free, and nothing else.
+/// Mechanism: a killed process cannot remove its temporary directory. Effect: it stayed for ever.
+/// Fix: the next temporary store removes those whose lock is free, and nothing else.
 #[test]
 fn directories_of_dead_temporary_stores_are_removed_by_the_next() {
     let place = tempfile::tempdir().unwrap();

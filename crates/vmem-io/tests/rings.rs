@@ -1,5 +1,5 @@
-//! The io_uring drivers with operations that stay in flight for as long as the test likes: on a pipe, a read
-//! ends when somebody writes, and a write when somebody reads.
+//! The io_uring drivers with operations that stay in flight for as long as the test likes: on a
+//! pipe, a read ends when somebody writes, and a write when somebody reads.
 //!
 //! Invariant: what the kernel may still touch is owned, whoever was dropped: futures, then the
 //! runtime, then the driver. Memory that is let go is poisoned, so that the kernel would send

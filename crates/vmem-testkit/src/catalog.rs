@@ -217,7 +217,8 @@ impl Catalog for ClosedNames {
     }
 }
 
-/// Methods of a [`Catalog`] that a decorator hands on to the catalog in its field `0`, by their names.
+/// Methods of a [`Catalog`] that a decorator hands on to the catalog in its field `0`, by their
+/// names.
 #[macro_export]
 macro_rules! hand_on {
     ($($method:ident),+ $(,)?) => { $($crate::hand_on!(@$method);)+ };

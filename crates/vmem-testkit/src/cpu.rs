@@ -1,7 +1,7 @@
 //! What the processor was busy with, for tests that exclude a busy core.
 //!
-//! Invariant: user and system time together, to a hundredth of a second, as Linux tells it. Called by tests, which
-//! compare two readings.
+//! Invariant: user and system time together, to a hundredth of a second, as Linux tells it. Called
+//! by tests, which compare two readings.
 
 use std::time::Duration;
 

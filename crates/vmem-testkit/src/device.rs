@@ -1,8 +1,9 @@
 //! A device that is no device: memory of the heap behind a task that does what it is told, late.
 //!
-//! Invariant: an operation owns its buffer and its share of the range from the call until it is done, in that
-//! task, whatever becomes of the future; on a paused clock one seed gives one run; memory that was given back is filled with garbage, so that
-//! whoever reads what he did not write sees it. Called by the tests of the core.
+//! Invariant: an operation owns its buffer and its share of the range from the call until it is
+//! done, in that task, whatever becomes of the future; on a paused clock one seed gives one run;
+//! memory that was given back is filled with garbage, so that whoever reads what he did not write
+//! sees it. Called by the tests of the core.
 //!
 //! It stands for the order and the lateness of a device, not for the rules of a driver: those are
 //! the CUDA emulator's.

@@ -1,4 +1,5 @@
-//! Hostile places: what a machine may deny, denied on purpose; and the driver that a run is to test.
+//! Hostile places: what a machine may deny, denied on purpose; and the driver that a run is to
+//! test.
 //!
 //! Invariant: a denial holds for the calling thread and for what it starts afterwards, threads and
 //! processes, and for nobody else. Called by tests, in threads or children of their own.
@@ -18,7 +19,8 @@ use vmem_io::driver::{Alignment, Driver, RingOptions, driver_over};
 /// The variable that names the driver of a test run, in the words of [`IoDriver`].
 pub const DRIVER_VARIABLE: &str = "VMEM_TEST_DRIVER";
 
-/// The disk driver that tests over real files open their stores with: [`DRIVER_VARIABLE`], or `Auto`.
+/// The disk driver that tests over real files open their stores with: [`DRIVER_VARIABLE`], or
+/// `Auto`.
 ///
 /// # Panics
 ///
@@ -30,8 +32,8 @@ pub fn driver_under_test() -> IoDriver {
     }
 }
 
-/// A driver of this kind over a new, empty file in `directory`, by direct I/O where that is to be had; `Auto` is
-/// the first that is. For the reactor driver, inside of a runtime.
+/// A driver of this kind over a new, empty file in `directory`, by direct I/O where that is to be
+/// had; `Auto` is the first that is. For the reactor driver, inside of a runtime.
 ///
 /// # Errors
 ///

@@ -1,9 +1,10 @@
-//! The evictor of one tier: serves those who wait, plans what leaves for them, and has it carried out.
+//! The evictor of one tier: serves those who wait, plans what leaves for them, and has it carried
+//! out.
 //!
-//! Invariant: it takes no more than the plan says, and the plan no more than those who wait need beyond what is
-//! free and what is on its way out, or, once the high watermark was crossed, what lies above the low one. A look
-//! for victims is one pass of the policy, which ends; a new one begins only once something has happened. Run by the
-//! actor, between two sleeps; it never waits.
+//! Invariant: it takes no more than the plan says, and the plan no more than those who wait need
+//! beyond what is free and what is on its way out, or, once the high watermark was crossed, what
+//! lies above the low one. A look for victims is one pass of the policy, which ends; a new one
+//! begins only once something has happened. Run by the actor, between two sleeps; it never waits.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,15 +35,16 @@ pub(super) const BATCH_OBJECTS: usize = 512;
 const WRITE_AHEAD_OBJECTS: usize = 256;
 /// Entries that background order-keeping handles in one turn.
 const SETTLE_STEPS: usize = 1024;
-/// After the file system said that it has no space, or failed several times in a row, it is left alone
-/// for so long.
+/// After the file system said that it has no space, or failed several times in a row, it is left
+/// alone for so long.
 const DISK_REST: Duration = Duration::from_millis(50);
 /// It is looked for what has cooled down at most this often.
 const COOLS_MIN: Duration = Duration::from_millis(20);
-/// Moves within the tier for one look: what they free is seen at once, so more is a sign that it helps nobody.
+/// Moves within the tier for one look: what they free is seen at once, so more is a sign that it
+/// helps nobody.
 const COMPACTIONS_MAX: usize = 256;
-/// Batches that fail in a row before the disk is taken for broken: one failure is the matter of one batch,
-/// which is tried again elsewhere on the disk.
+/// Batches that fail in a row before the disk is taken for broken: one failure is the matter of one
+/// batch, which is tried again elsewhere on the disk.
 const FAILURES_MAX: u32 = 8;
 
 /// The state of the evictor of one tier between two turns.

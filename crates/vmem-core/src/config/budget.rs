@@ -1,8 +1,8 @@
 //! How much of something a store may use: a number of bytes, or a part of what there is.
 //!
-//! Invariant: in a [`VirtualMemoryConfig`] a percentage is more than 0 and at most 100. What it is a
-//! percentage of is known to whoever opens the tier, and asked for then. Set by the builder and by
-//! files; called by the facade and by the crates of the tiers.
+//! Invariant: in a [`VirtualMemoryConfig`] a percentage is more than 0 and at most 100. What it is
+//! a percentage of is known to whoever opens the tier, and asked for then. Set by the builder and
+//! by files; called by the facade and by the crates of the tiers.
 
 use std::fmt;
 
@@ -172,9 +172,9 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
-    /// [`disk_capacity`](Self::disk_capacity) in percent of what is free in its file system and what
-    /// the store's named objects take there; of a tmpfs no more than the memory that this process
-    /// may have. More than 0, at most 100, which leaves nothing for others.
+    /// [`disk_capacity`](Self::disk_capacity) in percent of what is free in its file system and
+    /// what the store's named objects take there; of a tmpfs no more than the memory that this
+    /// process may have. More than 0, at most 100, which leaves nothing for others.
     pub fn disk_percent(mut self, percent: f64) -> Self {
         self.disk_capacity = Budget::Percent(percent);
         self

@@ -1,6 +1,7 @@
 //! What a configuration chooses between, and the words for it.
 //!
-//! Invariant: each choice is shown by the word that is read for it. Set by the builder and by files.
+//! Invariant: each choice is shown by the word that is read for it. Set by the builder and by
+//! files.
 
 use std::fmt;
 use std::str::FromStr;
@@ -173,7 +174,8 @@ impl FromStr for Promotion {
 impl FromStr for MemoryTier {
     type Err = VirtualMemoryError;
 
-    /// Parses `vram`, `host` or `disk`, in any case of letters, and `vram:1` for the memory of the second GPU.
+    /// Parses `vram`, `host` or `disk`, in any case of letters, and `vram:1` for the memory of the
+    /// second GPU.
     ///
     /// # Errors
     ///

@@ -1,12 +1,12 @@
 //! Which ranges of a device's memory are free.
 //!
-//! Invariant: the free ranges and what is used make up the memory exactly; every offset and length is
-//! a multiple of the unit. Called by backends under a lock of theirs.
+//! Invariant: the free ranges and what is used make up the memory exactly; every offset and length
+//! is a multiple of the unit. Called by backends under a lock of theirs.
 //!
-//! A request takes the shortest free range that holds it, the low end of it if it is long, the high end if it
-//! is short, so that short ones do not end up between long ones. What is free but lies in pieces serves
-//! nobody: whoever asks makes others leave until a range is long enough, which ends at the latest when
-//! all have left that can.
+//! A request takes the shortest free range that holds it, the low end of it if it is long, the high
+//! end if it is short, so that short ones do not end up between long ones. What is free but lies in
+//! pieces serves nobody: whoever asks makes others leave until a range is long enough, which ends
+//! at the latest when all have left that can.
 
 use super::DeviceUsage;
 use crate::ranges::{End, Ranges};
@@ -35,8 +35,8 @@ pub struct RangeLedger {
 }
 
 impl RangeLedger {
-    /// All of `capacity` bytes free, less what does not fill a `unit`; offsets and footprints are multiples of
-    /// that.
+    /// All of `capacity` bytes free, less what does not fill a `unit`; offsets and footprints are
+    /// multiples of that.
     ///
     /// # Panics
     ///

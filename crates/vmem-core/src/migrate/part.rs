@@ -1,7 +1,7 @@
 //! Parts of objects that stay where they are.
 //!
-//! Ownership: staging, the space for the result and the version that is read belong to the task until it has ended;
-//! what it returns goes into a parcel. Called by reads of ranges.
+//! Ownership: staging, the space for the result and the version that is read belong to the task
+//! until it has ended; what it returns goes into a parcel. Called by reads of ranges.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -69,8 +69,8 @@ impl SetAside for Part {
     }
 }
 
-/// Reads as much of the front of `range` as a piece of staging holds: of `version`, or else of the current one.
-/// With `owned` it is one chunk, in memory of its own, which nobody takes back.
+/// Reads as much of the front of `range` as a piece of staging holds: of `version`, or else of the
+/// current one. With `owned` it is one chunk, in memory of its own, which nobody takes back.
 pub(crate) async fn read_piece(
     object: Arc<Object>,
     version: Option<Version>,
@@ -103,7 +103,8 @@ pub(crate) async fn read_piece(
     Ok(Piece::Copied(Copied { bytes, at, map, version }))
 }
 
-/// Reads a range of the object: into memory of its own if it is small (`copied`), else into object space.
+/// Reads a range of the object: into memory of its own if it is small (`copied`), else into object
+/// space.
 pub(crate) async fn read_part(
     object: Arc<Object>,
     range: Range<usize>,

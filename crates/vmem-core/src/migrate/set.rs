@@ -1,7 +1,7 @@
 //! Sets of objects that are read together, all or none.
 //!
-//! Ownership: while the task waits for space it holds nothing; what it was granted is enough for each object that it
-//! then reads, so it never waits for space again. Called by `read_many`.
+//! Ownership: while the task waits for space it holds nothing; what it was granted is enough for
+//! each object that it then reads, so it never waits for space again. Called by `read_many`.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -96,7 +96,8 @@ async fn read_one(
         object.touch();
         return Ok(guard.into_bytes());
     }
-    // Others may join this read. One that is in flight already may wait for space, which this one does not.
+    // Others may join this read. One that is in flight already may wait for space, which this one
+    // does not.
     let (delivery, flight) = parcel();
     let mut delivery = Some(delivery);
     let (_, started) = object.join_or_start(|| flight.clone());
@@ -104,7 +105,8 @@ async fn read_one(
         delivery = None;
     }
     let mut job = Job::new(object.clone(), MigrationCause::Read, deadline);
-    // One that was resident and has left is refused rather than waited for: others of the set hold space.
+    // One that was resident and has left is refused rather than waited for: others of the set hold
+    // space.
     (job.stay, job.may_spill) = (stay, taken.is_none());
     let outcome = fetch_with(&job, taken).await;
     if let Some(delivery) = delivery {

@@ -211,8 +211,8 @@ pub(crate) async fn flush(
     write_one(pass, Down::Keep, MigrationCause::Flush, deadline).await
 }
 
-/// Writes what the disk does not have of these objects, which stay in host memory, many in one run. All are tried.
-/// Returns how many failed, and the first error.
+/// Writes what the disk does not have of these objects, which stay in host memory, many in one run.
+/// All are tried. Returns how many failed, and the first error.
 pub(crate) async fn flush_many(
     shared: &Arc<Shared>,
     objects: Vec<Arc<Object>>,
@@ -274,8 +274,8 @@ async fn flush_batch(
     (failed, first_error)
 }
 
-/// Brings the current bytes of one object to disk, where it keeps its host copy, and says where they are.
-/// What has no extent there is zeros.
+/// Brings the current bytes of one object to disk, where it keeps its host copy, and says where
+/// they are. What has no extent there is zeros.
 ///
 /// # Errors
 ///

@@ -1,10 +1,10 @@
 //! The named objects: who has which name in memory, and how changes of names become durable.
 //!
-//! Invariant: whatever changes a name holds its turn (`turns.rs`) from the first look at the name until
-//! memory says what the catalog says; so changes of one name never overlap, while those of different
-//! names share commits (`commits.rs`). Each runs as a task of its own, which a caller who goes away
-//! does not cancel. The extents that the catalog leads to, or may lead to, are kept: their space is
-//! free only after a commit that no longer names them has succeeded.
+//! Invariant: whatever changes a name holds its turn (`turns.rs`) from the first look at the name
+//! until memory says what the catalog says; so changes of one name never overlap, while those of
+//! different names share commits (`commits.rs`). Each runs as a task of its own, which a caller who
+//! goes away does not cancel. The extents that the catalog leads to, or may lead to, are kept:
+//! their space is free only after a commit that no longer names them has succeeded.
 //!
 //! Called by `vmem/named.rs`, and by the actor at its end.
 
@@ -48,8 +48,8 @@ pub(crate) struct Names {
     pub(crate) shared: Arc<Shared>,
     catalog: Option<Arc<dyn Catalog>>,
     commits: Option<Commits>,
-    /// Every named object that is in memory, each with a handle of its own, so that one that has changed
-    /// outlives those of the users.
+    /// Every named object that is in memory, each with a handle of its own, so that one that has
+    /// changed outlives those of the users.
     table: DashMap<Arc<str>, VMemHandle>,
     /// Bytes of the names in the table.
     name_bytes: AtomicU64,

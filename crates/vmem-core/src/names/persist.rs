@@ -1,7 +1,8 @@
 //! Making the current bytes of a named object durable.
 //!
-//! Invariant: the durable version of an object owns its extents until a commit that leads elsewhere has
-//! succeeded, whatever becomes of the current version meanwhile. Called with the turn of the name.
+//! Invariant: the durable version of an object owns its extents until a commit that leads elsewhere
+//! has succeeded, whatever becomes of the current version meanwhile. Called with the turn of the
+//! name.
 
 use std::sync::Arc;
 
@@ -22,8 +23,8 @@ const AT_ONCE: usize = 1024;
 ///
 /// # Errors
 ///
-/// What the disk or the catalog says; the durable version is then the one before, or unknown if it was
-/// the commit that failed.
+/// What the disk or the catalog says; the durable version is then the one before, or unknown if it
+/// was the commit that failed.
 pub(crate) async fn persist(names: &Arc<Names>, turn: &Turn, object: &Arc<Object>) -> Result<()> {
     let Some(named) = object.named.get() else { return Ok(()) };
     let Some((record, before)) = named.state() else { return Ok(()) };
@@ -38,7 +39,8 @@ pub(crate) async fn persist(names: &Arc<Names>, turn: &Turn, object: &Arc<Object
     Ok(())
 }
 
-/// The same, for who has no turn yet. An object that loses its name meanwhile has nothing to be durable.
+/// The same, for who has no turn yet. An object that loses its name meanwhile has nothing to be
+/// durable.
 ///
 /// # Errors
 ///

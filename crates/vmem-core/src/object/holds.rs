@@ -1,7 +1,8 @@
 //! What keeps an object in a tier, and its place in the order of eviction of host memory.
 //!
-//! Invariant: the first hold in a tier is charged there and the last one uncharged; an object is in the order once, for as
-//! long as it has host memory. Called by the pins, the leases and whatever publishes or drops a host copy.
+//! Invariant: the first hold in a tier is charged there and the last one uncharged; an object is in
+//! the order once, for as long as it has host memory. Called by the pins, the leases and whatever
+//! publishes or drops a host copy.
 
 use std::sync::atomic::Ordering;
 
@@ -15,7 +16,8 @@ impl Object {
         self.pins.load(Ordering::SeqCst)
     }
 
-    /// How many pins and leases hold it in this tier; below disk there is nothing, so that nothing is held there.
+    /// How many pins and leases hold it in this tier; below disk there is nothing, so that nothing
+    /// is held there.
     pub(crate) fn holds_in(&self, tier: MemoryTier) -> u32 {
         match tier.device() {
             Some(device) => self.holds_on(device),
@@ -40,7 +42,8 @@ impl Object {
         }
     }
 
-    /// One hold less; after the last one the policy asks about the object again, and the tier is uncharged.
+    /// One hold less; after the last one the policy asks about the object again, and the tier is
+    /// uncharged.
     pub(crate) fn remove_hold(&self, tier: MemoryTier) {
         let last = match tier.device() {
             Some(device) => self.remove_hold_on(device),

@@ -1,9 +1,9 @@
 //! One object: who it is, where its bytes are, and how recently it was used.
 //!
-//! Invariant: at every moment the current version of an object is in exactly these places: its
-//! host copy if it has one; else, chunk by chunk, the extents of its disk map; and zeros where
-//! there is neither. Device memory may have all of it besides (`on_devices.rs`). Everything but the access marks and the reader counts is changed by the
-//! holder of the gate only (`gate.rs`).
+//! Invariant: at every moment the current version of an object is in exactly these places: its host
+//! copy if it has one; else, chunk by chunk, the extents of its disk map; and zeros where there is
+//! neither. Device memory may have all of it besides (`on_devices.rs`). Everything but the access
+//! marks and the reader counts is changed by the holder of the gate only (`gate.rs`).
 //!
 //! Handles hold objects; the table, the actor and the migrations borrow them.
 
@@ -50,8 +50,8 @@ pub(crate) type Flight = Parcel<Result<Bytes, VirtualMemoryError>>;
 /// A flight as those see it who do not wait for it: it is gone when nobody does.
 pub(crate) type WeakFlight = WeakParcel<Result<Bytes, VirtualMemoryError>>;
 
-/// One version of an object as it is outside of host memory: whoever has it can read all of it, whatever
-/// becomes of the object.
+/// One version of an object as it is outside of host memory: whoever has it can read all of it,
+/// whatever becomes of the object.
 #[derive(Debug)]
 pub(crate) struct Version {
     /// The clone keeps the extents alive.
@@ -123,7 +123,8 @@ struct Inner {
     spare: Option<OwnedCopy>,
     disk: DiskMap,
     devices: Option<Box<on_devices::OnDevices>>,
-    /// A kernel on this device has written a new version, which is on its way: whoever reads waits for it.
+    /// A kernel on this device has written a new version, which is on its way: whoever reads waits
+    /// for it.
     pending: Option<usize>,
     /// The read in flight that a reader who comes now may join.
     flight: Option<WeakFlight>,
@@ -156,7 +157,8 @@ impl Object {
     /// Marks an access.
     pub(crate) fn touch(&self) {
         self.stamp.fetch_max(self.shared.now(), Ordering::Relaxed);
-        // A count that is lost to another thread makes the object no colder: no need for more than this.
+        // A count that is lost to another thread makes the object no colder: no need for more than
+        // this.
         let touches = self.touches.load(Ordering::Relaxed);
         self.touches.store(touches.wrapping_add(1), Ordering::Relaxed);
     }
@@ -169,7 +171,8 @@ impl Object {
         self.touches.load(Ordering::Relaxed)
     }
 
-    /// How it stands in host memory, for the policy. What was used at `spared_since` or later is not to go.
+    /// How it stands in host memory, for the policy. What was used at `spared_since` or later is
+    /// not to go.
     pub(crate) fn probe_in_host(&self, spared_since: u64) -> Probe {
         let stamp = self.stamp();
         if self.pins() > 0 {

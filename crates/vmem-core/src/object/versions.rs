@@ -1,8 +1,8 @@
 //! Where the current version of an object is, and how the next one takes its place.
 //!
-//! Invariant: a reader sees the bytes and the map of one version: both change in one step, under the object's lock. Only
-//! the holder of the gate changes them; what a change replaces is dropped where no lock is held. Called by the
-//! migrations, the writes and the evictor.
+//! Invariant: a reader sees the bytes and the map of one version: both change in one step, under
+//! the object's lock. Only the holder of the gate changes them; what a change replaces is dropped
+//! where no lock is held. Called by the migrations, the writes and the evictor.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,8 +20,8 @@ impl Object {
         self.inner.lock().disk.clone()
     }
 
-    /// The current version without its host copy; for the holder of the gate, or whoever knows that host
-    /// memory has none.
+    /// The current version without its host copy; for the holder of the gate, or whoever knows that
+    /// host memory has none.
     pub(crate) fn version(&self) -> Version {
         let inner = self.inner.lock();
         let device = inner.device_share(self.shared.devices());

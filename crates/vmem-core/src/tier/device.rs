@@ -1,8 +1,9 @@
 //! The memory of one device, and who is in it.
 //!
-//! Invariant: what is in device memory has its bytes in host memory or on disk too, so space is made by dropping
-//! copies, never by writing. Each range tells the tier of every share that is dropped, so nobody who waits for memory,
-//! or for the last user of a range, misses it. Asked by the migrations to and from the device; served by the actor.
+//! Invariant: what is in device memory has its bytes in host memory or on disk too, so space is
+//! made by dropping copies, never by writing. Each range tells the tier of every share that is
+//! dropped, so nobody who waits for memory, or for the last user of a range, misses it. Asked by
+//! the migrations to and from the device; served by the actor.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,7 +26,8 @@ use crate::wake::Wake;
 pub(crate) struct Device {
     pub(crate) backend: Arc<dyn DeviceBackend>,
     pub(crate) state: TierState<DeviceSpace>,
-    /// Reads that a copy there served. Host memory counts its own on the hot path, apart for each few threads.
+    /// Reads that a copy there served. Host memory counts its own on the hot path, apart for each
+    /// few threads.
     pub(crate) hits: AtomicU64,
     /// Rung when a share of a range was dropped, or the store has ended.
     released: Arc<Notify>,
@@ -161,8 +163,8 @@ struct Window {
     bytes: u64,
 }
 
-/// The copies from the one at `seed` upwards, then downwards, until they and what is free between them come to `need`
-/// bytes. None if something that cannot go is in the way.
+/// The copies from the one at `seed` upwards, then downwards, until they and what is free between
+/// them come to `need` bytes. None if something that cannot go is in the way.
 fn window(
     around: &BTreeMap<u64, Resident>,
     seed: u64,
@@ -215,8 +217,9 @@ pub(crate) struct DeviceSpace {
 }
 
 impl DeviceSpace {
-    /// Neighbours that leave one free piece of `need` bytes when they go: around one of these addresses, the ones that
-    /// were used longest ago. `stamp` tells the last access of an object that can go. Empty if there are none.
+    /// Neighbours that leave one free piece of `need` bytes when they go: around one of these
+    /// addresses, the ones that were used longest ago. `stamp` tells the last access of an object
+    /// that can go. Empty if there are none.
     pub(crate) fn coldest_window(
         &self,
         seeds: &[u64],

@@ -1,6 +1,7 @@
 //! What is asked of a tier, and what it answers.
 //!
-//! Invariant: a request for several objects is one request. Made by whoever needs space; answered by the queue of the tier.
+//! Invariant: a request for several objects is one request. Made by whoever needs space; answered
+//! by the queue of the tier.
 
 use std::time::Duration;
 

@@ -1,7 +1,8 @@
 //! One tier with a budget: its space and who waits for it, who is evicted first, and what keeps it.
 //!
-//! Invariant: every tier that evicts is one value of this type, so what is true of waiting, of holds and of the
-//! order of eviction is true of all of them. Asked by objects and migrations; served by the actor.
+//! Invariant: every tier that evicts is one value of this type, so what is true of waiting, of
+//! holds and of the order of eviction is true of all of them. Asked by objects and migrations;
+//! served by the actor.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -62,11 +63,13 @@ impl<S: Space> TierState<S> {
 
     // ---- Space -------------------------------------------------------------------------------
 
-    /// Space for each object of the request, as soon as there is some for all; for callers who have no other way.
+    /// Space for each object of the request, as soon as there is some for all; for callers who have
+    /// no other way.
     ///
     /// # Errors
     ///
-    /// `ExceedsCapacity` and `TierFull` at once; `AllPinned` or `TimedOut` at the deadline; `Closed`.
+    /// `ExceedsCapacity` and `TierFull` at once; `AllPinned` or `TimedOut` at the deadline;
+    /// `Closed`.
     pub(crate) async fn take(
         &self,
         need: &Need,
@@ -138,7 +141,8 @@ impl<S: Space> TierState<S> {
         }
     }
 
-    /// What no eviction frees now, in bytes of footprint: at least so much, since what is pinned may be read too.
+    /// What no eviction frees now, in bytes of footprint: at least so much, since what is pinned
+    /// may be read too.
     pub(crate) fn unevictable_bytes(&self) -> u64 {
         self.holds.bytes().total().max(self.space().held_bytes())
     }

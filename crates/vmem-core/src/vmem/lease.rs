@@ -1,9 +1,10 @@
-//! What back ends of devices build their leases on: objects that stay on a device while kernels use them.
+//! What back ends of devices build their leases on: objects that stay on a device while kernels use
+//! them.
 //!
-//! Invariant: a hold keeps the bytes of one version where they are; a change is alone with the object from when it is
-//! granted until what the kernel wrote is published or given up. Both own what they keep and give it back when they are
-//! dropped; a kernel that still runs is the caller's matter, who drops them after it. Called by `vmem-gpu` through
-//! `backend`.
+//! Invariant: a hold keeps the bytes of one version where they are; a change is alone with the
+//! object from when it is granted until what the kernel wrote is published or given up. Both own
+//! what they keep and give it back when they are dropped; a kernel that still runs is the caller's
+//! matter, who drops them after it. Called by `vmem-gpu` through `backend`.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -41,8 +42,8 @@ impl VramHold {
         self.range.as_ref().map(|range| Arc::new(range.share()))
     }
 
-    /// Ends the hold, but for the memory, which a kernel may still read: the object may leave it, and nobody else gets it
-    /// before the share is dropped.
+    /// Ends the hold, but for the memory, which a kernel may still read: the object may leave it,
+    /// and nobody else gets it before the share is dropped.
     pub fn end(self) -> Option<VramShare> {
         self.range.map(VramShare)
     }
@@ -61,7 +62,8 @@ pub struct VramChange {
 pub(super) struct Claim {
     pub(super) device: usize,
     pub(super) range: DeviceRange,
-    /// For the new version below: taken before, so that what was written can never be lost for want of space.
+    /// For the new version below: taken before, so that what was written can never be lost for want
+    /// of space.
     pub(super) room: OwnedCopy,
     pub(super) pass: GatePass,
     pub(super) held: HoldGuard,
@@ -73,8 +75,9 @@ impl VramChange {
         self.inner.as_ref().map(|inner| Arc::new(inner.range.share()))
     }
 
-    /// What was written is the new version, once `ready` says that it was written. Who reads from now on waits for that;
-    /// if it fails the version before stays. It goes on whether its answer is awaited or not.
+    /// What was written is the new version, once `ready` says that it was written. Who reads from
+    /// now on waits for that; if it fails the version before stays. It goes on whether its answer
+    /// is awaited or not.
     ///
     /// # Errors
     ///
@@ -184,8 +187,8 @@ impl DeviceAccess {
         self.vmem.shared.devices()[self.device].tier()
     }
 
-    /// A share of this version of the object, if the device has it now. It is not held: its memory stays, and a
-    /// write makes another version.
+    /// A share of this version of the object, if the device has it now. It is not held: its memory
+    /// stays, and a write makes another version.
     ///
     /// # Errors
     ///
@@ -230,26 +233,28 @@ impl DeviceAccess {
         Ok(set.reads.pop().expect("invariant: one was asked for"))
     }
 
-    /// The object on the device, for a kernel that writes to it: waits for whoever else uses it there. With
-    /// `overwrite` the kernel writes all of it: the bytes before are not brought up, it begins as zeros.
+    /// The object on the device, for a kernel that writes to it: waits for whoever else uses it
+    /// there. With `overwrite` the kernel writes all of it: the bytes before are not brought up, it
+    /// begins as zeros.
     ///
     /// # Errors
     ///
-    /// Those of a [`pin`](VirtualMemory::pin) there and of making space in host memory, where the new version will be
-    /// too.
+    /// Those of a [`pin`](VirtualMemory::pin) there and of making space in host memory, where the
+    /// new version will be too.
     pub async fn change(&self, handle: &VMemHandle, overwrite: bool) -> Result<VramChange> {
         let request = LeaseRequest { reads: Vec::new(), writes: vec![handle.clone()], overwrite };
         let mut set = self.take(request).await?;
         Ok(set.writes.pop().expect("invariant: one was asked for"))
     }
 
-    /// Several objects on the device at once, some for kernels that read them, some for kernels that write: all or none.
-    /// Nothing is held while any of them has to be waited for.
+    /// Several objects on the device at once, some for kernels that read them, some for kernels
+    /// that write: all or none. Nothing is held while any of them has to be waited for.
     ///
     /// # Errors
     ///
-    /// Those of [`hold`](Self::hold) and [`change`](Self::change); `ExceedsCapacity` if all could never be there at
-    /// once; `InvalidConfig` if an object that is written is in the set more than once.
+    /// Those of [`hold`](Self::hold) and [`change`](Self::change); `ExceedsCapacity` if all could
+    /// never be there at once; `InvalidConfig` if an object that is written is in the set more than
+    /// once.
     pub async fn set(&self, reads: &[VMemHandle], writes: &[VMemHandle]) -> Result<VramSet> {
         let (reads, writes) = (reads.to_vec(), writes.to_vec());
         self.take(LeaseRequest { reads, writes, overwrite: false }).await

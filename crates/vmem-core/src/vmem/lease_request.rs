@@ -1,7 +1,7 @@
 //! What a lease asks for, and what may be in its way.
 //!
-//! Invariant: an object is in a request once, however often it is named. Made by the leases, read by the task that takes
-//! them.
+//! Invariant: an object is in a request once, however often it is named. Made by the leases, read
+//! by the task that takes them.
 
 use std::collections::HashSet;
 use std::sync::Arc;

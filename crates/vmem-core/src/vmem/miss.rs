@@ -1,8 +1,8 @@
 //! Reads that host memory does not serve.
 //!
-//! Invariant: whatever such a read takes (space, staging, extents, a place on a link) belongs to a task of the
-//! runtime, or lies in a parcel from which it can be taken back. The caller's future holds the parcel, and bytes that
-//! are its own. Called by `read.rs`.
+//! Invariant: whatever such a read takes (space, staging, extents, a place on a link) belongs to a
+//! task of the runtime, or lies in a parcel from which it can be taken back. The caller's future
+//! holds the parcel, and bytes that are its own. Called by `read.rs`.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -28,7 +28,8 @@ use crate::tier::Class;
 /// How often a reader lets others run while a copy is locked, before it waits for the gate.
 const YIELDS_MAX: u32 = 3;
 
-/// A read of a part waits so much of its time, and no longer than this, for the object to be promoted.
+/// A read of a part waits so much of its time, and no longer than this, for the object to be
+/// promoted.
 const PROMOTION_SHARE: u32 = 4;
 const PROMOTION_MAX: Duration = Duration::from_secs(1);
 
@@ -180,8 +181,8 @@ impl VirtualMemory {
         .boxed()
     }
 
-    /// All bytes of an object of which a part is to be read, if the rule, or the caller, promotes it with this
-    /// read, and host memory has space for it.
+    /// All bytes of an object of which a part is to be read, if the rule, or the caller, promotes
+    /// it with this read, and host memory has space for it.
     pub(super) async fn promoted(
         &self,
         object: &Arc<Object>,

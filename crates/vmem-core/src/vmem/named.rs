@@ -22,8 +22,9 @@ use crate::object::Object;
 use crate::parcel::parcel;
 
 impl VirtualMemory {
-    /// [`allocate`](Self::allocate) under a name: 1 to 1024 bytes of UTF-8. The name, and zeros, become
-    /// durable with the first [`flush`](Self::flush); the object stays although its last handle is dropped.
+    /// [`allocate`](Self::allocate) under a name: 1 to 1024 bytes of UTF-8. The name, and zeros,
+    /// become durable with the first [`flush`](Self::flush); the object stays although its last
+    /// handle is dropped.
     ///
     /// # Errors
     ///
@@ -45,9 +46,9 @@ impl VirtualMemory {
         .await
     }
 
-    /// Stores these bytes under a name: the object is created, or atomically takes the name from the one
-    /// that has it, whose handles keep the old version. Durable on return. The metadata of the name
-    /// start empty.
+    /// Stores these bytes under a name: the object is created, or atomically takes the name from
+    /// the one that has it, whose handles keep the old version. Durable on return. The metadata of
+    /// the name start empty.
     ///
     /// ```
     /// # use vmem::{MemoryTier, VirtualMemoryConfig};
@@ -73,9 +74,9 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// Those of [`put`](Self::put); `InvalidConfig` for a name that cannot be one; `Damaged`, `Io`. If
-    /// making it durable failed, the name leads to the version before, or, after a crash, perhaps to
-    /// this one.
+    /// Those of [`put`](Self::put); `InvalidConfig` for a name that cannot be one; `Damaged`, `Io`.
+    /// If making it durable failed, the name leads to the version before, or, after a crash,
+    /// perhaps to this one.
     pub async fn put_named(
         &self,
         name: &str,
@@ -110,12 +111,13 @@ impl VirtualMemory {
         self.shared.check_tier(handle.home_tier()).map(|()| handle)
     }
 
-    /// Gives the object of one name another one, atomically; what had that name loses it, its handles keep
-    /// it. Durable on return, as is the object.
+    /// Gives the object of one name another one, atomically; what had that name loses it, its
+    /// handles keep it. Durable on return, as is the object.
     ///
     /// # Errors
     ///
-    /// `NameNotFound`; `InvalidConfig` for a name that cannot be one; those of [`flush`](Self::flush).
+    /// `NameNotFound`; `InvalidConfig` for a name that cannot be one; those of
+    /// [`flush`](Self::flush).
     pub async fn rename_named(&self, from: &str, to: &str) -> Result<()> {
         self.rename_named_with(from, to, PutMode::Overwrite).await
     }
@@ -171,8 +173,8 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// `NameNotFound`; `InvalidConfig` for a name that cannot be one, or metadata that are too long;
-    /// those of [`flush`](Self::flush).
+    /// `NameNotFound`; `InvalidConfig` for a name that cannot be one, or metadata that are too
+    /// long; those of [`flush`](Self::flush).
     pub async fn set_metadata(&self, name: &str, metadata: &[u8]) -> Result<()> {
         let name = self.check_named(name)?;
         names::check_metadata(metadata)?;
@@ -184,9 +186,9 @@ impl VirtualMemory {
         .await
     }
 
-    /// Copies all named objects, as they are durable at one moment, to `directory`, which is empty or does
-    /// not exist and which opens as a store then. Covers every write that completed before the call;
-    /// writers go on meanwhile. Where the file system shares extents nothing is copied.
+    /// Copies all named objects, as they are durable at one moment, to `directory`, which is empty
+    /// or does not exist and which opens as a store then. Covers every write that completed before
+    /// the call; writers go on meanwhile. Where the file system shares extents nothing is copied.
     ///
     /// # Errors
     ///
@@ -234,8 +236,8 @@ impl VirtualMemory {
         Ok(name.into())
     }
 
-    /// Runs a change as a task of its own, and waits for its answer. The task waits for its place among
-    /// others.
+    /// Runs a change as a task of its own, and waits for its answer. The task waits for its place
+    /// among others.
     pub(super) async fn change<T, F>(
         &self,
         make: impl FnOnce(Arc<Names>, Deadline) -> F + Send,
@@ -262,7 +264,8 @@ impl VirtualMemory {
         if let Err(Late) = deadline.bound(begins.claim()).await {
             return Err(deadline.error("the runtime of the store"));
         }
-        // It takes as long as it takes: what it waits for has deadlines. Without an answer the runtime has gone.
+        // It takes as long as it takes: what it waits for has deadlines. Without an answer the
+        // runtime has gone.
         answer.claim().await.unwrap_or(Err(VirtualMemoryError::Closed))
     }
 }

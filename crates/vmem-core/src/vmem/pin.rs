@@ -1,9 +1,9 @@
 //! Pins and leases: objects that do not leave their tier downwards.
 //!
-//! Invariant: the first hold of an object in a tier is charged against the tier's budget for holds, for as long as there is
-//! any; a hold is counted under the object's gate, so that no eviction is half way when it is granted. Whoever waits, for
-//! space or for the budget, holds nothing. A task charges and counts, the caller gets the guard. Called by `place.rs` and
-//! the leases.
+//! Invariant: the first hold of an object in a tier is charged against the tier's budget for holds,
+//! for as long as there is any; a hold is counted under the object's gate, so that no eviction is
+//! half way when it is granted. Whoever waits, for space or for the budget, holds nothing. A task
+//! charges and counts, the caller gets the guard. Called by `place.rs` and the leases.
 
 use std::sync::Arc;
 
@@ -70,7 +70,8 @@ impl HoldGuard {
         Ok(Some(HoldGuard { object: object.clone(), tier }))
     }
 
-    /// Counts the hold that was charged. Holds are added under the gate alone, so it is the first still.
+    /// Counts the hold that was charged. Holds are added under the gate alone, so it is the first
+    /// still.
     fn count_first(pass: &GatePass, tier: MemoryTier, hold: Hold) {
         let is_first = pass.object().add_hold(tier, hold, pass);
         assert!(is_first, "a hold was added without the gate");
@@ -125,7 +126,8 @@ impl HoldGuard {
     }
 }
 
-/// What several holds will be charged, charged at once: so that no two sets have half of the budget each.
+/// What several holds will be charged, charged at once: so that no two sets have half of the budget
+/// each.
 pub(super) struct Prepaid {
     shared: Arc<Shared>,
     tier: MemoryTier,
@@ -135,7 +137,8 @@ pub(super) struct Prepaid {
 }
 
 impl Prepaid {
-    /// For those of these objects that nothing holds yet; how much is missing if the budget has no place for that now.
+    /// For those of these objects that nothing holds yet; how much is missing if the budget has no
+    /// place for that now.
     ///
     /// # Errors
     ///

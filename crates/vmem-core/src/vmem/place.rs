@@ -1,7 +1,7 @@
 //! Placing: promote, demote, prefetch, pin, flush.
 //!
-//! Invariant: each of these is a request to the actor, which runs it as a task of its own, or a task by itself; the
-//! caller's future waits for the answer and owns nothing of the migration.
+//! Invariant: each of these is a request to the actor, which runs it as a task of its own, or a
+//! task by itself; the caller's future waits for the answer and owns nothing of the migration.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -67,14 +67,14 @@ impl VirtualMemory {
     }
 
     /// Puts the current bytes where the object's home tier is; what is already there costs nothing.
-    /// Covers every write that completed before the call. A named object is durable then, wherever its
-    /// home is: its bytes and its name survive the process and the power.
+    /// Covers every write that completed before the call. A named object is durable then, wherever
+    /// its home is: its bytes and its name survive the process and the power.
     ///
     /// # Errors
     ///
-    /// `TierFull`, `Io`; `Damaged`. After an `Io` error of a sync nothing more is made durable until
-    /// the store is opened again, and every flush says so: what the kernel could not write it takes
-    /// for written from then on.
+    /// `TierFull`, `Io`; `Damaged`. After an `Io` error of a sync nothing more is made durable
+    /// until the store is opened again, and every flush says so: what the kernel could not write it
+    /// takes for written from then on.
     pub async fn flush(&self, handle: &VMemHandle) -> Result<()> {
         let object = self.check(handle)?;
         if object.has_name() {
@@ -87,12 +87,13 @@ impl VirtualMemory {
         }
     }
 
-    /// As [`flush`](Self::flush), for every object that was there when it was called. All are tried.
+    /// As [`flush`](Self::flush), for every object that was there when it was called. All are
+    /// tried.
     ///
     /// # Errors
     ///
-    /// `NotFlushed` with the names of those that are not durable; else the first error, and how many
-    /// there were goes to the log.
+    /// `NotFlushed` with the names of those that are not durable; else the first error, and how
+    /// many there were goes to the log.
     pub async fn flush_all(&self) -> Result<()> {
         self.check_open()?;
         let named = self.flush_all_named().await;
@@ -106,8 +107,9 @@ impl VirtualMemory {
         ask(&self.shared, object, what, &self.shared.deadline()).await
     }
 
-    /// Begins to bring the object up to `to`, at lower priority than any read, and never at the cost
-    /// of what is in use. It has started when this returns; dropping the [`Prefetch`] cancels it.
+    /// Begins to bring the object up to `to`, at lower priority than any read, and never at the
+    /// cost of what is in use. It has started when this returns; dropping the [`Prefetch`] cancels
+    /// it.
     pub fn prefetch(&self, handle: &VMemHandle, to: MemoryTier) -> Prefetch {
         self.prefetch_many(std::slice::from_ref(handle), to)
     }

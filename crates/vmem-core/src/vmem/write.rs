@@ -6,9 +6,9 @@
 //! that is dropped half way leaves the version before.
 //!
 //! Where the new version goes: in place, if it is small and nobody reads the old one; into space in
-//! host memory, if there is or can be made some; else through staging to disk. The caller's future only copies its
-//! data there, within a poll, and never holds the gate across one: what the version needs besides, and its
-//! publication, is the matter of a task (`migrate/write.rs`).
+//! host memory, if there is or can be made some; else through staging to disk. The caller's future
+//! only copies its data there, within a poll, and never holds the gate across one: what the version
+//! needs besides, and its publication, is the matter of a task (`migrate/write.rs`).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -234,8 +234,8 @@ impl VirtualMemory {
         }
     }
 
-    /// Brings a small object to host memory, where a part of it is better written, if there is space for it right
-    /// now. True: it was tried.
+    /// Brings a small object to host memory, where a part of it is better written, if there is
+    /// space for it right now. True: it was tried.
     async fn promote_for_write(&self, object: &Arc<Object>, deadline: &Deadline) -> Result<bool> {
         let Some(room) = self.shared.try_host_room(&need(object).or_spill()) else {
             return Ok(true);
@@ -269,8 +269,8 @@ impl VirtualMemory {
         }
     }
 
-    /// Copies the caller's data to where it belongs in the new version, a piece a poll. `None` if the space was
-    /// taken back, since others waited for it and this future was not polled.
+    /// Copies the caller's data to where it belongs in the new version, a piece a poll. `None` if
+    /// the space was taken back, since others waited for it and this future was not polled.
     async fn fill(
         &self,
         mut version: NewVersion,
@@ -320,7 +320,8 @@ impl VirtualMemory {
         data: &[u8],
         deadline: &Deadline,
     ) -> Result<Finished> {
-        // Once a piece was taken back, since this future did not come for it, what it writes lies in memory of its own.
+        // Once a piece was taken back, since this future did not come for it, what it writes lies
+        // in memory of its own.
         let mut owned = false;
         let write = loop {
             let submitted = self.submit_all(object, range, data, &mut owned, deadline).await?;

@@ -233,8 +233,8 @@ pub(super) fn refused(path: &Path, error: io::Error) -> VirtualMemoryError {
 mod tests {
     use super::super::StoreDirectory;
 
-    /// Mechanism: a service opens its store as root and becomes another user then. What only root may
-    /// open was taken for lost.
+    /// Mechanism: a service opens its store as root and becomes another user then. What only root
+    /// may open was taken for lost.
     #[test]
     fn files_of_another_user_are_judged_by_the_user_that_opened_them() {
         let place = tempfile::tempdir().unwrap();

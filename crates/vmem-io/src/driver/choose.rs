@@ -23,8 +23,8 @@ pub(crate) struct Chosen {
     pub(crate) notes: Vec<Arc<str>>,
 }
 
-/// Takes `data`, a file of `directory`, into the driver that was asked for, or into the best that works.
-/// A file that has extents already keeps its `block_bytes`.
+/// Takes `data`, a file of `directory`, into the driver that was asked for, or into the best that
+/// works. A file that has extents already keeps its `block_bytes`.
 ///
 /// # Errors
 ///
@@ -55,8 +55,8 @@ pub(crate) fn choose(
     });
     let block_bytes = block_bytes.unwrap_or(alignment.block_bytes());
     let candidates: &[IoDriver] = match asked {
-        // Seen with Linux 6.18: the kernel waits for the answer of the server inside of the call that submits,
-        // and goes on by itself after a short direct transfer, at the wrong offset.
+        // Seen with Linux 6.18: the kernel waits for the answer of the server inside of the call
+        // that submits, and goes on by itself after a short direct transfer, at the wrong offset.
         IoDriver::Auto if directory.is_fuse() => {
             notes.push("io_uring: not trusted with a FUSE file system".into());
             &[IoDriver::Blocking]

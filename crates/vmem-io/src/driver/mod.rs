@@ -88,8 +88,9 @@ pub trait Driver: fmt::Debug + Send + Sync + 'static {
         true
     }
 
-    /// Registers memory, from which and to which much will be transferred, with the kernel, so that it need not
-    /// be pinned for each operation. The driver keeps `memory` until it has unregistered it.
+    /// Registers memory, from which and to which much will be transferred, with the kernel, so that
+    /// it need not be pinned for each operation. The driver keeps `memory` until it has
+    /// unregistered it.
     ///
     /// # Errors
     ///

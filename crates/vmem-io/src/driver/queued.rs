@@ -164,8 +164,8 @@ impl<E: Engine> Core<E> {
         State::Started(receiver)
     }
 
-    /// Waits for room. What it holds meanwhile, others give back without waiting for this job: bounce buffers
-    /// go back when their wave has ended, polled or not.
+    /// Waits for room. What it holds meanwhile, others give back without waiting for this job:
+    /// bounce buffers go back when their wave has ended, polled or not.
     async fn start_in_turn(
         &self,
         mut job: Box<Job>,

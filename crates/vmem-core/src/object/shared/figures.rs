@@ -1,6 +1,7 @@
 //! Errors and figures as users see them.
 //!
-//! Invariant: the bytes of a tier come from its ledger; counters may lag. Called by the public methods.
+//! Invariant: the bytes of a tier come from its ledger; counters may lag. Called by the public
+//! methods.
 
 use super::Shared;
 use crate::disk::DiskError;

@@ -1,7 +1,7 @@
 //! Space: in host memory, in staging, on disk.
 //!
-//! Invariant: whoever waits for space waits in the queue of its tier, with a deadline, and holds none. Called by
-//! whatever makes or brings bytes.
+//! Invariant: whoever waits for space waits in the queue of its tier, with a deadline, and holds
+//! none. Called by whatever makes or brings bytes.
 
 use super::Shared;
 use crate::buffer::IoBuf;

@@ -40,8 +40,8 @@ impl Registrar for Device {
 }
 
 impl Device {
-    /// Each page of what is registered has the memory that it had: a page that was given back, and not touched
-    /// since, has none.
+    /// Each page of what is registered has the memory that it had: a page that was given back, and
+    /// not touched since, has none.
     fn assert_has_memory(&self) {
         let mut map = std::fs::File::open("/proc/self/pagemap").unwrap();
         for (&address, &len) in &*self.known.lock() {
@@ -67,7 +67,8 @@ fn served(capacity: u64) -> (Arc<HostArena>, ObjectSpace, Arc<Device>) {
     (arena, space, device)
 }
 
-/// Room, once what is being unregistered for it was: a thread of the arena's does that, in its own time.
+/// Room, once what is being unregistered for it was: a thread of the arena's does that, in its own
+/// time.
 fn alloc_soon(arena: &Arc<HostArena>, len: usize) -> Option<HostSlot> {
     let begun = std::time::Instant::now();
     loop {
