@@ -7,6 +7,7 @@
 //! reader judges: the process ends with 0 whether or not the bars hold.
 
 mod bulk;
+mod clients;
 #[cfg(target_os = "linux")]
 mod cold;
 mod evict;
@@ -73,6 +74,9 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("P17") {
         streams::p17(&mut report, if quick { 256 } else { 1024 }, if quick { 3 } else { 5 })?;
+    }
+    if wanted("clients") {
+        clients::clients(&mut report, if quick { 3 } else { 5 })?;
     }
     if wanted("sets") {
         sets::sets(&mut report, rounds)?;

@@ -50,7 +50,7 @@ pub const GPUS_MAX: usize = 32;
 /// - `gpu`: `"auto"`, `"off"`, an ordinal such as `0`, or text with the UUID of a device; or
 ///   `gpus`, a list of ordinals and UUIDs.
 /// - `io_driver`: `"auto"`, `"reactor"`, `"tokio-uring"` or `"blocking"`.
-/// - `watermarks`: two numbers, low and high. `max_pinned`: a number.
+/// - `watermarks`: two numbers, low and high. `max_pinned`, `max_held`: a number.
 /// - `policy`: `"lru"`, `"sieve"`, or `"s3-fifo"`, also written `"s3fifo"`.
 /// - `promotion`: the number of the read, from 1 on, or `"never"`.
 /// - `wait_timeout`: text such as `"30s"`, `"1m 30s"` or `"250ms"`.
@@ -134,6 +134,11 @@ impl VirtualMemoryConfig {
         self.fields.max_pinned
     }
 
+    /// The fraction of object space that readers may hold.
+    pub fn max_held(&self) -> f64 {
+        self.fields.max_held
+    }
+
     /// The order of eviction.
     pub fn policy(&self) -> PolicyChoice {
         self.fields.policy.clone()
@@ -169,6 +174,7 @@ pub struct VirtualMemoryConfigBuilder {
     io_driver: IoDriver,
     watermarks: (f64, f64),
     max_pinned: f64,
+    max_held: f64,
     policy: PolicyChoice,
     promotion: Promotion,
     catalog_cache: u64,
@@ -189,6 +195,7 @@ impl Default for VirtualMemoryConfigBuilder {
             io_driver: IoDriver::default(),
             watermarks: (0.85, 0.95),
             max_pinned: 0.8,
+            max_held: 0.8,
             policy: PolicyChoice::default(),
             promotion: Promotion::default(),
             catalog_cache: 8 << 20,
@@ -287,6 +294,17 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
+    /// The fraction of object space in host memory that readers may hold, by the bytes that they
+    /// have not dropped yet, `0 < fraction <= 1`. Once they hold so much, a read of more than 64 KiB
+    /// waits until they hold less, whether its object is resident or not, so that clients who take
+    /// their time leave space for others; [`try_read`](crate::VirtualMemory::try_read) finds nothing
+    /// then, and a part of at most 64 KiB of a larger object is copied. A resident
+    /// object that somebody holds already is shared at once. Default: 0.8.
+    pub fn max_held(mut self, fraction: f64) -> Self {
+        self.max_held = fraction;
+        self
+    }
+
     /// The order of eviction, a [`PolicyKind`](crate::PolicyKind) or one of your own. Default: the
     /// least recently used.
     pub fn policy(mut self, policy: impl Into<PolicyChoice>) -> Self {
@@ -327,6 +345,9 @@ impl VirtualMemoryConfigBuilder {
         }
         if !(self.max_pinned > 0.0 && self.max_pinned <= 1.0) {
             return refuse("max_pinned", format!("0 < fraction <= 1, not {}", self.max_pinned));
+        }
+        if !(self.max_held > 0.0 && self.max_held <= 1.0) {
+            return refuse("max_held", format!("0 < fraction <= 1, not {}", self.max_held));
         }
         if self.promotion == Promotion::OnNthRead(0) {
             return refuse("promotion", "the first read is number 1".into());

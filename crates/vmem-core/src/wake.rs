@@ -3,17 +3,30 @@
 //! Invariant: whoever is about to sleep until something is released first declares it
 //! (`waiting`), then looks once more; whoever releases something first does it, then asks whether
 //! anybody waits. Both sides are `SeqCst`, so one of them sees the other. Called by the
-//! allocator's hook, by readers that let go, and by the actor.
+//! allocator's hook, by readers that let go, by those who wait for them, and by the actor.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 /// The bell of the actor.
 #[derive(Debug, Default)]
 pub(crate) struct Wake {
     waiting: AtomicUsize,
     bell: Notify,
+    /// For those who wait for others than the actor.
+    released: Notify,
+}
+
+/// One who waits, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Waits<'a>(&'a Wake);
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.remove_waiting();
+    }
 }
 
 impl Wake {
@@ -22,11 +35,24 @@ impl Wake {
         self.bell.notify_one();
     }
 
-    /// Wakes the actor if anybody waits for what was just released.
+    /// Wakes the actor, and those who wait for no actor, if anybody waits for what was just
+    /// released.
     pub(crate) fn if_waiting(&self) {
         if self.waiting.load(Ordering::SeqCst) > 0 {
             self.bell.notify_one();
+            self.released.notify_waiters();
         }
+    }
+
+    /// Declares one more who waits, for as long as the value lives.
+    pub(crate) fn waiting(&self) -> Waits<'_> {
+        self.add_waiting();
+        Waits(self)
+    }
+
+    /// Ends when something was released while anybody waited.
+    pub(crate) fn released(&self) -> Notified<'_> {
+        self.released.notified()
     }
 
     /// Declares one more, or one less, who waits.

@@ -30,6 +30,7 @@ struct Fields {
     io_driver: Option<String>,
     watermarks: Option<(f64, f64)>,
     max_pinned: Option<f64>,
+    max_held: Option<f64>,
     policy: Option<String>,
     promotion: Option<Promotion>,
     catalog_cache: Option<Size>,
@@ -181,6 +182,7 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
     builder.promotion = fields.promotion.unwrap_or(builder.promotion);
     builder.watermarks = fields.watermarks.unwrap_or(builder.watermarks);
     builder.max_pinned = fields.max_pinned.unwrap_or(builder.max_pinned);
+    builder.max_held = fields.max_held.unwrap_or(builder.max_held);
     builder.catalog_cache = bytes(fields.catalog_cache).unwrap_or(builder.catalog_cache);
     builder.wait_timeout = fields.wait_timeout.unwrap_or(builder.wait_timeout);
     Ok(builder)

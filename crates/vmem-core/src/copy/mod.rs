@@ -313,7 +313,14 @@ unsafe impl Send for ReadGuard {}
 unsafe impl Sync for ReadGuard {}
 
 impl ReadGuard {
-    fn footprint(&self) -> u64 {
+    /// Whether there are other readers of this version; a hint.
+    pub(crate) fn is_shared(&self) -> bool {
+        // SAFETY: the guard is a reader count, and the anchor keeps the descriptor alive.
+        unsafe { follow(self.copy) }.word.readers() > 1
+    }
+
+    /// Space that the version takes, in bytes.
+    pub(crate) fn footprint(&self) -> u64 {
         // SAFETY: the guard is a reader count, and the anchor keeps the descriptor alive.
         let descriptor = unsafe { follow(self.copy) };
         // SAFETY: as above.

@@ -104,7 +104,8 @@ impl Anchor {
 
     /// The last reader of a copy let go.
     pub(super) fn released(&self, footprint: u64) {
-        self.held_bytes.fetch_sub(footprint as i64, Ordering::Relaxed);
+        // Before it is asked whether anybody waits.
+        self.held_bytes.fetch_sub(footprint as i64, Ordering::SeqCst);
         self.pool.wake.if_waiting();
     }
 }
@@ -161,7 +162,7 @@ impl Copies {
     /// Footprint of the copies that readers hold, in bytes. Not exact while readers come and go.
     pub(crate) fn held_bytes(&self) -> u64 {
         let sum: i64 =
-            self.anchors.iter().map(|anchor| anchor.held_bytes.load(Ordering::Relaxed)).sum();
+            self.anchors.iter().map(|anchor| anchor.held_bytes.load(Ordering::SeqCst)).sum();
         sum.max(0) as u64
     }
 }

@@ -63,6 +63,8 @@ pub(crate) struct Job {
     pub(crate) stay: bool,
     /// The caller has another way where waiting for eviction does not help.
     pub(crate) may_spill: bool,
+    /// What the caller will hold of object space, in bytes, if others may have to wait for it.
+    pub(crate) to_hold: u64,
     pub(crate) deadline: Deadline,
     /// Told once the caller has gone: then it is not worth waiting for space.
     pub(crate) unwanted: Option<Arc<Notify>>,
@@ -72,7 +74,7 @@ impl Job {
     /// A job that somebody waits for, whose copy stays.
     pub(crate) fn new(object: Arc<Object>, cause: MigrationCause, deadline: Deadline) -> Self {
         let (class, stay, may_spill) = (Class::Demand, true, false);
-        Job { object, class, cause, stay, may_spill, deadline, unwanted: None }
+        Job { object, class, cause, stay, may_spill, to_hold: 0, deadline, unwanted: None }
     }
 
     /// The space that the object takes.

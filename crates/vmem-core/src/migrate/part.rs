@@ -14,7 +14,7 @@ use crate::chunk::CHUNK_BYTES;
 use crate::copy::Found;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
-use crate::object::{MapIdentity, Object, Version, chunk_count, chunks_of};
+use crate::object::{MapIdentity, Object, Shared, Version, chunk_count, chunks_of};
 use crate::parcel::{Parcel, SetAside};
 use crate::tier::{Class, Need};
 
@@ -115,10 +115,12 @@ pub(crate) async fn read_part(
     let shared = object.shared.clone();
     let mut small = Vec::new();
     let mut room = None;
+    let mut promise = None;
     if copied {
         small = vec![0; range.len()];
     } else {
         let need = Need::one(range.len(), object.id, class);
+        promise = shared.promise(Shared::to_hold(range.len()), &deadline).await?;
         room = Some(shared.host_room_or_error(&need, &deadline).await?);
     }
     let to = room.as_mut().map_or(&mut small[..], |room| room.as_mut_slice());
@@ -130,10 +132,12 @@ pub(crate) async fn read_part(
         Below::Resident(bytes) => to.copy_from_slice(&bytes[range]),
         Below::Zeros => to.fill(0),
     }
-    Ok(match room {
+    let part = match room {
         Some(room) => Part::Held(room.into_bytes(&shared.copies)),
         None => Part::Owned(Bytes::from(small)),
-    })
+    };
+    drop(promise);
+    Ok(part)
 }
 
 /// Copies a range of a version through staging.

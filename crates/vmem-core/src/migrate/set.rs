@@ -29,12 +29,15 @@ impl SetAside for Vec<Bytes> {
 /// Reads of one set that are in flight at once.
 const IN_FLIGHT_MAX: usize = 64;
 
-/// The bytes of each object, in order. Each comes with whether it is promoted.
+/// The bytes of each object, in order. Each comes with whether it is promoted. The caller will hold
+/// `to_hold` bytes for which others may have to wait.
 pub(crate) async fn read_set(
     shared: Arc<Shared>,
     objects: Arc<[(Arc<Object>, bool)]>,
+    to_hold: u64,
     deadline: Deadline,
 ) -> Result<Vec<Bytes>> {
+    let _promise = shared.promise(to_hold, &deadline).await?;
     // First with space for what is missing; if something has left meanwhile, with space for all.
     match read_granted(&shared, &objects, deadline, false).await {
         Err(VirtualMemoryError::TierFull { .. }) => {

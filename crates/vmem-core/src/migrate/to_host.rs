@@ -34,6 +34,8 @@ pub(crate) async fn fetch_with(
     if object.len == 0 {
         return Ok(Bytes::new());
     }
+    // Until it is counted as held; first, since whoever has space waits for no reader.
+    let _promise = job.while_wanted(object.shared.promise(job.to_hold, &job.deadline)).await?;
     loop {
         if object.has_host_room() {
             let pass = object.gate(&job.deadline).await?;

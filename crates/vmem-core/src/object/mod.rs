@@ -30,7 +30,7 @@ pub(crate) use gate::GatePass;
 pub(crate) use leave::Leave;
 pub(crate) use named::{Claim, Named};
 pub use shared::Backends;
-pub(crate) use shared::{Limits, Shared};
+pub(crate) use shared::{FREE_BYTES, Limits, Shared};
 
 use crate::copy::{CopyCell, OwnedCopy};
 use crate::device::DeviceRange;

@@ -13,13 +13,13 @@ use futures::future::{BoxFuture, FutureExt};
 
 use super::read::is_copied;
 use super::{Result, VirtualMemory};
-use crate::copy::Found;
+use crate::copy::{Found, ReadGuard};
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::host::HostArena;
 use crate::migrate::{self, Job, request_fetch};
-use crate::object::{Object, chunk_count, chunks_of};
+use crate::object::{FREE_BYTES, Object, Shared, chunk_count, chunks_of};
 use crate::parcel::{Unkept, parcel};
 use crate::promotion;
 use crate::stats::add;
@@ -40,6 +40,8 @@ pub(super) struct Asked {
     pub(super) promote: Option<bool>,
     /// The caller has another way where host memory has no space.
     pub(super) may_spill: bool,
+    /// The caller keeps the bytes, in object space: see `max_held`.
+    pub(super) keeps: bool,
     pub(super) deadline: Deadline,
 }
 
@@ -61,14 +63,27 @@ impl VirtualMemory {
             loop {
                 match object.copy.acquire(&self.shared.copies) {
                     Found::Copy(guard) => {
-                        object.touch();
-                        return Ok(guard.into_bytes());
+                        let guard = if !how.keeps || self.shared.may_keep(&guard) {
+                            Some(guard)
+                        } else {
+                            drop(guard);
+                            self.kept(object, &how).await?
+                        };
+                        if let Some(guard) = guard {
+                            object.touch();
+                            return Ok(guard.into_bytes());
+                        }
                     }
                     Found::Locked => self.wait_for_lock(object, &mut locked, &how).await?,
                     Found::Nothing => {
                         if !std::mem::replace(&mut counted, true) {
                             let by_rule = self.miss(object, chunk_count(object.len));
                             stay = stay.or(Some(by_rule));
+                        }
+                        if how.keeps && object.len > FREE_BYTES && self.shared.readers_hold_all() {
+                            // Here rather than in the task, which others would join and wait for.
+                            let bytes = Shared::to_hold(object.len);
+                            drop(self.shared.promise(bytes, &how.deadline).await?);
                         }
                         let outcome = self.join_flight(object, &how, stay == Some(true)).await;
                         if let Some(outcome) = outcome {
@@ -127,6 +142,7 @@ impl VirtualMemory {
         if let Some(reply) = reply {
             let mut job = Job::new(object.clone(), MigrationCause::Read, how.deadline);
             (job.class, job.stay, job.may_spill) = (how.class, stay, how.may_spill);
+            job.to_hold = if how.keeps { Shared::to_hold(object.len) } else { 0 };
             request_fetch(job, flight.downgrade(), reply);
         }
         let late = || how.deadline.error("reading from a slower tier");
@@ -148,7 +164,18 @@ impl VirtualMemory {
         None
     }
 
-    /// A part of an object that is not in host memory.
+    /// The current host copy, if there still is one once readers hold less than they may.
+    async fn kept(&self, object: &Arc<Object>, how: &Asked) -> Result<Option<ReadGuard>> {
+        let promise = self.shared.promise(Shared::to_hold(object.len), &how.deadline).await?;
+        let found = object.copy.acquire(&self.shared.copies);
+        drop(promise);
+        Ok(match found {
+            Found::Copy(guard) => Some(guard),
+            Found::Locked | Found::Nothing => None,
+        })
+    }
+
+    /// A part of an object that is not in host memory, or that has to wait for other readers.
     pub(super) fn part_slowly<'a>(
         &'a self,
         object: &'a Arc<Object>,
@@ -160,16 +187,26 @@ impl VirtualMemory {
             if range.is_empty() {
                 return Ok(Bytes::new());
             }
+            let is_small = range.len() <= FREE_BYTES;
+            let how = Asked { keeps: !is_small, ..how };
             let copied = is_copied(range.len(), object.len, copy_small);
+            let copied = || copied || (is_small && self.shared.readers_hold_all());
+            if object.copy.is_some()
+                && how.keeps
+                && let Some(guard) = self.kept(object, &how).await?
+            {
+                object.touch();
+                return Ok(guard.into_bytes().slice(range));
+            }
             if let Some(whole) = self.promoted(object, &range, &how).await? {
                 let part = whole.slice(range);
-                return Ok(if copied { Bytes::copy_from_slice(&part) } else { part });
+                return Ok(if copied() { Bytes::copy_from_slice(&part) } else { part });
             }
             loop {
                 let shared = &self.shared;
                 let (class, deadline) = (how.class, how.deadline);
                 let part =
-                    migrate::read_part(object.clone(), range.clone(), copied, class, deadline);
+                    migrate::read_part(object.clone(), range.clone(), copied(), class, deadline);
                 let parcel = shared.spawn_for_caller("vmem-read", part);
                 let answer = shared.answer(&parcel, &deadline, "reading a part").await?;
                 if let Some(part) = answer {
@@ -214,8 +251,16 @@ impl VirtualMemory {
     pub(super) async fn many_slowly(&self, objects: Vec<Arc<Object>>) -> Result<Vec<Bytes>> {
         let mut seen = std::collections::HashSet::new();
         let distinct = objects.iter().filter(|object| seen.insert(object.id));
-        let footprints = distinct.map(|object| HostArena::footprint(object.len));
-        self.shared.host.check_fits(footprints.fold(0, u64::saturating_add))?;
+        let footprint = |object: &Arc<Object>| HostArena::footprint(object.len);
+        let (mut all_bytes, mut to_hold) = (0_u64, 0_u64);
+        for object in distinct {
+            all_bytes = all_bytes.saturating_add(footprint(object));
+            to_hold = to_hold.saturating_add(Shared::to_hold(object.len));
+        }
+        self.shared.host.check_fits(all_bytes)?;
+        // Then what is large is taken by the task too, in whose turn it is.
+        let in_turn = self.shared.readers_hold_all();
+        let in_turn = |object: &Object| in_turn && object.len > FREE_BYTES;
         let deadline = self.shared.deadline();
         let objects: Arc<[_]> = objects
             .into_iter()
@@ -226,10 +271,11 @@ impl VirtualMemory {
             .collect();
         // First those that are missing. The others are looked at again when these have come; if one
         // of them has left meanwhile, all are asked for at once.
-        let missing = objects.iter().filter(|(object, _)| !object.copy.is_some());
+        let missing =
+            objects.iter().filter(|(object, _)| !object.copy.is_some() || in_turn(object));
         let mut asked: Arc<[_]> = missing.cloned().collect();
         loop {
-            let set = migrate::read_set(self.shared.clone(), asked.clone(), deadline);
+            let set = migrate::read_set(self.shared.clone(), asked.clone(), to_hold, deadline);
             let parcel = self.shared.spawn_for_caller("vmem-read-many", set);
             let answer = self.shared.answer(&parcel, &deadline, "reading several objects").await?;
             if let Some(read) = answer {

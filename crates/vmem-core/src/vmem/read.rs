@@ -15,7 +15,7 @@ use super::{Result, VirtualMemory};
 use crate::copy::{Found, ReadGuard};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
-use crate::object::Object;
+use crate::object::{FREE_BYTES, Object};
 use crate::options::{ReadClass, ReadOptions};
 use crate::tier::Class;
 
@@ -47,11 +47,13 @@ impl VirtualMemory {
     ///
     /// `HandleNotFound`, `Closed`; and for an object that has to be brought up: `ExceedsCapacity`
     /// if it is larger than host memory (see [`read_into`](Self::read_into)), `AllPinned`,
-    /// `TimedOut` or `TierFull` if there is no room for it, `Corrupt`, `Io`.
+    /// `TimedOut` or `TierFull` if there is no room for it, `Corrupt`, `Io`. `AllPinned` also if
+    /// readers hold all that [`max_held`](crate::VirtualMemoryConfigBuilder::max_held) allows, and
+    /// the object is larger than 64 KiB.
     pub async fn read(&self, handle: &VMemHandle) -> Result<Bytes> {
         tokio::task::coop::consume_budget().await;
         let object = self.check(handle)?;
-        match self.hit(object) {
+        match self.hit_to_keep(object) {
             Some(guard) => Ok(guard.into_bytes()),
             None => self.read_slowly(object, self.ordinary()).await,
         }
@@ -69,8 +71,8 @@ impl VirtualMemory {
         tokio::task::coop::consume_budget().await;
         let object = self.check(handle)?;
         check_range(object, &range)?;
-        match self.hit(object) {
-            Some(guard) => Ok(part_of(guard, range, None)),
+        match self.hit(object).and_then(|guard| self.part_of(guard, &range, None)) {
+            Some(part) => Ok(part),
             None => self.part_slowly(object, range, self.ordinary(), None).await,
         }
     }
@@ -85,8 +87,9 @@ impl VirtualMemory {
         let object = self.check(handle)?;
         let range = options.range.clone().unwrap_or(0..object.len);
         check_range(object, &range)?;
-        if let Some(guard) = self.hit(object) {
-            return Ok(part_of(guard, range, options.copy_small));
+        let hit = self.hit(object);
+        if let Some(part) = hit.and_then(|guard| self.part_of(guard, &range, options.copy_small)) {
+            return Ok(part);
         }
         let timeout = options.timeout.unwrap_or(self.shared.limits.wait_timeout);
         let class = match options.class {
@@ -94,7 +97,7 @@ impl VirtualMemory {
             ReadClass::Background => Class::Prefetch,
         };
         let deadline = self.shared.deadline_in(timeout);
-        let how = Asked { class, promote: options.promote, may_spill: false, deadline };
+        let how = Asked { class, promote: options.promote, deadline, ..self.ordinary() };
         if range == (0..object.len) && self.shared.fits_host(object.len) {
             self.read_slowly(object, how).await
         } else {
@@ -132,12 +135,14 @@ impl VirtualMemory {
             return Ok(());
         }
         // More than that is copied in several polls, between which this holds no reader count.
-        Box::pin(self.copy_in_pieces(object, range, buf, self.ordinary())).await
+        let how = Asked { keeps: false, ..self.ordinary() };
+        Box::pin(self.copy_in_pieces(object, range, buf, how)).await
     }
 
     /// The bytes of the object if they are in host memory right now; no wait, no I/O. `None` also
-    /// if somebody is changing them at this moment, if the object was freed, or the store was
-    /// closed.
+    /// if somebody is changing them at this moment, if readers hold all that
+    /// [`max_held`](crate::VirtualMemoryConfigBuilder::max_held) allows and the object is larger
+    /// than 64 KiB, if it was freed, or the store was closed.
     ///
     /// ```
     /// # use vmem::{MemoryTier, VirtualMemoryConfig};
@@ -157,7 +162,7 @@ impl VirtualMemory {
         if object.len == 0 {
             return Some(Bytes::new());
         }
-        self.hit(object).map(ReadGuard::into_bytes)
+        self.hit_to_keep(object).map(ReadGuard::into_bytes)
     }
 
     /// Several objects at once, in the order of `handles`: all of them, or none. While it waits for
@@ -188,7 +193,7 @@ impl VirtualMemory {
         }
         let mut hits = Vec::with_capacity(objects.len());
         for object in objects {
-            hits.push(self.hit(object)?.into_bytes());
+            hits.push(self.hit_to_keep(object)?.into_bytes());
         }
         Some(hits)
     }
@@ -205,23 +210,37 @@ impl VirtualMemory {
         }
     }
 
+    /// As `hit`, for a reader who keeps it; none where readers hold all that they may.
+    fn hit_to_keep(&self, object: &Arc<Object>) -> Option<ReadGuard> {
+        let may_keep = |guard: &ReadGuard| object.len <= FREE_BYTES || self.shared.may_keep(guard);
+        self.hit(object).filter(may_keep)
+    }
+
+    /// A part of a version that is resident; none if the reader has to wait until others hold less.
+    fn part_of(
+        &self,
+        guard: ReadGuard,
+        range: &Range<usize>,
+        copy_small: Option<usize>,
+    ) -> Option<Bytes> {
+        let len = guard.as_ref().len();
+        let is_copied = is_copied(range.len(), len, copy_small);
+        if !is_copied && (len <= FREE_BYTES || self.shared.may_keep(&guard)) {
+            return Some(guard.into_bytes().slice(range.clone()));
+        }
+        let may_copy = is_copied || range.len() <= FREE_BYTES;
+        may_copy.then(|| Bytes::copy_from_slice(&guard.as_ref()[range.clone()]))
+    }
+
     fn ordinary(&self) -> Asked {
         let deadline = self.shared.deadline();
-        Asked { class: Class::Demand, promote: None, may_spill: false, deadline }
+        Asked { class: Class::Demand, promote: None, may_spill: false, keeps: true, deadline }
     }
 }
 
 /// Whether a part of an object of `len` bytes is copied rather than held.
 pub(super) fn is_copied(part: usize, len: usize, at_most: Option<usize>) -> bool {
     part <= at_most.unwrap_or(COPY_SMALL_MAX.min(len / COPY_SMALL_SHARE))
-}
-
-/// A part of a version that is resident.
-pub(super) fn part_of(guard: ReadGuard, range: Range<usize>, copy_small: Option<usize>) -> Bytes {
-    if is_copied(range.len(), guard.as_ref().len(), copy_small) {
-        return Bytes::copy_from_slice(&guard.as_ref()[range]);
-    }
-    guard.into_bytes().slice(range)
 }
 
 pub(super) fn check_range(object: &Object, range: &Range<usize>) -> Result<()> {

@@ -5,9 +5,12 @@
 //! the allocators inside of them. Made by `VirtualMemory::with_backends`.
 
 mod figures;
+mod held;
 mod space;
 mod tasks;
 mod tiers;
+
+pub(crate) use held::FREE_BYTES;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -69,6 +72,8 @@ pub(crate) struct Limits {
     pub(crate) stream_capacity: u64,
     /// Of object space.
     pub(crate) marks: Watermarks,
+    /// What readers may hold of object space.
+    pub(crate) max_held_bytes: u64,
     pub(crate) promotion: Promotion,
     pub(crate) wait_timeout: Duration,
 }
@@ -99,6 +104,7 @@ impl Limits {
                 low_bytes: (space * low) as u64,
                 high_bytes: (space * high) as u64,
             },
+            max_held_bytes: (space * config.max_held()) as u64,
             promotion: config.promotion(),
             wait_timeout: config.wait_timeout(),
         })
@@ -118,6 +124,8 @@ pub(crate) struct Shared {
     /// Why there are none.
     no_device: Arc<str>,
     pub(crate) copies: Copies,
+    /// What reads are going to hold, in bytes: see `held.rs`.
+    promised_bytes: AtomicU64,
     pub(crate) staging: Arc<StagingPool>,
     pub(crate) windows: Arc<Windows>,
     pub(crate) disk: Arc<dyn DiskBackend>,
@@ -187,6 +195,7 @@ impl Shared {
             devices,
             no_device,
             copies,
+            promised_bytes: AtomicU64::new(0),
             staging,
             windows: Windows::new(limits.stream_capacity),
             closed_hook: OnceLock::new(),
@@ -270,6 +279,7 @@ impl Shared {
     pub(crate) fn set_closed(&self) -> bool {
         let first = !self.closed.swap(true, Ordering::SeqCst);
         self.wake.now();
+        self.wake.if_waiting();
         self.host.holds.ring();
         for device in &self.devices {
             device.state.holds.ring();

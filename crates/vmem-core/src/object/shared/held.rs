@@ -1,0 +1,105 @@
+//! How much of object space readers hold, and who waits until it is less.
+//!
+//! Invariant: a read that is to hold more than [`FREE_BYTES`] has its bytes promised before it has
+//! them, and the promise ends once readers are counted as holding them. A promise is kept by a task
+//! of the runtime, or within one poll of a caller, never by a caller that waits. So what readers
+//! hold exceeds `max_held` by small reads, and by the last of the large ones, alone. Called by
+//! reads, and by the migrations that serve them.
+
+use std::pin::pin;
+use std::sync::atomic::Ordering;
+
+use super::Shared;
+use crate::chunk::CHUNK_BYTES;
+use crate::copy::ReadGuard;
+use crate::deadline::{Deadline, Late};
+use crate::error::VirtualMemoryError;
+use crate::host::HostArena;
+use crate::parcel::GRACE;
+
+/// Reads of so many bytes and fewer wait for no other reader.
+pub(crate) const FREE_BYTES: usize = CHUNK_BYTES;
+
+/// Bytes that a read is going to hold.
+#[derive(Debug)]
+pub(crate) struct Promise<'a> {
+    shared: &'a Shared,
+    bytes: u64,
+}
+
+impl Drop for Promise<'_> {
+    fn drop(&mut self) {
+        let before = self.shared.promised_bytes.fetch_sub(self.bytes, Ordering::SeqCst);
+        assert!(before >= self.bytes, "a promise ends once");
+        self.shared.wake.if_waiting();
+    }
+}
+
+impl Shared {
+    /// What a read holds that others may have to wait for, in bytes of footprint.
+    pub(crate) fn to_hold(len: usize) -> u64 {
+        if len > FREE_BYTES { HostArena::footprint(len) } else { 0 }
+    }
+
+    /// Whether readers hold all that they may.
+    pub(crate) fn readers_hold_all(&self) -> bool {
+        self.is_all(self.copies.held_bytes())
+    }
+
+    /// Whether this reader may keep what it has just got: others hold it too, or hold less than
+    /// they may.
+    pub(crate) fn may_keep(&self, guard: &ReadGuard) -> bool {
+        let footprint = guard.footprint();
+        let others = || self.copies.held_bytes().saturating_sub(footprint);
+        footprint <= FREE_BYTES as u64 || guard.is_shared() || !self.is_all(others())
+    }
+
+    fn is_all(&self, held_bytes: u64) -> bool {
+        let promised = self.promised_bytes.load(Ordering::SeqCst);
+        held_bytes + promised >= self.limits.max_held_bytes
+    }
+
+    fn try_promise(&self, bytes: u64) -> Option<Promise<'_>> {
+        let held = self.copies.held_bytes();
+        let (promised, max) = (&self.promised_bytes, self.limits.max_held_bytes);
+        promised
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |before| {
+                (held + before < max).then_some(before + bytes)
+            })
+            .ok()
+            .map(|_| Promise { shared: self, bytes })
+    }
+
+    /// Waits until readers hold less than they may, and has these bytes counted until it is known
+    /// that they are held. At once for none.
+    ///
+    /// # Errors
+    ///
+    /// `AllPinned` at the deadline; `Closed`.
+    pub(crate) async fn promise(
+        &self,
+        bytes: u64,
+        deadline: &Deadline,
+    ) -> Result<Option<Promise<'_>>, VirtualMemoryError> {
+        if bytes == 0 {
+            return Ok(None);
+        }
+        let _waiting = self.wake.waiting();
+        loop {
+            let mut released = pin!(self.wake.released());
+            released.as_mut().enable();
+            if self.is_closed() {
+                return Err(VirtualMemoryError::Closed);
+            }
+            if let Some(promise) = self.try_promise(bytes) {
+                return Ok(Some(promise));
+            }
+            if deadline.is_past() {
+                return Err(self.host.all_held(bytes, deadline.waited()));
+            }
+            // What lies there for callers who do not come is held too.
+            let (Ok(()) | Err(Late)) = deadline.share(1, GRACE).bound(released).await;
+            self.unclaimed.recall();
+        }
+    }
+}
