@@ -139,7 +139,8 @@ async fn main() -> anyhow::Result<()> {
 /// Loads a kernel, which stays loaded.
 fn kernel(stream: &Arc<CudaStream>, name: &str) -> anyhow::Result<sys::CUfunction> {
     stream.context().bind_to_thread()?;
-    let (text, name) = (CString::new(KERNELS)?, CString::new(name)?);
+    let text = CString::new(KERNELS)?;
+    let name = CString::new(name)?;
     // SAFETY: the text ends with a zero, and is PTX.
     let module = unsafe { result::module::load_data(text.as_ptr().cast()) };
     let module = module.context("loading the kernels")?;
@@ -155,7 +156,8 @@ fn launch(
 ) -> anyhow::Result<()> {
     // SAFETY: it is used by the kernel that is launched here, on the stream of the lease.
     let mut start = unsafe { lease.device_ptr() };
-    let (mut count, mut value) = (lease.len() as u64, value);
+    let mut count = lease.len() as u64;
+    let mut value = value;
     let mut arguments = [(&raw mut start).cast(), (&raw mut count).cast(), (&raw mut value).cast()];
     let grid = ((lease.len() as u32).div_ceil(BLOCK), 1, 1);
     let stream = lease.stream();

@@ -130,7 +130,8 @@ fn host_capacity_bytes(config: &VirtualMemoryConfig) -> Result<u64, VirtualMemor
     if let Some(bytes) = config.host_capacity() {
         return Ok(bytes);
     }
-    let (budget, limit) = (config.host_budget(), vmem_io::memory_limit_bytes());
+    let budget = config.host_budget();
+    let limit = vmem_io::memory_limit_bytes();
     let bytes = budget.resolve("host_capacity", limit, || (limit / 4).max(HOST_CAPACITY_MIN))?;
     if bytes < HOST_CAPACITY_MIN {
         let reason = format!("at least {HOST_CAPACITY_MIN}, and {budget} of {limit} are {bytes}");
@@ -143,8 +144,10 @@ fn host_capacity_bytes(config: &VirtualMemoryConfig) -> Result<u64, VirtualMemor
 /// The devices, and why there are none.
 #[cfg(feature = "gpu")]
 fn open_devices(config: &VirtualMemoryConfig) -> Result<Devices, VirtualMemoryError> {
-    let (vram, wait) = (config.vram_budget(), config.wait_timeout());
-    let (mut devices, mut no_device) = (Vec::new(), "".into());
+    let vram = config.vram_budget();
+    let wait = config.wait_timeout();
+    let mut devices = Vec::new();
+    let mut no_device = "".into();
     for selection in config.gpus() {
         let opened = vmem_gpu::open_device_within(selection, vram, wait)?;
         devices.extend(opened.device);

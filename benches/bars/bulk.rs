@@ -87,7 +87,8 @@ async fn close_and_open(
     rounds: usize,
 ) -> anyhow::Result<()> {
     let path = place.join("names");
-    let (mut ours, mut opened) = (Rounds::default(), Rounds::default());
+    let mut ours = Rounds::default();
+    let mut opened = Rounds::default();
     let mut theirs = [Rounds::default(), Rounds::default(), Rounds::default()];
     let name = |n: usize| format!("object {n}");
     let vmem = open(&path, count).await?;
@@ -132,6 +133,14 @@ fn add(report: &mut Report, what: String, ours: &Rounds, theirs: &[Rounds; 3]) {
     let best = (0..theirs.len()).min_by(|&a, &b| theirs[a].median().total_cmp(&theirs[b].median()));
     let best = best.unwrap_or(0);
     let peer = format!("by-hand-{}-at-once", AT_ONCE[best]);
-    let (id, unit, peer, theirs, bar) = ("P16", "ms", peer.as_str(), &theirs[best], Some(1.2));
-    report.add(&Bar { id, what, unit, ours, peer, theirs, bar });
+    let theirs = &theirs[best];
+    report.add(&Bar {
+        id: "P16",
+        what,
+        unit: "ms",
+        ours,
+        peer: peer.as_str(),
+        theirs,
+        bar: Some(1.2),
+    });
 }

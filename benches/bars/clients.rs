@@ -64,8 +64,15 @@ pub(crate) fn clients(report: &mut Report, rounds: usize) -> anyhow::Result<()> 
         };
         for (unit, [ours, theirs], bar) in [("ns p50", median, None), ("ns p99", tail, Some(2.0))] {
             let what = format!("reads of 32 KiB beside {CLIENTS} idle clients {what}");
-            let (ours, theirs, peer) = (&ours, &theirs, "without");
-            report.add(&Bar { id: "clients", what, unit, ours, peer, theirs, bar });
+            report.add(&Bar {
+                id: "clients",
+                what,
+                unit,
+                ours: &ours,
+                peer: "without",
+                theirs: &theirs,
+                bar,
+            });
         }
     }
     runtime.block_on(async move {

@@ -112,9 +112,12 @@ impl Store {
     }
 
     fn round(&self, depth: usize, long: Duration, seed: u64) -> anyhow::Result<Round> {
-        let (began, cpu) = (Instant::now(), process_cpu_ns());
+        let began = Instant::now();
+        let cpu = process_cpu_ns();
         let tasks = (0..depth).map(|task| {
-            let (vmem, handles, len) = (self.vmem.clone(), self.handles.clone(), self.len);
+            let vmem = self.vmem.clone();
+            let handles = self.handles.clone();
+            let len = self.len;
             let mut rng = SmallRng::seed_from_u64(seed * 64 + task as u64);
             self.runtime.spawn(async move {
                 let mut latencies = Vec::new();
@@ -221,7 +224,8 @@ fn lines(
         |rounds: &[Round], figure: fn(&Round) -> f64| Rounds(rounds.iter().map(figure).collect());
     let raw = sides.iter().position(|side| matches!(side, Side::Raw(_)));
     for (side, rounds) in sides.iter().zip(results) {
-        let (rate, p50) = (of(rounds, |r| r.reads_per_s), of(rounds, |r| r.p50_ns));
+        let rate = of(rounds, |r| r.reads_per_s);
+        let p50 = of(rounds, |r| r.p50_ns);
         let relative = |ours: &Rounds, figure: fn(&Round) -> f64| match raw {
             Some(raw) => {
                 let theirs = of(&results[raw], figure);

@@ -55,8 +55,10 @@ async fn allocate(filled: &mut Filled) -> anyhow::Result<(f64, f64)> {
 /// of them was touched again.
 pub(crate) fn p6(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
     let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let (mut few, mut many) = (Rounds::default(), Rounds::default());
-    let (mut few_worst, mut many_worst) = (Rounds::default(), Rounds::default());
+    let mut few = Rounds::default();
+    let mut many = Rounds::default();
+    let mut few_worst = Rounds::default();
+    let mut many_worst = Rounds::default();
     for _ in 0..rounds {
         for (count, typical, worst) in
             [(1_000, &mut few, &mut few_worst), (1_000_000, &mut many, &mut many_worst)]
@@ -72,12 +74,21 @@ pub(crate) fn p6(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
         }
     }
     let what = "allocate + write 64 bytes under pressure, 10^6 handles, p50".into();
-    let (ours, theirs) = (&many, &few);
-    let (unit, peer, bar) = ("ns", "10^3-handles", Some(1.5));
+    let ours = &many;
+    let theirs = &few;
+    let unit = "ns";
+    let peer = "10^3-handles";
+    let bar = Some(1.5);
     report.add(&Bar { id: "P6", what, unit, ours, peer, theirs, bar });
     let what = "the same, the longest of 20,000".into();
-    let (ours, theirs) = (&many_worst, &few_worst);
-    let (unit, bar) = ("us", Some(2.0));
-    report.add(&Bar { id: "P6", what, unit, ours, peer, theirs, bar });
+    report.add(&Bar {
+        id: "P6",
+        what,
+        unit: "us",
+        ours: &many_worst,
+        peer,
+        theirs: &few_worst,
+        bar: Some(2.0),
+    });
     Ok(())
 }

@@ -87,7 +87,9 @@ pub(crate) fn p1(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
         let peers = crate::peer::Peers::with(set)?;
         let mut mine = Rounds::default();
         #[cfg(feature = "peers")]
-        let (mut hybrid, mut memory) = (Rounds::default(), Rounds::default());
+        let mut hybrid = Rounds::default();
+        #[cfg(feature = "peers")]
+        let mut memory = Rounds::default();
         for round in 0..=rounds {
             let order = set.order(round as u64);
             let cost = here.block_on(ours.round(&order));
@@ -107,15 +109,29 @@ pub(crate) fn p1(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
         for (peer, theirs, bar) in
             [("foyer-hybrid", &hybrid, Some(*bar)), ("foyer-memory", &memory, None)]
         {
-            let (what, ours) = (set.what(), &mine);
-            report.add(&Bar { id: "P1", what, unit: "ns", ours, peer, theirs, bar });
+            report.add(&Bar {
+                id: "P1",
+                what: set.what(),
+                unit: "ns",
+                ours: &mine,
+                peer,
+                theirs,
+                bar,
+            });
         }
         #[cfg(not(feature = "peers"))]
         {
-            let (what, ours, theirs) = (set.what(), &mine, &mine);
             let _ = bar;
             let peer = "itself";
-            report.add(&Bar { id: "P1", what, unit: "ns", ours, peer, theirs, bar: None });
+            report.add(&Bar {
+                id: "P1",
+                what: set.what(),
+                unit: "ns",
+                ours: &mine,
+                peer,
+                theirs: &mine,
+                bar: None,
+            });
         }
     }
     same_at_every_size(report, rounds)
@@ -131,9 +147,12 @@ fn same_at_every_size(report: &mut Report, rounds: usize) -> anyhow::Result<()> 
     ];
     for (what, large, small) in pairs {
         let set = |(len, count)| Set { len, count, reads: 200_000 };
-        let (large, small) = (set(large), set(small));
-        let (one, other) = (Ours::with(&large)?, Ours::with(&small)?);
-        let (mut costs, mut base) = (Rounds::default(), Rounds::default());
+        let large = set(large);
+        let small = set(small);
+        let one = Ours::with(&large)?;
+        let other = Ours::with(&small)?;
+        let mut costs = Rounds::default();
+        let mut base = Rounds::default();
         for round in 0..=rounds {
             let seed = round as u64;
             let cost = here.block_on(one.round(&large.order(seed)));
@@ -143,14 +162,14 @@ fn same_at_every_size(report: &mut Report, rounds: usize) -> anyhow::Result<()> 
                 base.0.push(base_cost);
             }
         }
-        let (name, ours, theirs) = (what.to_owned(), &costs, &base);
+        let name = what.to_owned();
         report.add(&Bar {
             id: "P1",
             what: name,
             unit: "ns",
-            ours,
+            ours: &costs,
             peer: "ours",
-            theirs,
+            theirs: &base,
             bar: None,
         });
     }
@@ -162,11 +181,13 @@ fn same_at_every_size(report: &mut Report, rounds: usize) -> anyhow::Result<()> 
 /// of `Bytes`, each cloned, looked at and dropped.
 fn slope(report: &mut Report, rounds: usize) {
     let set = |count| Set { len: 64, count, reads: 200_000 };
-    let (many, few) = (set(1_000_000), set(100));
+    let many = set(1_000_000);
+    let few = set(100);
     let filled = |set: &Set| -> Vec<bytes::Bytes> {
         (0..set.count).map(|n| bytes::Bytes::from(set.bytes(n))).collect()
     };
-    let (large, small) = (filled(&many), filled(&few));
+    let large = filled(&many);
+    let small = filled(&few);
     let round = |objects: &[bytes::Bytes], order: &[usize]| {
         let before = thread_cpu_ns();
         for &n in order {
@@ -175,17 +196,26 @@ fn slope(report: &mut Report, rounds: usize) {
         }
         (thread_cpu_ns() - before) / order.len() as f64
     };
-    let (mut costs, mut base) = (Rounds::default(), Rounds::default());
+    let mut costs = Rounds::default();
+    let mut base = Rounds::default();
     for seed in 0..=rounds as u64 {
-        let (cost, base_cost) = (round(&large, &many.order(seed)), round(&small, &few.order(seed)));
+        let cost = round(&large, &many.order(seed));
+        let base_cost = round(&small, &few.order(seed));
         if seed > 0 {
             costs.0.push(cost);
             base.0.push(base_cost);
         }
     }
     let what = "control: a vector of 10^6 Bytes against 10^2, 64 bytes".into();
-    let (ours, theirs) = (&costs, &base);
-    report.add(&Bar { id: "P1", what, unit: "ns", ours, peer: "control", theirs, bar: None });
+    report.add(&Bar {
+        id: "P1",
+        what,
+        unit: "ns",
+        ours: &costs,
+        peer: "control",
+        theirs: &base,
+        bar: None,
+    });
 }
 
 /// P2: the same on two threads over distinct objects, against one thread.
@@ -202,8 +232,9 @@ pub(crate) fn p2(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
             let upper: Vec<_> = order.iter().map(|n| half + n % half).collect();
             (lower, upper)
         };
-        let (mut two, mut one, mut rate) =
-            (Rounds::default(), Rounds::default(), Rounds::default());
+        let mut two = Rounds::default();
+        let mut one = Rounds::default();
+        let mut rate = Rounds::default();
         for round in 0..=rounds {
             let (lower, upper) = halves(round);
             let alone = on_this_thread()?.block_on(ours.round(&lower));
@@ -212,7 +243,8 @@ pub(crate) fn p2(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
             let threads: Vec<_> = [lower, upper]
                 .into_iter()
                 .map(|order| {
-                    let (ours, barrier) = (ours.clone(), barrier.clone());
+                    let ours = ours.clone();
+                    let barrier = barrier.clone();
                     std::thread::spawn(move || {
                         let here = on_this_thread().expect("a runtime");
                         barrier.wait();
@@ -230,8 +262,15 @@ pub(crate) fn p2(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
             }
         }
         let what = format!("{} on two threads, {:.1} M reads/s", set.what(), rate.median());
-        let (ours, theirs, bar) = (&two, &one, Some(1.15));
-        report.add(&Bar { id: "P2", what, unit: "ns", ours, peer: "one-thread", theirs, bar });
+        report.add(&Bar {
+            id: "P2",
+            what,
+            unit: "ns",
+            ours: &two,
+            peer: "one-thread",
+            theirs: &one,
+            bar: Some(1.15),
+        });
     }
     Ok(())
 }

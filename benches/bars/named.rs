@@ -24,18 +24,20 @@ pub(crate) fn p12(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
     let place = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/../target"))?;
     let vmem = runtime.block_on(open(&place.path().join("store"), 1 << 30))?;
     let peer = Database::create(place.path().join("peer.redb"))?;
-    let (mut ours, mut theirs) = (Rounds::default(), Rounds::default());
+    let mut ours = Rounds::default();
+    let mut theirs = Rounds::default();
     let before = vmem.stats();
     for round in 0..=rounds {
-        let (our, their) = (flushes(&runtime, &vmem)?, commits(&peer)?);
+        let our = flushes(&runtime, &vmem)?;
+        let their = commits(&peer)?;
         if round > 0 {
             ours.0.push(our);
             theirs.0.push(their);
         }
     }
     let after = vmem.stats();
-    let (changes, commits) =
-        (after.named_changes - before.named_changes, after.commits - before.commits);
+    let changes = after.named_changes - before.named_changes;
+    let commits = after.commits - before.commits;
     println!(
         "P12 {changes} flushes were acknowledged by {commits} commits: {:.1} for each",
         changes as f64 / commits as f64
@@ -70,7 +72,8 @@ fn flushes(runtime: &Runtime, vmem: &VirtualMemory) -> anyhow::Result<f64> {
     let began = Instant::now();
     let tasks: Vec<_> = (0..TASKS)
         .map(|task| {
-            let (vmem, done) = (vmem.clone(), done.clone());
+            let vmem = vmem.clone();
+            let done = done.clone();
             runtime.spawn(async move {
                 let name = format!("object {task}");
                 let handle = vmem.put_named(&name, vec![task as u8; LEN], MemoryTier::Host).await?;
@@ -146,8 +149,10 @@ pub(crate) fn million(report: &mut Report, count: u64) -> anyhow::Result<()> {
     println!("{}", printed.trim());
     for line in printed.lines().filter_map(|line| line.strip_prefix("FIGURE ")) {
         let mut parts = line.split('|').map(str::trim);
-        let (what, value) = (parts.next().unwrap_or(""), parts.next().unwrap_or("nan"));
-        let (unit, bar) = (parts.next().unwrap_or(""), parts.next().unwrap_or("0"));
+        let what = parts.next().unwrap_or("");
+        let value = parts.next().unwrap_or("nan");
+        let unit = parts.next().unwrap_or("");
+        let bar = parts.next().unwrap_or("0");
         report.figure("names", what, value.parse()?, unit, bar.parse()?);
     }
     Ok(())

@@ -48,8 +48,15 @@ pub(crate) fn p15(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
             }
             let [ours, theirs] = &sides;
             let what = format!("{what} of 4 KiB of a hot object of 8 MiB");
-            let (id, unit, peer, bar) = ("P15", "ns CPU", "object-of-48-KiB", Some(1.5));
-            report.add(&Bar { id, what, unit, ours, peer, theirs, bar });
+            report.add(&Bar {
+                id: "P15",
+                what,
+                unit: "ns CPU",
+                ours,
+                peer: "object-of-48-KiB",
+                theirs,
+                bar: Some(1.5),
+            });
         }
         drop(objects);
         vmem.close().await?;
@@ -76,8 +83,15 @@ fn floor(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
     }
     let [ours, theirs] = &sides;
     let what = "the floor: 4 KiB copied from a plain vector of 8 MiB".to_owned();
-    let (id, unit, peer, bar) = ("P15", "ns CPU", "vector-of-48-KiB", None);
-    report.add(&Bar { id, what, unit, ours, peer, theirs, bar });
+    report.add(&Bar {
+        id: "P15",
+        what,
+        unit: "ns CPU",
+        ours,
+        peer: "vector-of-48-KiB",
+        theirs,
+        bar: None,
+    });
     Ok(())
 }
 

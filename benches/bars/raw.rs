@@ -65,7 +65,8 @@ impl Raw {
         seed: u64,
     ) -> anyhow::Result<Round> {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let (began, cpu) = (Instant::now(), process_cpu_ns());
+        let began = Instant::now();
+        let cpu = process_cpu_ns();
         let mut flying = vec![(0_usize, began); depth];
         let mut latencies = Vec::new();
         let mut in_flight = 0;

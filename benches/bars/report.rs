@@ -47,9 +47,14 @@ impl Report {
             Some(_) => "FAIL",
             None => "INFO",
         };
-        let (ours, theirs) = (bar.ours.median(), bar.theirs.median());
+        let ours = bar.ours.median();
+        let theirs = bar.theirs.median();
         let most = bar.bar.map_or_else(|| "-".into(), |bar| format!("{bar:.2}"));
-        let (id, what, unit, peer, rounds) = (bar.id, &bar.what, bar.unit, bar.peer, ratios.len());
+        let id = bar.id;
+        let what = &bar.what;
+        let unit = bar.unit;
+        let peer = bar.peer;
+        let rounds = ratios.len();
         println!(
             "BAR {id} {what} ours={ours:.0} peer={peer}:{theirs:.0} unit={unit} ratio={ratio:.2} \
              bar={most} {verdict} rounds={rounds} spread={low:.2}..{high:.2}"

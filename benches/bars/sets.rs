@@ -55,7 +55,8 @@ impl Store {
     }
 
     async fn round(&self, sets: &[Vec<VMemHandle>], joined: bool) -> anyhow::Result<Cost> {
-        let (began, cpu) = (Instant::now(), process_cpu_ns());
+        let began = Instant::now();
+        let cpu = process_cpu_ns();
         for set in sets {
             let read = if joined {
                 let reads = join_all(set.iter().map(|handle| self.vmem.read(handle))).await;
@@ -99,7 +100,8 @@ async fn of_length(
         .promotion(Promotion::Never)
         .build()?;
     let vmem = vmem::open(config).await?;
-    let (mut host, mut disk) = (Vec::new(), Vec::new());
+    let mut host = Vec::new();
+    let mut disk = Vec::new();
     for n in 0..256 {
         host.push(vmem.put(vec![n as u8; len], MemoryTier::Host).await?);
     }
@@ -124,9 +126,17 @@ async fn of_length(
         let [many, joined] = &sides;
         for (nth, unit) in ["ns", "ns CPU"].into_iter().enumerate() {
             let what = format!("{SET} of {len} bytes, {place:?}, {threads} threads");
-            let (ours, theirs) = (&many[nth], &joined[nth]);
-            let (id, peer, bar) = ("sets", "reads-joined", Some(1.0));
-            report.add(&Bar { id, what, unit, ours, peer, theirs, bar });
+            let ours = &many[nth];
+            let theirs = &joined[nth];
+            report.add(&Bar {
+                id: "sets",
+                what,
+                unit,
+                ours,
+                peer: "reads-joined",
+                theirs,
+                bar: Some(1.0),
+            });
         }
     }
     store.vmem.close().await?;

@@ -75,7 +75,8 @@ pub(crate) fn p17(report: &mut Report, mib: usize, rounds: usize) -> anyhow::Res
         for (nth, unit) in ["ns/MiB", "ns CPU/MiB"].into_iter().enumerate() {
             let what = format!("{mib} MiB through reader and writer");
             let bar = (nth == 0 && peer == "direct-copy").then_some(1.0 / 0.9);
-            let (ours, theirs) = (&ours[nth], &theirs[nth]);
+            let ours = &ours[nth];
+            let theirs = &theirs[nth];
             report.add(&Bar { id: "P17", what, unit, ours, peer, theirs, bar });
         }
     }
@@ -91,7 +92,8 @@ fn piece(nth: usize) -> Vec<u8> {
 }
 
 fn timed(mib: usize, copy: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Cost> {
-    let (began, cpu) = (Instant::now(), process_cpu_ns());
+    let began = Instant::now();
+    let cpu = process_cpu_ns();
     copy()?;
     let each = mib as f64;
     Ok((began.elapsed().as_nanos() as f64 / each, (process_cpu_ns() - cpu) / each))
@@ -102,7 +104,8 @@ async fn copy_object(
     from: &VMemHandle,
     mib: usize,
 ) -> anyhow::Result<(VMemHandle, Cost)> {
-    let (began, cpu) = (Instant::now(), process_cpu_ns());
+    let began = Instant::now();
+    let cpu = process_cpu_ns();
     let mut reader = vmem.reader(from, ..).window(MIB);
     let mut writer = vmem.writer(MemoryTier::Disk).window(MIB);
     let copied = tokio::io::copy_buf(&mut reader, &mut writer).await?;
@@ -154,7 +157,8 @@ impl Buffer {
 }
 
 fn copy_file(source: &Path, target: &Path, mib: usize) -> anyhow::Result<()> {
-    let (source, target) = (direct(source)?, direct(target)?);
+    let source = direct(source)?;
+    let target = direct(target)?;
     let mut buffer = Buffer::new();
     for nth in 0..mib {
         source.read_exact_at(buffer.bytes(), (nth * MIB) as u64)?;
@@ -164,7 +168,8 @@ fn copy_file(source: &Path, target: &Path, mib: usize) -> anyhow::Result<()> {
 }
 
 fn copy_file_ahead(source: &Path, target: &Path, mib: usize) -> anyhow::Result<()> {
-    let (source, target) = (direct(source)?, direct(target)?);
+    let source = direct(source)?;
+    let target = direct(target)?;
     let (full, to_write) = sync_channel::<Buffer>(4);
     let (empty, to_fill) = sync_channel::<Buffer>(4);
     for _ in 0..4 {

@@ -54,9 +54,11 @@ impl Table {
 
     /// Nanoseconds of a set: on the clock with all tasks, and of CPU.
     async fn round(&self, sets: usize, seed: u64, joined: bool) -> anyhow::Result<(f64, f64)> {
-        let (began, cpu) = (Instant::now(), process_cpu_ns());
+        let began = Instant::now();
+        let cpu = process_cpu_ns();
         let tasks = (0..TASKS).map(|task| {
-            let (vmem, handles) = (self.vmem.clone(), self.handles.clone());
+            let vmem = self.vmem.clone();
+            let handles = self.handles.clone();
             let rng = SmallRng::seed_from_u64(seed << 8 | task as u64);
             tokio::spawn(read_sets(vmem, handles, rng, sets / TASKS, joined))
         });
@@ -114,10 +116,10 @@ pub(crate) fn p13(report: &mut Report, count: usize, rounds: usize) -> anyhow::R
         for (nth, unit) in ["ns", "ns CPU"].into_iter().enumerate() {
             let what =
                 format!("sets of {SET} of {count} objects of {LEN} bytes, zipf 1.0, {TASKS} tasks");
-            let (ours, theirs) = (&many[nth], &joined[nth]);
+            let ours = &many[nth];
+            let theirs = &joined[nth];
             let bar = (nth == 0).then_some(1.0 / 1.2);
-            let (id, peer) = ("P13", "reads-joined");
-            report.add(&Bar { id, what, unit, ours, peer, theirs, bar });
+            report.add(&Bar { id: "P13", what, unit, ours, peer: "reads-joined", theirs, bar });
         }
         for table in &tables {
             println!("P13 hit ratio {:.3}", table.vmem.stats().hit_ratio());
@@ -137,11 +139,20 @@ pub(crate) fn p14(report: &mut Report, count: usize) -> anyhow::Result<()> {
     let printed = String::from_utf8(child.stdout)?;
     let mut figures = printed.split_whitespace().map(str::parse);
     let mut figure = || figures.next().unwrap_or(Ok(f64::NAN));
-    let (resident, allowed) = (figure()?, figure()?);
-    let (ours, theirs) = (Rounds(vec![resident]), Rounds(vec![allowed]));
+    let resident = figure()?;
+    let allowed = figure()?;
+    let ours = Rounds(vec![resident]);
+    let theirs = Rounds(vec![allowed]);
     let what = format!("resident memory with {count} objects of {LEN} bytes after 6,400 sets");
-    let (id, unit, peer, bar) = ("P14", "bytes", "budget-160-B-an-object-48-MiB", Some(1.05));
-    report.add(&Bar { id, what, unit, ours: &ours, peer, theirs: &theirs, bar });
+    report.add(&Bar {
+        id: "P14",
+        what,
+        unit: "bytes",
+        ours: &ours,
+        peer: "budget-160-B-an-object-48-MiB",
+        theirs: &theirs,
+        bar: Some(1.05),
+    });
     Ok(())
 }
 

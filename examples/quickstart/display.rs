@@ -89,7 +89,8 @@ impl Display {
 
     /// Migrations in a second, since this was last asked, and the hit ratio of the phase.
     fn movement(&mut self, phase: &Phase, stats: &VirtualMemoryStats) -> String {
-        let (now, total) = (Instant::now(), self.moves.up.get() + self.moves.down.get());
+        let now = Instant::now();
+        let total = self.moves.up.get() + self.moves.down.get();
         let (before, counted) = self.last.replace((now, total)).unwrap_or((phase.began, 0));
         let seconds = now.duration_since(before).as_secs_f64().max(1e-9);
         let in_flight = stats.migrations_in_flight;

@@ -49,7 +49,8 @@ fn main() -> ExitCode {
 fn prepare(options: Options) -> anyhow::Result<ExitCode> {
     let dir = options.directory()?;
     let found = files::find(&dir, options.max.0)?;
-    let (files, bytes) = (found.files.len(), ByteSize(found.bytes));
+    let files = found.files.len();
+    let bytes = ByteSize(found.bytes);
     say(&format!("{}: {files} files, {bytes}; seed {}", dir.display(), options.seed));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let outcome = runtime.block_on(run(&options, found));

@@ -24,7 +24,8 @@ impl Work {
         let Ok(zipf) = Zipf::new(stored.len() as f64, ZIPF_EXPONENT) else { return };
         let mut ranked = stored.to_vec();
         ranked.shuffle(&mut SmallRng::seed_from_u64(seed));
-        let (ranked, end) = (Arc::new(ranked), Instant::now() + length);
+        let ranked = Arc::new(ranked);
+        let end = Instant::now() + length;
         let tasks = self.in_tasks(|work, task| {
             let ranked = ranked.clone();
             async move {
@@ -65,9 +66,11 @@ impl Work {
     pub(crate) async fn sweep(&self, stored: &[Arc<Stored>]) {
         let mut sorted = stored.to_vec();
         sorted.sort_by_key(|stored| Reverse(stored.handle.len()));
-        let (sorted, next) = (Arc::new(sorted), Arc::new(AtomicUsize::new(0)));
+        let sorted = Arc::new(sorted);
+        let next = Arc::new(AtomicUsize::new(0));
         let tasks = self.in_tasks(|work, _| {
-            let (sorted, next) = (sorted.clone(), next.clone());
+            let sorted = sorted.clone();
+            let next = next.clone();
             async move {
                 while let Some(stored) = sorted.get(next.fetch_add(1, Ordering::Relaxed)) {
                     work.read_whole(stored).await;

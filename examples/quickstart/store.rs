@@ -33,9 +33,11 @@ impl From<VirtualMemoryError> for Refused {
 impl Work {
     /// Puts every file into the store. What host memory has no room for goes to disk by itself.
     pub(crate) async fn store(&self, paths: Vec<PathBuf>) -> Vec<Arc<Stored>> {
-        let (paths, next) = (Arc::new(paths), Arc::new(AtomicUsize::new(0)));
+        let paths = Arc::new(paths);
+        let next = Arc::new(AtomicUsize::new(0));
         let tasks = self.in_tasks(|work, _| {
-            let (paths, next) = (paths.clone(), next.clone());
+            let paths = paths.clone();
+            let next = next.clone();
             async move {
                 let mut stored = Vec::new();
                 while let Some(path) = paths.get(next.fetch_add(1, Ordering::Relaxed)) {

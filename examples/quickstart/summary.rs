@@ -22,24 +22,29 @@ pub(crate) fn print(tally: &Tally, moves: &Moves, stats: &VirtualMemoryStats) {
     say("");
     row("files", format!("{} stored", tally.files_stored.get()));
     for phase in tally.phases() {
-        let (took, rate) = (phase.elapsed().as_secs_f64(), ByteSize(phase.rate()));
+        let took = phase.elapsed().as_secs_f64();
+        let rate = ByteSize(phase.rate());
         let hits = match phase.hits + phase.misses {
             0 => String::new(),
             reads => format!(", {reads} reads, {:.1} % hits", phase.hit_ratio() * 100.0),
         };
         row(phase.name, format!("{} in {took:.1} s, {rate}/s{hits}", ByteSize(phase.bytes)));
     }
-    let (whole, ranges) = (tally.whole_reads.get(), tally.range_reads.get());
-    let (into, prefetches) = (tally.reads_into.get(), tally.prefetches.get());
+    let whole = tally.whole_reads.get();
+    let ranges = tally.range_reads.get();
+    let into = tally.reads_into.get();
+    let prefetches = tally.prefetches.get();
     row(
         "calls",
         format!("{whole} read, {ranges} read_at, {into} read_into, {prefetches} prefetch"),
     );
     row("host", peak(&stats.host));
     row("disk", peak(&stats.disk));
-    let (down, up) = (ByteSize(stats.host_to_disk_bytes), ByteSize(stats.disk_to_host_bytes));
+    let down = ByteSize(stats.host_to_disk_bytes);
+    let up = ByteSize(stats.disk_to_host_bytes);
     row("moved", format!("{down} down to disk, {up} up from disk"));
-    let (evictions, clean) = (stats.evictions, stats.clean_drops);
+    let evictions = stats.evictions;
+    let clean = stats.clean_drops;
     let promotions = stats.promotions;
     row("evicted", format!("{evictions}, of them {clean} with nothing to write"));
     row("promoted", promotions.to_string());
@@ -64,7 +69,8 @@ fn row(name: &str, text: String) {
 
 fn peak(tier: &TierStats) -> String {
     let percent = tier.peak_bytes as f64 / tier.capacity_bytes.max(1) as f64 * 100.0;
-    let (peak, capacity) = (ByteSize(tier.peak_bytes), ByteSize(tier.capacity_bytes));
+    let peak = ByteSize(tier.peak_bytes);
+    let capacity = ByteSize(tier.capacity_bytes);
     format!("peak {peak} of {capacity} ({percent:.1} %)")
 }
 
@@ -87,8 +93,10 @@ pub(crate) fn conclude(
     if found.left_out > 0 {
         say(&format!("left out by --max: {} files", found.left_out));
     }
-    let (files, bytes) = (tally.files_compared.get(), ByteSize(tally.bytes_compared.get()));
-    let (differ, failed) = (tally.differ.count(), tally.failed.count());
+    let files = tally.files_compared.get();
+    let bytes = ByteSize(tally.bytes_compared.get());
+    let differ = tally.differ.count();
+    let failed = tally.failed.count();
     let excused = tally.changed.count() + tally.unreadable.count();
     let excuse = match excused {
         0 => String::new(),

@@ -81,9 +81,16 @@ impl Tally {
     /// Ends the phase that runs, if any, and begins another.
     pub(crate) fn begin(&self, name: &'static str, goal: Goal, stats: &VirtualMemoryStats) {
         self.end(stats);
-        let (hits, misses, bytes) = (stats.host.hits, stats.misses, self.bytes_so_far());
         let began = Instant::now();
-        lock(&self.phases).push(Phase { name, goal, began, took: None, bytes, hits, misses });
+        lock(&self.phases).push(Phase {
+            name,
+            goal,
+            began,
+            took: None,
+            bytes: self.bytes_so_far(),
+            hits: stats.host.hits,
+            misses: stats.misses,
+        });
     }
 
     /// Ends the phase that runs, if any.

@@ -53,8 +53,12 @@ pub(crate) struct Late;
 impl Deadline {
     /// A deadline `wait` from now.
     pub(crate) fn after(wait: Duration, timing: Timing) -> Self {
-        let (asked, asked_real) = (Instant::now(), std::time::Instant::now());
-        Deadline { asked, asked_real, wait: wait.min(CENTURY), timing }
+        Deadline {
+            asked: Instant::now(),
+            asked_real: std::time::Instant::now(),
+            wait: wait.min(CENTURY),
+            timing,
+        }
     }
 
     /// An earlier deadline: one of so many parts of the wait from now on, and no longer than `at_most`.

@@ -87,7 +87,8 @@ impl Ranges {
         if range.is_empty() {
             return;
         }
-        let (mut start, mut end) = (range.start, range.end);
+        let mut start = range.start;
+        let mut end = range.end;
         if let Some((&before, &before_end)) = self.by_start.range(..end).next_back() {
             assert!(before_end <= start, "{range:?} was free: {before}..{before_end} is");
             if before_end == start {
@@ -216,7 +217,8 @@ mod tests {
                 map.of(&range).fill(false);
             }
             4 => {
-                let (len, end) = (rng.random_range(1..30), [End::Low, End::High]);
+                let len = rng.random_range(1..30);
+                let end = [End::Low, End::High];
                 let end = end[rng.random_range(0..2)];
                 let fit = map.ranges().into_iter().filter(|run| run.end - run.start >= len);
                 let rank = |run: &Range<u64>| match end {
@@ -246,7 +248,8 @@ mod tests {
         for seed in given.map_or(0..100, |seed| seed..seed + 1) {
             println!("VMEM_SEED={seed}");
             let mut rng = SmallRng::seed_from_u64(seed);
-            let (mut set, mut map) = (Ranges::default(), Bitmap([false; UNITS]));
+            let mut set = Ranges::default();
+            let mut map = Bitmap([false; UNITS]);
             for _ in 0..500 {
                 step(&mut rng, &mut set, &mut map);
                 let expected = map.ranges();

@@ -36,8 +36,8 @@ struct Spare {
 
 impl Windows {
     pub(crate) fn new(capacity_bytes: u64) -> Arc<Self> {
-        let (used_bytes, spare) = (AtomicU64::new(0), Mutex::default());
-        Arc::new(Windows { capacity_bytes, used_bytes, spare })
+        let used_bytes = AtomicU64::new(0);
+        Arc::new(Windows { capacity_bytes, used_bytes, spare: Mutex::default() })
     }
 
     /// Memory for `wanted` bytes, or fewer, but `least` in any case.
@@ -93,7 +93,8 @@ impl Windows {
         let mut spare = self.spare.lock();
         let before = self.used_bytes.load(Ordering::Relaxed);
         assert!(before >= charged, "a window is given back once");
-        let (used, bytes) = (before - charged, memory.capacity() as u64);
+        let used = before - charged;
+        let bytes = memory.capacity() as u64;
         self.used_bytes.store(used, Ordering::Relaxed);
         if used == 0 {
             let all = std::mem::take(&mut *spare);
@@ -134,7 +135,8 @@ impl Window {
     /// Appends the front of `data`, as much as fits in. Returns how much that was.
     pub(crate) fn fill(&mut self, data: &[u8]) -> usize {
         let fits = data.len().min(self.capacity - self.len);
-        let (start, end) = (self.len, self.len + fits);
+        let start = self.len;
+        let end = self.len + fits;
         if self.memory.len() < end {
             self.memory.reserve(self.capacity - self.memory.len());
             self.memory.truncate(start);

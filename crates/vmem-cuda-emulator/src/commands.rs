@@ -61,7 +61,8 @@ fn obey(world: &mut World, words: &[&str]) -> Option<String> {
         "suppress" => world.suppress_host_functions = number(1)? != 0,
         "double" => world.double_host_functions = number(1)? != 0,
         "fail" => {
-            let (function, nth) = (words.get(1)?.to_string(), number(2)?.max(1));
+            let function = words.get(1)?.to_string();
+            let nth = number(2)?.max(1);
             world.injected.push((function, nth, number(3)? as Code));
         }
         "refuse" => match number(2)? as Code {

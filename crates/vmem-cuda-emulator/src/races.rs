@@ -94,7 +94,8 @@ mod tests {
 
     #[test]
     fn what_is_not_ordered_races() {
-        let (mut races, nothing) = (Races::default(), Clock::default());
+        let mut races = Races::default();
+        let nothing = Clock::default();
         assert!(races.submit(1, 1, "copy", &write(0..10), &nothing, &nothing).is_empty());
         // The same stream is in order, other memory is no matter, two reads are none either.
         assert!(races.submit(1, 2, "copy", &write(5..15), &nothing, &nothing).is_empty());
@@ -114,7 +115,8 @@ mod tests {
 
     #[test]
     fn what_the_host_saw_end_is_past() {
-        let (mut races, nothing) = (Races::default(), Clock::default());
+        let mut races = Races::default();
+        let nothing = Clock::default();
         assert!(races.submit(1, 1, "copy", &write(0..10), &nothing, &nothing).is_empty());
         let mut seen = Clock::default();
         seen.set(1, 1);
@@ -124,7 +126,8 @@ mod tests {
 
     #[test]
     fn clocks_join() {
-        let (mut a, mut b) = (Clock::default(), Clock::default());
+        let mut a = Clock::default();
+        let mut b = Clock::default();
         a.set(1, 5);
         b.set(1, 3);
         b.set(2, 7);

@@ -164,7 +164,8 @@ pub(crate) fn submit(
         }
         _ => None,
     };
-    let (accesses, name) = (work.accesses(&guard), work.name());
+    let accesses = work.accesses(&guard);
+    let name = work.name();
     let waited_for = match &work {
         Work::Wait { until } => Some(*until),
         _ => None,
@@ -235,7 +236,8 @@ pub(crate) fn synchronize(mut guard: MutexGuard<'static, World>, handle: u64) ->
         guard.invalidate(|other| other.id == capture.id);
         return CAPTURE_UNSUPPORTED;
     }
-    let (last, clock) = (stream.submitted, stream.clock.clone());
+    let last = stream.submitted;
+    let clock = stream.clock.clone();
     while !guard.has_ended((handle, last)) {
         if let Some(code) = guard.sticky {
             return code;

@@ -491,7 +491,9 @@ driver! {
     }
     Context fn cuStreamWaitEvent(stream: Handle, event: Handle, _flags: u32) |guard| {
         let Some(event) = guard.events.get(&address(event)) else { return INVALID_HANDLE };
-        let (last, clock, captured) = (event.last, event.clock.clone(), event.captured);
+        let last = event.last;
+        let clock = event.clock.clone();
+        let captured = event.captured;
         let mut guard = guard;
         let number = stream_of(&mut guard, stream);
         if let Some(id) = captured {
@@ -566,7 +568,9 @@ driver! {
     Quiet fn cuEventQuery(event: Handle) |guard| {
         let mut guard = guard;
         let Some(event) = guard.events.get(&address(event)) else { return INVALID_HANDLE };
-        let (last, clock, captured) = (event.last, event.clock.clone(), event.captured);
+        let last = event.last;
+        let clock = event.clock.clone();
+        let captured = event.captured;
         if let Some(code) = guard.captured_event(captured) {
             return code;
         }
@@ -579,7 +583,9 @@ driver! {
     Quiet fn cuEventSynchronize(event: Handle) |guard| {
         let mut guard = guard;
         let Some(event) = guard.events.get(&address(event)) else { return INVALID_HANDLE };
-        let (last, clock, captured) = (event.last, event.clock.clone(), event.captured);
+        let last = event.last;
+        let clock = event.clock.clone();
+        let captured = event.captured;
         if let Some(code) = guard.captured_event(captured) {
             return code;
         }

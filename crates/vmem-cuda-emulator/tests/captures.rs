@@ -65,7 +65,8 @@ fn querying_a_captured_event_breaks_the_capture() {
 fn waiting_on_a_capturing_stream_breaks_its_capture() {
     let emulator = Emulator::load().unwrap();
     let context = context();
-    let (stream, other) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+    let stream = context.new_stream().unwrap();
+    let other = context.new_stream().unwrap();
     begin(&stream);
     assert_eq!(code(stream.synchronize()), 900);
     assert_eq!((status(&stream), end(&stream)), (2, 901));
@@ -107,7 +108,8 @@ unsafe extern "C" fn quick(_argument: *mut c_void) {}
 fn a_slow_host_function_delays_those_of_other_streams() {
     let emulator = Emulator::load().unwrap();
     let context = context();
-    let (stream, other) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+    let stream = context.new_stream().unwrap();
+    let other = context.new_stream().unwrap();
     let launch = |stream: &CudaStream, function| {
         let nothing = std::ptr::null_mut();
         // SAFETY: the functions use no argument.

@@ -89,10 +89,13 @@ fn launch(name: &str, pointer: u64, len: u64, value: u8, stream: &CudaStream) ->
             Ok(function) => function,
             Err(error) => return code::<()>(Err(error)),
         };
-    let (mut pointer, mut len, mut value) = (pointer, len, value);
+    let mut pointer = pointer;
+    let mut len = len;
+    let mut value = value;
     let mut arguments: [*mut c_void; 3] =
         [(&raw mut pointer).cast(), (&raw mut len).cast(), (&raw mut value).cast()];
-    let (grid, block) = ((1, 1, 1), (32, 1, 1));
+    let grid = (1, 1, 1);
+    let block = (32, 1, 1);
     // SAFETY: the arguments are those that the kernels take.
     code(unsafe {
         result::launch_kernel(function, grid, block, 0, stream.cu_stream(), &mut arguments)
@@ -225,7 +228,8 @@ fn registrations_do_not_overlap_and_no_copy_crosses_one() {
 fn events_have_generations_and_order_streams() {
     let emulator = Emulator::load().unwrap();
     let context = context();
-    let (first, second) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+    let first = context.new_stream().unwrap();
+    let second = context.new_stream().unwrap();
     let pointer = alloc(4096);
     let source = Registered::new(vec![3; 4096]);
     let event = context.new_event(None).unwrap();
@@ -253,7 +257,8 @@ fn events_have_generations_and_order_streams() {
 fn races_are_found_whatever_the_timing() {
     let emulator = Emulator::load().unwrap();
     let context = context();
-    let (first, second) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+    let first = context.new_stream().unwrap();
+    let second = context.new_stream().unwrap();
     let pointer = alloc(8192);
     let source = Registered::new(vec![3; 4096]);
     let mut target = Registered::new(vec![0; 4096]);
@@ -392,7 +397,10 @@ fn a_full_queue_makes_the_caller_wait() {
     emulator.hold(Kind::Up);
     let submitted = Arc::new(AtomicU32::new(0));
     std::thread::scope(|scope| {
-        let (submitted, stream, source, context) = (&submitted, &stream, &source, &context);
+        let submitted = &submitted;
+        let stream = &stream;
+        let source = &source;
+        let context = &context;
         scope.spawn(move || {
             context.bind_to_thread().unwrap();
             for _ in 0..8 {
@@ -473,8 +481,8 @@ fn registered_memory_is_the_pages_that_were_there() {
     let len = 64 * 1024;
     // SAFETY: a new mapping, at an address of the system's choice.
     let memory = unsafe {
-        let (read_write, private) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let read_write = libc::PROT_READ | libc::PROT_WRITE;
+        let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         libc::mmap(std::ptr::null_mut(), len, read_write, private, -1, 0)
     };
     assert_ne!(memory, libc::MAP_FAILED);

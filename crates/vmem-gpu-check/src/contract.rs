@@ -138,7 +138,8 @@ fn down(into: &mut [u8], from: u64, stream: &CudaStream) -> i32 {
 
 fn copies(env: &Env) -> Result<Outcome> {
     let user = env.user()?;
-    let (stream, device) = (&user.stream, user.allocate(MIB)?);
+    let stream = &user.stream;
+    let device = user.allocate(MIB)?;
     let mut pinned = user.pinned(MIB)?;
     pinned.bytes_mut().fill(7);
     user.spin(SPIN, stream)?;
@@ -172,7 +173,8 @@ fn copies(env: &Env) -> Result<Outcome> {
 
 fn registration(env: &Env) -> Result<Outcome> {
     let user = env.user()?;
-    let (stream, device) = (&user.stream, user.allocate(128 * KIB)?);
+    let stream = &user.stream;
+    let device = user.allocate(128 * KIB)?;
     let mut memory = Mapped::new(128 * KIB)?;
     memory.bytes().fill(3);
     ensure!(memory.register(0, 64 * KIB) == 0, "registering");
@@ -194,7 +196,8 @@ fn registration(env: &Env) -> Result<Outcome> {
 
 fn stale_pages(env: &Env) -> Result<Outcome> {
     let user = env.user()?;
-    let (stream, device) = (&user.stream, user.allocate(64 * KIB)?);
+    let stream = &user.stream;
+    let device = user.allocate(64 * KIB)?;
     let mut memory = Mapped::new(64 * KIB)?;
     memory.bytes().fill(1);
     ensure!(memory.register(0, 64 * KIB) == 0, "registering");
@@ -220,7 +223,8 @@ fn stale_pages(env: &Env) -> Result<Outcome> {
 
 fn events(env: &Env) -> Result<Outcome> {
     let user = env.user()?;
-    let (first, second) = (&user.stream, user.context.new_stream()?);
+    let first = &user.stream;
+    let second = user.context.new_stream()?;
     let device = user.allocate(4096)?;
     let mut pinned = user.pinned(4096)?;
     let event = user.context.new_event(None)?;
@@ -261,7 +265,8 @@ fn host_functions(env: &Env) -> Result<Outcome> {
     let event = kernel.record_event(None)?;
     notices.wait(&event)?;
     for function in [first as unsafe extern "C" fn(*mut c_void), second] {
-        let (stream, nothing) = (notices.cu_stream(), std::ptr::null_mut());
+        let stream = notices.cu_stream();
+        let nothing = std::ptr::null_mut();
         // SAFETY: the functions need no argument.
         unsafe { result::stream::launch_host_function(stream, function, nothing) }?;
     }
@@ -369,7 +374,8 @@ fn queue(env: &Env) -> Result<Outcome> {
     // SAFETY: the memory is this part's, which waits below.
     unsafe { user.fill(device.address, 64, 0, &user.stream) }?;
     user.spin(SPIN * 3, &user.stream)?;
-    let (mut launched, mut longest) = (0_u64, Duration::ZERO);
+    let mut launched = 0_u64;
+    let mut longest = Duration::ZERO;
     let begun = Instant::now();
     while begun.elapsed() < SPIN * 5 && launched < 5000 {
         let call = Instant::now();
@@ -410,7 +416,8 @@ fn sticky(env: &Env) -> Result<Outcome> {
         CALLED.store(true, Ordering::SeqCst);
     }
     let user = env.user()?;
-    let (stream, notices) = (&user.stream, user.context.new_stream()?);
+    let stream = &user.stream;
+    let notices = user.context.new_stream()?;
     let before = stream.record_event(None)?;
     before.synchronize()?;
     // So that the event is recorded before the error.
@@ -420,7 +427,8 @@ fn sticky(env: &Env) -> Result<Outcome> {
     let event = stream.record_event(None)?;
     let waits = notices.wait(&event);
     let function = waits.and_then(|()| {
-        let (stream, nothing) = (notices.cu_stream(), std::ptr::null_mut());
+        let stream = notices.cu_stream();
+        let nothing = std::ptr::null_mut();
         // SAFETY: the function needs no argument.
         unsafe { result::stream::launch_host_function(stream, called, nothing) }
     });
@@ -435,7 +443,8 @@ fn sticky(env: &Env) -> Result<Outcome> {
     };
     ensure!(told == 700 || told == 719, "an illegal address: {told}");
     // All others of the context are told too; also those that were complete before.
-    let (of_before, of_copy) = (code(before.try_is_complete()), code(stream.record_event(None)));
+    let of_before = code(before.try_is_complete());
+    let of_copy = code(stream.record_event(None));
     ensure!(of_copy != 0, "work is accepted after an error that sticks");
     let drained = code(stream.synchronize());
     ensure!(drained != 0, "waiting says nothing of it");
@@ -472,11 +481,13 @@ fn conformance(env: &Env) -> Result<Outcome> {
                 continue;
             };
             ensure!(range.address() % 256 == 0 && range.footprint() >= len as u64, "{range:?}");
-            let (range, seed) = (std::sync::Arc::new(range), step as u8);
+            let range = std::sync::Arc::new(range);
+            let seed = step as u8;
             // Zeros, and parts over them, at once: the lane keeps their order.
             let zeroed = device.zero(range.clone());
             let (from, to) = {
-                let (a, b) = (rng.random_range(0..=len), rng.random_range(0..=len));
+                let a = rng.random_range(0..=len);
+                let b = rng.random_range(0..=len);
                 (a.min(b), a.max(b))
             };
             let part: Vec<u8> = (from..to).map(|at| (at as u8) ^ seed).collect();

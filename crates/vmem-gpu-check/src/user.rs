@@ -52,8 +52,7 @@ impl Env {
         let opened = vmem_gpu::open_device(&GpuSelection::Device(options.device), Some(16 << 20));
         let opened = opened.context("no card: see --emulated")?;
         ensure!(opened.device.is_some(), "no card: {}", opened.reason);
-        let (device, seed, dir) = (options.device, options.seed, options.dir.clone());
-        Ok(Env { emulator, device, seed, dir })
+        Ok(Env { emulator, device: options.device, seed: options.seed, dir: options.dir.clone() })
     }
 
     /// The folder that was asked for.
@@ -205,7 +204,8 @@ impl User {
         let mut places: Vec<*mut c_void> =
             values.iter_mut().map(|value| (&raw mut *value).cast()).collect();
         let grid = count.div_ceil(u64::from(BLOCK)).clamp(1, GRID_MAX) as u32;
-        let (grid, block) = ((grid, 1, 1), (BLOCK, 1, 1));
+        let grid = (grid, 1, 1);
+        let block = (BLOCK, 1, 1);
         // SAFETY: the caller promises that the arguments fit.
         let launched = unsafe {
             result::launch_kernel(function, grid, block, 0, stream.cu_stream(), &mut places)

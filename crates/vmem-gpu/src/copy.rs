@@ -137,7 +137,8 @@ impl CopyStream {
     /// What the driver says.
     pub(crate) fn new(card: Arc<Card>, bell: Arc<Bell>) -> Result<Self, DriverError> {
         let context = card.context();
-        let (stream, notices) = (context.new_stream()?, context.new_stream()?);
+        let stream = context.new_stream()?;
+        let notices = context.new_stream()?;
         Ok(CopyStream { stream, notices, ring: Ring::new(bell), card })
     }
 
@@ -149,7 +150,8 @@ impl CopyStream {
     /// Hands operations to the driver, in order, and asks for a notice of their end.
     pub(crate) fn submit(&self, works: Vec<Work>) -> Batch {
         let issue = |mut work: Work| {
-            let (mut uses, mut entered) = (Vec::new(), None);
+            let mut uses = Vec::new();
+            let mut entered = None;
             let issued = self.issue(&mut work, &mut uses, &mut entered);
             let refused = issued.err().map(|error| failed(work.name(), error));
             Issued { work, uses, entered, refused }
@@ -216,7 +218,8 @@ impl CopyStream {
     fn up(&self, to: u64, bytes: &[u8], uses: &mut Vec<InUse>) -> Result<(), DriverError> {
         for Part { range, in_use, .. } in self.card.parts(bytes) {
             uses.extend(in_use);
-            let (to, part) = (to + range.start as u64, &bytes[range]);
+            let to = to + range.start as u64;
+            let part = &bytes[range];
             // SAFETY: the target is the operation's until it has ended, or is promised to stay
             // while it has a share of its call, and so are the bytes, which do not change: all is
             // in the batch, which gives nothing up before that.
@@ -229,7 +232,8 @@ impl CopyStream {
     fn down(&self, into: &mut [u8], from: u64, uses: &mut Vec<InUse>) -> Result<(), DriverError> {
         for Part { range, in_use, .. } in self.card.parts(into) {
             uses.extend(in_use);
-            let (from, part) = (from + range.start as u64, &mut into[range]);
+            let from = from + range.start as u64;
+            let part = &mut into[range];
             // SAFETY: as above; the buffer moves with the batch, its memory does not, and nobody
             // else has it.
             unsafe { result::memcpy_dtoh_async(part, from, self.stream.cu_stream()) }?;

@@ -90,8 +90,7 @@ async fn give(access: &DeviceAccess, (handle, range, at): Piece, to: Foreign) ->
     let share = access.share(&handle)?;
     let source = match &share {
         Some(share) => {
-            let (offset, len) = (range.start, range.len());
-            Source::Device { range: share.range(), offset, len }
+            Source::Device { range: share.range(), offset: range.start, len: range.len() }
         }
         None => Source::Host(access.store().read_at(&handle, range).await?),
     };

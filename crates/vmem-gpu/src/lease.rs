@@ -49,9 +49,16 @@ impl Leased {
     ) -> Result<Self> {
         let card = Some(tier(access)?.card()?);
         let (address, len) = range.map_or((0, 0), |range| (range.address(), range.len()));
-        let (stream, access) = (stream.clone(), access.clone());
-        let (lent, strays) = (OnceLock::new(), AtomicBool::new(false));
-        Ok(Leased { address, len, lent, stream, access, card, strays })
+        let strays = AtomicBool::new(false);
+        Ok(Leased {
+            address,
+            len,
+            lent: OnceLock::new(),
+            stream: stream.clone(),
+            access: access.clone(),
+            card,
+            strays,
+        })
     }
 
     /// Whether it can end with others on this stream.
@@ -92,8 +99,8 @@ async fn answered(answer: Answer) -> std::result::Result<(), DeviceError> {
 }
 
 fn strayed() -> DeviceError {
-    let (operation, message) = ("ordering streams", "the memory of the lease is never reused");
-    DeviceError::Failed { operation, code: 0, message: message.into() }
+    let message = "the memory of the lease is never reused";
+    DeviceError::Failed { operation: "ordering streams", code: 0, message: message.into() }
 }
 
 /// The calling thread's own stream in the order of that of a lease. However it ends: what was
@@ -188,7 +195,8 @@ pub(crate) fn end_together(
             join(&mut lease.leased, Box::new(hold.end()));
         }
     }
-    let (mut answers, mut changes) = (Vec::new(), Vec::new());
+    let mut answers = Vec::new();
+    let mut changes = Vec::new();
     for mut lease in write {
         match lease.change.take_if(|_| lease.leased.is_on(stream)) {
             Some(change) => {

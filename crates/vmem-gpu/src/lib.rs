@@ -125,7 +125,8 @@ fn find_and_open(
     probe::find_driver()?;
     let devices = probe::guarded(card::list)?;
     let Listed { ordinal, name, .. } = select(&devices, selection)?;
-    let (ordinal, name) = (*ordinal, name.clone());
+    let ordinal = *ordinal;
+    let name = name.clone();
     probe::guarded(move || CudaTier::open(ordinal, &name, budget, settings))
 }
 

@@ -41,7 +41,8 @@ pub(crate) async fn scatter(
     }
     let stream = target.stream();
     let work = |access: DeviceAccess, from: Foreign| {
-        let (objects, stream) = (by_object(pieces), stream.clone());
+        let objects = by_object(pieces);
+        let stream = stream.clone();
         async move {
             caught_up(tier(&access)?, &stream).await?;
             // The task keeps no stream of the user's alive.

@@ -28,8 +28,12 @@ pub struct DeviceSetRequest {
 
 impl DeviceSetRequest {
     pub(crate) fn new(vmem: &VirtualMemory, stream: &Arc<CudaStream>) -> Self {
-        let (vmem, stream) = (vmem.clone(), stream.clone());
-        DeviceSetRequest { vmem, stream, read: Vec::new(), write: Vec::new() }
+        DeviceSetRequest {
+            vmem: vmem.clone(),
+            stream: stream.clone(),
+            read: Vec::new(),
+            write: Vec::new(),
+        }
     }
 
     /// One more object that kernels read.
@@ -91,7 +95,8 @@ impl DeviceSet {
     }
 
     fn end(&mut self) -> Vec<BoxFuture<'static, Result<()>>> {
-        let (read, write) = (std::mem::take(&mut self.read), std::mem::take(&mut self.write));
+        let read = std::mem::take(&mut self.read);
+        let write = std::mem::take(&mut self.write);
         end_together(&self.stream, read, write)
     }
 }

@@ -35,7 +35,8 @@ pub struct DeviceTarget<'a> {
 impl<'a> DeviceTarget<'a> {
     /// A slice, in the order of its stream.
     pub fn from_slice(slice: &'a mut CudaSlice<u8>) -> Self {
-        let (stream, len) = (slice.stream().clone(), slice.len());
+        let stream = slice.stream().clone();
+        let len = slice.len();
         // Whatever used it on other streams comes before what its stream does from here on.
         let (address, before) = slice.device_ptr_mut(&stream);
         drop(before);
@@ -175,8 +176,12 @@ pub(crate) fn check_range(handle: &VMemHandle, range: &std::ops::Range<usize>) -
     if range.start <= range.end && range.end <= handle.len() {
         return Ok(());
     }
-    let (start, end, len) = (range.start, range.end, handle.len());
-    Err(VirtualMemoryError::OutOfRange { handle: handle.id(), start, end, len })
+    Err(VirtualMemoryError::OutOfRange {
+        handle: handle.id(),
+        start: range.start,
+        end: range.end,
+        len: handle.len(),
+    })
 }
 
 pub(crate) fn invalid(reason: String) -> VirtualMemoryError {

@@ -105,7 +105,8 @@ impl CudaTier {
             separate.then(|| Separate { card: card.clone(), offsets: Mutex::new(HashMap::new()) });
         let ledger = Mutex::new(ledger);
         let inner = Inner { base: card.base(), ledger, separate };
-        let (inner, card) = (Arc::new(inner), Mutex::new(Some(card)));
+        let inner = Arc::new(inner);
+        let card = Mutex::new(Some(card));
         let tier =
             Arc::new(CudaTier { card, inner, up, down, side, watch, lost, described, settings });
         tier.try_it()?;
@@ -119,8 +120,10 @@ impl CudaTier {
     /// `Closed`; `TierNotAvailable` if the device is lost.
     pub(crate) fn card(&self) -> Result<Arc<Card>, VirtualMemoryError> {
         if let Some(reason) = self.lost.get() {
-            let (tier, reason) = (MemoryTier::Vram, reason.clone());
-            return Err(VirtualMemoryError::TierNotAvailable { tier, reason });
+            return Err(VirtualMemoryError::TierNotAvailable {
+                tier: MemoryTier::Vram,
+                reason: reason.clone(),
+            });
         }
         self.card.lock().clone().ok_or(VirtualMemoryError::Closed)
     }

@@ -157,7 +157,8 @@ fn spawn(
     ready: Option<Ready>,
 ) -> Result<Ended, String> {
     let (end, ended) = oneshot::channel::<()>();
-    let (bell, inbox) = (Arc::new(Bell::default()), inbox.clone());
+    let bell = Arc::new(Bell::default());
+    let inbox = inbox.clone();
     let theirs = bell.clone();
     let run = move || {
         theirs.hang(thread::current());
@@ -231,7 +232,8 @@ struct Watching {
 
 impl Watching {
     fn run(mut self) {
-        let (mut looked, mut pause) = (Instant::now(), WATCHDOG);
+        let mut looked = Instant::now();
+        let mut pause = WATCHDOG;
         loop {
             let mut queue = self.inbox.0.lock();
             let new = std::mem::take(&mut queue.new);

@@ -61,7 +61,8 @@ pub(crate) fn memory_limit_bytes(root: &Path) -> Option<u64> {
 fn groups(text: &str) -> Vec<(Version, PathBuf)> {
     let parse = |line: &str| {
         let mut fields = line.splitn(3, ':').skip(1);
-        let (controllers, path) = (fields.next()?, fields.next()?);
+        let controllers = fields.next()?;
+        let path = fields.next()?;
         // A group that was removed under its process keeps its limits, and has no directory.
         let path = path.strip_suffix(" (deleted)").unwrap_or(path);
         let version = match controllers {

@@ -76,8 +76,13 @@ pub fn open_disk(
     driver: IoDriver,
     catalog_cache: u64,
 ) -> Result<OpenedDisk, VirtualMemoryError> {
-    let (allow_foreign_files, capacity) = (false, capacity_bytes.into());
-    open_disk_with(DiskOptions { path, allow_foreign_files, capacity, driver, catalog_cache })
+    open_disk_with(DiskOptions {
+        path,
+        allow_foreign_files: false,
+        capacity: capacity_bytes.into(),
+        driver,
+        catalog_cache,
+    })
 }
 
 /// Opens the disk tier. The calls that this makes block for a moment.
@@ -119,13 +124,12 @@ pub fn open_disk_with(options: DiskOptions<'_>) -> Result<OpenedDisk, VirtualMem
     let block = catalog.block_bytes();
     let Chosen { driver, kind, direct, notes } = choose(driver, data, &directory, block)?;
     catalog.set_disk(buffered, driver.block_bytes());
-    let (path, tmpfs) = (directory.path().to_owned(), directory.is_tmpfs());
     Ok(OpenedDisk {
+        path: directory.path().to_owned(),
+        tmpfs: directory.is_tmpfs(),
         backend: DiskTier::with_taken(driver, capacity_bytes, &taken, Some(directory))?,
         catalog: Arc::new(catalog),
-        path,
         capacity_bytes,
-        tmpfs,
         driver: kind,
         direct,
         notes,

@@ -103,7 +103,8 @@ impl Pool {
     }
 
     fn start_thread(&self, number: usize) -> io::Result<JoinHandle<()>> {
-        let (shared, name) = (Arc::clone(&self.shared), self.name);
+        let shared = Arc::clone(&self.shared);
+        let name = self.name;
         thread::Builder::new().name(format!("{name}-{number}")).spawn(move || shared.serve())
     }
 
@@ -239,10 +240,12 @@ mod tests {
     fn threads_start_with_work_and_end_with_the_pool() {
         let (pool, finished) = pool(3);
         assert_eq!(pool.live(), 0);
-        let (gate, entered) = (Arc::new(Mutex::new(())), mpsc::channel());
+        let gate = Arc::new(Mutex::new(()));
+        let entered = mpsc::channel();
         let held = gate.lock();
         for _ in 0..8 {
-            let (gate, sender) = (Arc::clone(&gate), entered.0.clone());
+            let gate = Arc::clone(&gate);
+            let sender = entered.0.clone();
             pool.submit(Box::new(move |run| {
                 sender.send(run.is_ok()).unwrap();
                 drop(gate.lock());

@@ -74,7 +74,8 @@ impl Space {
         }
         let mut free_from = 0;
         for &(offset, footprint) in taken {
-            let (start, len) = (offset / block, u64::from(footprint) / block);
+            let start = offset / block;
+            let len = u64::from(footprint) / block;
             assert!(free_from <= start, "extents do not overlap");
             space.free.add(free_from..start);
             free_from = start + len;

@@ -69,7 +69,8 @@ impl Stale {
             return Batch::Nothing;
         }
         let mut batch = Vec::new();
-        let (mut bytes, mut seen) = (0, 0);
+        let mut bytes = 0;
+        let mut seen = 0;
         let mut end_reached = true;
         for Range { start, end } in self.ranges.starting_at(self.cursor) {
             if seen == BATCH_RANGES_MAX || bytes >= BATCH_BYTES_MAX {

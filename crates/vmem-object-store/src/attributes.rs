@@ -56,7 +56,8 @@ pub(crate) fn to_metadata(attributes: &Attributes) -> object_store::Result<Bytes
         stored.attributes.insert((*name).to_owned(), value);
     }
     let bytes = serde_json::to_vec(&stored).map_err(generic)?;
-    let (len, max) = (bytes.len(), METADATA_LEN_MAX);
+    let len = bytes.len();
+    let max = METADATA_LEN_MAX;
     if len > max {
         return Err(RequestError::AttributesTooLong { len, max }.into());
     }

@@ -53,7 +53,8 @@ impl Store {
     }
 
     fn sort(&self, listed: Vec<Listed>, delimiter: &str) -> ListResult {
-        let (mut objects, mut common_prefixes) = (Vec::new(), Vec::new());
+        let mut objects = Vec::new();
+        let mut common_prefixes = Vec::new();
         for item in listed {
             match item {
                 Listed::Entry(entry) => {

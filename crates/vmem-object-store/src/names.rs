@@ -36,7 +36,8 @@ impl Names {
             return Err(path::Error::EmptySegment { path: path.to_string() }.into());
         }
         let name = self.key(path.as_ref());
-        let (len, max) = (name.len(), NAME_LEN_MAX);
+        let len = name.len();
+        let max = NAME_LEN_MAX;
         if len > max {
             return Err(RequestError::NameTooLong { len, max }.into());
         }

@@ -205,8 +205,10 @@ impl ObjectStore for Store {
         {
             let source =
                 RequestError::OtherVersion { asked: asked.clone(), current: entry.version };
-            let (path, source) = (location.to_string(), source.into());
-            return Err(object_store::Error::NotFound { path, source });
+            return Err(object_store::Error::NotFound {
+                path: location.to_string(),
+                source: source.into(),
+            });
         }
         options.check_preconditions(&meta)?;
         let range = range_of(options.range.as_ref(), meta.size)?;
@@ -260,7 +262,8 @@ impl ObjectStore for Store {
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        let (source, target) = (self.names.name(from)?, self.names.name(to)?);
+        let source = self.names.name(from)?;
+        let target = self.names.name(to)?;
         let opened = self.vmem.open_entry(&source).await;
         let (handle, entry) = opened.map_err(|error| error::of(error, from))?;
         let mode = match options.mode {
@@ -275,7 +278,8 @@ impl ObjectStore for Store {
     }
 
     async fn rename_opts(&self, from: &Path, to: &Path, options: RenameOptions) -> Result<()> {
-        let (source, target) = (self.names.name(from)?, self.names.name(to)?);
+        let source = self.names.name(from)?;
+        let target = self.names.name(to)?;
         let mode = match options.target_mode {
             RenameTargetMode::Overwrite => vmem_core::PutMode::Overwrite,
             RenameTargetMode::Create => vmem_core::PutMode::Create,

@@ -56,14 +56,16 @@ impl Target {
     }
 
     async fn commit(&self, joined: Joined) -> Result<PutResult> {
-        let (vmem, writer) = (self.store.vmem(), joined.writer);
+        let vmem = self.store.vmem();
+        let writer = joined.writer;
         body::commit(vmem, writer, &self.name, &self.path, &self.metadata).await
     }
 }
 
 impl Upload {
     pub(crate) fn new(store: Store, path: &Path, metadata: Bytes) -> Result<Self> {
-        let (name, path) = (store.names().name(path)?, path.clone());
+        let name = store.names().name(path)?;
+        let path = path.clone();
         let target = Arc::new(Target { store, path, name, metadata });
         Ok(Upload { target, parts: Parts::new(), count: 0 })
     }
@@ -72,11 +74,14 @@ impl Upload {
 #[async_trait]
 impl MultipartUpload for Upload {
     fn put_part(&mut self, data: PutPayload) -> UploadPart {
-        let (target, parts, part) = (self.target.clone(), self.parts.clone(), self.count);
+        let target = self.target.clone();
+        let parts = self.parts.clone();
+        let part = self.count;
         self.count += 1;
         Box::pin(async move {
             let Some((mut joined, before)) = parts.take_turn(part, || target.writer()) else {
-                let (vmem, path) = (target.store.vmem(), &target.path);
+                let vmem = target.store.vmem();
+                let path = &target.path;
                 let handle = body::put_unnamed(vmem, path, &data, PARTS_HOME).await?;
                 return Ok(parts.add(part, handle)?);
             };
@@ -173,7 +178,9 @@ impl MultipartStore for Store {
         if let Some(part) = found.iter().zip(&parts).position(|pair| !same(pair)) {
             return Err(RequestError::PartMissing { part }.into());
         }
-        let (store, path, metadata) = (self.clone(), path.clone(), Bytes::new());
+        let store = self.clone();
+        let path = path.clone();
+        let metadata = Bytes::new();
         let target = Target { store, path, name, metadata };
         let mut joined = Joined { writer: target.writer(), count: 0 };
         target.append(&mut joined, found).await?;

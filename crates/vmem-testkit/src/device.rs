@@ -212,10 +212,11 @@ impl Inner {
         let told = || self.failing.fetch_update(Ordering::SeqCst, Ordering::SeqCst, left).is_ok();
         let outcome = match self.lost.lock().clone() {
             Some(reason) => Err(DeviceError::Lost(reason)),
-            None if fails || told() => {
-                let (operation, code) = ("a copy", 719);
-                Err(DeviceError::Failed { operation, code, message: "as it was told".into() })
-            }
+            None if fails || told() => Err(DeviceError::Failed {
+                operation: "a copy",
+                code: 719,
+                message: "as it was told".into(),
+            }),
             None => Ok(()),
         };
         if let Some(job) = job {

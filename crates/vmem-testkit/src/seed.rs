@@ -113,7 +113,8 @@ pub struct SeedGuard {
 impl SeedGuard {
     /// What is printed when the test panics.
     pub fn message(&self) -> String {
-        let (name, seed) = (&self.name, self.seed.0);
+        let name = &self.name;
+        let seed = self.seed.0;
         format!(
             "{SEED_VARIABLE}={seed} was the seed of {name}; \
                  replay it with: {SEED_VARIABLE}={seed} cargo test {name}"

@@ -234,7 +234,9 @@ impl<T: Evicting> Evictor<T> {
         tasks: &mut JoinSet<Ended>,
         victims: Vec<Victim>,
     ) -> bool {
-        let (mut batch, mut leaves_bytes, mut freed) = (Vec::new(), 0, false);
+        let mut batch = Vec::new();
+        let mut leaves_bytes = 0;
+        let mut freed = false;
         for victim in victims {
             let pass = shared.find(victim.id).and_then(|object| object.try_gate_quietly());
             match pass.map_or(Step::Busy, |pass| self.take(shared, pass)) {
@@ -344,7 +346,9 @@ impl<T: Evicting> Evictor<T> {
         let band = state.marks.high_bytes - state.marks.low_bytes;
         let mut cold = Vec::new();
         state.order.lock().coldest(WRITE_AHEAD_OBJECTS, &mut |id| cold.push(id));
-        let (mut batch, mut payload, mut seen) = (Vec::new(), 0, 0);
+        let mut batch = Vec::new();
+        let mut payload = 0;
+        let mut seen = 0;
         for object in cold.into_iter().filter_map(|id| shared.find(id)) {
             if seen >= band || payload >= BATCH_BYTES {
                 break;

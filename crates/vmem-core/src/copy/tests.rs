@@ -60,7 +60,8 @@ fn version_of(bytes: &[u8]) -> u64 {
 fn readers_keep_their_version_and_share_its_memory() {
     let world = World::new();
     world.cell.publish(world.copy_of(1), &world.copies);
-    let (one, two) = (world.read().unwrap(), world.read().unwrap());
+    let one = world.read().unwrap();
+    let two = world.read().unwrap();
     assert_eq!(one.as_ptr(), two.as_ptr());
     assert_eq!(world.copies.held_bytes(), 256);
     assert!(!world.cell.write_in_place(|_| panic!("somebody reads")));
@@ -119,7 +120,8 @@ fn readers_see_whole_versions_in_order() {
     let done = Arc::new(AtomicBool::new(false));
     let readers: Vec<_> = (0..2)
         .map(|_| {
-            let (world, done) = (world.clone(), done.clone());
+            let world = world.clone();
+            let done = done.clone();
             std::thread::spawn(move || {
                 let mut last = 0;
                 while !done.load(Ordering::Relaxed) {

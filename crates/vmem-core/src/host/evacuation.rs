@@ -42,8 +42,11 @@ impl HostArena {
         let mut fixed = Vec::new();
         for _ in 0..TRIES {
             let leaving = self.spans(class).begin_evacuation(&fixed)?;
-            let (arena, owners) = (self.clone(), leaving.sparse.owners);
-            let (span, ticket, pages) = (leaving.span, leaving.ticket, leaving.sparse.pages);
+            let arena = self.clone();
+            let owners = leaving.sparse.owners;
+            let span = leaving.span;
+            let ticket = leaving.ticket;
+            let pages = leaving.sparse.pages;
             let evacuation = Evacuation { arena, class, span, ticket, owners, pages };
             if !evacuation.owners.iter().any(|&owner| skip(owner)) {
                 return Some(evacuation);

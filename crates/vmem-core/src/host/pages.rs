@@ -111,10 +111,12 @@ impl Pages {
             }
             self.changed.wait(&mut state);
         };
-        let (mut parts, mut due) = (Vec::new(), Vec::new());
+        let mut parts = Vec::new();
+        let mut due = Vec::new();
         for slab in touched {
             let Some(slabs) = &mut state.slabs else { continue };
-            let (whole, slab_bytes) = (slabs.pages(slab), slabs.pages_each() * page);
+            let whole = slabs.pages(slab);
+            let slab_bytes = slabs.pages_each() * page;
             let start = (slab * slab_bytes).max(bytes.start as u64);
             let end = ((slab + 1) * slab_bytes).min(bytes.end as u64);
             let way = slabs.enter(slab, end - start, slab_bytes);
@@ -220,7 +222,8 @@ impl Pages {
     /// Where a slab is, and its length in bytes.
     fn place(&self, slab: u64) -> Option<(usize, usize)> {
         let pages = self.state.lock().slabs.as_ref()?.pages(slab);
-        let (start, end) = (pages.start as usize * PAGE_BYTES, pages.end as usize * PAGE_BYTES);
+        let start = pages.start as usize * PAGE_BYTES;
+        let end = pages.end as usize * PAGE_BYTES;
         Some((self.mapping.at(start).as_ptr().expose_provenance(), end - start))
     }
 }

@@ -78,7 +78,8 @@ impl Slabs {
     pub(super) fn split(&self, run: Range<u64>) -> impl Iterator<Item = (u64, Range<u64>)> + use<> {
         let each = self.pages_each;
         (run.start / each..run.end.div_ceil(each)).map(move |slab| {
-            let (start, end) = (slab * each, (slab + 1) * each);
+            let start = slab * each;
+            let end = (slab + 1) * each;
             (slab, start.max(run.start)..end.min(run.end))
         })
     }

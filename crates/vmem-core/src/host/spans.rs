@@ -243,7 +243,8 @@ impl Span {
     }
 
     fn put_slot(&mut self, slot: u32) {
-        let (word, bit) = (slot as usize / 64, 1_u64 << (slot % 64));
+        let word = slot as usize / 64;
+        let bit = 1_u64 << (slot % 64);
         assert!(self.free[word] & bit == 0, "slot {slot} was free");
         self.free[word] |= bit;
         self.taken -= 1;

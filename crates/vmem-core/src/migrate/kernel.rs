@@ -43,9 +43,8 @@ impl Changed {
         reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
     ) -> Self {
         let old = pass.object().begin_pending(&pass, device);
-        let (room, reply) = (Some(room), Some(reply));
         let deadline = pass.object().shared.deadline();
-        Changed { pass, device, range, room, old, deadline, reply }
+        Changed { pass, device, range, room: Some(room), old, deadline, reply: Some(reply) }
     }
 
     /// Once the kernel has ended: copies the new version down, and publishes it.

@@ -73,8 +73,16 @@ pub(crate) struct Job {
 impl Job {
     /// A job that somebody waits for, whose copy stays.
     pub(crate) fn new(object: Arc<Object>, cause: MigrationCause, deadline: Deadline) -> Self {
-        let (class, stay, may_spill) = (Class::Demand, true, false);
-        Job { object, class, cause, stay, may_spill, to_hold: 0, deadline, unwanted: None }
+        Job {
+            object,
+            class: Class::Demand,
+            cause,
+            stay: true,
+            may_spill: false,
+            to_hold: 0,
+            deadline,
+            unwanted: None,
+        }
     }
 
     /// The space that the object takes.

@@ -65,7 +65,9 @@ async fn read_granted(
     let mut reads = Vec::with_capacity(distinct.len());
     for (object, stay) in distinct {
         let taken = rooms.remove(&object.id);
-        let (object, stay, id) = (object.clone(), *stay, object.id);
+        let id = object.id;
+        let object = object.clone();
+        let stay = *stay;
         reads.push(async move { read_one(object, stay, taken, deadline).await.map(|b| (id, b)) });
     }
     let reads = futures::stream::iter(reads).buffer_unordered(IN_FLIGHT_MAX);

@@ -106,7 +106,8 @@ async fn read(
 ) -> Result<Window> {
     let whole = range.end == object.len || range.end.is_multiple_of(CHUNK_BYTES);
     if range.start.is_multiple_of(CHUNK_BYTES) && whole {
-        let (chunks, buf) = (chunks_of(&range), IoBuf::from_window(window));
+        let chunks = chunks_of(&range);
+        let buf = IoBuf::from_window(window);
         let (buf, outcome) = load(object, version, chunks, buf, 0, Class::Demand).await;
         return outcome.map(|()| buf.into_window());
     }

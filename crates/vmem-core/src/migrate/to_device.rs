@@ -171,7 +171,8 @@ async fn fill_from_disk(
     let mut outcome = Ok(());
     for first in (0..chunk_count(object.len)).step_by(per_piece) {
         let chunks = first..(first + per_piece).min(chunk_count(object.len));
-        let (start, end) = (first * CHUNK_BYTES, object.len.min(chunks.end * CHUNK_BYTES));
+        let start = first * CHUNK_BYTES;
+        let end = object.len.min(chunks.end * CHUNK_BYTES);
         // An upload that has started goes on whether it is polled or not, and gives its piece back.
         let piece = match shared.staging(&job.deadline).await {
             Ok(piece) => piece,

@@ -188,8 +188,11 @@ pub(crate) async fn demote(
     let pass = object.gate(deadline).await?;
     check_unheld(object)?;
     if object.pins() > 0 {
-        let (handle, pins) = (object.id, object.pins());
-        return Err(VirtualMemoryError::Pinned { handle, tier: MemoryTier::Host, pins });
+        return Err(VirtualMemoryError::Pinned {
+            handle: object.id,
+            tier: MemoryTier::Host,
+            pins: object.pins(),
+        });
     }
     object.detach_from_devices(&pass);
     if object.has_spare() {
@@ -231,7 +234,8 @@ pub(crate) async fn flush_many(
     }
     let flushes = batches.into_iter().map(|(_, batch)| flush_batch(shared, batch, deadline));
     let mut flushes = futures::stream::iter(flushes).buffer_unordered(BATCHES_MAX);
-    let (mut failed, mut first_error) = (0, None);
+    let mut failed = 0;
+    let mut first_error = None;
     while let Some((more, error)) = flushes.next().await {
         failed += more;
         first_error = first_error.or(error);
@@ -244,7 +248,8 @@ async fn flush_batch(
     objects: Vec<Arc<Object>>,
     deadline: &Deadline,
 ) -> (usize, Option<VirtualMemoryError>) {
-    let (mut batch, mut alone) = (Vec::new(), Vec::new());
+    let mut batch = Vec::new();
+    let mut alone = Vec::new();
     for object in objects {
         match object.try_gate() {
             Some(pass) if object.is_dirty() => match Leaving::prepare(pass) {
@@ -257,7 +262,8 @@ async fn flush_batch(
             None => alone.push(object),
         }
     }
-    let (mut failed, mut first_error) = (0, None);
+    let mut failed = 0;
+    let mut first_error = None;
     let mut note = |outcome: Result<(), VirtualMemoryError>| match outcome {
         // Freed meanwhile: there is nothing left to flush.
         Ok(()) | Err(VirtualMemoryError::HandleNotFound { .. }) => {}

@@ -137,8 +137,9 @@ impl Names {
     /// The record of an object that has no name yet.
     fn new_record(&self, object: &Object, metadata: Bytes) -> Result<CatalogRecord> {
         let modified = self.catalog()?.time();
-        let (id, len, home) = (self.next_id(), object.len as u64, object.home);
-        Ok(CatalogRecord { id, version: id, modified, len, home, metadata })
+        let id = self.next_id();
+        let len = object.len as u64;
+        Ok(CatalogRecord { id, version: id, modified, len, home: object.home, metadata })
     }
 
     /// The record of the next version of an object.
@@ -208,7 +209,7 @@ pub(crate) fn check_metadata(metadata: &[u8]) -> Result<()> {
     if metadata.len() <= METADATA_LEN_MAX {
         return Ok(());
     }
-    let (field, len) = ("metadata", metadata.len());
+    let len = metadata.len();
     let reason = format!("at most {METADATA_LEN_MAX} bytes, not {len}").into();
-    Err(VirtualMemoryError::InvalidConfig { field, reason })
+    Err(VirtualMemoryError::InvalidConfig { field: "metadata", reason })
 }

@@ -280,7 +280,8 @@ mod tests {
             Extent::new((index * CHUNK_BYTES) as u64, len, CHUNK_BYTES as u32, Arc::new(Disk))
         };
         let mut map = DiskMap::of(vec![extent(0), extent(1)]);
-        let (identity, clone) = (map.identity(), map.clone());
+        let identity = map.identity();
+        let clone = map.clone();
         assert!(map.take_reserved(len).is_none(), "a reader has it");
         drop(clone);
         let taken = map.take_reserved(len).map(|extents| extents.len());
@@ -290,7 +291,8 @@ mod tests {
 
     #[test]
     fn empty_maps_are_the_same_version_and_no_other_map_is() {
-        let (one, other) = (DiskMap::Empty.identity(), DiskMap::Empty.identity());
+        let one = DiskMap::Empty.identity();
+        let other = DiskMap::Empty.identity();
         assert!(one.is_same(&other));
         let chunks = DiskMap::of_some(vec![None, None]);
         assert!(!one.is_same(&chunks.identity()));

@@ -53,8 +53,10 @@ impl<'a> Claim<'a> {
         let named = object.named();
         let mut state = named.state.lock();
         if let Some(state) = &*state {
-            let (handle, name) = (object.id, state.current.clone());
-            return Err(VirtualMemoryError::AlreadyNamed { handle, name });
+            return Err(VirtualMemoryError::AlreadyNamed {
+                handle: object.id,
+                name: state.current.clone(),
+            });
         }
         *state = Some(State { current: name.clone(), record, durable: None });
         Ok(Claim { named, kept: false })

@@ -189,7 +189,9 @@ impl Object {
         let tier = &self.shared.devices()[device];
         assert!(!self.has_space_on(device), "device memory is set apart once");
         assert!(range.len() == self.len, "a range is as long as its object");
-        let (id, stamp, footprint) = (self.id, self.stamp(), range.footprint());
+        let id = self.id;
+        let stamp = self.stamp();
+        let footprint = range.footprint();
         let token = tier.enter(Entry { id, stamp, footprint, prefetched }, &range);
         let place = Place { range, is_valid: false, token, seen: self.touches() };
         self.inner.lock().on_or_new(device).place = Some(place);

@@ -249,7 +249,8 @@ impl Object {
 
     /// Keeps the gauges of the store equal to the sum over its objects.
     pub(super) fn count_change(&self, before: Standing) {
-        let (after, counters) = (self.standing(), &self.shared.counters);
+        let after = self.standing();
+        let counters = &self.shared.counters;
         let gauge =
             |gauge: &AtomicU64, before: bool, after: bool, weight: u64| match (before, after) {
                 (false, true) => stats::add(gauge, weight),

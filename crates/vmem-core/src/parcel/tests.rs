@@ -58,7 +58,8 @@ async fn an_abandoned_or_unwanted_parcel_says_so() {
 #[tokio::test(start_paused = true)]
 async fn a_value_set_aside_is_taken_back_unless_its_caller_comes() {
     let unclaimed = Arc::new(Unclaimed::default());
-    let (kept, left) = (Parcel::set_aside(1, &unclaimed), Parcel::set_aside(2, &unclaimed));
+    let kept = Parcel::set_aside(1, &unclaimed);
+    let left = Parcel::set_aside(2, &unclaimed);
     assert_eq!(kept.take_back(), Some(1));
     tokio::time::advance(GRACE * 2).await;
     assert!(unclaimed.recall().is_none(), "nothing is left");

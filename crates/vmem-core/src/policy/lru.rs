@@ -120,7 +120,8 @@ impl Policy for Lru {
             begun._passes = self.passes.clone();
             self.walk()
         });
-        let (mut oldest, mut pick) = (Least::new(), Pick::Retry);
+        let mut oldest = Least::new();
+        let mut pick = Pick::Retry;
         for _ in 0..STEPS_MAX {
             let Some(key) = self.order.next(walk.after, walk.last.min(last)) else {
                 if !std::mem::take(&mut begun.spared) {

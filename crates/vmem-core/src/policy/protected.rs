@@ -189,7 +189,8 @@ impl Protected {
 
     fn add(&mut self, entry: Entry, place: Place) -> u32 {
         self.arrivals += 1;
-        let (arrival, came_at) = (self.arrivals, self.came_bytes);
+        let arrival = self.arrivals;
+        let came_at = self.came_bytes;
         let at = self.table.add(Guest { entry, arrival, came_at, place });
         assert!(at < OWN, "more prefetched entries than positions");
         at
@@ -240,9 +241,14 @@ impl Policy for Protected {
             } else {
                 self.release_used(probe);
             }
-            let (released, renewals) = (self.released, self.order.len());
             let before = self.arrivals + 1;
-            *begun = Begun { below: Some(fresh()), asks: None, released, renewals, before };
+            *begun = Begun {
+                below: Some(fresh()),
+                asks: None,
+                released: self.released,
+                renewals: self.order.len(),
+                before,
+            };
         }
         match self.inner.victim(begun.below.get_or_insert_with(fresh), probe) {
             // What was protected when it began is below by now, where it came too late for it.

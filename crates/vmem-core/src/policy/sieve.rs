@@ -66,9 +66,16 @@ struct Lap {
 impl Lap {
     fn begin(&mut self, start: u64, newest: u64) {
         let hurried = self.begun && !self.found;
-        let (off_hand, steps) = (self.off_hand, self.steps);
-        let (begun, at, last) = (true, start, newest);
-        *self = Lap { begun, start, at, last, hurried, off_hand, steps, ..Lap::default() };
+        *self = Lap {
+            begun: true,
+            start,
+            at: start,
+            last: newest,
+            hurried,
+            off_hand: self.off_hand,
+            steps: self.steps,
+            ..Lap::default()
+        };
     }
 
     /// The next entry of the lap.

@@ -43,7 +43,8 @@ impl Device {
         unclaimed: &Arc<Unclaimed>,
     ) -> Self {
         let released = Arc::new(Notify::new());
-        let (ring, bell) = (released.clone(), wake.clone());
+        let ring = released.clone();
+        let bell = wake.clone();
         let watcher: ShareWatcher = Arc::new(move || {
             ring.notify_waiters();
             bell.if_waiting();
@@ -180,7 +181,8 @@ fn window(
         window.bytes += resident.footprint;
         Some(())
     };
-    let (mut start, mut end) = (seed, seed);
+    let mut start = seed;
+    let mut end = seed;
     while end - start < need {
         match around.get(&end) {
             Some(resident) => match add(resident) {

@@ -103,7 +103,8 @@ impl<S: Space> Queue<S> {
         wake: Arc<Wake>,
         unclaimed: Arc<Unclaimed>,
     ) -> Self {
-        let (demand, prefetch) = (VecDeque::new(), VecDeque::new());
+        let demand = VecDeque::new();
+        let prefetch = VecDeque::new();
         let waiters = Mutex::new(Waiters { next_ticket: 0, demand, prefetch, closed: false });
         Queue { space, waiters, prefetch_limit_bytes, len: AtomicUsize::new(0), wake, unclaimed }
     }
@@ -223,9 +224,16 @@ impl<S: Space> Queue<S> {
         });
         let class = need.class;
         if !waiters.closed {
-            let (need, deadline) = (need.clone(), *deadline);
-            let waiter =
-                Waiter { ticket, need, footprint, passed: 0, blocks_since: None, deadline, reply };
+            let deadline = *deadline;
+            let waiter = Waiter {
+                ticket,
+                need: need.clone(),
+                footprint,
+                passed: 0,
+                blocks_since: None,
+                deadline,
+                reply,
+            };
             let queue = waiters.of(class);
             let place = queue.partition_point(|before| before.ticket < ticket);
             queue.insert(place, waiter);

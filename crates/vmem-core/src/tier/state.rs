@@ -85,11 +85,15 @@ impl<S: Space> TierState<S> {
     ///
     /// `ExceedsCapacity`.
     pub(crate) fn check_fits(&self, requested_bytes: u64) -> Result<(), VirtualMemoryError> {
-        let (tier, capacity_bytes) = (self.tier, self.space().capacity_bytes());
+        let capacity_bytes = self.space().capacity_bytes();
         if requested_bytes <= capacity_bytes {
             return Ok(());
         }
-        Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
+        Err(VirtualMemoryError::ExceedsCapacity {
+            tier: self.tier,
+            requested_bytes,
+            capacity_bytes,
+        })
     }
 
     /// The public form of a refusal.
@@ -132,7 +136,8 @@ impl<S: Space> TierState<S> {
 
     /// The tier is full and nothing can leave it.
     pub(crate) fn full(&self, requested_bytes: u64) -> VirtualMemoryError {
-        let (used, capacity_bytes) = (self.space().used_bytes(), self.space().capacity_bytes());
+        let used = self.space().used_bytes();
+        let capacity_bytes = self.space().capacity_bytes();
         VirtualMemoryError::TierFull {
             tier: self.tier,
             requested_bytes,

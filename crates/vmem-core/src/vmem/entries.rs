@@ -309,7 +309,8 @@ impl VirtualMemory {
     /// [`flush`](Self::flush). The object is as it was then.
     pub async fn adopt(&self, handle: &VMemHandle, name: &str) -> Result<()> {
         self.check(handle)?;
-        let (name, handle) = (self.check_named(name)?, handle.clone());
+        let name = self.check_named(name)?;
+        let handle = handle.clone();
         self.change(move |names, deadline| async move {
             let turn = Turn::of(&names, name, &deadline).await?;
             names::adopt(&names, &turn, &handle).await
@@ -372,7 +373,8 @@ impl VirtualMemory {
                 }
             });
             let mut removals = futures::stream::iter(removals).buffer_unordered(REMOVALS_MAX);
-            let (mut removed, mut first_error) = (0, None);
+            let mut removed = 0;
+            let mut first_error = None;
             while let Some(outcome) = removals.next().await {
                 match outcome {
                     Ok(()) => removed += 1,

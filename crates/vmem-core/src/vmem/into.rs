@@ -133,7 +133,9 @@ impl VirtualMemory {
         let mut version = None;
         while progress.done < range.len() {
             let rest = range.start + progress.done..range.end;
-            let (owned, class, deadline) = (progress.recalled, how.class, how.deadline);
+            let owned = progress.recalled;
+            let class = how.class;
+            let deadline = how.deadline;
             let piece =
                 migrate::read_piece(object.clone(), version.take(), rest, owned, class, deadline);
             let parcel = self.shared.spawn_for_caller("vmem-read", piece);

@@ -101,7 +101,8 @@ impl VramChange {
         reply: oneshot::Sender<Result<()>>,
     ) {
         let Claim { device, range, room, pass, held } = inner;
-        let (shared, handle) = (pass.object().shared.clone(), self.handle.clone());
+        let shared = pass.object().shared.clone();
+        let handle = self.handle.clone();
         let change = Changed::begin(pass, (device, range), room, reply);
         let ready = Box::pin(async move {
             let outcome = ready.await;
@@ -256,8 +257,8 @@ impl DeviceAccess {
     /// never be there at once; `InvalidConfig` if an object that is written is in the set more than
     /// once.
     pub async fn set(&self, reads: &[VMemHandle], writes: &[VMemHandle]) -> Result<VramSet> {
-        let (reads, writes) = (reads.to_vec(), writes.to_vec());
-        self.take(LeaseRequest { reads, writes, overwrite: false }).await
+        self.take(LeaseRequest { reads: reads.to_vec(), writes: writes.to_vec(), overwrite: false })
+            .await
     }
 
     async fn take(&self, request: LeaseRequest) -> Result<VramSet> {

@@ -204,7 +204,8 @@ impl VirtualMemory {
             }
             loop {
                 let shared = &self.shared;
-                let (class, deadline) = (how.class, how.deadline);
+                let class = how.class;
+                let deadline = how.deadline;
                 let part =
                     migrate::read_part(object.clone(), range.clone(), copied(), class, deadline);
                 let parcel = shared.spawn_for_caller("vmem-read", part);
@@ -252,7 +253,8 @@ impl VirtualMemory {
         let mut seen = std::collections::HashSet::new();
         let distinct = objects.iter().filter(|object| seen.insert(object.id));
         let footprint = |object: &Arc<Object>| HostArena::footprint(object.len);
-        let (mut all_bytes, mut to_hold) = (0_u64, 0_u64);
+        let mut all_bytes = 0_u64;
+        let mut to_hold = 0_u64;
         for object in distinct {
             all_bytes = all_bytes.saturating_add(footprint(object));
             to_hold = to_hold.saturating_add(Shared::to_hold(object.len));

@@ -128,7 +128,8 @@ impl VirtualMemory {
     ///
     /// Those of `rename_named`; those of the [mode](PutMode). Both names are as they were then.
     pub async fn rename_named_with(&self, from: &str, to: &str, mode: PutMode) -> Result<()> {
-        let (from, to) = (self.check_named(from)?, self.check_named(to)?);
+        let from = self.check_named(from)?;
+        let to = self.check_named(to)?;
         self.change(move |names, deadline| async move {
             if from == to {
                 let turn = Turn::of(&names, from, &deadline).await?;
@@ -246,7 +247,8 @@ impl VirtualMemory {
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
-        let (names, deadline) = (self.names.clone(), self.shared.deadline());
+        let names = self.names.clone();
+        let deadline = self.shared.deadline();
         let change = make(names.clone(), deadline);
         let (delivery, answer) = parcel();
         let (begun, begins) = parcel();

@@ -83,7 +83,9 @@ impl HoldGuard {
     ///
     /// As there.
     pub(super) fn count_prepaid(pass: &GatePass, prepaid: &mut Prepaid) -> Result<Option<Self>> {
-        let (tier, hold, object) = (prepaid.tier, prepaid.hold, pass.object());
+        let tier = prepaid.tier;
+        let hold = prepaid.hold;
+        let object = pass.object();
         if object.try_add_hold(tier, pass) {
             return Ok(Some(HoldGuard { object: object.clone(), tier }));
         }

@@ -122,8 +122,11 @@ impl VirtualMemory {
         let object = self.check(handle)?;
         check_range(object, &range)?;
         if buf.len() != range.len() {
-            let (handle, expected, actual) = (object.id, range.len(), buf.len());
-            return Err(VirtualMemoryError::SizeMismatch { handle, expected, actual });
+            return Err(VirtualMemoryError::SizeMismatch {
+                handle: object.id,
+                expected: range.len(),
+                actual: buf.len(),
+            });
         }
         if range.is_empty() {
             return Ok(());

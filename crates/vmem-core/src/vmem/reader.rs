@@ -265,7 +265,8 @@ impl ObjectReader {
     fn fill(&self, range: Range<usize>, window: Window) -> BoxFuture<'static, Result<Filled>> {
         let shared = self.vmem.shared.clone();
         let deadline = shared.deadline();
-        let (object, source) = (self.handle.object().clone(), self.source.clone());
+        let object = self.handle.object().clone();
+        let source = self.source.clone();
         let all = self.range.as_ref().is_ok_and(|all| *all == range);
         let filling = fill_window(object, source, range, all, window, deadline);
         let parcel = shared.spawn_for_caller("vmem-stream", filling);

@@ -57,7 +57,8 @@ impl VirtualMemory {
     /// `HandleNotFound`, `Closed`.
     pub fn residency(&self, handle: &VMemHandle) -> Result<Residency> {
         let object = self.check(handle)?;
-        let (mut devices, mut holds) = (0, object.pins());
+        let mut devices = 0;
+        let mut holds = object.pins();
         for (number, device) in self.shared.devices().iter().enumerate() {
             devices |= u32::from(object.is_on(number)) << number;
             holds += object.holds_in(device.tier());

@@ -56,8 +56,11 @@ impl VirtualMemory {
         let object = self.check(handle)?;
         let data = data.as_ref();
         if data.len() != object.len {
-            let (handle, expected, actual) = (object.id, object.len, data.len());
-            return Err(VirtualMemoryError::SizeMismatch { handle, expected, actual });
+            return Err(VirtualMemoryError::SizeMismatch {
+                handle: object.id,
+                expected: object.len,
+                actual: data.len(),
+            });
         }
         Box::pin(self.write_range(object, 0..data.len(), data)).await?;
         self.bring_home(object);
@@ -81,8 +84,12 @@ impl VirtualMemory {
         let data = data.as_ref();
         let end = offset.saturating_add(data.len());
         if end > object.len || offset > object.len {
-            let (handle, len) = (object.id, object.len);
-            return Err(VirtualMemoryError::OutOfRange { handle, start: offset, end, len });
+            return Err(VirtualMemoryError::OutOfRange {
+                handle: object.id,
+                start: offset,
+                end,
+                len: object.len,
+            });
         }
         Box::pin(self.write_range(object, offset..end, data)).await?;
         self.bring_home(object);

@@ -218,12 +218,15 @@ impl ObjectWriter {
         if bytes == 0 {
             return Ok(());
         }
-        let (tier, requested_bytes) = (MemoryTier::Disk, self.len + bytes);
+        let requested_bytes = self.len + bytes;
         let on_disk = self.vmem.shared.disk.usage().capacity_bytes;
         let capacity_bytes = on_disk.min(OBJECT_LEN_MAX);
         if requested_bytes > capacity_bytes {
-            let error =
-                VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes };
+            let error = VirtualMemoryError::ExceedsCapacity {
+                tier: MemoryTier::Disk,
+                requested_bytes,
+                capacity_bytes,
+            };
             return self.fail(error);
         }
         self.len = requested_bytes;

@@ -17,7 +17,8 @@ fn filled(kind: PolicyKind, count: u64) -> (Box<dyn Policy>, Vec<Token>) {
 fn busy_objects_do_not_hide_the_others() {
     for (kind, now) in KINDS.into_iter().flat_map(|kind| [(kind, 0), (kind, 10_000)]) {
         let (mut policy, _) = filled(kind, 1_000);
-        let (mut looks, mut pass) = (0, Pass::default());
+        let mut looks = 0;
+        let mut pass = Pass::default();
         let found = loop {
             looks += 1;
             let pick = policy.victim(&mut pass, &mut |id| match id {
@@ -76,7 +77,8 @@ fn a_load_that_never_rests_does_not_starve_the_evictor() {
                 now += 1;
                 Probe::Evictable { stamp: now, touches: 3 }
             };
-            let (mut looks, mut pass) = (0, Pass::default());
+            let mut looks = 0;
+            let mut pass = Pass::default();
             let id = loop {
                 looks += 1;
                 assert!(looks <= 16, "{kind} of {count}: no victim in {looks} looks");
@@ -96,7 +98,8 @@ fn settling_ends_under_any_load() {
     for count in [1, 10, 5_000] {
         for is_busy in [true, false] {
             let (mut policy, _) = filled(PolicyKind::Lru, count);
-            let (mut now, mut steps) = (count, 0);
+            let mut now = count;
+            let mut steps = 0;
             let mut load = |_| {
                 (now, steps) = (now + 1, steps + 1);
                 match is_busy {

@@ -76,7 +76,9 @@ fn a_look_is_bounded_however_many_were_used_again() {
         for count in [1_000, 1_000_000] {
             let mut objects = Dense::new(kind, count);
             objects.touch_all(&shuffled(count, 1));
-            let (mut since, mut found, mut pass) = (0, 0, Pass::default());
+            let mut since = 0;
+            let mut found = 0;
+            let mut pass = Pass::default();
             while found < 20 {
                 let (pick, steps) = objects.victim_of(&mut pass);
                 assert!(steps <= STEPS_MAX, "{kind}: {steps} steps among {count}");

@@ -90,7 +90,8 @@ fn equal_those_of_the_references() {
         ];
         for (name, trace) in &traces {
             for kind in KINDS {
-                let (found, expected) = (ours(kind, CAPACITY, true, trace), theirs(kind, trace));
+                let found = ours(kind, CAPACITY, true, trace);
+                let expected = theirs(kind, trace);
                 println!("seed {seed}, {name}, {kind}: {found:.4}, reference {expected:.4}");
                 let differ = (found - expected).abs();
                 assert!(differ < 0.001, "{name}, {kind}: {found} {expected} VMEM_SEED={seed}");

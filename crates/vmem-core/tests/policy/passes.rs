@@ -61,7 +61,8 @@ fn a_pass_ends_after_one_visit_each_where_nothing_can_go() {
             world.set_unfit(id, true);
             world.set_busy(id, rng.random_bool(0.3));
         }
-        let (mut pass, mut next) = (Pass::default(), count);
+        let mut pass = Pass::default();
+        let mut next = count;
         while world.look(&mut pass) == Pick::Retry {
             disturb(&mut world, &mut rng, &mut next, false);
         }
@@ -99,7 +100,9 @@ fn a_pass_names_whatever_could_go_throughout() {
             mark.is_some_and(|mark| !mark.pinned && !mark.busy && !mark.unfit)
         };
         let mut throughout: BTreeSet<u64> = (0..count).filter(|id| fit(&world, id)).collect();
-        let (mut pass, mut next, mut calls) = (Pass::default(), count, 0);
+        let mut pass = Pass::default();
+        let mut next = count;
+        let mut calls = 0;
         loop {
             calls += 1;
             assert!(calls < 40_000, "{kind}: no end VMEM_SEED={seed}");
@@ -137,7 +140,8 @@ fn an_unfit_entry_keeps_its_place_and_its_uses() {
             let count = rng.random_range(1..300);
             (filled(build(kind), &mut rng, count), count, rng)
         };
-        let ((mut world, count, mut rng), (mut twin, ..)) = (made(), made());
+        let (mut world, count, mut rng) = made();
+        let (mut twin, ..) = made();
         // Both are in the midst of their work.
         for _ in 0..count / 3 {
             assert_eq!(world.victim(), twin.victim());
@@ -153,7 +157,8 @@ fn an_unfit_entry_keeps_its_place_and_its_uses() {
         (0..count).for_each(|id| world.set_unfit(id, false));
         assert_eq!(world.order(), twin.order(), "{kind} VMEM_SEED={seed}");
         for _ in 0..count {
-            let (found, expected) = (world.victim(), twin.victim());
+            let found = world.victim();
+            let expected = twin.victim();
             assert_eq!(found, expected, "{kind} VMEM_SEED={seed}");
             let (id, _) = found.unwrap();
             world.remove(id);
@@ -195,7 +200,8 @@ fn an_lru_pass_for_the_cold_ends_at_the_hot() {
     (0..10_000).for_each(|id| {
         policy.insert(Entry::new(id, id, 64));
     });
-    let (mut pass, mut asked) = (Pass::colder_than(100), 0);
+    let mut pass = Pass::colder_than(100);
+    let mut asked = 0;
     let mut unfit = |_| {
         asked += 1;
         vmem_core::policy::Probe::Unfit

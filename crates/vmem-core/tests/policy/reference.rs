@@ -137,7 +137,9 @@ impl Reference for RefSieve {
     fn victim(&mut self, state: &dyn Fn(u64) -> State) -> Option<u64> {
         let start = self.at_hand().unwrap_or(0);
         let lap = [&self.queue[start..], &self.queue[..start]].concat();
-        let (mut spared, mut found, mut comes_along) = (None, None, true);
+        let mut spared = None;
+        let mut found = None;
+        let mut comes_along = true;
         for id in lap {
             match state(id) {
                 State::Pinned => {
@@ -193,7 +195,8 @@ impl RefS3Fifo {
     }
 
     fn is_turn_of_small(&self) -> bool {
-        let (small, main) = (self.bytes_of(&self.small), self.bytes_of(&self.main));
+        let small = self.bytes_of(&self.small);
+        let main = self.bytes_of(&self.main);
         !self.small.is_empty() && (self.main.is_empty() || 10 * small >= small + main)
     }
 }
@@ -234,8 +237,10 @@ impl Reference for RefS3Fifo {
 
     /// Each entry is asked once, and once more after each time that it was spared.
     fn victim(&mut self, state: &dyn Fn(u64) -> State) -> Option<u64> {
-        let (mut small, mut main) = (self.small.clone(), self.main.clone());
-        let (mut behind, mut spared) = (Vec::new(), false);
+        let mut small = self.small.clone();
+        let mut main = self.main.clone();
+        let mut behind = Vec::new();
+        let mut spared = false;
         loop {
             if main.is_empty() && std::mem::take(&mut spared) {
                 main = std::mem::take(&mut behind);

@@ -112,7 +112,8 @@ impl Pair {
         if self.settle == Settle::AfterEachStep {
             self.settle();
         }
-        let (ours, theirs) = (self.world.policy.len(), self.reference.len());
+        let ours = self.world.policy.len();
+        let theirs = self.reference.len();
         if ours == theirs { Ok(()) } else { Err(format!("{ours} entries, not {theirs}")) }
     }
 }

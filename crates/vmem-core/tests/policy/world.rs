@@ -101,7 +101,8 @@ impl World {
     /// One slice; true if more is left.
     pub(crate) fn settle(&mut self, steps: usize) -> bool {
         let now = self.tick();
-        let (marks, met) = (&mut self.marks, &mut self.met_busy);
+        let marks = &mut self.marks;
+        let met = &mut self.met_busy;
         self.policy.settle(steps, &mut |id| answer(marks, now, met, id))
     }
 
@@ -112,7 +113,9 @@ impl World {
     /// One call of a pass.
     pub(crate) fn look(&mut self, pass: &mut Pass) -> Pick {
         let now = self.tick();
-        let (marks, met, asked) = (&mut self.marks, &mut self.met_busy, &mut self.asked);
+        let marks = &mut self.marks;
+        let met = &mut self.met_busy;
+        let asked = &mut self.asked;
         let mut steps = 0;
         let pick = self.policy.victim(pass, &mut |id| {
             steps += 1;

@@ -66,7 +66,8 @@ fn one_length(
     count: usize,
     least: f64,
 ) -> Result<()> {
-    let (all, in_flight) = (len * count, (IN_FLIGHT / len).clamp(4, 512).min(count));
+    let all = len * count;
+    let in_flight = (IN_FLIGHT / len).clamp(4, 512).min(count);
     let data = Data::new(env, 2 * count, len);
     // Room for twice the objects at first, and then for new versions beside the old.
     let set =
@@ -91,7 +92,9 @@ fn one_length(
     for way in [Way::Up, Way::Down].repeat(env.scaled(4, 1)) {
         ours.round(way, report)?;
     }
-    let (ours, by_link, by_registered) = (RefCell::new(ours), &link, &registered);
+    let ours = RefCell::new(ours);
+    let by_link = &link;
+    let by_registered = &registered;
     let compared = RefCell::new(std::mem::take(report));
     for way in [Way::Up, Way::Down, Way::Both] {
         let rate = |took: Duration| all as f64 / took.as_secs_f64() / (1 << 30) as f64;
@@ -175,20 +178,32 @@ impl<'a> Ours<'a> {
             Ok(objects)
         })?;
         let reader = Reader::new(user, len)?;
-        let (added, step) = (BTreeMap::new(), env.scaled(COMPARED, 1));
-        Ok(Ours { bench, user, data, reader, objects, added, in_flight, rounds: 0, step })
+        let step = env.scaled(COMPARED, 1);
+        Ok(Ours {
+            bench,
+            user,
+            data,
+            reader,
+            objects,
+            added: BTreeMap::new(),
+            in_flight,
+            rounds: 0,
+            step,
+        })
     }
 
     /// Times one round, and compares what arrived.
     fn round(&mut self, way: Way, report: &mut Report) -> Result<Duration> {
-        let (half, user) = (self.objects.len() / 2, self.user);
+        let half = self.objects.len() / 2;
+        let user = self.user;
         let (up, down) = match way {
             Way::Up => (&self.objects[..], &self.objects[..0]),
             Way::Down => (&self.objects[..0], &self.objects[..]),
             Way::Both => self.objects.split_at(half),
         };
         let at_once = if way == Way::Both { (self.in_flight / 2).max(1) } else { self.in_flight };
-        let (vmem, added) = (&self.bench.vmem, &mut self.added);
+        let vmem = &self.bench.vmem;
+        let added = &mut self.added;
         let took = self.bench.run(async {
             for (_, handle) in &self.objects {
                 vmem.demote(handle, HOST).await.context("demoting")?;

@@ -27,9 +27,11 @@ const IN_FLIGHT: usize = 16;
 const ALIGNED: usize = 4096;
 
 pub(super) fn run(env: &Env) -> Result<Outcome> {
-    let (len, count) = (env.scaled(4 * MIB, 512 * KIB), env.scaled(256, 16));
+    let len = env.scaled(4 * MIB, 512 * KIB);
+    let count = env.scaled(256, 16);
     let all = len * count;
-    let (user, mut report) = (env.user()?, Report::default());
+    let user = env.user()?;
+    let mut report = Report::default();
     let data = Data::new(env, count, len);
     let folder = env.folder()?;
     // Both on the same disk, written one after the other.
@@ -190,7 +192,8 @@ impl RawFile {
     }
 
     fn each_object(&self, seen: impl Fn(usize, &[u8]) -> Result<()> + Sync) -> Result<Duration> {
-        let (next, seen) = (&AtomicUsize::new(0), &seen);
+        let next = &AtomicUsize::new(0);
+        let seen = &seen;
         let begun = Instant::now();
         std::thread::scope(|scope| {
             let read = |buffer: &'_ std::sync::Mutex<Aligned>| {

@@ -53,7 +53,8 @@ const WAYS: [(&str, How); 5] = [
 ];
 
 pub(super) fn run(env: &Env) -> Result<Outcome> {
-    let (blocks, block) = (env.scaled(25, 1), env.scaled(100, 10));
+    let blocks = env.scaled(25, 1);
+    let block = env.scaled(100, 10);
     let data = Data::new(env, 2, LEN);
     let bench = Bench::open(env, 8 * MIB, 64 * MIB, |set| set.disk_capacity(64 * MIB as u64))?;
     let rig = Rig::new(env, &bench, &data)?;
@@ -63,7 +64,11 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
     let compared = RefCell::new(&mut report);
     let mut contenders: Vec<Contender<'_>> = Vec::new();
     for (name, how) in WAYS {
-        let (bench, rig, seen, compared, data) = (&bench, &rig, &seen, &compared, &data);
+        let bench = &bench;
+        let rig = &rig;
+        let seen = &seen;
+        let compared = &compared;
+        let data = &data;
         let round = move || {
             let mut taken = rig.borrow_mut().take().context("a block failed")?;
             let before = processor_time()?;
@@ -150,7 +155,8 @@ struct Rig {
 
 impl Rig {
     fn new(env: &Env, bench: &Bench, data: &Data) -> Result<Self> {
-        let (user, vmem) = (env.user()?, bench.vmem.clone());
+        let user = env.user()?;
+        let vmem = bench.vmem.clone();
         let (handle, changed, pin) = bench.run(async {
             let handle = vmem.put(data.of(0, LEN), HOST).await?;
             let changed = vmem.put(data.of(1, LEN), HOST).await?;
@@ -160,11 +166,23 @@ impl Rig {
         })?;
         let small = Small::new(&user, LEN)?;
         small.from.write(data.of(0, LEN), &user.stream)?;
-        let (begin, end) = (raw::timed_event(&user)?, raw::timed_event(&user)?);
+        let begin = raw::timed_event(&user)?;
+        let end = raw::timed_event(&user)?;
         let signal = Signal::new();
         let sleeper = Sleeper::start(&user, signal)?;
-        let (changes, _pin) = (0, pin);
-        Ok(Rig { user, vmem, handle, changed, changes, small, begin, end, signal, sleeper, _pin })
+        Ok(Rig {
+            user,
+            vmem,
+            handle,
+            changed,
+            changes: 0,
+            small,
+            begin,
+            end,
+            signal,
+            sleeper,
+            _pin: pin,
+        })
     }
 
     /// Works and waits so often, and says how late it was each time, in microseconds.

@@ -30,8 +30,10 @@ const TIMES: usize = 3;
 const RATIOS: [f64; 3] = [0.5, 1.0, 2.0];
 
 pub(super) fn run(env: &Env) -> Result<Outcome> {
-    let (len, held) = (env.scaled(16 * MIB, 256 * KIB), env.scaled(32, 20));
-    let (passes, rounds) = (env.scaled(2, 1), env.scaled(7, 1));
+    let len = env.scaled(16 * MIB, 256 * KIB);
+    let held = env.scaled(32, 20);
+    let passes = env.scaled(2, 1);
+    let rounds = env.scaled(7, 1);
     let mut report = Report::default();
     let model = Model::new(env, len, held)?;
     let copy = model.copy_time(env.scaled(5, 1))?;
@@ -65,7 +67,8 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
         let times = in_turn(rounds, &mut contenders)?;
         drop(contenders);
         let demand = median(&times["on_demand"]);
-        let (compute, copy) = (median(&times["resident"]), median(&times["copies"]));
+        let compute = median(&times["resident"]);
+        let copy = median(&times["copies"]);
         let bound = compute.max(copy);
         let own_demand = median(&times["vmem_no_prefetch"]);
         let of_own = hidden(own_demand, median(&times[OURS]), bound);
@@ -118,8 +121,10 @@ struct Model {
 
 impl Model {
     fn new(env: &Env, len: usize, held: usize) -> Result<Self> {
-        let (user, count) = (env.user()?, held * TIMES);
-        let (data, all) = (Data::new(env, count, len), count * len);
+        let user = env.user()?;
+        let count = held * TIMES;
+        let data = Data::new(env, count, len);
+        let all = count * len;
         let set = |set: vmem::VirtualMemoryConfigBuilder| set.disk_capacity(256 * MIB as u64);
         let bench = Bench::open(env, held * len, all + all / 2 + 64 * MIB, set)?;
         let handles = bench.run(async {

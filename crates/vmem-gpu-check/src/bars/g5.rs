@@ -36,9 +36,12 @@ const GROUPS: usize = 4;
 const SKEW: f64 = 0.99;
 
 pub(super) fn run(env: &Env) -> Result<Outcome> {
-    let (len, held) = (env.scaled(MIB, 64 * KIB), env.scaled(512, 96));
-    let (count, reads) = (held * 3 / 2, env.scaled(4096, 300));
-    let (user, mut report) = (env.user()?, Report::default());
+    let len = env.scaled(MIB, 64 * KIB);
+    let held = env.scaled(512, 96);
+    let count = held * 3 / 2;
+    let reads = env.scaled(4096, 300);
+    let user = env.user()?;
+    let mut report = Report::default();
     let data = Data::new(env, count, len);
     let set = |set: vmem::VirtualMemoryConfigBuilder| set.disk_capacity(256 * MIB as u64);
     let bench = Bench::open(env, held * len, count * len * 2 + 64 * MIB, set)?;
@@ -189,9 +192,11 @@ impl Lru {
         for (object, bytes) in link.host()?.chunks_mut(len).enumerate() {
             bytes.copy_from_slice(data.of(object, len));
         }
-        let (mut slots, mut order) = (Vec::new(), BTreeMap::new());
+        let mut slots = Vec::new();
+        let mut order = BTreeMap::new();
         for at in 0..held + AHEAD {
-            let (ready, read) = (user.context.new_event(None)?, user.context.new_event(None)?);
+            let ready = user.context.new_event(None)?;
+            let read = user.context.new_event(None)?;
             slots.push(Slot { object: None, used: at as u64, ready, read });
             if at < held {
                 order.insert(at as u64, at);
@@ -250,8 +255,11 @@ impl Lru {
     }
 
     fn copy(&self, object: usize, slot: usize) -> Result<()> {
-        let (host, device, len) = (object * self.len, slot * self.len, self.len);
-        let (copies, slot) = (self.link.stream(0), &self.slots[slot]);
+        let host = object * self.len;
+        let device = slot * self.len;
+        let len = self.len;
+        let copies = self.link.stream(0);
+        let slot = &self.slots[slot];
         copies.wait(&slot.read)?;
         self.link.up(0, Piece { host, device, len })?;
         Ok(slot.ready.record(copies)?)

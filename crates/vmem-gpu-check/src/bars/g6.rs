@@ -23,10 +23,14 @@ use crate::user::Env;
 const ALIGNED: usize = 64;
 
 pub(super) fn run(env: &Env) -> Result<Outcome> {
-    let (count, len) = (env.scaled(4096, 256), env.scaled(16 * KIB, 2 * KIB));
-    let (objects, object_len) = (env.scaled(1024, 32), env.scaled(256 * KIB, 32 * KIB));
-    let (all, set_len) = (count * len, objects * object_len);
-    let (user, mut report) = (env.user()?, Report::default());
+    let count = env.scaled(4096, 256);
+    let len = env.scaled(16 * KIB, 2 * KIB);
+    let objects = env.scaled(1024, 32);
+    let object_len = env.scaled(256 * KIB, 32 * KIB);
+    let all = count * len;
+    let set_len = objects * object_len;
+    let user = env.user()?;
+    let mut report = Report::default();
     let data = Data::new(env, objects, object_len);
     let mut rng = env.rng();
     let scattered: Vec<(usize, usize)> = (0..count)

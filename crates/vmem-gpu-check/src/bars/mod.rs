@@ -99,7 +99,8 @@ impl Bench {
     ) -> Result<()> {
         let longest = handles.iter().map(VMemHandle::len).max().unwrap_or(0);
         let mut reader = Reader::new(user, longest)?;
-        let (mut first, mut rest) = (Vec::new(), Vec::new());
+        let mut first = Vec::new();
+        let mut rest = Vec::new();
         for (object, handle) in handles.iter().enumerate() {
             let there = self.vmem.residency(handle)?.vram;
             if there { first.push(object) } else { rest.push(object) }

@@ -135,7 +135,8 @@ impl Link {
             Ok(batch) => batch,
             Err(why) => bail!("there are no batches: {why}"),
         };
-        let (mut to, mut from) = (Vec::new(), Vec::new());
+        let mut to = Vec::new();
+        let mut from = Vec::new();
         let mut lens: Vec<usize> = pieces.iter().map(|piece| piece.len).collect();
         for &piece in pieces {
             let (host, device) = self.places(piece)?;
@@ -168,7 +169,9 @@ impl Link {
     /// Nothing is in device memory any more: what is there from here on was copied from here on.
     pub(super) fn clear_device(&self) -> Result<()> {
         self.wait()?;
-        let (at, len, lane) = (self.device.address, self.device.len, &self.lanes[0]);
+        let at = self.device.address;
+        let len = self.device.len;
+        let lane = &self.lanes[0];
         lane.context().bind_to_thread()?;
         // SAFETY: the link's own memory, on its own stream.
         let cleared = unsafe { result::memset_d8_async(at, 0, len, lane.cu_stream()) };
@@ -201,7 +204,8 @@ impl Link {
     /// Queues a kernel that copies the rows into device memory, one behind the other.
     pub(super) fn rows(&self, user: &User, lane: usize) -> Result<()> {
         let rows = self.rows.as_ref().context("no rows were set")?;
-        let (count, len) = (rows.count as u64, rows.len as u64);
+        let count = rows.count as u64;
+        let len = rows.len as u64;
         let arguments = [self.device.address, rows.addresses.address, count, len];
         // A block for each row.
         let threads = count * 256;
@@ -293,11 +297,16 @@ impl BatchCopy {
     ) -> Result<()> {
         let count = to.len();
         ensure!(count > 0 && from.len() == count && lens.len() == count, "lists of one length");
-        let (to, from, lens) = (to.as_mut_ptr(), from.as_mut_ptr(), lens.as_mut_ptr());
+        let to = to.as_mut_ptr();
+        let from = from.as_mut_ptr();
+        let lens = lens.as_mut_ptr();
         let mut attributes = Attributes { source_order: ORDER_ANY, ..Attributes::default() };
         // They are those of all copies from the first on.
-        let (mut first, mut failed) = (0_usize, 0_usize);
-        let (attributes, first, stream) = (&raw mut attributes, &raw mut first, stream.cu_stream());
+        let mut first = 0_usize;
+        let mut failed = 0_usize;
+        let attributes = &raw mut attributes;
+        let first = &raw mut first;
+        let stream = stream.cu_stream();
         let code = match self {
             BatchCopy::V1(copy) => {
                 // SAFETY: the lists are that long, and the caller promises what they point to.
@@ -341,7 +350,8 @@ impl Sink {
         count: usize,
         stream: &Arc<CudaStream>,
     ) -> Result<Self> {
-        let (scratch, samples) = (user.allocate(len)?, user.allocate(count * SAMPLE)?);
+        let scratch = user.allocate(len)?;
+        let samples = user.allocate(count * SAMPLE)?;
         Ok(Sink { scratch, samples, stream: stream.clone() })
     }
 
@@ -389,7 +399,9 @@ impl Sink {
 
     /// Nothing was read: what is kept from here on was read from here on.
     pub(super) fn forget(&self) -> Result<()> {
-        let (to, len, stream) = (self.samples.address, self.samples.len, self.stream.cu_stream());
+        let to = self.samples.address;
+        let len = self.samples.len;
+        let stream = self.stream.cu_stream();
         self.stream.context().bind_to_thread()?;
         // SAFETY: the sink's own memory, on its own stream.
         unsafe { result::memset_d8_async(to, 0, len, stream) }.context("clearing samples")
@@ -450,7 +462,8 @@ impl Reader {
         self.stream.context().bind_to_thread()?;
         // SAFETY: it is read on the stream of the lease, before that is dropped.
         let from = unsafe { lease.device_ptr() };
-        let (into, stream) = (self.into.address(), self.stream.cu_stream());
+        let into = self.into.address();
+        let stream = self.stream.cu_stream();
         // SAFETY: the memory is this type's, which waits below.
         let copied = unsafe { sys::cuMemcpyDtoHAsync_v2(into.cast(), from, lease.len(), stream) };
         let waited = self.stream.synchronize();
@@ -521,7 +534,9 @@ impl Small {
 
     /// Queues a copy within device memory.
     pub(super) fn copy(&self, stream: &CudaStream) -> Result<()> {
-        let (to, from, len) = (self.to.address, self.from.address, self.from.len);
+        let to = self.to.address;
+        let from = self.from.address;
+        let len = self.from.len;
         stream.context().bind_to_thread()?;
         // SAFETY: both are that long, and the driver waits for the copy before it frees them.
         unsafe { result::memcpy_dtod_async(to, from, len, stream.cu_stream()) }.context("a copy")

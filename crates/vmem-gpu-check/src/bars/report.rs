@@ -41,7 +41,8 @@ impl Report {
     ///
     /// If a byte differs, which makes the figures worthless.
     pub(super) fn same(&mut self, what: &str, found: &[u8], expected: &[u8]) -> Result<()> {
-        let (len, wanted) = (found.len(), expected.len());
+        let len = found.len();
+        let wanted = expected.len();
         ensure!(len == wanted, "{what}: {len} bytes, not {wanted}");
         if found != expected {
             let differs = found.iter().zip(expected).position(|(a, b)| a != b).unwrap_or(len);

@@ -47,7 +47,8 @@ pub(super) fn slow_host_function(env: &Env) -> Result<Outcome> {
         TOLD.store(true, Ordering::SeqCst);
     }
     let launch = |stream: &CudaStream, function: unsafe extern "C" fn(*mut c_void)| {
-        let (stream, nothing) = (stream.cu_stream(), std::ptr::null_mut());
+        let stream = stream.cu_stream();
+        let nothing = std::ptr::null_mut();
         // SAFETY: the functions need no argument.
         unsafe { result::stream::launch_host_function(stream, function, nothing) }
     };
@@ -60,7 +61,8 @@ pub(super) fn slow_host_function(env: &Env) -> Result<Outcome> {
         Ok(begun.elapsed())
     };
     let user = env.user()?;
-    let (work, notices) = (user.context.new_stream()?, user.context.new_stream()?);
+    let work = user.context.new_stream()?;
+    let notices = user.context.new_stream()?;
     launch(&user.stream, slow)?;
     until("the slow function", &RUNS)?;
     let event = work.record_event(None)?;
@@ -71,7 +73,8 @@ pub(super) fn slow_host_function(env: &Env) -> Result<Outcome> {
         ensure!(begun.elapsed() < Duration::from_secs(20), "the event does not come");
         std::thread::yield_now();
     }
-    let (event_us, beside) = (begun.elapsed().as_micros() as u64, !ENDED.load(Ordering::SeqCst));
+    let event_us = begun.elapsed().as_micros() as u64;
+    let beside = !ENDED.load(Ordering::SeqCst);
     let late = until("the notice", &TOLD)?;
     user.stream.synchronize()?;
     // The watchdog of vmem asks events, not notices.
@@ -119,9 +122,11 @@ pub(super) fn registration_sizes(env: &Env) -> Result<Outcome> {
 pub(super) fn waiting(env: &Env) -> Result<Outcome> {
     let user = env.user()?;
     let kernels = user.context.new_stream()?;
-    let (event, stream) = (user.context.new_event(None)?, user.context.new_stream()?);
+    let event = user.context.new_event(None)?;
+    let stream = user.context.new_stream()?;
     let device = user.allocate(4096)?;
-    let (source, mut target) = (user.pinned(4096)?, user.pinned(4096)?);
+    let source = user.pinned(4096)?;
+    let mut target = user.pinned(4096)?;
     let mut known = Mapped::new(2 * MIB)?;
     let mut fresh = Mapped::new(2 * MIB)?;
     known.bytes().fill(1);
@@ -193,12 +198,14 @@ pub(super) fn waiting(env: &Env) -> Result<Outcome> {
     timed("register", 1, &mut || none(fresh.register(0, 2 * MIB), "registering"))?;
     timed("unregister", 1, &mut || none(known.unregister(0), "unregistering"))?;
     // Freed behind the kernels.
-    let (mut allocated, mut pages) = (None, None);
+    let mut allocated = None;
+    let mut pages = None;
     timed("allocate", 1, &mut || {
         allocated = Some(user.allocate(2 * MIB)?);
         Ok(())
     })?;
-    let (one, host) = (user.allocate(2 * MIB)?, user.pinned(2 * MIB)?);
+    let one = user.allocate(2 * MIB)?;
+    let host = user.pinned(2 * MIB)?;
     let mut one = Some(one);
     timed("free", 1, &mut || {
         one.take();

@@ -12,7 +12,8 @@ const SPIN: Duration = Duration::from_millis(20);
 /// 7: eviction right after a kernel wrote on another stream. The host copy holds the kernel's output.
 pub(super) fn leaves_after_a_kernel(env: &Env) -> Result<Outcome> {
     env.block_on(async {
-        let (len, rounds) = (300 * KIB + 7, env.scaled(200, 30));
+        let len = 300 * KIB + 7;
+        let rounds = env.scaled(200, 30);
         let vmem = env.store(len * 3, 64 * MIB, |set| set).await?;
         let user = env.user()?;
         let mut rng = env.rng();
@@ -52,7 +53,8 @@ pub(super) fn leaves_after_a_kernel(env: &Env) -> Result<Outcome> {
 /// 8: reuse of a device range that a slow kernel still reads. The old reader sees the old bytes.
 pub(super) fn reused_under_a_reader(env: &Env) -> Result<Outcome> {
     env.block_on(async {
-        let (len, rounds) = (256 * KIB, env.scaled(100, 20));
+        let len = 256 * KIB;
+        let rounds = env.scaled(100, 20);
         // Room for two.
         let vmem = env.store(2 * len, 64 * MIB, |set| set.max_pinned(1.0)).await?;
         let user = env.user()?;
@@ -95,7 +97,8 @@ pub(super) fn reused_under_a_reader(env: &Env) -> Result<Outcome> {
 /// for as a whole.
 pub(super) fn freed_under_a_kernel(env: &Env) -> Result<Outcome> {
     env.block_on(async {
-        let (len, rounds) = (256 * KIB, env.scaled(60, 15));
+        let len = 256 * KIB;
+        let rounds = env.scaled(60, 15);
         let vmem = env.store(4 * len, 64 * MIB, |set| set).await?;
         let user = env.user()?;
         for round in 0..rounds as u64 {
@@ -137,7 +140,8 @@ pub(super) fn freed_under_a_kernel(env: &Env) -> Result<Outcome> {
 /// 10: a tier of three equal objects; tasks take {A, B} and {C, D} in opposite orders. All finish; a set of four fails at once.
 pub(super) fn sets(env: &Env) -> Result<Outcome> {
     env.block_on(async {
-        let (len, rounds) = (128 * KIB, env.scaled(500, 100));
+        let len = 128 * KIB;
+        let rounds = env.scaled(500, 100);
         let set = |set: vmem::VirtualMemoryConfigBuilder| set.max_pinned(1.0);
         let vmem = env.store(3 * len, 64 * MIB, set).await?;
         let mut objects = Vec::new();
@@ -158,13 +162,16 @@ pub(super) fn sets(env: &Env) -> Result<Outcome> {
         ensure!(begun.elapsed() < Duration::from_secs(10), "at once");
         let mut tasks = Vec::new();
         for task in 0..8_usize {
-            let (vmem, objects, device) = (vmem.clone(), objects.clone(), env.device);
+            let vmem = vmem.clone();
+            let objects = objects.clone();
+            let device = env.device;
             tasks.push(tokio::spawn(async move {
                 let stream = crate::user::stream(device)?;
                 for round in 0..rounds {
                     let pair = if task % 2 == 0 { [0, 1] } else { [2, 3] };
                     let pair = if (task / 2 + round) % 2 == 0 { pair } else { [pair[1], pair[0]] };
-                    let (first, second) = (&objects[pair[0]], &objects[pair[1]]);
+                    let first = &objects[pair[0]];
+                    let second = &objects[pair[1]];
                     let set = vmem.device_set(&stream);
                     let writes = (task + round) % 3 == 0;
                     let set = match writes {
@@ -196,7 +203,8 @@ pub(super) fn sets(env: &Env) -> Result<Outcome> {
 /// notices.
 pub(super) fn neighbours(env: &Env) -> Result<Outcome> {
     env.block_on(async {
-        let (len, rounds) = (200 * KIB, env.scaled(300, 40));
+        let len = 200 * KIB;
+        let rounds = env.scaled(300, 40);
         let vmem = env.store(4 * len, 64 * MIB, |set| set).await?;
         let mut objects = Vec::new();
         for object in 0..8 {
@@ -204,7 +212,8 @@ pub(super) fn neighbours(env: &Env) -> Result<Outcome> {
         }
         let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
         let own = env.user()?;
-        let (device, stopped) = (env.device, stop.clone());
+        let device = env.device;
+        let stopped = stop.clone();
         let library = std::thread::spawn(move || crate::user::capture_until(device, &stopped));
         for round in 0..rounds {
             for handle in &objects {

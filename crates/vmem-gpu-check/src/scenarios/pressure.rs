@@ -10,7 +10,8 @@ use vmem::VirtualMemoryError;
 /// 1: staging exhaustion. Host memory is held, and 32 tasks read from disk to the device: all finish, and nobody spins.
 pub(super) fn staging(env: &Env) -> Result<Outcome> {
     env.block_on(async {
-        let (len, space) = (MIB + 13, 8 * MIB);
+        let len = MIB + 13;
+        let space = 8 * MIB;
         let staging = 2 * MIB;
         let set = |set: vmem::VirtualMemoryConfigBuilder| {
             set.staging_capacity(staging as u64).max_pinned(1.0)
@@ -23,19 +24,23 @@ pub(super) fn staging(env: &Env) -> Result<Outcome> {
             objects.push(handle);
         }
         // Bytes that are held take all of object space that one more object could have.
-        let (mut held, mut fillers) = (Vec::new(), Vec::new());
+        let mut held = Vec::new();
+        let mut fillers = Vec::new();
         while vmem.stats().host.largest_free_bytes >= 256 * KIB as u64 {
             let filler = vmem.put(bytes(1000, 0, 256 * KIB), HOST).await?;
             held.push(vmem.read(&filler).await?);
             fillers.push(filler);
         }
-        let (before, begun, host) = (processor_time()?, Instant::now(), vmem.stats().host.used_bytes);
+        let before = processor_time()?;
+        let begun = Instant::now();
+        let host = vmem.stats().host.used_bytes;
         if let Some(emulator) = &env.emulator {
             emulator.delay(vmem_cuda_emulator::Kind::Up, 10_000);
         }
         let promotes = objects.iter().map(|handle| vmem.promote(handle, VRAM));
         futures::future::try_join_all(promotes).await.context("with host memory held")?;
-        let (took, spent) = (begun.elapsed(), processor_time()?.saturating_sub(before));
+        let took = begun.elapsed();
+        let spent = processor_time()?.saturating_sub(before);
         if let Some(emulator) = &env.emulator {
             emulator.delay(vmem_cuda_emulator::Kind::Up, 0);
         }
@@ -63,7 +68,8 @@ pub(super) fn all_pinned(env: &Env) -> Result<Outcome> {
             |set: vmem::VirtualMemoryConfigBuilder| set.max_pinned(1.0).wait_timeout(deadline);
         let vmem = env.store(4 * len, 64 * MIB, set).await?;
         let user = env.user()?;
-        let (mut pins, mut objects) = (Vec::new(), Vec::new());
+        let mut pins = Vec::new();
+        let mut objects = Vec::new();
         for object in 0..3 {
             let handle = vmem.put(bytes(object, 0, len), HOST).await?;
             pins.push(vmem.pin(&handle, VRAM).await?);
@@ -72,9 +78,11 @@ pub(super) fn all_pinned(env: &Env) -> Result<Outcome> {
         let leased = vmem.put(bytes(3, 0, len), HOST).await?;
         let lease = vmem.device_on(&leased, &user.stream).await?;
         let other = vmem.put(bytes(4, 0, len), HOST).await?;
-        let (before, begun) = (processor_time()?, Instant::now());
+        let before = processor_time()?;
+        let begun = Instant::now();
         let refused = vmem.promote(&other, VRAM).await;
-        let (took, spent) = (begun.elapsed(), processor_time()?.saturating_sub(before));
+        let took = begun.elapsed();
+        let spent = processor_time()?.saturating_sub(before);
         match refused {
             Err(VirtualMemoryError::AllPinned { tier, pinned_bytes, capacity_bytes, .. }) => {
                 ensure!(
@@ -115,7 +123,8 @@ pub(super) fn all_pinned(env: &Env) -> Result<Outcome> {
 /// 21: random sizes, with the device full and nothing pinned: everything that fits it comes up.
 pub(super) fn fragments(env: &Env) -> Result<Outcome> {
     env.block_on(async {
-        let (vram, steps) = (env.scaled(256 * MIB, 16 * MIB), env.scaled(20_000, 1500));
+        let vram = env.scaled(256 * MIB, 16 * MIB);
+        let steps = env.scaled(20_000, 1500);
         let vmem = env.store(vram, 4 * vram, |set| set).await?;
         let mut rng = env.rng();
         let largest = (vram / 4) as f64;

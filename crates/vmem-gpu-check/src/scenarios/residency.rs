@@ -13,7 +13,8 @@ use vmem::gpu::DeviceTarget;
 /// 4: calls dropped at every point at which they wait. Nothing is corrupt, and nothing is left.
 pub(super) fn dropped(env: &Env) -> Result<Outcome> {
     env.block_on(async {
-        let (len, calls) = (96 * KIB + 3, env.scaled(20_000, 3000));
+        let len = 96 * KIB + 3;
+        let calls = env.scaled(20_000, 3000);
         let vmem = env.store(5 * len, 64 * MIB, |set| set).await?;
         let mut objects = Vec::new();
         for object in 0..12 {
@@ -21,14 +22,17 @@ pub(super) fn dropped(env: &Env) -> Result<Outcome> {
         }
         let mut tasks = Vec::new();
         for task in 0..4_u64 {
-            let (vmem, objects, device) = (vmem.clone(), objects.clone(), env.device);
+            let vmem = vmem.clone();
+            let objects = objects.clone();
+            let device = env.device;
             let mut rng = SmallRng::seed_from_u64(env.seed ^ (task << 32));
             tasks.push(tokio::spawn(async move {
                 let stream = crate::user::stream(device)?;
                 let mut dropped = 0;
                 for _ in 0..calls / 4 {
                     let object = rng.random_range(0..objects.len());
-                    let (handle, polls) = (&objects[object], rng.random_range(0..12));
+                    let handle = &objects[object];
+                    let polls = rng.random_range(0..12);
                     let ended = match rng.random_range(0..8) {
                         0 => dropped_after(polls, vmem.promote(handle, VRAM)).await.is_some(),
                         1 => dropped_after(polls, vmem.demote(handle, HOST)).await.is_some(),
@@ -78,18 +82,24 @@ pub(super) fn dropped(env: &Env) -> Result<Outcome> {
 /// 6: readers hammer an object that is promoted and demoted. Every read is a version that was written, in order.
 pub(super) fn evicted_under_readers(env: &Env) -> Result<Outcome> {
     env.block_on(async {
-        let (len, moves) = (24 * KIB, env.scaled(100_000, 4000));
+        let len = 24 * KIB;
+        let moves = env.scaled(100_000, 4000);
         let vmem = env.store(4 * MIB, 16 * MIB, |set| set).await?;
         let handle = vmem.put(bytes(1, 0, len), HOST).await?;
         // What is being written, and what has been.
-        let (begun, done) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let begun = Arc::new(AtomicU64::new(0));
+        let done = Arc::new(AtomicU64::new(0));
         let stop = Arc::new(AtomicBool::new(false));
         let mut readers = Vec::new();
         for reader in 0..4 {
-            let (vmem, handle, begun, done, stop) =
-                (vmem.clone(), handle.clone(), begun.clone(), done.clone(), stop.clone());
+            let vmem = vmem.clone();
+            let handle = handle.clone();
+            let begun = begun.clone();
+            let done = done.clone();
+            let stop = stop.clone();
             readers.push(tokio::spawn(async move {
-                let (mut seen, mut reads) = (0, 0_u64);
+                let mut seen = 0;
+                let mut reads = 0_u64;
                 while !stop.load(Ordering::SeqCst) {
                     let least = done.load(Ordering::SeqCst).max(seen);
                     let read = vmem.read(&handle).await?;
@@ -104,9 +114,11 @@ pub(super) fn evicted_under_readers(env: &Env) -> Result<Outcome> {
                 anyhow::Ok(reads)
             }));
         }
-        let (mut rng, user) = (env.rng(), env.user()?);
+        let mut rng = env.rng();
+        let user = env.user()?;
         let limit = Instant::now() + Duration::from_secs(env.scaled(120, 10) as u64);
-        let (mut moved, mut version) = (0, 0);
+        let mut moved = 0;
+        let mut version = 0;
         while moved < moves && Instant::now() < limit {
             match rng.random_range(0..8) {
                 0 => {
@@ -155,8 +167,10 @@ pub(super) fn closed(env: &Env) -> Result<Outcome> {
         let mut tasks = Vec::new();
         let mut rng = env.rng();
         for _ in 0..operations {
-            let (vmem, handle) = (vmem.clone(), objects[rng.random_range(0..100)].clone());
-            let (kind, device) = (rng.random_range(0..5), env.device);
+            let vmem = vmem.clone();
+            let handle = objects[rng.random_range(0..100)].clone();
+            let kind = rng.random_range(0..5);
+            let device = env.device;
             tasks.push(tokio::spawn(async move {
                 match kind {
                     0 => vmem.promote(&handle, VRAM).await,
@@ -178,7 +192,8 @@ pub(super) fn closed(env: &Env) -> Result<Outcome> {
         vmem.close().await.context("closing")?;
         let took = begun.elapsed();
         ensure!(took < Duration::from_secs(45), "it took {took:?} to close");
-        let (mut ended, mut refused) = (0, 0);
+        let mut ended = 0;
+        let mut refused = 0;
         for task in tasks {
             match task.await? {
                 Ok(()) => ended += 1,
@@ -210,7 +225,8 @@ pub(super) fn closed(env: &Env) -> Result<Outcome> {
 /// 31: slabs of host memory are given back and committed again while copies run over others. Bytes are right everywhere.
 pub(super) fn slabs(env: &Env) -> Result<Outcome> {
     env.block_on(async {
-        let (host, rounds) = (env.scaled(256 * MIB, 6 * MIB), env.scaled(400, 120));
+        let host = env.scaled(256 * MIB, 6 * MIB);
+        let rounds = env.scaled(400, 120);
         let set = |set: vmem::VirtualMemoryConfigBuilder| set.staging_capacity((host / 16) as u64);
         let vmem = env.store(env.scaled(512 * MIB, 32 * MIB), host, set).await?;
         // Whole slabs have memory now, and are registered as it passes.
@@ -220,7 +236,8 @@ pub(super) fn slabs(env: &Env) -> Result<Outcome> {
         vmem.free(large).await?;
         let mut tasks = Vec::new();
         for task in 0..4_u64 {
-            let (vmem, device) = (vmem.clone(), env.device);
+            let vmem = vmem.clone();
+            let device = env.device;
             let mut rng = SmallRng::seed_from_u64(env.seed ^ (task << 40));
             tasks.push(tokio::spawn(async move {
                 let stream = crate::user::stream(device)?;

@@ -107,7 +107,8 @@ pub(super) fn errors(env: &Env) -> Result<Outcome> {
 pub(super) fn notices(env: &Env) -> Result<Outcome> {
     let emulator = emulator(env)?;
     env.block_on(async {
-        let (len, objects) = (64 * KIB, 24_u64);
+        let len = 64 * KIB;
+        let objects = 24_u64;
         let vmem = env.store(64 * MIB, 64 * MIB, |set| set).await?;
         let user = env.user()?;
         let mut handles = Vec::new();
@@ -139,7 +140,8 @@ pub(super) fn notices(env: &Env) -> Result<Outcome> {
         let promotes: Vec<_> = handles
             .iter()
             .map(|handle| {
-                let (vmem, handle) = (vmem.clone(), handle.clone());
+                let vmem = vmem.clone();
+                let handle = handle.clone();
                 tokio::spawn(async move { vmem.promote(&handle, VRAM).await })
             })
             .collect();

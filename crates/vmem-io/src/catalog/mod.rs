@@ -92,8 +92,8 @@ impl NameCatalog {
             let file = files.open(CATALOG_FILE)?;
             // It got its name with a commit in it: redb would take an empty file for a new one.
             if file.metadata().map_err(io)?.len() == 0 {
-                let (path, reason) = (inner.path, "it is empty".into());
-                return Err(VirtualMemoryError::Damaged { path, reason });
+                let reason = "it is empty".into();
+                return Err(VirtualMemoryError::Damaged { path: inner.path, reason });
             }
             taken = inner.load(through(Storage::of_file(file)).map_err(io)?)?;
             *inner.identity.get_mut() = identity(&files);
@@ -258,7 +258,8 @@ impl Catalog for NameCatalog {
     fn close(&self) -> Answer<()> {
         self.snapshots.begin_close();
         self.pool.begin_close();
-        let (snapshots, pool) = (self.snapshots.closed(), self.pool.closed());
+        let snapshots = self.snapshots.closed();
+        let pool = self.pool.closed();
         let inner = Arc::clone(&self.inner);
         async move {
             snapshots.await;

@@ -106,7 +106,8 @@ fn share(_from: &File, _to: &File) -> bool {
 /// Copies inside of the kernel, at most so many bytes.
 #[cfg(target_os = "linux")]
 fn copy_inside(from: &File, to: &File, at: u64, len: usize) -> io::Result<usize> {
-    let (mut off_in, mut off_out) = (at, at);
+    let mut off_in = at;
+    let mut off_out = at;
     Ok(rustix::fs::copy_file_range(from, Some(&mut off_in), to, Some(&mut off_out), len)?)
 }
 
@@ -157,7 +158,8 @@ mod tests {
 
     #[test]
     fn copied_runs_are_those_of_the_source_across_syncs() {
-        let (from, to) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        let from = tempfile::tempfile().unwrap();
+        let to = tempfile::tempfile().unwrap();
         let len = 2 * DIRTY_BYTES + 4096;
         let byte = |at: u64| (at / 512 * 31 % 251) as u8;
         let bytes: Vec<u8> = (0..len).map(byte).collect();

@@ -228,7 +228,8 @@ mod tests {
         let below = expected.clone();
         let overlay = Overlay::over(Storage::of_file(file.try_clone().unwrap())).unwrap();
         for _ in 0..2_000 {
-            let (offset, len) = (rng.random_range(0..40_000), rng.random_range(0..9_000));
+            let offset = rng.random_range(0..40_000);
+            let len = rng.random_range(0..9_000);
             match rng.random_range(0..10) {
                 0 => {
                     overlay.set_len(offset as u64).unwrap();

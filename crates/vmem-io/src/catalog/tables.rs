@@ -294,7 +294,8 @@ pub(super) fn summary(db: &Database) -> Result<Summary, Failure> {
         }
     }
     if due.len() as u64 != head.names {
-        let (found, names) = (due.len(), head.names);
+        let found = due.len();
+        let names = head.names;
         return Err(Failure::Damaged(format!("{found} of {names} names are there")));
     }
     let mut taken = Vec::with_capacity(due.len());
@@ -361,7 +362,8 @@ pub(super) fn copy(
     into: &Database,
     bytes_first: impl FnOnce(Vec<(u64, u32)>) -> std::io::Result<()>,
 ) -> Result<(), Failure> {
-    let (source, mut target) = (from.begin_read()?, into.begin_write()?);
+    let source = from.begin_read()?;
+    let mut target = into.begin_write()?;
     target.set_two_phase_commit(true);
     let mut taken = Vec::new();
     {

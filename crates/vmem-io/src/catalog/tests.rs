@@ -47,8 +47,11 @@ fn a_catalog_of_another_version_is_refused_and_left_as_it_is() {
 /// An object of no bytes, with the first letter of its name as its number.
 fn put(name: &str) -> Vec<CatalogChange> {
     let id = name.as_bytes()[0].into();
-    let (version, modified) = (id, SystemTime::UNIX_EPOCH);
-    let (len, home, metadata) = (0, MemoryTier::Disk, Bytes::new());
+    let version = id;
+    let modified = SystemTime::UNIX_EPOCH;
+    let len = 0;
+    let home = MemoryTier::Disk;
+    let metadata = Bytes::new();
     let record = CatalogRecord { id, version, modified, len, home, metadata };
     let segment = CatalogChange::Segment { id, segment: 0, chunks: Vec::new() };
     vec![CatalogChange::Put { name: name.into(), record }, segment]

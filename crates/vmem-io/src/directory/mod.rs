@@ -134,7 +134,8 @@ impl StoreDirectory {
     fn lock(path: PathBuf, temporary: bool) -> Result<(Files, bool), VirtualMemoryError> {
         let directory = File::open(&path).map_err(|error| refused(&path, error))?;
         let (lock, used_before) = owner::take_lock(&path, &directory, temporary)?;
-        let (directory, lock) = (Arc::new(directory), Arc::new(lock));
+        let directory = Arc::new(directory);
+        let lock = Arc::new(lock);
         let user = rustix::process::geteuid().as_raw();
         Ok((Files { path, directory, lock, data: None, user }, used_before))
     }

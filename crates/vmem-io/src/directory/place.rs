@@ -74,7 +74,8 @@ pub(super) fn create(path: &Path) -> Result<(PathBuf, Made), VirtualMemoryError>
 
 /// Refuses a directory that holds something and no store.
 pub(super) fn check_foreign(path: &Path) -> Result<(), VirtualMemoryError> {
-    let (mut store, mut foreign) = (false, None);
+    let mut store = false;
+    let mut foreign = None;
     let listed = each_entry(path, |name| {
         store |= name == LOCK_FILE;
         if !OWN_FILES.iter().any(|own| name == *own) {
@@ -101,7 +102,8 @@ pub(super) fn check_foreign(path: &Path) -> Result<(), VirtualMemoryError> {
 
 /// Refuses a directory that holds anything.
 pub(super) fn check_empty(path: &Path) -> Result<(), VirtualMemoryError> {
-    let (mut store, mut found) = (false, None);
+    let mut store = false;
+    let mut found = None;
     each_entry(path, |name| {
         store |= name == LOCK_FILE;
         found = Some(name.to_owned());

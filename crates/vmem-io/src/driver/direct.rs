@@ -71,7 +71,8 @@ impl Alignment {
 /// and reads them back.
 fn round_trip(scratch: &File, align: usize) -> io::Result<()> {
     let mut bounce = BounceBudget::new().take(16 * align);
-    let (at, len) = (align..4 * align, 3 * align);
+    let at = align..4 * align;
+    let len = 3 * align;
     let pattern: Vec<u8> = (0..len).map(|n| (n % 251) as u8 ^ 0x5a).collect();
     let bytes = bounce.bytes_mut();
     bytes[at.clone()].copy_from_slice(&pattern);

@@ -541,7 +541,9 @@ fn plan_read(
 ) -> io::Result<()> {
     let target = buf.get_mut(piece.range.clone()).ok_or_else(outside)?;
     check_end(piece.offset, target.len() as u64)?;
-    let (len, region, block) = (target.len(), Region::of_mut(target), align.offset as usize);
+    let len = target.len();
+    let region = Region::of_mut(target);
+    let block = align.offset as usize;
     let begins =
         piece.offset.is_multiple_of(block as u64) && region.is_aligned(align.memory as usize);
     let whole = len - len % block;
@@ -573,7 +575,8 @@ fn plan_write(
     run: &WriteRun,
     align: Alignment,
 ) -> io::Result<()> {
-    let (total, block) = (run.len(), u64::from(align.offset));
+    let total = run.len();
+    let block = u64::from(align.offset);
     check_end(run.offset, total)?;
     if !run.offset.is_multiple_of(block) || !total.is_multiple_of(block) {
         let why = "direct I/O writes whole blocks";

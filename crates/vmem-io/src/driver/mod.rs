@@ -134,7 +134,8 @@ impl Default for RingOptions {
 impl RingOptions {
     /// Limits that cannot work are moved to the nearest that can.
     fn clamped(self) -> Self {
-        let (queue_max, rings) = (self.queue_max.clamp(1, 4096), self.rings.clamp(1, 64));
+        let queue_max = self.queue_max.clamp(1, 4096);
+        let rings = self.rings.clamp(1, 64);
         let block_bytes = self.block_bytes.clamp(512, 65536).next_power_of_two();
         RingOptions { queue_max, rings, block_bytes, ..self }
     }

@@ -130,7 +130,8 @@ impl TokioUring {
     fn add_lane(&mut self, number: usize, file: File) -> io::Result<()> {
         let lane = Arc::new(Lane::default());
         let (report, reported) = mpsc::sync_channel(1);
-        let (own, ended) = (Arc::clone(&lane), Arc::clone(&self.ended));
+        let own = Arc::clone(&lane);
+        let ended = Arc::clone(&self.ended);
         ended.live.fetch_add(1, Ordering::AcqRel);
         let body = move || {
             let _ending = Ending(ended);

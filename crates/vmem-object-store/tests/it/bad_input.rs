@@ -21,7 +21,8 @@ fn vmem_reason(error: &object_store::Error) -> Option<&VirtualMemoryError> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn names_beyond_the_limit_are_refused_by_every_call() {
     let store = open(HOST).await;
-    let (long, there) = (Path::from("x".repeat(1025)), Path::from("there"));
+    let long = Path::from("x".repeat(1025));
+    let there = Path::from("there");
     store.put(&there, "kept".into()).await.unwrap();
     let outcomes = [
         store.put(&long, "y".into()).await.map(drop),
@@ -99,7 +100,8 @@ async fn updates_of_what_is_no_version_fail_and_change_nothing() {
     let path = Path::from("updated");
     let tag = store.put(&path, "one".into()).await.unwrap().e_tag.unwrap();
     let update = |e_tag: Option<&str>, version: Option<&str>| {
-        let (e_tag, version) = (e_tag.map(str::to_owned), version.map(str::to_owned));
+        let e_tag = e_tag.map(str::to_owned);
+        let version = version.map(str::to_owned);
         PutOptions::from(PutMode::Update(UpdateVersion { e_tag, version }))
     };
     let error = store.put_opts(&path, "x".into(), update(None, None)).await.unwrap_err();

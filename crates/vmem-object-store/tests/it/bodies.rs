@@ -18,7 +18,8 @@ const HOST: u64 = 8 << 20;
 async fn body_stays_of_one_version_while_its_name_is_replaced() {
     let store = open(HOST).await;
     let path = Path::from("page");
-    let (old, new) = (bytes_of(1, 3 << 20), bytes_of(2, 2 << 20));
+    let old = bytes_of(1, 3 << 20);
+    let new = bytes_of(2, 2 << 20);
     let put = store.put(&path, old.clone().into()).await.unwrap();
     let got = store.get(&path).await.unwrap();
     assert_eq!(got.meta.e_tag, put.e_tag);
@@ -182,7 +183,8 @@ async fn tag_of_a_put_that_was_replaced_already_is_that_of_nothing() {
     let store = open(HOST).await;
     let mut late = 0;
     for attempt in 0..ATTEMPTS {
-        let (name, path) = (format!("late/{attempt}"), Path::from(format!("late/{attempt}")));
+        let name = format!("late/{attempt}");
+        let path = Path::from(format!("late/{attempt}"));
         let mut first = Box::pin(store.put(&path, "first".into()));
         let mut ready = false;
         while !ready && store.vmem().entry(&name).await.is_err() {

@@ -33,7 +33,8 @@ async fn names_that_are_no_paths_are_passed_over() {
 
     // Pages count what is passed over, and still come to the end.
     let mut options = PaginatedListOptions { max_keys: Some(1), ..Default::default() };
-    let (mut seen, mut pages) = (Vec::new(), 0);
+    let mut seen = Vec::new();
+    let mut pages = 0;
     loop {
         let page = store.list_paginated(None, options.clone()).await.unwrap();
         seen.extend(page.result.objects.into_iter().map(|meta| meta.location.to_string()));
@@ -64,7 +65,9 @@ async fn foreign_metadata_survive_a_copy_and_read_as_no_attributes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn attributes_move_and_are_copied_with_their_object() {
     let store = open(HOST).await;
-    let (from, copy, moved) = (Path::from("from"), Path::from("copy"), Path::from("moved"));
+    let from = Path::from("from");
+    let copy = Path::from("copy");
+    let moved = Path::from("moved");
     let attributes = Attributes::from_iter([(Attribute::ContentType, "image/png")]);
     let bytes = bytes_of(1, 3 << 20);
     store.put_opts(&from, bytes.clone().into(), attributes.clone().into()).await.unwrap();
@@ -81,7 +84,8 @@ async fn attributes_move_and_are_copied_with_their_object() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rename_that_must_not_replace_does_not() {
     let store = open(HOST).await;
-    let (from, to) = (Path::from("from"), Path::from("to"));
+    let from = Path::from("from");
+    let to = Path::from("to");
     store.put(&from, "one".into()).await.unwrap();
     store.put(&to, "two".into()).await.unwrap();
     for target in [&to, &from] {

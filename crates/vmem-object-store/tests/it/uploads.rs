@@ -132,7 +132,8 @@ async fn parts_with_numbers_arrive_in_any_order_and_twice() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn upload_with_an_id_is_of_its_path_and_goes_when_aborted() {
     let store = open(HOST).await;
-    let (path, other) = (Path::from("mine"), Path::from("yours"));
+    let path = Path::from("mine");
+    let other = Path::from("yours");
     let before = taken(&store);
     let id = store.create_multipart(&path).await.unwrap();
     store.put_part(&path, &id, 0, bytes_of(1, PART).into()).await.unwrap();
@@ -163,7 +164,8 @@ async fn parts_one_after_the_other_are_written_once() {
         upload.put_part(bytes_of(n, PART).into()).await.unwrap();
     }
     upload.complete().await.unwrap();
-    let (disk, total) = (store.vmem().stats().disk, PARTS * PART as u64);
+    let disk = store.vmem().stats().disk;
+    let total = PARTS * PART as u64;
     assert_eq!(disk.used_bytes, total);
     assert!(disk.peak_bytes < total + total / 8, "{disk:?}");
     let got = store.get(&path).await.unwrap().bytes().await.unwrap();

@@ -152,7 +152,8 @@ pub async fn changes_of_a_record_keep_its_chunks(catalog: &dyn Catalog) {
 /// A rename moves number, version and time with the rest, and takes the name from what had it.
 pub async fn renamed_records_stay_the_same(catalog: &dyn Catalog) {
     let mut writer = Writer::new(Seed::new(3));
-    let (one, other) = (writer.object(3), writer.object(2));
+    let one = writer.object(3);
+    let other = writer.object(2);
     commit(catalog, put("from", &one)).await;
     commit(catalog, put("to", &other)).await;
     let rename = CatalogChange::Rename { from: "from".into(), to: "to".into() };
@@ -166,7 +167,8 @@ pub async fn renamed_records_stay_the_same(catalog: &dyn Catalog) {
 /// Of a commit that fails at its last change nothing is there, and the next one succeeds.
 pub async fn commits_are_whole(catalog: &dyn Catalog) {
     let mut writer = Writer::new(Seed::new(4));
-    let (kept, never) = (writer.object(2), writer.object(1));
+    let kept = writer.object(2);
+    let never = writer.object(1);
     commit(catalog, put("kept", &kept)).await;
     let mut changes = put("never", &never);
     changes.push(CatalogChange::Rename { from: "kept".into(), to: "moved".into() });
@@ -240,7 +242,8 @@ pub async fn closed_catalogs_refuse(catalog: &dyn Catalog) {
 /// again. Not part of [`all`], since it needs to open the same catalog twice.
 pub async fn survives_a_restart<C: Catalog>(first: Arc<C>, reopen: impl AsyncFnOnce() -> Arc<C>) {
     let mut writer = Writer::new(Seed::new(6));
-    let (one, two) = (writer.object(SEGMENT_CHUNKS + 1), writer.object(0));
+    let one = writer.object(SEGMENT_CHUNKS + 1);
+    let two = writer.object(0);
     commit(&*first, put("one", &one)).await;
     commit(&*first, put("two", &two)).await;
     let gone = writer.object(1);

@@ -121,7 +121,8 @@ pub(crate) fn assert_same(what: &str, actual: &[u8], expected: &[u8]) {
     assert_eq!(actual.len(), expected.len(), "{what}: another number of bytes");
     let differs = actual.iter().zip(expected).position(|(a, b)| a != b);
     if let Some(at) = differs {
-        let (actual, expected) = (actual[at], expected[at]);
+        let actual = actual[at];
+        let expected = expected[at];
         panic!("{what}: byte {at} is {actual:#04x} and not {expected:#04x}");
     }
 }

@@ -182,7 +182,8 @@ impl<H: Hook> Driver for Around<H> {
 
     fn close(&self) -> BoxFuture<'static, io::Result<()>> {
         let after = self.hook.start(OpKind::Close, &[]);
-        let (closing, flight) = (self.inner.close(), self.flight.clone());
+        let closing = self.inner.close();
+        let flight = self.flight.clone();
         owned(async move {
             let result = closing.await;
             flight.land().await;

@@ -89,7 +89,8 @@ impl Hook for Trace {
     }
 
     fn start(&self, kind: OpKind, spans: &[Span]) -> After {
-        let (record, start) = (self.record.clone(), self.start);
+        let record = self.record.clone();
+        let start = self.start;
         let call = {
             let mut record = record.lock();
             record.calls += 1;

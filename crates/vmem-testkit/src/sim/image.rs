@@ -95,7 +95,8 @@ impl SparseImage {
             if start >= stop {
                 continue;
             }
-            let (from, to) = ((start - page * PAGE) as usize, (stop - page * PAGE) as usize);
+            let from = (start - page * PAGE) as usize;
+            let to = (stop - page * PAGE) as usize;
             if let Some(held) = self.pages.get_mut(&page) {
                 Arc::make_mut(&mut held.bytes)[from..to].fill(0);
                 held.blocks &= !Page::inner_mask(from, to);

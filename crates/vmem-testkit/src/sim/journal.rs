@@ -117,7 +117,9 @@ mod tests {
         journal.synced(journal.barrier());
         journal.wrote(2048, &[2; 2048]);
         journal.wrote(1024, &[3; 1024]);
-        let (mut kept, mut lost, mut torn) = (0, 0, 0);
+        let mut kept = 0;
+        let mut lost = 0;
+        let mut torn = 0;
         for n in 0..200 {
             let image = journal.crash(&mut Seed::new(n).rng());
             assert_eq!(image.read_vec(0, 1024), [1; 1024]);

@@ -222,7 +222,8 @@ impl State {
 
     fn transfer_out(&mut self, run: &WriteRun, first: bool) -> io::Result<()> {
         let half = half(run.len() as usize, first);
-        let (mut at, mut outcome) = (0, Ok(()));
+        let mut at = 0;
+        let mut outcome = Ok(());
         for part in &run.parts {
             let from = half.start.clamp(at, at + part.len());
             let to = half.end.clamp(at, at + part.len());

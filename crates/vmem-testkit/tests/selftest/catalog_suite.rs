@@ -71,8 +71,11 @@ impl Catalog for Broken {
         for change in &mut changes {
             match (self.1, change) {
                 (Bug::PutForgets, CatalogChange::Put { record, .. }) => {
-                    let (id, chunks) = (record.id, Vec::new());
-                    more.push(CatalogChange::Segment { id, segment: 0, chunks });
+                    more.push(CatalogChange::Segment {
+                        id: record.id,
+                        segment: 0,
+                        chunks: Vec::new(),
+                    });
                 }
                 (Bug::ShortTime, CatalogChange::Put { record, .. }) => {
                     let since = record.modified.duration_since(SystemTime::UNIX_EPOCH);

@@ -127,7 +127,8 @@ fn compare(seed: Seed, settles: Settles, reads_at_once: usize) -> (u32, u32, u32
     let model = Model::with_settles(seed, settles);
     model.create(1, LEN);
     let mut history = History { model, calls: Vec::new(), writes: Vec::new(), reads: Vec::new() };
-    let (mut accepted, mut too_lenient) = (0, 0);
+    let mut accepted = 0;
+    let mut too_lenient = 0;
     for now in 0..30 {
         match rng.random_range(0..4) {
             0 if history.calls.len() < 8 => history.begin(now, false, &mut rng),

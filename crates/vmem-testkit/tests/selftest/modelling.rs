@@ -40,7 +40,8 @@ fn a_new_object_is_zeros() {
 #[test]
 fn the_last_completed_write_is_read_and_no_other() {
     let model = model();
-    let (first, second) = (written(&model), written(&model));
+    let first = written(&model);
+    let second = written(&model);
     assert_eq!(model.check_read(1, &second), Ok(()));
     for old in [&[0; LEN][..], &first] {
         let result = model.check_read(1, old);
@@ -99,7 +100,8 @@ fn a_write_in_flight_may_be_seen_or_not_but_not_unseen() {
 fn reads_that_overlap_may_disagree() {
     let model = model();
     let old = written(&model);
-    let (first, second) = (model.begin_read(1), model.begin_read(1));
+    let first = model.begin_read(1);
+    let second = model.begin_read(1);
     let new = written(&model);
     assert_eq!(first.check(&new), Ok(()));
     assert_eq!(second.check(&old), Ok(()), "it began before the write ended");
@@ -112,7 +114,8 @@ fn two_writers_at_once_settle_on_one_order() {
         let model = model();
         let writes = [model.begin_write(1), model.begin_write(1)];
         let bytes = writes.each_ref().map(|write| write.bytes());
-        let (a, b) = (&bytes[first_seen], &bytes[1 - first_seen]);
+        let a = &bytes[first_seen];
+        let b = &bytes[1 - first_seen];
         assert_eq!(model.check_read(1, a), Ok(()));
         assert_eq!(model.check_read(1, b), Ok(()));
         assert!(model.check_read(1, a).is_err(), "back to what was overwritten");
@@ -162,12 +165,15 @@ fn partial_writes_lie_over_what_was_there() {
 fn two_parts_in_flight_are_seen_in_one_order_by_all() {
     let model = model();
     let base = written(&model);
-    let (left, right) = (model.begin_write_at(1, 0..500), model.begin_write_at(1, 500..LEN));
-    let (with_left, with_right) =
-        (patched(&base, 0, &left.bytes()), patched(&base, 500, &right.bytes()));
+    let left = model.begin_write_at(1, 0..500);
+    let right = model.begin_write_at(1, 500..LEN);
+    let with_left = patched(&base, 0, &left.bytes());
+    let with_right = patched(&base, 500, &right.bytes());
     let both = patched(&with_left, 500, &right.bytes());
     // Even reads that overlap cannot see the left part alone and the right part alone.
-    let (first, second, third) = (model.begin_read(1), model.begin_read(1), model.begin_read(1));
+    let first = model.begin_read(1);
+    let second = model.begin_read(1);
+    let third = model.begin_read(1);
     assert_eq!(first.check(&with_left), Ok(()));
     let result = second.check(&with_right);
     assert!(matches!(result, Err(Violation::Mixed { .. })), "{result:?}");

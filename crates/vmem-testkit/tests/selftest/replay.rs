@@ -21,7 +21,8 @@ async fn workload(seed: Seed) -> Vec<TraceEvent> {
     let delayed = DelayDriver::new(faulty, seed.fork("delays"), delays);
     let trace = TraceDriver::new(delayed);
     let tasks = (0..16).map(|n| {
-        let (trace, seed) = (trace.clone(), seed.fork_nth("task", n));
+        let trace = trace.clone();
+        let seed = seed.fork_nth("task", n);
         tokio::spawn(task(trace, seed))
     });
     join_all(tasks).await;
@@ -32,7 +33,8 @@ async fn workload(seed: Seed) -> Vec<TraceEvent> {
 async fn task(driver: Arc<TraceDriver>, seed: Seed) {
     let mut rng = seed.rng();
     for _ in 0..20 {
-        let (offset, len) = (rng.random_range(0..1 << 20), rng.random_range(1..100_000));
+        let offset = rng.random_range(0..1 << 20);
+        let len = rng.random_range(1..100_000);
         if rng.random() {
             let _may_fail = driver.start_write(run(offset, &vec![1; len])).await;
         } else {

@@ -78,7 +78,8 @@ fn threads_share_the_budget() {
     let stop = Arc::new(AtomicBool::new(false));
     let threads: Vec<_> = (0..4)
         .map(|thread: u64| {
-            let (arena, stop) = (arena.clone(), stop.clone());
+            let arena = arena.clone();
+            let stop = stop.clone();
             std::thread::spawn(move || {
                 let mut rng = SmallRng::seed_from_u64(thread);
                 let mut live = Vec::new();
@@ -264,7 +265,8 @@ fn impossible_lengths_are_refused() {
 fn the_hook_is_called_after_the_room_is_there() {
     let arena = HostArena::new(MIB).unwrap();
     let seen = Arc::new(AtomicU64::new(u64::MAX));
-    let (hook_arena, hook_seen) = (Arc::downgrade(&arena), seen.clone());
+    let hook_arena = Arc::downgrade(&arena);
+    let hook_seen = seen.clone();
     arena.set_freed_hook(Box::new(move || {
         if let Some(arena) = hook_arena.upgrade() {
             hook_seen.store(arena.used_bytes(), Ordering::SeqCst);
@@ -278,7 +280,8 @@ fn the_hook_is_called_after_the_room_is_there() {
 async fn staging_pieces_are_exclusive_and_come_back() {
     use crate::host::StagingPool;
     let pool = StagingPool::new(2 * 64 * 1024).unwrap();
-    let (mut one, mut two) = (pool.acquire().await, pool.acquire().await);
+    let mut one = pool.acquire().await;
+    let mut two = pool.acquire().await;
     one.as_mut_slice().fill(1);
     two.as_mut_slice().fill(2);
     assert!(one.as_slice().iter().all(|&byte| byte == 1));

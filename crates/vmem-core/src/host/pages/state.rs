@@ -58,7 +58,8 @@ impl State {
     /// Chooses kept pages that are to be given back, at most `left`: of slabs that no device knows, or of those that one
     /// knows and no copy uses.
     pub(super) fn choose(&mut self, left: &mut u64, registered: bool, leaving: &mut Leaving) {
-        let (mut aside, mut useless) = (Vec::new(), 0);
+        let mut aside = Vec::new();
+        let mut useless = 0;
         while *left > 0
             && useless < LOOKS_MAX
             && let Some(run) = self.kept.take_longest()

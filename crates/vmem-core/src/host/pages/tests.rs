@@ -75,7 +75,8 @@ fn scattered_pages_are_given_back_in_time() {
     };
     // The least of some, for other work on the machine only adds. Eight times as many: the
     // square would be 64 times as long, however often it is tried.
-    let (mut few, mut many) = (f64::MAX, f64::MAX);
+    let mut few = f64::MAX;
+    let mut many = f64::MAX;
     for _ in 0..32 {
         (few, many) = (few.min(once(4_000)), many.min(once(32_000)));
         if many < few * 32.0 {

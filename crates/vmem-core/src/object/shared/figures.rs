@@ -31,7 +31,8 @@ impl Shared {
 
     /// One tier, now.
     pub(crate) fn tier_stats(&self, tier: MemoryTier) -> TierStats {
-        let (arena, disk) = (&self.host.space().arena, self.disk.usage());
+        let arena = &self.host.space().arena;
+        let disk = self.disk.usage();
         match tier {
             MemoryTier::Host => TierStats {
                 used_bytes: arena.used_bytes(),

@@ -61,7 +61,8 @@ impl Shared {
 
     fn try_promise(&self, bytes: u64) -> Option<Promise<'_>> {
         let held = self.copies.held_bytes();
-        let (promised, max) = (&self.promised_bytes, self.limits.max_held_bytes);
+        let promised = &self.promised_bytes;
+        let max = self.limits.max_held_bytes;
         promised
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |before| {
                 (held + before < max).then_some(before + bytes)

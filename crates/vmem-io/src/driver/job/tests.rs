@@ -123,7 +123,8 @@ fn random_writes_arrive_whole() {
     for round in 0..300 {
         let align = if round % 2 == 0 { DIRECT } else { Alignment::NONE };
         let block = align.offset as usize;
-        let (mut expected, mut runs) = (Vec::new(), Vec::new());
+        let mut expected = Vec::new();
+        let mut runs = Vec::new();
         for _ in 0..rng.random_range(1..5) {
             expected.resize(expected.len() + rng.random_range(0..4) * block, 0);
             let mut run = WriteRun { offset: expected.len() as u64, parts: Vec::new() };
@@ -169,7 +170,8 @@ fn random_reads_fill_their_pieces_and_nothing_else() {
         let mut file = vec![0; 3 << 20];
         rng.fill(&mut file[..]);
         let mut buf = vec![0xee; 2 << 20];
-        let (mut pieces, mut at) = (Vec::new(), 0);
+        let mut pieces = Vec::new();
+        let mut at = 0;
         while at < buf.len() {
             let longest = if rng.random_bool(0.3) { 1 << 20 } else { 9000 };
             let len = rng.random_range(0..longest).min(buf.len() - at);
@@ -283,7 +285,8 @@ fn impossible_requests_are_refused() {
 /// Not for a leak checker.
 #[test]
 fn leaks_on_purpose_what_a_running_job_owns() {
-    let (keep, life) = (Arc::new(()), Arc::new(()));
+    let keep = Arc::new(());
+    let life = Arc::new(());
     struct Owner(#[expect(dead_code, reason = "held for its drop")] Arc<()>);
     impl AsRef<[u8]> for Owner {
         fn as_ref(&self) -> &[u8] {

@@ -266,7 +266,8 @@ impl Ring {
         let mut pushed = false;
         loop {
             let Some(entry) = self.uring.completion().next() else { return pushed };
-            let (slot, generation) = (entry.user_data() as u32, (entry.user_data() >> 32) as u32);
+            let slot = entry.user_data() as u32;
+            let generation = (entry.user_data() >> 32) as u32;
             let known =
                 self.slots.get(slot as usize).filter(|known| known.generation == generation);
             let Some(&Slot { job, op, .. }) = known else {

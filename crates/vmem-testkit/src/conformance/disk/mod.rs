@@ -206,7 +206,8 @@ pub async fn sees_every_flip(seed: Seed, disk: &dyn DiskBackend, flip: impl Fn(u
     let names = [(0, sizes[0]), (1, sizes[1])];
     let extents = store(disk, &data).await;
     for bit in 0..sizes[1] * 8 {
-        let (byte, bit) = (extents[1].offset() + bit as u64 / 8, (bit % 8) as u8);
+        let byte = extents[1].offset() + bit as u64 / 8;
+        let bit = (bit % 8) as u8;
         flip(byte, bit);
         let (_, result) = fetch(disk, &extents, sizes[0] + sizes[1]).await;
         match result {

@@ -21,7 +21,8 @@ pub fn footprints(disk: &dyn DiskBackend) {
         last = said;
         let before = disk.usage();
         let extents = reserve(disk, &[len]);
-        let (extent, after) = (&extents[0], disk.usage());
+        let extent = &extents[0];
+        let after = disk.usage();
         assert_eq!(u64::from(extent.footprint()), said, "footprint of an extent of {len}");
         assert_eq!(extent.len(), len, "length of an extent of {len}");
         assert_eq!(extent.sum(), None, "an extent has a checksum before it was written");

@@ -144,7 +144,8 @@ pub async fn large_transfers(seed: Seed, driver: &dyn Driver) {
             end += block as u64;
         }
     }
-    let (from, len) = (run.offset, (end - run.offset) as usize);
+    let from = run.offset;
+    let len = (end - run.offset) as usize;
     let writing = start_write(driver, vec![run]);
     assert_ok("a large write", within("a large write", writing).await);
     expect(driver, "a large read", from, &pattern.bytes(from, len)).await;
@@ -193,7 +194,8 @@ pub async fn end_of_file(seed: Seed, driver: &dyn Driver) {
 /// What was never written, or was punched, reads as zeros; its neighbours stay.
 pub async fn holes_are_zeros(seed: Seed, driver: &dyn Driver) {
     let block = block(driver);
-    let (unit, len) = (round(4096, block), 8 * round(65_536, block));
+    let unit = round(4096, block);
+    let len = 8 * round(65_536, block);
     let data = Pattern::new(seed.value(), 1).bytes(0, len);
     put(driver, len as u64, &data[..unit]).await;
     expect(driver, "a hole", 0, &vec![0; len]).await;

@@ -62,7 +62,8 @@ impl Device {
 
 fn served(capacity: u64) -> (Arc<HostArena>, ObjectSpace, Arc<Device>) {
     let arena = HostArena::new(capacity).unwrap();
-    let (space, device) = (ObjectSpace::new(arena.clone()), Arc::new(Device::default()));
+    let space = ObjectSpace::new(arena.clone());
+    let device = Arc::new(Device::default());
     space.serve(device.clone());
     (arena, space, device)
 }
@@ -155,7 +156,9 @@ fn what_copies_use_stays_and_its_end_is_told() {
         rung.fetch_add(1, Ordering::SeqCst);
     }));
     let part = |kib: usize| arena.try_alloc(kib * 1024, 1).unwrap();
-    let (first, middle, last) = (part(448), part(128), part(448));
+    let first = part(448);
+    let middle = part(128);
+    let last = part(448);
     let uses = [&first, &last].map(|slot| copy(&space, &device, slot));
     assert!(uses.iter().all(|uses| !uses.is_empty()), "whole slabs register at once");
     drop((first, last));
