@@ -1,5 +1,5 @@
-//! A kernel over more data than device memory holds: each object comes up before it is its turn, is changed on the device, and goes
-//! when others need the room.
+//! A kernel over more data than device memory holds: each object is prefetched before its turn, is
+//! changed on the device, and goes when others need the space.
 //!
 //! ```text
 //! cargo run --release --example gpu_kernel                  # on a machine with an NVIDIA driver
@@ -19,7 +19,8 @@ use vmem::gpu::cudarc::driver::{CudaContext, CudaStream, result, sys};
 use vmem::{MemoryTier, VirtualMemoryConfig};
 use vmem_cuda_emulator::Emulator;
 
-/// Adds a number to every byte. As text, so that no toolkit is needed; the emulator knows it by its name.
+/// Adds a number to every byte. As text, so that no toolkit is needed; the emulator knows it by its
+/// name.
 const KERNELS: &str = "
 .version 7.0
 .target sm_52
@@ -68,9 +69,9 @@ struct Options {
     /// The size of each.
     #[arg(long, default_value = "1MiB")]
     size: ByteSize,
-    /// Objects that come up ahead of their turn.
+    /// Objects that are prefetched before their turn.
     #[arg(long, default_value_t = 4)]
-    ahead: usize,
+    prefetched: usize,
 }
 
 #[tokio::main]
@@ -105,12 +106,13 @@ async fn main() -> anyhow::Result<()> {
     let add = kernel(&stream, "vmem_add")?;
     let begun = std::time::Instant::now();
     for (at, object) in objects.iter().enumerate() {
-        if let Some(next) = objects.get(at + options.ahead) {
+        if let Some(next) = objects.get(at + options.prefetched) {
             vmem.prefetch(next, MemoryTier::Vram).detach();
         }
         let lease = vmem.device_mut_on(object, &stream).await?;
         launch(add, &lease, 1)?;
-        // The kernel may still run: its memory stays, and what it writes is published when it has ended.
+        // The kernel may still run: its memory stays, and what it writes is published when it has
+        // ended.
         drop(lease);
     }
     let mut different = 0;

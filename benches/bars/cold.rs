@@ -2,8 +2,9 @@
 //! driver, beside a bare ring on the same kind of file.
 //!
 //! All sides have data of the same size and age, direct I/O where it is to be had, and check the
-//! first and the last word of each object; their rounds alternate in a random order. `VMEM_BENCH_DIR`
-//! names the directory of the files. Promotion is off: no read is served from memory.
+//! first and the last word of each object; their rounds alternate in a random order.
+//! `VMEM_BENCH_DIR` names the directory of the files. Promotion is off: no read is served from
+//! memory.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -74,7 +75,7 @@ struct Store {
 }
 
 impl Store {
-    /// `None` if the driver is not to be had.
+    /// `None` if the driver is unavailable.
     fn with(driver: IoDriver, data: Data, directory: &Path) -> anyhow::Result<Option<Self>> {
         let runtime = Builder::new_multi_thread().enable_all().build()?;
         let config = VirtualMemoryConfig::builder()

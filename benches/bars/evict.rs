@@ -51,7 +51,7 @@ async fn allocate(filled: &mut Filled) -> anyhow::Result<(f64, f64)> {
     Ok((times[TIMED / 2], times[TIMED - 1]))
 }
 
-/// The cost of making room does not depend on how many objects there are, right after every one
+/// The cost of making space does not depend on how many objects there are, right after every one
 /// of them was touched again.
 pub(crate) fn p6(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
     let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;

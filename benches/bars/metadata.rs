@@ -15,9 +15,9 @@ pub(crate) fn resident_bytes() -> anyhow::Result<f64> {
 /// Which half of the measurement a child process is to do, and over how many objects.
 const CHILD: &str = "VMEM_BENCH_P7_CHILD";
 
-/// Objects of 64 bytes, in host memory and on disk: what is resident beyond their bytes. The vector of
-/// handles (8 bytes each) counts, as a caller has it too. Each half runs in a process of its own,
-/// since memory that an earlier bar gave back would hide what is taken.
+/// Objects of 64 bytes, in host memory and on disk: what is resident beyond their bytes. The vector
+/// of handles (8 bytes each) counts, as a caller has it too. Each half runs in a process of its
+/// own, since memory that an earlier bar gave back would hide what is taken.
 pub(crate) fn p7(report: &mut Report, count: usize) -> anyhow::Result<()> {
     for (what, bar) in [("host", 256.0), ("disk", 160.0)] {
         let child = std::process::Command::new(std::env::current_exe()?)

@@ -17,8 +17,8 @@ const TASKS: u64 = 64;
 const LEN: usize = 4096;
 const ROUND: Duration = Duration::from_secs(2);
 
-/// 64 tasks, each of which writes its 4 KiB object and flushes it, over and over; beside it redb with one
-/// commit for each object of 4 KiB, which is what a service does that stores them there.
+/// 64 tasks, each of which writes its 4 KiB object and flushes it, over and over; beside it redb
+/// with one commit for each object of 4 KiB, which is what a service does that stores them there.
 pub(crate) fn p12(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
     let runtime = Builder::new_multi_thread().enable_all().build()?;
     let place = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/../target"))?;

@@ -1,8 +1,10 @@
-#![allow(unsafe_code)]
-//! The least that a read from disk can cost: a bare io_uring on the calling thread, direct I/O, no runtime.
+//! The least that a read from disk can cost: a bare io_uring on the calling thread, direct I/O, no
+//! runtime.
 //!
 //! Invariant: a buffer belongs to the kernel from its submission to its completion, and no call
 //! returns while one does. Called by `cold`.
+
+#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -110,8 +112,8 @@ impl Raw {
                 .offset((n * self.data.len) as u64)
                 .build()
                 .user_data(slot as u64);
-        // SAFETY: the buffer is as long as the read and is not touched before its completion; an error in between
-        // ends the process.
+        // SAFETY: the buffer is as long as the read and is not touched before its completion; an
+        // error in between ends the process.
         unsafe { self.ring.submission().push(&entry) }.context("the ring is full")
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! Both copies are of the same bytes, in the same file system, in turns; none is synced, since both
 //! go past the page cache. The peer reads and writes 1 MiB at a time, one after the other; and, the
-//! better one, with a thread that reads ahead of the one that writes. What was copied is compared
+//! better one, with one thread that reads and another that writes. What was copied is compared
 //! once, at the end.
 
 use std::fs::{File, OpenOptions};
@@ -50,7 +50,7 @@ pub(crate) fn p17(report: &mut Report, mib: usize, rounds: usize) -> anyhow::Res
         file.write_all_at(buffer.bytes(), (nth * MIB) as u64)?;
     }
     drop(file);
-    let [mut ours, mut plain, mut ahead]: [[Rounds; 2]; 3] = Default::default();
+    let [mut ours, mut plain, mut threaded]: [[Rounds; 2]; 3] = Default::default();
     let mut copied = None;
     for round in 0..=rounds {
         drop(copied.take());
@@ -59,10 +59,10 @@ pub(crate) fn p17(report: &mut Report, mib: usize, rounds: usize) -> anyhow::Res
         let target = place.path().join("target");
         let one = timed(mib, || copy_file(&source, &target, mib))?;
         std::fs::remove_file(&target)?;
-        let other = timed(mib, || copy_file_ahead(&source, &target, mib))?;
+        let other = timed(mib, || copy_file_threaded(&source, &target, mib))?;
         std::fs::remove_file(&target)?;
         if round > 0 {
-            for (side, cost) in [(&mut ours, our), (&mut plain, one), (&mut ahead, other)] {
+            for (side, cost) in [(&mut ours, our), (&mut plain, one), (&mut threaded, other)] {
                 side[0].0.push(cost.0);
                 side[1].0.push(cost.1);
             }
@@ -71,7 +71,7 @@ pub(crate) fn p17(report: &mut Report, mib: usize, rounds: usize) -> anyhow::Res
     if let Some(copy) = &copied {
         runtime.block_on(compare(&vmem, copy, mib))?;
     }
-    for (peer, theirs) in [("direct-copy", &plain), ("direct-copy-two-threads", &ahead)] {
+    for (peer, theirs) in [("direct-copy", &plain), ("direct-copy-two-threads", &threaded)] {
         for (nth, unit) in ["ns/MiB", "ns CPU/MiB"].into_iter().enumerate() {
             let what = format!("{mib} MiB through reader and writer");
             let bar = (nth == 0 && peer == "direct-copy").then_some(1.0 / 0.9);
@@ -167,7 +167,7 @@ fn copy_file(source: &Path, target: &Path, mib: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn copy_file_ahead(source: &Path, target: &Path, mib: usize) -> anyhow::Result<()> {
+fn copy_file_threaded(source: &Path, target: &Path, mib: usize) -> anyhow::Result<()> {
     let source = direct(source)?;
     let target = direct(target)?;
     let (full, to_write) = sync_channel::<Buffer>(4);

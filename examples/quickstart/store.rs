@@ -31,7 +31,7 @@ impl From<VirtualMemoryError> for Refused {
 }
 
 impl Work {
-    /// Puts every file into the store. What host memory has no room for goes to disk by itself.
+    /// Puts every file into the store. What host memory has no space for goes to disk by itself.
     pub(crate) async fn store(&self, paths: Vec<PathBuf>) -> Vec<Arc<Stored>> {
         let paths = Arc::new(paths);
         let next = Arc::new(AtomicUsize::new(0));

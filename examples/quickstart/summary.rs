@@ -10,7 +10,7 @@ use crate::files::Found;
 use crate::moves::Moves;
 use crate::tally::{Messages, Tally};
 
-/// How the run came to its end.
+/// How the run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
     Complete,

@@ -1,4 +1,4 @@
-//! What the phases have in common: the tasks, the comparison, and who is told about what.
+//! What the phases have in common: the tasks, the comparison, and what each of them reports.
 
 use std::future::Future;
 use std::io;

@@ -1,6 +1,7 @@
 //! vmem-gpu beside what others ask of cudarc. Compiles, or does not; nothing in it is ever run.
 //!
-//! Invariant: there is one cudarc here, so that a stream of others is one of ours. Called by `.ci/run`.
+//! Invariant: there is one cudarc here, so that a stream of others is one of ours. Called by
+//! `.ci/run`.
 
 use std::sync::Arc;
 

@@ -29,7 +29,7 @@ pub struct IoBuf {
 
 enum Backing {
     Heap(Vec<u8>),
-    /// Room in object space.
+    /// In object space.
     Copy(OwnedCopy),
     /// A piece of the staging reserve.
     Staging(StagingPiece),

@@ -1,6 +1,7 @@
 //! What was found when the store opened.
 //!
-//! Invariant: each line is the outcome of a real operation, not of a guess. Filled in by the facade.
+//! Invariant: each line is the outcome of a real operation, not of a guess. Filled in by the
+//! facade.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -16,8 +17,8 @@ pub struct Capabilities {
     pub disk: Arc<str>,
     /// Which driver serves; `None` for a backend that was brought along.
     pub disk_driver: Option<IoDriver>,
-    /// Whether the disk tier bypasses the page cache (`O_DIRECT`). If not, each write is followed by
-    /// a sync, shared with others, before memory relies on it.
+    /// Whether the disk tier bypasses the page cache (`O_DIRECT`). If not, each write is followed
+    /// by a sync, shared with others, before memory relies on it.
     pub disk_direct: bool,
     /// Whether staging memory is registered with the driver, which then moves large pieces through
     /// it at less cost.

@@ -1,8 +1,8 @@
 //! What core needs of the catalog of named objects: changes in, committed together; rows out.
 //!
-//! Invariant: a commit is durable when it succeeds, and all of it or nothing is there after any crash.
-//! What a row leads to was durable before it was handed in. Called by `names/`; implemented in
-//! `vmem-io`.
+//! Invariant: a commit is durable when it succeeds, and all of it or nothing is there after any
+//! crash. What a row leads to was durable before it was handed in. Called by `names/`; implemented
+//! in `vmem-io`.
 
 use std::fmt;
 use std::ops::Bound;
@@ -30,7 +30,8 @@ pub type Answer<T> = BoxFuture<'static, Result<T, VirtualMemoryError>>;
 
 /// A transactional store of names.
 ///
-/// Every method may be called from any task; none blocks it. A commit whose future was dropped goes on.
+/// Every method may be called from any task; none blocks it. A commit whose future was dropped goes
+/// on.
 pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     /// Applies the changes in this order, all or none, and makes them durable.
     ///
@@ -43,12 +44,12 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     /// How many commits were begun: one that is refused before it begins changes nothing.
     fn attempts(&self) -> u64;
 
-    /// Whether a commit failed in a way after which it is not known whether it is durable. The next start
-    /// tells; until then nothing more can be committed.
+    /// Whether a commit failed in a way after which it is not known whether it is durable. The next
+    /// start tells; until then nothing more can be committed.
     fn is_poisoned(&self) -> bool;
 
-    /// Whether a commit failed, and the catalog could not be opened again so far. Each commit tries; it
-    /// goes on only if the one that failed turns out not to have been made.
+    /// Whether a commit failed, and the catalog could not be opened again so far. Each commit
+    /// tries; it goes on only if the one that failed turns out not to have been made.
     fn is_shut(&self) -> bool;
 
     /// What has this name.
@@ -86,8 +87,8 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
         CLOSED_NAMES_MAX
     }
 
-    /// Copies what is committed now into an empty directory, which opens as a store then. Nothing that
-    /// is committed now may lose its space before this ends.
+    /// Copies what is committed now into an empty directory, which opens as a store then. Nothing
+    /// that is committed now may lose its space before this ends.
     ///
     /// # Errors
     ///

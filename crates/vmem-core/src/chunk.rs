@@ -1,6 +1,7 @@
 //! Chunks: the pieces in which objects are stored, verified and changed below host memory.
 //!
-//! Invariant: a chunk has one checksum, over all of its bytes. Used by everything that knows of places below host memory.
+//! Invariant: a chunk has one checksum, over all of its bytes. Used by everything that knows of
+//! places below host memory.
 
 use smallvec::SmallVec;
 

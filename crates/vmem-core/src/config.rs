@@ -144,7 +144,7 @@ impl VirtualMemoryConfig {
         self.fields.policy.clone()
     }
 
-    /// When a read brings an object up to stay.
+    /// When a read promotes an object.
     pub fn promotion(&self) -> Promotion {
         self.fields.promotion
     }
@@ -154,7 +154,7 @@ impl VirtualMemoryConfig {
         self.fields.catalog_cache
     }
 
-    /// How long a request waits for room.
+    /// How long a request waits for space.
     pub fn wait_timeout(&self) -> Duration {
         self.fields.wait_timeout
     }
@@ -295,11 +295,11 @@ impl VirtualMemoryConfigBuilder {
     }
 
     /// The fraction of object space in host memory that readers may hold, by the bytes that they
-    /// have not dropped yet, `0 < fraction <= 1`. Once they hold so much, a read of more than 64 KiB
-    /// waits until they hold less, whether its object is resident or not, so that clients who take
-    /// their time leave space for others; [`try_read`](crate::VirtualMemory::try_read) finds nothing
-    /// then, and a part of at most 64 KiB of a larger object is copied. A resident
-    /// object that somebody holds already is shared at once. Default: 0.8.
+    /// have not dropped yet, `0 < fraction <= 1`. Once they hold so much, a read of more than 64
+    /// KiB waits until they hold less, whether its object is resident or not, so that clients who
+    /// take their time leave space for others; [`try_read`](crate::VirtualMemory::try_read) finds
+    /// nothing then, and a part of at most 64 KiB of a larger object is copied. A resident object
+    /// that somebody holds already is shared at once. Default: 0.8.
     pub fn max_held(mut self, fraction: f64) -> Self {
         self.max_held = fraction;
         self
@@ -312,7 +312,7 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
-    /// When a read brings an object up to stay. Default: at the second read.
+    /// When a read promotes an object. Default: at the second read.
     pub fn promotion(mut self, promotion: Promotion) -> Self {
         self.promotion = promotion;
         self
@@ -325,7 +325,7 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
-    /// How long a request waits for room before it fails, more than zero. Default: 30 s.
+    /// How long a request waits for space before it fails, more than zero. Default: 30 s.
     pub fn wait_timeout(mut self, timeout: Duration) -> Self {
         self.wait_timeout = timeout;
         self

@@ -1,8 +1,9 @@
 //! Deadlines, in the time that the store's I/O takes.
 //!
-//! Invariant: a deadline over real I/O passes in real time, also where a test has paused the clock of its
-//! runtime; over simulated I/O it passes in the runtime's time. A deadline is kept by whoever waits, so it
-//! holds where nobody else runs. Made by the public calls, carried by every job.
+//! Invariant: a deadline over real I/O passes in real time, also where a test has paused the clock
+//! of its runtime; over simulated I/O it passes in the runtime's time. A deadline is kept by
+//! whoever waits, so it holds where nobody else runs. Made by the public calls, carried by every
+//! job.
 
 use std::future::Future;
 use std::pin::pin;
@@ -17,7 +18,8 @@ use crate::error::VirtualMemoryError;
 
 /// The longest that a wait can be asked to last.
 const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
-/// A task that keeps the same deadline explains it better than its caller: it gets so long to answer.
+/// A task that keeps the same deadline explains it better than its caller: it gets so long to
+/// answer.
 const ANSWER: Duration = Duration::from_millis(20);
 
 /// The time in which the I/O of a store happens.
@@ -61,7 +63,8 @@ impl Deadline {
         }
     }
 
-    /// An earlier deadline: one of so many parts of the wait from now on, and no longer than `at_most`.
+    /// An earlier deadline: the wait that is left, divided by `parts`, and no longer than
+    /// `at_most`.
     pub(crate) fn share(&self, parts: u32, at_most: Duration) -> Self {
         let left = self.wait.saturating_sub(self.waited());
         Deadline::after((left / parts).min(at_most), self.timing)
@@ -117,7 +120,7 @@ async fn bound<F: Future>(
         if left().is_zero() {
             return Err(Late);
         }
-        // The clock is paused, and ran ahead of the I/O.
+        // The clock is paused, and passed before the I/O could end.
     }
     loop {
         match select(&mut future, Delay::new(left())).await {

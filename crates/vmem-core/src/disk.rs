@@ -34,7 +34,7 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
     fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError>;
 
     /// Writes each chunk into its extent and seals the extent with the chunk's checksum. Chunks
-    /// whose extents are adjacent go down in one transfer. All or none: after an error every
+    /// whose extents are adjacent are written in one transfer. All or none: after an error every
     /// extent of the call has been given back.
     fn write(
         &self,
@@ -66,7 +66,8 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`DiskError::Io`]: nothing that was written since the sync before can be trusted to be there.
+    /// [`DiskError::Io`]: nothing that was written since the sync before can be trusted to be
+    /// there.
     fn sync(&self) -> BoxFuture<'static, Result<(), DiskError>> {
         Box::pin(std::future::ready(Err(unsupported("sync"))))
     }
@@ -96,8 +97,8 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
         Clock::Real
     }
 
-    /// Its store has begun to end by itself, because it was dropped: whoever opens the same place may wait
-    /// for that.
+    /// Its store has begun to end by itself, because it was dropped: whoever opens the same place
+    /// may wait for that.
     fn leave(&self) {}
 
     /// Ends the backend: waits for what is in flight, refuses what comes after, gives back files
@@ -110,8 +111,8 @@ fn unsupported(operation: &'static str) -> DiskError {
     DiskError::Io { operation, source: Arc::new(io::ErrorKind::Unsupported.into()) }
 }
 
-/// A piece of the disk tier that holds, or will hold, one chunk. Dropping it frees the space, unless it is
-/// [kept](Self::keep).
+/// A piece of the disk tier that holds, or will hold, one chunk. Dropping it frees the space,
+/// unless it is [kept](Self::keep).
 pub struct Extent {
     first: Run,
     /// The runs behind it; most extents are one.

@@ -35,7 +35,7 @@ pub enum VirtualMemoryError {
     /// Nothing is left to evict to: the tier below is full. Reported at once; retryable.
     #[error("{tier} is full: {requested_bytes} bytes asked, {free_bytes} free of {capacity_bytes}")]
     TierFull {
-        /// The tier that has no room.
+        /// The tier that has no space.
         tier: MemoryTier,
         /// What was asked for, rounding included.
         requested_bytes: u64,
@@ -65,7 +65,7 @@ pub enum VirtualMemoryError {
         /// How long the request waited.
         waited: Duration,
     },
-    /// The deadline passed while I/O was still making room. Retryable.
+    /// The deadline passed while I/O was still making space. Retryable.
     #[error("{operation} did not end within {waited:?}")]
     TimedOut {
         /// What was waited for.
@@ -190,7 +190,11 @@ pub enum VirtualMemoryError {
         reason: Arc<str>,
     },
     /// Another process, or another instance in this one, has the directory open.
-    #[error("{} is in use{}", path.display(), pid.map(|pid| format!(" by process {pid}")).unwrap_or_default())]
+    #[error(
+        "{} is in use{}",
+        path.display(),
+        pid.map(|pid| format!(" by process {pid}")).unwrap_or_default()
+    )]
     InUse {
         /// The directory of the store.
         path: PathBuf,

@@ -1,7 +1,7 @@
 //! What happened: one event for each migration.
 //!
 //! Invariant: an event is sent after the migration was published, or failed; a listener that is
-//! slow loses events and is told how many, and never slows the runtime. Sent by the migrations.
+//! slow loses events and learns how many, and never slows the runtime. Sent by the migrations.
 
 use std::fmt;
 use std::time::Duration;
@@ -28,11 +28,11 @@ pub enum MigrationCause {
     Prefetch,
     /// `demote`.
     Demote,
-    /// Room was needed.
+    /// Space was needed.
     Evict,
     /// A kernel has written it.
     Kernel,
-    /// Written ahead of need; the faster copy stays.
+    /// Written back early; the faster copy stays.
     WriteBack,
     /// `flush`.
     Flush,

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use crate::memory_tier::MemoryTier;
 use crate::object::{Object, Shared};
 
-/// Leads to one object of one store. Dropping the last clone of an unnamed object frees it; of a named
-/// one it does not.
+/// Leads to one object of one store. Dropping the last clone of an unnamed object frees it; of a
+/// named one it does not.
 ///
 /// Two handles are equal if they name the same object of the same store.
 pub struct VMemHandle {

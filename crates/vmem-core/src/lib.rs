@@ -5,8 +5,9 @@
 //! - `vmem/`: [`VirtualMemory`], the store as its users see it: `read`, `write`, `place`.
 //! - `handle`, `object/`: a [`VMemHandle`] holds its object's entry: where its bytes are, who may
 //!   change that (the *gate*), and how recently it was used.
-//! - `copy/`: the host copy of an object: one atomic word says whether it is valid and who reads it.
-//! - `host/`, `host_queue`: object space in slabs, the staging reserve, and the queue for room.
+//! - `copy/`: the host copy of an object: one atomic word says whether it is valid and who reads
+//!   it.
+//! - `host/`, `host_queue`: object space in slabs, the staging reserve, and the queue for space.
 //! - `actor/`: the one task that evicts, and that starts every migration as a task of its own.
 //! - `migrate/`: what such a task does: reserve, copy, verify, publish, release.
 //! - `names/`, `catalog`: named objects, and what a catalog of them implements.

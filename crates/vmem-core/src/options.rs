@@ -56,7 +56,7 @@ impl ReadOptions {
         self
     }
 
-    /// How long to wait for room. Default: the store's `wait_timeout`.
+    /// How long to wait for space. Default: the store's `wait_timeout`.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
@@ -68,7 +68,7 @@ impl ReadOptions {
         self
     }
 
-    /// A part of at most so many bytes is copied rather than held, so that it keeps nothing else in
+    /// A part of at most `bytes` is copied rather than held, so that it keeps nothing else in
     /// host memory. Default: an eighth of the object, at most 4 KiB.
     pub fn copy_small(mut self, bytes: usize) -> Self {
         self.copy_small = Some(bytes);

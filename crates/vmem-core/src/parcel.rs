@@ -342,7 +342,7 @@ impl Drop for Ticket {
 }
 
 impl Unclaimed {
-    /// Values for which `wake` is told while anybody waits.
+    /// Values for which `wake` is called while anybody waits.
     pub(crate) fn new(wake: Arc<Wake>) -> Self {
         Unclaimed { entries: Mutex::default(), wake: Some(wake) }
     }

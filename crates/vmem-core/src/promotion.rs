@@ -1,13 +1,15 @@
 //! The rule for promotion: when what was read often enough comes to stay.
 //!
-//! Invariant: pure, and one rule for every way to read. What counts is the cost so far: the chunks that reads
-//! moved for this object since it was last in the faster tier. Once they come to `n - 1` times its own, one more read
-//! promotes it. For whole reads that is the n-th; an object that is read in ranges moves at most `n` times its length
-//! before it is resident. Called by each read that the faster tier did not serve.
+//! Invariant: pure, and one rule for every way to read. What counts is the cost so far: the chunks
+//! that reads moved for this object since it was last in the faster tier. Once they come to `n - 1`
+//! times its own, one more read promotes it. For whole reads that is the n-th; an object that is
+//! read in ranges moves at most `n` times its length before it is resident. Called by each read
+//! that the faster tier did not serve.
 
 use crate::config::Promotion;
 
-/// Whether a read promotes an object of `chunks` chunks, of which `moved` were moved by reads before.
+/// Whether a read promotes an object of `chunks` chunks, of which `moved` were moved by reads
+/// before.
 pub(crate) fn promotes(rule: Promotion, moved: u32, chunks: usize) -> bool {
     match rule {
         Promotion::Never => false,

@@ -1,8 +1,8 @@
 //! The channels through which the actor is asked to start migrations.
 //!
-//! Invariant: a request is a task that has not begun; dropping it answers whoever waits, by the drop of its reply. So each
-//! is answered exactly once: by its task, or, unserved, by its end. Made by `migrate`, sent by the public methods,
-//! started by the actor.
+//! Invariant: a request is a task that has not begun; dropping it answers whoever waits, by the
+//! drop of its reply. So each is answered exactly once: by its task, or, unserved, by its end. Made
+//! by `migrate`, sent by the public methods, started by the actor.
 
 use std::fmt;
 use std::future::Future;
@@ -19,7 +19,8 @@ pub(crate) enum Line {
     /// Somebody waits for it.
     Demand,
     Background,
-    /// It waits for a kernel of a user: it takes no one else's place, and nobody knows for how long.
+    /// It waits for a kernel of a user: it takes no one else's place, and nobody knows for how
+    /// long.
     Kernel,
 }
 
@@ -53,7 +54,8 @@ impl fmt::Debug for Request {
 pub(crate) struct Requests {
     demand: mpsc::Sender<Request>,
     background: mpsc::Sender<Request>,
-    /// As many as there are leases: what a kernel wrote stands in no line behind those who wait for it.
+    /// As many as there are leases: what a kernel wrote stands in no line behind those who wait for
+    /// it.
     kernels: mpsc::UnboundedSender<Request>,
 }
 

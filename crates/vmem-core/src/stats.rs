@@ -15,7 +15,7 @@ pub struct TierStats {
     pub capacity_bytes: u64,
     /// The largest that `used_bytes` ever was.
     pub peak_bytes: u64,
-    /// Objects with a copy, or with room taken, in this tier.
+    /// Objects with a copy, or with space taken, in this tier.
     pub objects: u64,
     /// Reads that this tier served.
     pub hits: u64,
@@ -60,15 +60,15 @@ pub struct VirtualMemoryStats {
     pub pinned_bytes: u64,
     /// Payload in host memory without an equal copy below, in bytes.
     pub dirty_bytes: u64,
-    /// Requests that wait for room in host or device memory.
+    /// Requests that wait for space in host or device memory.
     pub waiters: u64,
     /// Migrations that have started and not ended.
     pub migrations_in_flight: u64,
     /// Reads that host memory did not serve.
     pub misses: u64,
-    /// Copies that left a tier to make room.
+    /// Copies that left a tier to make space.
     pub evictions: u64,
-    /// Copies that came up to stay.
+    /// Copies that a promotion made.
     pub promotions: u64,
     /// Evictions that had nothing to write.
     pub clean_drops: u64,

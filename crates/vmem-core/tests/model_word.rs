@@ -1,5 +1,6 @@
 //! The state word of a host copy, model-checked: every interleaving of a reader, an evictor, a
-//! writer in place and a writer of new versions, with the atomics of loom in place of the real ones.
+//! writer in place and a writer of new versions, with the atomics of loom in place of the real
+//! ones.
 //!
 //! The file under test is included as it is. What stands around it here is the shape of
 //! `copy/mod.rs`: a cell that names one of several type-stable descriptors, and memory (a
@@ -55,7 +56,8 @@ impl Store {
         });
     }
 
-    /// As `CopyCell::publish`. Returns the descriptor that it replaced, if the caller owns that now.
+    /// As `CopyCell::publish`. Returns the descriptor that it replaced, if the caller owns that
+    /// now.
     fn publish(&self, at: usize, version: u64) -> Option<usize> {
         self.fill(at, version);
         self.descriptors[at].word.publish();

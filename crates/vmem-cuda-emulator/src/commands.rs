@@ -14,21 +14,21 @@ use crate::world::{CHANGED, Code, OpKind, World, world};
 ///
 /// # Safety
 ///
-/// `text` is readable for `len` bytes, `answer` writable for `room`.
+/// `text` is readable for `len` bytes, `answer` writable for `space`.
 #[unsafe(no_mangle)]
 #[allow(unreachable_pub, reason = "it is exported from the library, not from the crate")]
 pub unsafe extern "C" fn vmem_emulator_command(
     text: *const u8,
     len: usize,
     answer: *mut u8,
-    room: usize,
+    space: usize,
 ) -> usize {
     // SAFETY: the caller promises it.
     let text = unsafe { std::slice::from_raw_parts(text, len) };
     let line = String::from_utf8_lossy(text).into_owned();
     let reply = catch_unwind(AssertUnwindSafe(|| command(&line))).unwrap_or_else(|_| "?".into());
-    let part = reply.len().min(room);
-    // SAFETY: the caller promises `room` bytes there.
+    let part = reply.len().min(space);
+    // SAFETY: the caller promises `space` bytes there.
     unsafe { std::ptr::copy_nonoverlapping(reply.as_ptr(), answer, part) };
     reply.len()
 }

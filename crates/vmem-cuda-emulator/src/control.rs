@@ -128,7 +128,7 @@ impl Emulator {
         self.command(&format!("queue-max {operations}"));
     }
 
-    /// Operations of this kind take so many microseconds longer.
+    /// Operations of this kind take this many microseconds longer.
     pub fn delay(&self, kind: Kind, microseconds: u64) {
         self.command(&format!("delay {kind} {microseconds}"));
     }
@@ -163,7 +163,7 @@ impl Emulator {
         self.command(&format!("fail {function} {nth} {code}"));
     }
 
-    /// Each call of this function returns `code`, and does nothing, until it is told 0.
+    /// Each call of this function returns `code`, and does nothing, until `code` is 0.
     pub fn refuse(&self, function: &str, code: i32) {
         self.command(&format!("refuse {function} {code}"));
     }

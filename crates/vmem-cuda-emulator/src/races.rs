@@ -73,7 +73,8 @@ impl Races {
             };
             races.extend(self.past.iter().filter(conflicts).map(|past| {
                 format!(
-                    "race: {name} on stream {stream:x} over {:x?} is not ordered after {} on stream {:x} over {:x?}",
+                    "race: {name} on stream {stream:x} over {:x?} is not ordered after {} on \
+                     stream {:x} over {:x?}",
                     access.range, past.name, past.stream, past.access.range
                 )
             }));
@@ -93,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_ordered_races() {
+    fn unordered_operations_are_a_race() {
         let mut races = Races::default();
         let nothing = Clock::default();
         assert!(races.submit(1, 1, "copy", &write(0..10), &nothing, &nothing).is_empty());
@@ -114,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_host_saw_end_is_past() {
+    fn operation_that_the_host_saw_end_is_past() {
         let mut races = Races::default();
         let nothing = Clock::default();
         assert!(races.submit(1, 1, "copy", &write(0..10), &nothing, &nothing).is_empty());
@@ -125,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn clocks_join() {
+    fn joined_clock_has_the_later_of_each() {
         let mut a = Clock::default();
         let mut b = Clock::default();
         a.set(1, 5);

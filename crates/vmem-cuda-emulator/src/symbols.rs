@@ -82,7 +82,9 @@ fn enter(name: &'static str, needs: Needs, work: impl FnOnce(Guard) -> Code) -> 
 
 /// The functions, with what each needs.
 macro_rules! driver {
-    ($($needs:ident fn $name:ident($($arg:ident: $kind:ty),* $(,)?) |$guard:ident| $body:block)*) => {$(
+    ($(
+        $needs:ident fn $name:ident($($arg:ident: $kind:ty),* $(,)?) |$guard:ident| $body:block
+    )*) => {$(
         /// As the driver's.
         ///
         /// # Safety
@@ -417,7 +419,8 @@ driver! {
                 guard = drain(guard);
                 guard.pinned.remove(&address);
                 drop(guard);
-                let memory = std::ptr::slice_from_raw_parts_mut(pointer.cast::<u8>(), pinned.memory.len);
+                let len = pinned.memory.len;
+                let memory = std::ptr::slice_from_raw_parts_mut(pointer.cast::<u8>(), len);
                 // SAFETY: it is the box that `cuMemHostAlloc` leaked, and it was in the table once.
                 drop(unsafe { Box::from_raw(memory) });
                 OK
@@ -426,13 +429,19 @@ driver! {
         }
     }
 
-    Context fn cuMemcpyHtoDAsync_v2(to: DevicePointer, from: *const c_void, bytes: usize, stream: Handle) |guard| {
+    Context fn cuMemcpyHtoDAsync_v2(
+        to: DevicePointer, from: *const c_void, bytes: usize, stream: Handle,
+    ) |guard| {
         issue(guard, stream, Work::Up { to, from: host(from, bytes) })
     }
-    Context fn cuMemcpyDtoHAsync_v2(to: Handle, from: DevicePointer, bytes: usize, stream: Handle) |guard| {
+    Context fn cuMemcpyDtoHAsync_v2(
+        to: Handle, from: DevicePointer, bytes: usize, stream: Handle,
+    ) |guard| {
         issue(guard, stream, Work::Down { to: host(to, bytes), from })
     }
-    Context fn cuMemcpyDtoDAsync_v2(to: DevicePointer, from: DevicePointer, bytes: usize, stream: Handle) |guard| {
+    Context fn cuMemcpyDtoDAsync_v2(
+        to: DevicePointer, from: DevicePointer, bytes: usize, stream: Handle,
+    ) |guard| {
         issue(guard, stream, Work::Copy { to, from, len: bytes as u64 })
     }
     Quiet fn cuMemcpyHtoD_v2(to: DevicePointer, from: *const c_void, bytes: usize) |guard| {
@@ -444,7 +453,9 @@ driver! {
     Context fn cuMemsetD8Async(to: DevicePointer, value: u8, bytes: usize, stream: Handle) |guard| {
         issue(guard, stream, Work::Fill { to, pattern: vec![value], len: bytes as u64 })
     }
-    Context fn cuMemsetD32Async(to: DevicePointer, value: u32, count: usize, stream: Handle) |guard| {
+    Context fn cuMemsetD32Async(
+        to: DevicePointer, value: u32, count: usize, stream: Handle,
+    ) |guard| {
         let pattern = value.to_le_bytes().to_vec();
         issue(guard, stream, Work::Fill { to, pattern, len: count as u64 * 4 })
     }
@@ -542,7 +553,9 @@ driver! {
         guard.streams.values_mut().filter(takes_part).for_each(|stream| stream.capturing = None);
         if ended.invalid { CAPTURE_INVALIDATED } else { OK }
     }
-    Context fn cuLaunchHostFunc(stream: Handle, function: Option<unsafe extern "C" fn(Handle)>, argument: Handle) |guard| {
+    Context fn cuLaunchHostFunc(
+        stream: Handle, function: Option<unsafe extern "C" fn(Handle)>, argument: Handle,
+    ) |guard| {
         let Some(function) = function else { return INVALID_VALUE };
         let function = HostFunction { function, argument: argument.expose_provenance() };
         issue(guard, stream, Work::HostFunction(function))
@@ -605,14 +618,19 @@ driver! {
     Context fn cuModuleLoadData(module: *mut Handle, image: *const c_void) |guard| {
         load_module(guard, module, image)
     }
-    Context fn cuModuleLoadDataEx(module: *mut Handle, image: *const c_void, _count: u32, _options: *mut i32, _values: *mut Handle) |guard| {
+    Context fn cuModuleLoadDataEx(
+        module: *mut Handle, image: *const c_void, _count: u32, _options: *mut i32,
+        _values: *mut Handle,
+    ) |guard| {
         load_module(guard, module, image)
     }
     Context fn cuModuleUnload(module: Handle) |guard| {
         let mut guard = guard;
         guard.modules.remove(&address(module)).map_or(INVALID_HANDLE, |_| OK)
     }
-    Context fn cuModuleGetFunction(function: *mut Handle, module: Handle, name: *const c_char) |guard| {
+    Context fn cuModuleGetFunction(
+        function: *mut Handle, module: Handle, name: *const c_char,
+    ) |guard| {
         let mut guard = guard;
         let Some(name) = raw::text(name) else { return INVALID_VALUE };
         let entries = guard.modules.get(&address(module));
@@ -630,15 +648,17 @@ driver! {
     }
     Context fn cuLaunchKernel(
         function: Handle, _grid_x: u32, _grid_y: u32, _grid_z: u32, _block_x: u32, _block_y: u32,
-        _block_z: u32, _shared: u32, stream: Handle, parameters: *mut *mut c_void, _extra: *mut *mut c_void,
+        _block_z: u32, _shared: u32, stream: Handle, parameters: *mut *mut c_void,
+        _extra: *mut *mut c_void,
     ) |guard| {
         let Some(name) = guard.functions.get(&address(function)) else { return INVALID_HANDLE };
         let known = ["vmem_fill", "vmem_add", "vmem_copy", "vmem_slow_copy", "vmem_spin"];
         let Some(name) = known.into_iter().find(|known| known == name) else {
             return INVALID_DEVICE_FUNCTION;
         };
-        let word = |nth| raw::nth(parameters, nth).and_then(|place| raw::get::<u64>(place.cast_const().cast()));
-        let byte = |nth| raw::nth(parameters, nth).and_then(|place| raw::get::<u8>(place.cast_const().cast()));
+        let place = |nth| Some(raw::nth(parameters, nth)?.cast_const());
+        let word = |nth| raw::get::<u64>(place(nth)?.cast());
+        let byte = |nth| raw::get::<u8>(place(nth)?.cast());
         if name == "vmem_spin" {
             let Some(nanoseconds) = word(0) else { return INVALID_VALUE };
             return issue(guard, stream, Work::Kernel { name, arguments: [nanoseconds, 0, 0, 0] });

@@ -1,4 +1,5 @@
-//! Captures and host functions as a card has them: the codes were read off an H100 with driver 13.0.
+//! Captures and host functions as a card has them: the codes were read off an H100 with driver
+//! 13.0.
 //!
 //! Invariant: each test has the emulator alone, as it is at first. Run by `cargo test`.
 #![allow(missing_docs, clippy::unwrap_used, unsafe_code)]

@@ -1,6 +1,8 @@
-//! What vmem assumes of a CUDA driver, through cudarc: asserted here on the emulator, and the same on a card.
+//! What vmem assumes of a CUDA driver, through cudarc: asserted here on the emulator, and the same
+//! on a card.
 //!
-//! Invariant: each test has the emulator alone, as it is at first. A rule that is broken on purpose is found.
+//! Invariant: each test has the emulator alone, as it is at first. A rule that is broken on purpose
+//! is found.
 #![allow(missing_docs, clippy::unwrap_used, unsafe_code)]
 #![cfg(target_os = "linux")]
 
@@ -471,8 +473,8 @@ fn kernels_by_name() {
     free(pointer);
 }
 
-/// What is registered is the pages that were there: whoever gives them back to the system under a registration
-/// has the device read what nobody sees any more.
+/// What is registered is the pages that were there: whoever gives them back to the system under a
+/// registration has the device read what nobody sees any more.
 #[test]
 fn registered_memory_is_the_pages_that_were_there() {
     let emulator = Emulator::load().unwrap();

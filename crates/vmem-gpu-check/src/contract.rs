@@ -1,7 +1,8 @@
-//! What vmem assumes of a CUDA driver, asserted one by one: where a card differs, the emulated driver is to be mended.
+//! What vmem assumes of a CUDA driver, asserted one by one: where a card differs, the emulated
+//! driver is to be mended.
 //!
-//! Invariant: a part breaks nothing for another one: each has a process of its own. A difference that costs vmem nothing is told, and
-//! fails nothing. Called by `parts`.
+//! Invariant: a part breaks nothing for another one: each has a process of its own. A difference
+//! that costs vmem nothing is reported, and fails nothing. Called by `parts`.
 
 #![allow(unsafe_code)]
 
@@ -167,7 +168,8 @@ fn copies(env: &Env) -> Result<Outcome> {
     stream.synchronize()?;
     ensure!(there, "a copy to pageable memory returned before its end");
     Ok(Outcome::Passed(json!({
-        "pinned_call_us": returned.as_micros() as u64, "pageable_call_us": pageable.as_micros() as u64,
+        "pinned_call_us": returned.as_micros() as u64,
+        "pageable_call_us": pageable.as_micros() as u64,
     })))
 }
 
@@ -442,7 +444,7 @@ fn sticky(env: &Env) -> Result<Outcome> {
         std::thread::yield_now();
     };
     ensure!(told == 700 || told == 719, "an illegal address: {told}");
-    // All others of the context are told too; also those that were complete before.
+    // All others of the context report it too; also those that were complete before.
     let of_before = code(before.try_is_complete());
     let of_copy = code(stream.record_event(None));
     ensure!(of_copy != 0, "work is accepted after an error that sticks");
@@ -476,7 +478,7 @@ fn conformance(env: &Env) -> Result<Outcome> {
                 live.swap_remove(rng.random_range(0..live.len()));
             }
             let Some(range) = device.reserve(len) else {
-                ensure!(!live.is_empty(), "no room in an empty device");
+                ensure!(!live.is_empty(), "no space in an empty device");
                 live.clear();
                 continue;
             };

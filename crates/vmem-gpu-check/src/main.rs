@@ -1,9 +1,10 @@
-//! Checks vmem on a machine with an NVIDIA driver, and no Rust and no network: what vmem assumes of a driver, the scenarios
-//! that it must survive, and the bars of its GPU tier.
+//! Checks vmem on a machine with an NVIDIA driver, and no Rust and no network: what vmem assumes of
+//! a driver, the scenarios that it must survive, and the bars of its VRAM tier.
 //!
-//! Invariant: each part runs in a process of its own, for some leave the driver broken behind; and what a part found is
-//! written before the next one begins, so that a run that was cut short goes on where it was. With `--emulated` the same parts
-//! run on the emulated driver, and no figure is taken. Called by people, and by the tests of this crate.
+//! Invariant: each part runs in a process of its own, for some leave the driver broken behind; and
+//! what a part found is written before the next one begins, so that a run that was cut short goes
+//! on where it was. With `--emulated` the same parts run on the emulated driver, and no figure is
+//! taken. Called by people, and by the tests of this crate.
 //!
 //! # Layout
 //!
@@ -41,7 +42,8 @@ struct Options {
     /// The emulated driver in place of a card; figures are not taken.
     #[arg(long)]
     emulated: bool,
-    /// Where the record is kept: a line of JSON for each part. What has passed there is not run again.
+    /// Where the record is kept: a line of JSON for each part. What has passed there is not run
+    /// again.
     #[arg(long, value_name = "FILE", default_value = "gpu-check.json")]
     json: PathBuf,
     /// Runs what has passed before again.

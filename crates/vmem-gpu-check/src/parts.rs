@@ -1,6 +1,7 @@
 //! All parts, by name.
 //!
-//! Invariant: names are unique, and begin with what kind of part it is: `contract`, `scenario`, `bar`, `sanitizer`. Called by `main`.
+//! Invariant: names are unique, and begin with what kind of part it is: `contract`, `scenario`,
+//! `bar`, `sanitizer`. Called by `main`.
 
 use anyhow::Result;
 use serde_json::Value;

@@ -1,7 +1,8 @@
 //! A part in a process of its own, and the record of what came of it.
 //!
-//! Invariant: the record has a line for each part that has ended, whole, written before the next part begins; a part that hangs is
-//! ended after eight minutes and counts as failed. Called by `main`.
+//! Invariant: the record has a line for each part that has ended, whole, written before the next
+//! part begins; a part that hangs is ended after eight minutes and counts as failed. Called by
+//! `main`.
 
 use std::collections::HashSet;
 use std::fs::OpenOptions;
@@ -61,7 +62,8 @@ fn within(part: &Part, env: &Env) -> Result<Value> {
     Ok(outcome)
 }
 
-/// Runs the parts that were asked for, each in a process of its own. True if none failed and no bar was missed.
+/// Runs the parts that were asked for, each in a process of its own. True if none failed and no bar
+/// was missed.
 ///
 /// # Errors
 ///
@@ -126,7 +128,8 @@ pub(crate) fn all(options: &Options) -> Result<bool> {
     Ok(good)
 }
 
-/// The parts that the record says have passed, of this version, with this seed, on this device of this kind of driver.
+/// The parts that the record says have passed, of this version, with this seed, on this device of
+/// this kind of driver.
 fn passed(options: &Options) -> Result<HashSet<String>> {
     let text = match std::fs::read_to_string(&options.json) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(HashSet::new()),

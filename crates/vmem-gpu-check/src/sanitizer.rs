@@ -1,7 +1,7 @@
 //! Scenarios under NVIDIA's checker of memory, where it is installed.
 //!
-//! Invariant: it is seen to find a fault that was planted before it is believed. Each object has an allocation of its own, so that
-//! whatever goes beyond one is seen. Called by `parts`.
+//! Invariant: it is seen to find a fault that was planted before it is believed. Each object has an
+//! allocation of its own, so that whatever goes beyond one is seen. Called by `parts`.
 
 #![allow(unsafe_code, reason = "a kernel that goes astray is launched")]
 
@@ -72,7 +72,8 @@ fn check(tool: &PathBuf, part: &str, env: &Env) -> Result<Checked> {
     Ok(if found { Checked::Found(text) } else { Checked::Clean(text) })
 }
 
-/// Why the checker does not work here, if what it printed says so: a sandbox may keep it from the device.
+/// Why the checker does not work here, if what it printed says so: a sandbox may keep it from the
+/// device.
 fn refusal(text: &str) -> Option<String> {
     let told = ["Device not supported", "Failed to initialize", "Debugger is already attached"];
     let line = text.lines().find(|line| told.iter().any(|told| line.contains(told)))?;
@@ -111,7 +112,8 @@ fn fault(env: &Env) -> Result<Outcome> {
         let lease = vmem.device_on(&handle, &user.stream).await?;
         // SAFETY: used on the stream of the lease, before it is dropped.
         let at = unsafe { lease.device_ptr() };
-        // SAFETY: it is none: the byte behind the object is somebody else's, which is what is to be found.
+        // SAFETY: it is none: the byte behind the object is somebody else's, which is what is to be
+        // found.
         unsafe { user.launch("vmem_outside", &[at, len as u64], 1, &user.stream) }?;
         drop(lease);
         let _ = user.stream.synchronize();

@@ -1,7 +1,8 @@
-//! What a user of the store does on the device: a context of his own, streams, memory, kernels.
+//! What a user of the store does on the device: its own context, streams, memory, kernels.
 //!
-//! Invariant: memory is freed only after everything on the device has ended, by whoever allocated it. Unsafe code of
-//! this crate is here, where leases are lent to kernels, in `bars::raw`, and in `contract`, which plays a careless user. Called by the parts.
+//! Invariant: memory is freed only after everything on the device has ended, by whoever allocated
+//! it. Unsafe code of this crate is here, where leases are lent to kernels, in `bars::raw`, and in
+//! `contract`, which plays a careless user. Called by the parts.
 
 #![allow(unsafe_code)]
 
@@ -142,13 +143,13 @@ impl Env {
 /// What the driver says.
 pub(crate) fn stream(device: usize) -> Result<Arc<CudaStream>> {
     let context = CudaContext::new(device).context("a context")?;
-    // SAFETY: the parts order what they do on several streams themselves. Otherwise the first stream would wait for
-    // everything in the context.
+    // SAFETY: the parts order what they do on several streams themselves. Otherwise the first
+    // stream would wait for everything in the context.
     unsafe { context.disable_event_tracking() };
     context.new_stream().context("a stream")
 }
 
-/// Somebody else in the process, with a context object of his own.
+/// Somebody else in the process, with its own context object.
 pub(crate) struct User {
     pub(crate) context: Arc<CudaContext>,
     pub(crate) stream: Arc<CudaStream>,
@@ -156,7 +157,8 @@ pub(crate) struct User {
     functions: RefCell<HashMap<&'static str, sys::CUfunction>>,
 }
 
-// SAFETY: what the driver gave it is good on every thread, and the context is bound before each call.
+// SAFETY: what the driver gave it is good on every thread, and the context is bound before each
+// call.
 unsafe impl Send for User {}
 
 impl User {
@@ -428,8 +430,8 @@ impl Drop for Pinned {
     }
 }
 
-/// Captures graphs, allocates and frees like a library that minds nobody, until it is told to stop. Returns how many
-/// captures came to a good end.
+/// Captures graphs, allocates and frees like a library that minds nobody, until it is stopped.
+/// Returns how many captures came to a good end.
 ///
 /// # Errors
 ///

@@ -1,7 +1,8 @@
 //! Every part of `gpu-check` on the emulated driver, each in a process of its own, as on a card.
 //!
-//! Invariant: a part that is listed has a test here, by its name, which it has to pass, or is one that needs a card; so a
-//! machine without a GPU misses none that can run there, and claims none that cannot.
+//! Invariant: a part that is listed has a test here, by its name, which it has to pass, or is one
+//! that needs a card; so a machine without a GPU misses none that can run there, and claims none
+//! that cannot.
 #![allow(missing_docs, clippy::unwrap_used)]
 #![cfg(target_os = "linux")]
 
@@ -97,7 +98,7 @@ parts! {
     bar_g1_the_link = "bar-g1"
     bar_g2_disk_to_device = "bar-g2"
     bar_g3_completion = "bar-g3"
-    bar_g4_layers_ahead = "bar-g4"
+    bar_g4_layers_prefetched = "bar-g4"
     bar_g5_random_access = "bar-g5"
     bar_g6_many_pieces = "bar-g6"
 }

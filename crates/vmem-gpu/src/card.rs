@@ -84,7 +84,7 @@ pub(crate) struct Card {
 }
 
 impl Card {
-    /// Takes memory on a device: so many bytes, or three quarters of what is free; less if others
+    /// Takes memory on a device: `bytes`, or three quarters of what is free; less if others
     /// are faster. Called on a thread of ours, which it binds to the context.
     ///
     /// # Errors

@@ -103,7 +103,8 @@ impl Work {
     }
 }
 
-/// A stream for one direction, and one on which its ends are told, so that no copy waits for that.
+/// A stream for one direction, and one on which its ends are notified, so that no copy waits for
+/// that.
 pub(crate) struct CopyStream {
     stream: Arc<CudaStream>,
     notices: Arc<CudaStream>,

@@ -9,7 +9,7 @@
 //! The bytes are there before the lease is granted, so any stream may read them at once. The end is
 //! what counts: the deleter ends the lease as its drop does, behind all that is queued *on the
 //! stream of the lease* by then. Whoever uses the tensor does so on that stream, or, before the
-//! deleter is called, makes that stream wait for his own. In PyTorch:
+//! deleter is called, makes that stream wait for its own. In PyTorch:
 //!
 //! ```python
 //! lease_stream = torch.cuda.ExternalStream(pointer_of_the_stream)  # `tensor.stream().cu_stream()`

@@ -64,7 +64,7 @@ pub trait VramExt {
     ///
     /// # Errors
     ///
-    /// As [`device_on`](Self::device_on), and those of making room in host memory for the new
+    /// As [`device_on`](Self::device_on), and those of making space in host memory for the new
     /// version.
     fn device_mut_on(
         &self,
@@ -74,7 +74,7 @@ pub trait VramExt {
 
     /// As [`device_mut_on`](Self::device_mut_on), for kernels that write all of it.
     ///
-    /// The bytes before are not brought up, it begins as zeros.
+    /// The bytes before are not loaded, it begins as zeros.
     ///
     /// # Errors
     ///
@@ -189,8 +189,8 @@ pub(crate) fn tier(access: &DeviceAccess) -> Result<&CudaTier> {
 ///
 /// # Errors
 ///
-/// `TierNotAvailable` if there is none or it is lost; `InvalidConfig` for a stream of another context, and for one that
-/// will not do.
+/// `TierNotAvailable` if there is none or it is lost; `InvalidConfig` for a stream of another
+/// context, and for one that will not do.
 pub(crate) fn device_of(vmem: &VirtualMemory, stream: &Arc<CudaStream>) -> Result<DeviceAccess> {
     let invalid = |reason: &str| {
         Err(VirtualMemoryError::InvalidConfig { field: "stream", reason: reason.into() })

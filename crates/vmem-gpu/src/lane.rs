@@ -33,7 +33,7 @@ const BATCHES_MAX: usize = 8;
 /// Why a device serves no more, once it does not.
 pub(crate) type Lost = Arc<Loss>;
 
-/// The end of a device, and who is told of it.
+/// The end of a device, and the reason that all waiters get.
 #[derive(Default)]
 pub(crate) struct Loss {
     reason: OnceLock<Arc<str>>,
@@ -139,7 +139,7 @@ impl Lane {
         self.inbox.bell.ring();
     }
 
-    /// Nothing more is accepted; what was comes to its end.
+    /// Nothing more is accepted; what was accepted completes.
     pub(crate) fn close(&self) {
         self.inbox.queue.lock().closed = true;
         self.inbox.bell.ring();

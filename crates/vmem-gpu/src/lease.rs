@@ -368,8 +368,9 @@ impl DeviceLeaseMut {
         self.end_now().await
     }
 
-    /// Ends the lease without a new version: the object has the bytes that it had before, whatever kernels have written. Its
-    /// device memory is nobody else's before they have ended. A lease that is dropped by a panic is abandoned too.
+    /// Ends the lease without a new version: the object has the bytes that it had before, whatever
+    /// kernels have written. Its device memory is nobody else's before they have ended. A lease
+    /// that is dropped by a panic is abandoned too.
     ///
     /// ```no_run
     /// # use vmem::gpu::VramExt;

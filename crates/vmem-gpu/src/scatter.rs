@@ -21,7 +21,7 @@ type Result<T> = std::result::Result<T, VirtualMemoryError>;
 const TAKE_BYTES: usize = 1 << 20;
 /// Objects that are written at once.
 const OBJECTS_MAX: usize = 16;
-/// Pieces of one object that are taken ahead of the one that is written.
+/// Pieces of one object that are taken before their turn to be written.
 const TAKES_MAX: usize = 8;
 
 /// A piece of a scatter: where in the buffer it comes from, the object, and the part of it.
@@ -75,7 +75,7 @@ fn by_object(pieces: &[Scattered<'_>]) -> Vec<Pieces> {
     objects
 }
 
-/// Takes some pieces ahead, and writes them one after the other.
+/// Takes some pieces early, and writes them one after the other.
 async fn write_pieces(
     access: &DeviceAccess,
     (handle, pieces): Pieces,

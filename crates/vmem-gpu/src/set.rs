@@ -1,8 +1,8 @@
 //! Several objects in device memory at once.
 //!
-//! Invariant: a set is granted whole or not at all, and one that waits holds nothing, so that sets over
-//! the same objects, in whatever order, never wait for each other in a ring. The stream is checked
-//! once, and a set that is dropped whole ends with one event. Called by users.
+//! Invariant: a set is granted whole or not at all, and one that waits holds nothing, so that sets
+//! over the same objects, in whatever order, never wait for each other in a ring. The stream is
+//! checked once, and a set that is dropped whole ends with one event. Called by users.
 
 use std::sync::Arc;
 

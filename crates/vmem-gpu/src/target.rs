@@ -107,7 +107,8 @@ impl<'a> DeviceTarget<'a> {
     }
 }
 
-/// Runs `work` where it does not wait for the caller; dropped, it ends. What is at hand comes at once, without a task.
+/// Runs `work` where it does not wait for the caller; dropped, it ends. What is at hand comes at
+/// once, without a task.
 async fn run_apart(
     runtime: Option<Handle>,
     work: impl Future<Output = Result<()>> + Send + 'static,

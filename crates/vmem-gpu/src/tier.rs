@@ -290,7 +290,7 @@ impl DeviceBackend for CudaTier {
 
     fn register(&self, memory: StagingMemory) -> io::Result<()> {
         let card = self.card.lock().clone().ok_or(io::ErrorKind::NotConnected)?;
-        // The thread of whoever opens the store is his, and keeps the context that it has.
+        // The thread belongs to the caller that opens the store, and keeps its context.
         let registering = std::thread::spawn(move || {
             card.bind().and_then(|()| card.register(memory)).map_err(|error| {
                 io::Error::other(crate::card::told("registering staging memory", error))

@@ -1,6 +1,8 @@
-//! The VRAM tier over the emulated driver: bytes, owners, order, lost notices, failures, and machines that have no GPU.
+//! The VRAM tier over the emulated driver: bytes, owners, order, lost notices, failures, and
+//! machines that have no GPU.
 //!
-//! Invariant: after each test the emulator has seen no rule broken: no race on device memory, no host memory used under a copy.
+//! Invariant: after each test the emulator has seen no rule broken: no race on device memory, no
+//! host memory used under a copy.
 #![allow(missing_docs, clippy::unwrap_used)]
 #![cfg(target_os = "linux")]
 
@@ -76,7 +78,8 @@ async fn bytes_go_up_and_down() {
     end(device, &emulator).await;
 }
 
-/// A future that is dropped frees nothing that a copy still uses, and a range is not reused under it.
+/// A future that is dropped frees nothing that a copy still uses, and a range is not reused under
+/// it.
 #[tokio::test]
 async fn a_copy_owns_what_it_touches() {
     let emulator = Emulator::load().unwrap();
@@ -124,7 +127,7 @@ async fn a_device_that_is_lost() {
     tokio::time::sleep(Duration::from_millis(20)).await;
     emulator.sticky(719);
     let error = upload.await.unwrap_err();
-    // A copy that blocks says so itself; one in flight is told by its event.
+    // A copy that blocks says so itself; of one in flight the event says so.
     assert!(
         matches!(&error, DeviceError::Lost(_) | DeviceError::Failed { code: 719, .. }),
         "{error:?}"
@@ -208,7 +211,7 @@ async fn idle_it_asks_nothing() {
 }
 
 #[tokio::test]
-async fn what_the_machine_has() {
+async fn probe_agrees_with_the_emulated_machine() {
     let emulator = Emulator::load().unwrap();
     emulator.devices(0);
     let opened = open_device(&GpuSelection::Auto, None).unwrap();

@@ -16,7 +16,7 @@ const EXPECTED: &str = "VMEM_TEST_EXPECTED_REASON";
 
 /// Runs only in a child: opens the device, and says why there is none.
 #[test]
-fn child() {
+fn child_opens_no_device() {
     let Ok(expected) = std::env::var(EXPECTED) else { return };
     let opened = open_device(&GpuSelection::Auto, None).unwrap();
     assert!(opened.device.is_none());
@@ -32,7 +32,7 @@ fn child() {
 
 fn run_child(libraries: &Path, expected: &str) {
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["child", "--exact", "--nocapture"])
+        .args(["child_opens_no_device", "--exact", "--nocapture"])
         .env("LD_LIBRARY_PATH", libraries)
         .env(EXPECTED, expected)
         .output()

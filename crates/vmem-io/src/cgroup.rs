@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_no_limit() {
+    fn unreadable_file_is_no_limit() {
         assert_eq!(limit(&[]), None);
         let torn = b"30 23 0:26\n30 23 0:26 / /x rw - cgroup2\n\xff - cgroup\n30 - cgroup2\n";
         assert!(mounts(torn).len() <= 1);

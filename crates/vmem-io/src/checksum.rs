@@ -6,7 +6,7 @@
 use bytes::Bytes;
 use vmem_core::backend::{DiskError, IoBuf, ReadChunk};
 
-/// After so many bytes of checksums, other tasks get their turn.
+/// After this many bytes of checksums, other tasks get their turn.
 const YIELD_BYTES: usize = 256 * 1024;
 
 /// The CRC-32C of some bytes.

@@ -136,8 +136,8 @@ pub fn open_disk_with(options: DiskOptions<'_>) -> Result<OpenedDisk, VirtualMem
     })
 }
 
-/// The budget of a store that was not given one in bytes. A percentage is of what is free and what
-/// is there already, of files in memory no more than this process may have of that.
+/// The budget of a store that was not given one in bytes. A percentage is of free and taken
+/// space together, of files in memory no more than this process may have of that.
 fn budget_bytes(
     budget: Budget,
     free: u64,

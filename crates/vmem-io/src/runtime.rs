@@ -5,8 +5,9 @@
 //!
 //! tokio says by a panic alone that a runtime has no timer or no I/O driver (there is a request for
 //! a question that can be asked, tokio-rs/tokio#8361). The panic is caught here, and for that
-//! moment a filter in front of the process's panic hook keeps it from being told; every other panic
-//! passes. Where panics abort the process nothing is tried, and tokio speaks for itself later.
+//! moment a filter in front of the process's panic hook keeps it from being printed; every other
+//! panic passes. Where panics abort the process nothing is tried, and tokio speaks for itself
+//! later.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind, set_hook, take_hook};
@@ -77,7 +78,7 @@ type Hook = Box<dyn Fn(&PanicHookInfo<'_>) + Send + Sync>;
 /// A filter in front of the hook that was there.
 struct Filter {
     hook: Arc<Hook>,
-    /// Where the filter is, to be told from one that somebody sets meanwhile.
+    /// Where the filter is, to recognise one that somebody sets meanwhile.
     address: *const (),
 }
 

@@ -253,11 +253,11 @@ fn place(blocks: &[u64], mut start: u64, starts: &mut Vec<u64>) {
     }
 }
 
-/// How many of the first chunks fit into `room` blocks, and how many blocks they take.
-fn prefix_within(blocks: &[u64], room: u64) -> (usize, u64) {
+/// How many of the first chunks fit into `limit` blocks, and how many blocks they take.
+fn prefix_within(blocks: &[u64], limit: u64) -> (usize, u64) {
     let mut sum = 0;
     for (count, &len) in blocks.iter().enumerate() {
-        if sum + len > room {
+        if sum + len > limit {
             return (count, sum);
         }
         sum += len;

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use vmem_core::backend::Ranges;
 
-/// So many bytes must be stale before a batch is worth a system call.
+/// This many bytes must be stale before a batch is worth a system call.
 pub(crate) const BATCH_BYTES: u64 = 4 * 1024 * 1024;
 
 /// The block of common file systems: smaller holes free nothing.

@@ -99,14 +99,15 @@ impl DiskTier {
         Self::build(driver, Space::new(capacity_bytes, driver_block), &[], None)
     }
 
-    /// The same, with extents in the file already, to be [adopted](DiskBackend::adopt); and in a directory,
-    /// if one is given, that is given back when the tier is closed or its last extent and the tier
-    /// itself are dropped. What the extents leave free of the file goes back to the file system.
+    /// The same, with extents in the file already, to be [adopted](DiskBackend::adopt); and in a
+    /// directory, if one is given, that is given back when the tier is closed or its last extent
+    /// and the tier itself are dropped. What the extents leave free of the file goes back to the
+    /// file system.
     ///
     /// # Errors
     ///
-    /// [`InvalidConfig`](VirtualMemoryError::InvalidConfig) if the extents take more than the capacity,
-    /// or are of another block size than the driver's.
+    /// [`InvalidConfig`](VirtualMemoryError::InvalidConfig) if the extents take more than the
+    /// capacity, or are of another block size than the driver's.
     pub fn with_taken(
         driver: Arc<dyn Driver>,
         capacity_bytes: u64,
@@ -163,7 +164,8 @@ impl DiskTier {
 }
 
 impl Drop for DiskTier {
-    /// What is in flight, and extents that somebody still has, keep the rest; nobody waits for it here.
+    /// What is in flight, and extents that somebody still has, keep the rest; nobody waits for it
+    /// here.
     fn drop(&mut self) {
         self.leave();
     }

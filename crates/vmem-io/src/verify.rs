@@ -27,14 +27,14 @@ pub struct Verified {
     pub damaged: Vec<(String, String)>,
 }
 
-/// Reads every named object of the store in this directory, which nobody has open, and compares it with
-/// its checksums. Blocks until it is done.
+/// Reads every named object of the store in this directory, which nobody has open, and compares it
+/// with its checksums. Blocks until it is done.
 ///
 /// # Errors
 ///
-/// [`InUse`](VirtualMemoryError::InUse); [`InvalidConfig`](VirtualMemoryError::InvalidConfig) if there is no
-/// store; [`Damaged`](VirtualMemoryError::Damaged) if the catalog itself is, with how many names of
-/// it can be read; `Io`.
+/// [`InUse`](VirtualMemoryError::InUse); [`InvalidConfig`](VirtualMemoryError::InvalidConfig) if
+/// there is no store; [`Damaged`](VirtualMemoryError::Damaged) if the catalog itself is, with how
+/// many names of it can be read; `Io`.
 ///
 /// ```
 /// let directory = tempfile::tempdir()?;

@@ -171,7 +171,7 @@ fn leftovers_of_a_killed_process_are_reclaimed() {
 }
 
 #[test]
-fn what_cannot_serve_is_refused_by_name() {
+fn unsuitable_directory_is_refused_by_name() {
     let (scratch, path) = scratch();
     fs::write(&path, "a file").unwrap();
     let reason = refusal(&path);

@@ -139,7 +139,7 @@ fn a_range_that_is_being_punched_is_reserved_at_once_and_written_later() {
         let (buf, result) = block_on(future);
         result.unwrap();
         assert_eq!(buf[..], payloads[0][..]);
-        // Chunks are dropped as we go, so batches come up in between.
+        // Chunks are dropped as we go, so batches begin in between.
         while driver.pending().contains(&"punch") {
             driver.complete("punch", Err(io::Error::from_raw_os_error(5)));
         }

@@ -3,7 +3,7 @@
 //!
 //! Invariant: what the kernel may still touch is owned, whoever was dropped: futures, then the
 //! runtime, then the driver. Memory that is let go is poisoned, so that the kernel would send
-//! poison on if it were let go too early. A driver that is not to be had here is skipped aloud.
+//! poison on if it were let go too early. A driver that is unavailable here is skipped aloud.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
@@ -32,7 +32,7 @@ fn runtime() -> Runtime {
     Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// A driver over a file that is really a pipe. `None` where io_uring is not to be had.
+/// A driver over a file that is really a pipe. `None` where io_uring is unavailable.
 fn driver(
     kind: IoDriver,
     runtime: &Runtime,

@@ -82,7 +82,7 @@ async fn chunks_of_all_lengths_come_back() {
 }
 
 #[tokio::test]
-async fn what_was_never_written_is_zeros_and_not_what_was_there() {
+async fn unwritten_chunk_reads_as_zeros_where_other_bytes_were() {
     let store = store(MIB);
     let backend = &store.disk.backend;
     let secret = write(backend, &[Bytes::from(vec![0x55; 65536])]).await.unwrap();
@@ -295,14 +295,14 @@ async fn a_full_file_system_is_reported_and_recovers() {
     for extents in &live {
         assert_eq!(read(backend, extents).await.unwrap(), payload[0], "older chunks are fine");
     }
-    // Room is made here: far less than a batch of punches, but the file system is full.
+    // Space is made here: far less than a batch of punches, but the file system is full.
     let freed = live.len() / 2;
     live.truncate(live.len() - freed);
     for _ in 0..freed {
         match write(backend, &payload).await {
             Ok(extents) => live.push(extents),
             Err(DiskError::Full { .. }) => {
-                live.push(write(backend, &payload).await.expect("the retry finds room"));
+                live.push(write(backend, &payload).await.expect("the retry finds space"));
             }
             Err(error) => panic!("{error:?}"),
         }
@@ -310,7 +310,7 @@ async fn a_full_file_system_is_reported_and_recovers() {
     for extents in &live {
         assert_eq!(read(backend, extents).await.unwrap(), payload[0]);
     }
-    // Room is made by somebody else.
+    // Space is made by somebody else.
     std::fs::remove_file(other).unwrap();
     for _ in 0..24 {
         live.push(write(backend, &payload).await.unwrap());

@@ -188,8 +188,8 @@ impl Catalog for SimCatalog {
     }
 }
 
-/// A catalog that has core keep so many closed names in memory, for tests of how the others leave
-/// it.
+/// A catalog that has core keep a given number of closed names in memory, for tests of how the
+/// others leave it.
 #[derive(Debug)]
 pub struct ClosedNames(pub Arc<dyn Catalog>, pub usize);
 

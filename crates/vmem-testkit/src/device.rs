@@ -1,8 +1,8 @@
-//! A device that is no device: memory of the heap behind a task that does what it is told, late.
+//! A device that is no device: memory of the heap behind a task that obeys the test, late.
 //!
 //! Invariant: an operation owns its buffer and its share of the range from the call until it is
 //! done, in that task, whatever becomes of the future; on a paused clock one seed gives one run;
-//! memory that was given back is filled with garbage, so that whoever reads what he did not write
+//! memory that was given back is filled with garbage, so that a reader of what it did not write
 //! sees it. Called by the tests of the core.
 //!
 //! It stands for the order and the lateness of a device, not for the rules of a driver: those are
@@ -59,7 +59,7 @@ struct Inner {
     done: AtomicU64,
 }
 
-/// How a device behaves that was not told what to do.
+/// How a device behaves without orders of a test.
 struct Manners {
     rng: SmallRng,
     /// The longest that an operation takes.
@@ -82,7 +82,7 @@ struct Queue {
 type Job = Box<dyn FnOnce(Result<(), DeviceError>, &Inner) + Send>;
 
 impl SimDevice {
-    /// A device with so many bytes.
+    /// A device with `capacity` bytes.
     pub fn new(capacity: u64) -> Self {
         let inner = Arc::new(Inner {
             memory: Mutex::new(vec![GARBAGE; capacity as usize]),
@@ -215,7 +215,7 @@ impl Inner {
             None if fails || told() => Err(DeviceError::Failed {
                 operation: "a copy",
                 code: 719,
-                message: "as it was told".into(),
+                message: "as the test asked".into(),
             }),
             None => Ok(()),
         };
@@ -291,7 +291,8 @@ impl DeviceBackend for SimDevice {
             drop(from);
             (into, outcome)
         });
-        async move { answer.await.expect("the task answers everything, unless its runtime has gone") }.boxed()
+        let reason = "the task answers everything, unless its runtime has gone";
+        async move { answer.await.expect(reason) }.boxed()
     }
 
     fn register(&self, _memory: StagingMemory) -> io::Result<()> {

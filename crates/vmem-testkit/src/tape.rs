@@ -1,11 +1,11 @@
 //! A disk that records what reaches it, so that the power can be cut at any moment afterwards.
 //!
-//! Invariant: what a sync covered is in every image after it, whole; of what came after the last sync of a
-//! file before the cut, any writes are there, in any order, each whole, torn at 512 bytes, or not at all.
-//! Called by the tests of what survives.
+//! Invariant: what a sync covered is in every image after it, whole; of what came after the last
+//! sync of a file before the cut, any writes are there, in any order, each whole, torn at 512
+//! bytes, or not at all. Called by the tests of what survives.
 //!
-//! The data file is reached through [`TapeDriver`], the catalog through [`TapeStorage`]; both record on
-//! one [`Tape`], so that a cut hits both at the same moment.
+//! The data file is reached through [`TapeDriver`], the catalog through [`TapeStorage`]; both
+//! record on one [`Tape`], so that a cut hits both at the same moment.
 
 use std::io;
 use std::ops::Range;
@@ -190,7 +190,8 @@ pub struct TapeDriver {
 }
 
 impl TapeDriver {
-    /// As if through the page cache, or as if past it, which is when nobody syncs for a write alone.
+    /// As if through the page cache, or as if past it, which is when nobody syncs for a write
+    /// alone.
     pub fn new(tape: &Arc<Tape>, buffered: bool) -> Arc<Self> {
         let rng = Mutex::new(SmallRng::seed_from_u64(7));
         Arc::new(TapeDriver { tape: Arc::clone(tape), buffered, rng })

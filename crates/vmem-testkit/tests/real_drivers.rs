@@ -1,7 +1,7 @@
 //! The conformance suites over every driver that this machine has: by direct I/O and through the
 //! page cache, on one thread and on several.
 //!
-//! Invariant: a driver that is not to be had here is skipped aloud, never silently.
+//! Invariant: a driver that is unavailable here is skipped aloud, never silently.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 

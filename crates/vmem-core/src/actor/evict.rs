@@ -19,7 +19,7 @@ use super::{Ended, Took, spawn_into};
 use crate::disk::DiskError;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
-use crate::migrate::{Down, Leaving, move_room_down, write_down};
+use crate::migrate::{Down, Leaving, demote_unwritten, write_down};
 use crate::object::{GatePass, Object, Shared};
 use crate::policy::Probe;
 use crate::stats::add;
@@ -31,8 +31,8 @@ const BATCHES_MAX: usize = 4;
 pub(super) const BATCH_BYTES: u64 = 1024 * 1024;
 /// Objects in one batch.
 pub(super) const BATCH_OBJECTS: usize = 512;
-/// Objects of the cold end that are kept clean ahead of need.
-const WRITE_AHEAD_OBJECTS: usize = 256;
+/// Objects of the cold end that are written back early, to be clean when they go.
+const CLEANED_OBJECTS: usize = 256;
 /// Entries that background order-keeping handles in one turn.
 const SETTLE_STEPS: usize = 1024;
 /// After the file system said that it has no space, or failed several times in a row, it is left
@@ -43,7 +43,7 @@ const COOLS_MIN: Duration = Duration::from_millis(20);
 /// Moves within the tier for one look: what they free is seen at once, so more is a sign that it
 /// helps nobody.
 const COMPACTIONS_MAX: usize = 256;
-/// Batches that fail in a row before the disk is taken for broken: one failure is the matter of one
+/// Batches that fail in a row before the disk is taken for broken: one failure concerns one
 /// batch, which is tried again elsewhere on the disk.
 const FAILURES_MAX: u32 = 8;
 
@@ -58,7 +58,7 @@ pub(super) struct Evictor<T> {
     unsettled: bool,
     look: Look,
     disk_rests_until: Option<Instant>,
-    /// Batches that failed since one went down.
+    /// Batches that failed since one was written.
     failures: u32,
     /// Something may be there to do then, although nothing happens.
     wakes_at: Option<Instant>,
@@ -151,7 +151,7 @@ impl<T: Evicting> Evictor<T> {
         if deficit > 0 && self.batches < BATCHES_MAX {
             more = self.make_space(shared, tasks, &situation, deficit);
         } else if deficit == 0 {
-            self.write_ahead(shared, tasks);
+            self.write_back_early(shared, tasks);
         }
         self.settle(shared) || more
     }
@@ -337,7 +337,7 @@ impl<T: Evicting> Evictor<T> {
     }
 
     /// Writes what is dirty at the cold end, so that most victims are clean when space is needed.
-    fn write_ahead(&mut self, shared: &Shared, tasks: &mut JoinSet<Ended>) {
+    fn write_back_early(&mut self, shared: &Shared, tasks: &mut JoinSet<Ended>) {
         let state = self.tier.state(shared);
         let is_resting = self.disk_rests_until.is_some_and(|until| Instant::now() < until);
         if self.batches > 0 || is_resting || state.space().used_bytes() <= state.marks.low_bytes {
@@ -345,7 +345,7 @@ impl<T: Evicting> Evictor<T> {
         }
         let band = state.marks.high_bytes - state.marks.low_bytes;
         let mut cold = Vec::new();
-        state.order.lock().coldest(WRITE_AHEAD_OBJECTS, &mut |id| cold.push(id));
+        state.order.lock().coldest(CLEANED_OBJECTS, &mut |id| cold.push(id));
         let mut batch = Vec::new();
         let mut payload = 0;
         let mut seen = 0;
@@ -384,7 +384,7 @@ impl<T: Evicting> Evictor<T> {
 /// An object that the level below does not have.
 fn take_dirty(object: &Object, pass: GatePass) -> Step {
     let refused = if object.has_spare() {
-        move_room_down(&pass).map(|()| Step::Freed)
+        demote_unwritten(&pass).map(|()| Step::Freed)
     } else {
         match Leaving::prepare(pass) {
             Ok(leaving) => Ok(Step::Write(leaving)),

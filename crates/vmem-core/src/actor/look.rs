@@ -1,7 +1,7 @@
 //! A look for victims.
 //!
-//! Invariant: a look is one pass of the policy and ends; what it has passed over it does not ask again. Begun by the
-//! evictor once something has happened.
+//! Invariant: a look is one pass of the policy and ends; what it has passed over it does not ask
+//! again. Begun by the evictor once something has happened.
 
 use super::plan::Candidate;
 use super::tiers::Evicting;
@@ -18,7 +18,7 @@ pub(super) struct Look {
     pub(super) clean_only: bool,
     /// The longest unused of what it met and spared, in nanoseconds of the store's clock.
     pub(super) spared: Option<u64>,
-    /// It has come to its end.
+    /// It has ended.
     is_over: bool,
     /// Moves within the tier that it has made.
     pub(super) compactions: usize,
@@ -29,7 +29,8 @@ pub(super) struct Look {
 }
 
 impl Look {
-    /// From now on it spares what was used since, or nothing; if that is new it begins at the cold end again.
+    /// From now on it spares what was used since, or nothing; if that is new it begins at the cold
+    /// end again.
     pub(super) fn spare(&mut self, since: Option<u64>) {
         if self.spared_since.is_some() != since.is_some() {
             let pass = since.map_or_else(Pass::default, Pass::colder_than);

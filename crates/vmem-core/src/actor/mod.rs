@@ -1,19 +1,20 @@
 //! The eviction actor: one task, fed by bounded channels, that starts every migration.
 //!
-//! Invariant: the actor itself never waits for I/O or for room; it decides, and each migration that
-//! it decides on is a task of its own. When there is nothing to decide it sleeps, and only a
+//! Invariant: the actor itself never waits for I/O or for space; it decides, and each migration
+//! that it decides on is a task of its own. When there is nothing to decide it sleeps, and only a
 //! request, a release that somebody waits for, the end of a migration, or, while a prefetch waits
 //! for what is too hot, a timer wakes it.
 //!
 //! ```text
 //!   readers, promote, demote ---> demand ----+
-//!   prefetch ------------------> ahead ------+--> actor --> tasks (fetch, write down) --+
+//!   prefetch ------------------> background -+--> actor --> tasks (fetch, write down) --+
 //!   allocations, releases -----> wake -------+       ^------------ their ends ---------+
 //! ```
 //!
-//! A read that leaves the object where it is moves nothing between tiers and needs no decision: its task starts
-//! at once, past the actor. Requests for space do not come through the channels: they stand in the queue of
-//! their tier (`tier/queue.rs`), where the actor sees them whole. Started by `VirtualMemory::with_backends`.
+//! A read that leaves the object where it is moves nothing between tiers and needs no decision: its
+//! task starts at once, past the actor. Requests for space do not come through the channels: they
+//! stand in the queue of their tier (`tier/queue.rs`), where the actor sees them whole. Started by
+//! `VirtualMemory::with_backends`.
 
 mod evict;
 mod look;
@@ -59,7 +60,7 @@ pub(super) enum Ended {
     Background,
     /// One that waits for a kernel of a user.
     Kernel,
-    /// A batch on its way down, which was to free so many bytes, and whether the disk took it.
+    /// A batch on its way down, the bytes that it was to free, and whether the disk took it.
     Evicted {
         leaves_bytes: u64,
         took: Took,
@@ -97,7 +98,8 @@ struct Actor {
     names: Arc<Names>,
     inbox: Inbox,
     tasks: JoinSet<Ended>,
-    /// Those that wait for kernels of users: they take no one else's place, and nobody knows for how long.
+    /// Those that wait for kernels of users: they take no one else's place, and nobody knows for
+    /// how long.
     kernels: JoinSet<Ended>,
     demand: usize,
     background: usize,
@@ -121,7 +123,8 @@ impl Actor {
         let mut woken = true;
         while !self.shared.is_closed() {
             let recall_at = self.recall_unclaimed();
-            // A batch that failed has freed nothing, and rings nobody: what it was to make way for looks again.
+            // A batch that failed has freed nothing, and rings nobody: what it was to make way for
+            // looks again.
             woken |= std::mem::take(&mut self.batch_failed);
             let more = self.turn(woken);
             woken = !more;
@@ -147,7 +150,9 @@ impl Actor {
                 Some(request) = self.inbox.demand.recv(), if self.demand < DEMAND_MAX => {
                     self.start(request);
                 }
-                Some(request) = self.inbox.background.recv(), if self.background < BACKGROUND_MAX => {
+                Some(request) = self.inbox.background.recv(),
+                    if self.background < BACKGROUND_MAX =>
+                {
                     self.start(request);
                 }
             }
@@ -170,8 +175,8 @@ impl Actor {
         more
     }
 
-    /// While anybody waits for space, takes back what others were granted and do not come for. Returns when there
-    /// may be more of that.
+    /// While anybody waits for space, takes back what others were granted and do not come for.
+    /// Returns when there may be more of that.
     fn recall_unclaimed(&self) -> Option<Instant> {
         let waiting: usize =
             self.shared.devices().iter().map(|device| device.state.queue.len()).sum();
@@ -240,8 +245,8 @@ impl Actor {
         }
     }
 
-    /// Refuses what waits, lets what runs come to its end, makes the named objects durable, and closes
-    /// the disk and the device.
+    /// Refuses what waits, lets what runs end, makes the named objects durable, and
+    /// closes the disk and the device.
     async fn end(&mut self) -> Result<(), VirtualMemoryError> {
         self.inbox.demand.close();
         self.inbox.background.close();
@@ -272,9 +277,9 @@ impl Actor {
         flushed.and(unnamed).and(closed).and(device)
     }
 
-    /// Waits for kernels as long as anybody waits for anything, and as long again for what is on its way down then. The
-    /// version before a kernel that does not end stays the current one; its device memory is kept by whoever waits for
-    /// its event.
+    /// Waits for kernels as long as anybody waits for anything, and as long again for what is on
+    /// its way down then. The version before a kernel that does not end stays the current one; its
+    /// device memory is kept by whoever waits for its event.
     async fn end_kernels(&mut self) {
         self.wait_for_kernels().await;
         // Leases that are still held can publish nothing any more.
@@ -283,7 +288,8 @@ impl Actor {
         if self.kernels.is_empty() {
             return;
         }
-        tracing::error!(target: "vmem::actor", kernels = self.kernels.len(), "kernels have not ended");
+        let kernels = self.kernels.len();
+        tracing::error!(target: "vmem::actor", kernels, "kernels have not ended");
         self.shared.patience.close();
         self.wait_for_kernels().await;
         self.kernels.shutdown().await;

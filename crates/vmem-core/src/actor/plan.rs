@@ -1,8 +1,9 @@
 //! What leaves a tier: decided here, carried out elsewhere.
 //!
-//! Invariant: pure. A plan always ends; it frees at most what is asked for plus the last object that it takes, or plus
-//! the neighbours of one that need to go with it; its cost is bounded by its own length and by `TRIES_MAX` looks,
-//! never by how many objects there are. Where nothing can go it says why. Called by the evictor of each tier.
+//! Invariant: pure. A plan always ends; it frees at most what is asked for plus the last object
+//! that it takes, or plus the neighbours of one that need to go with it; its cost is bounded by its
+//! own length and by `TRIES_MAX` looks, never by how many objects there are. Where nothing can go
+//! it says why. Called by the evictor of each tier.
 
 use super::evict::{BATCH_BYTES, BATCH_OBJECTS};
 use crate::tier::{Wanted, Watermarks};
@@ -33,9 +34,9 @@ impl Situation {
             deficit = deficit.max(1);
         }
         if wanted.demand_bytes == 0 && wanted.prefetch_bytes > 0 {
-            let room = marks.high_bytes.saturating_sub(self.used_bytes);
+            let space = marks.high_bytes.saturating_sub(self.used_bytes);
             let next = wanted.prefetch_bytes.min(BATCH_BYTES.max(wanted.smallest_prefetch));
-            deficit = next.saturating_sub(room);
+            deficit = next.saturating_sub(space);
             if wanted.prefetch_scattered {
                 deficit = deficit.max(wanted.smallest_prefetch);
             }
@@ -46,7 +47,7 @@ impl Situation {
         deficit.saturating_sub(self.leaving_bytes)
     }
 
-    /// Whether eviction ahead of need is under way after this, if it was before.
+    /// Whether early eviction is under way after this, if it was before.
     pub(super) fn is_still_above(&self) -> bool {
         let Watermarks { low_bytes, high_bytes } = self.marks;
         let staying = self.used_bytes.saturating_sub(self.leaving_bytes);
@@ -96,8 +97,8 @@ pub(super) struct Plan {
     pub(super) stop: Stop,
 }
 
-/// Plans to free `target` bytes. Those of `neighbours` go together, all of them, before any other: free space that
-/// lies in pieces becomes usable that way alone.
+/// Plans to free `target` bytes. Those of `neighbours` go together, all of them, before any other:
+/// free space that lies in pieces becomes usable that way alone.
 pub(super) fn plan(
     target: u64,
     neighbours: Vec<Victim>,
@@ -211,8 +212,8 @@ mod tests {
             let situation = situation(&mut random);
             let deficit = situation.deficit_bytes();
             let wanted = situation.wanted.demand_bytes + situation.wanted.prefetch_bytes;
-            let ahead = situation.used_bytes.saturating_sub(situation.marks.low_bytes);
-            assert!(deficit <= wanted.max(ahead).max(1), "{situation:?}");
+            let early = situation.used_bytes.saturating_sub(situation.marks.low_bytes);
+            assert!(deficit <= wanted.max(early).max(1), "{situation:?}");
             let full = Situation { leaving_bytes: u64::MAX, ..situation };
             assert_eq!(full.deficit_bytes(), 0, "what is on its way out is not taken twice");
         }

@@ -1,7 +1,9 @@
-//! The tiers as their evictors see them: how an object stands there, what its leaving costs, and how it leaves.
+//! The tiers as their evictors see them: how an object stands there, what its leaving costs, and
+//! how it leaves.
 //!
-//! Invariant: nothing here waits, and nothing decides: that is for `plan.rs`. An object leaves by its gate, so never one
-//! that is held, read, in flight or being written. Called by the evictor of the tier.
+//! Invariant: nothing here waits, and nothing decides: that is for `plan.rs`. An object leaves by
+//! its gate, so never one that is held, read, in flight or being written. Called by the evictor of
+//! the tier.
 
 use std::time::Duration;
 
@@ -15,7 +17,8 @@ use crate::policy::Probe;
 use crate::stats::add;
 use crate::tier::{DeviceSpace, HostSpace, Space, TierState, Wanted};
 
-/// An object that was used within this time never makes way for a prefetch in host memory, in nanoseconds.
+/// An object that was used within this time never makes way for a prefetch in host memory, in
+/// nanoseconds.
 const HOT_NS: u64 = 1_000_000_000;
 /// Copies around which it is looked for neighbours.
 const SEEDS_MAX: usize = 32;
@@ -26,7 +29,8 @@ pub(super) trait Evicting {
 
     fn state<'a>(&self, shared: &'a Shared) -> &'a TierState<Self::Space>;
 
-    /// How an object stands here, for the policy; what was used at `spared_since` or later is not to go.
+    /// How an object stands here, for the policy; what was used at `spared_since` or later is not
+    /// to go.
     fn probe(&self, object: &Object, spared_since: u64) -> Probe;
 
     /// Since when what is used is spared by a prefetch, in nanoseconds of the store's clock.
@@ -50,7 +54,8 @@ pub(super) trait Evicting {
     /// Objects whose leaving makes one piece of free space of what the first request needs.
     fn neighbours(&self, shared: &Shared, wanted: &Wanted) -> Vec<u64>;
 
-    /// Moves objects within the tier, so that free bytes become usable bytes. True if that freed some.
+    /// Moves objects within the tier, so that free bytes become usable bytes. True if that freed
+    /// some.
     fn compact(&self, shared: &Shared) -> bool;
 }
 
@@ -69,7 +74,7 @@ impl Evicting for InHost {
     }
 
     fn may_leave(&self, object: &Object) -> bool {
-        object.pins() == 0 && object.copy.readers() == 0 && object.has_host_room()
+        object.pins() == 0 && object.copy.readers() == 0 && object.has_host_space()
     }
 
     fn spared_since(&self, shared: &Shared, _wanted: &Wanted) -> u64 {
@@ -126,7 +131,7 @@ fn is_movable(shared: &Shared, id: u64) -> bool {
     let is_idle = |object: &Object| object.copy.readers() == 0 && !object.is_changing();
     shared
         .find(id)
-        .is_some_and(|object| object.pins() == 0 && is_idle(&object) && object.has_host_room())
+        .is_some_and(|object| object.pins() == 0 && is_idle(&object) && object.has_host_space())
 }
 
 /// The memory of the device with this number.

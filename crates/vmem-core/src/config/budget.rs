@@ -27,9 +27,9 @@ pub enum Budget {
     /// What the setter documents.
     #[default]
     Default,
-    /// So many bytes.
+    /// A number of bytes.
     Bytes(u64),
-    /// So many hundredths of what there is.
+    /// Hundredths of what is available.
     Percent(f64),
 }
 

@@ -121,7 +121,7 @@ impl FromStr for IoDriver {
     }
 }
 
-/// When a read brings an object up to stay.
+/// When a read promotes an object.
 ///
 /// ```
 /// use vmem::Promotion;

@@ -1,7 +1,7 @@
 //! A configuration from a file, with the feature `serde`.
 //!
 //! Invariant: what is read goes through the builder, so it is checked as any other; a field that is
-//! not known is an error, since it is a typing error more often than not. What is refused is told
+//! not known is an error, since it is a typing error more often than not. A refusal says
 //! what would do, in the words of the configuration. Called by serde.
 
 use std::fmt;
@@ -107,7 +107,8 @@ impl NumberOrWord for Size {
 }
 
 impl NumberOrWord for Budget {
-    const EXPECTED: &'static str = "a size in bytes, such as 1048576, \"512MiB\" or \"1.5 GB\", or a percentage, such as \"25%\"";
+    const EXPECTED: &'static str = "a size in bytes, such as 1048576, \"512MiB\" or \
+                                     \"1.5 GB\", or a percentage, such as \"25%\"";
 
     fn of_number(number: u64) -> Option<Self> {
         Some(Budget::Bytes(number))

@@ -1,4 +1,3 @@
-#![allow(unsafe_code)]
 //! Host copies: the bytes of one version of one object in object space, shared with readers.
 //!
 //! A [`HostCopy`] is a descriptor: a state word and the slot that holds the bytes. Descriptors are
@@ -13,6 +12,8 @@
 //! readers on different threads do not meet on one counter.
 //!
 //! Called by objects, which own at most one current copy each, and by the migrations.
+
+#![allow(unsafe_code)]
 
 mod pool;
 mod word;
@@ -221,13 +222,14 @@ impl CopyCell {
         !self.0.load(Ordering::Acquire).is_null()
     }
 
-    /// Looks at the slot of the current copy, and counts as no reader. For the holder of the gate, who alone takes a copy
-    /// away or publishes another.
+    /// Looks at the slot of the current copy, and counts as no reader. For the holder of the gate,
+    /// who alone takes a copy away or publishes another.
     pub(crate) fn peek<T>(&self, look: impl FnOnce(&HostSlot) -> T) -> Option<T> {
         let copy = self.current()?;
         // SAFETY: descriptors live as long as the pool, which the object's runtime holds.
         let copy = unsafe { follow(copy) };
-        // SAFETY: a current copy has its slot until the holder of the gate, who calls this, takes the copy away.
+        // SAFETY: a current copy has its slot until the holder of the gate, who calls this, takes
+        // the copy away.
         Some(look(unsafe { copy.slot() }))
     }
 

@@ -1,9 +1,10 @@
-#![allow(unsafe_code)]
 //! The pool of host-copy descriptors, and the anchors that keep it alive.
 //!
 //! Invariant: a descriptor's memory is given back only when the pool is dropped, and the pool is
 //! dropped only when neither the runtime nor any reader holds it. Called by `copy/mod.rs`, and by
 //! the statistics.
+
+#![allow(unsafe_code)]
 
 use std::fmt;
 use std::ptr::NonNull;
@@ -118,7 +119,7 @@ pub(crate) struct Copies {
 }
 
 impl Copies {
-    /// An empty pool; `wake` is told when the last reader of a copy lets go.
+    /// An empty pool; `wake` is called when the last reader of a copy lets go.
     pub(crate) fn new(wake: Arc<Wake>) -> Self {
         let free = Mutex::new(Free { list: Vec::new(), chunks: Vec::new() });
         let pool = Arc::new(CopyPool { free, wake });

@@ -23,7 +23,7 @@ impl World {
     }
 
     fn copy_of(&self, version: u8) -> OwnedCopy {
-        let slot = self.arena.try_alloc(200, 1).expect("room");
+        let slot = self.arena.try_alloc(200, 1).expect("space");
         let mut copy = OwnedCopy::new(&self.copies, slot);
         copy.as_mut_slice().fill(version);
         copy

@@ -5,19 +5,19 @@
 //!   VALID   LOCKED   DETACHED  unused   readers
 //! ```
 //!
-//! | state               | meaning                                              | leaves by |
-//! |---------------------|------------------------------------------------------|-----------|
-//! | `0`                 | unused: in the pool, or private to one owner         | `publish` |
-//! | `VALID + n`         | the object's current copy, `n` readers               | `try_lock` (n = 0), `detach` |
-//! | `VALID + LOCKED`    | one owner alone: an in-place write, or an eviction   | `unlock`, `retire` |
-//! | `DETACHED + n`      | an old version that `n > 0` readers still hold       | the last `release` |
+//! | state             | meaning                                            | leaves by |
+//! |-------------------|----------------------------------------------------|-----------|
+//! | `0`               | unused: in the pool, or private to one owner       | `publish` |
+//! | `VALID + n`       | the object's current copy, `n` readers | `try_lock` (n = 0), `detach` |
+//! | `VALID + LOCKED`  | one owner alone: an in-place write, or an eviction | `unlock`, `retire` |
+//! | `DETACHED + n`    | an old version that `n > 0` readers still hold     | the last `release` |
 //!
 //! Invariant: memory is written or given back only in a state without readers, and a state without
-//! readers that is not `VALID` belongs to exactly one thread: to whoever made the transition into it.
-//! Readers may call `try_acquire` and `release` at any time, on a word that by then serves
+//! readers that is not `VALID` belongs to exactly one thread: to whoever made the transition into
+//! it. Readers may call `try_acquire` and `release` at any time, on a word that by then serves
 //! another object too (copies are type-stable, see `pool.rs`); every other transition is made by
-//! the holder of the object's gate. All orderings that pair "I wait, is it held?" with "I
-//! released, does anybody wait?" are `SeqCst`.
+//! the holder of the object's gate. All orderings that pair "I wait, is it held?" with "I released,
+//! does anybody wait?" are `SeqCst`.
 //!
 //! Called by `copy/mod.rs` alone. Model-checked by `tests/model_word.rs`, which includes this file
 //! with the atomics of loom.
@@ -41,7 +41,7 @@ pub(crate) struct CopyWord(AtomicU64);
 pub(crate) enum Acquire {
     /// The caller is a reader now; `first` if there was none before.
     Held { first: bool },
-    /// An owner has it to himself for a moment: ask again after him.
+    /// One owner has it alone for a moment: ask again after that.
     Locked,
     /// It is nobody's current copy.
     Gone,

@@ -1,9 +1,10 @@
 //! What core needs of the VRAM tier: ranges of device memory, owned buffers in and out.
 //!
-//! Invariant: the memory of a [`DeviceRange`] is its own until the range is dropped, and it is dropped only
-//! after the last copy or kernel that touches it has completed: whoever uses a range holds a share of it,
-//! and the share of an operation goes with its completion. So a range that is reserved is in use
-//! by nobody. Called by the migrations; implemented in `vmem-gpu`, and by whoever brings another device.
+//! Invariant: the memory of a [`DeviceRange`] is its own until the range is dropped, and it is
+//! dropped only after the last copy or kernel that touches it has completed: whoever uses a range
+//! holds a share of it, and the share of an operation goes with its completion. So a range that is
+//! reserved is in use by nobody. Called by the migrations; implemented in `vmem-gpu`, and by
+//! whoever brings another device.
 
 mod ledger;
 
@@ -26,11 +27,11 @@ pub type DeviceAnswer<T> = BoxFuture<'static, T>;
 
 /// A tier above host memory that holds whole objects.
 ///
-/// Every method may be called from any task, and none blocks it. Futures may be dropped at any point: the
-/// operation then goes on, and what it owns is released when it ends.
+/// Every method may be called from any task, and none blocks it. Futures may be dropped at any
+/// point: the operation then goes on, and what it owns is released when it ends.
 pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
-    /// Takes memory for `len` bytes, within the budget; none if there is none in one piece now. What was
-    /// in it before is still there: it is for the caller never to show it.
+    /// Takes memory for `len` bytes, within the budget; none if there is none in one piece now.
+    /// What was in it before is still there: it is for the caller never to show it.
     fn reserve(&self, len: usize) -> Option<DeviceRange>;
 
     /// What an object of `len` bytes takes of the budget, rounding included, in bytes.
@@ -47,7 +48,8 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
     /// Makes the whole range zeros.
     fn zero(&self, range: Arc<DeviceRange>) -> DeviceAnswer<Result<(), DeviceError>>;
 
-    /// Copies `len` bytes from `offset` of the range to `at` of the buffer, which comes back in any case.
+    /// Copies `len` bytes from `offset` of the range to `at` of the buffer, which comes back in any
+    /// case.
     fn download(
         &self,
         from: Arc<DeviceRange>,
@@ -57,26 +59,28 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
         at: usize,
     ) -> DeviceAnswer<(IoBuf, Result<(), DeviceError>)>;
 
-    /// Makes memory through which much will pass fit for direct access by the device. Called once, before
-    /// anything else; the backend keeps `memory` until it is unregistered.
+    /// Makes memory through which much will pass fit for direct access by the device. Called once,
+    /// before anything else; the backend keeps `memory` until it is unregistered.
     ///
     /// # Errors
     ///
     /// The refusal of the driver; everything works without it, more slowly.
     fn register(&self, memory: StagingMemory) -> io::Result<()>;
 
-    /// Object space, parts of which the device may register as copies pass through them. Called once, before any
-    /// copy from or to it. A device to which all memory is the same does nothing.
+    /// Object space, parts of which the device may register as copies pass through them. Called
+    /// once, before any copy from or to it. A device to which all memory is the same does nothing.
     fn register_space(&self, space: ObjectSpace) {
         drop(space);
     }
 
-    /// Calls `hook` whenever memory became free other than by the last share of a range, and when the device is
-    /// lost. It is quick. Not when a range is released: whoever took one on trial would wake itself for ever.
+    /// Calls `hook` whenever memory became free other than by the last share of a range, and when
+    /// the device is lost. It is quick. Not when a range is released: whoever took one on trial
+    /// would wake itself for ever.
     fn set_freed_hook(&self, hook: Box<dyn Fn() + Send + Sync>);
 
-    /// How many bytes from this address on belong to nobody, up to the next range. 0 where that is not known: then free
-    /// memory between two ranges does not count as part of a stretch that could be emptied.
+    /// How many bytes from this address on belong to nobody, up to the next range. 0 where that is
+    /// not known: then free memory between two ranges does not count as part of a stretch that
+    /// could be emptied.
     fn free_from(&self, address: u64) -> u64 {
         let _ = address;
         0
@@ -91,8 +95,8 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
     /// The device, in words.
     fn describe(&self) -> Arc<str>;
 
-    /// Lets what is in flight come to its end, and gives the device back. What will not end is reported, and
-    /// its memory never freed.
+    /// Waits for what is in flight, and gives the device back. What will not end is
+    /// reported, and its memory never freed.
     fn close(&self) -> DeviceAnswer<Result<(), DeviceError>>;
 }
 
@@ -130,7 +134,7 @@ impl DeviceRange {
         self.range.as_ref().expect("invariant: taken by the drop alone")
     }
 
-    /// From now on `watcher` is told of each share that is dropped, after it was. Once.
+    /// From now on `watcher` is called after each share that is dropped. Set once.
     pub(crate) fn watch(&self, watcher: ShareWatcher) {
         let unset = self.owned().watcher.set(watcher).is_ok();
         assert!(unset, "a range has one watcher");
@@ -177,7 +181,7 @@ impl Drop for DeviceRange {
         let Some(range) = self.range.take() else { return };
         let watcher = range.watcher.get().cloned();
         drop(range);
-        // Last, so that whoever is told finds the share gone.
+        // Last, so that the watcher finds the share gone.
         if let Some(watcher) = watcher {
             watcher();
         }

@@ -1,11 +1,12 @@
-#![allow(unsafe_code)]
 //! Object space: slots of memory within a hard budget.
 //!
 //! Invariant: a [`HostSlot`] is the only way to its bytes, and its bytes are nobody else's until it
 //! is dropped. What live slots, the unused parts of their spans and pages kept for reuse take
 //! is at most the capacity, always. Objects of up to 32 KiB share spans of their size class; larger
 //! ones have whole pages: [`HostArena::footprint`] is that rounding. Called by the queue for
-//! room.
+//! space.
+
+#![allow(unsafe_code)]
 
 use std::fmt;
 use std::io;
@@ -41,8 +42,8 @@ pub(crate) struct HostArena {
 
 /// Why there is no slot now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct NoRoom {
-    /// By its footprint it would fit: the room lies in spans of other objects.
+pub(crate) struct NoSlot {
+    /// By its footprint it would fit: the space lies in spans of other objects.
     pub(crate) scattered: bool,
 }
 
@@ -81,24 +82,24 @@ impl HostArena {
     ///
     /// # Errors
     ///
-    /// [`NoRoom`], at once.
-    pub(crate) fn try_alloc(self: &Arc<Self>, len: usize, owner: u64) -> Result<HostSlot, NoRoom> {
+    /// [`NoSlot`], at once.
+    pub(crate) fn try_alloc(self: &Arc<Self>, len: usize, owner: u64) -> Result<HostSlot, NoSlot> {
         let slot = self.alloc(len, owner);
         self.tell_if_settled();
         slot
     }
 
-    fn alloc(self: &Arc<Self>, len: usize, owner: u64) -> Result<HostSlot, NoRoom> {
+    fn alloc(self: &Arc<Self>, len: usize, owner: u64) -> Result<HostSlot, NoSlot> {
         let (at, span, slot) = match len {
             0 => (0, NO_BYTES, 0),
             1..=SMALL_MAX => {
                 let place = self.spans[class_of(len)].take(&self.pages, owner);
-                let place = place.ok_or_else(|| self.no_room(len))?;
+                let place = place.ok_or_else(|| self.no_slot(len))?;
                 (place.at, place.span, place.slot)
             }
             _ => {
                 let pages = Self::footprint(len) / PAGE_BYTES as u64;
-                let run = self.pages.take(pages).ok_or_else(|| self.no_room(len))?;
+                let run = self.pages.take(pages).ok_or_else(|| self.no_slot(len))?;
                 (run.start as usize * PAGE_BYTES, OWN_PAGES, 0)
             }
         };
@@ -125,9 +126,9 @@ impl HostArena {
         &self.spans[class]
     }
 
-    fn no_room(&self, len: usize) -> NoRoom {
+    fn no_slot(&self, len: usize) -> NoSlot {
         let after = self.used_bytes().saturating_add(Self::footprint(len));
-        NoRoom { scattered: after <= self.capacity_bytes() }
+        NoSlot { scattered: after <= self.capacity_bytes() }
     }
 
     /// Footprint of all live slots, in bytes.
@@ -162,8 +163,8 @@ impl HostArena {
         (0..CLASSES).rev().find(fits).map_or(0, |class| slot_bytes(class) as u64)
     }
 
-    /// A span that is worth emptying: it gives many pages for few live bytes, and none of its owners is one to `skip`.
-    /// `skip` is called with no lock held.
+    /// A span that is worth emptying: it gives many pages for few live bytes, and none of its
+    /// owners is one to `skip`. `skip` is called with no lock held.
     pub(crate) fn sparsest_span(&self, skip: &dyn Fn(u64) -> bool) -> Option<SparseSpan> {
         let per_class = self.spans.iter().enumerate().filter_map(|(class, spans)| {
             let mut fixed = Vec::new();
@@ -203,7 +204,7 @@ impl HostArena {
         }
     }
 
-    /// Who found no room may find some, because slabs or their copies have come to an end.
+    /// A request that found no space may find some now: slabs or their copies have ended.
     pub(super) fn tell_if_settled(&self) {
         if self.pages.has_settled() {
             self.tell_freed();
@@ -282,7 +283,8 @@ impl HostSlot {
 pub(crate) struct SparseSpan {
     class: usize,
     span: u32,
-    /// Of its live slots; an owner may have its current slot elsewhere, while a reader keeps an old one here.
+    /// Of its live slots; an owner may have its current slot elsewhere, while a reader keeps an old
+    /// one here.
     pub(crate) owners: Vec<u64>,
 }
 

@@ -1,8 +1,8 @@
 //! The size classes of small objects.
 //!
 //! Invariant: classes grow; each is a multiple of 64 bytes, so that slots are cache-line aligned;
-//! none wastes more than a fifth of a slot on an object above 512 bytes. Pure; called by `arena` and
-//! `spans`.
+//! none wastes more than a fifth of a slot on an object above 512 bytes. Pure; called by `arena`
+//! and `spans`.
 
 use super::mapping::PAGE_BYTES;
 
@@ -42,7 +42,7 @@ fn step_bytes(position: usize, from: u32, steps: usize) -> usize {
     base + (position % steps + 1) * (base / steps)
 }
 
-/// The pages of one span of a class: small, so that a budget of some MiB has room for many
+/// The pages of one span of a class: small, so that a budget of some MiB has space for many
 /// classes, and large enough that little of a span is left over.
 pub(super) fn span_pages(class: usize) -> u64 {
     match slot_bytes(class) {

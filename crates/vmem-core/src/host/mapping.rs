@@ -1,11 +1,12 @@
-#![allow(unsafe_code)]
 //! Address space from the operating system.
 //!
 //! Invariant: the memory of a mapping is readable, writable and initialised (with zeros, or with
-//! what was written) from its making to its drop. Pages that were given back read as zeros. Memory that
-//! is registered with a device must not be given back, or its transfers go to pages that nobody sees:
-//! `pages` has it unregistered first, and staging gives nothing back while it lives. Called by `arena` and
-//! `staging`, which decide who owns which part.
+//! what was written) from its making to its drop. Pages that were given back read as zeros. Memory
+//! that is registered with a device must not be given back, or its transfers go to pages that
+//! nobody sees: `pages` has it unregistered first, and staging gives nothing back while it lives.
+//! Called by `arena` and `staging`, which decide who owns which part.
+
+#![allow(unsafe_code)]
 
 use std::io;
 use std::ops::Range;

@@ -15,7 +15,7 @@
 //! - `space`: object space as a device sees it.
 //! - `staging`: the reserve for bytes in passage.
 //!
-//! Called by the queue for room, and by the migrations.
+//! Called by the queue for space, and by the migrations.
 
 mod arena;
 mod classes;

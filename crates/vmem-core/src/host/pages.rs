@@ -2,9 +2,10 @@
 //!
 //! Invariant: live pages and kept pages together are at most the budget, at every moment; asserted
 //! at every change. A page is in exactly one of four places: live (somebody owns it), kept (it has
-//! memory, nobody owns it), on its way back to the system (it still counts as kept), or fresh
-//! (it has no memory). A page of a slab that a device has registered has memory, and is not given back before the slab
-//! was unregistered. Called by `arena` and `spans`, and by `space` for a device; takes no other lock.
+//! memory, nobody owns it), on its way back to the system (it still counts as kept), or fresh (it
+//! has no memory). A page of a slab that a device has registered has memory, and is not given back
+//! before the slab was unregistered. Called by `arena` and `spans`, and by `space` for a device;
+//! takes no other lock.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -23,7 +24,7 @@ use super::mapping::{Mapping, PAGE_BYTES};
 use super::slabs::{Slabs, Way};
 use super::space::Registrar;
 
-/// One part in so many of the budget may be kept for reuse.
+/// This part of the budget may be kept for reuse.
 const KEPT_PART: u64 = 8;
 
 /// Rounds of giving kept pages back that one allocation waits for.
@@ -43,7 +44,7 @@ pub(super) struct Pages {
     registrar: OnceLock<Arc<dyn Registrar>>,
     /// To the thread that gives registered slabs back, if there is one.
     unregisters: OnceLock<Sender<Leaving>>,
-    /// Somebody who found no room may find some now.
+    /// Somebody who found no space may find some now.
     settled: AtomicBool,
     /// Rung when nobody changes some slab any more.
     changed: Condvar,
@@ -97,8 +98,9 @@ impl Pages {
         ended
     }
 
-    /// A copy touches these bytes, which are somebody's: its parts, none of which crosses a registration. Registers
-    /// slabs for which it is time, and waits for those that somebody else is changing.
+    /// A copy touches these bytes, which are somebody's: its parts, none of which crosses a
+    /// registration. Registers slabs for which it is time, and waits for those that somebody else
+    /// is changing.
     pub(super) fn enter(&self, bytes: Range<usize>) -> Vec<Entered> {
         let page = PAGE_BYTES as u64;
         let pages = bytes.start as u64 / page..(bytes.end as u64).div_ceil(page);
@@ -146,7 +148,8 @@ impl Pages {
         self.settle(state);
     }
 
-    /// The device knows no slab any more, by the end of this; all its copies have ended. False if it may.
+    /// The device knows no slab any more, by the end of this; all its copies have ended. False if
+    /// it may.
     pub(super) fn retire(&self, unregister: &dyn Fn(usize, usize) -> bool) -> bool {
         let slabs = {
             let mut state = self.state.lock();
@@ -272,7 +275,7 @@ impl Pages {
             let plan = self.state.lock().plan(len, self.capacity);
             match plan {
                 Plan::Take(run) => return Some(run),
-                Plan::NoRoom => return None,
+                Plan::NoSpace => return None,
                 Plan::GiveBack(leaving) => {
                     if !self.hand_over(leaving) {
                         return None;
@@ -283,7 +286,7 @@ impl Pages {
         None
     }
 
-    /// Whether there may be more room than somebody has seen, since this was asked last.
+    /// Whether there may be more space than somebody has seen, since this was asked last.
     pub(super) fn has_settled(&self) -> bool {
         self.settled.load(Ordering::Relaxed) && self.settled.swap(false, Ordering::SeqCst)
     }
@@ -323,7 +326,7 @@ impl Pages {
         self.settle(state);
     }
 
-    /// Who found no room because of what has just come to its end is to look again.
+    /// A request that found no space because of what has just ended is to look again.
     fn settle(&self, mut state: MutexGuard<'_, State>) {
         self.changed.notify_all();
         if std::mem::take(&mut state.starved) {

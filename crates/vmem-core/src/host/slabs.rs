@@ -1,9 +1,10 @@
 //! Which slabs of object space a device has registered.
 //!
-//! Invariant: a slab that is not plain may be known to the device: none of its pages is given back to the system; and one that
-//! copies use is never unregistered. Each copy counts, by the detour too: the driver decides which way it goes when it is handed in, by
-//! what is registered then. It becomes registered once as many bytes as it has were copied by the detour, so
-//! that registering never costs more than what it spares. Pure; called by `pages`, under its lock.
+//! Invariant: a slab that is not plain may be known to the device: none of its pages is given back
+//! to the system; and one that copies use is never unregistered. Each copy counts, by the detour
+//! too: the driver decides which way it goes when it is handed in, by what is registered then. It
+//! becomes registered once as many bytes as it has were copied by the detour, so that registering
+//! never costs more than what it spares. Pure; called by `pages`, under its lock.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -12,7 +13,7 @@ use std::ops::Range;
 const REGISTRATIONS_WANTED: u64 = 4096;
 /// The smallest slab of a large store and the largest of any, in pages: 2 MiB and 1 GiB.
 const SLAB_PAGES: (u64, u64) = (512, 262_144);
-/// A small store has so many slabs at least.
+/// The fewest slabs of a small store.
 const SLABS_MIN: u64 = 16;
 
 /// All slabs of object space.
@@ -32,7 +33,7 @@ struct Slab {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// The device does not know it. So many of its bytes were copied by the detour.
+    /// The device does not know it. `copied` of its bytes went by the detour.
     Plain { copied: u64 },
     /// The device reaches it.
     Registered,
@@ -56,7 +57,7 @@ pub(super) enum Way {
 }
 
 impl Slabs {
-    /// For a budget of so many pages.
+    /// For a budget of `capacity` pages.
     pub(super) fn new(capacity: u64) -> Self {
         let wanted = (capacity / REGISTRATIONS_WANTED).max(1).next_power_of_two();
         let pages = wanted.clamp(SLAB_PAGES.0, SLAB_PAGES.1);
@@ -84,7 +85,8 @@ impl Slabs {
         })
     }
 
-    /// A copy of so many bytes touches a slab of so many, which nobody is changing. It is counted until it leaves.
+    /// A copy of `bytes` touches a slab of `slab_bytes`, which nobody is changing. It is counted
+    /// until it leaves.
     pub(super) fn enter(&mut self, slab: u64, bytes: u64, slab_bytes: u64) -> Way {
         let slab = self.known.entry(slab).or_insert(UNKNOWN);
         slab.users += 1;

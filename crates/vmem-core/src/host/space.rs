@@ -1,7 +1,9 @@
-//! Object space as a device sees it: slabs that it registers one by one, as copies pass through them.
+//! Object space as a device sees it: slabs that it registers one by one, as copies pass through
+//! them.
 //!
-//! Invariant: while a [`Part`] with a use lives, the memory that it names stays registered. What is not registered is copied by the
-//! detour of the driver: everything works without it, more slowly. Called by backends of a device.
+//! Invariant: while a [`Part`] with a use lives, the memory that it names stays registered. What is
+//! not registered is copied by the detour of the driver: everything works without it, more slowly.
+//! Called by backends of a device.
 
 use std::fmt;
 use std::io;
@@ -10,9 +12,11 @@ use std::sync::Arc;
 
 use super::arena::HostArena;
 
-/// A device that can reach memory of the host directly. Called from whatever thread frees memory or copies.
+/// A device that can reach memory of the host directly. Called from whatever thread frees memory or
+/// copies.
 pub trait Registrar: fmt::Debug + Send + Sync {
-    /// Makes this memory known to the device. It has physical memory, which stays until it was unregistered.
+    /// Makes this memory known to the device. It has physical memory, which stays until it was
+    /// unregistered.
     ///
     /// # Errors
     ///
@@ -86,8 +90,8 @@ impl ObjectSpace {
         self.0.pages().registered_bytes()
     }
 
-    /// The parts of a copy from or to this memory, which is the caller's; one part if it is not in object space. Registers
-    /// what was copied often enough: on a thread that may call the driver.
+    /// The parts of a copy from or to this memory, which is the caller's; one part if it is not in
+    /// object space. Registers what was copied often enough: on a thread that may call the driver.
     pub fn enter(&self, address: usize, len: usize) -> Vec<Part> {
         let mapping = self.0.pages().mapping();
         let base = mapping.at(0).as_ptr().addr();
@@ -106,8 +110,8 @@ impl ObjectSpace {
             .collect()
     }
 
-    /// Has everything unregistered, by `unregister` rather than by the device's own way, for the device is going; all copies
-    /// have ended. What it will not forget is never unmapped.
+    /// Has everything unregistered, by `unregister` rather than by the device's own way, for the
+    /// device is going; all copies have ended. What it will not forget is never unmapped.
     pub fn retire(&self, unregister: &dyn Fn(usize, usize) -> bool) {
         if !self.0.pages().retire(unregister) {
             std::mem::forget(self.0.clone());

@@ -1,10 +1,11 @@
-#![allow(unsafe_code)]
 //! The staging reserve: memory for bytes in passage.
 //!
 //! Invariant: it is made once and never lent to object space, nor the other way round, so that what
 //! passes through it always moves. A [`StagingPiece`] is exclusive; the pieces are served first
 //! come first served. Whoever holds one gives it back without waiting for another one. Called by
 //! the paths that bypass object space.
+
+#![allow(unsafe_code)]
 
 use std::fmt;
 use std::io;

@@ -30,7 +30,7 @@ type Result<T> = std::result::Result<T, VirtualMemoryError>;
 /// Pieces of one large write that are on their way to disk at once.
 const PIECES_MAX: usize = 4;
 
-/// A version on its way to disk: chunks that the data covers go ahead, those at its edges wait for
+/// A version on its way to disk: chunks that the data covers go first, those at its edges wait for
 /// the gate.
 pub(crate) struct DiskWrite {
     object: Arc<Object>,
@@ -110,7 +110,7 @@ impl DiskWrite {
         // A write that was taken back has given the reservation back, or is about to, with the
         // gate.
         if extents.is_err()
-            && !object.has_host_room()
+            && !object.has_host_space()
             && object.disk().is_unwritten()
             && let Ok(pass) = object.gate(deadline).await
             && self.take_reserved(&pass)
@@ -230,7 +230,7 @@ impl Drop for DiskWrite {
 /// bytes by now.
 fn return_reserved(pass: &GatePass, extents: Vec<(usize, Extent)>) {
     let object = pass.object();
-    if object.is_dead() || object.has_host_room() || !object.disk().is_empty() {
+    if object.is_dead() || object.has_host_space() || !object.disk().is_empty() {
         return;
     }
     let mut all: Vec<Option<Extent>> = (0..chunk_count(object.len)).map(|_| None).collect();

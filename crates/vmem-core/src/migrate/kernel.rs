@@ -1,8 +1,9 @@
 //! What a kernel wrote becomes the current version.
 //!
-//! Ownership: the change holds the gate, a share of the range, the room in host memory that was taken before the kernel was
-//! let in, and the version before. Whatever becomes of it, either the new version is published in both tiers or the
-//! one before is again what readers get: nothing is lost, and nothing waits for ever.
+//! Ownership: the change holds the gate, a share of the range, the space in host memory that was
+//! taken before the kernel was let in, and the version before. Whatever becomes of it, either the
+//! new version is published in both tiers or the one before is again what readers get: nothing is
+//! lost, and nothing waits for ever.
 
 use std::sync::Arc;
 
@@ -25,8 +26,8 @@ pub(crate) struct Changed {
     pass: GatePass,
     device: usize,
     range: DeviceRange,
-    /// Room for the new version; none once it was published.
-    room: Option<OwnedCopy>,
+    /// Space for the new version; none once it was published.
+    space: Option<OwnedCopy>,
     /// The host copy of the version before.
     old: Option<Bytes>,
     deadline: Deadline,
@@ -39,12 +40,12 @@ impl Changed {
     pub(crate) fn begin(
         pass: GatePass,
         (device, range): (usize, DeviceRange),
-        room: OwnedCopy,
+        space: OwnedCopy,
         reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
     ) -> Self {
         let old = pass.object().begin_pending(&pass, device);
         let deadline = pass.object().shared.deadline();
-        Changed { pass, device, range, room: Some(room), old, deadline, reply: Some(reply) }
+        Changed { pass, device, range, space: Some(space), old, deadline, reply: Some(reply) }
     }
 
     /// Once the kernel has ended: copies the new version down, and publishes it.
@@ -87,15 +88,15 @@ impl Changed {
             _ = shared.patience.acquire() => return Err(VirtualMemoryError::Closed),
         }
         let device = shared.device(self.device)?;
-        let room = self.room.take().expect("invariant: taken here, and put back after a failure");
-        let into = IoBuf::from_copy(room);
+        let space = self.space.take().expect("invariant: taken here, and put back after a failure");
+        let into = IoBuf::from_copy(space);
         let len = self.pass.object().len;
         let (buf, outcome) =
             device.backend.download(Arc::new(self.range.share()), 0, len, into, 0).await;
         match outcome {
             Ok(()) => Ok(buf.into_copy()),
             Err(error) => {
-                self.room = Some(buf.into_copy());
+                self.space = Some(buf.into_copy());
                 Err(error.public())
             }
         }
@@ -103,16 +104,17 @@ impl Changed {
 }
 
 impl Drop for Changed {
-    /// Not published: the version before counts. Half way through the copy down there is no room to restore it to, for
-    /// the copy has it; then, and only with the store itself, its host copy is gone.
+    /// Not published: the version before counts. Half way through the copy down there is no space
+    /// to restore it to, for the copy has it; then, and only with the store itself, its host copy
+    /// is gone.
     fn drop(&mut self) {
         let object = self.pass.object();
         if !object.is_pending() {
             return;
         }
-        let restored = self.room.take().zip(self.old.take()).map(|(mut room, old)| {
-            room.as_mut_slice().copy_from_slice(&old);
-            room
+        let restored = self.space.take().zip(self.old.take()).map(|(mut space, old)| {
+            space.as_mut_slice().copy_from_slice(&old);
+            space
         });
         object.give_up_pending(&self.pass, restored);
         object.detach_from(&self.pass, self.device);

@@ -16,11 +16,11 @@ use crate::object::{DiskMap, Object, Version, chunk_len};
 use crate::stats;
 use crate::tier::Class;
 
-/// Chunks that a read ahead of need takes at a time: small, since demand waits behind it.
-const AHEAD_CHUNKS: usize = 2;
+/// Chunks that a prefetch takes at a time: small, since demand waits behind it.
+const PREFETCH_CHUNKS: usize = 2;
 
-/// Reads these chunks of `object`, as this version has them, into `buf`, the first at `front`. Chunks that were
-/// never written are zeros. The buffer comes back in any case.
+/// Reads these chunks of `object`, as this version has them, into `buf`, the first at `front`.
+/// Chunks that were never written are zeros. The buffer comes back in any case.
 pub(crate) async fn load(
     object: &Object,
     version: &Version,
@@ -73,11 +73,11 @@ async fn load_from_disk(
     let first = chunks.start;
     let mut next = chunks.start;
     while next < chunks.end {
-        // Somebody may have come to wait for what was begun ahead of need.
+        // Somebody may have come to wait for what a prefetch began.
         let class = if object.has_flight() { Class::Demand } else { class };
         let step = match class {
             Class::Demand => chunks.len(),
-            Class::Prefetch => AHEAD_CHUNKS,
+            Class::Prefetch => PREFETCH_CHUNKS,
         };
         let piece = next..(next + step).min(chunks.end);
         next = piece.end;

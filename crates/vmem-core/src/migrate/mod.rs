@@ -1,6 +1,6 @@
 //! Migrations: each one a task that reserves, copies, verifies, publishes and releases.
 //!
-//! Invariant: a migration owns what it took (room, extents, the gate) through guards, so that each
+//! Invariant: a migration owns what it took (space, extents, the gate) through guards, so that each
 //! way out of it, an error or a cancel too, gives it back; nothing is visible to readers before
 //! the one step that publishes. Spawned by the actor alone.
 
@@ -40,7 +40,7 @@ pub(crate) use set::read_set;
 pub(crate) use stream::{Filled, Sent, Source, fill_window, send_window};
 pub(crate) use to_device::{fill_device, leave_devices, promote_to_device};
 pub(crate) use to_disk::{
-    Down, Leaving, demote, flush, flush_many, move_room_down, settle, write_down,
+    Down, Leaving, demote, demote_unwritten, flush, flush_many, settle, write_down,
 };
 pub(crate) use to_host::{count_hit, fetch, fetch_into, fetch_with};
 pub(crate) use write::{NewVersion, publish_version};

@@ -114,16 +114,16 @@ pub(crate) async fn read_part(
 ) -> Result<Part> {
     let shared = object.shared.clone();
     let mut small = Vec::new();
-    let mut room = None;
+    let mut space = None;
     let mut promise = None;
     if copied {
         small = vec![0; range.len()];
     } else {
         let need = Need::one(range.len(), object.id, class);
         promise = shared.promise(Shared::to_hold(range.len()), &deadline).await?;
-        room = Some(shared.host_room_or_error(&need, &deadline).await?);
+        space = Some(shared.host_space_or_error(&need, &deadline).await?);
     }
-    let to = room.as_mut().map_or(&mut small[..], |room| room.as_mut_slice());
+    let to = space.as_mut().map_or(&mut small[..], |space| space.as_mut_slice());
     match below(&object, &deadline).await? {
         Below::Version(version) => {
             count_hit(&object, &version);
@@ -132,8 +132,8 @@ pub(crate) async fn read_part(
         Below::Resident(bytes) => to.copy_from_slice(&bytes[range]),
         Below::Zeros => to.fill(0),
     }
-    let part = match room {
-        Some(room) => Part::Held(room.into_bytes(&shared.copies)),
+    let part = match space {
+        Some(space) => Part::Held(space.into_bytes(&shared.copies)),
         None => Part::Owned(Bytes::from(small)),
     };
     drop(promise);

@@ -1,7 +1,7 @@
 //! What can be asked of the actor, and how each is carried out.
 //!
-//! Invariant: each request is answered exactly once: by its task, or, unserved, by the drop of its reply. Called by the
-//! public methods; the actor starts the tasks.
+//! Invariant: each request is answered exactly once: by its task, or, unserved, by the drop of its
+//! reply. Called by the public methods; the actor starts the tasks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,8 +51,9 @@ pub(crate) struct PrefetchEnd {
     pub(crate) detached: Arc<AtomicBool>,
 }
 
-/// The bytes of one object; everybody who joined the flight gets them. A read that leaves the object where it is moves
-/// nothing between tiers and needs no decision: its task starts at once, past the actor, unless too many are under way.
+/// The bytes of one object; everybody who joined the flight gets them. A read that leaves the
+/// object where it is moves nothing between tiers and needs no decision: its task starts at once,
+/// past the actor, unless too many are under way.
 pub(crate) fn request_fetch(job: Job, flight: WeakFlight, reply: Delivery<Result<Bytes>>) {
     let shared = job.object.shared.clone();
     let is_read = !job.stay && job.class == Class::Demand;
@@ -126,7 +127,7 @@ pub(crate) fn request_finish(
     shared.request(Request::new("vmem-finish", Line::Kernel, change.finish(ready)));
 }
 
-/// Objects to a faster tier ahead of need, in this order.
+/// Objects to prefetch into a faster tier, in this order.
 pub(crate) fn request_prefetch(
     shared: &Arc<Shared>,
     objects: Vec<Arc<Object>>,
@@ -155,8 +156,8 @@ impl PrefetchEnd {
     }
 }
 
-/// Carries a job out, which no longer waits for space once its callers have gone; I/O that has begun comes to its
-/// end, so that calls with short deadlines over a slow disk make progress.
+/// Carries a job out, which no longer waits for space once its callers have gone; I/O that has
+/// begun completes, so that calls with short deadlines over a slow disk make progress.
 async fn while_wanted<T>(
     mut job: Job,
     reply: &Delivery<Result<T>>,

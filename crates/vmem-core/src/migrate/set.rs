@@ -58,13 +58,13 @@ async fn read_granted(
     let missing: Vec<_> = distinct
         .iter()
         .map(|(object, _)| object)
-        .filter(|object| object.len > 0 && (for_all || !object.has_host_room()))
+        .filter(|object| object.len > 0 && (for_all || !object.has_host_space()))
         .map(|object| (object.len, object.id))
         .collect();
-    let mut rooms = granted(shared, &missing, &deadline).await?;
+    let mut spaces = granted(shared, &missing, &deadline).await?;
     let mut reads = Vec::with_capacity(distinct.len());
     for (object, stay) in distinct {
-        let taken = rooms.remove(&object.id);
+        let taken = spaces.remove(&object.id);
         let id = object.id;
         let object = object.clone();
         let stay = *stay;
@@ -84,8 +84,8 @@ async fn granted(
         return Ok(HashMap::new());
     }
     let need = Need::set(missing.iter().copied());
-    let rooms = shared.host_rooms_or_error(&need, deadline).await?;
-    Ok(missing.iter().map(|&(_, id)| id).zip(rooms).collect())
+    let spaces = shared.host_spaces_or_error(&need, deadline).await?;
+    Ok(missing.iter().map(|&(_, id)| id).zip(spaces).collect())
 }
 
 async fn read_one(

@@ -163,13 +163,15 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                 if !object.copy.is_some() {
                     continue;
                 }
-                // Where the disk has it is told under the gate: a write that follows at once
+                // The extents are read under the gate: a write that follows at once
                 // makes another version.
                 match settle_copy(pass, deadline).await {
                     Ok(disk) => return Ok(Source::Below(Version { disk, device: None })),
                     Err(error) => {
                         let id = object.id;
-                        tracing::debug!(target: "vmem::migration", id, %error, "a stream holds its host copy");
+                        tracing::debug!(
+                            target: "vmem::migration", id, %error, "a stream holds its host copy"
+                        );
                         may_hold = true;
                     }
                 }

@@ -1,8 +1,9 @@
 //! To the memory of a device, from host memory or, through staging, from disk; and out of it.
 //!
-//! Ownership: the range is the object's from before the first byte; each copy has a share of it and owns the
-//! bytes that it reads, until it has completed. The gate is held throughout, so the version that goes up
-//! is the version that is published; a task that is dropped half way leaves room that holds nothing.
+//! Ownership: the range is the object's from before the first byte; each copy has a share of it and
+//! owns the bytes that it reads, until it has completed. The gate is held throughout, so the
+//! version that is copied is the version that is published; a task that is dropped half way leaves
+//! space that holds nothing.
 
 use std::sync::Arc;
 
@@ -54,9 +55,9 @@ pub(crate) async fn promote_to_device(job: &Job, number: usize) -> Result<()> {
     }
 }
 
-/// Fills memory of this device that was taken for the object, or that it has already; for the holder of the gate.
-/// `with_bytes` says whether the version is wanted, or the space alone. True once the object is there; not where it
-/// had lost its memory meanwhile.
+/// Fills memory of this device that was taken for the object, or that it has already; for the
+/// holder of the gate. `with_bytes` says whether the version is wanted, or the space alone. True
+/// once the object is there; not where it had lost its memory meanwhile.
 pub(crate) async fn fill_device(
     job: &Job,
     number: usize,
@@ -94,7 +95,8 @@ pub(crate) async fn fill_device(
     outcome.map(|()| true)
 }
 
-/// Space that is being filled. Whatever keeps it from being published, it goes back, unless the object belongs there.
+/// Space that is being filled. Whatever keeps it from being published, it goes back, unless the
+/// object belongs there.
 struct Filling<'a> {
     pass: &'a GatePass,
     device: usize,
@@ -148,7 +150,7 @@ async fn fill(job: &Job, device: &Device, pass: &GatePass, range: &DeviceRange) 
     outcome
 }
 
-/// Piece by piece through staging: host memory needs no room for it.
+/// Piece by piece through staging: host memory needs no space for it.
 async fn fill_from_disk(
     job: &Job,
     device: &Device,
@@ -194,15 +196,15 @@ async fn fill_from_disk(
             outcome = outcome.and(uploaded.map_err(DeviceError::public));
         }
     }
-    // All of them, whatever went wrong: the room is idle again then.
+    // All of them, whatever went wrong: the space is idle again then.
     while let Some(uploaded) = uploads.next().await {
         outcome = outcome.and(uploaded.map_err(DeviceError::public));
     }
     outcome
 }
 
-/// Takes an object out of the memory of devices, to host memory if there is space for it; else it stays where it is
-/// below.
+/// Takes an object out of the memory of devices, to host memory if there is space for it; else it
+/// stays where it is below.
 ///
 /// # Errors
 ///
@@ -211,13 +213,13 @@ pub(crate) async fn leave_devices(object: &Arc<Object>, deadline: &Deadline) -> 
     let pass = object.gate(deadline).await?;
     check_unheld(object)?;
     if object.is_on_any_device()
-        && !object.has_host_room()
+        && !object.has_host_space()
         && object.shared.fits_host(object.len)
-        && let Some(room) =
-            object.shared.try_host_room(&Need::one(object.len, object.id, Class::Demand))
+        && let Some(space) =
+            object.shared.try_host_space(&Need::one(object.len, object.id, Class::Demand))
     {
         let job = Job::new(object.clone(), MigrationCause::Demote, *deadline);
-        if let Err(error) = fetch_into(&job, &pass, Some(room)).await {
+        if let Err(error) = fetch_into(&job, &pass, Some(space)).await {
             tracing::debug!(target: "vmem::migration", %error, "it stays on disk");
         }
     }

@@ -163,7 +163,7 @@ async fn write_batch(
                 maps.push(leaving.publish(extents, down));
                 record.end(Ok(bytes));
             }
-            shared.room_was_freed();
+            shared.space_was_freed();
             Ok(maps)
         }
         Err(error) => {
@@ -176,7 +176,7 @@ async fn write_batch(
     }
 }
 
-/// Brings one object down to disk, out of device and host memory.
+/// Demotes one object to disk, out of device and host memory.
 ///
 /// # Errors
 ///
@@ -196,7 +196,7 @@ pub(crate) async fn demote(
     }
     object.detach_from_devices(&pass);
     if object.has_spare() {
-        return move_room_down(&pass).map_err(|error| object.shared.disk_error(object.id, error));
+        return demote_unwritten(&pass).map_err(|error| object.shared.disk_error(object.id, error));
     }
     write_one(pass, Down::Detach, MigrationCause::Demote, deadline).await
 }
@@ -312,7 +312,7 @@ pub(crate) async fn settle_copy(
     let mut batch = vec![victim];
     let written = write_batch(&mut batch, Down::Keep, MigrationCause::Flush, deadline).await;
     let map = written.map_err(public)?.pop();
-    Ok(map.expect("invariant: one went down"))
+    Ok(map.expect("invariant: one was written"))
 }
 
 async fn write_one(
@@ -332,7 +332,7 @@ async fn write_one(
 
 /// An object that nobody has written yet gives up its host memory for space on disk: zeros need
 /// no copy.
-pub(crate) fn move_room_down(pass: &GatePass) -> Result<(), DiskError> {
+pub(crate) fn demote_unwritten(pass: &GatePass) -> Result<(), DiskError> {
     let object = pass.object();
     let chunks = 0..chunk_count(object.len);
     let extents = object.shared.reserve(&chunk_lens(object.len, chunks.clone()))?;

@@ -1,7 +1,7 @@
 //! To host, from disk or from VRAM: to stay or for the readers of the moment.
 //!
-//! Ownership: the room is an [`OwnedCopy`]; it moves into the I/O buffer, and with it into the
-//! backend, until the read has completed. A fetch that is dropped half way leaves room and extents
+//! Ownership: the space is an [`OwnedCopy`]; it moves into the I/O buffer, and with it into the
+//! backend, until the read has completed. A fetch that is dropped half way leaves space and extents
 //! to the operation, which gives them back when it ends.
 
 use bytes::Bytes;
@@ -37,25 +37,25 @@ pub(crate) async fn fetch_with(
     // Until it is counted as held; first, since whoever has space waits for no reader.
     let _promise = job.while_wanted(object.shared.promise(job.to_hold, &job.deadline)).await?;
     loop {
-        if object.has_host_room() {
+        if object.has_host_space() {
             let pass = object.gate(&job.deadline).await?;
-            if object.has_host_room() {
+            if object.has_host_space() {
                 return fetch_into(job, &pass, taken).await;
             }
             // It has left meanwhile.
         }
         // Never behind the gate: those who have space wait for the gate, and a write is not to be
         // kept waiting by a read that finds no space.
-        let room = match taken.take() {
-            Some(room) => room,
-            None => room(job).await?,
+        let space = match taken.take() {
+            Some(space) => space,
+            None => take_space(job).await?,
         };
         if job.stay {
             let pass = object.gate(&job.deadline).await?;
-            return fetch_into(job, &pass, Some(room)).await;
+            return fetch_into(job, &pass, Some(space)).await;
         }
         if let Some(version) = object.cold_version() {
-            let copy = fill(job, &version, room).await?;
+            let copy = fill(job, &version, space).await?;
             count_hit(object, &version);
             return Ok(copy.into_bytes(&object.shared.copies));
         }
@@ -63,7 +63,7 @@ pub(crate) async fn fetch_with(
             return Ok(guard.into_bytes());
         }
         // Another task brings it, changes it or takes it away right now: in turn, then.
-        taken = Some(room);
+        taken = Some(space);
         drop(object.gate(&job.deadline).await?);
     }
 }
@@ -80,12 +80,12 @@ pub(crate) async fn fetch_into(
         if let Some(damage) = object.damage() {
             return Err(damage);
         }
-        let room = match object.take_spare(pass).or(taken) {
-            Some(room) => room,
-            None => room(job).await?,
+        let space = match object.take_spare(pass).or(taken) {
+            Some(space) => space,
+            None => take_space(job).await?,
         };
         let version = object.version();
-        let copy = fill(job, &version, room).await?;
+        let copy = fill(job, &version, space).await?;
         if job.cause == MigrationCause::Read {
             count_hit(object, &version);
         }
@@ -110,23 +110,23 @@ pub(crate) fn count_hit(object: &Object, version: &Version) {
     stats::add(hits, 1);
 }
 
-async fn room(job: &Job) -> Result<OwnedCopy, VirtualMemoryError> {
+async fn take_space(job: &Job) -> Result<OwnedCopy, VirtualMemoryError> {
     let need = if job.may_spill { job.need().or_spill() } else { job.need() };
-    job.while_wanted(job.object.shared.host_room_or_error(&need, &job.deadline)).await
+    job.while_wanted(job.object.shared.host_space_or_error(&need, &job.deadline)).await
 }
 
-/// Copies and verifies the whole object into `room`.
+/// Copies and verifies the whole object into `space`.
 async fn fill(
     job: &Job,
     version: &Version,
-    room: OwnedCopy,
+    space: OwnedCopy,
 ) -> Result<OwnedCopy, VirtualMemoryError> {
     let object = &job.object;
     let route = (version.tier(), MemoryTier::Host);
     let record = Record::start(&object.shared, object.id, route, job.cause, &job.deadline);
     let chunks = 0..chunk_count(object.len);
-    let room = IoBuf::from_copy(room);
-    let (buf, outcome) = load(object, version, chunks, room, 0, job.class).await;
+    let space = IoBuf::from_copy(space);
+    let (buf, outcome) = load(object, version, chunks, space, 0, job.class).await;
     match outcome {
         Ok(()) => {
             record.end(Ok(object.len as u64));

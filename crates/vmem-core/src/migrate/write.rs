@@ -73,11 +73,13 @@ impl Drop for NewVersion {
     }
 }
 
-/// The end of a write, for its caller. Nothing is published for one that has gone: that is asked with the gate held,
-/// so a later write, which needs the gate too, is never undone by one that was dropped.
+/// The end of a write, for its caller. Nothing is published for one that has gone: that is asked
+/// with the gate held, so a later write, which needs the gate too, is never undone by one that was
+/// dropped.
 pub(super) type Reply = Delivery<Result<()>>;
 
-/// Publishes a version that has the caller's data at `range`; the rest comes from the version before. For a task.
+/// Publishes a version that has the caller's data at `range`; the rest comes from the version
+/// before. For a task.
 pub(crate) async fn publish_version(
     version: NewVersion,
     range: Range<usize>,

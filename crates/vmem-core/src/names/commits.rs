@@ -1,10 +1,10 @@
 //! The one task that commits: all that waits at a time, with one sync of the data before it.
 //!
-//! Invariant: bytes are on stable storage before the catalog leads to them. After a sync that failed, of the
-//! data or of the catalog, nothing more is committed: the kernel takes pages for clean that it could
-//! not write, so a later success would prove nothing. A commit that failed otherwise, for want of
-//! space above all, was not made, and the next one may succeed.
-//! Started with the store, ends with the last of its owners.
+//! Invariant: bytes are on stable storage before the catalog leads to them. After a sync that
+//! failed, of the data or of the catalog, nothing more is committed: the kernel takes pages for
+//! clean that it could not write, so a later success would prove nothing. A commit that failed
+//! otherwise, for want of space above all, was not made, and the next one may succeed. Started with
+//! the store, ends with the last of its owners.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,7 +17,7 @@ use crate::error::VirtualMemoryError;
 use crate::stats::{add, get};
 use crate::task::spawn_named;
 
-/// Changes of so many callers go into one commit at most, and wait at most.
+/// The most callers whose changes go into one commit, and the most that wait.
 const BATCH_MAX: usize = 1024;
 
 /// Where changes wait for the commit that they share.
@@ -116,7 +116,9 @@ async fn commit_in_turn(
         let mut failures = outcomes.iter().filter_map(|outcome| outcome.as_ref().err());
         if let (None, Some(failed)) = (&poisoned, failures.find(|failed| failed.poison)) {
             let error = &failed.error;
-            tracing::error!(target: "vmem::names", %error, "no more commits until the store is opened again");
+            tracing::error!(
+                target: "vmem::names", %error, "no more commits until the store is opened again"
+            );
             poisoned = Some(NotCommitted::not(after(error)));
         }
         for (commit, outcome) in batch.drain(..).zip(outcomes) {
@@ -151,7 +153,7 @@ async fn commit_all(
     if batch.len() < 2 || !together.as_ref().is_err_and(of_one) {
         return vec![together; batch.len()];
     }
-    // A row that is damaged is the matter of whoever changes it, and of nobody else.
+    // A damaged row concerns the change that needs it, and no other.
     let mut outcomes = Vec::with_capacity(batch.len());
     for one in batch.chunks(1) {
         outcomes.push(commit(one, catalog, counts).await);

@@ -1,7 +1,7 @@
 //! Turns: one change of a name at a time, first come first served.
 //!
-//! Invariant: there is an entry for a name exactly while somebody has its turn or waits for it. Called by
-//! `vmem/named.rs`.
+//! Invariant: there is an entry for a name exactly while somebody has its turn or waits for it.
+//! Called by `vmem/named.rs`.
 
 use std::sync::Arc;
 

@@ -1,6 +1,7 @@
 //! Reads in flight that others join, and the damage that reads have found.
 //!
-//! Invariant: one read of an object from a slower tier is under way for all who want it whole. Called by the reads.
+//! Invariant: one read of an object from a slower tier is under way for all who want it whole.
+//! Called by the reads.
 
 use super::{DiskMap, Flight, Object, WeakFlight};
 use crate::error::VirtualMemoryError;
@@ -32,7 +33,8 @@ impl Object {
         flight.is_some()
     }
 
-    /// Counts a read of so many chunks that host memory did not serve. Returns what reads had moved before.
+    /// Counts a read of `chunks` that host memory did not serve. Returns what reads had moved
+    /// before.
     pub(crate) fn count_moved(&self, chunks: usize) -> u32 {
         let chunks = u32::try_from(chunks).unwrap_or(u32::MAX);
         let mut inner = self.inner.lock();

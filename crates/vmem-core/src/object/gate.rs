@@ -1,13 +1,14 @@
 //! The gate of an object: one change of its residency at a time.
 //!
-//! Invariant: whoever holds the [`GatePass`] is the only one who writes to the object, publishes
-//! or takes away one of its copies, or frees what it owns. The last pass of an object that was freed
+//! Invariant: whoever holds the [`GatePass`] is the only one who writes to the object, publishes or
+//! takes away one of its copies, or frees what it owns. The last pass of an object that was freed
 //! meanwhile gives back all that it owns, so freeing needs no runtime and no wait.
 //!
-//! Tasks of the runtime stand in line ([`Object::gate`]): a pass that is dropped goes to the first of them. A
-//! caller's future takes the gate only if it is open ([`Object::gate_if_open`]), gives it back before its poll
-//! ends, and otherwise waits for [`Object::gate_opened`], which hands it nothing: so a future that is left alone
-//! keeps nobody from the object. Called by every operation but a read.
+//! Tasks of the runtime stand in line ([`Object::gate`]): a pass that is dropped goes to the first
+//! of them. A caller's future takes the gate only if it is open ([`Object::gate_if_open`]), gives
+//! it back before its poll ends, and otherwise waits for [`Object::gate_opened`], which hands it
+//! nothing: so a future that is left alone keeps nobody from the object. Called by every operation
+//! but a read.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -33,7 +34,7 @@ pub(super) struct Line {
 pub(crate) struct GatePass {
     /// Empty once the right was handed on.
     object: Option<Arc<Object>>,
-    /// Whether the evictor is told when the gate opens. Not by the evictor's own passes: it would
+    /// Whether the evictor is woken when the gate opens. Not by the evictor's own passes: it would
     /// wake itself for ever.
     rings: bool,
     /// Whether the object is offered to those that may leave memory when the gate opens. Not by
@@ -112,7 +113,7 @@ impl Object {
                 return Ok(());
             }
             let opened = &mut inner.line.get_or_insert_default().opened;
-            // Under the lock: it is told of everything that comes after.
+            // Under the lock: no opening after this one is missed.
             opened.get_or_insert_default().clone().notified_owned()
         };
         deadline.bound(opened).await.map_err(|Late| gate_late(deadline))
@@ -191,7 +192,7 @@ impl Object {
             drop(inner);
             if rings {
                 // What was being changed can be evicted now.
-                self.shared.room_was_freed();
+                self.shared.space_was_freed();
             }
             if offers {
                 // The copy that kept it in memory may have gone.

@@ -262,7 +262,7 @@ impl Object {
         self.copy.detach(&self.shared.copies);
         self.count_change(before);
         drop(owned);
-        self.shared.room_was_freed();
+        self.shared.space_was_freed();
     }
 
     /// Whether somebody is changing the object; a hint.

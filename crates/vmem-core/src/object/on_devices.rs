@@ -1,9 +1,9 @@
 //! What an object has in the memory of devices.
 //!
-//! Invariant: a valid range holds the bytes of the current version, which host memory or the disk has too; one that is not
-//! valid is space that was set apart. Whatever changes the version makes every range invalid in the same step, but the
-//! one that a kernel wrote. Changed by the holder of the gate only; whoever uses a range holds a share of it, whose end
-//! wakes who waits for that.
+//! Invariant: a valid range holds the bytes of the current version, which host memory or the disk
+//! has too; one that is not valid is space that was set apart. Whatever changes the version makes
+//! every range invalid in the same step, but the one that a kernel wrote. Changed by the holder of
+//! the gate only; whoever uses a range holds a share of it, whose end wakes who waits for that.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -88,8 +88,9 @@ impl Inner {
         }
     }
 
-    /// The version has changed: copies of the one before are no use. Space stays where the object belongs, and nobody
-    /// uses it. What leaves is for `Object::left_devices`, where no lock is held.
+    /// The version has changed: copies of the one before are no use. Space stays where the object
+    /// belongs, and nobody uses it. What leaves is for `Object::left_devices`, where no lock is
+    /// held.
     pub(super) fn outdate_devices(&mut self, home: MemoryTier) -> Left {
         let mut left = Left::default();
         // What a kernel wrote is what is being published.
@@ -168,7 +169,8 @@ impl Object {
         devices.filter(|on| on.place.is_some()).map(|on| on.device).collect()
     }
 
-    /// The devices to which a change of the object is to come again: it lives there, or is held there.
+    /// The devices to which a change of the object is to come again: it lives there, or is held
+    /// there.
     pub(crate) fn devices_to_refresh(&self) -> SmallVec<[usize; 1]> {
         let inner = self.inner.lock();
         let devices = inner.devices.iter().flat_map(|devices| devices.iter());
@@ -239,8 +241,8 @@ impl Object {
         self.left_devices(left);
     }
 
-    /// What was taken out of the object leaves the order of eviction; its range goes back with the last
-    /// share. Where no lock is held.
+    /// What was taken out of the object leaves the order of eviction; its range goes back with the
+    /// last share. Where no lock is held.
     pub(super) fn left_devices(&self, left: Left) {
         for (device, Place { range, token, .. }) in left.0 {
             let tier = &self.shared.devices()[device];
@@ -264,7 +266,8 @@ impl Object {
         !inner.gate_taken && inner.on(device).is_some_and(is_free)
     }
 
-    /// How it stands on this device, for the policy. What was used at `spared_since` or later is not to go.
+    /// How it stands on this device, for the policy. What was used at `spared_since` or later is
+    /// not to go.
     pub(crate) fn probe_on(&self, device: usize, spared_since: u64) -> Probe {
         let mut inner = self.inner.lock();
         if inner.gate_taken {
@@ -294,8 +297,8 @@ impl Object {
 
     // ---- Changes by kernels ------------------------------------------------------------------
 
-    /// The current copy, or the space, on this device for somebody who will write to it: from now on it is not the
-    /// current version. None if somebody else uses it.
+    /// The current copy, or the space, on this device for somebody who will write to it: from now
+    /// on it is not the current version. None if somebody else uses it.
     pub(crate) fn claim_on(&self, _pass: &GatePass, device: usize) -> Option<DeviceRange> {
         let mut inner = self.inner.lock();
         let place = inner.place_mut(device)?;
@@ -313,8 +316,8 @@ impl Object {
         }
     }
 
-    /// Hides the version that is in host memory or on disk until what a kernel wrote on this device is published, or was
-    /// given up. Whoever reads already goes on. Returns the host copy.
+    /// Hides the version that is in host memory or on disk until what a kernel wrote on this device
+    /// is published, or was given up. Whoever reads already goes on. Returns the host copy.
     pub(crate) fn begin_pending(&self, _pass: &GatePass, device: usize) -> Option<Bytes> {
         let before = self.standing();
         let old = match self.copy.acquire(&self.shared.copies) {

@@ -38,7 +38,7 @@ impl Object {
         Some((guard, is_its.then(|| map.identity())))
     }
 
-    /// The current version, if host memory holds no copy of it and no room for it. None
+    /// The current version, if host memory holds no copy of it and no space for it. None
     /// of a dead object either: its map may have been given back, and an empty one reads as zeros.
     pub(crate) fn cold_version(&self) -> Option<Version> {
         let inner = self.inner.lock();
@@ -55,8 +55,8 @@ impl Object {
         self.standing().dirty
     }
 
-    /// Whether a host copy exists or room for one is set apart.
-    pub(crate) fn has_host_room(&self) -> bool {
+    /// Whether a host copy exists or space for one is set apart.
+    pub(crate) fn has_host_space(&self) -> bool {
         self.copy.is_some() || self.has_spare()
     }
 
@@ -69,7 +69,7 @@ impl Object {
     pub(crate) fn set_spare(self: &Arc<Self>, _pass: &GatePass, spare: OwnedCopy) {
         let before = self.standing();
         let unwritten = !before.in_host && !before.on_disk;
-        assert!(unwritten, "room is set apart for an object that has bytes nowhere");
+        assert!(unwritten, "space is set apart for an object that has bytes nowhere");
         self.inner.lock().spare = Some(spare);
         self.count_change(before);
         self.enter_order(false);
@@ -83,7 +83,7 @@ impl Object {
         }
     }
 
-    /// The room that was set apart.
+    /// The space that was set apart.
     pub(crate) fn take_spare(&self, _pass: &GatePass) -> Option<OwnedCopy> {
         let before = self.standing();
         let spare = self.inner.lock().spare.take()?;

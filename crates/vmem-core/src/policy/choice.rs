@@ -47,7 +47,7 @@ impl PolicyChoice {
         }
     }
 
-    /// An empty policy for a tier of so many bytes. What is prefetched is protected in it:
+    /// An empty policy for a tier of `capacity_bytes`. What is prefetched is protected in it:
     /// [`Protected`].
     pub fn build(&self, capacity_bytes: u64) -> Box<dyn Policy> {
         let inner = match &self.0 {

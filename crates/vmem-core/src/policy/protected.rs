@@ -75,7 +75,7 @@ struct Begun {
 }
 
 impl Protected {
-    /// Protects what is prefetched into a tier of so many bytes that `inner` orders.
+    /// Protects what is prefetched into a tier of `capacity_bytes` that `inner` orders.
     pub fn new(inner: Box<dyn Policy>, capacity_bytes: u64) -> Self {
         Protected {
             inner,
@@ -143,7 +143,7 @@ impl Protected {
         }
     }
 
-    /// Brings what is protected down to half of the tier: whatever was used, then the last that
+    /// Reduces what is protected to half of the tier: whatever was used, then the last that
     /// came. False if more is left to do.
     fn release_excess(
         &mut self,

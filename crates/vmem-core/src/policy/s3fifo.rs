@@ -8,7 +8,7 @@
 //!
 //! The algorithm is that of Yang, Zhang, Qiu, Yue and Rashmi, "FIFO queues are all you need for
 //! cache eviction" (SOSP 2023): the small queue has a tenth of the bytes; more than one use brings
-//! an entry from it to the main queue and clears its count; the count goes up to three; a turn in
+//! an entry from it to the main queue and clears its count; the count ends at three; a turn in
 //! the main queue costs one. The share is one of the bytes that are in the queues, since a store
 //! evicts at a watermark and knows no size of a cache. Where the queues would turn more than
 //! [`PATIENCE_STEPS`](super::PATIENCE_STEPS) entries for one victim, the least used among the last
@@ -22,7 +22,7 @@ use super::order::{KEY_BYTES_MAX, Key, Order};
 use super::table::{Slot, Table};
 use super::{Entry, PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
 
-/// The small queue has one byte in so many.
+/// The small queue has one byte in this many.
 const SMALL_PART: u128 = 10;
 /// Uses of an entry count up to here.
 const USES_MAX: u32 = 3;

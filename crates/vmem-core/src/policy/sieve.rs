@@ -175,9 +175,9 @@ impl Policy for Sieve {
     }
 
     fn coldest(&self, limit: usize, visit: &mut dyn FnMut(u64)) {
-        let ahead = self.queue.entries_from(self.hand);
+        let before = self.queue.entries_from(self.hand);
         let behind = self.queue.entries_from(0).take_while(|&at| self.table[at].came < self.hand);
-        ahead.chain(behind).take(limit).for_each(|at| visit(self.table[at].id));
+        before.chain(behind).take(limit).for_each(|at| visit(self.table[at].id));
     }
 
     fn unpark(&mut self, token: Token) {

@@ -1,7 +1,7 @@
 //! The memory of the policies: an array that grows by chunks, and a table of entries over it.
 //!
 //! Invariant: the position of an entry stays the same for as long as it lives, and a vacant
-//! position is used again before the table grows. Growing never moves what is there: ten million
+//! position is used again before the table grows. Growing never moves an entry: ten million
 //! entries are not copied in one insert, and no half of the memory stands empty after it. Pure;
 //! called by the policies.
 

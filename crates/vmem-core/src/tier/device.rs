@@ -51,7 +51,7 @@ impl Device {
         });
         let freed = watcher.clone();
         backend.set_freed_hook(Box::new(move || freed()));
-        // Dropping copies is cheap: nothing is evicted ahead of need.
+        // Dropping copies is cheap: nothing is evicted early.
         let all = backend.usage().capacity_bytes;
         let marks = Watermarks { low_bytes: all, high_bytes: all };
         let residents = Mutex::default();

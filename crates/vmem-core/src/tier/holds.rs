@@ -1,8 +1,9 @@
 //! What keeps a tier from being evicted: pins and leases, each object counted once.
 //!
-//! Invariant: what is charged never exceeds the most that the configuration allows. An object is charged by its
-//! first hold in the tier, whatever kind that is, and uncharged with its last, so no object is counted twice. Charged
-//! by the pins and leases of `vmem`; read by the evictor and by whoever says why there is no space.
+//! Invariant: what is charged never exceeds the most that the configuration allows. An object is
+//! charged by its first hold in the tier, whatever kind that is, and uncharged with its last, so no
+//! object is counted twice. Charged by the pins and leases of `vmem`; read by the evictor and by
+//! whoever says why there is no space.
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;

@@ -1,8 +1,8 @@
 //! The link between disk and host: how much is in flight on it, and who gives way to whom.
 //!
-//! Invariant: reads that somebody waits for are bounded in number and served in order. Background reads go a few at
-//! a time while nobody waits or has just waited; else one at a time, when it is quiet, but for one piece
-//! in a while so that they end at all. Used by `load.rs`.
+//! Invariant: reads that somebody waits for are bounded in number and served in order. Background
+//! reads go a few at a time while nobody waits or has just waited; else one at a time, when it is
+//! quiet, but for one piece in a while so that they end at all. Used by `load.rs`.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -14,9 +14,9 @@ use tokio::time::Instant;
 const READS_MAX: usize = 64;
 /// Background reads that are in flight at once while nobody else reads.
 const BACKGROUND_MAX: usize = 32;
-/// A read ahead of need waits at least this long after the last read of demand.
+/// A prefetch waits at least this long after the last read of demand.
 const QUIET_MIN: Duration = Duration::from_micros(200);
-/// A read ahead of need that found no quiet moment for so long takes a turn all the same.
+/// A prefetch that found no quiet moment for so long takes a turn all the same.
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// See the module's documentation.

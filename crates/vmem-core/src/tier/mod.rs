@@ -1,8 +1,8 @@
 //! The tiers that evict: space within a budget, who waits for it, who leaves it, what keeps it.
 //!
-//! Invariant: every tier with a budget is a value of [`TierState`], by one set of rules; what differs is the
-//! [`Space`] that it grants. Called by the migrations and the public calls, which ask, and by the actor, which
-//! serves.
+//! Invariant: every tier with a budget is a value of [`TierState`], by one set of rules; what
+//! differs is the [`Space`] that it grants. Called by the migrations and the public calls, which
+//! ask, and by the actor, which serves.
 
 mod device;
 mod holds;

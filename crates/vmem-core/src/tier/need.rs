@@ -50,7 +50,7 @@ pub(super) type Answer<S> = Result<Grant<S>, Refused>;
 pub(crate) enum Class {
     /// Somebody waits for it now.
     Demand,
-    /// Ahead of need: never at the cost of what is in use.
+    /// Nobody waits for it yet: never at the cost of what is in use.
     Prefetch,
 }
 

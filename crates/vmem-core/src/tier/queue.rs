@@ -1,13 +1,14 @@
 //! Space in one tier, and the queue of those who wait for it.
 //!
-//! Invariant: a request that waits is in the queue, where the evictor sees how much is wanted;
-//! it leaves by a grant, by a refusal, by its deadline or by being dropped, and holds nothing until then.
-//! A grant lies in a parcel until its caller comes, and goes back if it does not (`parcel.rs`).
+//! Invariant: a request that waits is in the queue, where the evictor sees how much is wanted; it
+//! leaves by a grant, by a refusal, by its deadline or by being dropped, and holds nothing until
+//! then. A grant lies in a parcel until its caller comes, and goes back if it does not
+//! (`parcel.rs`).
 //!
-//! Requests are served in the order in which they came. A smaller one may pass one that does not fit yet, at
-//! most `PASSES_MAX` times; then it waits for that one, but no longer than `BLOCK_MAX`, if what is pinned and held
-//! keeps the large one from being served all the same: then as many pass again. A request for several objects is
-//! granted whole or not at all.
+//! Requests are served in the order in which they came. A smaller one may pass one that does not
+//! fit yet, at most `PASSES_MAX` times; then it waits for that one, but no longer than `BLOCK_MAX`,
+//! if what is pinned and held keeps the large one from being served all the same: then as many pass
+//! again. A request for several objects is granted whole or not at all.
 //!
 //! Called by whoever needs space; served by the actor alone.
 
@@ -245,7 +246,8 @@ impl<S: Space> Queue<S> {
         Waiting { queue: self, class, ticket }
     }
 
-    /// Grants free space to those who wait, in order. `held_bytes` of the tier cannot be evicted now, or more.
+    /// Grants free space to those who wait, in order. `held_bytes` of the tier cannot be evicted
+    /// now, or more.
     pub(crate) fn serve(&self, held_bytes: u64) -> Wanted {
         if self.len.load(Ordering::SeqCst) == 0 {
             return Wanted::default();

@@ -15,10 +15,10 @@ use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
 use crate::policy::{Entry, Policy, Token};
 
-/// Between which bytes of use the evictor works ahead of need.
+/// Between which bytes of use the evictor works early.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Watermarks {
-    /// Eviction ahead of need ends here.
+    /// Early eviction ends here.
     pub(crate) low_bytes: u64,
     /// It starts there; a prefetch gets no space beyond it.
     pub(crate) high_bytes: u64,
@@ -79,7 +79,7 @@ impl<S: Space> TierState<S> {
         self.queue.take(need, deadline).await.map_err(|refused| self.refusal(need, refused))
     }
 
-    /// Whether so many bytes of footprint could ever fit.
+    /// Whether this many bytes of footprint could ever fit.
     ///
     /// # Errors
     ///
@@ -112,8 +112,8 @@ impl<S: Space> TierState<S> {
         let is_blocked = self.blocked_by_holds.load(Ordering::SeqCst) || requested_bytes > reach;
         if self.unevictable_bytes() == 0 || !is_blocked {
             let operation = match self.tier {
-                MemoryTier::Host => "making room in host",
-                _ => "making room in vram",
+                MemoryTier::Host => "making space in host",
+                _ => "making space in vram",
             };
             return VirtualMemoryError::TimedOut { operation, waited };
         }

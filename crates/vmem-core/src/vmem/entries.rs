@@ -132,7 +132,7 @@ pub struct ListOptions {
     /// Only what comes behind it in the order of the bytes: names, and common prefixes as such. It
     /// need not exist. Default: from the first.
     pub start_after: Option<String>,
-    /// At most so many entries and common prefixes. Default: all.
+    /// The most entries and common prefixes. Default: all.
     pub limit: Option<usize>,
     /// Names that have it behind `prefix` are listed as one [`Listed::Prefix`], up to its first
     /// occurrence and including it. Not empty. Default: none.
@@ -157,7 +157,7 @@ impl ListOptions {
         self
     }
 
-    /// At most so many.
+    /// At most `limit` of them.
     pub fn limit(mut self, limit: usize) -> Self {
         self.limit = Some(limit);
         self
@@ -202,7 +202,7 @@ impl VirtualMemory {
         if let Some(record) = self.names.record_in_memory(&name) {
             return Ok(NamedEntry::new(name, record));
         }
-        // In turn: else it could be ahead of what memory says a moment later.
+        // In turn: else it could be newer than what memory says a moment later.
         self.change(move |names, deadline| async move {
             let turn = Turn::of(&names, name.clone(), &deadline).await?;
             names::record(&names, &turn).await.map(|record| NamedEntry::new(name, record))

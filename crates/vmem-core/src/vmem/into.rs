@@ -86,7 +86,7 @@ impl VirtualMemory {
     }
 
     /// The reader count is lent: whoever waits for space takes it back if this future is not
-    /// polled. A version of which the disk does not have all cannot be told from another one, so
+    /// polled. A version of which the disk does not have all looks like any other one, so
     /// each new start has larger pieces: it ends however rarely it is polled, and copies no more
     /// than twice as much as it would at once.
     async fn copy_from_host(

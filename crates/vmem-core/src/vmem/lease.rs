@@ -64,7 +64,7 @@ pub(super) struct Claim {
     pub(super) range: DeviceRange,
     /// For the new version below: taken before, so that what was written can never be lost for want
     /// of space.
-    pub(super) room: OwnedCopy,
+    pub(super) space: OwnedCopy,
     pub(super) pass: GatePass,
     pub(super) held: HoldGuard,
 }
@@ -100,10 +100,10 @@ impl VramChange {
         ready: DeviceAnswer<std::result::Result<(), DeviceError>>,
         reply: oneshot::Sender<Result<()>>,
     ) {
-        let Claim { device, range, room, pass, held } = inner;
+        let Claim { device, range, space, pass, held } = inner;
         let shared = pass.object().shared.clone();
         let handle = self.handle.clone();
-        let change = Changed::begin(pass, (device, range), room, reply);
+        let change = Changed::begin(pass, (device, range), space, reply);
         let ready = Box::pin(async move {
             let outcome = ready.await;
             // They were kept for as long as the kernel could write.
@@ -212,8 +212,8 @@ impl DeviceAccess {
         let vmem = &self.vmem;
         vmem.check_open()?;
         let need = Need::one(len, 0, Class::Demand);
-        let room = vmem.shared.host_room_or_error(&need, &vmem.shared.deadline()).await?;
-        Ok(IoBuf::from_copy(room))
+        let space = vmem.shared.host_space_or_error(&need, &vmem.shared.deadline()).await?;
+        Ok(IoBuf::from_copy(space))
     }
 
     /// Brings the object to the device and keeps this version there, for a kernel that reads it.
@@ -235,7 +235,7 @@ impl DeviceAccess {
     }
 
     /// The object on the device, for a kernel that writes to it: waits for whoever else uses it
-    /// there. With `overwrite` the kernel writes all of it: the bytes before are not brought up, it
+    /// there. With `overwrite` the kernel writes all of it: the bytes before are not loaded, it
     /// begins as zeros.
     ///
     /// # Errors

@@ -30,7 +30,7 @@ pub(super) enum Obstacle {
     Changing(Arc<Object>),
     /// Copies or kernels use what is to be written.
     Used(Arc<Object>),
-    /// The budget for holds has no place for so many bytes more.
+    /// The budget for holds has no place for this many bytes more.
     Budget(u64),
 }
 

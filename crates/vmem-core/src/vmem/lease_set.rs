@@ -1,10 +1,11 @@
 //! Taking leases of one object or of several, all or none.
 //!
-//! Invariant: nothing is kept while space, a budget, a change or a kernel is waited for. With the space for all that is
-//! missing the bytes are brought up, and each object is held as soon as it is there; then all is taken in one step that
-//! waits for nothing, or nothing is, and what was in the way is waited for. So sets that want each other's objects never
-//! stand still, and a reader who holds an object already gets it again whoever waits to write to it. Run as a task;
-//! called by the leases.
+//! Invariant: nothing is kept while space, a budget, a change or a kernel is waited for. With the
+//! space for all that is missing the bytes are loaded, and each object is held as soon as it is
+//! there; then all is taken in one step that waits for nothing, or nothing is, and what was in the
+//! way is waited for. So sets that want each other's objects never stand still, and a reader who
+//! holds an object already gets it again whoever waits to write to it. Run as a task; called by the
+//! leases.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -51,8 +52,8 @@ pub(super) async fn take(
     }
 }
 
-/// Space first, for which it waits with nothing in its hands; then everything else, for which it waits for nothing but
-/// the bytes.
+/// Space first, for which it waits with nothing in its hands; then everything else, for which it
+/// waits for nothing but the bytes.
 async fn attempt(
     shared: &Arc<Shared>,
     number: usize,
@@ -66,7 +67,7 @@ async fn attempt(
     }
     let (there, missing): (Vec<_>, Vec<_>) =
         objects.iter().cloned().partition(|object| request.is_there(object, number));
-    let (mut spaces, rooms) = spaces(shared, number, &missing, request, deadline).await?;
+    let (mut spaces, host_spaces) = spaces(shared, number, &missing, request, deadline).await?;
     let tier = shared.device(number)?.tier();
     let mut prepaid = match Prepaid::try_charge(shared, tier, Hold::Lease, &objects)? {
         Ok(prepaid) => prepaid,
@@ -85,7 +86,8 @@ async fn attempt(
     }
     let mut filling = FuturesUnordered::new();
     for object in missing {
-        // None if it had some when space was asked for; if it has lost that since, it is missing still.
+        // None if it had some when space was asked for; if it has lost that since, it is missing
+        // still.
         let space = spaces.remove(&object.id);
         let pass = match gate(&object)? {
             Ok(pass) => pass,
@@ -107,12 +109,12 @@ async fn attempt(
     drop(filling);
     match blocked {
         Some(blocked) => Ok(Err(blocked)),
-        None => try_take(shared, number, request, rooms),
+        None => try_take(shared, number, request, host_spaces),
     }
 }
 
-/// Space on the device for what is missing there, and in host memory for each version that will be written: all of
-/// both, and nothing is kept while either is waited for.
+/// Space on the device for what is missing there, and in host memory for each version that will be
+/// written: all of both, and nothing is kept while either is waited for.
 async fn spaces(
     shared: &Arc<Shared>,
     number: usize,
@@ -135,13 +137,13 @@ async fn spaces(
     shared.host.check_fits(shared.host.queue.footprint(&in_host))?;
     loop {
         let spaces = state.take(&on_device, deadline).await?;
-        if let Some(rooms) = shared.try_host_rooms(&in_host) {
-            return Ok((by_object(spaces), rooms));
+        if let Some(host_spaces) = shared.try_host_spaces(&in_host) {
+            return Ok((by_object(spaces), host_spaces));
         }
         drop(spaces);
-        let rooms = shared.host_rooms_or_error(&in_host, deadline).await?;
+        let host_spaces = shared.host_spaces_or_error(&in_host, deadline).await?;
         if let Some(spaces) = state.queue.try_take(&on_device) {
-            return Ok((by_object(spaces), rooms));
+            return Ok((by_object(spaces), host_spaces));
         }
     }
 }
@@ -164,7 +166,7 @@ impl Drop for Unfilled {
     }
 }
 
-/// Brings one object up; none if it has lost its memory there meanwhile.
+/// Promotes one object; none if it has lost its memory there meanwhile.
 async fn bring(
     request: &LeaseRequest,
     number: usize,
@@ -230,7 +232,7 @@ fn try_take(
     shared: &Arc<Shared>,
     number: usize,
     request: &LeaseRequest,
-    rooms: Vec<OwnedCopy>,
+    host_spaces: Vec<OwnedCopy>,
 ) -> Result<std::result::Result<VramSet, Obstacle>> {
     let mut reads = Vec::with_capacity(request.reads.len());
     for handle in &request.reads {
@@ -239,7 +241,7 @@ fn try_take(
             Err(blocked) => return Ok(Err(blocked)),
         }
     }
-    let mut rooms = rooms.into_iter();
+    let mut host_spaces = host_spaces.into_iter();
     let mut claimed: Vec<TentativeClaim> = Vec::new();
     let mut writes = Vec::new();
     for handle in &request.writes {
@@ -247,8 +249,8 @@ fn try_take(
             writes.push(VramChange { inner: None, handle: handle.clone() });
             continue;
         }
-        let room = rooms.next().expect("invariant: there is space for each version");
-        match try_claim(shared, number, handle, room, request.overwrite) {
+        let space = host_spaces.next().expect("invariant: there is space for each version");
+        match try_claim(shared, number, handle, space, request.overwrite) {
             Ok(Ok(claim)) => claimed.push(claim),
             refused => {
                 claimed.into_iter().for_each(TentativeClaim::give_up);
@@ -294,7 +296,7 @@ fn try_claim(
     shared: &Arc<Shared>,
     number: usize,
     handle: &VMemHandle,
-    room: OwnedCopy,
+    space: OwnedCopy,
     overwrite: bool,
 ) -> Result<std::result::Result<TentativeClaim, Obstacle>> {
     let object = handle.object();
@@ -313,6 +315,6 @@ fn try_claim(
     let Some(range) = object.claim_on(&pass, number) else {
         return Ok(Err(Obstacle::Used(object.clone())));
     };
-    let claim = Claim { device: number, range, room, pass, held };
+    let claim = Claim { device: number, range, space, pass, held };
     Ok(Ok(TentativeClaim { claim, handle: handle.clone(), was_valid }))
 }

@@ -1,7 +1,7 @@
 //! A listing of names, page by page out of the catalog, with those in between that only memory has.
 //!
 //! Invariant: items come in the order of their bytes, each once, and what memory says of a name
-//! goes before what the catalog says: an entry is never ahead of what opening the name finds.
+//! goes before what the catalog says: an entry is never newer than what opening the name finds.
 //! Nothing is held between two items. Called by `entries.rs`.
 
 use std::collections::{BTreeMap, VecDeque};

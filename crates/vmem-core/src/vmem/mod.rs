@@ -135,20 +135,20 @@ impl VirtualMemory {
         Ok(VirtualMemory { shared, names, lifetime: Arc::new(lifetime) })
     }
 
-    /// Takes room for an object of `len` bytes in its home tier, or below it under pressure. The
+    /// Takes space for an object of `len` bytes in its home tier, or below it under pressure. The
     /// object reads as zeros. Zero bytes are allowed; [`OBJECT_LEN_MAX`] is the most.
     ///
     /// # Errors
     ///
     /// `TierNotAvailable` for a tier that is not there, `ExceedsCapacity` if no tier could ever
-    /// hold it, `TierFull` if there is no room and nothing can make way, `Closed`.
+    /// hold it, `TierFull` if there is no space and nothing can make way, `Closed`.
     pub async fn allocate(&self, len: usize, home: MemoryTier) -> Result<VMemHandle> {
         self.check_open()?;
         self.shared.check_tier(home)?;
         self.check_fits_somewhere(len, home)?;
         let handle = VMemHandle::adopt(self.shared.create(len, home));
         if len > 0 {
-            self.take_room(handle.object(), home).await?;
+            self.take_home_space(handle.object(), home).await?;
             self.take_device_space(handle.object()).await?;
         } else {
             self.shared.announce(handle.object());
@@ -226,12 +226,12 @@ impl VirtualMemory {
         &self.lifetime.config
     }
 
-    /// Migrations as they end. A listener that is slow loses events and is told how many.
+    /// Migrations as they end. A listener that is slow loses events and learns how many.
     pub fn migrations(&self) -> impl Stream<Item = MigrationEvent> + Send + 'static + use<> {
         self.shared.events.listen()
     }
 
-    /// Ends the store: refuses new calls and what waits, lets what is in flight come to its end,
+    /// Ends the store: refuses new calls and what waits, waits for what is in flight,
     /// makes the named objects durable, and gives back files and the directory's lock. `Bytes` stay
     /// valid.
     ///
@@ -268,7 +268,7 @@ impl VirtualMemory {
 
     fn check_fits_somewhere(&self, len: usize, home: MemoryTier) -> Result<()> {
         let on_disk = self.shared.disk.usage().capacity_bytes.min(OBJECT_LEN_MAX);
-        let in_host = if home != MemoryTier::Disk { self.shared.host_space() } else { 0 };
+        let in_host = if home != MemoryTier::Disk { self.shared.host_capacity_bytes() } else { 0 };
         let in_host = in_host.min(OBJECT_LEN_MAX);
         let fits_host = HostArena::footprint(len) <= in_host;
         if fits_host || len as u64 <= on_disk {
@@ -282,7 +282,7 @@ impl VirtualMemory {
         Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
     }
 
-    // ---- Room ----------------------------------------------------------------------------------
+    // ---- Space ----------------------------------------------------------------------------------
 
     /// Takes device memory for a new object that lives there, if there is some or what nobody uses
     /// can make way for it.
@@ -306,15 +306,15 @@ impl VirtualMemory {
     }
 
     /// Takes the footprint of a new object, in its home tier or below it.
-    async fn take_room(&self, object: &Arc<Object>, home: MemoryTier) -> Result<()> {
+    async fn take_home_space(&self, object: &Arc<Object>, home: MemoryTier) -> Result<()> {
         if home != MemoryTier::Disk && self.shared.fits_host(object.len) {
             let need = Need::one(object.len, object.id, Class::Demand).or_spill();
-            match self.shared.host_room(&need, &self.shared.deadline()).await {
-                Ok(room) => {
+            match self.shared.host_space(&need, &self.shared.deadline()).await {
+                Ok(space) => {
                     let pass = object.try_gate().expect(NEW);
                     // With the gate held: whoever finds it now changes it after this.
                     self.shared.announce(object);
-                    object.set_spare(&pass, room);
+                    object.set_spare(&pass, space);
                     return Ok(());
                 }
                 Err(Refused::Error(error @ VirtualMemoryError::Closed)) => return Err(error),

@@ -183,26 +183,26 @@ async fn pin_in_host(object: &Arc<Object>, deadline: &Deadline) -> Result<HoldGu
     let job = Job::new(object.clone(), MigrationCause::Promote, *deadline);
     loop {
         // Before the gate, and without a charge: whoever waits for space holds none.
-        let mut room = None;
-        if object.len > 0 && !object.has_host_room() {
+        let mut space = None;
+        if object.len > 0 && !object.has_host_space() {
             let need = Need::one(object.len, object.id, Class::Demand);
-            room = Some(object.shared.host_room_or_error(&need, deadline).await?);
+            space = Some(object.shared.host_space_or_error(&need, deadline).await?);
         }
         let pass = object.gate(deadline).await?;
-        if object.len > 0 && room.is_none() && !object.has_host_room() {
+        if object.len > 0 && space.is_none() && !object.has_host_space() {
             continue;
         }
         let one = std::slice::from_ref(object);
         let mut prepaid = match Prepaid::try_charge(&object.shared, tier, Hold::Pin, one)? {
             Ok(prepaid) => prepaid,
             Err(footprint) => {
-                drop((room, pass));
+                drop((space, pass));
                 until_unheld(&object.shared, tier, footprint, deadline).await?;
                 continue;
             }
         };
         if object.len > 0 {
-            drop(fetch_into(&job, &pass, room).await?);
+            drop(fetch_into(&job, &pass, space).await?);
         }
         // Counted last: what is pinned is there.
         if let Some(held) = HoldGuard::count_prepaid(&pass, &mut prepaid)? {
@@ -242,7 +242,7 @@ async fn hold_on_device(
     }
 }
 
-/// Waits until the budget for holds has a place for so many bytes of footprint.
+/// Waits until the budget for holds has a place for this many bytes of footprint.
 pub(super) async fn until_unheld(
     shared: &Shared,
     tier: MemoryTier,

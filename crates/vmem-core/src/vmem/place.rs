@@ -28,11 +28,11 @@ use crate::tier::Hold;
 const FLUSHES_MAX: usize = 256;
 
 impl VirtualMemory {
-    /// Brings the object up to `to`, to stay. Already there or faster: `Ok`.
+    /// Promotes the object to `to`. Already there or faster: `Ok`.
     ///
     /// # Errors
     ///
-    /// `TierNotAvailable`, and those of a [`read`](Self::read) that has to bring it up.
+    /// `TierNotAvailable`, and those of a [`read`](Self::read) that has to promote it.
     pub async fn promote(&self, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
         let object = self.check(handle)?;
         self.shared.check_tier(to)?;
@@ -54,7 +54,7 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// `Pinned`, `TierFull` if the tier has no room, `Io`; the object is then where it was.
+    /// `Pinned`, `TierFull` if the tier has no space, `Io`; the object is then where it was.
     pub async fn demote(&self, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
         let object = self.check(handle)?;
         match to {
@@ -107,7 +107,7 @@ impl VirtualMemory {
         ask(&self.shared, object, what, &self.shared.deadline()).await
     }
 
-    /// Begins to bring the object up to `to`, at lower priority than any read, and never at the
+    /// Begins to promote the object to `to`, at lower priority than any read, and never at the
     /// cost of what is in use. It has started when this returns; dropping the [`Prefetch`] cancels
     /// it.
     pub fn prefetch(&self, handle: &VMemHandle, to: MemoryTier) -> Prefetch {
@@ -156,8 +156,8 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// Those of [`promote`](Self::promote); `AllPinned` if `max_pinned` leaves no room for it until
-    /// the deadline, `ExceedsCapacity` if it never could.
+    /// Those of [`promote`](Self::promote); `AllPinned` if `max_pinned` leaves no space for it
+    /// until the deadline, `ExceedsCapacity` if it never could.
     pub async fn pin(&self, handle: &VMemHandle, tier: MemoryTier) -> Result<PinGuard> {
         let object = self.check(handle)?;
         self.shared.check_tier(tier)?;

@@ -45,9 +45,9 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// `HandleNotFound`, `Closed`; and for an object that has to be brought up: `ExceedsCapacity`
+    /// `HandleNotFound`, `Closed`; and for an object that has to be loaded: `ExceedsCapacity`
     /// if it is larger than host memory (see [`read_into`](Self::read_into)), `AllPinned`,
-    /// `TimedOut` or `TierFull` if there is no room for it, `Corrupt`, `Io`. `AllPinned` also if
+    /// `TimedOut` or `TierFull` if there is no space for it, `Corrupt`, `Io`. `AllPinned` also if
     /// readers hold all that [`max_held`](crate::VirtualMemoryConfigBuilder::max_held) allows, and
     /// the object is larger than 64 KiB.
     pub async fn read(&self, handle: &VMemHandle) -> Result<Bytes> {

@@ -27,21 +27,21 @@ use crate::object::chunks_of;
 use crate::parcel::parcel;
 use crate::windows::Window;
 
-/// What a reader asks the reserve for at a time, in bytes, unless it is told otherwise.
+/// What a reader asks the reserve for at a time, in bytes, unless the caller says otherwise.
 const WINDOW: usize = 256 * 1024;
 /// What it gets in any case.
 const WINDOW_MIN: usize = 4 * 1024;
 /// What one poll copies at most.
 const STEP: usize = 256 * 1024;
-/// Windows that are filled ahead of the one that is read.
-const AHEAD: usize = 2;
+/// Windows that are filled before the reader comes to them.
+const EARLY_WINDOWS: usize = 2;
 
 /// A window on its way.
 struct Fetch {
     range: Range<usize>,
     filled: BoxFuture<'static, Result<Filled>>,
     /// Nobody waited for it when it was begun.
-    is_ahead: bool,
+    is_early: bool,
 }
 
 /// Reads one version of an object, or a part of it, as a stream: see [`VirtualMemory::reader`].
@@ -59,7 +59,7 @@ pub struct ObjectReader {
     /// The window that is read, and where it begins in the object.
     front: Bytes,
     front_at: usize,
-    ahead: VecDeque<Fetch>,
+    fetches: VecDeque<Fetch>,
     asked_to_promote: bool,
     /// Chunks before this one were counted as read, since the last seek.
     counted: usize,
@@ -70,7 +70,7 @@ impl VirtualMemory {
     /// is current when its first bytes come, whoever writes, replaces or frees the object
     /// meanwhile.
     ///
-    /// What it has read ahead is charged to
+    /// What it has read early is charged to
     /// [`stream_capacity`](crate::VirtualMemoryConfigBuilder::stream_capacity), never to object
     /// space: a peer who does not read keeps nothing from others but its window, and on disk the
     /// extents of its version. What only host memory has is written to disk for that first; only
@@ -115,7 +115,7 @@ impl VirtualMemory {
             source: None,
             front: Bytes::new(),
             front_at: at,
-            ahead: VecDeque::new(),
+            fetches: VecDeque::new(),
             asked_to_promote: false,
             counted: 0,
         }
@@ -143,7 +143,7 @@ impl VirtualMemory {
 }
 
 impl ObjectReader {
-    /// Asks for windows of so many bytes, 4 KiB at least. It may get less: see
+    /// Asks for windows of `bytes`, 4 KiB at least. It may get less: see
     /// [`stream_capacity`](crate::VirtualMemoryConfigBuilder::stream_capacity). Default: 256 KiB.
     pub fn window(mut self, bytes: usize) -> Self {
         self.window = bytes.max(WINDOW_MIN);
@@ -191,24 +191,24 @@ impl ObjectReader {
             }
             if let Err(closed) = self.vmem.check_open() {
                 // `close` waits for what fills windows: no more of them begin.
-                self.ahead.clear();
+                self.fetches.clear();
                 return Poll::Ready(Err(closed));
             }
-            if self.ahead.is_empty() {
+            if self.fetches.is_empty() {
                 let (wanted, least) = self.wants(range.end - self.at);
                 let window = self.vmem.shared.windows.grant(wanted, least);
                 let first = self.fetch(self.at, range.end, window, false);
-                self.ahead.push_back(first);
+                self.fetches.push_back(first);
             }
-            let Some(next) = self.ahead.front_mut() else { continue };
+            let Some(next) = self.fetches.front_mut() else { continue };
             let outcome = ready!(next.filled.poll_unpin(context));
-            let Some(fetched) = self.ahead.pop_front() else { continue };
+            let Some(fetched) = self.fetches.pop_front() else { continue };
             match outcome {
                 Ok(filled) => self.take(filled, &fetched.range, &range),
                 // Its time had passed, perhaps, before anybody came for it.
-                Err(_) if fetched.is_ahead => self.ahead.clear(),
+                Err(_) if fetched.is_early => self.fetches.clear(),
                 Err(error) => {
-                    self.ahead.clear();
+                    self.fetches.clear();
                     return Poll::Ready(Err(error));
                 }
             }
@@ -240,13 +240,13 @@ impl ObjectReader {
             return;
         }
         self.source = Some(source);
-        let mut next = self.ahead.back().map_or(at.end, |last| last.range.end);
-        while self.ahead.len() < AHEAD && next < range.end {
+        let mut next = self.fetches.back().map_or(at.end, |last| last.range.end);
+        while self.fetches.len() < EARLY_WINDOWS && next < range.end {
             let (wanted, least) = self.wants(range.end - next);
             let Some(window) = self.vmem.shared.windows.grant_more(wanted, least) else { break };
             let fetch = self.fetch(next, range.end, window, true);
             next = fetch.range.end;
-            self.ahead.push_back(fetch);
+            self.fetches.push_back(fetch);
         }
     }
 
@@ -256,10 +256,10 @@ impl ObjectReader {
     }
 
     /// Begins to fill this window, from here on.
-    fn fetch(&self, start: usize, end: usize, window: Window, is_ahead: bool) -> Fetch {
+    fn fetch(&self, start: usize, end: usize, window: Window, is_early: bool) -> Fetch {
         let range = start..end_of(start, end, window.capacity());
         let filled = self.fill(range.clone(), window);
-        Fetch { range, filled, is_ahead }
+        Fetch { range, filled, is_early }
     }
 
     fn fill(&self, range: Range<usize>, window: Window) -> BoxFuture<'static, Result<Filled>> {
@@ -278,7 +278,8 @@ impl ObjectReader {
         .boxed()
     }
 
-    /// Counts a window that host memory did not serve. What the rule promotes comes up behind it.
+    /// Counts a window that host memory did not serve. What the rule promotes is promoted behind
+    /// it.
     fn count_miss(&mut self, at: &Range<usize>) {
         let object = self.handle.object();
         // A chunk that several small windows have between them is read once by the rule.
@@ -299,7 +300,7 @@ impl ObjectReader {
         self.at = at;
         let front_end = self.front_at + self.front.len();
         if self.in_front().is_none() && at != front_end {
-            self.ahead.clear();
+            self.fetches.clear();
             self.forget_front();
             self.counted = 0;
         }

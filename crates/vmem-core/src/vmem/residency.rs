@@ -50,7 +50,7 @@ impl Residency {
 
 impl VirtualMemory {
     /// Where the object is now. An object that nobody has written yet counts as being where
-    /// room was taken for it.
+    /// space was taken for it.
     ///
     /// # Errors
     ///
@@ -66,7 +66,7 @@ impl VirtualMemory {
         Ok(Residency {
             vram: devices & 1 != 0,
             devices,
-            host: object.has_host_room(),
+            host: object.has_host_space(),
             disk: object.len > 0 && object.disk().is_whole(object.len),
             dirty: object.is_dirty(),
             pins: holds,

@@ -8,7 +8,7 @@
 //! Where the new version goes: in place, if it is small and nobody reads the old one; into space in
 //! host memory, if there is or can be made some; else through staging to disk. The caller's future
 //! only copies its data there, within a poll, and never holds the gate across one: what the version
-//! needs besides, and its publication, is the matter of a task (`migrate/write.rs`).
+//! needs besides, and its publication, is done by a task (`migrate/write.rs`).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -49,7 +49,7 @@ impl VirtualMemory {
     /// # Errors
     ///
     /// `SizeMismatch` if `data` is not as long as the object; `HandleNotFound`, `Closed`;
-    /// `TierFull` if neither host memory nor disk has room for the version that a held reader
+    /// `TierFull` if neither host memory nor disk has space for the version that a held reader
     /// forces, `TimedOut`, `Io`. After an error the object is as it was.
     pub async fn write(&self, handle: &VMemHandle, data: impl AsRef<[u8]> + Send) -> Result<()> {
         tokio::task::coop::consume_budget().await;
@@ -122,8 +122,8 @@ impl VirtualMemory {
             let mut version = match spare {
                 Some(version) => version,
                 None => {
-                    let room = self.shared.host_room_or_error(&need(object), &deadline).await?;
-                    NewVersion::taken(object, room)
+                    let space = self.shared.host_space_or_error(&need(object), &deadline).await?;
+                    NewVersion::taken(object, space)
                 }
             };
             let bytes = version.bytes();
@@ -244,11 +244,11 @@ impl VirtualMemory {
     /// Brings a small object to host memory, where a part of it is better written, if there is
     /// space for it right now. True: it was tried.
     async fn promote_for_write(&self, object: &Arc<Object>, deadline: &Deadline) -> Result<bool> {
-        let Some(room) = self.shared.try_host_room(&need(object).or_spill()) else {
+        let Some(space) = self.shared.try_host_space(&need(object).or_spill()) else {
             return Ok(true);
         };
         let job = Job::new(object.clone(), MigrationCause::Read, *deadline);
-        let promoted = async move { migrate::fetch_with(&job, Some(room)).await.map(drop) };
+        let promoted = async move { migrate::fetch_with(&job, Some(space)).await.map(drop) };
         let parcel = self.shared.spawn_for_caller("vmem-promote", promoted);
         self.shared.answer(&parcel, deadline, "promoting an object to write to it").await?;
         Ok(true)
@@ -264,13 +264,13 @@ impl VirtualMemory {
         if !self.shared.fits_host(object.len) {
             return Ok(None);
         }
-        let taken = |room| Some(NewVersion::taken(object, room));
+        let taken = |space| Some(NewVersion::taken(object, space));
         if !may_spill {
             // It must not leave host memory.
-            return self.shared.host_room_or_error(&need(object), deadline).await.map(taken);
+            return self.shared.host_space_or_error(&need(object), deadline).await.map(taken);
         }
-        match self.shared.host_room(&need(object).or_spill(), deadline).await {
-            Ok(room) => Ok(taken(room)),
+        match self.shared.host_space(&need(object).or_spill(), deadline).await {
+            Ok(space) => Ok(taken(space)),
             Err(Refused::Error(VirtualMemoryError::Closed)) => Err(VirtualMemoryError::Closed),
             Err(_) => Ok(None),
         }

@@ -26,7 +26,7 @@ use crate::migrate::{Sent, send_window};
 use crate::names::{self, Expected};
 use crate::windows::Window;
 
-/// What a writer asks the reserve for at a time, in bytes, unless it is told otherwise.
+/// What a writer asks the reserve for at a time, in bytes, unless the caller says otherwise.
 const WINDOW: usize = 256 * 1024;
 /// What one poll copies at most.
 const STEP: usize = 256 * 1024;
@@ -140,7 +140,7 @@ impl VirtualMemory {
 }
 
 impl ObjectWriter {
-    /// Asks for windows of so many bytes, 64 KiB at least. It may get less: see
+    /// Asks for windows of `bytes`, 64 KiB at least. It may get less: see
     /// [`stream_capacity`](crate::VirtualMemoryConfigBuilder::stream_capacity). Default: 256 KiB.
     pub fn window(mut self, bytes: usize) -> Self {
         self.window = bytes.max(CHUNK_BYTES);
@@ -154,8 +154,8 @@ impl ObjectWriter {
     }
 
     /// Makes the object, with its name if it is to have one. What fits in one window is
-    /// [`put`](VirtualMemory::put) into its home tier; what is longer is on disk, and comes up by
-    /// use.
+    /// [`put`](VirtualMemory::put) into its home tier; what is longer is on disk, and is promoted
+    /// by use.
     ///
     /// # Errors
     ///
@@ -189,7 +189,7 @@ impl ObjectWriter {
         }
     }
 
-    /// Waits until at most so many windows are on their way.
+    /// Waits until at most `at_most` windows are on their way.
     fn poll_settle(&mut self, context: &mut Context<'_>, at_most: usize) -> Poll<Result<()>> {
         while self.sends.len() > at_most {
             let Some(oldest) = self.sends.front_mut() else { break };
@@ -261,7 +261,7 @@ impl ObjectWriter {
 
     /// What is to fill before it is sent: whole chunks, since all chunks of an object but the last
     /// are.
-    fn room(&self) -> usize {
+    fn space_left(&self) -> usize {
         let whole = self.front.capacity() / CHUNK_BYTES * CHUNK_BYTES;
         whole - self.front.as_slice().len()
     }
@@ -279,11 +279,11 @@ impl AsyncWrite for ObjectWriter {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         let budget = ready!(tokio::task::coop::poll_proceed(context));
-        if this.room() == 0 {
+        if this.space_left() == 0 {
             ready!(this.poll_window(context))?;
         }
         budget.made_progress();
-        let amount = data.len().min(this.room()).min(STEP);
+        let amount = data.len().min(this.space_left()).min(STEP);
         Poll::Ready(Ok(this.front.fill(&data[..amount])))
     }
 

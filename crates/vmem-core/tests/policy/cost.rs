@@ -200,10 +200,10 @@ fn memory_follows_what_is_there() {
 }
 
 /// Not a test: times of a release build. `cargo test --release -p vmem-core --test policy --
-/// --ignored --nocapture times`
+/// --ignored --nocapture times_of_each_policy`
 #[test]
 #[ignore = "prints times"]
-fn times() {
+fn times_of_each_policy() {
     for kind in KINDS {
         for count in [1_000, 1_000_000, 10_000_000] {
             let mut objects = Dense::new(kind, count);

@@ -1,4 +1,4 @@
-//! The policies against references that are told of every access, and at their cost.
+//! The policies against references that see every access, and at their cost.
 //!
 //! `world` is the objects as the store would have them, `reference` the same policies written
 //! naively from their descriptions. `VMEM_SEED` runs one seed alone.

@@ -48,7 +48,7 @@ fn disturb(world: &mut World, rng: &mut SmallRng, next: &mut u64, fit: bool) {
 }
 
 /// The evictor spun for the whole of a deadline where nothing could go: a look that was resumed
-/// never came to its end, since what it met was filed anew before it, and what entered made it
+/// never ended, since what it met was filed anew before it, and what entered made it
 /// begin again. A pass asks each entry once at most where none can go, and ends, though more enters
 /// between two calls than one call asks.
 #[test]

@@ -13,13 +13,13 @@ fn choices() -> Vec<PolicyChoice> {
 }
 
 /// Layers of a model, used one after the other over and over, the next ones prefetched. A layer
-/// that had come ahead was the first to go, since it had no use yet: S3-FIFO had none of 96 there
+/// that was prefetched was the first to go, since it had no use yet: S3-FIFO had none of 96 there
 /// in time, SIEVE 72. What is prefetched stays until its first use.
 #[test]
 fn a_prefetched_layer_stays_until_its_first_use_in_a_cycle() {
     const LAYERS: u64 = 96;
     const SPACE: usize = 32;
-    const AHEAD: u64 = 4;
+    const PREFETCHED: u64 = 4;
     for choice in choices() {
         let mut world = World::new(choice.build(SPACE as u64));
         let mut unused = std::collections::HashSet::new();
@@ -44,7 +44,7 @@ fn a_prefetched_layer_stays_until_its_first_use_in_a_cycle() {
                 world.touch(layer);
             }
             unused.remove(&layer);
-            for next in (step + 1..=step + AHEAD).map(|next| next % LAYERS) {
+            for next in (step + 1..=step + PREFETCHED).map(|next| next % LAYERS) {
                 if bring(&mut world, next, &unused) {
                     world.prefetch(next, 1);
                     unused.insert(next);

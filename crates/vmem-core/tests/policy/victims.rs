@@ -1,5 +1,5 @@
 //! Scenario 22 for the order itself: pins, touches, removals and re-inserts at random.
-//! Single-threaded and settled, the victims are those of a reference that is told of everything.
+//! Single-threaded and settled, the victims are those of a reference that sees everything.
 
 use std::collections::HashSet;
 
@@ -133,7 +133,7 @@ fn compare(kind: PolicyKind, settle: Settle, sequences: u64, ids_max: u64) {
 }
 
 #[test]
-fn lru_settled() {
+fn lru_victims_equal_those_of_the_reference_when_settled() {
     compare(PolicyKind::Lru, Settle::AfterEachStep, 1_000, 200);
 }
 
@@ -143,7 +143,7 @@ fn lru_of_few_entries_settled_or_not() {
 }
 
 #[test]
-fn sieve_always() {
+fn sieve_victims_equal_those_of_the_reference_always() {
     compare(PolicyKind::Sieve, Settle::Sometimes, 1_500, 120);
 }
 

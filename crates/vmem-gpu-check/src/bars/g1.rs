@@ -1,10 +1,12 @@
 //! G1: host to device memory, device memory to host, and both at once, against copies by hand.
 //!
-//! Invariant: objects are distinct, lie at random places of the arena, and what arrived is compared after each round; the copies by hand
-//! are of distinct pinned memory too, with as many bytes in flight. Called by `bars`.
+//! Invariant: objects are distinct, lie at random places of the arena, and what arrived is compared
+//! after each round; the copies by hand are of distinct pinned memory too, with as many bytes in
+//! flight. Called by `bars`.
 //!
-//! Up is `promote`, device memory for it included. Down is the end of a lease in which a kernel changed the object: what
-//! vmem has in device memory it has below as well, so that only changed bytes are ever copied down.
+//! Up is `promote`, device memory for it included. Down is the end of a lease in which a kernel
+//! changed the object: what vmem has in device memory it has below as well, so that only changed
+//! bytes are ever copied down.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -26,7 +28,7 @@ use crate::user::{Env, User};
 
 /// Bytes in flight, of pieces that are not very long.
 const IN_FLIGHT: usize = 64 * MIB;
-/// One object in so many is compared after a round on a card: each, after some rounds.
+/// One object in this many is compared after a round on a card: each, after some rounds.
 const COMPARED: usize = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,8 +43,9 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
     let mut report = Report::default();
     report.tell(
         "how",
-        "up: promote of objects in host memory; down: finish of device_mut_on leases over objects that a kernel changed, \
-         from when the kernels have ended, since a copy in device memory is one in host memory too",
+        "up: promote of objects in host memory; down: finish of device_mut_on leases over objects \
+         that a kernel changed, from when the kernels have ended, since a copy in device memory is \
+         one in host memory too",
     );
     let smaller = |len: usize| env.scaled(len, len / 16);
     for (len, all, least) in [
@@ -69,7 +72,7 @@ fn one_length(
     let all = len * count;
     let in_flight = (IN_FLIGHT / len).clamp(4, 512).min(count);
     let data = Data::new(env, 2 * count, len);
-    // Room for twice the objects at first, and then for new versions beside the old.
+    // Space for twice the objects at first, and then for new versions beside the old.
     let set =
         |set: vmem::VirtualMemoryConfigBuilder| set.max_pinned(1.0).disk_capacity(256 * MIB as u64);
     let bench = Bench::open(env, all + all / 8 + 4 * MIB, 3 * all + 64 * MIB, set)?;
@@ -88,7 +91,7 @@ fn one_length(
         None => by_hand.push(("batches", By::Batch)),
     }
     let pieces = Piece::row(count, len);
-    // Memory of the host is registered by and by, as copies pass through it.
+    // Memory of the host is registered over time, as copies pass through it.
     for way in [Way::Up, Way::Down].repeat(env.scaled(4, 1)) {
         ours.round(way, report)?;
     }
@@ -172,7 +175,8 @@ impl<'a> Ours<'a> {
             for object in 0..2 * count {
                 objects.push((object, bench.vmem.put(data.of(object, len), HOST).await?));
             }
-            // Every other one goes, at random: those that stay lie scattered, and so will their new versions.
+            // Every other one goes, at random: those that stay lie scattered, and so will their new
+            // versions.
             shuffle(env, &mut objects);
             objects.truncate(count);
             Ok(objects)

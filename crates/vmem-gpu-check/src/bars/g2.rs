@@ -1,7 +1,7 @@
 //! G2: disk to device memory, pipelined, against the slower of the raw disk and the raw link.
 //!
-//! Invariant: reads are cold, past the page cache where the disk allows that, of files of the same age in the same folder, with as many
-//! in flight. Called by `bars`.
+//! Invariant: reads are cold, past the page cache where the disk allows that, of files of the same
+//! age in the same folder, with as many in flight. Called by `bars`.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -104,13 +104,16 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
         .collect();
     report.judge("disk to device", "GiB/s", &rates, &[slower], Limit::AtLeast(0.9));
     let found = vmem.capabilities();
-    // Where one takes most of the time, a small error of its time is a large one of what is left to overlap.
+    // Where one takes most of the time, a small error of its time is a large one of what is left to
+    // overlap.
     let balanced = disk.min(copy) / disk.max(copy) > 0.25;
     let cold = found.disk_direct && raw.direct && !found.disk_is_tmpfs;
     let overlap = match balanced && cold {
         true => report.hold("overlap", overlap, Limit::AtLeast(0.8)),
         false => json!({
-            "value": overlap, "is_to_be": "not held: link and disk differ by more than four times, or reads are not direct",
+            "value": overlap,
+            "is_to_be": "not held: link and disk differ by more than four times, or reads are not \
+                         direct",
         }),
     };
     report.tell("overlap", overlap);
@@ -176,7 +179,7 @@ impl RawFile {
         Ok(RawFile { file, direct, count, len, buffers })
     }
 
-    /// Reads all of it on so many threads, and says how long that took.
+    /// Reads all of it on `threads` threads, and says how long that took.
     fn read_all(&self) -> Result<Duration> {
         self.each_object(|_, _| Ok(()))
     }

@@ -1,14 +1,17 @@
-//! G3: from the end of work on the device to the task that waits for it running again, and what that costs.
+//! G3: from the end of work on the device to the task that waits for it running again, and what
+//! that costs.
 //!
-//! Invariant: each way waits for the same work, a kernel of known length and a small copy within device memory, on a task of a runtime of
-//! several threads; and is measured in the same way. Called by `bars`.
+//! Invariant: each way waits for the same work, a kernel of known length and a small copy within
+//! device memory, on a task of a runtime of several threads; and is measured in the same way.
+//! Called by `bars`.
 //!
-//! What is told is T = (the task runs again) - (the launch returned) - (the length of the kernel, by events around it). The time
-//! from the launch to the start of the kernel is in it, and the copy: the same for all. Of vmem, `gather` is what waits for
-//! work of the user's and does nothing more than a small copy behind it. It is called while the kernel runs, but hands its
-//! copy to the driver only once the kernel's event has passed: that is two completions one after the other, each with a
-//! notice and a wake, where the others have one. `finish` of a lease that changed a small object is told beside it: it
-//! copies down after the kernel, too.
+//! The figure is T = (the task runs again) - (the launch returned) - (the length of the kernel,
+//! by events around it). The time from the launch to the start of the kernel is in it, and the
+//! copy: the same for all. Of vmem, `gather` is what waits for work of the user's and does nothing
+//! more than a small copy behind it. It is called while the kernel runs, but hands its copy to the
+//! driver only once the kernel's event has passed: that is two completions one after the other,
+//! each with a notice and a wake, where the others have one. `finish` of a lease that changed a
+//! small object is reported beside it: it copies to the host after the kernel, too.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -129,8 +132,9 @@ fn tell(
     report.tell("kernel_us", KERNEL.as_micros() as u64);
     report.tell(
         "how",
-        "vmem: gather of 256 bytes, which waits for the kernel and then for its copy; the others queue the same copy behind \
-         the kernel and wait once; a flag in pinned memory wakes nobody without polling and takes no part",
+        "vmem: gather of 256 bytes, which waits for the kernel and then for its copy; the others \
+         queue the same copy behind the kernel and wait once; a flag in pinned memory wakes nobody \
+         without polling and takes no part",
     );
     Ok(())
 }
@@ -276,7 +280,7 @@ impl Sleeper {
                 let passed = event.synchronize();
                 // Before the signal: whoever it wakes finds the event here.
                 let given = give_back.send(event);
-                // After an error too: who waits sees it by himself.
+                // After an error too: the waiter sees it by itself.
                 signal.fire();
                 if passed.is_err() || given.is_err() {
                     return;

@@ -1,11 +1,14 @@
-//! G4: a model of three times the VRAM budget, whose layers come up ahead of the kernels that read them.
+//! G4: a model of three times the VRAM budget, whose layers are prefetched for the kernels that read
+//! them.
 //!
-//! Invariant: every contender has the same kernels read the same layers in the same order; a part of each layer, as a kernel found
-//! it in the timed pass, is compared after each, and all of every layer after the last one. Called by `bars`.
+//! Invariant: every contender has the same kernels read the same layers in the same order; a part
+//! of each layer, as a kernel found it in the timed pass, is compared after each, and all of every
+//! layer after the last one. Called by `bars`.
 //!
-//! Load on demand is a copy of each layer and then its kernels, on one stream, by hand: nothing hides anything there. vmem on
-//! demand already copies a layer while the kernels of the one before run, so that little may be left to hide: what vmem hides by
-//! itself, and what prefetches hide of the rest, is told, and has no bar.
+//! Load on demand is a copy of each layer and then its kernels, on one stream, by hand: nothing
+//! hides anything there. vmem on demand already copies a layer while the kernels of the one before
+//! run, so that little may be left to hide: what vmem hides by itself, and what prefetches hide of
+//! the rest, is reported, and has no bar.
 
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
@@ -22,8 +25,8 @@ use super::{Bench, Data, HOST, KIB, MIB, VRAM};
 use crate::parts::Outcome;
 use crate::user::{Env, User};
 
-/// Layers that come up before it is their turn.
-const AHEAD: usize = 4;
+/// Layers that are prefetched before their turn.
+const PREFETCHED: usize = 4;
 /// Layers of the model for each that the budget holds.
 const TIMES: usize = 3;
 /// Of computing to copying, for each layer.
@@ -41,7 +44,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
     report.tell(
         "layer",
         json!({
-            "bytes": len, "layers": model.count, "budget_layers": held, "ahead": AHEAD,
+            "bytes": len, "layers": model.count, "budget_layers": held, "prefetched": PREFETCHED,
             "copy_us": copy.as_secs_f64() * 1e6, "kernels_us": kernels.as_secs_f64() * 1e6,
         }),
     );
@@ -58,7 +61,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
         let timed = &timed;
         let model = &model;
         let mut contenders: [Contender<'_>; 5] = [
-            (OURS, Box::new(|| timed(&|| model.ours(work, AHEAD)))),
+            (OURS, Box::new(|| timed(&|| model.ours(work, PREFETCHED)))),
             ("vmem_no_prefetch", Box::new(|| timed(&|| model.ours(work, 0)))),
             ("resident", Box::new(|| timed(&|| model.resident(work)))),
             ("on_demand", Box::new(|| timed(&|| model.on_demand(work)))),
@@ -98,8 +101,8 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
     report.end(env)
 }
 
-/// How much of what a pass could save it did save. Not a number where nothing can be saved, for two negative times would
-/// make a good share.
+/// How much of what a pass could save it did save. Not a number where nothing can be saved, for two
+/// negative times would make a good share.
 fn hidden(demand: f64, time: f64, bound: f64) -> f64 {
     let could = demand - bound;
     if could > 0.0 { (demand - time) / could } else { f64::NAN }
@@ -144,16 +147,16 @@ impl Model {
     }
 
     /// One pass over the layers in the store.
-    fn ours(&self, work: Duration, ahead: usize) -> Result<()> {
+    fn ours(&self, work: Duration, early: usize) -> Result<()> {
         let vmem = &self.bench.vmem;
         self.bench.run(async {
-            for handle in self.handles.iter().take(ahead) {
+            for handle in self.handles.iter().take(early) {
                 vmem.prefetch(handle, VRAM).detach();
             }
             for (layer, handle) in self.handles.iter().enumerate() {
-                if ahead > 0 {
+                if early > 0 {
                     // Passes follow each other.
-                    vmem.prefetch(&self.handles[(layer + ahead) % self.count], VRAM).detach();
+                    vmem.prefetch(&self.handles[(layer + early) % self.count], VRAM).detach();
                 }
                 let lease = vmem.device_on(handle, self.sink.stream()).await?;
                 self.sink.read(&self.user, &Source::Lease(&lease), layer, work)?;
@@ -234,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_hidden() {
+    fn hidden_share_follows_the_definition() {
         assert_eq!(hidden(2.0, 1.0, 1.0), 1.0);
         assert_eq!(hidden(2.0, 1.5, 1.0), 0.5);
         assert!(

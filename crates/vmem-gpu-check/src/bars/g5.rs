@@ -1,10 +1,11 @@
 //! G5: kernels that read objects at random out of a set half as large again as the VRAM budget.
 //!
-//! Invariant: every contender reads the same objects in the same order with the same kernels and as much device memory; a part of each
-//! object, as its kernel found it in the timed pass, is compared after each, and all of every object after the last one. Called by `bars`.
+//! Invariant: every contender reads the same objects in the same order with the same kernels and as
+//! much device memory; a part of each object, as its kernel found it in the timed pass, is compared
+//! after each, and all of every object after the last one. Called by `bars`.
 //!
-//! The cache by hand is an LRU of device buffers with one stream of copies, which knows what comes next and copies that ahead:
-//! what somebody writes who needs no more than this one loop.
+//! The cache by hand is an LRU of device buffers with one stream of copies, which knows what comes
+//! next and copies that early: what somebody writes who needs no more than this one loop.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -28,7 +29,7 @@ use crate::parts::Outcome;
 use crate::user::{Env, User};
 
 /// Leases that are asked for, and copies by hand that are under way, before their turn.
-const AHEAD: usize = 16;
+const EARLY: usize = 16;
 /// Objects that are announced together, and such groups that are announced before their turn.
 const GROUP: usize = 16;
 const GROUPS: usize = 4;
@@ -91,7 +92,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
         "set",
         json!({
             "bytes_each": len, "objects": count, "budget_objects": held, "reads": reads,
-            "skew": SKEW, "ahead": AHEAD, "announced": GROUP * GROUPS,
+            "skew": SKEW, "early": EARLY, "announced": GROUP * GROUPS,
             "registered_bytes": stats.registered_bytes, "evictions": stats.evictions,
         }),
     );
@@ -143,7 +144,7 @@ impl Ours<'_> {
         (0..GROUPS).for_each(announce);
         self.bench.run(async {
             let lease = |&object: &usize| vmem.device_on(&self.handles[object], self.sink.stream());
-            let mut leases = futures::stream::iter(trace).map(lease).buffered(AHEAD).enumerate();
+            let mut leases = futures::stream::iter(trace).map(lease).buffered(EARLY).enumerate();
             while let Some((slot, lease)) = leases.next().await {
                 if slot % GROUP == 0 {
                     announce(slot / GROUP + GROUPS);
@@ -158,7 +159,8 @@ impl Ours<'_> {
 
 /// Device buffers for the objects that were read last.
 struct Lru {
-    /// The set in pinned memory; a buffer for each slot, and some for copies each time, in device memory.
+    /// The set in pinned memory; a buffer for each slot, and some for copies each time, in device
+    /// memory.
     link: Link,
     len: usize,
     slots: Vec<Slot>,
@@ -187,14 +189,14 @@ impl Lru {
         held: usize,
         count: usize,
     ) -> Result<Self> {
-        ensure!(held > 2 * AHEAD, "what is copied ahead would push out what is to be read");
-        let mut link = Link::new(env, user, count * len, (held + AHEAD) * len, 1)?;
+        ensure!(held > 2 * EARLY, "what is copied early would push out what is to be read");
+        let mut link = Link::new(env, user, count * len, (held + EARLY) * len, 1)?;
         for (object, bytes) in link.host()?.chunks_mut(len).enumerate() {
             bytes.copy_from_slice(data.of(object, len));
         }
         let mut slots = Vec::new();
         let mut order = BTreeMap::new();
-        for at in 0..held + AHEAD {
+        for at in 0..held + EARLY {
             let ready = user.context.new_event(None)?;
             let read = user.context.new_event(None)?;
             slots.push(Slot { object: None, used: at as u64, ready, read });
@@ -209,14 +211,14 @@ impl Lru {
     /// Reads these objects in order.
     fn read(&mut self, user: &User, sink: &Sink, trace: &[usize]) -> Result<()> {
         user.context.bind_to_thread()?;
-        for &object in &trace[..AHEAD.min(trace.len())] {
+        for &object in &trace[..EARLY.min(trace.len())] {
             self.fetch(object)?;
         }
         for (at, &object) in trace.iter().enumerate() {
-            if let Some(&next) = trace.get(at + AHEAD) {
+            if let Some(&next) = trace.get(at + EARLY) {
                 self.fetch(next)?;
             }
-            let slot = *self.found.get(&object).context("it was copied ahead")?;
+            let slot = *self.found.get(&object).context("it was copied early")?;
             self.consume(user, sink, slot, at)?;
         }
         Ok(())
@@ -273,12 +275,12 @@ impl Lru {
         Ok(slot.read.record(sink.stream())?)
     }
 
-    /// Reads these objects in order, each copied up for that, ahead of its turn.
+    /// Reads these objects in order, each copied to the device for that, before its turn.
     fn copy_each(&mut self, user: &User, sink: &Sink, trace: &[usize]) -> Result<()> {
         user.context.bind_to_thread()?;
-        let first = self.slots.len() - AHEAD;
+        let first = self.slots.len() - EARLY;
         for (at, &object) in trace.iter().enumerate() {
-            let slot = first + at % AHEAD;
+            let slot = first + at % EARLY;
             self.copy(object, slot)?;
             self.consume(user, sink, slot, at)?;
         }

@@ -1,7 +1,7 @@
 //! G6: many small pieces, scattered over objects in host memory, into one device buffer.
 //!
-//! Invariant: every contender brings the same pieces to the same places; all of the buffer is compared after each round, and cleared.
-//! Called by `bars`.
+//! Invariant: every contender brings the same pieces to the same places; all of the buffer is
+//! compared after each round, and cleared. Called by `bars`.
 
 use std::cell::RefCell;
 use std::time::Instant;
@@ -62,7 +62,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
         .collect();
     let mut buffer = user.allocate(all)?;
 
-    // The same objects in pinned memory, and behind them room to pack pieces in.
+    // The same objects in pinned memory, and behind them space to pack pieces in.
     let mut link = Link::new(env, &user, set_len + all, all, 1)?;
     for (object, bytes) in link.host()?[..set_len].chunks_mut(object_len).enumerate() {
         bytes.copy_from_slice(data.of(object, object_len));
@@ -91,7 +91,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
         seen("gathered", &buffer.read(&user.stream)?)?;
         anyhow::Ok(rate(all, took))
     };
-    // Memory of the host is registered by and by, as copies pass through it.
+    // Memory of the host is registered over time, as copies pass through it.
     for _ in 0..env.scaled(12, 1) {
         gather()?;
     }
@@ -106,8 +106,8 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
     };
     let pack = |link: &mut Link| {
         let (from, to) = link.host()?.split_at_mut(set_len);
-        for (piece, room) in rows.iter().zip(to.chunks_mut(len)) {
-            room.copy_from_slice(&from[piece.host..piece.host + len]);
+        for (piece, space) in rows.iter().zip(to.chunks_mut(len)) {
+            space.copy_from_slice(&from[piece.host..piece.host + len]);
         }
         link.up(0, Piece { host: set_len, device: 0, len: all })
     };

@@ -1,16 +1,16 @@
-//! The figures of the GPU tier, each beside what it is compared with, in one run.
+//! The figures of the VRAM tier, each beside what it is compared with, in one run.
 //!
-//! Invariant: what is timed is compared byte for byte, outside of the timed part, and a figure is taken on a card only.
-//! Called by `parts`.
+//! Invariant: what is timed is compared byte for byte, outside of the timed part, and a figure is
+//! taken on a card only. Called by `parts`.
 //!
 //! # Layout
 //!
-//! - `g1` to `g6`: the bars. G1: the link. G2: disk to device. G3: the end of work on the device. G4: a model larger than device
-//!   memory. G5: random access. G6: many pieces.
+//! - `g1` to `g6`: the bars. G1: the link. G2: disk to device. G3: the end of work on the device.
+//!   G4: a model larger than device memory. G5: random access. G6: many pieces.
 //! - `timing`: contenders in turn, medians, spreads.
 //! - `report`: what a bar found, and whether it holds.
 //! - `raw`: what a user writes by hand on the driver; all unsafe code of the bars.
-//! - `pump`: copies of one's own, so many in flight.
+//! - `pump`: copies of one's own, a fixed number in flight.
 
 mod g1;
 mod g2;
@@ -41,9 +41,9 @@ const HOST: MemoryTier = MemoryTier::Host;
 const DISK: MemoryTier = MemoryTier::Disk;
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
-/// Tasks among which a user divides what he does at once.
+/// Tasks among which a user divides concurrent work.
 const TASKS: usize = 4;
-/// By so much the bytes of one object begin behind those of another, in what is random.
+/// The bytes of one object begin this far behind those of another, in what is random.
 const SHIFT: usize = 64;
 
 pub(crate) fn parts() -> Vec<Part> {
@@ -52,11 +52,7 @@ pub(crate) fn parts() -> Vec<Part> {
         part("bar-g1", g1::run, "host to device and back, against copies by hand"),
         part("bar-g2", g2::run, "disk to device, against the disk and the link by hand"),
         part("bar-g3", g3::run, "the end of work on the device to the task that waits for it"),
-        part(
-            "bar-g4",
-            g4::run,
-            "a model larger than device memory, its layers ahead of their turn",
-        ),
+        part("bar-g4", g4::run, "a model larger than device memory, its layers prefetched"),
         part("bar-g5", g5::run, "random access by kernels, against a cache by hand"),
         part(
             "bar-g6",
@@ -89,7 +85,8 @@ impl Bench {
         self.runtime.block_on(work)
     }
 
-    /// Compares all bytes of each object, those first that are in device memory: they are what was timed.
+    /// Compares all bytes of each object, those first that are in device memory: they are what was
+    /// timed.
     fn compare_whole(
         &self,
         user: &User,
@@ -123,7 +120,7 @@ impl Bench {
     }
 }
 
-/// Does something with each of these, so many at once, on a few tasks.
+/// Does something with each of these, `at_once` at a time, on a few tasks.
 async fn each<T, F, Done>(items: Vec<T>, at_once: usize, work: F) -> Result<()>
 where
     T: Send + 'static,
@@ -153,11 +150,12 @@ where
     Ok(())
 }
 
-/// Random bytes, of which each object has some that begin elsewhere: no generator is timed, and none is mistaken for another.
+/// Random bytes, of which each object has some that begin elsewhere: no generator is timed, and
+/// none is mistaken for another.
 struct Data(Vec<u8>);
 
 impl Data {
-    /// For so many objects, of at most so many bytes.
+    /// For this many objects, of at most `len` bytes.
     fn new(env: &Env, objects: usize, len: usize) -> Self {
         let mut bytes = vec![0; objects * SHIFT + len];
         rand::RngCore::fill_bytes(&mut env.rng(), &mut bytes);

@@ -1,6 +1,8 @@
-//! Copies of one's own between pinned and device memory, so many in flight: what the link gives to somebody who does nothing else.
+//! Copies of one's own between pinned and device memory, a fixed number in flight: what the link
+//! gives to somebody who does nothing else.
 //!
-//! Invariant: no more than so many pieces of each direction are in flight; all have ended when a call returns. Called by the bars.
+//! Invariant: no more than that number of pieces of each direction are in flight; all have ended
+//! when a call returns. Called by the bars.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};

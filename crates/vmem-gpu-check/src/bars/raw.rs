@@ -1,7 +1,8 @@
 //! What a user writes by hand on the driver: copies, kernels, and their ends.
 //!
-//! Invariant: whatever a copy or a kernel touches is owned here, or borrowed until it has ended: what owns memory waits before it lets
-//! anybody look at it, and before it gives it back. Called by the bars.
+//! Invariant: whatever a copy or a kernel touches is owned here, or borrowed until it has ended:
+//! what owns memory waits before it lets anybody look at it, and before it gives it back. Called by
+//! the bars.
 
 #![allow(unsafe_code)]
 
@@ -29,13 +30,14 @@ pub(super) struct Piece {
 }
 
 impl Piece {
-    /// So many of that length, one behind the other.
+    /// `count` pieces of `len` bytes, one behind the other.
     pub(super) fn row(count: usize, len: usize) -> Vec<Piece> {
         (0..count).map(|at| Piece { host: at * len, device: at * len, len }).collect()
     }
 }
 
-// ---- Copies between pinned and device memory -----------------------------------------------------
+// ---- Copies between pinned and device memory
+// -----------------------------------------------------
 
 /// Pinned memory, device memory, and streams on which is copied between them.
 pub(super) struct Link {
@@ -54,7 +56,7 @@ struct Rows {
 }
 
 impl Link {
-    /// With so many bytes of each memory, and so many streams.
+    /// With `len` bytes of each memory, and `streams` streams.
     pub(super) fn new(
         env: &Env,
         user: &User,
@@ -113,7 +115,8 @@ impl Link {
     pub(super) fn up(&self, lane: usize, piece: Piece) -> Result<()> {
         let (host, device) = self.places(piece)?;
         let stream = self.lanes[lane].cu_stream();
-        // SAFETY: both are within memory of the link, which waits for its lanes before it is looked at or freed.
+        // SAFETY: both are within memory of the link, which waits for its lanes before it is looked
+        // at or freed.
         unsafe { sys::cuMemcpyHtoDAsync_v2(device, host.cast(), piece.len, stream) }
             .result()
             .context("a copy up")
@@ -166,7 +169,7 @@ impl Link {
         self.device.read(&self.lanes[0])
     }
 
-    /// Nothing is in device memory any more: what is there from here on was copied from here on.
+    /// Clears device memory: what it has later was copied later.
     pub(super) fn clear_device(&self) -> Result<()> {
         self.wait()?;
         let at = self.device.address;
@@ -209,7 +212,8 @@ impl Link {
         let arguments = [self.device.address, rows.addresses.address, count, len];
         // A block for each row.
         let threads = count * 256;
-        // SAFETY: the rows are within pinned memory, and fit device memory: that was looked at. The link keeps all of it.
+        // SAFETY: the rows are within pinned memory, and fit device memory: that was looked at. The
+        // link keeps all of it.
         unsafe { user.launch("vmem_rows", &arguments, threads, &self.lanes[lane]) }
     }
 }
@@ -258,7 +262,8 @@ struct Attributes {
     flags: c_uint,
 }
 
-/// The source may be read at any time from the call on: it does not change before the stream was waited for.
+/// The source may be read at any time from the call on: it does not change before the stream was
+/// waited for.
 const ORDER_ANY: c_uint = 3;
 
 impl BatchCopy {
@@ -287,7 +292,7 @@ impl BatchCopy {
 
     /// # Safety
     ///
-    /// The memory stays until the stream has come to its end.
+    /// The memory stays until the stream has done everything.
     unsafe fn copy(
         &self,
         to: &mut [u64],
@@ -324,7 +329,8 @@ impl BatchCopy {
     }
 }
 
-// ---- Kernels that read -----------------------------------------------------------------------------
+// ---- Kernels that read
+// -----------------------------------------------------------------------------
 
 /// What a kernel reads.
 pub(super) enum Source<'a> {
@@ -365,7 +371,8 @@ impl Sink {
         start..start + SAMPLE.min(len)
     }
 
-    /// Queues a kernel that reads all of it, one that keeps a part of what was read, and one that takes so long.
+    /// Queues a kernel that reads all of it, one that keeps a part of what was read, and one that
+    /// takes so long.
     pub(super) fn read(
         &self,
         user: &User,
@@ -387,8 +394,8 @@ impl Sink {
         ensure!(len <= self.scratch.len, "longer than the scratch memory");
         let sample = Self::sampled(slot, len);
         ensure!((slot + 1) * SAMPLE <= self.samples.len, "more than were to be read");
-        // SAFETY: what is read stays while its lease does, which is ended behind it on this stream, or until its memory is
-        // freed, which waits; what is written is the sink's own.
+        // SAFETY: what is read stays while its lease does, which is ended behind it on this stream,
+        // or until its memory is freed, which waits; what is written is the sink's own.
         unsafe { user.copy(self.scratch.address, from, len, &self.stream) }?;
         let to = self.samples.address + (slot * SAMPLE) as u64;
         let from = self.scratch.address + sample.start as u64;
@@ -436,7 +443,7 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    /// Of objects of at most so many bytes.
+    /// Of objects of at most `len` bytes.
     pub(super) fn new(user: &User, len: usize) -> Result<Self> {
         Ok(Reader { into: user.pinned(len)?, stream: user.context.new_stream()? })
     }
@@ -451,7 +458,7 @@ impl Reader {
         self.leased(vmem, handle).await
     }
 
-    /// An object as device memory has it, which it comes up to if it is not there.
+    /// An object as device memory has it, promoted to it first if it is elsewhere.
     pub(super) async fn leased(
         &mut self,
         vmem: &VirtualMemory,
@@ -473,7 +480,8 @@ impl Reader {
     }
 }
 
-// ---- Ends --------------------------------------------------------------------------------------------
+// ---- Ends
+// --------------------------------------------------------------------------------------------
 
 /// Told by the driver's thread when a stream has come so far.
 #[derive(Default)]

@@ -1,7 +1,7 @@
 //! What a bar found, and whether it holds.
 //!
-//! Invariant: a ratio has our median above and that of the best other one below, both of one run; on the emulated driver
-//! no figure is told at all. Called by the bars.
+//! Invariant: a ratio has our median above and that of the best other one below, both of one run;
+//! on the emulated driver no figure is reported at all. Called by the bars.
 
 use anyhow::{Result, bail, ensure};
 use serde_json::{Map, Value, json};

@@ -1,7 +1,7 @@
 //! What the bars share: contenders in turn, medians, spreads.
 //!
-//! Invariant: a ratio is one of medians over rounds in which the contenders took turns, so that what else the machine does
-//! meets all of them. Called by the bars.
+//! Invariant: a ratio is one of medians over rounds in which the contenders took turns, so that
+//! what else the machine does meets all of them. Called by the bars.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,8 @@ pub(crate) type Figures = BTreeMap<&'static str, Vec<f64>>;
 /// One way to do the work, which returns its figure: a rate or a time.
 pub(crate) type Contender<'a> = (&'static str, Box<dyn FnMut() -> Result<f64> + 'a>);
 
-/// Runs the contenders in turn, after one round that does not count; every other round in the opposite order.
+/// Runs the contenders in turn, after one round that does not count; every other round in the
+/// opposite order.
 ///
 /// # Errors
 ///

@@ -118,7 +118,8 @@ pub(super) fn registration_sizes(env: &Env) -> Result<Outcome> {
     Ok(Outcome::Passed(figures.into()))
 }
 
-/// Which calls wait until the kernels of others have ended: not those on threads of users and lanes.
+/// Which calls wait until the kernels of others have ended: not those on threads of users and
+/// lanes.
 pub(super) fn waiting(env: &Env) -> Result<Outcome> {
     let user = env.user()?;
     let kernels = user.context.new_stream()?;

@@ -1,7 +1,9 @@
-//! What the store must survive, with device memory: each scenario by its number, on the card and on the emulated driver, seeded.
+//! What the store must survive, with device memory: each scenario by its number, on the card and on
+//! the emulated driver, seeded.
 //!
-//! Invariant: bytes are compared wherever they were last written, and a store gives everything back at its end. On the emulated driver
-//! no rule of the driver's was broken either: `run` looks at that. Called by `parts`.
+//! Invariant: bytes are compared wherever they were last written, and a store gives everything back
+//! at its end. On the emulated driver no rule of the driver's was broken either: `run` looks at
+//! that. Called by `parts`.
 
 #![allow(unsafe_code, reason = "a user launches kernels over device memory")]
 
@@ -81,7 +83,8 @@ pub(crate) fn parts() -> Vec<Part> {
     ]
 }
 
-/// The bytes of one version of one object. Each word differs from its neighbours and from those of all other versions.
+/// The bytes of one version of one object. Each word differs from its neighbours and from those of
+/// all other versions.
 fn bytes(object: u64, version: u64, len: usize) -> Vec<u8> {
     let key =
         (object + 1).wrapping_mul(0xA24B_AED4_963E_E407) ^ version.wrapping_mul(0x9E37_79B9_7F4A);
@@ -122,7 +125,7 @@ async fn slow_copy(
     user.spin(time, stream)?;
     // SAFETY: as above.
     let at = unsafe { lease.device_ptr() };
-    // SAFETY: as above; the caller keeps the sink until the stream has come to its end.
+    // SAFETY: as above; the caller keeps the sink until the stream has done everything.
     unsafe { user.copy(sink.address, at, handle.len(), stream) }?;
     drop(lease);
     Ok(sink)

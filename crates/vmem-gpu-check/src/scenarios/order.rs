@@ -1,7 +1,7 @@
 //! Order between copies of the store and kernels of the user: scenarios 7, 8, 9, 10, 33.
 //!
-//! Invariant: a kernel finds the bytes of the version that its lease was given, and what it wrote is in every copy that is made after
-//! its lease was dropped. Called by `scenarios`.
+//! Invariant: a kernel finds the bytes of the version that its lease was given, and what it wrote
+//! is in every copy that is made after its lease was dropped. Called by `scenarios`.
 
 use super::*;
 use std::time::Instant;
@@ -9,7 +9,8 @@ use vmem::VirtualMemoryError;
 
 const SPIN: Duration = Duration::from_millis(20);
 
-/// 7: eviction right after a kernel wrote on another stream. The host copy holds the kernel's output.
+/// 7: eviction right after a kernel wrote on another stream. The host copy holds the kernel's
+/// output.
 pub(super) fn leaves_after_a_kernel(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let len = 300 * KIB + 7;
@@ -55,7 +56,7 @@ pub(super) fn reused_under_a_reader(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let len = 256 * KIB;
         let rounds = env.scaled(100, 20);
-        // Room for two.
+        // Space for two.
         let vmem = env.store(2 * len, 64 * MIB, |set| set.max_pinned(1.0)).await?;
         let user = env.user()?;
         let mut waited = 0;
@@ -93,8 +94,8 @@ pub(super) fn reused_under_a_reader(env: &Env) -> Result<Outcome> {
     })
 }
 
-/// 9: free or evict while a kernel holds the pointer. Memory is reused after its event only, and the device is never waited
-/// for as a whole.
+/// 9: free or evict while a kernel holds the pointer. Memory is reused after its event only, and
+/// the device is never waited for as a whole.
 pub(super) fn freed_under_a_kernel(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let len = 256 * KIB;
@@ -137,7 +138,8 @@ pub(super) fn freed_under_a_kernel(env: &Env) -> Result<Outcome> {
     })
 }
 
-/// 10: a tier of three equal objects; tasks take {A, B} and {C, D} in opposite orders. All finish; a set of four fails at once.
+/// 10: a tier of three equal objects; tasks take {A, B} and {C, D} in opposite orders. All finish;
+/// a set of four fails at once.
 pub(super) fn sets(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let len = 128 * KIB;
@@ -199,8 +201,8 @@ pub(super) fn sets(env: &Env) -> Result<Outcome> {
     })
 }
 
-/// 33: another library in the process captures a graph, allocates and changes its context while objects move. Neither
-/// notices.
+/// 33: another library in the process captures a graph, allocates and changes its context while
+/// objects move. Neither notices.
 pub(super) fn neighbours(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let len = 200 * KIB;

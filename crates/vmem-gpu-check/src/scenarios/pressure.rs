@@ -1,13 +1,15 @@
-//! Too little room: scenarios 1, 12, 21.
+//! Too little space: scenarios 1, 12, 21.
 //!
-//! Invariant: whatever can be served is, and what cannot gets an error that says why, by its deadline. Called by `scenarios`.
+//! Invariant: whatever can be served is, and what cannot gets an error that says why, by its
+//! deadline. Called by `scenarios`.
 
 use super::*;
 use rand::Rng;
 use std::time::Instant;
 use vmem::VirtualMemoryError;
 
-/// 1: staging exhaustion. Host memory is held, and 32 tasks read from disk to the device: all finish, and nobody spins.
+/// 1: staging exhaustion. Host memory is held, and 32 tasks read from disk to the device: all
+/// finish, and nobody spins.
 pub(super) fn staging(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let len = MIB + 13;
@@ -44,22 +46,27 @@ pub(super) fn staging(env: &Env) -> Result<Outcome> {
         if let Some(emulator) = &env.emulator {
             emulator.delay(vmem_cuda_emulator::Kind::Up, 0);
         }
-        ensure!(vmem.stats().host.peak_bytes <= vmem.stats().host.capacity_bytes, "more than its budget");
-        ensure!(vmem.stats().host.used_bytes <= host, "object space was not taken");
+        let used = vmem.stats().host;
+        ensure!(used.peak_bytes <= used.capacity_bytes, "more than its budget");
+        ensure!(used.used_bytes <= host, "object space was not taken");
         let user = env.user()?;
         for (object, handle) in objects.iter().enumerate() {
             ensure!(vmem.residency(handle)?.vram, "object {object} is not there");
-            ensure!(kernel_reads(&vmem, &user, handle).await? == bytes(object as u64, 0, len), "object {object}");
+            let found = kernel_reads(&vmem, &user, handle).await?;
+            ensure!(found == bytes(object as u64, 0, len), "object {object}");
         }
-        ensure!(spent < took * 3 + Duration::from_millis(500), "{spent:?} of processor time in {took:?}");
+        let allowed = took * 3 + Duration::from_millis(500);
+        ensure!(spent < allowed, "{spent:?} of processor time in {took:?}");
         drop((held, fillers, user));
         end(env, vmem, objects).await?;
-        passed(json!({"objects": 32, "seconds": took.as_secs_f64(), "processor_seconds": spent.as_secs_f64()}))
+        let seconds = took.as_secs_f64();
+        let processor_seconds = spent.as_secs_f64();
+        passed(json!({"objects": 32, "seconds": seconds, "processor_seconds": processor_seconds}))
     })
 }
 
-/// 12: everything in device memory is pinned or leased. Another object gets `AllPinned` at its deadline, with the bytes of each; all
-/// else goes on, and nobody spins.
+/// 12: everything in device memory is pinned or leased. Another object gets `AllPinned` at its
+/// deadline, with the bytes of each; all else goes on, and nobody spins.
 pub(super) fn all_pinned(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let len = 256 * KIB;
@@ -120,7 +127,7 @@ pub(super) fn all_pinned(env: &Env) -> Result<Outcome> {
     })
 }
 
-/// 21: random sizes, with the device full and nothing pinned: everything that fits it comes up.
+/// 21: random sizes, with the device full and nothing pinned: everything that fits it is promoted.
 pub(super) fn fragments(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let vram = env.scaled(256 * MIB, 16 * MIB);

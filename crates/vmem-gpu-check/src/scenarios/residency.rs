@@ -1,6 +1,7 @@
 //! Objects that move under their users: scenarios 4, 6, 24, 31.
 //!
-//! Invariant: every read is a version that was written, in order, whoever was dropped or closed meanwhile. Called by `scenarios`.
+//! Invariant: every read is a version that was written, in order, whoever was dropped or closed
+//! meanwhile. Called by `scenarios`.
 
 use super::*;
 use rand::rngs::SmallRng;
@@ -79,7 +80,8 @@ pub(super) fn dropped(env: &Env) -> Result<Outcome> {
     })
 }
 
-/// 6: readers hammer an object that is promoted and demoted. Every read is a version that was written, in order.
+/// 6: readers hammer an object that is promoted and demoted. Every read is a version that was
+/// written, in order.
 pub(super) fn evicted_under_readers(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let len = 24 * KIB;
@@ -154,7 +156,8 @@ pub(super) fn evicted_under_readers(env: &Env) -> Result<Outcome> {
     })
 }
 
-/// 24: closed during a thousand operations; and a runtime that is dropped without a close. Each ends well or with `Closed`.
+/// 24: closed during a thousand operations; and a runtime that is dropped without a close. Each
+/// ends well or with `Closed`.
 pub(super) fn closed(env: &Env) -> Result<Outcome> {
     let operations = 1000;
     let outcome = env.block_on(async {
@@ -222,7 +225,8 @@ pub(super) fn closed(env: &Env) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// 31: slabs of host memory are given back and committed again while copies run over others. Bytes are right everywhere.
+/// 31: slabs of host memory are given back and committed again while copies run over others. Bytes
+/// are right everywhere.
 pub(super) fn slabs(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let host = env.scaled(256 * MIB, 6 * MIB);
@@ -254,7 +258,8 @@ pub(super) fn slabs(env: &Env) -> Result<Outcome> {
                         "{object}: on the device"
                     );
                     if round % 3 == 0 {
-                        // Down into host memory, which may have been registered; and from disk, by fixed reads.
+                        // Down into host memory, which may have been registered; and from disk, by
+                        // fixed reads.
                         vmem.device_mut_on(&handle, &stream).await?.finish().await?;
                         vmem.demote(&handle, DISK).await?;
                     }

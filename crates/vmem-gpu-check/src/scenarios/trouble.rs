@@ -1,6 +1,7 @@
 //! Faults of the device, which only the emulated driver has at command: scenarios 18 and 32.
 //!
-//! Invariant: what fails says so, and says nothing wrong: no bytes but those that were written. Called by `scenarios`.
+//! Invariant: what fails says so, and says nothing wrong: no bytes but those that were written.
+//! Called by `scenarios`.
 
 use super::*;
 use std::time::Instant;
@@ -16,8 +17,8 @@ fn emulator(env: &Env) -> Result<&Emulator> {
     env.emulator.as_ref().context("it needs the emulated driver")
 }
 
-/// 18, of the device: what fails gets `Device`, an older copy stays readable, others do not notice, and when the cause goes all
-/// is well again.
+/// 18, of the device: what fails gets `Device`, an older copy stays readable, others do not notice,
+/// and when the cause goes all is well again.
 pub(super) fn errors(env: &Env) -> Result<Outcome> {
     let emulator = emulator(env)?;
     env.block_on(async {
@@ -47,7 +48,7 @@ pub(super) fn errors(env: &Env) -> Result<Outcome> {
             vmem.demote(&other, HOST).await?;
             failed += 1;
         }
-        // What a kernel wrote does not come down: the version before stays.
+        // The copy of what a kernel wrote fails: the version before stays.
         let lease = vmem.device_mut_on(&handle, &user.stream).await?;
         // SAFETY: used on the stream of the lease, before it ends.
         let at = unsafe { lease.device_ptr() };
@@ -57,7 +58,7 @@ pub(super) fn errors(env: &Env) -> Result<Outcome> {
         let refused = lease.finish().await;
         ensure!(
             matches!(refused, Err(VirtualMemoryError::Device { .. })),
-            "coming down: {refused:?}"
+            "copying to the host: {refused:?}"
         );
         ensure!(vmem.read(&handle).await? == bytes(1, 0, len), "the version before");
         // Zeros that cannot be made.
@@ -102,8 +103,8 @@ pub(super) fn errors(env: &Env) -> Result<Outcome> {
     })
 }
 
-/// 32: the notice of the driver is lost, comes twice, or does not come after a fault. Every call ends, and none with `Ok` over
-/// bytes that are wrong.
+/// 32: the notice of the driver is lost, comes twice, or does not come after a fault. Every call
+/// ends, and none with `Ok` over bytes that are wrong.
 pub(super) fn notices(env: &Env) -> Result<Outcome> {
     let emulator = emulator(env)?;
     env.block_on(async {

@@ -116,7 +116,7 @@ impl Inner {
         builder
     }
 
-    /// Verifies all of what is there, says which extents it leads to, and opens it. What is refused
+    /// Verifies the whole catalog, says which extents it leads to, and opens it. What is refused
     /// was only looked at: it is as it was.
     pub(super) fn load(&self, storage: Storage) -> Result<Taken> {
         let verified = self.guarded("opening the catalog", || {
@@ -218,8 +218,8 @@ impl Inner {
         self.open_again(head)
     }
 
-    /// Opens the database again after a commit that failed. Unless it was a sync that did, what is
-    /// there is what was there before.
+    /// Opens the database again after a commit that failed. Unless it was a sync that did,
+    /// its contents are those of before.
     fn open_again(&self, before: &Head) -> Result<()> {
         // A snapshot that reads keeps nobody waiting.
         if !self.is_shut() {

@@ -1,7 +1,8 @@
 //! The rows of the catalog, byte by byte. `docs/format.md` is their specification.
 //!
-//! Invariant: each row ends with the CRC-32C of its key and of what is before it, so that a row which is not
-//! what was written, or is not where it was written, is never taken for one. Called by the catalog.
+//! Invariant: each row ends with the CRC-32C of its key and of what is before it, so that a row
+//! which is not what was written, or is not where it was written, is never taken for one. Called by
+//! the catalog.
 
 use std::time::{Duration, SystemTime};
 

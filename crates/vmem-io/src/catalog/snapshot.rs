@@ -103,7 +103,7 @@ fn share(_from: &File, _to: &File) -> bool {
     false
 }
 
-/// Copies inside of the kernel, at most so many bytes.
+/// Copies inside of the kernel, at most `len` bytes.
 #[cfg(target_os = "linux")]
 fn copy_inside(from: &File, to: &File, at: u64, len: usize) -> io::Result<usize> {
     let mut off_in = at;
@@ -131,7 +131,7 @@ fn copy_range(from: &File, to: &File, mut at: u64, end: u64, dirty: &mut u64) ->
             _ => {
                 buffer.resize(1 << 20, 0);
                 match from.read_at(&mut buffer[..len], at)? {
-                    // Lost already: whoever reads the copy is told by its checksum.
+                    // Lost already: the checksum shows it to whoever reads the copy.
                     0 => return Ok(()),
                     count => {
                         to.write_all_at(&buffer[..count], at)?;

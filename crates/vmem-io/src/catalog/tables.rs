@@ -104,7 +104,8 @@ pub(super) fn commit(
     changes: &[CatalogChange],
 ) -> Result<Head, Failure> {
     let mut transaction = db.begin_write()?;
-    // Else redb takes a last commit that was damaged later for one that was cut off, and forgets it.
+    // Else redb takes a last commit that was damaged later for one that was cut off, and forgets
+    // it.
     transaction.set_two_phase_commit(true);
     head.commits += 1;
     apply(&transaction, &mut head, changes)?;
@@ -332,8 +333,8 @@ pub(super) fn summary(db: &Database) -> Result<Summary, Failure> {
     Ok(Summary { head, taken })
 }
 
-/// Calls `each` for every name whose rows are whole, in order, up to the first error that it returns;
-/// says how many names were not.
+/// Calls `each` for every name whose rows are whole, in order, up to the first error that it
+/// returns; says how many names were not.
 pub(super) fn each_object(
     db: &Database,
     mut each: impl FnMut(&str, CatalogObject) -> Result<(), Failure>,
@@ -355,8 +356,8 @@ pub(super) fn each_object(
     Ok(unreadable)
 }
 
-/// Copies every row of one moment into an empty catalog. Before they are committed `bytes_first` sees to
-/// the extents to which they lead, in the order of the file.
+/// Copies every row of one moment into an empty catalog. Before they are committed `bytes_first`
+/// sees to the extents to which they lead, in the order of the file.
 pub(super) fn copy(
     from: &Database,
     into: &Database,

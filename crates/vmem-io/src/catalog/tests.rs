@@ -102,8 +102,8 @@ fn several_snapshots_keep_no_commit_waiting() {
     }
 }
 
-/// Mechanism: a flush of what is durable already looks for the files, one job each. Effect: so many
-/// flushes at once were so many looks. Fix: those that come before a look begins share it.
+/// Mechanism: a flush of what is durable already looks for the files, one job each. Effect: each of
+/// the flushes at once was a look. Fix: those that come before a look begins share it.
 #[test]
 fn checks_at_once_share_one_look() {
     let (catalog, _) = NameCatalog::over(Arc::new(InMemoryBackend::new()), 512).unwrap();

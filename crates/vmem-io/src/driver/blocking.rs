@@ -26,9 +26,9 @@ use crate::pool::Pool;
 /// Limits of a [`BlockingDriver`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockingOptions {
-    /// At most so many threads; they start when there is work.
+    /// The most threads; they start when there is work.
     pub threads_max: usize,
-    /// At most so many reads and writes are accepted and not done.
+    /// The most reads and writes that are accepted and not done.
     pub queue_max: usize,
     /// What extents are rounded to, in bytes: a power of two, at most 64 KiB.
     pub block_bytes: u32,
@@ -60,7 +60,8 @@ impl Default for BlockingOptions {
 /// let run = WriteRun { offset: 512, parts: vec!["hello ".into(), "disk".into()] };
 /// driver.write(vec![run], Keep::none()).await.1?;
 /// let piece = ReadPiece { offset: 518, range: 0..4 };
-/// let (buf, _, result) = driver.read(IoBuf::from_vec(vec![0; 4]), vec![piece], Keep::none()).await;
+/// let buf = IoBuf::from_vec(vec![0; 4]);
+/// let (buf, _, result) = driver.read(buf, vec![piece], Keep::none()).await;
 /// result?;
 /// assert_eq!(&buf[..], b"disk");
 /// driver.close().await

@@ -1,7 +1,7 @@
 //! Which driver serves, found out by trying.
 //!
 //! Invariant: what is chosen has moved bytes on the store's own file system, in the way in which it
-//! will; what was wished for and refused is told, with its cause. Called when the store opens.
+//! will; what was wished for and refused is reported, with its cause. Called when the store opens.
 
 use std::fs::File;
 use std::io;
@@ -28,7 +28,7 @@ pub(crate) struct Chosen {
 ///
 /// # Errors
 ///
-/// `TierNotAvailable` for a driver that was asked for and is not to be had; `Io` if descriptors or
+/// `TierNotAvailable` for a driver that was asked for and is unavailable; `Io` if descriptors or
 /// space for the trials are.
 pub(crate) fn choose(
     asked: IoDriver,

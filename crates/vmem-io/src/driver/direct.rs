@@ -35,8 +35,8 @@ impl Alignment {
         self.offset.max(512)
     }
 
-    /// Turns direct I/O on for `file`, and proves it by operations on `scratch`, an empty file of the same file
-    /// system that nobody else uses. On an error `file` is as it was.
+    /// Turns direct I/O on for `file`, and proves it by operations on `scratch`, an empty file of
+    /// the same file system that nobody else uses. On an error `file` is as it was.
     ///
     /// # Errors
     ///

@@ -80,11 +80,12 @@ struct Op {
     offset: u64,
     len: u64,
     memory: Memory,
-    /// How much of `len` is asked for: a read for alignment's sake may run into the end of the file.
+    /// How much of `len` is asked for: a read for alignment's sake may run into the end of the
+    /// file.
     need: u64,
     done: u64,
-    /// Of a write that needs no bounce buffer: the run, and the part of it in which the memory begins or
-    /// a later one.
+    /// Of a write that needs no bounce buffer: the run, and the part of it in which the memory
+    /// begins or a later one.
     run: usize,
     part: usize,
     /// Failures without progress.
@@ -251,7 +252,7 @@ impl Job {
         self.running == 0 && (self.next == self.wave_end || self.error.is_some())
     }
 
-    /// Whether it has come to its end, good or bad.
+    /// Whether it has ended, good or bad.
     pub(super) fn is_settled(&self) -> bool {
         self.running == 0 && (self.next == self.ops.len() || self.error.is_some())
     }
@@ -333,9 +334,9 @@ impl Job {
         self
     }
 
-    /// The wave is over: what it read goes to its place, what it borrowed goes back, and the job goes to
-    /// whoever waits for it; if nobody does, what it owns is dropped, now that nothing runs.
-    /// Called with no lock held.
+    /// The wave is over: what it read goes to its place, what it borrowed goes back, and the job
+    /// goes to whoever waits for it; if nobody does, what it owns is dropped, now that nothing
+    /// runs. Called with no lock held.
     pub(super) fn deliver(mut self: Box<Self>) {
         debug_assert!(self.running == 0, "delivered while it runs");
         self.unload();

@@ -1,9 +1,10 @@
 //! Memory that the kernel reads or writes while an operation is in flight.
 //!
-//! Invariant: a [`Region`] is an address and a length, and gives nobody access: what is behind it is
-//! owned by the [`Job`](super::job::Job) that it belongs to, which frees nothing while one of its
-//! operations is in flight. A [`Bounce`] is charged to its [`BounceBudget`] until it is dropped.
-//! Called by `job`, which plans transfers, and by the engines, which hand regions to the kernel.
+//! Invariant: a [`Region`] is an address and a length, and gives nobody access: what is behind it
+//! is owned by the [`Job`](super::job::Job) that it belongs to, which frees nothing while one of
+//! its operations is in flight. A [`Bounce`] is charged to its [`BounceBudget`] until it is
+//! dropped. Called by `job`, which plans transfers, and by the engines, which hand regions to the
+//! kernel.
 
 use std::fmt;
 use std::ops::Range;
@@ -110,7 +111,7 @@ impl fmt::Debug for Bounce {
     }
 }
 
-/// The right to take bounce buffers of so many bytes, their rounding included.
+/// The right to take bounce buffers of this many bytes, their rounding included.
 #[derive(Debug)]
 pub(super) struct BounceShare {
     /// Held for its drop.
@@ -120,7 +121,7 @@ pub(super) struct BounceShare {
 /// All bounce buffers of a driver.
 #[derive(Debug)]
 pub(super) struct BounceBudget {
-    room: Arc<Semaphore>,
+    space: Arc<Semaphore>,
     kept: Arc<Kept>,
 }
 
@@ -149,23 +150,23 @@ pub(super) fn bounce_footprint(len: usize) -> usize {
 
 impl BounceBudget {
     pub(super) fn new() -> Self {
-        let room = Arc::new(Semaphore::new(BOUNCE_BYTES / BOUNCE_ALIGN));
-        BounceBudget { room, kept: Arc::default() }
+        let space = Arc::new(Semaphore::new(BOUNCE_BYTES / BOUNCE_ALIGN));
+        BounceBudget { space, kept: Arc::default() }
     }
 
-    /// A share of so many bytes, if there is one now.
+    /// A share of this many bytes, if there is one now.
     ///
     /// # Errors
     ///
     /// If there is none, or the budget was closed.
     pub(super) fn try_share(&self, bytes: usize) -> Result<BounceShare, TryAcquireError> {
-        let _permit = Arc::clone(&self.room).try_acquire_many_owned(permits(bytes))?;
+        let _permit = Arc::clone(&self.space).try_acquire_many_owned(permits(bytes))?;
         Ok(BounceShare { _permit })
     }
 
-    /// A share of so many bytes, in turn; `None` once the budget was closed.
+    /// A share of this many bytes, in turn; `None` once the budget was closed.
     pub(super) async fn share(&self, bytes: usize) -> Option<BounceShare> {
-        let acquired = Arc::clone(&self.room).acquire_many_owned(permits(bytes)).await;
+        let acquired = Arc::clone(&self.space).acquire_many_owned(permits(bytes)).await;
         acquired.ok().map(|_permit| BounceShare { _permit })
     }
 
@@ -183,7 +184,7 @@ impl BounceBudget {
     }
 
     pub(super) fn close(&self) {
-        self.room.close();
+        self.space.close();
     }
 }
 

@@ -4,7 +4,7 @@
 //! its completion. Dropping the returned future cancels nothing that has started and frees nothing;
 //! buffers and `Keep` are handed back with the result, or, where nobody waits for it any more,
 //! dropped when the operation has ended, with no lock of the driver held. (An operation that was
-//! still waiting for room in the queue has not started; dropping its future drops it.) Called by
+//! still waiting for space in the queue has not started; dropping its future drops it.) Called by
 //! the disk tier alone.
 
 mod blocking;
@@ -113,9 +113,9 @@ const RETRY_AFTER: Duration = Duration::from_millis(1);
 /// Limits of the io_uring drivers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingOptions {
-    /// At most so many reads and writes are accepted and not done.
+    /// The most reads and writes that are accepted and not done.
     pub queue_max: usize,
-    /// So many rings; and threads, where each ring has its own.
+    /// How many rings; and threads, where each ring has its own.
     pub rings: usize,
     /// What extents are rounded to, in bytes: a power of two, at most 64 KiB.
     pub block_bytes: u32,

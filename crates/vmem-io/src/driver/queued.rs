@@ -5,7 +5,7 @@
 //! has. Called by the disk tier.
 //!
 //! At most [`Bounds::queue_max`] reads and writes are with the engine; the futures of further
-//! ones wait for room, first come first served, and must be polled to get it.
+//! ones wait for space, first come first served, and must be polled to get it.
 
 use std::fmt;
 use std::io;
@@ -66,7 +66,7 @@ pub struct Queued<E: Engine> {
 struct Core<E> {
     origin: Origin,
     engine: E,
-    room: Arc<Semaphore>,
+    space: Arc<Semaphore>,
     bounces: BounceBudget,
     punch_refused: Arc<AtomicBool>,
 }
@@ -75,7 +75,7 @@ struct Core<E> {
 enum State {
     /// With the engine.
     Started(oneshot::Receiver<Box<Job>>),
-    /// It needs room in the queue, or bounce buffers.
+    /// It needs space in the queue, or bounce buffers.
     Waiting(Box<Job>),
 }
 
@@ -93,14 +93,14 @@ impl<E: Engine> Queued<E> {
         let core = Core {
             origin: Origin::here(),
             engine,
-            room: Arc::new(Semaphore::new(queue_max)),
+            space: Arc::new(Semaphore::new(queue_max)),
             bounces: BounceBudget::new(),
             punch_refused: Arc::default(),
         };
         Queued { core: Arc::new(core), bounds, described: described.into() }
     }
 
-    /// Starts the job now if there is room, and drives it to its end.
+    /// Starts the job now if there is space, and drives it to its end.
     fn run(
         &self,
         job: Box<Job>,
@@ -146,7 +146,7 @@ impl<E: Engine> Core<E> {
         if job.is_settled() {
             return State::Waiting(job);
         }
-        let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() else {
+        let Ok(permit) = Arc::clone(&self.space).try_acquire_owned() else {
             return State::Waiting(job);
         };
         let bytes = job.plan_wave();
@@ -164,7 +164,7 @@ impl<E: Engine> Core<E> {
         State::Started(receiver)
     }
 
-    /// Waits for room. What it holds meanwhile, others give back without waiting for this job:
+    /// Waits for space. What it holds meanwhile, others give back without waiting for this job:
     /// bounce buffers go back when their wave has ended, polled or not.
     async fn start_in_turn(
         &self,
@@ -178,7 +178,7 @@ impl<E: Engine> Core<E> {
                 None => return Err(job.refused(closed_error())),
             },
         };
-        let Ok(permit) = Arc::clone(&self.room).acquire_owned().await else {
+        let Ok(permit) = Arc::clone(&self.space).acquire_owned().await else {
             return Err(job.refused(closed_error()));
         };
         job.equip(&self.bounces, share);
@@ -189,7 +189,7 @@ impl<E: Engine> Core<E> {
     }
 
     fn refuse_waiting(&self) {
-        self.room.close();
+        self.space.close();
         self.bounces.close();
     }
 }
@@ -266,7 +266,7 @@ async fn settled(job: impl Future<Output = Option<Box<Job>>>) -> (Keep, io::Resu
 }
 
 impl<E: Engine> Drop for Queued<E> {
-    /// Waits for what the engine has; what waits for room is refused.
+    /// Waits for what the engine has; what waits for space is refused.
     fn drop(&mut self) {
         if self.core.origin.is_inherited() {
             // The engine's memory and threads are not here, its rings are the parent's.
@@ -282,7 +282,7 @@ impl<E: Engine> fmt::Debug for Queued<E> {
         f.debug_struct("Queued")
             .field("bounds", &self.bounds)
             .field("engine", &self.core.engine)
-            .field("room", &self.core.room.available_permits())
+            .field("space", &self.core.space.available_permits())
             .finish()
     }
 }

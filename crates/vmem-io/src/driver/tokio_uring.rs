@@ -1,4 +1,3 @@
-#![allow(unsafe_code)]
 //! io_uring on threads of its own, by tokio-uring.
 //!
 //! Ownership: tokio-uring keeps the buffer of an operation whose future was dropped, but frees it
@@ -8,6 +7,8 @@
 //! address; the buffer stays with the job. Made by `open_disk`.
 //!
 //! A thread takes all that is queued at each wake-up, and is woken only if it sleeps.
+
+#![allow(unsafe_code)]
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

@@ -208,7 +208,7 @@ fn a_double_release_is_caught() {
 }
 
 #[test]
-fn odd_capacities() {
+fn odd_capacities_are_rounded_to_blocks() {
     assert_eq!(Space::new(511, 512).usage(), DiskUsage::default());
     assert!(Space::new(0, 512).reserve(&[1]).is_err());
     assert_eq!(Space::new(1023, 512).usage().capacity_bytes, 512);

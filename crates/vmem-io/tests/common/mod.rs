@@ -62,7 +62,7 @@ pub(crate) fn watched(bytes: Vec<u8>) -> (Bytes, Arc<AtomicBool>) {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     None,
-    /// At most so many bytes.
+    /// The most bytes.
     Short(usize),
     Errno(i32),
     Panic,
@@ -195,7 +195,7 @@ pub(crate) enum Op {
     Sync(oneshot::Sender<io::Result<()>>),
 }
 
-/// A driver in memory that does nothing until it is told to: the effect of an operation happens
+/// A driver in memory that does nothing until the test says so: the effect of an operation happens
 /// when the test completes it, and until then it owns what it was given.
 #[derive(Default)]
 pub(crate) struct ManualDriver {

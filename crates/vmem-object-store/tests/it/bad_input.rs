@@ -123,7 +123,7 @@ async fn updates_of_what_is_no_version_fail_and_change_nothing() {
     assert_eq!(store.get(&path).await.unwrap().bytes().await.unwrap(), "two");
 }
 
-/// What no kind of `object_store` says is told by the store itself.
+/// What no kind of `object_store` says, the error of the store says.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn errors_of_the_store_are_the_sources_of_its_errors() {
     let directory = tempfile::tempdir().unwrap();

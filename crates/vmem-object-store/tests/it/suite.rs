@@ -20,7 +20,7 @@ async fn put_get_attributes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn get_opts() {
+async fn get_opts_agree_with_the_suite() {
     suite::get_opts(&open(HOST).await.store).await;
 }
 
@@ -30,7 +30,7 @@ async fn put_opts_with_updates() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stream_get() {
+async fn stream_get_agrees_with_the_suite() {
     suite::stream_get(&open(HOST).await.store).await;
 }
 
@@ -50,7 +50,7 @@ async fn list_with_offset_exclusivity() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn list_paginated() {
+async fn list_paginated_agrees_with_the_suite() {
     let store = open(HOST).await;
     suite::list_paginated(&store.store, &store.store).await;
 }
@@ -73,7 +73,7 @@ async fn rename_and_copy() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn multipart() {
+async fn multipart_agrees_with_the_suite() {
     let store = open(HOST).await;
     suite::multipart(&store.store, &store.store).await;
 }

@@ -50,7 +50,7 @@ impl Writer {
         self.next
     }
 
-    /// An object with so many chunks, some of them zeros, some in pieces.
+    /// An object with this many chunks, some of them zeros, some in pieces.
     fn object(&mut self, chunks: usize) -> CatalogObject {
         let id = self.number();
         let run = |block: u64| Run { offset: block * BLOCK, footprint: CHUNK_BYTES as u32 };

@@ -59,8 +59,8 @@ pub struct Span {
     pub len: u64,
 }
 
-/// What happens between the end of an operation and the completion that the caller sees; it is
-/// told whether the operation succeeded.
+/// What happens between the end of an operation and the completion that the caller sees; its
+/// argument says whether the operation succeeded.
 pub type After = Box<dyn FnOnce(bool) -> BoxFuture<'static, ()> + Send>;
 
 /// What a decorator does at the start of each call and before each completion.

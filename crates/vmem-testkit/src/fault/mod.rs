@@ -1,4 +1,4 @@
-//! A driver that fails as it is told.
+//! A driver that fails as a plan says.
 //!
 //! Invariant: what goes wrong follows from the seed, the plan and the order of the calls alone;
 //! each fault that was really injected is counted, and none that was not. Ownership is as in any
@@ -203,7 +203,7 @@ impl FaultDriver {
         dice.below(len) / block * block
     }
 
-    /// Another offset, some blocks before where there is room, else behind.
+    /// Another offset, some blocks before where there is space, else behind.
     fn elsewhere(&self, offset: u64, dice: Dice) -> u64 {
         let shift = u64::from(self.inner.block_bytes()) * (1 + dice.0 % 8);
         offset.checked_sub(shift).unwrap_or(offset.saturating_add(shift))

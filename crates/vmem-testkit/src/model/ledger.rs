@@ -47,7 +47,7 @@ impl Ledger {
     ///
     /// # Errors
     ///
-    /// What is missing and what is there too much, in words.
+    /// What is missing and what is too much, in words.
     pub fn check(&self, actual: impl IntoIterator<Item = u64>) -> Result<(), String> {
         let actual: BTreeSet<u64> = actual.into_iter().collect();
         let missing: Vec<_> = self.live.difference(&actual).collect();

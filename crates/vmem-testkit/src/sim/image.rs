@@ -201,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_across_pages() {
+    fn written_bytes_are_read_across_pages() {
         let mut image = SparseImage::default();
         let data: Vec<u8> = (0..200_000u32).map(|i| (i % 251) as u8 + 1).collect();
         image.write(65_000, &data);

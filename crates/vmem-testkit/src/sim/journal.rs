@@ -111,7 +111,7 @@ mod tests {
     use crate::Seed;
 
     #[test]
-    fn what_was_synced_survives_and_what_was_not_may() {
+    fn synced_bytes_survive_and_others_may() {
         let mut journal = Journal::new(SparseImage::default());
         journal.wrote(0, &[1; 2048]);
         journal.synced(journal.barrier());

@@ -78,7 +78,7 @@ impl Call {
         Call { buf, keep, error, reply, left: 0, done: Vec::new() }
     }
 
-    /// Tells the caller, if he still listens, and gives up what the call owned.
+    /// Tells the caller, if it still listens, and gives up what the call owned.
     pub(super) fn finish(self) {
         let result = self.error.map_or(Ok(()), Err);
         match (self.reply, self.buf) {

@@ -79,7 +79,7 @@ fn a_seed_that_is_no_number_is_refused() {
 }
 
 #[test]
-fn what_panics_in_a_simulation_comes_out() {
+fn panic_in_a_simulation_reaches_the_caller() {
     let message = message_of(|| Seed::simulate("panics", |_| async { panic!("here") }));
     assert_eq!(message, "here");
 }

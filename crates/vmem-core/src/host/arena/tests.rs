@@ -110,16 +110,16 @@ fn threads_share_the_budget() {
 }
 
 #[test]
-fn scattered_room_is_reported_and_the_sparsest_spans_give_it_back() {
+fn scattered_space_is_reported_and_the_sparsest_spans_give_it_back() {
     let arena = HostArena::new(MIB).unwrap();
     let mut slots = Vec::new();
     while let Ok(slot) = arena.try_alloc(1000, slots.len() as u64) {
         slots.push(Some(slot));
     }
-    assert_eq!(arena.try_alloc(1000, 0).unwrap_err(), NoRoom { scattered: false });
+    assert_eq!(arena.try_alloc(1000, 0).unwrap_err(), NoSlot { scattered: false });
     slots.iter_mut().step_by(2).for_each(|slot| *slot = None);
     // Half of the bytes are free, and not one page.
-    assert_eq!(arena.try_alloc(64 * 1024, 0).unwrap_err(), NoRoom { scattered: true });
+    assert_eq!(arena.try_alloc(64 * 1024, 0).unwrap_err(), NoSlot { scattered: true });
     assert!(arena.largest_free_bytes() < 64 * 1024);
     let mut emptied = 0;
     let large = loop {
@@ -137,9 +137,9 @@ fn scattered_room_is_reported_and_the_sparsest_spans_give_it_back() {
     assert_eq!(large.as_slice().len(), 64 * 1024);
 }
 
-/// With free bytes in partly used spans of other sizes a request was refused, or something was written
-/// to disk for it, or dropped, though moving small objects together makes whole spans free. It
-/// takes no memory beside what is there: neither pages, nor a moment beyond the budget.
+/// With free bytes in partly used spans of other sizes a request was refused, or something was
+/// written to disk for it, or dropped, though moving small objects together makes whole spans free.
+/// It takes no further memory: neither pages, nor a moment beyond the budget.
 #[test]
 fn moving_slots_out_of_a_sparse_span_frees_its_pages() {
     let arena = HostArena::new(MIB).unwrap();
@@ -150,7 +150,7 @@ fn moving_slots_out_of_a_sparse_span_frees_its_pages() {
     }
     slots.iter_mut().step_by(2).for_each(|slot| *slot = None);
     let used = arena.used_bytes();
-    assert_eq!(arena.try_alloc(300 * 1024, 0).unwrap_err(), NoRoom { scattered: true });
+    assert_eq!(arena.try_alloc(300 * 1024, 0).unwrap_err(), NoSlot { scattered: true });
     let mut spans = 0;
     let large = loop {
         if let Ok(large) = arena.try_alloc(300 * 1024, 0) {
@@ -238,7 +238,7 @@ fn an_evacuation_that_is_dropped_opens_its_span_again() {
 }
 
 #[test]
-fn large_objects_find_room_whatever_lies_scattered() {
+fn large_objects_find_space_whatever_lies_scattered() {
     if cfg!(miri) {
         return; // Miri has little address space.
     }
@@ -256,13 +256,13 @@ fn large_objects_find_room_whatever_lies_scattered() {
 fn impossible_lengths_are_refused() {
     let arena = HostArena::new(MIB).unwrap();
     for len in [MIB as usize + 1, usize::MAX / 2, usize::MAX - 4095, usize::MAX] {
-        assert_eq!(arena.try_alloc(len, 0).unwrap_err(), NoRoom { scattered: false });
+        assert_eq!(arena.try_alloc(len, 0).unwrap_err(), NoSlot { scattered: false });
     }
     assert_eq!(arena.try_alloc(0, 0).unwrap().as_slice(), []);
 }
 
 #[test]
-fn the_hook_is_called_after_the_room_is_there() {
+fn the_hook_is_called_after_the_space_is_there() {
     let arena = HostArena::new(MIB).unwrap();
     let seen = Arc::new(AtomicU64::new(u64::MAX));
     let hook_arena = Arc::downgrade(&arena);

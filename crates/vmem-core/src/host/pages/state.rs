@@ -24,7 +24,7 @@ pub(super) struct State {
     pub(super) slow: bool,
     /// None without a device.
     pub(super) slabs: Option<Slabs>,
-    /// Somebody found no room because copies use what could have been given back.
+    /// Somebody found no space because copies use what could have been given back.
     pub(super) starved: bool,
 }
 
@@ -39,7 +39,7 @@ pub(super) enum Plan {
     Take(Range<u64>),
     /// These have to be given back first.
     GiveBack(Leaving),
-    NoRoom,
+    NoSpace,
 }
 
 /// Pages on their way back to the system.
@@ -51,12 +51,13 @@ pub(in super::super) struct Leaving {
     pub(super) unregister: BTreeSet<u64>,
 }
 
-/// What of object space a copy touches: bytes of the mapping, the slab that they are in, and whether that is registered.
+/// What of object space a copy touches: bytes of the mapping, the slab that they are in, and
+/// whether that is registered.
 pub(in super::super) type Entered = (Range<usize>, Option<u64>, bool);
 
 impl State {
-    /// Chooses kept pages that are to be given back, at most `left`: of slabs that no device knows, or of those that one
-    /// knows and no copy uses.
+    /// Chooses kept pages that are to be given back, at most `left`: of slabs that no device knows,
+    /// or of those that one knows and no copy uses.
     pub(super) fn choose(&mut self, left: &mut u64, registered: bool, leaving: &mut Leaving) {
         let mut aside = Vec::new();
         let mut useless = 0;
@@ -129,7 +130,8 @@ impl State {
         !self.fresh.touches(pages) && !self.leaving_runs.touches(pages)
     }
 
-    /// Takes `len` pages within the budget of `capacity`, or says what has to be given back for that.
+    /// Takes `len` pages within the budget of `capacity`, or says what has to be given back for
+    /// that.
     pub(super) fn plan(&mut self, len: u64, capacity: u64) -> Plan {
         if let Some(run) = self.kept.take(len, End::Low) {
             self.live += len;
@@ -138,12 +140,12 @@ impl State {
         }
         if self.live + self.leaving + len > capacity {
             self.starved |= self.leaving > 0;
-            return Plan::NoRoom;
+            return Plan::NoSpace;
         }
         let physical = self.live + self.kept.total() + self.leaving;
         let over = (physical + len).saturating_sub(capacity);
         if over == 0 {
-            let Some(run) = self.fresh.take(len, End::Low) else { return Plan::NoRoom };
+            let Some(run) = self.fresh.take(len, End::Low) else { return Plan::NoSpace };
             self.live += len;
             self.check(capacity);
             return Plan::Take(run);
@@ -151,7 +153,7 @@ impl State {
         if self.slow && self.leaving >= over {
             // What is on its way will do.
             self.starved = true;
-            return Plan::NoRoom;
+            return Plan::NoSpace;
         }
         let mut leaving = Leaving::default();
         let mut left = over;
@@ -160,7 +162,7 @@ impl State {
         }
         if leaving.runs.is_empty() {
             self.starved |= self.kept.total() > 0;
-            return Plan::NoRoom;
+            return Plan::NoSpace;
         }
         Plan::GiveBack(leaving)
     }

@@ -26,9 +26,10 @@ impl Registrar for Slow {
     }
 }
 
-/// Who finds no room because a slab is being unregistered for somebody else is told when that has come to its end.
+/// A request that finds no space, because a slab is being unregistered for another one, is woken
+/// when that has ended.
 #[test]
-fn who_looked_while_a_slab_changed_is_told() {
+fn request_is_woken_after_a_slab_changed() {
     let pages = Pages::new(64).unwrap();
     let device = Arc::new(Slow { stands: AtomicBool::new(false), barrier: Barrier::new(2) });
     pages.serve(device.clone());
@@ -55,10 +56,11 @@ fn who_looked_while_a_slab_changed_is_told() {
         assert!(first.join().unwrap().is_some());
     });
     assert!(pages.has_settled(), "who was refused is to look again");
-    assert!(pages.take(2).is_some(), "and finds room");
+    assert!(pages.take(2).is_some(), "and finds space");
 }
 
-/// Many small runs are given back in little time: not in one that grows with the square of their number.
+/// Many small runs are given back in little time: not in one that grows with the square of their
+/// number.
 #[test]
 fn scattered_pages_are_given_back_in_time() {
     let once = |count: u64| {

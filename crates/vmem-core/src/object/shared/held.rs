@@ -17,7 +17,7 @@ use crate::error::VirtualMemoryError;
 use crate::host::HostArena;
 use crate::parcel::GRACE;
 
-/// Reads of so many bytes and fewer wait for no other reader.
+/// Reads of this many bytes and fewer wait for no other reader.
 pub(crate) const FREE_BYTES: usize = CHUNK_BYTES;
 
 /// Bytes that a read is going to hold.

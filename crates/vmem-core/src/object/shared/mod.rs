@@ -238,7 +238,7 @@ impl Shared {
         Object::new(self, id, len, home)
     }
 
-    /// Puts a new object, which has its room, into the table.
+    /// Puts a new object, which has its space, into the table.
     pub(crate) fn announce(&self, object: &Arc<Object>) {
         self.table.insert(object.id, object.clone());
     }
@@ -256,10 +256,10 @@ impl Shared {
         self.table.remove(&id);
     }
 
-    /// Sets who is told of objects that are closed. Once.
+    /// Sets the hook for objects that are closed. Once.
     pub(crate) fn set_closed_hook(&self, hook: ClosedHook) {
         let is_first = self.closed_hook.set(hook).is_ok();
-        assert!(is_first, "one table of names is told");
+        assert!(is_first, "one table of names sets the hook");
     }
 
     /// No handle but that of the table of names leads to this object any more.

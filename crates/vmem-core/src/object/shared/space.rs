@@ -36,13 +36,13 @@ impl Shared {
     }
 
     /// The largest object that host memory could ever hold, in bytes of footprint.
-    pub(crate) fn host_space(&self) -> u64 {
+    pub(crate) fn host_capacity_bytes(&self) -> u64 {
         self.host.space().arena.capacity_bytes()
     }
 
     /// Whether an object of this length can be host-resident at all.
     pub(crate) fn fits_host(&self, len: usize) -> bool {
-        HostArena::footprint(len) <= self.host_space()
+        HostArena::footprint(len) <= self.host_capacity_bytes()
     }
 
     /// As [`fits_host`](Self::fits_host), for callers who have no other way.
@@ -55,17 +55,17 @@ impl Shared {
     }
 
     /// Space in host memory for one object, if there is some now.
-    pub(crate) fn try_host_room(&self, need: &Need) -> Option<OwnedCopy> {
-        self.try_host_rooms(need)?.pop()
+    pub(crate) fn try_host_space(&self, need: &Need) -> Option<OwnedCopy> {
+        self.try_host_spaces(need)?.pop()
     }
 
     /// Space in host memory for each object of the request, if there is some for all now.
-    pub(crate) fn try_host_rooms(&self, need: &Need) -> Option<Vec<OwnedCopy>> {
+    pub(crate) fn try_host_spaces(&self, need: &Need) -> Option<Vec<OwnedCopy>> {
         self.host.queue.try_take(need).map(|grant| self.copies_in(grant))
     }
 
     /// Space in host memory for one object, as soon as there is some.
-    pub(crate) async fn host_room(
+    pub(crate) async fn host_space(
         &self,
         need: &Need,
         deadline: &Deadline,
@@ -73,8 +73,8 @@ impl Shared {
         self.host.queue.take(need, deadline).await.map(|grant| self.only_copy_in(grant))
     }
 
-    /// As [`host_room`](Self::host_room), for callers who have no other way.
-    pub(crate) async fn host_room_or_error(
+    /// As [`host_space`](Self::host_space), for callers who have no other way.
+    pub(crate) async fn host_space_or_error(
         &self,
         need: &Need,
         deadline: &Deadline,
@@ -83,7 +83,7 @@ impl Shared {
     }
 
     /// Space in host memory for each object of the request, as soon as there is some for all.
-    pub(crate) async fn host_rooms_or_error(
+    pub(crate) async fn host_spaces_or_error(
         &self,
         need: &Need,
         deadline: &Deadline,
@@ -91,7 +91,7 @@ impl Shared {
         self.host.take(need, deadline).await.map(|grant| self.copies_in(grant))
     }
 
-    /// What was granted, with descriptors. The evictor is told if that crossed the high watermark.
+    /// What was granted, with descriptors. The evictor is woken if that crossed the high watermark.
     fn copies_in(&self, grant: Grant<HostSpace>) -> Vec<OwnedCopy> {
         if self.host.space().arena.used_bytes() > self.limits.marks.high_bytes {
             self.wake.now();
@@ -104,7 +104,7 @@ impl Shared {
     }
 
     /// Tells those who wait that something went.
-    pub(crate) fn room_was_freed(&self) {
+    pub(crate) fn space_was_freed(&self) {
         self.wake.if_waiting();
         self.devices.iter().for_each(Device::ring);
     }

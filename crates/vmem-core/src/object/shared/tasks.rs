@@ -1,7 +1,7 @@
 //! Tasks of the runtime, and what they set aside for callers.
 //!
-//! Invariant: a task never waits for a caller, and what lies ready for one who does not come is taken back. Called by the
-//! public methods and the migrations.
+//! Invariant: a task never waits for a caller, and what lies ready for one who does not come is
+//! taken back. Called by the public methods and the migrations.
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -38,7 +38,8 @@ impl Shared {
         self.tasks.len() < READS_MAX && !self.requests.is_closed()
     }
 
-    /// Has the actor start a migration. Where its channel is full a task waits there, and the caller does not.
+    /// Has the actor start a migration. Where its channel is full a task waits there, and the
+    /// caller does not.
     pub(crate) fn request(self: &Arc<Self>, request: Request) {
         if let Some((channel, request)) = self.requests.try_send(request) {
             self.spawn("vmem-request", async move {
@@ -48,7 +49,8 @@ impl Shared {
         }
     }
 
-    /// Runs `work` as a task, which is dropped once its caller is, and sets its value aside for the caller.
+    /// Runs `work` as a task, which is dropped once its caller is, and sets its value aside for the
+    /// caller.
     pub(crate) fn spawn_for_caller<T, F>(
         self: &Arc<Self>,
         name: &'static str,
@@ -67,7 +69,8 @@ impl Shared {
         parcel
     }
 
-    /// As `spawn_for_caller`, for a value that keeps others from an object: the task takes it back by itself.
+    /// As `spawn_for_caller`, for a value that keeps others from an object: the task takes it back
+    /// by itself.
     pub(crate) fn spawn_for_caller_briefly<T, F>(
         self: &Arc<Self>,
         name: &'static str,

@@ -64,7 +64,7 @@ impl Shared {
         }
     }
 
-    /// Whether holds could ever keep so many bytes of footprint in this tier.
+    /// Whether holds could ever keep this many bytes of footprint in this tier.
     ///
     /// # Errors
     ///
@@ -81,7 +81,7 @@ impl Shared {
         Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
     }
 
-    /// Charges holds, if the budget has a place for so many bytes of footprint now.
+    /// Charges holds, if the budget has a place for this many bytes of footprint now.
     ///
     /// # Errors
     ///
@@ -113,7 +113,7 @@ impl Shared {
         self.device_of(tier)
             .map_or(&self.host.holds, |device| &device.state.holds)
             .uncharge(hold, footprint);
-        self.room_was_freed();
+        self.space_was_freed();
     }
 
     /// Why an object cannot be held in this tier.

@@ -27,7 +27,7 @@ struct Kernel {
     file: Vec<u8>,
     align: Alignment,
     rng: SmallRng,
-    /// Out of a hundred operations, so many fall short or are refused for a moment.
+    /// Out of a hundred operations, this many fall short or are refused for a moment.
     trouble: u32,
     calls: usize,
 }

@@ -44,8 +44,8 @@ use crate::process::Origin;
 /// How long the kernel may take nothing of what is submitted before the ring is given up.
 const STUCK_MAX: Duration = Duration::from_secs(5);
 
-/// I/O by io_uring, submitted from the calling task. It is made inside a tokio runtime with an I/O driver and a
-/// timer, which completes its operations; the calls may come from anywhere.
+/// I/O by io_uring, submitted from the calling task. It is made inside a tokio runtime with an I/O
+/// driver and a timer, which completes its operations; the calls may come from anywhere.
 ///
 /// ```
 /// use vmem_io::driver::{Driver, Keep, ReactorDriver, RingOptions, WriteRun};
@@ -243,8 +243,8 @@ impl Lane {
         self.turn(state);
     }
 
-    /// Submits what is to be submitted, and takes what is complete until there is no more of either.
-    /// Jobs that are over are delivered with the lock released.
+    /// Submits what is to be submitted, and takes what is complete until there is no more of
+    /// either. Jobs that are over are delivered with the lock released.
     fn turn(&self, mut state: MutexGuard<'_, State>) {
         let mut over = Vec::new();
         state.turn(&mut over);

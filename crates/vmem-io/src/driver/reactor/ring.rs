@@ -1,4 +1,3 @@
-#![allow(unsafe_code)]
 //! One io_uring and the jobs that are in it.
 //!
 //! Ownership: a job moves in before its first operation is pushed and moves out when none of its
@@ -7,6 +6,8 @@
 //! completion names its slot and the slot's generation: one that is late, doubled or unknown is
 //! ignored. The kernel has at most as many operations as its completion queue has entries, so that
 //! none overflows. Called by the lanes of the reactor driver, under the lock of the lane.
+
+#![allow(unsafe_code)]
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -157,7 +158,7 @@ impl Ring {
         let key = u64::from(generation) << 32 | u64::from(slot);
         let entry = self.entry(&submission).user_data(key);
         if self.uring.submission().is_full() {
-            // The kernel takes what is there; if it does not, the caller will hear of it.
+            // The kernel takes the entries; if it does not, the caller will hear of it.
             let _ = self.submit();
         }
         // SAFETY: the memory of the entry is owned by the job, which stays in `jobs` until the
@@ -214,7 +215,7 @@ impl Ring {
     ///
     /// # Errors
     ///
-    /// If it refuses for good: it is then to be told with [`give_up`](Self::give_up).
+    /// If it refuses for good: the next call is then [`give_up`](Self::give_up).
     pub(super) fn submit(&mut self) -> Result<(), Refusal> {
         self.enter(0)
     }
@@ -260,8 +261,8 @@ impl Ring {
         }
     }
 
-    /// Takes the completions that are there; jobs that are over with them go to `over`. Returns whether
-    /// anything was pushed, which is then to be submitted.
+    /// Takes the completions that are there; jobs that are over with them go to `over`. Returns
+    /// whether anything was pushed, which is then to be submitted.
     pub(super) fn reap(&mut self, over: &mut Vec<Box<Job>>) -> bool {
         let mut pushed = false;
         loop {

@@ -68,7 +68,7 @@ fn served(capacity: u64) -> (Arc<HostArena>, ObjectSpace, Arc<Device>) {
     (arena, space, device)
 }
 
-/// Room, once what is being unregistered for it was: a thread of the arena's does that, in its own
+/// Space, once what is being unregistered for it was: a thread of the arena's does that, in its own
 /// time.
 fn alloc_soon(arena: &Arc<HostArena>, len: usize) -> Option<HostSlot> {
     let begun = std::time::Instant::now();
@@ -148,7 +148,7 @@ fn nothing_registered_is_given_back() {
 }
 
 #[test]
-fn what_copies_use_stays_and_its_end_is_told() {
+fn slab_in_use_stays_and_its_waiter_is_woken() {
     let (arena, space, device) = served(MIB);
     let told = Arc::new(AtomicUsize::new(0));
     let rung = told.clone();
@@ -167,7 +167,7 @@ fn what_copies_use_stays_and_its_end_is_told() {
     assert!(refused.is_err(), "what would have to go is in use");
     device.assert_has_memory();
     drop(uses);
-    assert!(told.load(Ordering::SeqCst) > before, "whoever waits is told");
+    assert!(told.load(Ordering::SeqCst) > before, "the waiter is woken");
     assert!(alloc_soon(&arena, 512 * 1024).is_some(), "slabs are unregistered for it");
     device.assert_has_memory();
     drop(middle);
