@@ -21,7 +21,7 @@ use crate::lane::Lost;
 /// Where objects begin is a multiple of this, in bytes.
 pub(crate) const UNIT: u64 = 512;
 /// A tier smaller than this is none, in bytes.
-pub(crate) const CAPACITY_MIN: u64 = 4 << 20;
+const CAPACITY_MIN: u64 = 4 << 20;
 /// Looks at a context that all have to fail before it counts as dead, and the pause between two.
 const LOOKS: usize = 3;
 const LOOK_PAUSE: Duration = Duration::from_millis(2);
@@ -354,7 +354,7 @@ const RELAXED: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CA
 /// # Errors
 ///
 /// What the driver says.
-pub(crate) fn relax_capture() -> Result<(), DriverError> {
+fn relax_capture() -> Result<(), DriverError> {
     exchange_capture(RELAXED).map(drop)
 }
 

@@ -230,6 +230,6 @@ fn check_stream(card: &Card, stream: &Arc<CudaStream>) -> Result<()> {
     }
 }
 
-pub(crate) fn device_error(operation: &'static str, error: DriverError) -> VirtualMemoryError {
+fn device_error(operation: &'static str, error: DriverError) -> VirtualMemoryError {
     failed(operation, error).public()
 }

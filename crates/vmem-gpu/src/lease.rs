@@ -402,7 +402,7 @@ impl DeviceLeaseMut {
     }
 
     /// Ends it before the future is polled.
-    pub(crate) fn end_now(mut self) -> BoxFuture<'static, Result<()>> {
+    fn end_now(mut self) -> BoxFuture<'static, Result<()>> {
         self.end().unwrap_or_else(|| futures::future::ready(Ok(())).boxed())
     }
 

@@ -125,7 +125,7 @@ pub(crate) struct Resident {
 
 /// The copies by their address, for whoever looks for neighbours.
 #[derive(Debug, Default)]
-pub(crate) struct Residents {
+struct Residents {
     by_address: BTreeMap<u64, Resident>,
     bytes: u64,
 }

@@ -31,7 +31,7 @@ use crate::wake::Wake;
 /// How often smaller requests may pass the first one that does not fit.
 const PASSES_MAX: u32 = 64;
 /// How long a request that was passed so often keeps smaller ones from space that it cannot use.
-pub(crate) const BLOCK_MAX: Duration = Duration::from_millis(100);
+const BLOCK_MAX: Duration = Duration::from_millis(100);
 
 struct Waiter<S: Space> {
     ticket: u64,

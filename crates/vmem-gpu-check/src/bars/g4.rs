@@ -1,5 +1,5 @@
-//! G4: a model of three times the VRAM budget, whose layers are prefetched for the kernels that read
-//! them.
+//! G4: a model of three times the VRAM budget, whose layers are prefetched for the kernels that
+//! read them.
 //!
 //! Invariant: every contender has the same kernels read the same layers in the same order; a part
 //! of each layer, as a kernel found it in the timed pass, is compared after each, and all of every

@@ -17,7 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
 /// The alignment of bounce buffers, in bytes: no device of today asks for more.
 pub(super) const BOUNCE_ALIGN: usize = 4096;
 /// What all bounce buffers of a driver may take, in bytes.
-pub(crate) const BOUNCE_BYTES: usize = 4 * 1024 * 1024;
+const BOUNCE_BYTES: usize = 4 * 1024 * 1024;
 /// What one job may have of it at a time, so that several make progress.
 pub(super) const BOUNCE_JOB_BYTES: usize = 1024 * 1024;
 /// The longest bounce buffer, in bytes.

@@ -140,7 +140,7 @@ impl Shared {
 
     /// Waits until what lies aside now has lain there for the grace, and takes it back. False at
     /// once if nothing does.
-    pub(crate) async fn extents_come_back(&self) -> bool {
+    async fn extents_come_back(&self) -> bool {
         if !self.recall_extents() {
             return false;
         }
