@@ -19,13 +19,13 @@ use super::{Ended, Took, spawn_into};
 use crate::disk::DiskError;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
-use crate::migrate::{Down, Leaving, demote_unwritten, write_down};
+use crate::migrate::{CopyFate, Leaving, demote_unwritten, write_back};
 use crate::object::{GatePass, Object, Shared};
 use crate::policy::Probe;
 use crate::stats::add;
 use crate::tier::{Class, Refused, Space, TierState, Wanted};
 
-/// Batches that are on their way down at once.
+/// Batches that are written at once.
 const BATCHES_MAX: usize = 4;
 /// Payload of one batch, in bytes, unless one object alone has more.
 pub(super) const BATCH_BYTES: u64 = 1024 * 1024;
@@ -250,7 +250,7 @@ impl<T: Evicting> Evictor<T> {
             }
         }
         let progress = freed || !batch.is_empty();
-        self.launch(shared, tasks, batch, leaves_bytes, Down::Drop);
+        self.launch(shared, tasks, batch, leaves_bytes, CopyFate::Drop);
         progress
     }
 
@@ -281,7 +281,7 @@ impl<T: Evicting> Evictor<T> {
         tasks: &mut JoinSet<Ended>,
         batch: Vec<Leaving>,
         leaves_bytes: u64,
-        down: Down,
+        fate: CopyFate,
     ) {
         if batch.is_empty() {
             return;
@@ -289,12 +289,12 @@ impl<T: Evicting> Evictor<T> {
         self.batches += 1;
         self.leaving_bytes += leaves_bytes;
         let deadline = shared.deadline();
-        let (name, cause) = match down {
-            Down::Keep => ("vmem-write-back", MigrationCause::WriteBack),
-            Down::Drop | Down::Detach => ("vmem-evict", MigrationCause::Evict),
+        let (name, cause) = match fate {
+            CopyFate::Keep => ("vmem-write-back", MigrationCause::WriteBack),
+            CopyFate::Drop | CopyFate::Detach => ("vmem-evict", MigrationCause::Evict),
         };
         spawn_into(tasks, name, async move {
-            let took = match write_down(batch, down, cause, &deadline).await {
+            let took = match write_back(batch, fate, cause, &deadline).await {
                 Ok(()) => Took::All,
                 Err(DiskError::Full { .. }) => Took::NoSpace,
                 Err(_) => Took::Failed,
@@ -365,7 +365,7 @@ impl<T: Evicting> Evictor<T> {
             payload += leaving.payload();
             batch.push(leaving);
         }
-        self.launch(shared, tasks, batch, 0, Down::Keep);
+        self.launch(shared, tasks, batch, 0, CopyFate::Keep);
     }
 
     /// One slice of bringing the order of eviction up to the accesses. True if more is left.

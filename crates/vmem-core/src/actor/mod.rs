@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!   readers, promote, demote ---> demand ----+
-//!   prefetch ------------------> background -+--> actor --> tasks (fetch, write down) --+
+//!   prefetch ------------------> background -+--> actor --> tasks (fetch, write back) --+
 //!   allocations, releases -----> wake -------+       ^------------ their ends ---------+
 //! ```
 //!
@@ -60,7 +60,7 @@ pub(super) enum Ended {
     Background,
     /// One that waits for a kernel of a user.
     Kernel,
-    /// A batch on its way down, the bytes that it was to free, and whether the disk took it.
+    /// A batch that was written, the bytes that it was to free, and whether the disk took it.
     Evicted {
         leaves_bytes: u64,
         took: Took,
@@ -278,7 +278,7 @@ impl Actor {
     }
 
     /// Waits for kernels as long as anybody waits for anything, and as long again for what is on
-    /// its way down then. The version before a kernel that does not end stays the current one; its
+    /// its way to the host then. The version before a kernel that does not end stays the current one; its
     /// device memory is kept by whoever waits for its event.
     async fn end_kernels(&mut self) {
         self.wait_for_kernels().await;

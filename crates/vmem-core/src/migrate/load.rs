@@ -2,7 +2,7 @@
 //!
 //! Invariant: the bytes are those of the version that was handed in, or an error; its shares keep
 //! range and extents from being reused until the last of them was read. Used by fetches, range
-//! reads, partial writes and the way up to VRAM.
+//! reads, partial writes and copies to VRAM.
 
 use std::ops::Range;
 use std::sync::Arc;

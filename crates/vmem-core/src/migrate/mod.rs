@@ -40,7 +40,7 @@ pub(crate) use set::read_set;
 pub(crate) use stream::{Filled, Sent, Source, fill_window, send_window};
 pub(crate) use to_device::{fill_device, leave_devices, promote_to_device};
 pub(crate) use to_disk::{
-    Down, Leaving, demote, demote_unwritten, flush, flush_many, settle, write_down,
+    CopyFate, Leaving, demote, demote_unwritten, flush, flush_many, settle, write_back,
 };
 pub(crate) use to_host::{count_hit, fetch, fetch_into, fetch_with};
 pub(crate) use write::{NewVersion, publish_version};

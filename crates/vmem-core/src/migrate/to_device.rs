@@ -24,7 +24,7 @@ use crate::tier::{Class, Device, Need};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
-/// Pieces of one object that are on their way up at once.
+/// Pieces of one object that are uploaded at once.
 const PIECES_MAX: usize = 4;
 
 /// Brings the current version of an object to the memory of this device.

@@ -28,7 +28,7 @@ const BATCH_OBJECTS: usize = 256;
 /// Batches of a flush that are on their way at once.
 const BATCHES_MAX: usize = 8;
 
-/// An object on its way down, with the extents that its missing chunks will have.
+/// An object that is written back, with the extents that its missing chunks will have.
 #[derive(Debug)]
 pub(crate) struct Leaving {
     pass: GatePass,
@@ -39,7 +39,7 @@ pub(crate) struct Leaving {
 
 /// What becomes of the host copy once the disk has it all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Down {
+pub(crate) enum CopyFate {
     /// It goes, unless somebody reads it.
     Drop,
     /// It goes; whoever reads it keeps an old version.
@@ -83,7 +83,7 @@ impl Leaving {
 
     /// The disk has it all: says so, and lets the host copy go as asked. Returns where the disk has
     /// it.
-    fn publish(self, written: Vec<Extent>, down: Down) -> DiskMap {
+    fn publish(self, written: Vec<Extent>, fate: CopyFate) -> DiskMap {
         let Leaving { pass, missing, bytes, .. } = self;
         let object = pass.object();
         let extents = missing.into_iter().zip(written);
@@ -92,13 +92,13 @@ impl Leaving {
             disk.clone()
         });
         drop(bytes);
-        let gone = match down {
-            Down::Drop => object.drop_clean_copy(&pass).is_some(),
-            Down::Detach => {
+        let gone = match fate {
+            CopyFate::Drop => object.drop_clean_copy(&pass).is_some(),
+            CopyFate::Detach => {
                 object.detach_clean_copy(&pass);
                 true
             }
-            Down::Keep => false,
+            CopyFate::Keep => false,
         };
         if gone {
             add(&object.shared.counters.evictions, 1);
@@ -110,13 +110,13 @@ impl Leaving {
 /// Writes a batch of objects, in one run where the free space allows it. One that fails does not
 /// keep the others: each is tried alone then. Returns the first error; what failed stays where it
 /// was.
-pub(crate) async fn write_down(
+pub(crate) async fn write_back(
     mut batch: Vec<Leaving>,
-    down: Down,
+    fate: CopyFate,
     cause: MigrationCause,
     deadline: &Deadline,
 ) -> Result<(), DiskError> {
-    let Err(error) = write_batch(&mut batch, down, cause, deadline).await else { return Ok(()) };
+    let Err(error) = write_batch(&mut batch, fate, cause, deadline).await else { return Ok(()) };
     if batch.len() < 2 || matches!(error, DiskError::Closed) {
         return Err(error);
     }
@@ -125,7 +125,7 @@ pub(crate) async fn write_down(
         // It counts as a reader, and would keep the copy from going.
         drop(bytes);
         let alone = match Leaving::prepare(pass) {
-            Ok(victim) => write_batch(&mut vec![victim], down, cause, deadline).await.map(drop),
+            Ok(victim) => write_batch(&mut vec![victim], fate, cause, deadline).await.map(drop),
             Err((_pass, error)) => Err(error),
         };
         if let Err(error) = alone {
@@ -139,7 +139,7 @@ pub(crate) async fn write_down(
 /// passes.
 async fn write_batch(
     batch: &mut Vec<Leaving>,
-    down: Down,
+    fate: CopyFate,
     cause: MigrationCause,
     deadline: &Deadline,
 ) -> Result<Vec<DiskMap>, DiskError> {
@@ -160,7 +160,7 @@ async fn write_batch(
             for ((leaving, count), record) in batch.drain(..).zip(counts).zip(records) {
                 let extents: Vec<_> = written.by_ref().take(count).collect();
                 let bytes = extents.iter().map(|extent| u64::from(extent.len())).sum();
-                maps.push(leaving.publish(extents, down));
+                maps.push(leaving.publish(extents, fate));
                 record.end(Ok(bytes));
             }
             shared.space_was_freed();
@@ -198,7 +198,7 @@ pub(crate) async fn demote(
     if object.has_spare() {
         return demote_unwritten(&pass).map_err(|error| object.shared.disk_error(object.id, error));
     }
-    write_one(pass, Down::Detach, MigrationCause::Demote, deadline).await
+    write_one(pass, CopyFate::Detach, MigrationCause::Demote, deadline).await
 }
 
 /// Writes what the disk does not have of one object, which stays in host memory.
@@ -211,7 +211,7 @@ pub(crate) async fn flush(
     deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
-    write_one(pass, Down::Keep, MigrationCause::Flush, deadline).await
+    write_one(pass, CopyFate::Keep, MigrationCause::Flush, deadline).await
 }
 
 /// Writes what the disk does not have of these objects, which stay in host memory, many in one run.
@@ -272,7 +272,7 @@ async fn flush_batch(
             first_error.get_or_insert(error);
         }
     };
-    let written = write_down(batch, Down::Keep, MigrationCause::Flush, deadline).await;
+    let written = write_back(batch, CopyFate::Keep, MigrationCause::Flush, deadline).await;
     note(written.map_err(|error| shared.disk_error(0, error)));
     for object in alone {
         note(flush(&object, deadline).await);
@@ -310,14 +310,14 @@ pub(crate) async fn settle_copy(
     let public = |error| object.shared.disk_error(object.id, error);
     let victim = Leaving::prepare(pass).map_err(|(_pass, error)| public(error))?;
     let mut batch = vec![victim];
-    let written = write_batch(&mut batch, Down::Keep, MigrationCause::Flush, deadline).await;
+    let written = write_batch(&mut batch, CopyFate::Keep, MigrationCause::Flush, deadline).await;
     let map = written.map_err(public)?.pop();
     Ok(map.expect("invariant: one was written"))
 }
 
 async fn write_one(
     pass: GatePass,
-    down: Down,
+    fate: CopyFate,
     cause: MigrationCause,
     deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
@@ -327,7 +327,7 @@ async fn write_one(
     }
     let public = |error| object.shared.disk_error(object.id, error);
     let victim = Leaving::prepare(pass).map_err(|(_pass, error)| public(error))?;
-    write_down(vec![victim], down, cause, deadline).await.map_err(public)
+    write_back(vec![victim], fate, cause, deadline).await.map_err(public)
 }
 
 /// An object that nobody has written yet gives up its host memory for space on disk: zeros need
