@@ -11,36 +11,28 @@
 //! goes through bounce buffers. A job whose bounce buffers exceed its part of the budget runs in
 //! several waves.
 
+mod op;
+mod plan;
+
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bytes::Bytes;
 use futures::channel::oneshot;
-use rustix::io::Errno;
 use tokio::sync::OwnedSemaphorePermit;
 use vmem_core::backend::IoBuf;
 
+use self::op::{Memory, Op};
+use self::plan::{plan_read, plan_write, slices_of};
 use super::direct::Alignment;
 use super::memory::{
     BOUNCE_JOB_BYTES, BOUNCE_MAX, Bounce, BounceBudget, BounceShare, Region, bounce_footprint,
 };
 use super::{Keep, ReadPiece, WriteRun};
 
-/// The longest single operation, in bytes. Longer transfers are several, which run at once.
-const TRANSFER_MAX: usize = 1024 * 1024;
-/// Aligned memory shorter than this is gathered with its neighbours rather than sent alone; and a
-/// read up to this long goes through one bounce buffer rather than in two parts.
-const WORTH_ALONE: usize = 64 * 1024;
-/// As many parts as one system call takes; the common `IOV_MAX`.
-const PARTS_MAX: usize = 1024;
 /// Operations of one job that run at once.
 pub(super) const WINDOW: usize = 8;
-/// Interruptions in a row, without a byte of progress, that are still taken for bad luck.
-const INTERRUPTS_MAX: u32 = 10_000;
-/// The same for a kernel that is out of something; the engine waits between these.
-const SHORTAGES_MAX: u32 = 2_000;
 
 /// What an operation does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,42 +64,6 @@ pub(super) enum Step {
     Again,
     /// The same, after a short while.
     Later,
-}
-
-#[derive(Debug)]
-struct Op {
-    kind: Kind,
-    offset: u64,
-    len: u64,
-    memory: Memory,
-    /// How much of `len` is asked for: a read for alignment's sake may run into the end of the
-    /// file.
-    need: u64,
-    done: u64,
-    /// Of a write that needs no bounce buffer: the run, and the part of it in which the memory
-    /// begins or a later one.
-    run: usize,
-    part: usize,
-    /// Failures without progress.
-    interrupts: u32,
-    shortages: u32,
-}
-
-#[derive(Debug)]
-enum Memory {
-    None,
-    Direct(Region),
-    /// Written from the front of a bounce buffer.
-    Gather {
-        parts: Vec<Bytes>,
-        bounce: Option<Bounce>,
-    },
-    /// Read to the front of a bounce buffer; `from..` of it belongs to `to` of the job's buffer.
-    Scatter {
-        from: usize,
-        to: Range<usize>,
-        bounce: Option<Bounce>,
-    },
 }
 
 /// What the caller gets back, and what must not be freed before that.
@@ -410,291 +366,6 @@ impl Drop for Job {
         std::mem::forget(std::mem::take(&mut self.ops));
         std::mem::forget(self.bounce_share.take());
     }
-}
-
-impl Op {
-    fn new(kind: Kind, offset: u64, len: u64) -> Self {
-        Op {
-            kind,
-            offset,
-            len,
-            memory: Memory::None,
-            need: len,
-            done: 0,
-            run: 0,
-            part: 0,
-            interrupts: 0,
-            shortages: 0,
-        }
-    }
-
-    fn direct(kind: Kind, offset: u64, region: Region) -> Self {
-        Op { memory: Memory::Direct(region), ..Op::new(kind, offset, region.len() as u64) }
-    }
-
-    fn bounce_len(&self) -> Option<usize> {
-        match self.memory {
-            Memory::Gather { .. } | Memory::Scatter { .. } => Some(self.len as usize),
-            Memory::None | Memory::Direct(_) => None,
-        }
-    }
-
-    fn equip(&mut self, budget: &BounceBudget) {
-        let len = self.len as usize;
-        match &mut self.memory {
-            Memory::None | Memory::Direct(_) => {}
-            Memory::Scatter { bounce, .. } => *bounce = Some(budget.take(len)),
-            Memory::Gather { parts, bounce } => {
-                let mut taken = budget.take(len);
-                let mut rest = taken.bytes_mut();
-                for part in parts.drain(..) {
-                    let (front, back) = rest.split_at_mut(part.len());
-                    front.copy_from_slice(&part);
-                    rest = back;
-                }
-                *bounce = Some(taken);
-            }
-        }
-    }
-
-    fn submission(&self) -> Submission {
-        let whole = match &self.memory {
-            Memory::None => None,
-            Memory::Direct(region) => Some(*region),
-            Memory::Gather { bounce, .. } | Memory::Scatter { bounce, .. } => {
-                let bytes = bounce.as_ref().map_or(&[][..], Bounce::bytes);
-                Some(Region::of(bytes).part(0..self.len as usize))
-            }
-        };
-        Submission {
-            kind: self.kind,
-            offset: self.offset + self.done,
-            len: self.len - self.done,
-            memory: whole.map(|region| region.part(self.done as usize..self.len as usize)),
-        }
-    }
-
-    fn advance(&mut self, result: i32, align: u64) -> io::Result<Step> {
-        let Ok(moved) = u64::try_from(result) else {
-            return self
-                .retry(io::Error::from_raw_os_error(-result), Errno::from_raw_os_error(-result));
-        };
-        if matches!(self.kind, Kind::Punch | Kind::Sync) {
-            return Ok(Step::Ended);
-        }
-        let total = (self.done + moved).min(self.len);
-        // What is left must start at a block again; the part of a block is moved once more.
-        let whole = total - total % align;
-        if total < self.need && whole > self.done {
-            self.done = whole;
-            (self.interrupts, self.shortages) = (0, 0);
-            return Ok(Step::Again);
-        }
-        self.done = total;
-        match self.kind {
-            _ if total >= self.need => Ok(Step::Ended),
-            Kind::Write => Err(io::ErrorKind::WriteZero.into()),
-            _ => Err(io::ErrorKind::UnexpectedEof.into()),
-        }
-    }
-
-    fn retry(&mut self, error: io::Error, errno: Errno) -> io::Result<Step> {
-        match errno {
-            // The thread that submitted it has ended: the kernel cancels what it had not begun.
-            Errno::INTR | Errno::CANCELED if self.interrupts < INTERRUPTS_MAX => {
-                self.interrupts += 1;
-                Ok(Step::Again)
-            }
-            Errno::AGAIN | Errno::NOMEM | Errno::BUSY | Errno::NOBUFS
-                if self.shortages < SHORTAGES_MAX =>
-            {
-                self.shortages += 1;
-                Ok(Step::Later)
-            }
-            _ => Err(error),
-        }
-    }
-
-    /// Gives the bounce buffer back; what was read to it goes to its place in the job's buffer.
-    fn unload(&mut self, cargo: &mut Cargo) {
-        match &mut self.memory {
-            Memory::None | Memory::Direct(_) => {}
-            Memory::Gather { bounce, .. } => *bounce = None,
-            Memory::Scatter { from, to, bounce } => {
-                let Some(bounce) = bounce.take() else { return };
-                let arrived = (self.done.min(self.need) as usize).saturating_sub(*from);
-                let to = to.start..to.start + arrived.min(to.len());
-                if let Cargo::Read(buf) = cargo
-                    && let Some(target) = buf.get_mut(to)
-                {
-                    target.copy_from_slice(&bounce.bytes()[*from..*from + target.len()]);
-                }
-            }
-        }
-    }
-}
-
-fn plan_read(
-    ops: &mut Vec<Op>,
-    buf: &mut IoBuf,
-    piece: &ReadPiece,
-    align: Alignment,
-) -> io::Result<()> {
-    let target = buf.get_mut(piece.range.clone()).ok_or_else(outside)?;
-    check_end(piece.offset, target.len() as u64)?;
-    let len = target.len();
-    let region = Region::of_mut(target);
-    let block = align.offset as usize;
-    let begins =
-        piece.offset.is_multiple_of(block as u64) && region.is_aligned(align.memory as usize);
-    let whole = len - len % block;
-    let direct = match begins {
-        true if whole == len || len > WORTH_ALONE => whole,
-        _ => 0,
-    };
-    for part in parts_of(direct) {
-        ops.push(Op::direct(Kind::Read, piece.offset + part.start as u64, region.part(part)));
-    }
-    let mut at = direct;
-    while at < len {
-        let offset = piece.offset + at as u64;
-        let from = (offset % block as u64) as usize;
-        let take = (BOUNCE_MAX - from).min(len - at);
-        let start = piece.range.start + at;
-        let memory = Memory::Scatter { from, to: start..start + take, bounce: None };
-        let read = (from + take).next_multiple_of(block) as u64;
-        let need = (from + take) as u64;
-        ops.push(Op { memory, need, ..Op::new(Kind::Read, offset - from as u64, read) });
-        at += take;
-    }
-    Ok(())
-}
-
-fn plan_write(
-    ops: &mut Vec<Op>,
-    number: usize,
-    run: &WriteRun,
-    align: Alignment,
-) -> io::Result<()> {
-    let total = run.len();
-    let block = u64::from(align.offset);
-    check_end(run.offset, total)?;
-    if !run.offset.is_multiple_of(block) || !total.is_multiple_of(block) {
-        let why = "direct I/O writes whole blocks";
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
-    }
-    let mut gather = Gathered { ops, offset: run.offset, parts: Vec::new(), len: 0 };
-    let mut parts = &run.parts[..];
-    while let Some((stretch, count)) = stretch(parts) {
-        let first = run.parts.len() - parts.len();
-        let here = &parts[..count];
-        parts = &parts[count..];
-        let at = gather.offset + gather.len as u64;
-        let begins = at.is_multiple_of(block) && stretch.is_aligned(align.memory as usize);
-        let whole = stretch.len() - stretch.len() % block as usize;
-        let alone = gather.len == 0 && parts.iter().all(Bytes::is_empty) && whole == stretch.len();
-        let mut skip = 0;
-        if begins && whole > 0 && (stretch.len() >= WORTH_ALONE || alone) {
-            gather.flush();
-            for part in parts_of(whole) {
-                let offset = at + part.start as u64;
-                let op = Op::direct(Kind::Write, offset, stretch.part(part));
-                gather.ops.push(Op { run: number, part: first, ..op });
-            }
-            gather.offset = at + whole as u64;
-            skip = whole;
-        }
-        for part in here {
-            let skipped = skip.min(part.len());
-            skip -= skipped;
-            gather.add(part.slice(skipped..));
-        }
-    }
-    gather.flush();
-    Ok(())
-}
-
-/// The front of a region as slices of the parts that it was made of.
-fn slices_of<'a>(region: Region, parts: impl Iterator<Item = &'a Bytes>) -> Vec<IoSlice<'a>> {
-    let mut slices = Vec::new();
-    let mut left = region;
-    for part in parts {
-        let whole = Region::of(part);
-        if left.len() == 0 || slices.len() == PARTS_MAX {
-            break;
-        }
-        if whole.len() > 0 && whole.contains(left.part(0..1)) {
-            let start = left.address() - whole.address();
-            let end = (start + left.len()).min(part.len());
-            slices.push(IoSlice::new(&part[start..end]));
-            left = left.part(end - start..left.len());
-        }
-    }
-    slices
-}
-
-/// The longest front of `parts` that is contiguous in memory, and how many parts that is.
-fn stretch(parts: &[Bytes]) -> Option<(Region, usize)> {
-    let mut region = Region::of(parts.first()?);
-    let mut count = 1;
-    for part in &parts[1..] {
-        match region.joined(Region::of(part)) {
-            Some(joined) => region = joined,
-            None if part.is_empty() => {}
-            None => break,
-        }
-        count += 1;
-    }
-    Some((region, count))
-}
-
-/// Small or unaligned parts on their way into bounce buffers.
-struct Gathered<'a> {
-    ops: &'a mut Vec<Op>,
-    offset: u64,
-    parts: Vec<Bytes>,
-    len: usize,
-}
-
-impl Gathered<'_> {
-    fn add(&mut self, mut bytes: Bytes) {
-        while !bytes.is_empty() {
-            let front = bytes.split_to(bytes.len().min(BOUNCE_MAX - self.len));
-            self.len += front.len();
-            self.parts.push(front);
-            if self.len == BOUNCE_MAX {
-                self.flush();
-            }
-        }
-    }
-
-    fn flush(&mut self) {
-        if self.len == 0 {
-            return;
-        }
-        let memory = Memory::Gather { parts: std::mem::take(&mut self.parts), bounce: None };
-        self.ops.push(Op { memory, ..Op::new(Kind::Write, self.offset, self.len as u64) });
-        self.offset += self.len as u64;
-        self.len = 0;
-    }
-}
-
-/// `0..len` in parts of [`TRANSFER_MAX`].
-fn parts_of(len: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len).step_by(TRANSFER_MAX).map(move |start| start..(start + TRANSFER_MAX).min(len))
-}
-
-/// Offsets are signed in the kernel, and the largest of them has a meaning of its own.
-fn check_end(offset: u64, len: u64) -> io::Result<()> {
-    let end = offset.checked_add(len).ok_or_else(outside)?;
-    match i64::try_from(end) {
-        Ok(end) if end < i64::MAX - BOUNCE_MAX as i64 => Ok(()),
-        _ => Err(outside()),
-    }
-}
-
-fn outside() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, "a transfer outside of its buffer or file")
 }
 
 #[cfg(test)]

@@ -3,9 +3,12 @@
 
 use std::sync::atomic::Ordering;
 
+use bytes::Bytes;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use super::op::{INTERRUPTS_MAX, SHORTAGES_MAX};
+use super::plan::TRANSFER_MAX;
 use super::*;
 
 const EINTR: i32 = 4;
