@@ -1,0 +1,137 @@
+//! Memory of the device and of the host, and copies between them.
+//!
+//! Invariant: memory is freed only once nothing that is in flight uses it. Called as the driver's.
+
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+
+use super::{DevicePointer, Guard, Handle, Needs, enter, host, issue, issue_and_wait};
+use crate::raw::{self};
+use crate::stream::Work;
+use crate::world::{Code, INVALID_VALUE, NOT_REGISTERED, OK, drain};
+
+driver! {
+    Context fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) |guard| {
+        raw::put(free, guard.free_bytes() as usize);
+        raw::put(total, guard.total as usize);
+        OK
+    }
+    Quiet fn cuMemAlloc_v2(pointer: *mut DevicePointer, bytes: usize) |guard| {
+        let mut guard = guard;
+        match guard.allocate(bytes as u64) {
+            Ok(address) => {
+                raw::put(pointer, address);
+                OK
+            }
+            Err(code) => code,
+        }
+    }
+    Quiet fn cuMemFree_v2(pointer: DevicePointer) |guard| {
+        let mut guard = drain(guard);
+        match guard.allocations.remove(&pointer) {
+            Some(_) => OK,
+            None => {
+                guard.violation(format!("device memory {pointer:x} was freed twice"));
+                INVALID_VALUE
+            }
+        }
+    }
+    Context fn cuMemAllocAsync(pointer: *mut DevicePointer, bytes: usize, _stream: Handle) |guard| {
+        let mut guard = guard;
+        match guard.allocate(bytes as u64) {
+            Ok(address) => {
+                raw::put(pointer, address);
+                OK
+            }
+            Err(code) => code,
+        }
+    }
+    Context fn cuMemFreeAsync(pointer: DevicePointer, stream: Handle) |guard| {
+        issue(guard, stream, Work::Free { address: pointer })
+    }
+    Quiet fn cuMemHostRegister_v2(pointer: Handle, bytes: usize, _flags: u32) |guard| {
+        let mut guard = guard;
+        guard.pin(host(pointer, bytes), false)
+    }
+    Quiet fn cuMemHostUnregister(pointer: Handle) |guard| {
+        let mut guard = guard;
+        let address = pointer.addr();
+        match guard.pinned.get(&address).cloned() {
+            Some(pinned) if !pinned.allocated => {
+                if guard.is_in_flight(pinned.memory) {
+                    guard.violation("host memory was unregistered under a copy in flight".into());
+                }
+                // As a card was seen to do: it waits for kernels, whatever memory they use.
+                guard = drain(guard);
+                guard.pinned.remove(&address);
+                OK
+            }
+            _ => NOT_REGISTERED,
+        }
+    }
+    Context fn cuMemHostAlloc(place: *mut Handle, bytes: usize, _flags: u32) |guard| {
+        let mut guard = guard;
+        // Given back by `cuMemFreeHost` alone.
+        let memory = Box::leak(vec![0_u8; bytes].into_boxed_slice());
+        let pointer: Handle = memory.as_mut_ptr().cast();
+        let code = guard.pin(host(pointer, bytes), true);
+        raw::put(place, pointer);
+        code
+    }
+    Context fn cuMemFreeHost(pointer: Handle) |guard| {
+        let mut guard = guard;
+        let address = pointer.addr();
+        match guard.pinned.get(&address).cloned() {
+            Some(pinned) if pinned.allocated => {
+                if guard.is_in_flight(pinned.memory) {
+                    guard.violation("host memory was freed under a copy in flight".into());
+                }
+                guard = drain(guard);
+                guard.pinned.remove(&address);
+                drop(guard);
+                let len = pinned.memory.len;
+                let memory = std::ptr::slice_from_raw_parts_mut(pointer.cast::<u8>(), len);
+                // SAFETY: it is the box that `cuMemHostAlloc` leaked, and it was in the table once.
+                drop(unsafe { Box::from_raw(memory) });
+                OK
+            }
+            _ => INVALID_VALUE,
+        }
+    }
+
+    Context fn cuMemcpyHtoDAsync_v2(
+        to: DevicePointer, from: *const c_void, bytes: usize, stream: Handle,
+    ) |guard| {
+        issue(guard, stream, Work::Up { to, from: host(from, bytes) })
+    }
+    Context fn cuMemcpyDtoHAsync_v2(
+        to: Handle, from: DevicePointer, bytes: usize, stream: Handle,
+    ) |guard| {
+        issue(guard, stream, Work::Down { to: host(to, bytes), from })
+    }
+    Context fn cuMemcpyDtoDAsync_v2(
+        to: DevicePointer, from: DevicePointer, bytes: usize, stream: Handle,
+    ) |guard| {
+        issue(guard, stream, Work::Copy { to, from, len: bytes as u64 })
+    }
+    Quiet fn cuMemcpyHtoD_v2(to: DevicePointer, from: *const c_void, bytes: usize) |guard| {
+        issue_and_wait(guard, Work::Up { to, from: host(from, bytes) })
+    }
+    Quiet fn cuMemcpyDtoH_v2(to: Handle, from: DevicePointer, bytes: usize) |guard| {
+        issue_and_wait(guard, Work::Down { to: host(to, bytes), from })
+    }
+    Context fn cuMemsetD8Async(to: DevicePointer, value: u8, bytes: usize, stream: Handle) |guard| {
+        issue(guard, stream, Work::Fill { to, pattern: vec![value], len: bytes as u64 })
+    }
+    Context fn cuMemsetD32Async(
+        to: DevicePointer, value: u32, count: usize, stream: Handle,
+    ) |guard| {
+        let pattern = value.to_le_bytes().to_vec();
+        issue(guard, stream, Work::Fill { to, pattern, len: count as u64 * 4 })
+    }
+    Quiet fn cuMemsetD8_v2(to: DevicePointer, value: u8, bytes: usize) |guard| {
+        issue_and_wait(guard, Work::Fill { to, pattern: vec![value], len: bytes as u64 })
+    }
+
+}
