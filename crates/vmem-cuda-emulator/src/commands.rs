@@ -8,7 +8,8 @@
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::world::{CHANGED, Code, OpKind, World, world};
+use crate::codes::Code;
+use crate::world::{CHANGED, OpKind, World, world};
 
 /// Carries out the line at `text`, and writes the answer to `answer`. Returns its whole length.
 ///

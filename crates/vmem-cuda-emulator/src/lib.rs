@@ -20,6 +20,7 @@
 //! Two copies of this crate meet in a test: the one that the test links, for `control`, and the
 //! shared library. They share no Rust type and no static, only lines of text.
 
+mod codes;
 mod commands;
 mod control;
 mod pages;

@@ -4,17 +4,21 @@
 //! after its effects. After a sticky error none has effects any more, and host functions are not
 //! called. Called by the symbols.
 
+mod work;
+
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::races::{Access, Clock};
-use crate::raw::{HostFunction, HostMemory};
-use crate::world::{
-    CAPTURE_INVALIDATED, CAPTURE_ISOLATION, CAPTURE_UNSUPPORTED, CHANGED, Capture, Code,
-    ILLEGAL_ADDRESS, IN_HOST_FUNCTION, INVALID_HANDLE, INVALID_VALUE, OK, OpKind, Reach, World,
-    wait, world,
+pub(crate) use work::Work;
+
+use crate::codes::{
+    CAPTURE_INVALIDATED, CAPTURE_ISOLATION, CAPTURE_UNSUPPORTED, Code, ILLEGAL_ADDRESS,
+    INVALID_HANDLE, INVALID_VALUE, OK,
 };
+use crate::races::Clock;
+use crate::raw::HostMemory;
+use crate::world::{CHANGED, Capture, IN_HOST_FUNCTION, OpKind, Reach, World, wait, world};
 
 /// One host function runs at a time, whatever its stream, as on a card: a slow one delays all
 /// others.
@@ -58,74 +62,6 @@ struct Op {
     work: Work,
     /// What its source held when it was issued, or that its destination was spoiled.
     watched: Option<u64>,
-}
-
-#[derive(Clone, Debug)]
-pub(crate) enum Work {
-    Up { to: u64, from: HostMemory },
-    Down { to: HostMemory, from: u64 },
-    Copy { to: u64, from: u64, len: u64 },
-    Fill { to: u64, pattern: Vec<u8>, len: u64 },
-    Kernel { name: &'static str, arguments: [u64; 4] },
-    HostFunction(HostFunction),
-    Record { event: u64 },
-    Wait { until: (u64, u64) },
-    Free { address: u64 },
-}
-
-impl Work {
-    fn kind(&self) -> OpKind {
-        match self {
-            Work::Up { .. } => OpKind::Up,
-            Work::Down { .. } => OpKind::Down,
-            Work::Copy { .. } | Work::Fill { .. } => OpKind::Within,
-            Work::Kernel { .. } => OpKind::Kernel,
-            Work::HostFunction(_) => OpKind::HostFunction,
-            Work::Record { .. } | Work::Wait { .. } | Work::Free { .. } => OpKind::Order,
-        }
-    }
-
-    fn name(&self) -> &'static str {
-        match self {
-            Work::Up { .. } => "a copy to the device",
-            Work::Down { .. } => "a copy from the device",
-            Work::Copy { .. } => "a copy within the device",
-            Work::Fill { .. } => "a fill",
-            Work::Kernel { name, .. } => name,
-            Work::HostFunction(_) => "a host function",
-            Work::Record { .. } | Work::Wait { .. } => "an event",
-            Work::Free { .. } => "a free",
-        }
-    }
-
-    fn host(&self) -> Option<HostMemory> {
-        match self {
-            Work::Up { from: memory, .. } | Work::Down { to: memory, .. } => Some(*memory),
-            _ => None,
-        }
-    }
-
-    /// What it does to device memory.
-    fn accesses(&self, world: &World) -> Vec<Access> {
-        let access =
-            |address: u64, len: u64, writes| Access { range: address..address + len, writes };
-        match *self {
-            Work::Up { to, from } => vec![access(to, from.len as u64, true)],
-            Work::Down { to, from } => vec![access(from, to.len as u64, false)],
-            Work::Copy { to, from, len } => vec![access(to, len, true), access(from, len, false)],
-            Work::Fill { to, len, .. } => vec![access(to, len, true)],
-            Work::Kernel { name, arguments: [a, b, c, _] } => match name {
-                "vmem_copy" | "vmem_slow_copy" => vec![access(a, c, true), access(b, c, false)],
-                "vmem_spin" => Vec::new(),
-                _ => vec![access(a, b, true)],
-            },
-            Work::Free { address } => {
-                let len = world.allocations.get(&address).map_or(0, |allocation| allocation.len);
-                vec![access(address, len, true)]
-            }
-            Work::HostFunction(_) | Work::Record { .. } | Work::Wait { .. } => Vec::new(),
-        }
-    }
 }
 
 /// Puts a stream into the world and starts its thread.

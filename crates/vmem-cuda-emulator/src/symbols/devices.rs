@@ -7,10 +7,9 @@
 use std::ffi::c_char;
 
 use super::{CONTEXT, Guard, Handle, Needs, address, enter, handle, host, is_device};
+use crate::codes::{Code, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, OK};
 use crate::raw::{self};
-use crate::world::{
-    CAPTURE_MODE, CURRENT, Code, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, OK, wait,
-};
+use crate::world::{CAPTURE_MODE, CURRENT, wait};
 
 driver! {
     Nothing fn cuDriverGetVersion(version: *mut i32) |_guard| {

@@ -7,9 +7,10 @@
 use std::ffi::c_void;
 
 use super::{DevicePointer, Guard, Handle, Needs, enter, host, issue, issue_and_wait};
+use crate::codes::{Code, INVALID_VALUE, NOT_REGISTERED, OK};
 use crate::raw::{self};
 use crate::stream::Work;
-use crate::world::{Code, INVALID_VALUE, NOT_REGISTERED, OK, drain};
+use crate::world::drain;
 
 driver! {
     Context fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) |guard| {

@@ -7,9 +7,9 @@
 use std::ffi::{c_char, c_void};
 
 use super::{Guard, Handle, Needs, address, enter, handle, issue};
+use crate::codes::{Code, INVALID_DEVICE_FUNCTION, INVALID_HANDLE, INVALID_VALUE, NOT_FOUND, OK};
 use crate::raw::{self};
 use crate::stream::Work;
-use crate::world::{Code, INVALID_DEVICE_FUNCTION, INVALID_HANDLE, INVALID_VALUE, NOT_FOUND, OK};
 
 fn load_module(mut guard: Guard, place: *mut Handle, image: *const c_void) -> Code {
     let Some(text) = raw::text(image.cast()) else { return INVALID_VALUE };

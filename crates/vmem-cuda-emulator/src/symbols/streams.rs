@@ -6,12 +6,12 @@
 #![allow(unsafe_code)]
 
 use super::{Guard, Handle, Needs, address, enter, handle, issue, stream_of};
+use crate::codes::{
+    CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, Code, INVALID_HANDLE, INVALID_VALUE, NOT_READY, OK,
+};
 use crate::raw::{self, HostFunction};
 use crate::stream::{self, Stream, Work};
-use crate::world::{
-    CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, CHANGED, Capture, Code, Event, INVALID_HANDLE,
-    INVALID_VALUE, NOT_READY, OK, World, wait,
-};
+use crate::world::{CHANGED, Capture, Event, World, wait};
 
 fn new_stream(mut guard: Guard, place: *mut Handle, flags: u32, priority: i32) -> Code {
     let number = guard.handle();

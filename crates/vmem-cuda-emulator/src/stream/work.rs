@@ -1,0 +1,76 @@
+//! What a stream does in its turn.
+//!
+//! Invariant: the accesses of a piece of work are all that it does to device memory. Called by the
+//! stream.
+
+use crate::races::Access;
+use crate::raw::{HostFunction, HostMemory};
+use crate::world::{OpKind, World};
+
+#[derive(Clone, Debug)]
+pub(crate) enum Work {
+    Up { to: u64, from: HostMemory },
+    Down { to: HostMemory, from: u64 },
+    Copy { to: u64, from: u64, len: u64 },
+    Fill { to: u64, pattern: Vec<u8>, len: u64 },
+    Kernel { name: &'static str, arguments: [u64; 4] },
+    HostFunction(HostFunction),
+    Record { event: u64 },
+    Wait { until: (u64, u64) },
+    Free { address: u64 },
+}
+
+impl Work {
+    pub(super) fn kind(&self) -> OpKind {
+        match self {
+            Work::Up { .. } => OpKind::Up,
+            Work::Down { .. } => OpKind::Down,
+            Work::Copy { .. } | Work::Fill { .. } => OpKind::Within,
+            Work::Kernel { .. } => OpKind::Kernel,
+            Work::HostFunction(_) => OpKind::HostFunction,
+            Work::Record { .. } | Work::Wait { .. } | Work::Free { .. } => OpKind::Order,
+        }
+    }
+
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Work::Up { .. } => "a copy to the device",
+            Work::Down { .. } => "a copy from the device",
+            Work::Copy { .. } => "a copy within the device",
+            Work::Fill { .. } => "a fill",
+            Work::Kernel { name, .. } => name,
+            Work::HostFunction(_) => "a host function",
+            Work::Record { .. } | Work::Wait { .. } => "an event",
+            Work::Free { .. } => "a free",
+        }
+    }
+
+    pub(super) fn host(&self) -> Option<HostMemory> {
+        match self {
+            Work::Up { from: memory, .. } | Work::Down { to: memory, .. } => Some(*memory),
+            _ => None,
+        }
+    }
+
+    /// What it does to device memory.
+    pub(super) fn accesses(&self, world: &World) -> Vec<Access> {
+        let access =
+            |address: u64, len: u64, writes| Access { range: address..address + len, writes };
+        match *self {
+            Work::Up { to, from } => vec![access(to, from.len as u64, true)],
+            Work::Down { to, from } => vec![access(from, to.len as u64, false)],
+            Work::Copy { to, from, len } => vec![access(to, len, true), access(from, len, false)],
+            Work::Fill { to, len, .. } => vec![access(to, len, true)],
+            Work::Kernel { name, arguments: [a, b, c, _] } => match name {
+                "vmem_copy" | "vmem_slow_copy" => vec![access(a, c, true), access(b, c, false)],
+                "vmem_spin" => Vec::new(),
+                _ => vec![access(a, b, true)],
+            },
+            Work::Free { address } => {
+                let len = world.allocations.get(&address).map_or(0, |allocation| allocation.len);
+                vec![access(address, len, true)]
+            }
+            Work::HostFunction(_) | Work::Record { .. } | Work::Wait { .. } => Vec::new(),
+        }
+    }
+}
