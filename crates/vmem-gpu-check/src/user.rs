@@ -6,13 +6,15 @@
 
 #![allow(unsafe_code)]
 
+mod machine;
+mod memory;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -21,6 +23,11 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use vmem::{GpuSelection, VirtualMemory, VirtualMemoryConfig, VirtualMemoryConfigBuilder};
 use vmem_cuda_emulator::Emulator;
+
+pub(crate) use machine::{
+    capture_until, current_context, describe, processor_time, without_context,
+};
+pub(crate) use memory::{DeviceMemory, Pinned};
 
 use crate::Options;
 
@@ -329,190 +336,4 @@ impl User {
         let context = self.context.clone();
         Ok(Pinned { address: address.cast(), len, mapped: true, context })
     }
-}
-
-/// Device memory of the user.
-pub(crate) struct DeviceMemory {
-    pub(crate) address: u64,
-    pub(crate) len: usize,
-    context: Arc<CudaContext>,
-}
-
-impl DeviceMemory {
-    /// What is in it after what was queued on the stream.
-    ///
-    /// # Errors
-    ///
-    /// What the driver says.
-    pub(crate) fn read(&self, stream: &CudaStream) -> Result<Vec<u8>> {
-        self.context.bind_to_thread()?;
-        let mut bytes = vec![0; self.len];
-        // SAFETY: the vector is alive until the stream was waited for below.
-        let copied =
-            unsafe { result::memcpy_dtoh_async(&mut bytes, self.address, stream.cu_stream()) };
-        let waited = stream.synchronize();
-        copied.context("reading device memory")?;
-        waited.context("reading device memory")?;
-        Ok(bytes)
-    }
-
-    /// Makes these its first bytes, and waits.
-    ///
-    /// # Errors
-    ///
-    /// What the driver says.
-    pub(crate) fn write(&self, bytes: &[u8], stream: &CudaStream) -> Result<()> {
-        ensure!(bytes.len() <= self.len, "more bytes than there is memory");
-        self.context.bind_to_thread()?;
-        // SAFETY: the source is alive until the stream was waited for below.
-        let copied = unsafe { result::memcpy_htod_async(self.address, bytes, stream.cu_stream()) };
-        let waited = stream.synchronize();
-        copied.context("writing device memory")?;
-        waited.context("writing device memory")
-    }
-}
-
-impl Drop for DeviceMemory {
-    fn drop(&mut self) {
-        let _ = self.context.bind_to_thread();
-        // SAFETY: allocated once; the driver waits for what uses it.
-        let _ = unsafe { result::free_sync(self.address) };
-    }
-}
-
-/// Host memory that the device reaches directly.
-pub(crate) struct Pinned {
-    address: *mut u8,
-    len: usize,
-    /// Mapped and registered, not allocated by the driver.
-    mapped: bool,
-    context: Arc<CudaContext>,
-}
-
-// SAFETY: nobody else has the memory, and the driver frees it on any thread.
-unsafe impl Send for Pinned {}
-
-impl Pinned {
-    /// Where it is, for copies that are waited for before it is looked at.
-    pub(crate) fn address(&self) -> *mut u8 {
-        self.address
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
-    pub(crate) fn bytes(&self) -> &[u8] {
-        // SAFETY: that long, initialised, and this type's own.
-        unsafe { std::slice::from_raw_parts(self.address, self.len) }
-    }
-
-    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.address, self.len) }
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        let _ = self.context.bind_to_thread();
-        if !self.mapped {
-            // SAFETY: allocated once, and whoever copies waits before dropping it.
-            let _ = unsafe { result::free_host(self.address.cast()) };
-            return;
-        }
-        // SAFETY: registered once, and whoever copies waits before dropping it.
-        let forgotten = unsafe { sys::cuMemHostUnregister(self.address.cast()) }.result();
-        if forgotten.is_ok() {
-            // SAFETY: mapped once, that long, and the device knows it no more.
-            unsafe { libc::munmap(self.address.cast(), self.len) };
-        }
-    }
-}
-
-/// Captures graphs, allocates and frees like a library that minds nobody, until it is stopped.
-/// Returns how many captures came to a good end.
-///
-/// # Errors
-///
-/// If a capture was broken by somebody else.
-pub(crate) fn capture_until(device: usize, stop: &AtomicBool) -> Result<usize> {
-    let user = User::new(device)?;
-    let memory = user.allocate(4096)?;
-    let mut captures = 0;
-    while !stop.load(Ordering::SeqCst) {
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
-        // SAFETY: a stream of this thread's own.
-        unsafe { result::stream::begin_capture(user.stream.cu_stream(), mode) }
-            .context("a capture")?;
-        std::thread::sleep(Duration::from_millis(2));
-        // SAFETY: the capture that was begun.
-        let graph = unsafe { result::stream::end_capture(user.stream.cu_stream()) };
-        graph.context("somebody broke the capture")?;
-        captures += 1;
-        drop(user.allocate(8192)?);
-        // SAFETY: memory of this function, which waits below.
-        unsafe { user.fill(memory.address, memory.len, 1, &user.stream) }?;
-        user.stream.synchronize()?;
-    }
-    Ok(captures)
-}
-
-/// The context of this thread; 0 if it has none.
-///
-/// # Errors
-///
-/// What the driver says.
-pub(crate) fn current_context() -> Result<usize> {
-    let current = result::ctx::get_current().context("the current context")?;
-    Ok(current.map_or(0, |context| context.addr()))
-}
-
-/// This thread has no context from now on.
-///
-/// # Errors
-///
-/// What the driver says.
-pub(crate) fn without_context() -> Result<()> {
-    // SAFETY: null is no context.
-    unsafe { result::ctx::set_current(std::ptr::null_mut()) }.context("leaving the context")
-}
-
-/// Processor time of this process so far.
-///
-/// # Errors
-///
-/// What the system says.
-pub(crate) fn processor_time() -> Result<Duration> {
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: a place for the result.
-    let told = unsafe { libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) };
-    ensure!(told == 0, "asking for processor time");
-    // SAFETY: it was filled in.
-    let usage = unsafe { usage.assume_init() };
-    let time = |time: libc::timeval| {
-        Duration::from_secs(time.tv_sec as u64) + Duration::from_micros(time.tv_usec as u64)
-    };
-    Ok(time(usage.ru_utime) + time(usage.ru_stime))
-}
-
-/// How the card is called, and which driver it has.
-///
-/// # Errors
-///
-/// What the driver says.
-pub(crate) fn describe(env: &Env) -> Result<serde_json::Value> {
-    let context = CudaContext::new(env.device).context("a context")?;
-    let name = context.name().context("its name")?;
-    let mut version = 0;
-    // SAFETY: a place for the number.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result().context("the driver's version")?;
-    context.bind_to_thread()?;
-    let (free, total) = result::mem_get_info().context("its memory")?;
-    let module = Path::new("/proc/driver/nvidia/version");
-    let module = std::fs::read_to_string(module).unwrap_or_default();
-    let module = module.lines().next().unwrap_or_default().to_owned();
-    Ok(serde_json::json!({
-        "card": name, "cuda": version, "driver": module, "free_bytes": free, "total_bytes": total,
-    }))
 }

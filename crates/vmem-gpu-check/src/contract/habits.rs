@@ -4,6 +4,7 @@
 
 use std::cell::RefCell;
 
+use super::memory::{Mapped, down, up};
 use super::*;
 
 /// A captured event is no end of work, and asking for one harms nobody for long.
