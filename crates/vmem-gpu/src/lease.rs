@@ -6,132 +6,24 @@
 //! that waits for it; where there is no event, the thread asks again. A drop waits for nothing.
 //! Called by users.
 
+mod leased;
+
 use std::any::Any;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use vmem_core::VirtualMemoryError;
-use vmem_core::backend::{
-    DeviceAccess, DeviceAnswer, DeviceError, DeviceRange, VramChange, VramHold,
-};
+use vmem_core::backend::{DeviceAccess, VramChange, VramHold};
 
+use self::leased::{Leased, Scope, answered, strayed};
 use crate::card::Card;
 use crate::ext::tier;
 use crate::lend::Lent;
 use crate::watch::{Answer, Keep};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
-
-/// What both kinds of leases have.
-#[derive(Debug)]
-struct Leased {
-    address: u64,
-    len: usize,
-    /// Made when a view is first asked for.
-    lent: OnceLock<Lent>,
-    stream: Arc<CudaStream>,
-    /// For the thread that waits; the store may be closed first.
-    access: DeviceAccess,
-    /// The memory outlives the store too. None once the lease has ended.
-    card: Option<Arc<Card>>,
-    /// Something uses it that the driver has not put into the order of the stream.
-    strays: AtomicBool,
-}
-
-impl Leased {
-    fn new(
-        access: &DeviceAccess,
-        stream: &Arc<CudaStream>,
-        range: Option<&DeviceRange>,
-    ) -> Result<Self> {
-        let card = Some(tier(access)?.card()?);
-        let (address, len) = range.map_or((0, 0), |range| (range.address(), range.len()));
-        let strays = AtomicBool::new(false);
-        Ok(Leased {
-            address,
-            len,
-            lent: OnceLock::new(),
-            stream: stream.clone(),
-            access: access.clone(),
-            card,
-            strays,
-        })
-    }
-
-    /// Whether it can end with others on this stream.
-    fn is_on(&self, stream: &CudaStream) -> bool {
-        self.stream.cu_stream() == stream.cu_stream() && !self.strays.load(Ordering::Relaxed)
-    }
-
-    fn view(&self) -> CudaView<'_, u8> {
-        self.lent().slice().slice(..)
-    }
-
-    fn view_mut(&mut self) -> CudaViewMut<'_, u8> {
-        self.lent();
-        let lent = self.lent.get_mut().expect("invariant: it was made just now");
-        lent.slice_mut().slice_mut(..)
-    }
-
-    fn lent(&self) -> &Lent {
-        self.lent.get_or_init(|| {
-            let card = self.card.as_ref().expect("invariant: a lease that has ended is not used");
-            Lent::new(card, &self.stream, self.address, self.len)
-        })
-    }
-
-    /// Keeps `keep` until the stream has come to where it is now, and the card as long, which so
-    /// does not go on a thread of the user's. Once.
-    fn release(&mut self, keep: Keep) -> DeviceAnswer<std::result::Result<(), DeviceError>> {
-        let ending = Ending { keeps: vec![keep], ..Ending::of(self) };
-        match ending.end() {
-            Some(answer) => answered(answer).boxed(),
-            None => futures::future::ready(Err(strayed())).boxed(),
-        }
-    }
-}
-
-async fn answered(answer: Answer) -> std::result::Result<(), DeviceError> {
-    answer.await.unwrap_or(Err(DeviceError::Closed))
-}
-
-fn strayed() -> DeviceError {
-    let message = "the memory of the lease is never reused";
-    DeviceError::Failed { operation: "ordering streams", code: 0, message: message.into() }
-}
-
-/// The calling thread's own stream in the order of that of a lease. However it ends: what was
-/// queued runs.
-struct Scope<'a> {
-    card: &'a Card,
-    stream: &'a CudaStream,
-    strays: &'a AtomicBool,
-    own: Arc<CudaStream>,
-}
-
-impl<'a> Scope<'a> {
-    fn enter(
-        card: &'a Option<Arc<Card>>,
-        stream: &'a Arc<CudaStream>,
-        strays: &'a AtomicBool,
-    ) -> Option<Self> {
-        let card = card.as_ref()?;
-        let own = stream.context().per_thread_stream();
-        card.order_or_wait(stream, &own);
-        Some(Scope { card, stream, strays, own })
-    }
-}
-
-impl Drop for Scope<'_> {
-    fn drop(&mut self) {
-        if !self.card.order_or_wait(&self.own, self.stream) && !self.card.is_dead() {
-            self.strays.store(true, Ordering::Relaxed);
-        }
-    }
-}
 
 /// Leases of one stream that end together.
 struct Ending {

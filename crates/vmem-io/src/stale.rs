@@ -70,14 +70,12 @@ impl Stale {
         }
         let mut batch = Vec::new();
         let mut bytes = 0;
-        let mut seen = 0;
         let mut end_reached = true;
-        for Range { start, end } in self.ranges.starting_at(self.cursor) {
+        for (seen, Range { start, end }) in self.ranges.starting_at(self.cursor).enumerate() {
             if seen == BATCH_RANGES_MAX || bytes >= BATCH_BYTES_MAX {
                 end_reached = false;
                 break;
             }
-            seen += 1;
             let first = start.next_multiple_of(PAGE_BYTES);
             let last = end - end % PAGE_BYTES;
             self.cursor = end;

@@ -7,7 +7,8 @@
 //! no range is punched while an extent that was written owns it: a write into a range that is
 //! being punched starts when the punch has ended. Called by core through [`DiskBackend`].
 
-use std::fmt;
+mod inner;
+
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -23,9 +24,12 @@ use vmem_core::backend::{
     StagingMemory, StoredChunk,
 };
 
+pub(crate) use self::inner::Inner;
+
+use self::inner::{failure, invalid};
 use crate::checksum::{checksums, settle};
 use crate::directory::StoreDirectory;
-use crate::driver::{Driver, Keep, is_closed};
+use crate::driver::{Driver, Keep};
 use crate::ledger::Ledger;
 use crate::plan;
 use crate::space::Space;
@@ -76,20 +80,6 @@ impl Taken {
     pub fn end(&self) -> u64 {
         self.ranges.last().map_or(0, |&(offset, footprint)| offset + u64::from(footprint))
     }
-}
-
-/// What extents keep alive.
-pub(crate) struct Inner {
-    pub(crate) driver: Arc<dyn Driver>,
-    pub(crate) ledger: Mutex<Ledger>,
-    /// Told when a punch has ended.
-    pub(crate) punched: Notify,
-    gate: Arc<SyncGate>,
-    closed: AtomicBool,
-    described: Arc<str>,
-    /// Below the driver, so that the file is closed before its directory goes.
-    directory: Mutex<Option<StoreDirectory>>,
-    pub(crate) me: Weak<Inner>,
 }
 
 impl DiskTier {
@@ -323,92 +313,5 @@ impl DiskBackend for DiskTier {
             closed.and(unnamed).and(given_back).map_err(|error| failure("close", Arc::new(error)))
         }
         .boxed()
-    }
-}
-
-impl Inner {
-    fn check_open(&self) -> Result<(), DiskError> {
-        match self.closed.load(Ordering::Acquire) {
-            true => Err(DiskError::Closed),
-            false => Ok(()),
-        }
-    }
-
-    fn check_write(&self, pieces: &[(Extent, Bytes)]) -> Result<(), DiskError> {
-        self.check_open()?;
-        let end = self.ledger.lock().space.end_bytes();
-        for (extent, payload) in pieces {
-            if payload.len() != extent.len() as usize {
-                return Err(invalid("write", "a chunk has not the length of its extent"));
-            }
-            if extent.runs().any(|run| run.offset + u64::from(run.footprint) > end) {
-                return Err(invalid("write", "an extent of another tier"));
-            }
-        }
-        Ok(())
-    }
-
-    fn check_read(&self, chunks: &[ReadChunk], buf: &IoBuf) -> Result<(), DiskError> {
-        self.check_open()?;
-        let fits = |chunk: &ReadChunk| {
-            let end = chunk.at.checked_add(chunk.extent.len() as usize);
-            end.is_some_and(|end| end <= buf.len())
-        };
-        match chunks.iter().all(fits) {
-            true => Ok(()),
-            false => Err(invalid("read", "a chunk has no place in the buffer")),
-        }
-    }
-
-    async fn failed(
-        &self,
-        operation: &'static str,
-        source: Arc<io::Error>,
-        requested: u64,
-    ) -> DiskError {
-        use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-        if !matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge) {
-            return failure(operation, source);
-        }
-        self.reclaim().await;
-        let usage = self.ledger.lock().space.usage();
-        DiskError::Full {
-            requested_bytes: requested,
-            free_bytes: usage.capacity_bytes - usage.used_bytes,
-            source: Some(source),
-        }
-    }
-}
-
-impl ExtentOwner for Inner {
-    fn release(&self, offset: u64, footprint: u32) {
-        let mut ledger = self.ledger.lock();
-        ledger.space.release(offset, footprint);
-        if !self.closed.load(Ordering::Acquire) {
-            ledger.stale.add(offset..offset + u64::from(footprint));
-            drop(ledger);
-            self.pump();
-        }
-    }
-}
-
-fn failure(operation: &'static str, source: Arc<io::Error>) -> DiskError {
-    match is_closed(&source) {
-        true => DiskError::Closed,
-        false => DiskError::Io { operation, source },
-    }
-}
-
-fn invalid(operation: &'static str, why: &'static str) -> DiskError {
-    failure(operation, Arc::new(io::Error::new(io::ErrorKind::InvalidInput, why)))
-}
-
-impl fmt::Debug for Inner {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DiskTier")
-            .field("driver", &self.driver)
-            .field("usage", &self.ledger.lock().space.usage())
-            .field("closed", &self.closed)
-            .finish()
     }
 }

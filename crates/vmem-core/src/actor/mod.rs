@@ -278,8 +278,8 @@ impl Actor {
     }
 
     /// Waits for kernels as long as anybody waits for anything, and as long again for what is on
-    /// its way to the host then. The version before a kernel that does not end stays the current one; its
-    /// device memory is kept by whoever waits for its event.
+    /// its way to the host then. The version before a kernel that does not end stays the current
+    /// one; its device memory is kept by whoever waits for its event.
     async fn end_kernels(&mut self) {
         self.wait_for_kernels().await;
         // Leases that are still held can publish nothing any more.

@@ -6,9 +6,8 @@
 
 use std::fmt;
 
-use super::{
-    GpuSelection, IoDriver, VirtualMemoryConfig, VirtualMemoryConfigBuilder, at_least, refuse,
-};
+use super::builder::{at_least, refuse};
+use super::{GpuSelection, IoDriver, VirtualMemoryConfig, VirtualMemoryConfigBuilder};
 use crate::error::VirtualMemoryError;
 
 /// How much of something a store may use.

@@ -7,6 +7,7 @@
 //!
 //! Handles hold objects; the table, the actor and the migrations borrow them.
 
+mod changed_on_device;
 mod disk_map;
 mod flight;
 mod gate;

@@ -5,14 +5,11 @@
 //! every range invalid in the same step, but the one that a kernel wrote. Changed by the holder of
 //! the gate only; whoever uses a range holds a share of it, whose end wakes who waits for that.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use bytes::Bytes;
 use smallvec::SmallVec;
 
-use super::{DiskMap, GatePass, Inner, Object};
-use crate::copy::{Found, OwnedCopy};
+use super::{GatePass, Inner, Object};
 use crate::device::DeviceRange;
 use crate::memory_tier::MemoryTier;
 use crate::policy::{Entry, Probe, Token};
@@ -34,12 +31,12 @@ pub(super) struct OnDevice {
 
 /// A range of device memory, and what the policy of the tier calls it.
 #[derive(Debug)]
-struct Place {
-    range: DeviceRange,
-    is_valid: bool,
-    token: Token,
+pub(super) struct Place {
+    pub(super) range: DeviceRange,
+    pub(super) is_valid: bool,
+    pub(super) token: Token,
     /// The accesses that the policy has seen.
-    seen: u32,
+    pub(super) seen: u32,
 }
 
 /// Ranges that were taken out of the object, for `Object::left_devices`.
@@ -65,11 +62,11 @@ impl Inner {
         &mut devices[at]
     }
 
-    fn place(&self, device: usize) -> Option<&Place> {
+    pub(super) fn place(&self, device: usize) -> Option<&Place> {
         self.on(device)?.place.as_ref()
     }
 
-    fn place_mut(&mut self, device: usize) -> Option<&mut Place> {
+    pub(super) fn place_mut(&mut self, device: usize) -> Option<&mut Place> {
         self.on_mut(device)?.place.as_mut()
     }
 
@@ -293,70 +290,6 @@ impl Object {
     /// Whether a copy or a kernel uses its memory on this device right now; a hint.
     pub(crate) fn is_used_on(&self, device: usize) -> bool {
         self.inner.lock().place(device).is_some_and(|place| !place.range.is_idle())
-    }
-
-    // ---- Changes by kernels ------------------------------------------------------------------
-
-    /// The current copy, or the space, on this device for somebody who will write to it: from now
-    /// on it is not the current version. None if somebody else uses it.
-    pub(crate) fn claim_on(&self, _pass: &GatePass, device: usize) -> Option<DeviceRange> {
-        let mut inner = self.inner.lock();
-        let place = inner.place_mut(device)?;
-        if !place.range.is_idle() {
-            return None;
-        }
-        place.is_valid = false;
-        Some(place.range.share())
-    }
-
-    /// What was claimed was not written: it is as it was.
-    pub(crate) fn restore_on(&self, _pass: &GatePass, device: usize, was_valid: bool) {
-        if let Some(place) = self.inner.lock().place_mut(device) {
-            place.is_valid = was_valid;
-        }
-    }
-
-    /// Hides the version that is in host memory or on disk until what a kernel wrote on this device
-    /// is published, or was given up. Whoever reads already goes on. Returns the host copy.
-    pub(crate) fn begin_pending(&self, _pass: &GatePass, device: usize) -> Option<Bytes> {
-        let before = self.standing();
-        let old = match self.copy.acquire(&self.shared.copies) {
-            Found::Copy(guard) => Some(guard.into_bytes()),
-            Found::Locked | Found::Nothing => None,
-        };
-        let flight = {
-            let mut inner = self.inner.lock();
-            inner.pending = Some(device);
-            self.copy.detach(&self.shared.copies);
-            // A read that comes now does not join one of the version before.
-            inner.flight.take()
-        };
-        drop(flight);
-        self.leave_order();
-        self.count_change(before);
-        if self.has_spare() {
-            self.enter_order(false);
-        }
-        old
-    }
-
-    /// What a kernel wrote is the current version: in device memory, and here in host memory.
-    pub(crate) fn publish_changed(self: &Arc<Self>, pass: &GatePass, copy: OwnedCopy) {
-        self.publish(pass, Some(copy), DiskMap::clear);
-        self.inner.lock().pending = None;
-    }
-
-    /// Whether what a kernel wrote is on its way.
-    pub(crate) fn is_pending(&self) -> bool {
-        self.inner.lock().pending.is_some()
-    }
-
-    /// The version before is the current one again; `old` is its host copy if it had one.
-    pub(crate) fn give_up_pending(self: &Arc<Self>, pass: &GatePass, old: Option<OwnedCopy>) {
-        if let Some(old) = old {
-            self.publish_fetched(pass, old, false);
-        }
-        self.inner.lock().pending = None;
     }
 
     // ---- Holds -----------------------------------------------------------------------------

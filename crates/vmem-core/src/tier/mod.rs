@@ -11,6 +11,7 @@ mod link;
 mod need;
 mod queue;
 mod state;
+mod waiters;
 
 pub(crate) use device::{Device, DeviceSpace};
 pub(crate) use holds::{Hold, Holds};

@@ -15,72 +15,18 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use futures::FutureExt;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::need::{Answer, Served};
+use super::waiters::{BLOCK_MAX, Waiter, Waiters};
 use super::{Class, Grant, Need, NoSpace, Refused, Space, Wanted};
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::parcel::{Delivery, Parcel, Unclaimed, Unkept, parcel};
 use crate::wake::Wake;
-
-/// How often smaller requests may pass the first one that does not fit.
-const PASSES_MAX: u32 = 64;
-/// How long a request that was passed so often keeps smaller ones from space that it cannot use.
-const BLOCK_MAX: Duration = Duration::from_millis(100);
-
-struct Waiter<S: Space> {
-    ticket: u64,
-    need: Need,
-    footprint: u64,
-    passed: u32,
-    /// Since when nothing passes it.
-    blocks_since: Option<Instant>,
-    deadline: Deadline,
-    reply: Delivery<Answer<S>>,
-}
-
-impl<S: Space> Waiter<S> {
-    /// Whether a smaller request may pass it now; one that does is counted with `pass`.
-    fn may_be_passed(&mut self) -> bool {
-        if self.blocks_since.is_some_and(|since| since.elapsed() >= BLOCK_MAX) {
-            (self.passed, self.blocks_since) = (0, None);
-        }
-        self.passed < PASSES_MAX
-    }
-
-    fn pass(&mut self) {
-        self.passed += 1;
-        if self.passed == PASSES_MAX {
-            self.blocks_since = Some(Instant::now());
-        }
-    }
-}
-
-struct Waiters<S: Space> {
-    next_ticket: u64,
-    demand: VecDeque<Waiter<S>>,
-    prefetch: VecDeque<Waiter<S>>,
-    /// Nobody makes space any more.
-    closed: bool,
-}
-
-impl<S: Space> Waiters<S> {
-    fn of(&mut self, class: Class) -> &mut VecDeque<Waiter<S>> {
-        match class {
-            Class::Demand => &mut self.demand,
-            Class::Prefetch => &mut self.prefetch,
-        }
-    }
-
-    fn len(&self) -> usize {
-        self.demand.len() + self.prefetch.len()
-    }
-}
 
 /// The space of one tier with its queue.
 pub(crate) struct Queue<S: Space> {

@@ -1,6 +1,7 @@
 //! A user's own memory, on the device and pinned on the host.
 //!
-//! Invariant: it is freed in the context that it was taken in, by its only owner. Taken from `User`.
+//! Invariant: it is freed in the context that it was taken in, by its only owner. Taken from
+//! `User`.
 
 #![allow(unsafe_code)]
 

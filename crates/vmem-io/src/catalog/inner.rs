@@ -5,14 +5,13 @@
 //! commit that fails takes the database away from it rather than wait. Called by the catalog on its
 //! threads.
 
+use std::fs::File;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-
-use std::fs::File;
-use std::io;
 
 use parking_lot::{Mutex, RwLock};
 use redb::{Builder, Database};
@@ -20,9 +19,10 @@ use vmem_core::VirtualMemoryError;
 use vmem_core::backend::CatalogChange;
 
 use super::Result;
+use super::audit::{Summary, summary};
 use super::rows::{self, Head};
 use super::storage::{Overlay, Storage};
-use super::tables::{self, Failure, Summary};
+use super::tables::{self, Failure};
 use crate::directory::{CATALOG_FILE, Files, Identity, Tally, UNFINISHED_FILE};
 use crate::tier::Taken;
 
@@ -123,7 +123,7 @@ impl Inner {
             let mut builder = self.builder();
             builder.set_check_integrity_on_open(true);
             let looked_at = Overlay::over(storage.clone()).map_err(Failure::Io)?;
-            tables::summary(&builder.create_with_backend(looked_at)?)
+            summary(&builder.create_with_backend(looked_at)?)
         });
         let Summary { head, taken } =
             verified.map_err(|error| self.with_salvage(error, storage.clone()))?;

@@ -9,6 +9,7 @@
 //! simulated below it. Of the others looked at, SQLite and LMDB bring C and no checksums, fjall
 //! many files and background threads of its own.
 
+mod audit;
 mod inner;
 mod rows;
 mod snapshot;

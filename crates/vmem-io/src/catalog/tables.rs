@@ -4,7 +4,6 @@
 //! object and has a version, no two to or of the same; each object has all of its segments, and no
 //! segment is without one. Called by the catalog on its threads.
 
-use std::collections::{HashMap, HashSet};
 use std::io::ErrorKind;
 use std::ops::Bound;
 use std::path::Path;
@@ -13,14 +12,15 @@ use std::sync::Arc;
 use redb::{Database, ReadableDatabase, ReadableTable, Table, TableDefinition, WriteTransaction};
 use vmem_core::VirtualMemoryError;
 use vmem_core::backend::{
-    CHUNK_BYTES, CatalogChange, CatalogObject, CatalogRecord, Run, SEGMENT_CHUNKS,
+    CHUNK_BYTES, CatalogChange, CatalogObject, CatalogRecord, SEGMENT_CHUNKS,
 };
 
 use super::rows::{self, FORMAT, Head};
 
 const HEAD: TableDefinition<'static, &[u8], &[u8]> = TableDefinition::new("head");
-const NAMES: TableDefinition<'static, &[u8], &[u8]> = TableDefinition::new("names");
-const CHUNKS: TableDefinition<'static, (u64, u32), &[u8]> = TableDefinition::new("chunks");
+pub(super) const NAMES: TableDefinition<'static, &[u8], &[u8]> = TableDefinition::new("names");
+pub(super) const CHUNKS: TableDefinition<'static, (u64, u32), &[u8]> =
+    TableDefinition::new("chunks");
 
 const HEAD_KEY: &[u8] = b"store";
 
@@ -68,21 +68,13 @@ impl<E: Into<redb::Error>> From<E> for Failure {
     }
 }
 
-fn flaw(of: impl std::fmt::Display, flaw: rows::Flaw) -> Failure {
+pub(super) fn flaw(of: impl std::fmt::Display, flaw: rows::Flaw) -> Failure {
     Failure::Damaged(format!("{of}: {flaw}"))
 }
 
-fn text(name: &[u8]) -> Result<Arc<str>, Failure> {
+pub(super) fn text(name: &[u8]) -> Result<Arc<str>, Failure> {
     let name = std::str::from_utf8(name).map_err(|_| flaw("a name", "is no text"))?;
     Ok(name.into())
-}
-
-/// What all rows say together.
-#[derive(Debug)]
-pub(super) struct Summary {
-    pub(super) head: Head,
-    /// Offset and footprint of every extent, in bytes, in the order of the file.
-    pub(super) taken: Vec<(u64, u32)>,
 }
 
 /// Begins an empty catalog.
@@ -187,13 +179,13 @@ fn forget(chunks: &mut Chunks<'_>, record: &CatalogRecord) -> Result<(), Failure
 }
 
 /// An object of no bytes has a segment too.
-fn segment_count(len: u64) -> u32 {
+pub(super) fn segment_count(len: u64) -> u32 {
     let chunks = len.div_ceil(CHUNK_BYTES as u64);
     u32::try_from(chunks.div_ceil(SEGMENT_CHUNKS as u64).max(1)).unwrap_or(u32::MAX)
 }
 
 /// How many chunks a segment of an object has.
-fn chunks_in(len: u64, segment: u32) -> usize {
+pub(super) fn chunks_in(len: u64, segment: u32) -> usize {
     let chunks = len.div_ceil(CHUNK_BYTES as u64) as usize;
     chunks.saturating_sub(segment as usize * SEGMENT_CHUNKS).min(SEGMENT_CHUNKS)
 }
@@ -269,68 +261,6 @@ pub(super) fn head(db: &Database) -> Result<Head, Failure> {
         return Err(Failure::Format(head.format));
     }
     Ok(head)
-}
-
-/// Reads every row once.
-///
-/// # Errors
-///
-/// `Damaged` for the first row that is not what was written, or rows that do not fit each other.
-pub(super) fn summary(db: &Database) -> Result<Summary, Failure> {
-    let head = head(db)?;
-    let transaction = db.begin_read()?;
-    // How many segments of each version are still to come.
-    let mut due: HashMap<u64, (u64, u32)> = HashMap::new();
-    let mut versions: HashSet<u64> = HashSet::new();
-    for row in transaction.open_table(NAMES)?.iter()? {
-        let (name, record) = row?;
-        let record =
-            rows::decode_record(name.value(), record.value()).map_err(|why| flaw("a name", why))?;
-        text(name.value())?;
-        let segments = segment_count(record.len);
-        let used = due.insert(record.id, (record.len, segments)).is_some();
-        if used || !versions.insert(record.version) || record.id.max(record.version) >= head.next_id
-        {
-            return Err(flaw(format!("version {}", record.version), "is another one's"));
-        }
-    }
-    if due.len() as u64 != head.names {
-        let found = due.len();
-        let names = head.names;
-        return Err(Failure::Damaged(format!("{found} of {names} names are there")));
-    }
-    let mut taken = Vec::with_capacity(due.len());
-    for row in transaction.open_table(CHUNKS)?.iter()? {
-        let (key, places) = row?;
-        let (id, segment) = key.value();
-        let bad = |why| flaw(format!("segment {segment} of object {id}"), why);
-        let places = rows::decode_segment((id, segment), places.value()).map_err(bad)?;
-        let (len, left) = due.get_mut(&id).ok_or_else(|| bad("has no name"))?;
-        if segment >= segment_count(*len) || places.len() != chunks_in(*len, segment) {
-            return Err(bad("has another length"));
-        }
-        *left -= 1;
-        let whole_blocks = |run: &Run| {
-            run.offset.is_multiple_of(head.block_bytes.into())
-                && run.footprint.is_multiple_of(head.block_bytes)
-        };
-        for run in places.into_iter().flatten().flat_map(|chunk| chunk.runs) {
-            if !whole_blocks(&run) {
-                return Err(bad("is not of whole blocks"));
-            }
-            taken.push((run.offset, run.footprint));
-        }
-    }
-    if due.values().any(|&(_, left)| left > 0) {
-        return Err(flaw("an object", "has not all of its segments"));
-    }
-    drop(due);
-    taken.sort_unstable();
-    let overlap = taken.windows(2).any(|two| two[0].0 + u64::from(two[0].1) > two[1].0);
-    if overlap {
-        return Err(flaw("two objects", "have the same space"));
-    }
-    Ok(Summary { head, taken })
 }
 
 /// Calls `each` for every name whose rows are whole, in order, up to the first error that it

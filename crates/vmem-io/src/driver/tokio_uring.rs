@@ -10,7 +10,8 @@
 
 #![allow(unsafe_code)]
 
-use std::cell::RefCell;
+mod run;
+
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
@@ -26,20 +27,17 @@ use std::thread::{self, JoinHandle, ThreadId};
 use futures::FutureExt;
 use futures::executor::block_on;
 use futures::future::BoxFuture;
-use futures::stream::{FuturesUnordered, StreamExt};
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
-use rustix::fs::FallocateFlags;
 use tokio::sync::Notify;
-use tokio_uring::buf::{IoBuf, IoBufMut};
 use vmem_core::backend::StagingMemory;
 
+use self::run::{Counted, Running, run_job};
+use super::RingOptions;
 use super::closed_error;
 use super::direct::Alignment;
-use super::job::{self, Job, Kind, Step, Submission};
-use super::memory::Region;
+use super::job::{self, Job};
 use super::queued::{Engine, Queued};
-use super::{RETRY_AFTER, RingOptions};
 
 /// Entries of the submission queue; the completion queue has twice as many.
 const ENTRIES: u32 = 512;
@@ -315,116 +313,4 @@ async fn serve(lane: &Arc<Lane>, file: tokio_uring::fs::File) {
     while running.count.get() > 0 {
         running.bell.notified().await;
     }
-}
-
-/// Jobs of this thread that are not over.
-#[derive(Default)]
-struct Running {
-    count: std::cell::Cell<usize>,
-    bell: Notify,
-}
-
-struct Counted(Rc<Running>);
-
-impl Counted {
-    fn new(running: &Rc<Running>) -> Self {
-        running.count.set(running.count.get() + 1);
-        Counted(Rc::clone(running))
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.count.set(self.0.count.get() - 1);
-        self.0.bell.notify_one();
-    }
-}
-
-/// Runs the wave of one job and delivers it.
-async fn run_job(file: &tokio_uring::fs::File, job: Box<Job>) {
-    let job = RefCell::new(job);
-    let first = job.borrow_mut().start_op();
-    if let Some(first) = first {
-        let more = job.borrow().can_start();
-        if more {
-            let mut running = FuturesUnordered::new();
-            running.push(run_op(file, &job, first));
-            loop {
-                while let Some(op) = { job.borrow_mut().start_op() } {
-                    running.push(run_op(file, &job, op));
-                }
-                if running.next().await.is_none() {
-                    break;
-                }
-            }
-        } else {
-            // The usual job is one operation.
-            run_op(file, &job, first).await;
-        }
-    }
-    job.into_inner().deliver();
-}
-
-/// Runs one operation of a job, which counts as running, to its end.
-async fn run_op(file: &tokio_uring::fs::File, job: &RefCell<Box<Job>>, op: usize) {
-    loop {
-        let submission = job.borrow().submission(op);
-        let result = submit(file, submission).await;
-        let step = job.borrow_mut().complete(op, result);
-        match step {
-            Step::Ended => return,
-            Step::Again => {}
-            Step::Later => tokio::time::sleep(RETRY_AFTER).await,
-        }
-    }
-}
-
-/// One attempt: a count, or an errno below zero, as the kernel says it.
-async fn submit(file: &tokio_uring::fs::File, submission: Submission) -> i32 {
-    let Submission { kind, offset, len, memory } = submission;
-    let memory = memory.map(Lent);
-    let result = match (kind, memory) {
-        (Kind::Read, Some(memory)) => file.read_at(memory, offset).await.0,
-        (Kind::Write, Some(memory)) => file.write_at(memory, offset).submit().await.0,
-        (Kind::Punch, _) => {
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            file.fallocate(offset, len, flags.bits() as i32).await.map(|()| 0)
-        }
-        (Kind::Sync, _) => file.sync_data().await.map(|()| 0),
-        (Kind::Read | Kind::Write, None) => Ok(0),
-    };
-    match result {
-        Ok(count) => i32::try_from(count).unwrap_or(i32::MAX),
-        // tokio-uring itself refuses only when its queue cannot be submitted.
-        Err(error) => -error.raw_os_error().unwrap_or(rustix::io::Errno::AGAIN.raw_os_error()),
-    }
-}
-
-/// Memory of a job, lent to one operation.
-struct Lent(Region);
-
-// SAFETY: the address is stable, and the memory is valid and initialised for `len` bytes until the
-// operation has completed: the job owns it, is on this thread until then, and leaks it if it is
-// dropped before.
-unsafe impl IoBuf for Lent {
-    fn stable_ptr(&self) -> *const u8 {
-        std::ptr::with_exposed_provenance(self.0.address())
-    }
-
-    fn bytes_init(&self) -> usize {
-        self.0.len()
-    }
-
-    fn bytes_total(&self) -> usize {
-        self.0.len()
-    }
-}
-
-// SAFETY: as above; and only regions of buffers that the job has exclusively are read into.
-unsafe impl IoBufMut for Lent {
-    fn stable_mut_ptr(&mut self) -> *mut u8 {
-        std::ptr::with_exposed_provenance_mut(self.0.address())
-    }
-
-    unsafe fn set_init(&mut self, _pos: usize) {}
 }

@@ -1,6 +1,7 @@
 //! The driver's copies of many pieces in one call, in the two forms that drivers have.
 //!
-//! Invariant: nothing is copied by a function whose form the driver did not name. Called by the link.
+//! Invariant: nothing is copied by a function whose form the driver did not name. Called by the
+//! link.
 
 #![allow(unsafe_code)]
 

@@ -11,6 +11,7 @@
 
 #![allow(clippy::vec_box, reason = "jobs change hands as pointers")]
 
+mod lane;
 mod ring;
 
 use std::cell::Cell;
@@ -21,7 +22,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::FutureExt;
 use futures::channel::oneshot;
@@ -29,11 +30,11 @@ use futures::future::{BoxFuture, join_all};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use vmem_core::backend::StagingMemory;
 
-use self::ring::{Ring, same};
+use self::lane::{Lane, State};
+use self::ring::Ring;
 use super::closed_error;
 use super::direct::Alignment;
 use super::job::{self, Job};
@@ -91,25 +92,6 @@ pub(super) fn prove(trial: File, alignment: Alignment) -> io::Result<()> {
 pub struct Reactor {
     lanes: Box<[Arc<Lane>]>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
-}
-
-/// One ring, and what it takes to wait for it.
-struct Lane {
-    state: Mutex<State>,
-    /// Rung for the task of the lane: something is to be tried again, or the lane closes.
-    kick: Notify,
-    /// Rung when a closing lane has no jobs any more.
-    idle: Notify,
-}
-
-struct State {
-    /// Gone once the lane is closed.
-    ring: Option<Ring>,
-    closing: bool,
-    /// Why the kernel takes nothing any more.
-    refusal: Option<io::Error>,
-    /// Since when it has left something that was submitted.
-    stuck_since: Option<Instant>,
 }
 
 impl Reactor {
@@ -214,172 +196,6 @@ async fn drop_apart<T: Send + 'static>(value: T) {
 impl fmt::Debug for Reactor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Reactor").field("lanes", &self.lanes).finish_non_exhaustive()
-    }
-}
-
-impl Lane {
-    fn new(ring: Ring) -> Self {
-        Lane {
-            state: Mutex::new(State {
-                ring: Some(ring),
-                closing: false,
-                refusal: None,
-                stuck_since: None,
-            }),
-            kick: Notify::new(),
-            idle: Notify::new(),
-        }
-    }
-
-    /// Submits a job and takes what is complete, which may be the same job.
-    fn start(&self, mut state: MutexGuard<'_, State>, job: Box<Job>) {
-        if let Err(error) = state.accepts() {
-            drop(state);
-            return job.refuse(error);
-        }
-        if let Some(ring) = &mut state.ring {
-            ring.insert(job);
-        }
-        self.turn(state);
-    }
-
-    /// Submits what is to be submitted, and takes what is complete until there is no more of
-    /// either. Jobs that are over are delivered with the lock released.
-    fn turn(&self, mut state: MutexGuard<'_, State>) {
-        let mut over = Vec::new();
-        state.turn(&mut over);
-        let kick = state.ring.as_ref().is_some_and(Ring::wants_retry);
-        let idle = state.is_idle();
-        drop(state);
-        over.into_iter().for_each(Job::deliver);
-        if kick {
-            self.kick.notify_one();
-        }
-        if idle {
-            self.idle.notify_waiters();
-        }
-    }
-
-    fn begin_close(&self) {
-        let mut state = self.state.lock();
-        state.closing = true;
-        self.turn(state);
-        self.kick.notify_one();
-    }
-
-    /// Waits until a lane that closes has no jobs, and takes its ring away.
-    async fn closed(&self) -> Option<Ring> {
-        loop {
-            let idle = self.idle.notified();
-            tokio::pin!(idle);
-            idle.as_mut().enable();
-            if let Some(ring) = self.take_idle_ring() {
-                return Some(ring);
-            }
-            if self.is_gone() {
-                return None;
-            }
-            idle.await;
-        }
-    }
-
-    fn take_idle_ring(&self) -> Option<Ring> {
-        let mut state = self.state.lock();
-        if state.is_idle() { state.ring.take() } else { None }
-    }
-
-    /// Waits for all jobs, blocking, with nobody's help; then drops the ring.
-    fn drain(&self) {
-        while !self.is_gone() {
-            if let Some(ring) = self.take_idle_ring() {
-                drop(ring);
-                break;
-            }
-            let mut over = Vec::new();
-            let refused = {
-                let mut state = self.state.lock();
-                state.turn(&mut over);
-                let waiting = over.is_empty() && !state.is_idle();
-                let ring = state.ring.as_mut().filter(|_| waiting);
-                ring.is_some_and(|ring| ring.wants_retry() || ring.submit_and_wait().is_err())
-            };
-            over.into_iter().for_each(Job::deliver);
-            if refused {
-                thread::sleep(RETRY_AFTER);
-                self.retry();
-            }
-        }
-        self.idle.notify_waiters();
-    }
-
-    fn retry(&self) {
-        let mut state = self.state.lock();
-        if let Some(ring) = &mut state.ring {
-            ring.unpark();
-        }
-        self.turn(state);
-    }
-
-    /// Whether its ring was taken away, after which there is nothing to do.
-    fn is_gone(&self) -> bool {
-        self.state.lock().ring.is_none()
-    }
-
-    /// Whether its task is needed no more, and else whether something is to be tried again.
-    fn outlook(&self) -> (bool, bool) {
-        let state = self.state.lock();
-        let retry = state.ring.as_ref().is_some_and(Ring::wants_retry);
-        (state.ring.is_none() || state.is_idle(), retry)
-    }
-}
-
-impl State {
-    fn accepts(&self) -> io::Result<()> {
-        match (&self.refusal, self.closing || self.ring.is_none()) {
-            (_, true) => Err(closed_error()),
-            (Some(refusal), false) => Err(same(refusal)),
-            (None, false) => Ok(()),
-        }
-    }
-
-    /// It closes, and has no jobs.
-    fn is_idle(&self) -> bool {
-        self.closing && self.ring.as_ref().is_some_and(|ring| ring.jobs() == 0)
-    }
-
-    fn turn(&mut self, over: &mut Vec<Box<Job>>) {
-        let Some(ring) = &mut self.ring else { return };
-        loop {
-            let outcome = ring.submit();
-            let more = ring.reap(over);
-            if !ring.has_unsent() {
-                self.stuck_since = None;
-            } else if self.stuck_since.is_none() {
-                self.stuck_since = Some(Instant::now());
-            }
-            let refusal = match (outcome, self.stuck_since) {
-                (Err(refusal), _) => refusal,
-                (Ok(()), Some(since)) if since.elapsed() > STUCK_MAX => {
-                    io::ErrorKind::ResourceBusy.into()
-                }
-                (Ok(()), None) if more => continue,
-                (Ok(()), _) => return,
-            };
-            tracing::error!(error = %refusal, "io_uring takes no more operations");
-            ring.give_up(&refusal, over);
-            self.refusal = Some(refusal);
-            return;
-        }
-    }
-}
-
-impl fmt::Debug for Lane {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut lane = f.debug_struct("Lane");
-        if let Some(state) = self.state.try_lock() {
-            lane.field("ring", &state.ring).field("closing", &state.closing);
-        }
-        lane.finish_non_exhaustive()
     }
 }
 

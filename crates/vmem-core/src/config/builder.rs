@@ -1,0 +1,222 @@
+//! The builder of a configuration, which checks what it is given.
+//!
+//! Invariant: what `build` returns is within the limits that the parent module names. Called by
+//! users, and by `file` and `budget`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{
+    Budget, GPUS_MAX, GpuSelection, HOST_CAPACITY_MIN, IoDriver, Promotion, STAGING_CAPACITY_MIN,
+    STREAM_CAPACITY_MIN, VirtualMemoryConfig, VirtualMemoryConfigBuilder,
+};
+use crate::error::VirtualMemoryError;
+use crate::policy::PolicyChoice;
+
+impl VirtualMemoryConfigBuilder {
+    /// The directory of the store; made, private to the user, if it is not there. One that holds
+    /// anything but a store is refused when the store opens.
+    /// Default: a private temporary directory, removed on close, or, if the process is killed, by
+    /// the next store that has one there.
+    pub fn disk_path(mut self, path: impl Into<PathBuf>) -> Self {
+        self.disk_path = Some(path.into());
+        self
+    }
+
+    /// Takes a directory that holds files of others and no store, which is refused otherwise, since
+    /// it is the wrong one more often than not. They are left alone. Default: false.
+    pub fn allow_foreign_files(mut self, allow: bool) -> Self {
+        self.allow_foreign_files = allow;
+        self
+    }
+
+    /// Host memory in bytes, staging included; at least [`HOST_CAPACITY_MIN`].
+    /// Default: a quarter of the smallest of RAM and the memory limits of the process's control
+    /// groups, from its own up to the root.
+    pub fn host_capacity(mut self, bytes: u64) -> Self {
+        self.host_capacity = Budget::Bytes(bytes);
+        self
+    }
+
+    /// The part of `host_capacity`, in bytes, through which bytes pass on their way between other
+    /// places; at least [`STAGING_CAPACITY_MIN`], less than `host_capacity`.
+    /// Default: an eighth of `host_capacity`, at most [`STAGING_CAPACITY_MAX`].
+    pub fn staging_capacity(mut self, bytes: u64) -> Self {
+        self.staging_capacity = Some(bytes);
+        self
+    }
+
+    /// Memory in bytes, beside `host_capacity`, for what readers and writers of streams have taken
+    /// in and their peers not yet: see [`VirtualMemory::reader`](crate::VirtualMemory::reader). One
+    /// window gets at most a quarter of what is free. A stream waits for none: where nothing is
+    /// left a reader goes on with 4 KiB, and a writer with 64 KiB, beyond it. At least
+    /// [`STREAM_CAPACITY_MIN`].
+    /// Default: a sixteenth of `host_capacity`, at most [`STREAM_CAPACITY_MAX`].
+    pub fn stream_capacity(mut self, bytes: u64) -> Self {
+        self.stream_capacity = Some(bytes);
+        self
+    }
+
+    /// Space of the data file in bytes. Default: half of what is free in its file system; in a
+    /// tmpfs at most a quarter of the memory that the process may have.
+    pub fn disk_capacity(mut self, bytes: u64) -> Self {
+        self.disk_capacity = Budget::Bytes(bytes);
+        self
+    }
+
+    /// Memory of each device in bytes. Default: three quarters of what is free on it.
+    pub fn vram_capacity(mut self, bytes: u64) -> Self {
+        self.vram_capacity = Budget::Bytes(bytes);
+        self
+    }
+
+    /// Which GPU serves the VRAM tier. Default: [`GpuSelection::Auto`].
+    pub fn gpu(mut self, gpu: GpuSelection) -> Self {
+        self.gpus = vec![gpu];
+        self
+    }
+
+    /// Several GPUs, each named by its ordinal or its UUID, [`GPUS_MAX`] at most. Their memory is
+    /// [`MemoryTier::of_device`](crate::MemoryTier::of_device), counted from 0 in this order. A
+    /// store that cannot use all of them does not open.
+    pub fn gpus(mut self, gpus: impl IntoIterator<Item = GpuSelection>) -> Self {
+        self.gpus = gpus.into_iter().collect();
+        self
+    }
+
+    /// How the disk tier reaches its file. Default: [`IoDriver::Auto`].
+    pub fn io_driver(mut self, driver: IoDriver) -> Self {
+        self.io_driver = driver;
+        self
+    }
+
+    /// Eviction starts above `high` and ends at `low`, as fractions of the capacity of object
+    /// space, `0 < low < high <= 1`. Default: 0.85 and 0.95.
+    pub fn watermarks(mut self, low: f64, high: f64) -> Self {
+        self.watermarks = (low, high);
+        self
+    }
+
+    /// The fraction of a tier that pins and leases may hold, `0 < fraction <= 1`. Default: 0.8.
+    pub fn max_pinned(mut self, fraction: f64) -> Self {
+        self.max_pinned = fraction;
+        self
+    }
+
+    /// The fraction of object space in host memory that readers may hold, by the bytes that they
+    /// have not dropped yet, `0 < fraction <= 1`. Once they hold so much, a read of more than 64
+    /// KiB waits until they hold less, whether its object is resident or not, so that clients who
+    /// take their time leave space for others; [`try_read`](crate::VirtualMemory::try_read) finds
+    /// nothing then, and a part of at most 64 KiB of a larger object is copied. A resident object
+    /// that somebody holds already is shared at once. Default: 0.8.
+    pub fn max_held(mut self, fraction: f64) -> Self {
+        self.max_held = fraction;
+        self
+    }
+
+    /// The order of eviction, a [`PolicyKind`](crate::PolicyKind) or one of your own. Default: the
+    /// least recently used.
+    pub fn policy(mut self, policy: impl Into<PolicyChoice>) -> Self {
+        self.policy = policy.into();
+        self
+    }
+
+    /// When a read promotes an object. Default: at the second read.
+    pub fn promotion(mut self, promotion: Promotion) -> Self {
+        self.promotion = promotion;
+        self
+    }
+
+    /// What the catalog of names may keep of itself in memory, in bytes, at least 64 KiB; beside
+    /// `host_capacity`. Default: 8 MiB.
+    pub fn catalog_cache(mut self, bytes: u64) -> Self {
+        self.catalog_cache = bytes;
+        self
+    }
+
+    /// How long a request waits for space before it fails, more than zero. Default: 30 s.
+    pub fn wait_timeout(mut self, timeout: Duration) -> Self {
+        self.wait_timeout = timeout;
+        self
+    }
+
+    /// Checks every field.
+    ///
+    /// # Errors
+    ///
+    /// [`VirtualMemoryError::InvalidConfig`] with the name of the first field that cannot work.
+    pub fn build(self) -> Result<VirtualMemoryConfig, VirtualMemoryError> {
+        self.check_capacities()?;
+        let (low, high) = self.watermarks;
+        // Written so that NaN fails every comparison.
+        if !(low > 0.0 && low < high && high <= 1.0) {
+            return refuse("watermarks", format!("0 < low < high <= 1, not {low} and {high}"));
+        }
+        if !(self.max_pinned > 0.0 && self.max_pinned <= 1.0) {
+            return refuse("max_pinned", format!("0 < fraction <= 1, not {}", self.max_pinned));
+        }
+        if !(self.max_held > 0.0 && self.max_held <= 1.0) {
+            return refuse("max_held", format!("0 < fraction <= 1, not {}", self.max_held));
+        }
+        if self.promotion == Promotion::OnNthRead(0) {
+            return refuse("promotion", "the first read is number 1".into());
+        }
+        self.check_gpus()?;
+        if self.wait_timeout.is_zero() {
+            return refuse("wait_timeout", "more than zero".into());
+        }
+        if self.disk_path.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
+            return refuse("disk_path", "an empty path names no directory".into());
+        }
+        Ok(VirtualMemoryConfig { fields: self })
+    }
+
+    fn check_gpus(&self) -> Result<(), VirtualMemoryError> {
+        let gpus = &self.gpus;
+        if gpus.is_empty() || gpus.len() > GPUS_MAX {
+            return refuse("gpus", format!("1 to {GPUS_MAX} of them, not {}", gpus.len()));
+        }
+        let alone = |gpu: &GpuSelection| matches!(gpu, GpuSelection::Auto | GpuSelection::Off);
+        if gpus.len() > 1 && gpus.iter().any(alone) {
+            return refuse("gpus", "each of several has its ordinal or UUID".into());
+        }
+        match gpus.iter().enumerate().find(|(at, gpu)| gpus[..*at].contains(gpu)) {
+            Some((_, gpu)) => refuse("gpus", format!("{gpu:?} is there twice")),
+            None => Ok(()),
+        }
+    }
+
+    fn check_capacities(&self) -> Result<(), VirtualMemoryError> {
+        self.host_capacity.check("host_capacity", HOST_CAPACITY_MIN)?;
+        at_least("staging_capacity", self.staging_capacity, STAGING_CAPACITY_MIN)?;
+        at_least("stream_capacity", self.stream_capacity, STREAM_CAPACITY_MIN)?;
+        self.disk_capacity.check("disk_capacity", 1)?;
+        self.vram_capacity.check("vram_capacity", 1)?;
+        at_least("catalog_cache", Some(self.catalog_cache), 64 << 10)?;
+        match (self.staging_capacity, self.host_capacity.bytes()) {
+            (Some(staging), Some(host)) if staging >= host => {
+                let reason = format!("{staging} leaves nothing of host_capacity {host}");
+                refuse("staging_capacity", reason)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+pub(super) fn at_least(
+    field: &'static str,
+    value: Option<u64>,
+    least: u64,
+) -> Result<(), VirtualMemoryError> {
+    // Offsets are signed in the system calls below.
+    let most = i64::MAX as u64;
+    match value {
+        Some(value) if value < least => refuse(field, format!("at least {least}, not {value}")),
+        Some(value) if value > most => refuse(field, format!("at most {most}, not {value}")),
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn refuse<T>(field: &'static str, reason: String) -> Result<T, VirtualMemoryError> {
+    Err(VirtualMemoryError::InvalidConfig { field, reason: reason.into() })
+}

@@ -1,0 +1,77 @@
+//! An object while a kernel changes it on a device: claimed, pending, published or given up.
+//!
+//! Invariant: while a change is pending no read begins that could see the version before, and no
+//! later one until it is published. Called by leases that change, under the gate, and by
+//! `migrate/kernel`.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{DiskMap, GatePass, Object};
+use crate::copy::{Found, OwnedCopy};
+use crate::device::DeviceRange;
+
+impl Object {
+    /// The current copy, or the space, on this device for somebody who will write to it: from now
+    /// on it is not the current version. None if somebody else uses it.
+    pub(crate) fn claim_on(&self, _pass: &GatePass, device: usize) -> Option<DeviceRange> {
+        let mut inner = self.inner.lock();
+        let place = inner.place_mut(device)?;
+        if !place.range.is_idle() {
+            return None;
+        }
+        place.is_valid = false;
+        Some(place.range.share())
+    }
+
+    /// What was claimed was not written: it is as it was.
+    pub(crate) fn restore_on(&self, _pass: &GatePass, device: usize, was_valid: bool) {
+        if let Some(place) = self.inner.lock().place_mut(device) {
+            place.is_valid = was_valid;
+        }
+    }
+
+    /// Hides the version that is in host memory or on disk until what a kernel wrote on this device
+    /// is published, or was given up. Whoever reads already goes on. Returns the host copy.
+    pub(crate) fn begin_pending(&self, _pass: &GatePass, device: usize) -> Option<Bytes> {
+        let before = self.standing();
+        let old = match self.copy.acquire(&self.shared.copies) {
+            Found::Copy(guard) => Some(guard.into_bytes()),
+            Found::Locked | Found::Nothing => None,
+        };
+        let flight = {
+            let mut inner = self.inner.lock();
+            inner.pending = Some(device);
+            self.copy.detach(&self.shared.copies);
+            // A read that comes now does not join one of the version before.
+            inner.flight.take()
+        };
+        drop(flight);
+        self.leave_order();
+        self.count_change(before);
+        if self.has_spare() {
+            self.enter_order(false);
+        }
+        old
+    }
+
+    /// What a kernel wrote is the current version: in device memory, and here in host memory.
+    pub(crate) fn publish_changed(self: &Arc<Self>, pass: &GatePass, copy: OwnedCopy) {
+        self.publish(pass, Some(copy), DiskMap::clear);
+        self.inner.lock().pending = None;
+    }
+
+    /// Whether what a kernel wrote is on its way.
+    pub(crate) fn is_pending(&self) -> bool {
+        self.inner.lock().pending.is_some()
+    }
+
+    /// The version before is the current one again; `old` is its host copy if it had one.
+    pub(crate) fn give_up_pending(self: &Arc<Self>, pass: &GatePass, old: Option<OwnedCopy>) {
+        if let Some(old) = old {
+            self.publish_fetched(pass, old, false);
+        }
+        self.inner.lock().pending = None;
+    }
+}
