@@ -85,6 +85,8 @@ impl Windows {
         while spare.bytes > 0 && used + spare.bytes > self.capacity_bytes {
             dropped.push(spare.take(0));
         }
+        let all = used + spare.bytes;
+        assert!(spare.bytes == 0 || all <= self.capacity_bytes, "{all} bytes beyond the reserve");
         (memory.unwrap_or_else(|| Memory::new(0)), dropped)
     }
 
@@ -111,6 +113,7 @@ impl Windows {
 impl Spare {
     fn take(&mut self, at: usize) -> Memory {
         let memory = self.memory.swap_remove(at);
+        assert!(self.bytes >= memory.capacity() as u64, "spare memory is counted");
         self.bytes -= memory.capacity() as u64;
         memory
     }

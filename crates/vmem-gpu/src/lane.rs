@@ -56,7 +56,8 @@ impl Loss {
 
     /// `hook` is called once it is lost. Set once.
     pub(crate) fn tell(&self, hook: Box<dyn Fn() + Send + Sync>) {
-        let _ = self.hook.set(hook);
+        let is_first = self.hook.set(hook).is_ok();
+        assert!(is_first, "a device has one hook for its loss");
     }
 }
 
@@ -179,7 +180,10 @@ impl Driving {
                 Reaped::Refused => thread::park_timeout(RETRY),
                 Reaped::None if !idle => {}
                 Reaped::None if !self.in_flight.is_empty() => thread::park_timeout(WATCHDOG),
-                Reaped::None if self.inbox.queue.lock().has_ended() => return,
+                Reaped::None if self.inbox.queue.lock().has_ended() => {
+                    assert!(self.in_flight.is_empty(), "a lane ends with nothing in flight");
+                    return;
+                }
                 Reaped::None => thread::park(),
             }
         }
@@ -199,7 +203,9 @@ impl Driving {
             let error = DeviceError::Lost(reason);
             return works.into_iter().for_each(|work| work.end(Err(error.clone())));
         }
+        assert!(works.len() <= BATCH_MAX, "a batch fits the launch queue of the driver");
         self.in_flight.push_back(self.stream.submit(works));
+        assert!(self.in_flight.len() <= BATCHES_MAX, "no more is in flight than may be");
     }
 
     /// Answers the batches that have ended.

@@ -38,6 +38,7 @@ struct Ending {
 impl Ending {
     /// What a lease has, but for what it keeps.
     fn of(leased: &mut Leased) -> Self {
+        assert!(leased.card.is_some(), "a lease ends once");
         Ending {
             card: leased.card.take(),
             stream: leased.stream.clone(),
@@ -50,7 +51,9 @@ impl Ending {
 
     /// One more.
     fn join(&mut self, leased: &mut Leased, keep: Keep) {
-        leased.card.take();
+        assert!(leased.is_on(&self.stream), "leases that end together are on one stream");
+        let card = leased.card.take();
+        assert!(card.is_some(), "a lease ends once");
         self.lent.extend(leased.lent.take());
         self.keeps.push(keep);
     }

@@ -59,6 +59,8 @@ impl DeviceSetRequest {
         let DeviceSetRequest { vmem, stream, read, write } = self;
         let access = device_of(&vmem, &stream)?;
         let VramSet { reads, writes } = access.set(&read, &write).await?;
+        let granted = reads.len() == read.len() && writes.len() == write.len();
+        assert!(granted, "a set is granted whole");
         let read = reads.into_iter().map(|hold| DeviceLease::new(&access, &stream, hold));
         let read = read.collect::<Result<_>>()?;
         let write = writes.into_iter().map(|change| DeviceLeaseMut::new(&access, &stream, change));

@@ -37,6 +37,7 @@ impl Ledger {
         let mut stale = Stale::new();
         let mut end = 0;
         for &(offset, footprint) in taken {
+            assert!(end <= offset, "extents are in the order of the file");
             stale.add(end..offset);
             end = offset + u64::from(footprint);
         }
@@ -143,7 +144,8 @@ impl Inner {
             // The operation goes on without its future. Where it failed nothing is lost but space
             // that the file system could have had.
             drop(self.driver.punch(batch, keep));
-            self.ledger.lock().pumping = false;
+            let was_pumping = std::mem::take(&mut self.ledger.lock().pumping);
+            assert!(was_pumping, "one batch at a time is handed over");
         }
     }
 }
@@ -154,7 +156,8 @@ struct Punching(Weak<Inner>);
 impl Drop for Punching {
     fn drop(&mut self) {
         if let Some(inner) = self.0.upgrade() {
-            inner.ledger.lock().punching = None;
+            let ended = inner.ledger.lock().punching.take();
+            assert!(ended.is_some(), "a punch ends once");
             inner.punched.notify_waiters();
             inner.pump();
         }

@@ -69,6 +69,7 @@ impl Pages {
     pub(super) fn unregister_now(&self, leaving: Leaving) {
         self.give_back(leaving);
         let mut state = self.state.lock();
+        assert!(state.unregistering > 0, "a lot is unregistered once");
         state.unregistering -= 1;
         state.slow &= state.unregistering > 0;
         self.settle(state);
@@ -314,6 +315,7 @@ impl Pages {
         let gone: Vec<bool> = leaving.runs.iter().map(goes).collect();
         let mut state = self.state.lock();
         for ((pages, _), gone) in leaving.runs.into_iter().zip(gone) {
+            assert!(state.leaving >= pages.end - pages.start, "pages leave once");
             state.leaving -= pages.end - pages.start;
             let left = state.leaving_runs.take_exact(&pages);
             assert!(left, "pages that come to the end of their way were on it");
@@ -323,6 +325,7 @@ impl Pages {
                 state.kept.add(pages);
             }
         }
+        state.check(self.capacity);
         self.settle(state);
     }
 
@@ -341,6 +344,7 @@ impl Pages {
         assert!(state.live >= len, "more pages come back than went out");
         state.live -= len;
         state.kept.add(run.clone());
+        state.check(self.capacity);
         let kept_max = self.capacity / KEPT_PART;
         if state.kept.total() <= kept_max {
             return;

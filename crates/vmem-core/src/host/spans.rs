@@ -141,7 +141,8 @@ impl Spans {
         state.evacuations += 1;
         let ticket = state.evacuations;
         state.partial.remove(&number);
-        state.leaving.insert(number, ticket);
+        let before = state.leaving.insert(number, ticket);
+        assert!(before.is_none(), "one evacuation at a time empties a span");
         Some(Leaving {
             span: number,
             ticket,
@@ -159,7 +160,8 @@ impl Spans {
         state.leaving.remove(&number);
         let span = state.spans[number as usize].as_ref();
         let left = span.expect("invariant: a span that is being emptied has live slots").taken;
-        state.partial.insert(number);
+        let is_new = state.partial.insert(number);
+        assert!(is_new, "a span that is being emptied gives no slot");
         (left as usize) < taken
     }
 
@@ -217,6 +219,7 @@ impl State {
         let span = Span { pages, free, taken: 0, owners };
         let number = match self.vacant.pop() {
             Some(number) => {
+                assert!(self.spans[number as usize].is_none(), "a vacant position has no span");
                 self.spans[number as usize] = Some(span);
                 number
             }

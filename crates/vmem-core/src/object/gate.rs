@@ -81,6 +81,7 @@ impl Object {
         if inner.gate_taken {
             return None;
         }
+        assert!(inner.line.is_none(), "nobody stands in line for an open gate");
         inner.gate_taken = true;
         drop(inner);
         Some(GatePass::to(self))
@@ -134,6 +135,7 @@ impl Object {
                 return Err(self.not_found());
             }
             if !inner.gate_taken {
+                assert!(inner.line.is_none(), "nobody stands in line for an open gate");
                 inner.gate_taken = true;
                 return Ok(GatePass::to(self));
             }
@@ -180,6 +182,7 @@ impl Object {
         offers: bool,
     ) -> Option<oneshot::Sender<GatePass>> {
         let mut inner = self.inner.lock();
+        assert!(inner.gate_taken, "only its holder hands the gate on");
         if let Some(next) = inner.line.as_mut().and_then(|line| line.tasks.pop_front()) {
             return Some(next);
         }

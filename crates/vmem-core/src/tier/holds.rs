@@ -65,6 +65,7 @@ impl Holds {
         if fits {
             *bytes.of(hold) += footprint;
         }
+        assert!(bytes.total() <= self.max, "{bytes:?} are held of {}", self.max);
         fits
     }
 

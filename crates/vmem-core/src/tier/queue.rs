@@ -91,6 +91,7 @@ impl<S: Space> Queue<S> {
                 }
             }
         }
+        assert!(grant.len() == need.objects.len(), "a grant has space for each object, or is none");
         Ok(grant)
     }
 
@@ -183,6 +184,8 @@ impl<S: Space> Queue<S> {
             };
             let queue = waiters.of(class);
             let place = queue.partition_point(|before| before.ticket < ticket);
+            let behind = queue.get(place);
+            assert!(behind.is_none_or(|behind| behind.ticket > ticket), "a request stands once");
             queue.insert(place, waiter);
         }
         self.len.store(waiters.len(), Ordering::SeqCst);
@@ -281,6 +284,7 @@ impl<S: Space> Queue<S> {
                 }
             }
         }
+        assert!(served.bytes == 0 || at > 0, "what is wanted is wanted by one that still waits");
         served
     }
 
@@ -340,7 +344,9 @@ struct Waiting<'a, S: Space> {
 impl<S: Space> Drop for Waiting<'_, S> {
     fn drop(&mut self) {
         let mut waiters = self.queue.waiters.lock();
+        let before = waiters.len();
         waiters.of(self.class).retain(|waiter| waiter.ticket != self.ticket);
+        assert!(before - waiters.len() <= 1, "a request stood in the queue once");
         self.queue.len.store(waiters.len(), Ordering::SeqCst);
         drop(waiters);
         self.queue.wake.remove_waiting();

@@ -34,7 +34,8 @@ impl<S: Space> Waiter<S> {
     /// Whether a smaller request may pass it now; one that does is counted with `pass`.
     pub(super) fn may_be_passed(&mut self) -> bool {
         if self.blocks_since.is_some_and(|since| since.elapsed() >= BLOCK_MAX) {
-            (self.passed, self.blocks_since) = (0, None);
+            self.passed = 0;
+            self.blocks_since = None;
         }
         self.passed < PASSES_MAX
     }
@@ -44,6 +45,8 @@ impl<S: Space> Waiter<S> {
         if self.passed == PASSES_MAX {
             self.blocks_since = Some(Instant::now());
         }
+        let blocks = self.blocks_since.is_some();
+        assert!(blocks == (self.passed >= PASSES_MAX), "it blocks once it was passed often enough");
     }
 }
 

@@ -39,6 +39,7 @@ impl Leased {
     ) -> Result<Self> {
         let card = Some(tier(access)?.card()?);
         let (address, len) = range.map_or((0, 0), |range| (range.address(), range.len()));
+        assert!(address.is_multiple_of(256), "device memory is handed out in whole units");
         let strays = AtomicBool::new(false);
         Ok(Leased {
             address,

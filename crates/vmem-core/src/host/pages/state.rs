@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use super::super::slabs::Slabs;
 use crate::ranges::{End, Ranges};
+
 /// Kept runs that one look passes by because copies use them.
 const LOOKS_MAX: usize = 4096;
 
@@ -32,6 +33,7 @@ impl State {
     pub(super) fn check(&self, capacity: u64) {
         let physical = self.live + self.kept.total() + self.leaving;
         assert!(physical <= capacity, "{physical} pages of a budget of {capacity}");
+        assert!(self.leaving == self.leaving_runs.total(), "pages leave that nobody counts");
     }
 }
 
@@ -114,6 +116,7 @@ impl State {
             }
         }
         self.leaving += pages.end - pages.start;
+        assert!(!self.fresh.touches(&pages), "only pages with memory can lose it");
         self.leaving_runs.add(pages.clone());
         leaving.runs.push((pages, slab));
     }
