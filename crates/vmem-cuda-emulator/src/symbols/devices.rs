@@ -2,8 +2,6 @@
 //!
 //! Invariant: a context belongs to the thread that it is current on. Called as the driver's.
 
-#![allow(unsafe_code)]
-
 use std::ffi::c_char;
 
 use super::{CONTEXT, Guard, Handle, Needs, address, enter, handle, host, is_device};

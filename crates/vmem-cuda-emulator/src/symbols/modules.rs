@@ -2,8 +2,6 @@
 //!
 //! Invariant: a function is launched only if its module names it. Called as the driver's.
 
-#![allow(unsafe_code)]
-
 use std::ffi::{c_char, c_void};
 
 use super::{Guard, Handle, Needs, address, enter, handle, issue};

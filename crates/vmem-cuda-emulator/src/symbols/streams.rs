@@ -3,8 +3,6 @@
 //! Invariant: an event says of its last record, and of no earlier one, whether it has passed.
 //! Called as the driver's.
 
-#![allow(unsafe_code)]
-
 use super::{Guard, Handle, Needs, address, enter, handle, issue, stream_of};
 use crate::codes::{
     CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, Code, INVALID_HANDLE, INVALID_VALUE, NOT_READY, OK,

@@ -8,8 +8,6 @@
 //!
 //! A thread takes all that is queued at each wake-up, and is woken only if it sleeps.
 
-#![allow(unsafe_code)]
-
 mod run;
 
 use std::collections::VecDeque;
