@@ -13,6 +13,7 @@ async fn store(host: usize, disk: usize) -> VirtualMemory {
         .io_driver(vmem_testkit::driver_under_test())
         .host_capacity(host as u64)
         .disk_capacity(disk as u64)
+        .max_held(1.0)
         .build()
         .unwrap();
     vmem::open(config).await.unwrap()

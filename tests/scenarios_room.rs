@@ -161,7 +161,10 @@ async fn all_held(vmem: &VirtualMemory, count: usize) -> (Vec<VMemHandle>, Vec<b
 
 fn open_held(count: usize) -> (VirtualMemory, Arc<common::MemDriver>) {
     common::open(count * LEN, 64 * MIB, |b| {
-        b.promotion(Promotion::Never).watermarks(0.98, 1.0).wait_timeout(Duration::from_secs(60))
+        b.promotion(Promotion::Never)
+            .watermarks(0.98, 1.0)
+            .max_held(1.0)
+            .wait_timeout(Duration::from_secs(60))
     })
 }
 
