@@ -18,6 +18,7 @@ use vmem::{
     VirtualMemoryError,
 };
 use vmem_cuda_emulator::Emulator;
+use vmem_testkit::Seed;
 
 const TASKS: u64 = 16;
 const OBJECTS_PER_TASK: usize = 12;
@@ -323,7 +324,7 @@ impl Worker {
 async fn every_operation_at_random() {
     let seconds: u64 =
         std::env::var("VMEM_STRESS_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(20);
-    let seed: u64 = std::env::var("VMEM_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(7);
+    let seed = Seed::from_env_or(|| 7).value();
     println!("VMEM_SEED={seed} VMEM_STRESS_SECONDS={seconds}");
     let emulator = Emulator::load().expect("the emulated driver");
     let config = VirtualMemoryConfig::builder()
