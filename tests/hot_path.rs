@@ -1,7 +1,7 @@
 //! What a read of a resident object costs: nothing but a count.
 //!
-//! Excluded: a hit that copies, waits, switches tasks, or allocates with the size of the object; each
-//! was the whole cost of a cache hit in a system like this one. Noticed by polling by hand, by
+//! Excluded: a hit that copies, waits, switches tasks, or allocates with the size of the object;
+//! each was the whole cost of a cache hit in a system like this one. Noticed by polling by hand, by
 //! the addresses of the bytes, and by an allocator that counts, for each thread.
 
 #![allow(missing_docs, unsafe_code, clippy::unwrap_used)]

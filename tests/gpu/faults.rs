@@ -253,9 +253,10 @@ async fn an_error_that_sticks_ends_the_tier() {
     emulator.sticky(0);
 }
 
-/// Mechanism: there was no way out of a mutable lease but a new version. Effect: a step that was given up, or a panic half way,
-/// published half of a change. Fix: a lease is abandoned, by name or by a panic; the version before stays, and the range is
-/// nobody else's before the kernel has ended.
+/// Mechanism: there was no way out of a mutable lease but a new version. Effect: a step that was
+/// given up, or a panic half way, published half of a change. Fix: a lease is abandoned, by name or
+/// by a panic; the version before stays, and the range is nobody else's before the kernel has
+/// ended.
 #[tokio::test]
 async fn an_abandoned_change_leaves_the_version_before() {
     let emulator = Emulator::load().unwrap();

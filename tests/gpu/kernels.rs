@@ -12,7 +12,8 @@ use vmem_cuda_emulator::{Emulator, Kind};
 
 use crate::support::{HOST, LEN, VRAM, bytes, end, launch, open_small as open, plus, stream};
 
-/// A kernel that reads, still running when its lease is dropped, the object freed and others in need of room.
+/// A kernel that reads, still running when its lease is dropped, the object freed and others in
+/// need of room.
 #[tokio::test]
 async fn a_range_is_not_reused_under_a_kernel() {
     let emulator = Emulator::load().unwrap();
@@ -176,7 +177,8 @@ async fn a_lost_notice_of_a_kernel() {
     end(vmem, vec![handle], &emulator).await;
 }
 
-/// Kernels that have not ended take nobody's place, and are waited for at the end, but not for ever.
+/// Kernels that have not ended take nobody's place, and are waited for at the end, but not for
+/// ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kernel_that_does_not_end() {
     let emulator = Emulator::load().unwrap();
@@ -236,7 +238,8 @@ async fn a_kernel_that_does_not_end() {
     }
 }
 
-/// A version that is on its way down when the patience with kernels ends is not given up, nor the one before it.
+/// A version that is on its way down when the patience with kernels ends is not given up, nor the
+/// one before it.
 #[tokio::test]
 async fn a_copy_down_that_is_slow_at_the_end() {
     let emulator = Emulator::load().unwrap();

@@ -1,6 +1,7 @@
 //! Leases: objects in device memory under the kernels of a user, on the emulated driver.
 //!
-//! Invariant: the emulated driver has seen no rule broken: no kernel and no copy touched a range that another one had not done with.
+//! Invariant: the emulated driver has seen no rule broken: no kernel and no copy touched a range
+//! that another one had not done with.
 
 use std::time::Duration;
 
@@ -52,7 +53,8 @@ async fn a_writer_waits_for_readers() {
     launch("vmem_slow_copy", sink, unsafe { lease.device_ptr() }, LEN as u64, &other);
     drop(lease);
     let mut copied = vec![0; LEN];
-    // SAFETY: both are as long as the object; the memory of the vector is pageable, so the call waits.
+    // SAFETY: both are as long as the object; the memory of the vector is pageable, so the call
+    // waits.
     unsafe { result::memcpy_dtoh_async(&mut copied, sink, other.cu_stream()) }.unwrap();
     assert!(copied == plus(&bytes(5), 1));
     // SAFETY: it was leaked above, and nothing uses it any more.
@@ -76,7 +78,8 @@ async fn leases_among_other_calls() {
     let mut kept = vec![0; LEN];
     // SAFETY: it is read below, on the stream of the lease.
     let at = unsafe { lease.device_ptr() };
-    // SAFETY: both are as long as the object; the memory of the vector is pageable, so the call waits.
+    // SAFETY: both are as long as the object; the memory of the vector is pageable, so the call
+    // waits.
     unsafe { result::memcpy_dtoh_async(&mut kept, at, stream.cu_stream()) }.unwrap();
     assert!(kept == bytes(6));
     // Cancelled at every stage of its waiting.
@@ -126,7 +129,8 @@ async fn streams_that_will_not_do() {
     end(vmem, vec![handle], &emulator).await;
 }
 
-/// The store is closed under a lease: its memory stays until it is dropped, and the kernel has ended.
+/// The store is closed under a lease: its memory stays until it is dropped, and the kernel has
+/// ended.
 #[tokio::test]
 async fn a_lease_outlives_the_store() {
     let emulator = Emulator::load().unwrap();
@@ -140,7 +144,8 @@ async fn a_lease_outlives_the_store() {
     stream.context().bind_to_thread().unwrap();
     // SAFETY: it is read below, on the stream of the lease.
     let at = unsafe { lease.device_ptr() };
-    // SAFETY: both are as long as the object; the memory of the vector is pageable, so the call waits.
+    // SAFETY: both are as long as the object; the memory of the vector is pageable, so the call
+    // waits.
     unsafe { result::memcpy_dtoh_async(&mut read, at, stream.cu_stream()) }.unwrap();
     assert!(read == bytes(2));
     drop((lease, handle));
@@ -197,7 +202,8 @@ async fn a_scope_orders_the_own_stream_of_a_thread() {
     end(vmem, vec![], &emulator).await;
 }
 
-/// Tasks over {A, B} and {C, D}, and over both in opposite orders, in a tier that holds three of them.
+/// Tasks over {A, B} and {C, D}, and over both in opposite orders, in a tier that holds three of
+/// them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_10_device_sets_in_opposite_orders() {
     let emulator = Emulator::load().unwrap();
@@ -249,7 +255,8 @@ async fn scenario_10_device_sets_in_opposite_orders() {
     end(vmem, handles, &emulator).await;
 }
 
-/// A table of rows in three tiers, gathered into one buffer after what its stream does, and scattered back.
+/// A table of rows in three tiers, gathered into one buffer after what its stream does, and
+/// scattered back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_are_gathered_and_scattered() {
     let emulator = Emulator::load().unwrap();

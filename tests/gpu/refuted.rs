@@ -1,6 +1,8 @@
-//! What a look with fresh eyes found in the GPU tier, and does not find any more: each on the emulated driver.
+//! What a look with fresh eyes found in the GPU tier, and does not find any more: each on the
+//! emulated driver.
 //!
-//! Invariant: a kernel of one user, however slow, keeps nobody else waiting, and no thread that is not the store's own.
+//! Invariant: a kernel of one user, however slow, keeps nobody else waiting, and no thread that is
+//! not the store's own.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -63,7 +65,8 @@ async fn an_end_behind_those_who_wait_for_it() {
     vmem.close().await.unwrap();
 }
 
-/// A gather waits for what its caller queued, and not for the kernel of somebody else; and while it waits it can be dropped.
+/// A gather waits for what its caller queued, and not for the kernel of somebody else; and while it
+/// waits it can be dropped.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn gathers_behind_the_kernel_of_somebody_else() {
     let emulator = Arc::new(Emulator::load().unwrap());
@@ -99,7 +102,8 @@ async fn gathers_behind_the_kernel_of_somebody_else() {
     assert_eq!(emulator.violations(), [""; 0]);
 }
 
-/// A lease that is dropped after the store was closed does not hold its thread until the kernel has ended.
+/// A lease that is dropped after the store was closed does not hold its thread until the kernel has
+/// ended.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lease_that_is_dropped_after_close() {
     let emulator = Arc::new(Emulator::load().unwrap());

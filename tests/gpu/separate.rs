@@ -1,6 +1,7 @@
 //! An allocation of device memory for each object, so that a checker of memory sees where it ends.
 //!
-//! Invariant: the budget is that of the one block. The mode is that of a process, so that the test runs in a child.
+//! Invariant: the budget is that of the one block. The mode is that of a process, so that the test
+//! runs in a child.
 
 use std::process::Command;
 
@@ -48,7 +49,8 @@ async fn each_has_one() {
     // SAFETY: looked at by the copies below, on the stream of the lease.
     let at = unsafe { lease.device_ptr() };
     let mut bytes = vec![0_u8; len];
-    // SAFETY: the object is that long, and the vector is alive until the copy has ended: it is pageable.
+    // SAFETY: the object is that long, and the vector is alive until the copy has ended: it is
+    // pageable.
     unsafe { result::memcpy_dtoh_async(&mut bytes, at, stream.cu_stream()) }.unwrap();
     assert_eq!(bytes, [7; 1000]);
     let mut more = vec![0_u8; len + 1];

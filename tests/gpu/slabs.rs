@@ -1,8 +1,8 @@
 //! Object space that the device reaches directly, slab by slab, on the emulated driver.
 //!
-//! Invariant: bytes are right wherever slabs were registered, given back and taken again. The emulated driver copies from and to
-//! the pages that were there when memory was registered, as a real one does; so memory that was given back
-//! under a registration shows as wrong bytes.
+//! Invariant: bytes are right wherever slabs were registered, given back and taken again. The
+//! emulated driver copies from and to the pages that were there when memory was registered, as a
+//! real one does; so memory that was given back under a registration shows as wrong bytes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,7 +51,8 @@ async fn end(vmem: VirtualMemory, emulator: &Emulator) {
     assert_eq!(emulator.counter("registrations"), 0, "nothing stays registered");
 }
 
-/// An object over several slabs, some of which are registered when it goes up again, and some are not.
+/// An object over several slabs, some of which are registered when it goes up again, and some are
+/// not.
 #[tokio::test]
 async fn an_object_across_slabs() {
     let emulator = Emulator::load().unwrap();
@@ -86,7 +87,8 @@ async fn an_object_across_slabs() {
     end(vmem, &emulator).await;
 }
 
-/// Objects of all sizes come and go in a store that is nearly full: slabs are registered, given back and committed again.
+/// Objects of all sizes come and go in a store that is nearly full: slabs are registered, given
+/// back and committed again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slabs_are_given_back_and_committed_again() {
     let emulator = Emulator::load().unwrap();

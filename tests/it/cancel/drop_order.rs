@@ -1,10 +1,10 @@
-//! Futures, then the tokio runtime, then the store are dropped with operations in flight, over every
-//! disk driver that this machine has.
+//! Futures, then the tokio runtime, then the store are dropped with operations in flight, over
+//! every disk driver that this machine has.
 //!
-//! Invariant: nothing hangs or panics, and the directory can be opened again as soon as the kernel is
-//! done with what was in flight. Meant to
-//! run under AddressSanitizer too, where a buffer of the heap that is freed early is caught when our side
-//! touches it; `crates/vmem-io/tests/rings.rs` catches the kernel's side.
+//! Invariant: nothing hangs or panics, and the directory can be opened again as soon as the kernel
+//! is done with what was in flight. Meant to run under AddressSanitizer too, where a buffer of the
+//! heap that is freed early is caught when our side touches it; `crates/vmem-io/tests/rings.rs`
+//! catches the kernel's side.
 
 use std::path::Path;
 use std::pin::Pin;

@@ -1,8 +1,8 @@
-//! Damage of a store at rest: flipped bits in every structure of its directory, and files that are cut,
-//! missing, or another store's.
+//! Damage of a store at rest: flipped bits in every structure of its directory, and files that are
+//! cut, missing, or another store's.
 //!
-//! Invariant: whatever is damaged is told in a typed error or does no harm; nothing panics through, no
-//! name vanishes silently, and no read gives other bytes. A sample of the bits by default;
+//! Invariant: whatever is damaged is told in a typed error or does no harm; nothing panics through,
+//! no name vanishes silently, and no read gives other bytes. A sample of the bits by default;
 //! `VMEM_FLIPS=100000 cargo test --release --test it names::damage -- --nocapture` for more.
 
 use std::collections::BTreeMap;
@@ -37,8 +37,8 @@ async fn open(directory: &Path) -> Result<VirtualMemory, VirtualMemoryError> {
     vmem::open(config.build().unwrap()).await
 }
 
-/// A store with some names, with one that was removed and one that was moved over another; closed, or as a crash
-/// leaves it.
+/// A store with some names, with one that was removed and one that was moved over another; closed,
+/// or as a crash leaves it.
 async fn made(directory: &Path, crashed: bool) -> Contents {
     let place = tempfile::tempdir().unwrap();
     let home = if crashed { place.path() } else { directory };

@@ -2,106 +2,20 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::TryStreamExt;
-use redb::StorageBackend;
 use vmem::backend::{Answer, Backends, Catalog, CatalogChange};
 use vmem::{Capabilities, MemoryTier, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
 use vmem_io::DiskTier;
 use vmem_io::catalog::NameCatalog;
 use vmem_testkit::tape::Image;
 use vmem_testkit::{
-    Errno, Fault, FaultDriver, FaultPlan, OpKind, Seed, Tape, TapeDriver, TapeStorage, When,
-    exhaust_with,
+    Errno, Fault, FaultPlan, OpKind, Tape, TapeDriver, TapeStorage, When, exhaust_with,
 };
 
-/// The catalog of a tape, which fails when it is told to.
-#[derive(Debug)]
-struct Failing(TapeStorage, Arc<CatalogFails>);
-
-/// What fails of the catalog.
-#[derive(Debug, Default)]
-struct CatalogFails {
-    sync: AtomicBool,
-    space: AtomicBool,
-    all_writes: bool,
-}
-
-impl CatalogFails {
-    /// `grows` says whether the file does, which is all that most file systems refuse then.
-    fn full(&self, grows: bool) -> io::Result<()> {
-        match self.space.load(Ordering::SeqCst) && (grows || self.all_writes) {
-            true => Err(Errno::NOSPC.into()),
-            false => Ok(()),
-        }
-    }
-}
-
-impl StorageBackend for Failing {
-    fn len(&self) -> io::Result<u64> {
-        self.0.len()
-    }
-
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.0.read(offset, out)
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.1.full(len > self.len()?)?;
-        self.0.set_len(len)
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        match self.1.sync.load(Ordering::SeqCst) {
-            true => Err(Errno::IO.into()),
-            false => self.0.sync_data(),
-        }
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        // What was never written takes space now.
-        let mut before = vec![0; data.len()];
-        let new = self.0.read(offset, &mut before).is_err() || before.iter().all(|&byte| byte == 0);
-        self.1.full(new)?;
-        self.0.write(offset, data)
-    }
-}
-
-struct Place {
-    vmem: VirtualMemory,
-    tape: Arc<Tape>,
-    disk: Arc<FaultDriver>,
-    catalog_fails: Arc<CatalogFails>,
-}
-
-fn open(image: Image, buffered: bool) -> Place {
-    open_where(image, buffered, false)
-}
-
-fn open_where(image: Image, buffered: bool, all_writes: bool) -> Place {
-    let tape = Tape::of(image);
-    let catalog_fails = Arc::new(CatalogFails { all_writes, ..Default::default() });
-    let storage = Failing(TapeStorage(tape.clone()), catalog_fails.clone());
-    let (catalog, taken) = NameCatalog::over(Arc::new(storage), 512).unwrap();
-    let disk = FaultDriver::new(TapeDriver::new(&tape, buffered), Seed::new(3));
-    let config = VirtualMemoryConfig::builder()
-        .host_capacity(2 << 20)
-        .staging_capacity(128 << 10)
-        .wait_timeout(Duration::from_secs(20))
-        .build()
-        .unwrap();
-    let backends = Backends {
-        host_capacity_bytes: 2 << 20,
-        disk: DiskTier::with_taken(disk.clone(), 8 << 20, &taken, None).unwrap(),
-        catalog: Some(Arc::new(catalog)),
-        devices: Vec::new(),
-        capabilities: Capabilities::new("a tape".into(), "not in this test".into()),
-    };
-    let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
-    Place { vmem, tape, disk, catalog_fails }
-}
+use super::failing::{Place, open, open_where};
 
 fn is_eio(error: &VirtualMemoryError) -> bool {
     let VirtualMemoryError::Io { source, .. } = error else { return false };
@@ -336,7 +250,10 @@ impl Catalog for Picky {
     );
 
     fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
-        let of_bad = |change: &CatalogChange| matches!(change, CatalogChange::Put { name, .. } if &**name == "bad");
+        let of_bad = |change: &CatalogChange| match change {
+            CatalogChange::Put { name, .. } => &**name == "bad",
+            _ => false,
+        };
         if changes.iter().any(of_bad) {
             let (path, reason) = ("catalog".into(), "its row is not what was written".into());
             return Box::pin(async { Err(VirtualMemoryError::Damaged { path, reason }) });

@@ -1,7 +1,7 @@
 //! `kill -9`: what a process acknowledged of a named object is there for the next one, whole.
 //!
-//! Invariant: the child tells what it starts and what was acknowledged by one `write` each, so that the parent
-//! knows both up to the moment of the kill. 50 kills of one store by default;
+//! Invariant: the child tells what it starts and what was acknowledged by one `write` each, so that
+//! the parent knows both up to the moment of the kill. 50 kills of one store by default;
 //! `VMEM_KILLS=1000 cargo test --release --test it names::kills -- --nocapture` for more.
 
 use std::io::{BufRead, BufReader, Write};
@@ -90,8 +90,8 @@ fn child() {
     });
 }
 
-/// Lets a child run until a moment after its first acknowledgement, and kills it. What each task may
-/// have left, and how many changes were acknowledged.
+/// Lets a child run until a moment after its first acknowledgement, and kills it. What each task
+/// may have left, and how many changes were acknowledged.
 fn life(directory: &Path, seed: Seed, version: u64, states: &[Pair]) -> (Vec<Vec<Pair>>, usize) {
     let states_text: Vec<_> = states.iter().map(write_pair).collect();
     let order =

@@ -5,7 +5,9 @@
 
 mod closed;
 mod damage;
+mod directory;
 mod entries;
+mod failing;
 mod faults;
 mod kills;
 mod life;

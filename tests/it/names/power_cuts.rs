@@ -1,7 +1,8 @@
 //! Simulated power cuts: what was acknowledged of a named object is there after any of them, whole.
 //!
-//! Invariant: each image is what a disk may hold after a cut (`vmem_testkit::tape`), and what it must hold is
-//! known from what was started and what was acknowledged before that moment. 600 images by default;
+//! Invariant: each image is what a disk may hold after a cut (`vmem_testkit::tape`), and what it
+//! must hold is known from what was started and what was acknowledged before that moment. 600
+//! images by default;
 //! `VMEM_IMAGES=10000 cargo test --release --test it names::power_cuts -- --nocapture` for more.
 
 use std::sync::Arc;
@@ -84,7 +85,8 @@ fn allowed(changes: &[Change], task: usize, position: usize) -> Vec<Pair> {
     may
 }
 
-/// Lets tasks change names, and cuts the power at many moments. How many acknowledged changes were due.
+/// Lets tasks change names, and cuts the power at many moments. How many acknowledged changes were
+/// due.
 async fn history(seed: Seed, buffered: bool, images: usize) -> usize {
     let mut rng = seed.rng();
     let blank = Tape::of(Image::default());

@@ -1,7 +1,8 @@
-//! Real power cuts, as far as a running kernel can make them: an ext4 that is shut down without its log.
+//! Real power cuts, as far as a running kernel can make them: an ext4 that is shut down without its
+//! log.
 //!
-//! Invariant: what was acknowledged of a named object is there after the next mount, whole; twenty cuts of
-//! one store in a row.
+//! Invariant: what was acknowledged of a named object is there after the next mount, whole; twenty
+//! cuts of one store in a row.
 
 use std::sync::Arc;
 use std::time::Duration;

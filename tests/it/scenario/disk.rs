@@ -26,11 +26,13 @@ async fn check(vmem: &VirtualMemory, objects: &[(u64, VMemHandle)]) {
     }
 }
 
-// ---- 31: registered memory and memory that is given back ------------------------------------------
+// ---- 31: registered memory and memory that is given back
+// ------------------------------------------
 
-/// Excluded: memory that is given back to the system while it is registered with io_uring, after which a
-/// transfer says success and the reader sees zeros. Object space is committed and given back all the
-/// time, while large reads and writes pass through the registered staging memory beside it.
+/// Excluded: memory that is given back to the system while it is registered with io_uring, after
+/// which a transfer says success and the reader sees zeros. Object space is committed and given
+/// back all the time, while large reads and writes pass through the registered staging memory
+/// beside it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_31_memory_is_given_back_beside_registered_reads() {
     let dir = tempfile::tempdir().unwrap();
@@ -89,10 +91,11 @@ async fn scenario_31_memory_is_given_back_beside_registered_reads() {
     vmem.close().await.unwrap();
 }
 
-// ---- 18: the disk refuses while objects go down ---------------------------------------------------
+// ---- 18: the disk refuses while objects go down
+// ---------------------------------------------------
 
-/// Excluded: one refused write that fails, or stalls, those who have nothing to do with it; a victim
-/// that is lost on its way down. Every write of the run is once the one that fails.
+/// Excluded: one refused write that fails, or stalls, those who have nothing to do with it; a
+/// victim that is lost on its way down. Every write of the run is once the one that fails.
 #[tokio::test(start_paused = true)]
 async fn scenario_18_one_failed_write_is_noticed_by_nobody() {
     for (nth, errno) in (1..=12).zip([Errno::IO, Errno::NOSPC].into_iter().cycle()) {
@@ -116,8 +119,9 @@ async fn scenario_18_one_failed_write_is_noticed_by_nobody() {
     }
 }
 
-/// A region of the disk refuses every write, a tenth of the others fail too: writers get a typed error
-/// or none, what was accepted is readable all the time, and when the cause goes everything can move.
+/// A region of the disk refuses every write, a tenth of the others fail too: writers get a typed
+/// error or none, what was accepted is readable all the time, and when the cause goes everything
+/// can move.
 #[test]
 fn scenario_18_a_disk_that_fails_now_and_then() {
     for errno in [Errno::IO, Errno::NOSPC] {
@@ -173,8 +177,8 @@ fn scenario_18_a_disk_that_fails_now_and_then() {
     }
 }
 
-/// The budget of the disk is full, without any error of a device: what is in host memory stays there,
-/// readers and in-place writers go on, one that needs room is told, and a free lets him in.
+/// The budget of the disk is full, without any error of a device: what is in host memory stays
+/// there, readers and in-place writers go on, one that needs room is told, and a free lets him in.
 #[tokio::test(start_paused = true)]
 async fn scenario_18_a_full_budget() {
     let (vmem, driver) = support::open(8 * LEN, 8 * LEN, |b| b.watermarks(0.98, 1.0));
@@ -204,7 +208,8 @@ async fn scenario_18_a_full_budget() {
     assert_empty(&settle(&vmem, &driver).await, "a full budget");
 }
 
-// ---- 19: growth -----------------------------------------------------------------------------------
+// ---- 19: growth
+// -----------------------------------------------------------------------------------
 
 const HOST_BYTES: usize = 2 * MIB;
 const DISK_BYTES: usize = 16 * MIB;
@@ -334,8 +339,8 @@ async fn child_that_is_killed() {
     }
 }
 
-/// Excluded: a directory that stays locked, or space that stays taken, after `kill -9`. While the child
-/// lives its number is told; once it is dead the directory opens, and is empty.
+/// Excluded: a directory that stays locked, or space that stays taken, after `kill -9`. While the
+/// child lives its number is told; once it is dead the directory opens, and is empty.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_19_killed() {
     let dir = tempfile::tempdir().unwrap();
@@ -361,69 +366,4 @@ async fn scenario_19_killed() {
     check(&vmem, &live).await;
     vmem.close().await.unwrap();
     assert!(nothing_left(dir.path()));
-}
-
-// ---- 21: fragmentation of the disk ----------------------------------------------------------------
-
-/// A disk, and a host tier too small to hide it.
-fn disk_alone(disk: usize) -> VirtualMemory {
-    let sim: Arc<SimDriver> = SimDriver::new(SimConfig::default());
-    over(sim, MIB, disk as u64, |b| b.promotion(vmem::Promotion::Never))
-}
-
-/// Excluded: a disk whose free space is of no use. A simulated day at 90 % fill, sizes from 512 B to a
-/// fifteenth of the disk: whatever fits by its footprint is served.
-#[test]
-fn scenario_21_a_day_of_a_disk_at_90_percent() {
-    Seed::simulate("scenario_21_disk", async |seed| {
-        let disk = 16 * MIB;
-        let vmem = disk_alone(disk);
-        let mut rng = seed.rng();
-        let mut live: Vec<(u64, VMemHandle)> = Vec::new();
-        let mut used = 0;
-        for object in 0..8000_u64 {
-            let len = 512 << rng.random_range(0..12);
-            let len: usize = rng.random_range(len / 2 + 1..=len);
-            while used + len.next_multiple_of(512) > disk * 9 / 10 {
-                let (_, gone) = live.swap_remove(rng.random_range(0..live.len()));
-                used -= gone.len().next_multiple_of(512);
-            }
-            let handle = vmem.put(bytes(object, 1, len), DISK).await;
-            let handle = handle.unwrap_or_else(|e| panic!("{len} at step {object}: {e:?}"));
-            used += len.next_multiple_of(512);
-            live.push((object, handle));
-            assert_eq!(vmem.stats().disk.used_bytes, used as u64, "step {object}");
-            if object.is_multiple_of(16) {
-                // What is said to be free in one piece is, and not a block more than all there is.
-                let largest = vmem.stats().disk.largest_free_bytes as usize;
-                assert!(largest <= disk - used);
-                drop(vmem.allocate(largest, DISK).await.expect("as was said"));
-            }
-        }
-        for (object, handle) in live.iter().step_by(7) {
-            let mut read = vec![0; handle.len()];
-            vmem.read_into(handle, 0..read.len(), &mut read).await.unwrap();
-            assert!(read == bytes(*object, 1, read.len()), "object {object}");
-        }
-    });
-}
-
-/// The worst order of events: the disk is full of small objects and every second one goes, so that no
-/// hole holds a chunk. Half of the disk is free; an object of a quarter of it must find room.
-#[tokio::test(start_paused = true)]
-async fn scenario_21_holes_that_are_smaller_than_a_chunk() {
-    let vmem = disk_alone(8 * MIB);
-    let mut live = Vec::new();
-    while let Ok(handle) = vmem.put(vec![live.len() as u8; 32 * KIB], DISK).await {
-        live.push(handle);
-    }
-    let mut at = 0;
-    live.retain(|_| {
-        at += 1;
-        at % 2 == 0
-    });
-    let stats = vmem.stats();
-    assert_eq!(stats.disk.used_bytes, 4 * MIB as u64);
-    let fits = vmem.put(bytes(1, 1, 2 * MIB), DISK).await;
-    assert!(fits.is_ok(), "{fits:?} with {stats:?}");
 }

@@ -49,8 +49,8 @@ async fn until_closed(vmem: VirtualMemory, handles: Arc<Vec<VMemHandle>>, salt: 
     unreachable!("the numbers do not end")
 }
 
-/// Excluded: two who close at once and wait for each other; calls in every state at the moment of the
-/// end that hang, or end with something else. Several rounds, since each meets other states.
+/// Excluded: two who close at once and wait for each other; calls in every state at the moment of
+/// the end that hang, or end with something else. Several rounds, since each meets other states.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_24_two_clones_close_during_every_call() {
     for round in 0..8 {
@@ -83,8 +83,9 @@ async fn scenario_24_two_clones_close_during_every_call() {
     }
 }
 
-/// Excluded: a store that lives on because handles or bytes of it do, or that dies under them. The last
-/// clone goes with handles, bytes, pins, a prefetch, a stream and a blocked reader outstanding.
+/// Excluded: a store that lives on because handles or bytes of it do, or that dies under them. The
+/// last clone goes with handles, bytes, pins, a prefetch, a stream and a blocked reader
+/// outstanding.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_24_the_store_is_dropped_while_handles_and_bytes_live() {
     let dir = tempfile::tempdir().unwrap();
@@ -202,8 +203,9 @@ async fn scenario_24_another_process_has_the_store() {
     assert!(process.wait().unwrap().success());
 }
 
-/// The seed's P12: a truncated file gave `Ok` with half of the bytes. Here it is `Corrupt` for the objects
-/// that lost theirs, again and again without a read, until each is written whole; others do not notice.
+/// The seed's P12: a truncated file gave `Ok` with half of the bytes. Here it is `Corrupt` for the
+/// objects that lost theirs, again and again without a read, until each is written whole; others do
+/// not notice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_26_p12_a_truncated_file() {
     let dir = tempfile::tempdir().unwrap();
@@ -245,8 +247,8 @@ async fn scenario_26_p12_a_truncated_file() {
     vmem.close().await.unwrap();
 }
 
-/// The seed's P16: a reader of an object that is moved all the time got `HandleNotFound`, and the mover
-/// starved. Readers in every way beside a mover: each sees the bytes, and both sides get on.
+/// The seed's P16: a reader of an object that is moved all the time got `HandleNotFound`, and the
+/// mover starved. Readers in every way beside a mover: each sees the bytes, and both sides get on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_26_p16_readers_beside_a_mover() {
     let dir = tempfile::tempdir().unwrap();

@@ -10,11 +10,12 @@ use crate::support::{self, DISK, HOST, KIB, MIB, assert_empty, bytes, put_all, s
 
 const LEN: usize = 64 * KIB;
 
-// ---- 11: fragmentation ---------------------------------------------------------------------------
+// ---- 11: fragmentation
+// ---------------------------------------------------------------------------
 
 /// Excluded: room that is there and cannot be had, since it lies in pieces between others; an
-/// allocation that goes to disk, or fails, although everything in its way could move. Noticed by where
-/// the object is, and by the simulated clock.
+/// allocation that goes to disk, or fails, although everything in its way could move. Noticed by
+/// where the object is, and by the simulated clock.
 #[tokio::test(start_paused = true)]
 async fn scenario_11_one_large_allocation_in_a_fragmented_tier() {
     let mut rng = SmallRng::seed_from_u64(seed());
@@ -71,7 +72,8 @@ async fn scenario_14_waiters_start_eviction() {
     drop((warm, cold));
 }
 
-// ---- 15: how much is evicted ---------------------------------------------------------------------
+// ---- 15: how much is evicted
+// ---------------------------------------------------------------------
 
 /// Excluded: an evictor that overshoots (64 MiB were needed, 1 GiB was moved), or that stops short
 /// and starts again with every allocation. Noticed by what is left in host memory.

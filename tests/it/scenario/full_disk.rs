@@ -103,7 +103,8 @@ async fn check_all(vmem: &VirtualMemory, handles: &[vmem::VMemHandle]) {
     }
 }
 
-/// With no capacity configured, a store that was closed opens again, however much of the file system its names take.
+/// With no capacity configured, a store that was closed opens again, however much of the file
+/// system its names take.
 #[tokio::test]
 async fn the_default_capacity_always_holds_what_is_named() {
     let Some(tmpfs) = Tmpfs::mount("64m") else { return };

@@ -1,18 +1,15 @@
-//! Scenarios of the beginning and the end of a store, of its handles, and of odd arguments, over the
-//! real driver.
+//! Scenarios of the beginning and the end of a store, of its handles, and of odd arguments, over
+//! the real driver.
 
 use std::path::Path;
 use std::time::Duration;
 
-use futures::StreamExt;
 use vmem::{
-    MemoryTier, MigrationCause, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryConfig,
+    MemoryTier, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryConfig,
     VirtualMemoryConfigBuilder, VirtualMemoryError,
 };
 
-const HOST: MemoryTier = MemoryTier::Host;
-const DISK: MemoryTier = MemoryTier::Disk;
-const MIB: usize = 1 << 20;
+use crate::support::{DISK, HOST, MIB};
 
 fn small() -> VirtualMemoryConfigBuilder {
     VirtualMemoryConfig::builder()
@@ -22,7 +19,7 @@ fn small() -> VirtualMemoryConfigBuilder {
         .wait_timeout(Duration::from_secs(5))
 }
 
-async fn open() -> VirtualMemory {
+pub(super) async fn open() -> VirtualMemory {
     vmem::open(small().build().unwrap()).await.unwrap()
 }
 
@@ -143,7 +140,8 @@ async fn scenario_26_p9_one_directory_one_store() {
     open_in(directory.path()).await.unwrap().close().await.unwrap();
 }
 
-/// The seed's P8: a handle of one store says nothing to another; a freed one says nothing to its own.
+/// The seed's P8: a handle of one store says nothing to another; a freed one says nothing to its
+/// own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_26_p8_handles_are_of_one_store() {
     let (one, two) = (open().await, open().await);
@@ -180,8 +178,9 @@ async fn scenario_26_p8_handles_are_of_one_store() {
     assert_eq!(two.stats().objects, 0);
 }
 
-/// The seed's P2, P3, P4 and P18: moving to and fro, overwriting what is nearly all of a tier, asking
-/// for too much, and many who allocate at once: the ledger stays right and nothing is pushed out in vain.
+/// The seed's P2, P3, P4 and P18: moving to and fro, overwriting what is nearly all of a tier,
+/// asking for too much, and many who allocate at once: the ledger stays right and nothing is pushed
+/// out in vain.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_26_p2_p3_p4_p18_the_ledger() {
     let vmem = open().await;
@@ -252,8 +251,8 @@ async fn scenario_26_p11_a_panic_of_the_caller() {
     vmem.close().await.unwrap();
 }
 
-/// The seed's P16 and P17: while objects move, their one writer reads what he wrote, and no reader is
-/// told that a live object is not there.
+/// The seed's P16 and P17: while objects move, their one writer reads what he wrote, and no reader
+/// is told that a live object is not there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_26_p16_p17_moving_loses_no_write() {
     let vmem = open().await;
@@ -277,8 +276,8 @@ async fn scenario_26_p16_p17_moving_loses_no_write() {
     vmem.close().await.unwrap();
 }
 
-/// The sizes at which something changes: nothing, one byte, around a sector, a page, a small object and a
-/// chunk, in both home tiers, through every way of reading and writing.
+/// The sizes at which something changes: nothing, one byte, around a sector, a page, a small object
+/// and a chunk, in both home tiers, through every way of reading and writing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn odd_sizes() {
     let vmem = open().await;
@@ -355,57 +354,5 @@ async fn vram_is_not_available() {
             other => panic!("{other:?}"),
         }
     }
-    vmem.close().await.unwrap();
-}
-
-/// A listener sees each migration once, and is told how many it missed.
-#[tokio::test]
-async fn migrations_are_told() {
-    let vmem = open().await;
-    let handle = vmem.put(vec![1; 5000], HOST).await.unwrap();
-    let mut events = Box::pin(vmem.migrations());
-    vmem.demote(&handle, DISK).await.unwrap();
-    vmem.promote(&handle, HOST).await.unwrap();
-    let (down, up) = (events.next().await.unwrap(), events.next().await.unwrap());
-    assert_eq!((down.from, down.to, down.cause), (HOST, DISK, MigrationCause::Demote));
-    assert_eq!((up.from, up.to, up.cause), (DISK, HOST, MigrationCause::Promote));
-    assert_eq!((down.handle, down.bytes, down.missed), (handle.id(), 5000, 0));
-    for _ in 0..1500 {
-        vmem.write(&handle, vec![2; 5000]).await.unwrap();
-        vmem.demote(&handle, DISK).await.unwrap();
-    }
-    let (mut seen, mut missed) = (0, 0);
-    let patience = Duration::from_millis(200);
-    while let Ok(Some(event)) = tokio::time::timeout(patience, events.next()).await {
-        seen += 1;
-        missed += event.missed;
-    }
-    assert!(missed > 0 && seen + missed >= 1500, "{seen} seen, {missed} missed");
-    vmem.close().await.unwrap();
-    assert!(events.next().await.is_none(), "the stream ends with the store");
-}
-
-/// A prefetch runs without being polled; dropped it is cancelled; detached it runs on.
-#[tokio::test]
-async fn prefetches_start_end_and_are_cancelled() {
-    let vmem = open().await;
-    let mut handles = Vec::new();
-    for n in 0..8_u8 {
-        handles.push(vmem.put(vec![n; 10_000], DISK).await.unwrap());
-    }
-    vmem.prefetch_many(&handles[..4], HOST).await.unwrap();
-    assert!(handles[..4].iter().all(|handle| vmem.residency(handle).unwrap().host));
-    vmem.prefetch(&handles[4], HOST).detach();
-    for _ in 0..1000 {
-        if vmem.residency(&handles[4]).unwrap().host {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    assert!(vmem.residency(&handles[4]).unwrap().host, "detached, it runs on");
-    // Nothing ran in between: the actor finds it cancelled.
-    drop(vmem.prefetch_many(&handles[5..], HOST));
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(handles[5..].iter().all(|handle| !vmem.residency(handle).unwrap().host));
     vmem.close().await.unwrap();
 }

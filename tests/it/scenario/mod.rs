@@ -4,10 +4,13 @@
 //! Invariant: each test names its scenario and what must not happen. Run in `it`.
 
 mod disk;
+mod disk_holes;
 mod end;
 mod evict;
 mod full_disk;
+mod hits;
 mod life;
+mod migrations;
 mod order;
 mod pressure;
 mod residency;

@@ -1,5 +1,5 @@
-//! Scenarios 22 and 23 further: the order of eviction when objects come up, the ledger of both tiers,
-//! and a burst of every kind of request while the disk fails.
+//! Scenarios 22 and 23 further: the order of eviction when objects come up, the ledger of both
+//! tiers, and a burst of every kind of request while the disk fails.
 
 use std::collections::HashMap;
 use std::io;
@@ -31,8 +31,8 @@ async fn victim(vmem: &VirtualMemory, among: &[VMemHandle]) -> Vec<usize> {
     gone
 }
 
-/// Excluded: an object that was asked for, comes up to stay, and is the next to leave, since its last
-/// access was long ago. Every way of coming up, or of being asked for, is an access.
+/// Excluded: an object that was asked for, comes up to stay, and is the next to leave, since its
+/// last access was long ago. Every way of coming up, or of being asked for, is an access.
 #[tokio::test(start_paused = true)]
 async fn scenario_22_what_was_asked_for_is_not_the_next_to_leave() {
     type Ask = (&'static str, bool);
@@ -118,8 +118,8 @@ async fn audit(
     assert_eq!(stats.held_bytes, 0, "step {step}");
 }
 
-/// Excluded: a ledger of either tier that drifts. Sizes of every kind, every operation, whole and in
-/// part; after each step, at rest, both ledgers equal the sum over the objects.
+/// Excluded: a ledger of either tier that drifts. Sizes of every kind, every operation, whole and
+/// in part; after each step, at rest, both ledgers equal the sum over the objects.
 #[test]
 fn scenario_22_both_ledgers_after_every_step() {
     // Whole chunks, so that an object is on disk with all or with nothing.

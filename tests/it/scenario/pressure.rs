@@ -80,8 +80,8 @@ async fn scenario_16_a_promotion_storm() {
     drop(storm);
 }
 
-/// Excluded: a slow disk that lets dirty bytes or queues grow without bound, or that slows what does
-/// not need it. Noticed by the gauges while ten times host memory is written through.
+/// Excluded: a slow disk that lets dirty bytes or queues grow without bound, or that slows what
+/// does not need it. Noticed by the gauges while ten times host memory is written through.
 #[tokio::test(start_paused = true)]
 async fn scenario_20_a_slow_disk() {
     let space = 4 * MIB;
@@ -110,8 +110,8 @@ async fn scenario_20_a_slow_disk() {
     }
 }
 
-/// Excluded: free memory in pieces, none large enough. A long random life at 90 % fill, sizes from 512
-/// bytes to an eighth of host memory: every request that fits is served, and what
+/// Excluded: free memory in pieces, none large enough. A long random life at 90 % fill, sizes from
+/// 512 bytes to an eighth of host memory: every request that fits is served, and what
 /// `largest_free_bytes` says is true.
 #[test]
 fn scenario_21_fragmentation() {
@@ -153,8 +153,8 @@ fn scenario_21_fragmentation() {
     });
 }
 
-/// Excluded: gauges that drift from what they count, and an order of eviction that rots. After every
-/// step the ledger is the sum over the objects; the victim is the one that a list names.
+/// Excluded: gauges that drift from what they count, and an order of eviction that rots. After
+/// every step the ledger is the sum over the objects; the victim is the one that a list names.
 #[test]
 fn scenario_22_the_ledger_and_the_order() {
     Seed::simulate("scenario_22", async |seed| {
@@ -221,8 +221,8 @@ fn scenario_22_the_ledger_and_the_order() {
     });
 }
 
-/// Excluded: writes that are dropped when a queue is full. A burst of ten times the request queue, on a
-/// slow disk: each is readable afterwards, or returned an error.
+/// Excluded: writes that are dropped when a queue is full. A burst of ten times the request queue,
+/// on a slow disk: each is readable afterwards, or returned an error.
 #[tokio::test(start_paused = true)]
 async fn scenario_23_a_write_burst() {
     let (vmem, _driver) = open(2 * MIB, 256 * MIB, disk_of(20));

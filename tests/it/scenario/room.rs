@@ -11,7 +11,8 @@ use crate::support::{self, DISK, HOST, KIB, MIB, assert_empty, bytes, put_all, s
 
 const LEN: usize = 64 * KIB;
 
-// ---- 12: everything pinned or held ---------------------------------------------------------------
+// ---- 12: everything pinned or held
+// ---------------------------------------------------------------
 
 const TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -41,10 +42,10 @@ fn assert_all_pinned<T>(
     assert!((TIMEOUT..TIMEOUT + late).contains(&took), "{what} took {took:?}");
 }
 
-/// Excluded: an actor that spins while it can do nothing; calls that wait for ever, or wait although
-/// they have another way; an error that does not say who has the memory. Noticed by the simulated
-/// clock (one that spins would keep it from moving at all), by the numbers in the error, and by
-/// how often the runtime woke up.
+/// Excluded: an actor that spins while it can do nothing; calls that wait for ever, or wait
+/// although they have another way; an error that does not say who has the memory. Noticed by the
+/// simulated clock (one that spins would keep it from moving at all), by the numbers in the error,
+/// and by how often the runtime woke up.
 #[tokio::test(start_paused = true)]
 async fn scenario_12_everything_pinned_or_held() {
     let (vmem, driver) =
@@ -144,7 +145,8 @@ fn scenario_12_nothing_spins_while_all_is_held() {
     });
 }
 
-// ---- 14: waiters ---------------------------------------------------------------------------------
+// ---- 14: waiters
+// ---------------------------------------------------------------------------------
 
 /// A full tier whose memory is held by readers, one for each object.
 async fn all_held(vmem: &VirtualMemory, count: usize) -> (Vec<VMemHandle>, Vec<bytes::Bytes>) {
@@ -241,8 +243,8 @@ async fn scenario_14_small_waiters_pass_a_large_one_a_bounded_number_of_times() 
     assert_empty(&settle(&vmem, &driver).await, "waiters");
 }
 
-/// What is held keeps a large request from being served for seconds: smaller ones wait for it a moment at a time, and
-/// never until its deadline.
+/// What is held keeps a large request from being served for seconds: smaller ones wait for it a
+/// moment at a time, and never until its deadline.
 #[tokio::test(start_paused = true)]
 async fn small_waiters_are_served_while_holds_block_a_large_one() {
     let (vmem, driver) = open_held(8);

@@ -1,8 +1,8 @@
 //! Tasks that change names and say so before and after, and what the names may stand for then.
 //!
-//! Invariant: bytes and length of an object are a function of its task and version, so that a torn mixture
-//! is seen; each task has two names of its own, so that a rename between them is seen half done. Called by
-//! the tests of what survives.
+//! Invariant: bytes and length of an object are a function of its task and version, so that a torn
+//! mixture is seen; each task has two names of its own, so that a rename between them is seen half
+//! done. Called by the tests of what survives.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 

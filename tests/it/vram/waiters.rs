@@ -1,7 +1,8 @@
 //! Those who wait for device memory are woken by whatever makes some usable.
 //!
-//! The last user of a copy may be a lane of the device, a kernel's watch or a caller on any thread; whoever it is, the end of
-//! its share is what the waiter waits for. A drop that rings nobody leaves the waiter asleep until its deadline.
+//! The last user of a copy may be a lane of the device, a kernel's watch or a caller on any thread;
+//! whoever it is, the end of its share is what the waiter waits for. A drop that rings nobody
+//! leaves the waiter asleep until its deadline.
 
 use std::sync::Arc;
 use std::time::Duration;

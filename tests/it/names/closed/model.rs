@@ -1,7 +1,8 @@
 //! Names under random changes beside a model of what they stand for.
 //!
-//! Invariant: each task has names of its own, so that it knows what they stand for after each of its changes; what it keeps
-//! a handle of keeps its bytes. Flushes, listings and snapshots of all names go on meanwhile.
+//! Invariant: each task has names of its own, so that it knows what they stand for after each of
+//! its changes; what it keeps a handle of keeps its bytes. Flushes, listings and snapshots of all
+//! names go on meanwhile.
 
 use bytes::Bytes;
 use futures::TryStreamExt;

@@ -1,6 +1,7 @@
 //! Listings beside a model of them: prefixes, delimiters, bounds, limits, pages.
 //!
-//! Invariant: the model says what a listing of all names is; how the store reads them is no part of it.
+//! Invariant: the model says what a listing of all names is; how the store reads them is no part of
+//! it.
 
 use std::collections::BTreeMap;
 

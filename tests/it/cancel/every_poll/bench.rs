@@ -1,127 +1,23 @@
-//! Scenario 4: futures dropped at every point at which they can be.
+//! The store in one state, a call on it, and what must hold once the call was dropped.
 //!
-//! Excluded: a cancelled call that leaks room, a pin, a reader count, a staging piece or an object;
-//! that tears or loses bytes; or that frees a buffer which the disk still uses. Noticed by figures
-//! that are exact again after each drop, by contents that no order of the calls explains, by
-//! memory that the driver poisoned, and, for the two pieces of staging, by a call that never ends.
+//! Invariant: a bench is used for one state and one call, so that figures are exact. Called by the
+//! tests of the module above.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use vmem::backend::{DeviceAccess, VramChange, VramHold};
-use vmem::{
-    MemoryTier, PinGuard, ReadClass, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError,
-};
+use vmem::{PinGuard, ReadClass, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
 use vmem_testkit::SimDevice;
 
+use super::*;
 use crate::support::{
     self, DISK, DropAt, HOST, KIB, MIB, MemDriver, assert_empty, bytes, dropped_at, is_pressure,
     settle,
 };
 
-const VRAM: MemoryTier = MemoryTier::Vram;
-const SPACE: usize = 768 * KIB;
-const VRAM_BYTES: usize = 2 * MIB;
-/// Small: one chunk. Middling: more than is ever copied in one go. Large: more than host memory.
-const SMALL: usize = 20_000;
-const MIDDLING: usize = 260 * KIB + 77;
-const LARGE: usize = 900 * KIB + 5;
-const BESIDE: usize = 30_000;
-
-/// Where the object is when the call begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Spare,
-    Reserved,
-    Dirty,
-    Clean,
-    PartlyDirty,
-    OnDisk,
-    /// In host memory, and a reader has its bytes.
-    Held,
-    /// On disk, and host memory is full of others that were never written down.
-    Crowded,
-    /// In host memory and in device memory.
-    Raised,
-    /// On disk and in device memory.
-    RaisedFromDisk,
-    /// At home in device memory, never written.
-    AtHome,
-}
-
-const STATES: [State; 11] = [
-    State::Spare,
-    State::Reserved,
-    State::Dirty,
-    State::Clean,
-    State::PartlyDirty,
-    State::OnDisk,
-    State::Held,
-    State::Crowded,
-    State::Raised,
-    State::RaisedFromDisk,
-    State::AtHome,
-];
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Call {
-    Allocate,
-    Put,
-    Free,
-    Read,
-    ReadAt,
-    ReadBackground,
-    ReadToStay,
-    ReadInto,
-    ReadMany,
-    Write,
-    WriteAt,
-    WriteWith,
-    Promote,
-    Demote,
-    Prefetch,
-    Pin,
-    Flush,
-    PutAtHome,
-    Raise,
-    Lower,
-    RaiseAhead,
-    PinRaised,
-    Hold,
-    Change,
-    ChangeAll,
-}
-
-const CALLS: [Call; 25] = [
-    Call::Allocate,
-    Call::Put,
-    Call::Free,
-    Call::Read,
-    Call::ReadAt,
-    Call::ReadBackground,
-    Call::ReadToStay,
-    Call::ReadInto,
-    Call::ReadMany,
-    Call::Write,
-    Call::WriteAt,
-    Call::WriteWith,
-    Call::Promote,
-    Call::Demote,
-    Call::Prefetch,
-    Call::Pin,
-    Call::Flush,
-    Call::PutAtHome,
-    Call::Raise,
-    Call::Lower,
-    Call::RaiseAhead,
-    Call::PinRaised,
-    Call::Hold,
-    Call::Change,
-    Call::ChangeAll,
-];
-
 /// What a call brought.
-enum Brought {
+pub(super) enum Brought {
     Nothing,
     Read(std::ops::Range<usize>, Bytes),
     Copied(std::ops::Range<usize>, Vec<u8>),
@@ -133,7 +29,7 @@ enum Brought {
 }
 
 /// The bytes of one length, made once.
-struct Versions {
+pub(super) struct Versions {
     zeros: Vec<u8>,
     one: Vec<u8>,
     two: Vec<u8>,
@@ -145,7 +41,7 @@ struct Versions {
 }
 
 impl Versions {
-    fn of(len: usize) -> Self {
+    pub(super) fn of(len: usize) -> Self {
         let (zeros, two) = (vec![0; len], bytes(1, 2, len));
         let patch = |mut base: Vec<u8>| {
             base[part(len)].copy_from_slice(&two[part(len)]);
@@ -164,11 +60,11 @@ impl Versions {
 }
 
 /// A part that begins and ends inside of chunks.
-fn part(len: usize) -> std::ops::Range<usize> {
+pub(super) fn part(len: usize) -> std::ops::Range<usize> {
     len / 3..len - len / 4
 }
 
-struct Bench {
+pub(super) struct Bench {
     vmem: VirtualMemory,
     driver: std::sync::Arc<MemDriver>,
     len: usize,
@@ -176,7 +72,7 @@ struct Bench {
 }
 
 /// One object in its state, and what is around it.
-struct Scene {
+pub(super) struct Scene {
     object: VMemHandle,
     beside: VMemHandle,
     crowd: Vec<VMemHandle>,
@@ -185,7 +81,7 @@ struct Scene {
 }
 
 impl Bench {
-    fn new(len: usize) -> Self {
+    pub(super) fn new(len: usize) -> Self {
         let device = Arc::new(SimDevice::new(VRAM_BYTES as u64));
         let (vmem, driver) = support::open_below([device as Arc<_>], SPACE, 16 * MIB, |builder| {
             builder.max_pinned(1.0)
@@ -193,7 +89,7 @@ impl Bench {
         Bench { vmem, driver, len, versions: Versions::of(len) }
     }
 
-    async fn scene(&self, state: State) -> Scene {
+    pub(super) async fn scene(&self, state: State) -> Scene {
         let vmem = &self.vmem;
         let home = match state {
             State::Reserved | State::Clean | State::PartlyDirty | State::OnDisk => DISK,
@@ -229,7 +125,11 @@ impl Bench {
         Scene { object, beside, crowd, reader, written }
     }
 
-    async fn call(&self, call: Call, scene: &Scene) -> Result<Brought, VirtualMemoryError> {
+    pub(super) async fn call(
+        &self,
+        call: Call,
+        scene: &Scene,
+    ) -> Result<Brought, VirtualMemoryError> {
         let (vmem, object, part) = (&self.vmem, &scene.object, part(self.len));
         let whole = 0..self.len;
         let device = DeviceAccess::all(vmem).next().expect("the store has a device");
@@ -284,7 +184,7 @@ impl Bench {
     }
 
     /// Drops the call at every point. Returns how many there were.
-    async fn exhaust(&self, state: State, call: Call) -> usize {
+    pub(super) async fn exhaust(&self, state: State, call: Call) -> usize {
         for polls in 0.. {
             let mut ended = true;
             for at in [DropAt::Polled(polls), DropAt::Woken(polls)] {
@@ -302,7 +202,7 @@ impl Bench {
         unreachable!("the loop has no end")
     }
 
-    async fn check(
+    pub(super) async fn check(
         &self,
         call: Call,
         scene: Scene,
@@ -345,7 +245,7 @@ impl Bench {
         self.driver.assert_untouched();
     }
 
-    async fn check_brought(
+    pub(super) async fn check_brought(
         &self,
         outcome: Option<Result<Brought, VirtualMemoryError>>,
         before: &[u8],
@@ -379,7 +279,7 @@ impl Bench {
 
     /// Host memory is taken for what is there and nothing else, and nobody holds or pins more
     /// than the scene does.
-    async fn check_figures(&self, scene: &Scene, freed: bool, when: &str) {
+    pub(super) async fn check_figures(&self, scene: &Scene, freed: bool, when: &str) {
         let stats = settle(&self.vmem, &self.driver).await;
         let mut there = vec![&scene.beside];
         there.extend(&scene.crowd);
@@ -415,13 +315,13 @@ impl Bench {
         assert!(stats.vram.used_bytes <= vram, "{when}: {stats:#?}");
     }
 
-    async fn content(&self, handle: &VMemHandle) -> Vec<u8> {
+    pub(super) async fn content(&self, handle: &VMemHandle) -> Vec<u8> {
         let mut buf = vec![0xEE; handle.len()];
         self.vmem.read_into(handle, 0..handle.len(), &mut buf).await.unwrap();
         buf
     }
 
-    async fn check_usable(&self, handle: &VMemHandle, when: &str) {
+    pub(super) async fn check_usable(&self, handle: &VMemHandle, when: &str) {
         self.vmem.write(handle, &self.versions.three).await.unwrap();
         assert!(self.content(handle).await == self.versions.three, "{when}: a later write");
         self.vmem.demote(handle, DISK).await.unwrap();
@@ -435,31 +335,4 @@ impl Bench {
 
 fn nothing((): ()) -> Brought {
     Brought::Nothing
-}
-
-async fn exhaust_all(len: usize, states: &[State]) {
-    let mut points = 0;
-    for &state in states {
-        for call in CALLS {
-            points += Bench::new(len).exhaust(state, call).await;
-        }
-    }
-    println!("{points} points at which a future of {len} bytes was dropped");
-    assert!(points > states.len() * CALLS.len(), "calls waited for something: {points}");
-}
-
-#[tokio::test(start_paused = true)]
-async fn scenario_04_every_call_dropped_at_every_poll_small() {
-    exhaust_all(SMALL, &STATES).await;
-}
-
-#[tokio::test(start_paused = true)]
-async fn scenario_04_every_call_dropped_at_every_poll_middling() {
-    exhaust_all(MIDDLING, &STATES).await;
-}
-
-#[tokio::test(start_paused = true)]
-async fn scenario_04_every_call_dropped_at_every_poll_larger_than_host() {
-    // Such an object is never in host memory.
-    exhaust_all(LARGE, &[State::Reserved, State::OnDisk]).await;
 }

@@ -1,9 +1,12 @@
-//! Every operation at random, from many tasks, over the real disk driver and the CUDA tier on an emulated one, with a fifth of the futures
-//! dropped at random moments: no wrong byte, never above the budget, nothing left at the end.
+//! Every operation at random, from many tasks, over the real disk driver and the CUDA tier on an
+//! emulated one, with a fifth of the futures dropped at random moments: no wrong byte, never above
+//! the budget, nothing left at the end.
 //!
 //! `VMEM_STRESS_SECONDS` sets how long (20 by default), `VMEM_SEED` which choices.
 
 #![allow(missing_docs, clippy::unwrap_used)]
+
+mod object;
 
 use std::future::Future;
 use std::ops::Range;
@@ -14,66 +17,16 @@ use std::time::{Duration, Instant};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use vmem::{
-    MemoryTier, ReadClass, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryConfig,
-    VirtualMemoryError,
+    MemoryTier, ReadClass, ReadOptions, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError,
 };
 use vmem_cuda_emulator::Emulator;
 use vmem_testkit::Seed;
 
+use object::Object;
+
 const TASKS: u64 = 16;
 const OBJECTS_PER_TASK: usize = 12;
 const HOST_CAPACITY: u64 = 12 << 20;
-
-/// One object: its handle, and which versions a reader may see. Only its own task writes to it.
-struct Object {
-    handle: VMemHandle,
-    salt: u64,
-    /// Every write up to here has completed.
-    completed: AtomicU64,
-    /// Every write up to here has begun; one that was dropped may have been applied or not.
-    begun: AtomicU64,
-}
-
-fn fill(salt: u64, version: u64, start: usize, buf: &mut [u8]) {
-    if version == 0 {
-        buf.fill(0);
-        return;
-    }
-    let key = (salt ^ version.wrapping_mul(0x9E37_79B9_7F4A_7C15)) as usize;
-    for (at, byte) in (start..).zip(buf) {
-        *byte = (at ^ (at >> 8).wrapping_mul(31) ^ key ^ (key >> 11)) as u8;
-    }
-}
-
-impl Object {
-    fn new(handle: VMemHandle, salt: u64) -> Arc<Self> {
-        Arc::new(Object { handle, salt, completed: 0.into(), begun: 0.into() })
-    }
-
-    fn bytes(&self, version: u64) -> Vec<u8> {
-        let mut bytes = vec![0; self.handle.len()];
-        fill(self.salt, version, 0, &mut bytes);
-        bytes
-    }
-
-    /// Checks bytes that were read by a call that began when `from` was complete.
-    fn check(&self, from: u64, range: Range<usize>, read: &[u8]) {
-        assert_eq!(read.len(), range.len());
-        let until = self.begun.load(Ordering::SeqCst);
-        let mut expected = vec![0; range.len()];
-        for version in (from..=until).rev() {
-            fill(self.salt, version, range.start, &mut expected);
-            if expected == read {
-                return;
-            }
-        }
-        panic!(
-            "object {} range {range:?}: not one of the versions {from}..={until}: {:?}...",
-            self.handle.id(),
-            &read[..read.len().min(16)]
-        );
-    }
-}
 
 fn random_len(rng: &mut SmallRng) -> usize {
     match rng.random_range(0..20) {
