@@ -3,6 +3,7 @@
 //!
 //! Invariant: bytes are compared, and figures are those of `stats`. Run in `it`.
 
+mod held;
 mod large;
 mod plans;
 mod refuted_room;

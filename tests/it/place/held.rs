@@ -4,8 +4,6 @@
 //! ever, or that keeps something while it waits; a burst of reads that all start before the first
 //! of them holds anything.
 
-mod common;
-
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,7 +11,7 @@ use futures::FutureExt;
 use futures::future::join_all;
 use vmem::{ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
 
-use common::{DISK, HOST, KIB, MIB, bytes, put_all, settle};
+use crate::support::{self, DISK, HOST, KIB, MIB, bytes, put_all, settle};
 
 const LEN: usize = MIB;
 /// No test waits so long unless something hangs.
@@ -22,7 +20,7 @@ const SHORT: Duration = Duration::from_millis(200);
 
 /// A store of 16 MiB of which readers may hold a half, with objects that are resident, or on disk.
 async fn store(resident: bool, count: usize) -> (VirtualMemory, Vec<VMemHandle>) {
-    let (vmem, driver) = common::open(16 * MIB, 256 * MIB, |b| b.max_held(0.5).wait_timeout(LONG));
+    let (vmem, driver) = support::open(16 * MIB, 256 * MIB, |b| b.max_held(0.5).wait_timeout(LONG));
     let handles = put_all(&vmem, count, LEN, if resident { HOST } else { DISK }).await;
     settle(&vmem, &driver).await;
     assert!(!resident || count <= 16, "they fit");
@@ -178,7 +176,8 @@ async fn large_reads_that_are_polled_once_and_left_alone_delay_nobody() {
 
 #[tokio::test]
 async fn an_object_of_more_than_readers_may_hold_is_read_and_held_alone() {
-    let (vmem, driver) = common::open(16 * MIB, 256 * MIB, |b| b.max_held(0.25).wait_timeout(LONG));
+    let (vmem, driver) =
+        support::open(16 * MIB, 256 * MIB, |b| b.max_held(0.25).wait_timeout(LONG));
     let handles = put_all(&vmem, 3, 6 * MIB, DISK).await;
     settle(&vmem, &driver).await;
     for (object, handle) in (1..).zip(&handles) {
