@@ -33,4 +33,5 @@ lacks 'cudarc|vmem-gpu|libloading|dlpack-rs|tokio-uring|serde' ""
 lacks 'cudarc|vmem-gpu|libloading|dlpack-rs' tokio-uring,serde
 lacks 'tokio-uring' gpu,dlpack,serde
 
-cargo test --package vmem --no-default-features --test features --test config_file
+cargo test --package vmem --no-default-features --test it -- \
+    env::features:: env::config_file::

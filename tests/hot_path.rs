@@ -1,12 +1,10 @@
 //! What a read of a resident object costs: nothing but a count.
 //!
-//! Excluded: a hit that copies, waits, switches tasks, or allocates with the size of the object; each
-//! was the whole cost of a cache hit in a system like this one. Noticed by polling by hand, by
+//! Excluded: a hit that copies, waits, switches tasks, or allocates with the size of the object;
+//! each was the whole cost of a cache hit in a system like this one. Noticed by polling by hand, by
 //! the addresses of the bytes, and by an allocator that counts, for each thread.
 
 #![allow(missing_docs, unsafe_code, clippy::unwrap_used)]
-
-mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -14,8 +12,14 @@ use std::future::Future;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
-use common::{HOST, KIB, MIB, bytes};
-use vmem::{ReadOptions, VirtualMemory};
+use bytes::Bytes;
+use vmem::backend::Backends;
+use vmem::{Capabilities, MemoryTier, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryConfig};
+use vmem_io::DiskTier;
+use vmem_testkit::{Pattern, SimConfig, SimDriver};
+
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
 
 thread_local! {
     /// Allocations of this thread, and their bytes.
@@ -69,9 +73,24 @@ const LENS: [usize; 5] = [1, 4 * KIB, 64 * KIB, MIB, 8 * MIB];
 /// More than the bookkeeping of one `Bytes` needs, less than any object worth reading.
 const SMALL_BYTES: u64 = 128;
 
-async fn resident(len: usize) -> (VirtualMemory, vmem::VMemHandle) {
-    let (vmem, _driver) = common::open(32 * MIB, 64 * MIB, |builder| builder);
-    let object = vmem.put(bytes(3, 1, len), HOST).await.unwrap();
+fn bytes(len: usize) -> Bytes {
+    Pattern::new(3, 1).bytes(0, len)
+}
+
+/// A store over a simulated disk, and an object in its host memory.
+async fn resident(len: usize) -> (VirtualMemory, VMemHandle) {
+    let host = 32 * MIB as u64;
+    let config = VirtualMemoryConfig::builder().host_capacity(host);
+    let config = config.staging_capacity(128 << 10).build().unwrap();
+    let backends = Backends {
+        host_capacity_bytes: host,
+        disk: DiskTier::new(SimDriver::new(SimConfig::default()), 64 * MIB as u64),
+        catalog: None,
+        devices: Vec::new(),
+        capabilities: Capabilities::new("simulated".into(), "not in this test".into()),
+    };
+    let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
+    let object = vmem.put(bytes(len), MemoryTier::Host).await.unwrap();
     (vmem, object)
 }
 
@@ -83,7 +102,7 @@ async fn a_hit_is_ready_at_its_first_poll_and_copies_nothing() {
         let (second, _) = first_poll("read", vmem.read(&object));
         let (first, second) = (first.unwrap(), second.unwrap());
         assert_eq!(first.as_ptr(), second.as_ptr(), "the same memory for both");
-        assert!(first == bytes(3, 1, len) && second.len() == len);
+        assert!(first == bytes(len) && second.len() == len);
         let (part, _) = first_poll("read_at", vmem.read_at(&object, len / 2..len));
         assert_eq!(part.unwrap().as_ptr(), first[len / 2..].as_ptr(), "a part is in place");
         let (with, _) = first_poll("read_with", vmem.read_with(&object, ReadOptions::new()));
@@ -119,12 +138,12 @@ async fn a_hit_makes_one_small_allocation_at_most() {
 #[tokio::test]
 async fn a_miss_allocates_and_waits() {
     let (vmem, object) = resident(64 * KIB).await;
-    vmem.demote(&object, common::DISK).await.unwrap();
+    vmem.demote(&object, MemoryTier::Disk).await.unwrap();
     let before = ALLOCATED.get();
     let mut read = Box::pin(vmem.read(&object));
     assert!(read.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
     assert!(ALLOCATED.get().0 > before.0);
-    assert!(read.await.unwrap() == bytes(3, 1, 64 * KIB));
+    assert!(read.await.unwrap() == bytes(64 * KIB));
 }
 
 /// Reads beside each other, from threads of their own: still no more than one allocation each.

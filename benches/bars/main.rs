@@ -7,11 +7,16 @@
 //! reader judges: the process ends with 0 whether or not the bars hold.
 
 mod bulk;
+#[cfg(feature = "peers")]
+mod cached;
 mod clients;
 #[cfg(target_os = "linux")]
 mod cold;
 mod evict;
+mod group;
 mod hot;
+#[cfg(feature = "peers")]
+mod mapped;
 mod metadata;
 mod named;
 #[cfg(feature = "peers")]
@@ -21,6 +26,7 @@ mod ranges;
 mod raw;
 mod report;
 mod sets;
+mod side;
 mod streams;
 mod table;
 

@@ -81,6 +81,16 @@ impl Report {
         }));
     }
 
+    /// Says of a bar that this machine cannot run it, and why.
+    pub(crate) fn skipped(&mut self, id: &str, what: &str, why: &str) {
+        println!("BAR {id} {what} SKIPPED: {why}");
+        let _infallible =
+            writeln!(self.table, "| {id} | {what} | - | - | - | - | SKIPPED: {why} |");
+        self.json.push(serde_json::json!({
+            "id": id, "what": what, "verdict": "SKIPPED", "why": why,
+        }));
+    }
+
     pub(crate) fn finish(self) -> anyhow::Result<()> {
         println!("\n| bar | what | ours | beside it | ratio (spread) | bar | |");
         println!("|---|---|---|---|---|---|---|\n{}", self.table);

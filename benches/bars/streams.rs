@@ -18,7 +18,7 @@ use vmem::{MemoryTier, Promotion, VMemHandle, VirtualMemory, VirtualMemoryConfig
 
 use crate::report::{Bar, Report, Rounds, process_cpu_ns};
 
-const MIB: usize = 1 << 20;
+pub(crate) const MIB: usize = 1 << 20;
 const ALIGNMENT: usize = 4096;
 
 /// Nanoseconds for each MiB: on the clock, and of CPU.
@@ -126,7 +126,7 @@ async fn compare(vmem: &VirtualMemory, copy: &VMemHandle, mib: usize) -> anyhow:
 }
 
 /// A file past the page cache, made if it is not there.
-fn direct(path: &Path) -> anyhow::Result<File> {
+pub(crate) fn direct(path: &Path) -> anyhow::Result<File> {
     let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
     let mut options = OpenOptions::new();
     Ok(options
@@ -139,19 +139,19 @@ fn direct(path: &Path) -> anyhow::Result<File> {
 }
 
 /// A MiB that direct I/O takes.
-struct Buffer {
+pub(crate) struct Buffer {
     memory: Vec<u8>,
     start: usize,
 }
 
 impl Buffer {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let memory = vec![0; MIB + ALIGNMENT];
         let start = memory.as_ptr().align_offset(ALIGNMENT);
         Buffer { memory, start }
     }
 
-    fn bytes(&mut self) -> &mut [u8] {
+    pub(crate) fn bytes(&mut self) -> &mut [u8] {
         &mut self.memory[self.start..self.start + MIB]
     }
 }

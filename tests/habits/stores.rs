@@ -134,8 +134,8 @@ pub(crate) async fn on_a_device(
 }
 
 impl Store {
-    /// Waits until the last thread of the tier has let go of the device, which may be after `close`: what it gives back
-    /// then is not to be counted against the next test.
+    /// Waits until the last thread of the tier has let go of the device, which may be after
+    /// `close`: what it gives back then is not to be counted against the next test.
     async fn leaves_the_device(&self) {
         let Some(emulator) = &self.emulator else { return };
         let began = std::time::Instant::now();

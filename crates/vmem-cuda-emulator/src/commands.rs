@@ -9,7 +9,7 @@ use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::codes::Code;
-use crate::world::{CHANGED, OpKind, World, world};
+use crate::world::{CHANGED, OpKind, World, has_owner, world};
 
 /// Carries out the line at `text`, and writes the answer to `answer`. Returns its whole length.
 ///
@@ -83,11 +83,13 @@ fn obey(world: &mut World, words: &[&str]) -> Option<String> {
 fn counters(world: &World) -> String {
     let registered = world.pinned.values().filter(|pinned| !pinned.allocated);
     let in_flight: u64 = world.streams.values().map(|stream| stream.submitted - stream.done).sum();
+    let streams = world.streams.iter();
+    let owned = streams.filter(|&(&handle, stream)| has_owner(handle) && !stream.destroyed);
     let live = [
         ("device_bytes", world.used()),
         ("allocations", world.allocations.len() as u64),
         ("events", world.events.len() as u64),
-        ("streams", world.streams.values().filter(|stream| !stream.destroyed).count() as u64),
+        ("streams", owned.count() as u64),
         ("registrations", registered.count() as u64),
         ("pinned", world.pinned.values().filter(|pinned| pinned.pages.is_some()).count() as u64),
         ("contexts", world.retained.values().sum::<i64>() as u64),

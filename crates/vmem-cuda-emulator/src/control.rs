@@ -8,10 +8,13 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
 
 const FILE: &str = "libvmem_cuda_emulator.so";
+/// A context that is still retained after so long was leaked.
+const LINGERS: Duration = Duration::from_secs(2);
 
 type Command = unsafe extern "C" fn(*const u8, usize, *mut u8, usize) -> usize;
 
@@ -88,8 +91,19 @@ impl Emulator {
     pub fn load() -> Result<Self, String> {
         LOADED.get_or_init(load).as_ref().map_err(Clone::clone)?;
         let emulator = Emulator { _turn: Turn::wait() };
+        emulator.see_off();
         emulator.command("reset");
         Ok(emulator)
+    }
+
+    /// Waits for the threads of the test before, which may let go of the device after it has ended:
+    /// what they give back then would be counted against this one. What that test leaked stays.
+    fn see_off(&self) {
+        self.command("release-all");
+        let began = Instant::now();
+        while self.counter("contexts") > 0 && began.elapsed() < LINGERS {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn command(&self, line: &str) -> String {

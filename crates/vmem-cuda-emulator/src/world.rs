@@ -164,6 +164,11 @@ fn memory() -> u64 {
     given.and_then(|given| given.parse().ok()).unwrap_or(MEMORY)
 }
 
+/// Whether somebody created this stream: nobody did the null stream and the threads' own.
+pub(crate) fn has_owner(stream: u64) -> bool {
+    stream != DEFAULT_STREAM && stream < PER_THREAD
+}
+
 impl World {
     fn new() -> Self {
         World {
@@ -205,8 +210,7 @@ impl World {
         self.retained.clear();
         self.pinned.retain(|_, pinned| pinned.allocated);
         for (&handle, stream) in &mut self.streams {
-            // The null stream and the threads' own have no owner.
-            stream.destroyed |= handle != DEFAULT_STREAM && handle < PER_THREAD;
+            stream.destroyed |= has_owner(handle);
             stream.capturing = None;
             stream.clear();
         }

@@ -247,7 +247,7 @@ fn a_default_budget_is_half_of_what_is_free() {
 }
 
 /// After a power cut the lock file had its length and zeros for bytes, and the store was refused as
-/// somebody else's. Excluded here; on a real file system by `tests/real_faults`.
+/// somebody else's. Excluded here; on a real file system by `tests/it/real_faults`.
 #[test]
 fn a_lock_file_that_a_power_cut_left_serves_again() {
     for left in [&b"\0\0\0\0\0\0"[..], b"", b"999\n\0\0\0"] {

@@ -3,8 +3,9 @@
 //! Invariant: a read that is to hold more than [`FREE_BYTES`] has its bytes promised before it has
 //! them, and the promise ends once readers are counted as holding them. A promise is kept by a task
 //! of the runtime, or within one poll of a caller, never by a caller that waits. So what readers
-//! hold exceeds `max_held` by small reads, and by the last of the large ones, alone. Called by
-//! reads, and by the migrations that serve them.
+//! hold exceeds `max_held` by small reads, and by the last of the large ones, alone. Those who wait
+//! are woken together and in no order, since a caller at the front of a line may be one that does
+//! not come. Called by reads, and by the migrations that serve them.
 
 use std::pin::pin;
 use std::sync::atomic::Ordering;

@@ -72,7 +72,7 @@ pub(crate) struct Limits {
     pub(crate) stream_capacity: u64,
     /// Of object space.
     pub(crate) marks: Watermarks,
-    /// What readers may hold of object space.
+    /// What readers may hold of object space; of all of it they are not bound.
     pub(crate) max_held_bytes: u64,
     pub(crate) promotion: Promotion,
     pub(crate) wait_timeout: Duration,
@@ -104,7 +104,10 @@ impl Limits {
                 low_bytes: (space * low) as u64,
                 high_bytes: (space * high) as u64,
             },
-            max_held_bytes: (space * config.max_held()) as u64,
+            max_held_bytes: match config.max_held() {
+                part if part < 1.0 => (space * part) as u64,
+                _ => u64::MAX,
+            },
             promotion: config.promotion(),
             wait_timeout: config.wait_timeout(),
         })

@@ -1,0 +1,149 @@
+//! Leases and sets of leases that are left alone, and what they cost, on the emulated driver.
+//!
+//! Invariant: a future that is polled once and never again delays nobody but itself.
+
+use std::time::Duration;
+
+use futures::FutureExt;
+use vmem::VirtualMemoryError;
+use vmem::gpu::VramExt;
+use vmem_cuda_emulator::Emulator;
+
+use crate::support::{HANGS, HOST, LEN, VRAM, bytes, end, launch, open, open_within, plus, stream};
+
+/// Mechanism: the turn of a set, and the leases it had so far, were held by the caller's future.
+/// Effect: one that was polled once and left alone stopped all other sets, for ever. Fix: a task of
+/// the runtime has the turn; what it gathered for a caller who does not come is given back.
+#[tokio::test]
+async fn a_set_left_alone_delays_no_other_set() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 << 20).await;
+    let stream = stream();
+    let first = vmem.put(bytes(1), HOST).await.unwrap();
+    let second = vmem.put(bytes(2), HOST).await.unwrap();
+    let both = || vmem.device_set(&stream).write(&first).write(&second).acquire();
+    let mut left = Box::pin(both());
+    assert!((&mut left).now_or_never().is_none(), "it has to promote");
+    for round in 0..3 {
+        let set = tokio::time::timeout(HANGS, both()).await.expect("it is delayed").unwrap();
+        // SAFETY: used by the kernel, on the stream of the lease.
+        let at = unsafe { set.write[0].device_ptr() };
+        launch("vmem_add", at, LEN as u64, 1, &stream);
+        set.finish().await.unwrap();
+        assert!(vmem.read(&first).await.unwrap() == plus(&bytes(1), round + 1));
+    }
+    // It comes after all, later than it was ready.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let set = tokio::time::timeout(HANGS, left).await.expect("it is gathered anew").unwrap();
+    assert_eq!(set.write.len(), 2);
+    drop(set);
+    end(vmem, vec![first, second], &emulator).await;
+}
+
+/// The same with single leases, which held the gate of their object.
+#[tokio::test]
+async fn a_lease_left_alone_delays_nobody() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 << 20).await;
+    let stream = stream();
+    let handle = vmem.put(bytes(1), HOST).await.unwrap();
+    let mut left = Box::pin(vmem.device_mut_on(&handle, &stream));
+    assert!((&mut left).now_or_never().is_none(), "it has to promote");
+    let mut reading = Box::pin(vmem.device_on(&handle, &stream));
+    drop((&mut reading).now_or_never());
+    tokio::time::timeout(HANGS, vmem.write(&handle, bytes(2))).await.expect("a delay").unwrap();
+    let lease = tokio::time::timeout(HANGS, vmem.device_mut_on(&handle, &stream)).await;
+    lease.expect("a delay").unwrap().finish().await.unwrap();
+    drop((left, reading));
+    end(vmem, vec![handle], &emulator).await;
+}
+
+/// A set whose turn does not come says so at the store's deadline.
+#[tokio::test]
+async fn a_set_that_waits_for_its_turn_has_a_deadline() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open_within(4 << 20, Duration::from_millis(700)).await;
+    let stream = stream();
+    let handle = vmem.put(bytes(1), HOST).await.unwrap();
+    let other = vmem.put(bytes(2), HOST).await.unwrap();
+    let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
+    let sets: Vec<_> = (0..4)
+        .map(|_| {
+            let set = vmem.device_set(&stream).write(&handle).read(&other).acquire();
+            tokio::spawn(tokio::time::timeout(HANGS, set))
+        })
+        .collect();
+    for set in sets {
+        let error = set.await.unwrap().expect("it ends").unwrap_err();
+        assert!(
+            matches!(
+                error,
+                VirtualMemoryError::TimedOut { .. } | VirtualMemoryError::AllPinned { .. }
+            ),
+            "{error:?}"
+        );
+    }
+    drop(lease);
+    end(vmem, vec![handle, other], &emulator).await;
+}
+
+/// Functions of the driver that a lease may reach.
+const FUNCTIONS: [&str; 16] = [
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuCtxPushCurrent_v2",
+    "cuCtxPopCurrent_v2",
+    "cuThreadExchangeStreamCaptureMode",
+    "cuStreamIsCapturing",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamSynchronize",
+    "cuStreamWaitEvent",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventRecord",
+    "cuEventQuery",
+    "cuLaunchHostFunc",
+    "cuMemGetInfo_v2",
+];
+
+fn calls(emulator: &Emulator) -> u64 {
+    FUNCTIONS.iter().map(|name| emulator.calls(name)).sum()
+}
+
+/// A lease on a resident object makes few calls of the driver, and a set not many more.
+#[tokio::test]
+async fn leases_on_resident_objects_make_few_driver_calls() {
+    const ROUNDS: u64 = 200;
+    const MEMBERS: u64 = 64;
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(16 << 20).await;
+    let stream = stream();
+    let mut handles = Vec::new();
+    for n in 0..MEMBERS {
+        let handle = vmem.put(bytes(n as u8), HOST).await.unwrap();
+        vmem.promote(&handle, VRAM).await.unwrap();
+        handles.push(handle);
+    }
+    let before = calls(&emulator);
+    for _ in 0..ROUNDS {
+        drop(vmem.device_on(&handles[0], &stream).await.unwrap());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let read = (calls(&emulator) - before) as f64 / ROUNDS as f64;
+    let before = calls(&emulator);
+    for _ in 0..ROUNDS {
+        vmem.device_mut_on(&handles[0], &stream).await.unwrap().finish().await.unwrap();
+    }
+    let changed = (calls(&emulator) - before) as f64 / ROUNDS as f64;
+    let before = calls(&emulator);
+    let set = handles.iter().fold(vmem.device_set(&stream), |set, handle| set.read(handle));
+    drop(set.acquire().await.unwrap());
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let set = calls(&emulator) - before;
+    println!("driver calls: read {read:.1}, changed {changed:.1}, a set of {MEMBERS} {set}");
+    assert!(read <= 15.0, "{read} for a read");
+    assert!(changed <= 30.0, "{changed} for a change");
+    assert!(set <= 40, "{set} for a set");
+    end(vmem, handles, &emulator).await;
+}

@@ -1,0 +1,171 @@
+//! `kill -9`: what a process acknowledged of a named object is there for the next one, whole.
+//!
+//! Invariant: the child tells what it starts and what was acknowledged by one `write` each, so that
+//! the parent knows both up to the moment of the kill. 50 kills of one store by default;
+//! `VMEM_KILLS=1000 cargo test --release --test it names::kills -- --nocapture` for more.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use rand::Rng;
+use vmem::{VirtualMemory, VirtualMemoryConfig};
+use vmem_testkit::{Seed, driver_under_test};
+
+use crate::support::journal::{self, Journal, May, Named, Pair, Task};
+use crate::support::process::again;
+
+const TASKS: usize = 8;
+const LARGEST: usize = usize::MAX;
+/// What the child is to do: the directory, the seed, the first version, and the state of each task.
+const CHILD: &str = "VMEM_KILLS_CHILD";
+
+async fn open(directory: &Path) -> VirtualMemory {
+    let config = VirtualMemoryConfig::builder()
+        .disk_path(directory)
+        .host_capacity(4 << 20)
+        .disk_capacity(64 << 20)
+        .io_driver(driver_under_test());
+    vmem::open(config.build().unwrap()).await.unwrap()
+}
+
+fn write_pair(pair: &Pair) -> String {
+    let named = |named: Named| named.map_or("-".into(), |(bytes, meta)| format!("{bytes}.{meta}"));
+    format!("{}/{}", named(pair[0]), named(pair[1]))
+}
+
+fn read_pair(text: &str) -> Pair {
+    let named = |text: &str| {
+        let (bytes, metadata) = text.split_once('.')?;
+        Some((bytes.parse().unwrap(), metadata.parse().unwrap()))
+    };
+    let (one, other) = text.split_once('/').unwrap();
+    [named(one), named(other)]
+}
+
+/// Tells the parent.
+struct Pipe;
+
+impl Pipe {
+    fn say(&self, line: &str) {
+        // One call, so that no line is half there.
+        std::io::stdout().lock().write_all(line.as_bytes()).unwrap();
+        std::io::stdout().flush().unwrap();
+    }
+}
+
+impl Journal for Pipe {
+    fn started(&self, task: usize, after: Pair) {
+        self.say(&format!("\nstart {task} {}\n", write_pair(&after)));
+    }
+
+    fn acknowledged(&self, task: usize) {
+        self.say(&format!("\nack {task}\n"));
+    }
+}
+
+/// Changes names until it is killed.
+#[test]
+#[ignore = "plays the child of what_was_acknowledged_survives_a_kill"]
+fn child() {
+    let Ok(order) = std::env::var(CHILD) else { return };
+    let mut order = order.split(' ');
+    let directory = order.next().unwrap().to_owned();
+    let seed = Seed::new(order.next().unwrap().parse().unwrap());
+    let version: u64 = order.next().unwrap().parse().unwrap();
+    let states: Vec<Pair> = order.map(read_pair).collect();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let vmem = open(Path::new(&directory)).await;
+        let tasks = states.into_iter().enumerate().map(|(number, state)| {
+            let (vmem, rng) = (vmem.clone(), seed.fork_nth("task", number as u64).rng());
+            let task = Task { number, state, version, largest: LARGEST, rng };
+            tokio::spawn(async move { task.run(&vmem, &Pipe, usize::MAX).await.unwrap() })
+        });
+        for task in futures::future::join_all(tasks).await {
+            task.unwrap();
+        }
+    });
+}
+
+/// Lets a child run until a moment after its first acknowledgement, and kills it. What each task
+/// may have left, and how many changes were acknowledged.
+fn life(directory: &Path, seed: Seed, version: u64, states: &[Pair]) -> (Vec<Vec<Pair>>, usize) {
+    let states_text: Vec<_> = states.iter().map(write_pair).collect();
+    let order =
+        format!("{} {} {version} {}", directory.display(), seed.value(), states_text.join(" "));
+    let mut child = again(module_path!(), "child")
+        .arg("--test-threads=1")
+        .env(CHILD, order)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let may = May::of(states);
+    let mut killer = Some(seed.fork("moment").rng().random_range(0..80));
+    // A pipe ends when the child has gone, with everything in it that the child said.
+    while let Some(Ok(line)) = lines.next() {
+        let mut words = line.split(' ');
+        match words.next() {
+            Some("start") => {
+                let task: usize = words.next().unwrap().parse().unwrap();
+                may.started(task, read_pair(words.next().unwrap()));
+            }
+            Some("ack") => {
+                let task: usize = words.next().unwrap().parse().unwrap();
+                may.acknowledged(task);
+                if let Some(wait) = killer.take() {
+                    let id = child.id() as i32;
+                    std::thread::spawn(move || {
+                        std::thread::sleep(Duration::from_millis(wait));
+                        let pid = rustix::process::Pid::from_raw(id).unwrap();
+                        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                    });
+                }
+            }
+            _ => {}
+        }
+    }
+    let status = child.wait().unwrap();
+    assert!(!status.success() && status.code().is_none(), "it was killed, not: {status}");
+    let acknowledged = may.acknowledged_count();
+    (may.0.into_inner(), acknowledged)
+}
+
+#[test]
+fn what_was_acknowledged_survives_a_kill() {
+    Seed::run("kills", |seed| {
+        let kills = std::env::var("VMEM_KILLS").map_or(50, |text| text.parse().unwrap());
+        let directory = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let mut states: Vec<Pair> = vec![[None; 2]; TASKS];
+        let mut total = 0;
+        for kill in 0..kills {
+            let version = kill * 1_000_000;
+            let seed = seed.fork_nth("life", kill);
+            let (may, acknowledged) = life(directory.path(), seed, version, &states);
+            total += acknowledged;
+            let used = runtime.block_on(async {
+                let vmem = open(directory.path()).await;
+                let found = journal::found(&vmem, TASKS, 512).await;
+                states = journal::settle(&found, &may, LARGEST, &format!("kill {kill}"));
+                let used = vmem.stats().disk.used_bytes;
+                vmem.close().await.unwrap();
+                used
+            });
+            let data = std::fs::metadata(directory.path().join(vmem_io::DATA_FILE));
+            let blocks = data.map_or(0, |data| data.blocks() * 512);
+            // The pages at the edges of each chunk.
+            let slack = used / 8 + (TASKS as u64 * 2) * 8192;
+            assert!(blocks <= used + slack, "{blocks} bytes of blocks for {used}");
+            if kill % 10 == 0 {
+                let verified = vmem_io::verify(directory.path()).unwrap();
+                assert!(verified.damaged.is_empty(), "{:?}", verified.damaged);
+            }
+        }
+        println!("{kills} kills, {total} acknowledged changes: none lost, none torn");
+    });
+}
