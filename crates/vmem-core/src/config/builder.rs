@@ -40,7 +40,8 @@ impl VirtualMemoryConfigBuilder {
 
     /// The part of `host_capacity`, in bytes, through which bytes pass on their way between other
     /// places; at least [`STAGING_CAPACITY_MIN`], less than `host_capacity`.
-    /// Default: an eighth of `host_capacity`, at most [`STAGING_CAPACITY_MAX`].
+    /// Default: an eighth of `host_capacity`, at most
+    /// [`STAGING_CAPACITY_MAX`](crate::STAGING_CAPACITY_MAX).
     pub fn staging_capacity(mut self, bytes: u64) -> Self {
         self.staging_capacity = Some(bytes);
         self
@@ -51,7 +52,8 @@ impl VirtualMemoryConfigBuilder {
     /// window gets at most a quarter of what is free. A stream waits for none: where nothing is
     /// left a reader goes on with 4 KiB, and a writer with 64 KiB, beyond it. At least
     /// [`STREAM_CAPACITY_MIN`].
-    /// Default: a sixteenth of `host_capacity`, at most [`STREAM_CAPACITY_MAX`].
+    /// Default: a sixteenth of `host_capacity`, at most
+    /// [`STREAM_CAPACITY_MAX`](crate::STREAM_CAPACITY_MAX).
     pub fn stream_capacity(mut self, bytes: u64) -> Self {
         self.stream_capacity = Some(bytes);
         self
