@@ -100,7 +100,8 @@ fn pass(what: &str, driver: IoDriver, suite: &[(String, PathBuf)]) {
     let folder = tempfile::tempdir().unwrap();
     std::os::unix::fs::symlink(library, folder.path().join("libcuda.so")).unwrap();
     let began = Instant::now();
-    let (mut failed, mut passed) = (Vec::new(), 0);
+    let mut failed = Vec::new();
+    let mut passed = 0;
     for (name, binary) in suite {
         let mut child = Command::new(binary);
         let skipped = SKIPPED.iter().filter(|(of, _)| of == name).flat_map(|(_, skipped)| *skipped);

@@ -100,7 +100,8 @@ async fn a_hit_is_ready_at_its_first_poll_and_copies_nothing() {
         let (vmem, object) = resident(len).await;
         let (first, _) = first_poll("read", vmem.read(&object));
         let (second, _) = first_poll("read", vmem.read(&object));
-        let (first, second) = (first.unwrap(), second.unwrap());
+        let first = first.unwrap();
+        let second = second.unwrap();
         assert_eq!(first.as_ptr(), second.as_ptr(), "the same memory for both");
         assert!(first == bytes(len) && second.len() == len);
         let (part, _) = first_poll("read_at", vmem.read_at(&object, len / 2..len));
@@ -152,7 +153,8 @@ async fn hits_from_several_threads_cost_no_more() {
     let (vmem, object) = resident(4 * KIB).await;
     let readers: Vec<_> = (0..4)
         .map(|_| {
-            let (vmem, object) = (vmem.clone(), object.clone());
+            let vmem = vmem.clone();
+            let object = object.clone();
             std::thread::spawn(move || {
                 let before = ALLOCATED.get().0;
                 for _ in 0..10_000 {

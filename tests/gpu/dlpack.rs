@@ -167,10 +167,13 @@ fn copy_by_a_kernel(to: u64, from: u64, stream: &CudaStream) {
     let name = CString::new("vmem_slow_copy").unwrap();
     // SAFETY: the module was loaded just now, and stays.
     let kernel = unsafe { result::module::get_function(module, name) }.unwrap();
-    let (mut to, mut from, mut len) = (to, from, LEN as u64);
+    let mut to = to;
+    let mut from = from;
+    let mut len = LEN as u64;
     let mut arguments: [*mut c_void; 3] =
         [(&raw mut to).cast(), (&raw mut from).cast(), (&raw mut len).cast()];
-    let (grid, block) = ((1, 1, 1), (32, 1, 1));
+    let grid = (1, 1, 1);
+    let block = (32, 1, 1);
     // SAFETY: the arguments are those that the kernel takes.
     unsafe { result::launch_kernel(kernel, grid, block, 0, stream.cu_stream(), &mut arguments) }
         .unwrap();

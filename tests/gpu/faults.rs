@@ -209,7 +209,8 @@ async fn a_slow_host_function_of_the_user_delays_ends_by_a_watchdog_only() {
     }
     let emulator = Emulator::load().unwrap();
     let vmem = open(4 << 20).await;
-    let (stream, theirs) = (stream(), stream());
+    let theirs = stream();
+    let stream = stream();
     let handle = vmem.put(bytes(5), HOST).await.unwrap();
     let nothing = std::ptr::null_mut();
     let theirs_at = theirs.cu_stream();
@@ -282,7 +283,9 @@ async fn an_abandoned_change_leaves_the_version_before() {
     vmem.demote(&other, HOST).await.unwrap();
 
     let panicked = tokio::spawn({
-        let (vmem, handle, stream) = (vmem.clone(), handle.clone(), stream.clone());
+        let vmem = vmem.clone();
+        let handle = handle.clone();
+        let stream = stream.clone();
         async move {
             let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
             // SAFETY: used by the kernel below, on the stream of the lease.

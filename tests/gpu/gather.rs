@@ -83,7 +83,8 @@ async fn a_gather_dropped_in_a_capture_waits_for_its_copies() {
         assert!((&mut gather).now_or_never().is_none());
         until("the copy", || emulator.counter("queued_within") > 0).await;
         begin_capture(&stream);
-        let (theirs, released) = (emulator.clone(), Arc::new(AtomicBool::new(false)));
+        let theirs = emulator.clone();
+        let released = Arc::new(AtomicBool::new(false));
         let releases = released.clone();
         let releasing = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(100));
@@ -217,7 +218,7 @@ async fn a_gather_over_a_device_that_stands_still_times_out() {
 }
 
 /// Mechanism: a scatter took one piece at a time. Effect: 181 us a piece, where a gather took 30 to
-/// 89. Fix: pieces are taken ahead, and objects do not wait for each other.
+/// 89. Fix: pieces are taken early, and objects do not wait for each other.
 #[tokio::test]
 async fn a_scatter_has_many_copies_under_way() {
     let emulator = Emulator::load().unwrap();

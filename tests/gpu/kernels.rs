@@ -13,12 +13,13 @@ use vmem_cuda_emulator::{Emulator, Kind};
 use crate::support::{HOST, LEN, VRAM, bytes, end, launch, open_small as open, plus, stream};
 
 /// A kernel that reads, still running when its lease is dropped, the object freed and others in
-/// need of room.
+/// need of space.
 #[tokio::test]
 async fn a_range_is_not_reused_under_a_kernel() {
     let emulator = Emulator::load().unwrap();
     let vmem = open(512 * 300).await;
-    let (stream, target) = (stream(), stream().context().new_stream().unwrap());
+    let target = stream().context().new_stream().unwrap();
+    let stream = stream();
     // SAFETY: it is written before it is read.
     let mut sink = unsafe { target.alloc::<u8>(LEN) }.unwrap();
     target.synchronize().unwrap();
@@ -37,7 +38,7 @@ async fn a_range_is_not_reused_under_a_kernel() {
     launch("vmem_slow_copy", sink_at, source, LEN as u64, &stream);
     drop(lease);
     vmem.free(handle).await.unwrap();
-    // Room for one of them: the second has to wait for the kernel.
+    // Space for one of them: the second has to wait for the kernel.
     let other = vmem.put(bytes(2), HOST).await.unwrap();
     let mut promote = Box::pin(vmem.promote(&other, VRAM));
     tokio::select! {
@@ -82,7 +83,7 @@ async fn a_kernel_changes_an_object() {
         expected = plus(&expected, round);
         assert!(read.unwrap() == expected && part.unwrap() == expected[10..20]);
         demote.unwrap();
-        assert!(vmem.read(&handle).await.unwrap() == expected, "it went down whole");
+        assert!(vmem.read(&handle).await.unwrap() == expected, "all of it was demoted");
     }
     // It is where it was written, and below.
     let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
@@ -95,7 +96,7 @@ async fn a_kernel_changes_an_object() {
     end(vmem, vec![handle], &emulator).await;
 }
 
-/// All of it is written: what was there before is not brought up.
+/// All of it is written: its bytes of before are not loaded.
 #[tokio::test]
 async fn a_kernel_overwrites_an_object() {
     let emulator = Emulator::load().unwrap();

@@ -18,7 +18,8 @@ use crate::support::{HOST, LEN, VRAM, bytes, end, launch, open_small as open, pl
 async fn a_writer_waits_for_readers() {
     let emulator = Emulator::load().unwrap();
     let vmem = open(4 << 20).await;
-    let (stream, other) = (stream(), stream());
+    let other = stream();
+    let stream = stream();
     let handle = vmem.put(bytes(5), HOST).await.unwrap();
     let first = vmem.device_on(&handle, &stream).await.unwrap();
     let second = vmem.device_on(&handle, &other).await.unwrap();
@@ -220,7 +221,8 @@ async fn scenario_10_device_sets_in_opposite_orders() {
     }
     let mut tasks = tokio::task::JoinSet::new();
     for task in 0..4 {
-        let (vmem, handles) = (vmem.clone(), handles.clone());
+        let vmem = vmem.clone();
+        let handles = handles.clone();
         let order = [[0, 1], [1, 0], [2, 3], [3, 2]][task];
         tasks.spawn(async move {
             let stream = stream();
@@ -293,7 +295,7 @@ async fn rows_are_gathered_and_scattered() {
     }
     emulator.release_all();
     gather.await.unwrap();
-    assert_eq!(vmem.stats().vram.used_bytes, used, "it takes no room in device memory");
+    assert_eq!(vmem.stats().vram.used_bytes, used, "it takes no space in device memory");
     let got = stream.clone_dtoh(&buffer).unwrap();
     for n in 0..90 {
         assert!(got[n * 1000..n * 1000 + 900] == row(n, 0)[n..n + 900], "row {n}");

@@ -1,4 +1,4 @@
-//! What a look with fresh eyes found in the GPU tier, and does not find any more: each on the
+//! What a look with fresh eyes found in the VRAM tier, and does not find any more: each on the
 //! emulated driver.
 //!
 //! Invariant: a kernel of one user, however slow, keeps nobody else waiting, and no thread that is
@@ -50,7 +50,8 @@ async fn an_end_behind_those_who_wait_for_it() {
     let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
     let promotes: Vec<_> = (0..1200)
         .map(|_| {
-            let (vmem, handle) = (vmem.clone(), handle.clone());
+            let vmem = vmem.clone();
+            let handle = handle.clone();
             tokio::spawn(async move { vmem.promote(&handle, VRAM).await })
         })
         .collect();
@@ -71,7 +72,8 @@ async fn an_end_behind_those_who_wait_for_it() {
 async fn gathers_behind_the_kernel_of_somebody_else() {
     let emulator = Arc::new(Emulator::load().unwrap());
     let vmem = open().await;
-    let (one, two) = (stream(), stream());
+    let one = stream();
+    let two = stream();
     let handle = vmem.put(vec![1; LEN], HOST).await.unwrap();
     let mut mine = one.alloc_zeros::<u8>(LEN).unwrap();
     let mut theirs = two.alloc_zeros::<u8>(LEN).unwrap();
@@ -133,7 +135,8 @@ async fn a_lease_that_is_dropped_after_close() {
 async fn the_last_lease_goes_beside_a_capture() {
     let emulator = Emulator::load().unwrap();
     let vmem = open().await;
-    let (one, library) = (stream(), stream());
+    let one = stream();
+    let library = stream();
     let handle = vmem.put(vec![1; LEN], HOST).await.unwrap();
     let lease = vmem.device_on(&handle, &one).await.unwrap();
     drop(handle);

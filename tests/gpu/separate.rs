@@ -32,8 +32,8 @@ async fn each_has_one() {
     let len = 1000;
     let config = VirtualMemoryConfig::builder().vram_capacity(5 * 1024).host_capacity(64 << 20);
     let vmem = vmem::open(config.build().unwrap()).await.unwrap();
-    let (before, bytes_before) =
-        (emulator.counter("allocations"), emulator.counter("device_bytes"));
+    let before = emulator.counter("allocations");
+    let bytes_before = emulator.counter("device_bytes");
     let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
     let mut objects = Vec::new();
     for object in 0..8_u8 {

@@ -51,8 +51,8 @@ async fn end(vmem: VirtualMemory, emulator: &Emulator) {
     assert_eq!(emulator.counter("registrations"), 0, "nothing stays registered");
 }
 
-/// An object over several slabs, some of which are registered when it goes up again, and some are
-/// not.
+/// An object over several slabs, some of which are registered when it is promoted again, and some
+/// are not.
 #[tokio::test]
 async fn an_object_across_slabs() {
     let emulator = Emulator::load().unwrap();
@@ -61,13 +61,14 @@ async fn an_object_across_slabs() {
     let large = vmem.put(bytes(2, 3 * MIB + 5), HOST).await.unwrap();
     let other = vmem.put(bytes(3, 2 * MIB), HOST).await.unwrap();
     for round in 1..4 {
-        let (blocking, up) = (emulator.counter("blocking_copies"), emulator.counter("copies_up"));
+        let blocking = emulator.counter("blocking_copies");
+        let up = emulator.counter("copies_up");
         vmem.promote(&large, VRAM).await.unwrap();
         assert!(on_the_device(&vmem, &large).await == bytes(2, 3 * MIB + 5), "round {round}");
-        let (copies, detours) =
-            (emulator.counter("copies_up") - up, emulator.counter("blocking_copies") - blocking);
+        let copies = emulator.counter("copies_up") - up;
+        let detours = emulator.counter("blocking_copies") - blocking;
         assert!(copies >= 6, "{copies} parts, none across a border");
-        // That of the user, who reads into memory of his own, and the two ends.
+        // That of the user, which reads into its own memory, and the two ends.
         assert!(detours <= 3, "{detours} of {copies} parts by the detour");
         let registered = vmem.stats().registered_bytes;
         assert!(registered >= 2 * MIB as u64 && registered <= 8 * MIB as u64, "{registered}");
@@ -127,15 +128,15 @@ async fn slabs_are_given_back_and_committed_again() {
             }
         }
     }
-    let (taken, given) =
-        (emulator.calls("cuMemHostRegister_v2"), emulator.calls("cuMemHostUnregister"));
+    let taken = emulator.calls("cuMemHostRegister_v2");
+    let given = emulator.calls("cuMemHostUnregister");
     assert!(given > 20 && taken > given, "{taken} registered, {given} unregistered");
     drop(live);
     end(vmem, &emulator).await;
 }
 
-/// Mechanism: each change of an object on the device takes room for a new version in host memory
-/// and frees the room of the one before. Effect: with more than an eighth of the budget free, the
+/// Mechanism: each change of an object on the device takes space for a new version in host memory
+/// and frees the space of the one before. Effect: with more than an eighth of the budget free, the
 /// freed slabs were unregistered at once, which on a card waits for whatever runs there, and the
 /// next versions went to fresh pages, by the detour: 2.7 GiB/s of 51 on an H100. Fix: a registered
 /// slab stays until its pages are needed elsewhere.
@@ -170,7 +171,7 @@ async fn registered_slabs_stay_when_versions_are_replaced() {
 /// Mechanism: where free pages lie in registered slabs, these are unregistered for a caller that
 /// needs a longer run. Effect: a card unregisters only once its kernels have ended, and a worker
 /// thread of the caller's runtime waited for that, or the actor under the lock of the queue for
-/// room: other calls stood still as long as a user's kernel ran. Fix: a thread of the arena
+/// space: other calls stood still as long as a user's kernel ran. Fix: a thread of the arena
 /// unregisters; the caller that needs the pages waits by its own deadline, and no other does.
 #[tokio::test]
 async fn unregistering_under_a_kernel_delays_nobody_else() {
@@ -197,7 +198,8 @@ async fn unregistering_under_a_kernel_delays_nobody_else() {
     emulator.hold(Kind::Within);
     let buffer = stream.alloc_zeros::<u8>(4096).unwrap();
     let held = Arc::new(AtomicBool::new(true));
-    let (theirs, driver) = (held.clone(), emulator.clone());
+    let theirs = held.clone();
+    let driver = emulator.clone();
     let watchdog = std::thread::spawn(move || {
         let begun = Instant::now();
         while theirs.load(Ordering::SeqCst) && begun.elapsed() < Duration::from_secs(8) {
@@ -207,7 +209,8 @@ async fn unregistering_under_a_kernel_delays_nobody_else() {
         driver.release_all();
     });
     let reader = tokio::spawn({
-        let (vmem, cold) = (vmem.clone(), cold.clone());
+        let vmem = vmem.clone();
+        let cold = cold.clone();
         async move { vmem.read(&cold).await }
     });
     while emulator.calls("cuMemHostUnregister") == 0 {

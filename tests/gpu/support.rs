@@ -1,4 +1,4 @@
-//! What the tests of the GPU tier share: stores, streams, kernels and captures of a user.
+//! What the tests of the VRAM tier share: stores, streams, kernels and captures of a user.
 //!
 //! Invariant: what a kernel is given lives until the stream that it was launched on has passed it.
 //! Called by every module here.
@@ -57,10 +57,13 @@ pub(crate) fn launch(name: &str, first: u64, second: u64, third: u64, stream: &C
     let module = unsafe { result::module::load_data(text.as_ptr().cast()) }.unwrap();
     // SAFETY: the module was loaded just now, and stays.
     let function = unsafe { result::module::get_function(module, CString::new(name).unwrap()) };
-    let (mut first, mut second, mut third) = (first, second, third);
+    let mut first = first;
+    let mut second = second;
+    let mut third = third;
     let mut arguments: [*mut c_void; 3] =
         [(&raw mut first).cast(), (&raw mut second).cast(), (&raw mut third).cast()];
-    let (grid, block) = ((1, 1, 1), (32, 1, 1));
+    let grid = (1, 1, 1);
+    let block = (32, 1, 1);
     // SAFETY: the arguments are those that the kernels take.
     unsafe {
         result::launch_kernel(function.unwrap(), grid, block, 0, stream.cu_stream(), &mut arguments)

@@ -85,7 +85,8 @@ fn flush_all_is_as_fast_as_flushes_by_hand() {
         let objects = objects(vmem, DISK).await;
         let up = by_hand(&objects, async |handle| vmem.promote(handle, HOST).await);
         timed("promote by hand", up).await?;
-        let (mut bulk, mut hand) = (Vec::new(), Vec::new());
+        let mut bulk = Vec::new();
+        let mut hand = Vec::new();
         for round in 0..ROUNDS {
             change(vmem, &objects, 2 * round).await;
             bulk.push(timed("flush_all", vmem.flush_all()).await?);
@@ -109,7 +110,8 @@ fn flush_all_of_names_is_as_fast_as_flushes_by_hand() {
         for n in 0..COUNT / 2 {
             objects.push(vmem.allocate_named(&format!("n{n}"), LEN, HOST).await.unwrap());
         }
-        let (mut bulk, mut hand) = (Vec::new(), Vec::new());
+        let mut bulk = Vec::new();
+        let mut hand = Vec::new();
         for round in 0..ROUNDS {
             change(vmem, &objects, 2 * round).await;
             bulk.push(timed("flush_all", vmem.flush_all()).await?);
@@ -121,11 +123,12 @@ fn flush_all_of_names_is_as_fast_as_flushes_by_hand() {
     });
 }
 
-/// `close` writes down the names that were changed, as fast as a caller flushes them.
+/// `close` writes back the names that were changed, as fast as a caller flushes them.
 #[test]
 fn close_with_changed_names_is_as_fast_as_flushes_before_it() {
     each(async || {
-        let (mut bulk, mut hand) = (Vec::new(), Vec::new());
+        let mut bulk = Vec::new();
+        let mut hand = Vec::new();
         for round in 0..2 * ROUNDS {
             let store = slow_store().await;
             let vmem = &store.vmem;
@@ -153,7 +156,8 @@ fn prefetch_of_many_is_as_fast_as_promotions_by_hand() {
         let vmem = &store.vmem;
         let objects = objects(vmem, DISK).await;
         let down = async || by_hand(&objects, async |handle| vmem.demote(handle, DISK).await).await;
-        let (mut bulk, mut hand) = (Vec::new(), Vec::new());
+        let mut bulk = Vec::new();
+        let mut hand = Vec::new();
         for _ in 0..ROUNDS {
             timed("demote by hand", down()).await?;
             bulk.push(timed("prefetch_many", vmem.prefetch_many(&objects, HOST)).await?);
@@ -172,7 +176,8 @@ fn read_of_many_is_as_fast_as_reads_by_hand() {
         let vmem = &store.vmem;
         let objects = objects(vmem, DISK).await;
         let down = async || by_hand(&objects, async |handle| vmem.demote(handle, DISK).await).await;
-        let (mut bulk, mut hand) = (Vec::new(), Vec::new());
+        let mut bulk = Vec::new();
+        let mut hand = Vec::new();
         for _ in 0..ROUNDS {
             timed("demote by hand", down()).await?;
             let sets = timed("read_many", async {
@@ -201,7 +206,8 @@ fn listing_is_as_fast_as_names_opened_by_hand() {
             vmem.put_named(&format!("n{n:05}"), bytes(n, 1, 100), DISK).await.map(drop)
         });
         stream::iter(puts).buffer_unordered(64).try_collect::<Vec<_>>().await.unwrap();
-        let (mut bulk, mut hand) = (Vec::new(), Vec::new());
+        let mut bulk = Vec::new();
+        let mut hand = Vec::new();
         for _ in 0..ROUNDS {
             let listing = timed("names", async {
                 let entries: Vec<_> = vmem.names("n").try_collect().await?;
@@ -227,7 +233,8 @@ fn frees_are_as_fast_as_one_disk_operation_each() {
         let store = slow_store().await;
         let vmem = &store.vmem;
         let before = vmem.stats().disk.used_bytes;
-        let (mut freed, mut hand) = (Vec::new(), Vec::new());
+        let mut freed = Vec::new();
+        let mut hand = Vec::new();
         for _ in 0..ROUNDS {
             let handles = objects(vmem, DISK).await;
             let copies = by_hand(&handles, async |handle| {
@@ -256,7 +263,8 @@ fn bulk_calls_are_as_fast_as_by_hand_over_a_real_disk() {
         let vmem = &store.vmem;
         let objects = objects(vmem, DISK).await;
         by_hand(&objects, async |handle| vmem.promote(handle, HOST).await).await.unwrap();
-        let (mut bulk, mut hand) = (Vec::new(), Vec::new());
+        let mut bulk = Vec::new();
+        let mut hand = Vec::new();
         for round in 0..ROUNDS {
             change(vmem, &objects, 2 * round).await;
             bulk.push(timed("flush_all", vmem.flush_all()).await?);

@@ -106,7 +106,8 @@ impl Call {
 
     /// The call, about object `i`.
     pub(crate) fn start(self, subject: &Subject, i: usize) -> BoxFuture<'static, Outcome> {
-        let (vmem, handle) = (subject.vmem.clone(), subject.objects[i].clone());
+        let vmem = subject.vmem.clone();
+        let handle = subject.objects[i].clone();
         match self {
             Call::ReadMany | Call::PrefetchMany => {
                 let set = (0..SET).map(|n| (i + n) % subject.objects.len());

@@ -37,7 +37,8 @@ async fn fill(
 ) -> Result<Vec<VMemHandle>, String> {
     let mut handles = Vec::new();
     loop {
-        let (n, began) = (handles.len(), Instant::now());
+        let n = handles.len();
+        let began = Instant::now();
         let put = vmem.put(bytes(n, 1, len), home(n));
         match within("put", 2 * WAIT, put).await? {
             Ok(handle) => handles.push(handle),
@@ -52,7 +53,7 @@ async fn fill(
     }
 }
 
-/// A request for which there can be no room gets `TierFull`, and not by its deadline.
+/// A request for which there can be no space gets `TierFull`, and not by its deadline.
 pub(crate) fn refused_at_once(
     what: &str,
     began: Instant,
@@ -115,9 +116,11 @@ async fn serves(vmem: &VirtualMemory, mut full: Vec<VMemHandle>, len: usize) -> 
 
 /// On a current-thread runtime the engine runs on this thread.
 pub(crate) async fn idle_costs_nothing(when: &str) -> Result<(), String> {
-    let (cpu, began) = (thread_cpu(), Instant::now());
+    let cpu = thread_cpu();
+    let began = Instant::now();
     tokio::time::sleep(std::time::Duration::from_millis(250)).await;
-    let (busy, took) = (thread_cpu() - cpu, began.elapsed());
+    let busy = thread_cpu() - cpu;
+    let took = began.elapsed();
     match busy * 4 > took {
         true => Err(format!("{when}: {busy:?} of CPU in {took:?} of doing nothing")),
         false => Ok(()),
@@ -173,7 +176,8 @@ fn full_tiers_refuse_at_once_whoever_filled_them() {
             let store = open(Place::Simulated, sizes, |builder| builder.policy(policy)).await;
             let mut tasks = tokio::task::JoinSet::new();
             for task in 0..8 {
-                let (vmem, len) = (store.vmem.clone(), [3_000, 30_000, 65_536, 200_000][task % 4]);
+                let vmem = store.vmem.clone();
+                let len = [3_000, 30_000, 65_536, 200_000][task % 4];
                 tasks.spawn(async move {
                     let home = |n| if n % 3 == 0 { DISK } else { HOST };
                     fill(&vmem, len + task, home).await.map(|full| (full, len + task))
@@ -207,7 +211,8 @@ fn allocations_fill_both_tiers_and_stay_writable() {
     let found = run(Threads::One, || async {
         let sizes = Sizes { space: 4 * MIB, disk: 4 * MIB };
         let store = open(Place::Simulated, sizes, |builder| builder).await;
-        let (vmem, len) = (&store.vmem, 50 * KIB);
+        let vmem = &store.vmem;
+        let len = 50 * KIB;
         let mut full = Vec::new();
         loop {
             let began = Instant::now();

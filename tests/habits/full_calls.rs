@@ -1,6 +1,6 @@
 //! Scenario 36, the table: each call on a store whose tiers are full of live objects, VRAM too.
 //!
-//! Excluded: a call that waits out its timeout where nothing can make room, or that keeps a core
+//! Excluded: a call that waits out its timeout where nothing can make space, or that keeps a core
 //! busy meanwhile. Noticed by what it answers, and when.
 
 use std::time::{Duration, Instant};
@@ -25,7 +25,9 @@ fn calls(
 ) -> Vec<(&'static str, BoxFuture<'static, Ended>)> {
     macro_rules! call {
         (|$vmem:ident, $cold:ident, $hot:ident| $call:expr) => {{
-            let ($vmem, $cold, $hot) = (vmem.clone(), cold.clone(), hot.clone());
+            let $vmem = vmem.clone();
+            let $cold = cold.clone();
+            let $hot = hot.clone();
             async move {
                 let _both_stay = (&$cold, &$hot);
                 $call.await.map(drop)
@@ -164,7 +166,7 @@ fn freed_space_serves_tasks_that_retry() {
                         match within("put", 2 * WAIT, put).await? {
                             Ok(handle) => return Ok::<_, String>(handle),
                             Err(error) if !error.is_retryable() => return Err(error.to_string()),
-                            Err(_) if began.elapsed() > BOUND => return Err("no room".into()),
+                            Err(_) if began.elapsed() > BOUND => return Err("no space".into()),
                             Err(_) => tokio::time::sleep(Duration::from_millis(2)).await,
                         }
                     }

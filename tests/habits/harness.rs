@@ -17,7 +17,7 @@ use vmem::VirtualMemoryError;
 
 /// The wait timeout of the stores under test.
 pub(crate) const WAIT: Duration = Duration::from_secs(5);
-/// What a call that waits for nobody's room may take: well within the wait timeout, so that
+/// What a call that waits for nobody's space may take: well within the wait timeout, so that
 /// whatever ends by a deadline is late.
 pub(crate) const BOUND: Duration = Duration::from_secs(3);
 /// What `close` may take: the wait timeout and the I/O that it does.

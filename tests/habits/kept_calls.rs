@@ -1,9 +1,9 @@
 //! Scenario 35, the table: sixty-four futures of each public call are polled once and then left
 //! alone.
 //!
-//! Excluded: a shared, counted thing (staging, a permit, a turn, room, a pin, a gate) that a future
-//! holds which nobody polls. Noticed by other tasks whose calls are not done well before the wait
-//! timeout, by a kept future that does not bring its bytes when it is polled again, and by a
+//! Excluded: a shared, counted thing (staging, a permit, a turn, space, a pin, a gate) that a
+//! future holds which nobody polls. Noticed by other tasks whose calls are not done well before the
+//! wait timeout, by a kept future that does not bring its bytes when it is polled again, and by a
 //! `close` that waits for one.
 
 use vmem::VirtualMemoryError;
@@ -92,7 +92,8 @@ fn kept_close_ends_the_store() {
         let found = run(threads, || async {
             let sizes = Sizes { space: 2 * MIB, disk: 32 * MIB };
             let store = open(Place::Real, sizes, |builder| builder).await;
-            let (vmem, objects) = (&store.vmem, cold(&store.vmem, 0, 8, LEN).await);
+            let vmem = &store.vmem;
+            let objects = cold(vmem, 0, 8, LEN).await;
             let named = vmem.allocate_named("changed", 3, crate::stores::HOST).await.unwrap();
             vmem.write(&named, b"end").await.unwrap();
             let kept = Kept::once(vmem.clone().close()).await;

@@ -30,7 +30,7 @@ enum Found {
     Dirty,
     /// The disk has it too.
     Clean,
-    /// It is on disk only, and comes up with the copy.
+    /// It is on disk only, and is loaded with the copy.
     Promoted,
 }
 
@@ -118,7 +118,8 @@ async fn polled_rarely(found: Rarely) -> Result<(), String> {
     }
     let (held, waiter) = pressure(vmem).await;
     eventually("somebody waits for space", || vmem.stats().waiters == 1).await?;
-    let (vmem, handle) = (vmem.clone(), subject.clone());
+    let vmem = vmem.clone();
+    let handle = subject.clone();
     let slow = Slow { copy: Box::pin(copy(vmem, handle)), rest: None };
     // Each chunk twice, each with a poll before and after: what is taken back again and again takes
     // for ever.

@@ -64,7 +64,8 @@ struct Subject {
 
 impl Call {
     fn start(self, subject: &Subject, i: usize) -> BoxFuture<'static, Outcome> {
-        let (vmem, stream) = (subject.vmem.clone(), subject.stream.clone());
+        let vmem = subject.vmem.clone();
+        let stream = subject.stream.clone();
         let handle = subject.objects[i % subject.objects.len()].clone();
         let next = subject.objects[(i + 1) % subject.objects.len()].clone();
         async move {
@@ -138,7 +139,8 @@ async fn others(subject: &Subject, beside: &[VMemHandle]) -> Result<(), String> 
         }
     });
     let rest = [calls.len() + 1, calls.len() + 2].map(|n| {
-        let (vmem, handle) = (subject.vmem.clone(), beside[n].clone());
+        let vmem = subject.vmem.clone();
+        let handle = beside[n].clone();
         async move {
             let read = succeeds("read", BOUND, vmem.read(&handle)).await?;
             check(BESIDE + n, &[1], 0, &read)?;
@@ -208,7 +210,8 @@ async fn finish(
     i: usize,
     kept: Kept<Outcome>,
 ) -> Result<(), String> {
-    let (what, age) = (format!("kept future {i}, polled again"), kept.age());
+    let what = format!("kept future {i}, polled again");
+    let age = kept.age();
     match within(&what, WAIT + BOUND, kept.finish()).await? {
         Ok(got) => drop(got),
         Err(error) if is_deadline(&error) && (age + BOUND > WAIT || call == Call::Prefetch) => {}

@@ -198,7 +198,8 @@ async fn pinned_meanwhile() -> Result<(), String> {
     let vmem = &store.vmem;
     let subject = vmem.put(bytes(1, 1, LEN), DISK).await.unwrap();
     store.slow(Duration::from_millis(8), 1);
-    let (writer, handle) = (vmem.clone(), subject.clone());
+    let writer = vmem.clone();
+    let handle = subject.clone();
     let written = tokio::spawn(async move { writer.write(&handle, bytes(1, 2, LEN)).await });
     tokio::time::sleep(Duration::from_millis(12)).await;
     let pin = succeeds("pin", BOUND, vmem.pin(&subject, HOST)).await?;

@@ -52,14 +52,16 @@ async fn case(place: Place, call: Call, polls: usize) -> Result<(), String> {
     }
     let quiet = || {
         let stats = vmem.stats();
-        let (held, pinned) = (stats.held_bytes, stats.pinned_bytes);
+        let held = stats.held_bytes;
+        let pinned = stats.pinned_bytes;
         (held, pinned, stats.waiters, stats.migrations_in_flight) == (0, 0, 0, 0)
     };
     eventually("nothing is held, pinned, waited for or in flight", quiet).await?;
     // All of staging is there: more copies at once than it has pieces.
     let mut copies = tokio::task::JoinSet::new();
     for handle in &subject.objects {
-        let (vmem, handle) = (vmem.clone(), handle.clone());
+        let vmem = vmem.clone();
+        let handle = handle.clone();
         copies.spawn(async move { vmem.read_into(&handle, 0..LEN, &mut vec![0; LEN]).await });
     }
     while let Some(copied) = within("a copy", BOUND, copies.join_next()).await? {

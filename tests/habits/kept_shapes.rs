@@ -135,7 +135,8 @@ fn ticker_that_uses_the_store_gets_on_beside_futures_selected_by_reference() {
     everywhere(|place| {
         loops(place, async |subject: Subject, (call, body, width)| {
             let mut under_way: Vec<_> = (0..width).map(|n| call.start(&subject, n)).collect();
-            let (mut ticks, mut ended) = (0, Instant::now());
+            let mut ticks = 0;
+            let mut ended = Instant::now();
             while !under_way.is_empty() {
                 let selected = tokio::select! {
                     biased;

@@ -30,7 +30,7 @@ const PREFETCH_WAIT: Duration = Duration::from_millis(200);
 pub(crate) enum State {
     /// Host memory is nearly empty, everything is on disk.
     HostCold,
-    /// Host memory is full of what was never written down.
+    /// Host memory is full of what was never written back.
     HostFull,
     /// The disk is slow, and readers that run keep all of staging in use.
     StagingBusy,
@@ -125,7 +125,8 @@ async fn finish(
     i: usize,
     kept: Kept<crate::calls::Outcome>,
 ) -> Result<(), String> {
-    let (what, age) = (format!("kept future {i}, polled again"), kept.age());
+    let what = format!("kept future {i}, polled again");
+    let age = kept.age();
     let ended = match within(&what, BOUND, kept.finish()).await? {
         Ok(got) => got.check(subject.objects.len()).map(|()| true)?,
         Err(error) if is_deadline(&error) && age + BOUND > crate::harness::WAIT => false,
@@ -290,10 +291,13 @@ struct Busy {
 impl Busy {
     fn start(store: &Store, objects: &[VMemHandle]) -> Self {
         store.slow(Duration::from_millis(1), 4);
-        let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let stop = Arc::new(AtomicBool::new(false));
+        let done = Arc::new(AtomicU64::new(0));
         let tasks = objects.iter().map(|handle| {
-            let (vmem, handle) = (store.vmem.clone(), handle.clone());
-            let (stop, done) = (stop.clone(), done.clone());
+            let vmem = store.vmem.clone();
+            let handle = handle.clone();
+            let stop = stop.clone();
+            let done = done.clone();
             tokio::spawn(async move {
                 let mut buf = vec![0; LEN];
                 while !stop.load(Ordering::Relaxed) {

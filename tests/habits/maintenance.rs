@@ -60,7 +60,8 @@ async fn pace<F>(
 where
     F: Future<Output = Result<(), String>>,
 {
-    let (mut pace, began) = (Pace::default(), Instant::now());
+    let mut pace = Pace::default();
+    let began = Instant::now();
     tokio::pin!(stop);
     let mut stopped = false;
     while !stopped {
@@ -126,7 +127,9 @@ async fn beside(what: What, count: usize) -> Result<(), String> {
     let file = store.dir.path().join("copied");
     std::fs::write(&file, vec![1; NAMED * NAMED_LEN]).unwrap();
     let call = |n: usize| what.call(vmem, &handle, n).boxed();
-    let (mut quiet, mut busy, mut taken) = (Pace::default(), Pace::default(), 0);
+    let mut quiet = Pace::default();
+    let mut busy = Pace::default();
+    let mut taken = 0;
     for _ in 0..ROUNDS {
         let stop = Arc::new(AtomicBool::new(false));
         let copies: Vec<_> = (0..count).map(|_| copy_by_hand(file.clone(), &stop)).collect();
@@ -139,7 +142,8 @@ async fn beside(what: What, count: usize) -> Result<(), String> {
         taken += ended?;
     }
     println!("{what:?} beside {count}: {quiet:?} by hand, {busy:?} in {taken} snapshots");
-    let (quiet, busy) = (quiet.rate(), busy.rate());
+    let quiet = quiet.rate();
+    let busy = busy.rate();
     if busy * SLOWER < quiet {
         return Err(format!("{busy:.1} a second, {quiet:.1} beside as many copies by hand"));
     }
@@ -235,7 +239,8 @@ async fn ended_before(vmem: &VirtualMemory, call: &str) -> Result<usize, String>
     let mut snapshots = JoinSet::new();
     let ended = Arc::new(AtomicUsize::new(0));
     for _ in 0..AT_ONCE {
-        let (vmem, ended) = (vmem.clone(), ended.clone());
+        let vmem = vmem.clone();
+        let ended = ended.clone();
         snapshots.spawn(async move {
             let dir = destination();
             let taken = vmem.snapshot(&dir.path().join("snapshot")).await;

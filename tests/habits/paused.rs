@@ -68,7 +68,8 @@ impl Errors {
 async fn rounds(vmem: &VirtualMemory, len: usize, errors: &mut Errors) -> Result<(), String> {
     let handle = vmem.put(bytes(1, 1, len), HOST).await.map_err(|error| error.to_string())?;
     let other = vmem.put(bytes(2, 1, len), DISK).await.map_err(|error| error.to_string())?;
-    let (part, mut buf) = (len / 3..len, vec![0; len]);
+    let part = len / 3..len;
+    let mut buf = vec![0; len];
     for round in 0..ROUNDS {
         errors.see("demote", vmem.demote(&handle, DISK).await);
         errors.see("demote", vmem.demote(&other, DISK).await);
@@ -197,7 +198,8 @@ fn device_calls_are_not_late_on_a_paused_clock() {
 }
 
 async fn on_a_paused_clock(store: &Store) -> Result<(), String> {
-    let (vmem, len) = (&store.vmem, 200 * KIB);
+    let vmem = &store.vmem;
+    let len = 200 * KIB;
     let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
     let mut errors = Errors::default();
     let put = vmem.put(bytes(1, 1, len), HOST).await;

@@ -66,7 +66,9 @@ async fn read_ranges(
     (how, ranges, bytes): (How, Ranges, usize),
 ) -> Result<usize, String> {
     let mut rng = Seed::new(39).fork_nth("ranges", handle.len() as u64).rng();
-    let (mut asked, mut nth, mut at) = (0, 0, 0);
+    let mut asked = 0;
+    let mut nth = 0;
+    let mut at = 0;
     while asked < bytes {
         let range = match ranges {
             Ranges::Random => {
@@ -152,7 +154,8 @@ fn object_is_promoted_where_many_tasks_read_its_ranges() {
                 let handle = vmem.put(bytes(1, 1, MIB), DISK).await.unwrap();
                 let mut tasks = tokio::task::JoinSet::new();
                 for _ in 0..8 {
-                    let (vmem, handle) = (vmem.clone(), handle.clone());
+                    let vmem = vmem.clone();
+                    let handle = handle.clone();
                     tasks.spawn(async move {
                         read_ranges(&vmem, &handle, (how, Ranges::Random, MIB)).await
                     });

@@ -116,7 +116,8 @@ fn subject(runtime: &Runtime, place: Place, driver: IoDriver, wait: Duration) ->
         for n in 0..OBJECTS {
             drop(store.vmem.put_named(&name(n), b"named", HOST).await.unwrap());
         }
-        let (vmem, dir) = (store.vmem.clone(), store.dir.path().to_owned());
+        let vmem = store.vmem.clone();
+        let dir = store.dir.path().to_owned();
         (store, Subject { vmem, objects, dir })
     })
 }
@@ -147,7 +148,8 @@ fn works_from_everywhere(place: Place, driver: IoDriver) {
         }
         // The last handles go where there is no runtime.
         drop(subject);
-        let (vmem, what) = (store.vmem.clone(), format!("close, from {from:?}"));
+        let vmem = store.vmem.clone();
+        let what = format!("close, from {from:?}");
         let closed = attempt(&what, CLOSE_BOUND, move || match from {
             From::Nowhere => block_on(vmem.close()),
             _ => Threads::One.runtime().block_on(vmem.close()),

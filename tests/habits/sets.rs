@@ -1,4 +1,5 @@
-//! Scenario 37: a set, or a large object, that cannot get room now, beside small requests that can.
+//! Scenario 37: a set, or a large object, that cannot get space now, beside small requests that
+//! can.
 //!
 //! Excluded: a set that holds what it has gathered while it waits for the rest, so that small
 //! requests wait behind it. Noticed by small requests that are not done well before the wait
@@ -73,7 +74,8 @@ impl World {
     /// Starts what waits, as tasks.
     fn wait(&self, what: Waits) -> tokio::task::JoinSet<Result<(), VirtualMemoryError>> {
         let mut tasks = tokio::task::JoinSet::new();
-        let (vmem, huge) = (self.store.vmem.clone(), self.huge.clone());
+        let vmem = self.store.vmem.clone();
+        let huge = self.huge.clone();
         let mut set = |vmem: VirtualMemory, set: Vec<VMemHandle>| {
             tasks.spawn(async move { vmem.read_many(&set).await.map(drop) });
         };
@@ -102,7 +104,8 @@ async fn small_ones(vmem: &VirtualMemory, small: &[VMemHandle]) -> Result<u64, S
     let mut held = 0;
     for (n, handles) in small.chunks(2).enumerate() {
         let what = format!("small request {n}");
-        let (first, key) = (&handles[0], SMALLS + 2 * n);
+        let first = &handles[0];
+        let key = SMALLS + 2 * n;
         match n % 6 {
             0 => {
                 let read = succeeds(&what, BOUND, vmem.read(first)).await?;
@@ -166,18 +169,18 @@ fn each(place: Place, threads: &[Threads]) {
 }
 
 #[test]
-fn small_requests_pass_what_waits_for_much_room() {
+fn small_requests_pass_what_waits_for_much_space() {
     each(Place::Simulated, &THREADS);
 }
 
 #[test]
-fn small_requests_pass_what_waits_for_much_room_over_a_real_disk() {
+fn small_requests_pass_what_waits_for_much_space_over_a_real_disk() {
     each(Place::Real, &[Threads::Two]);
 }
 
-/// Small ones that never end do not keep the set waiting once there is room for it.
+/// Small ones that never end do not keep the set waiting once there is space for it.
 #[test]
-fn set_gets_its_room_beside_small_requests_that_never_end() {
+fn set_gets_its_space_beside_small_requests_that_never_end() {
     let found = run(Threads::Two, || async {
         let mut world = World::new(Place::Simulated).await;
         let vmem = world.store.vmem.clone();
@@ -229,7 +232,7 @@ fn set_that_is_dropped_while_it_waits_leaves_nothing() {
     assert_none(&complaints);
 }
 
-/// The same in device memory: a set of leases that pins keep from its room.
+/// The same in device memory: a set of leases that pins keep from its space.
 #[test]
 fn small_leases_pass_a_set_that_waits_for_device_memory() {
     let test = async |store: &Store| {

@@ -2,7 +2,7 @@
 //!
 //! Excluded: a header of 64 bytes that holds its megabyte of host memory. Noticed by the bytes that
 //! are held, which are those that are kept, each rounded up to [`ROUNDING`] at most, and by other
-//! readers that want room meanwhile.
+//! readers that want space meanwhile.
 
 use vmem::{ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
 
@@ -18,7 +18,7 @@ const SIZES: Sizes = Sizes { space: 12 * MIB, disk: 128 * MIB };
 enum Found {
     InHost,
     OnDisk,
-    /// On disk, and read so often that it comes up meanwhile.
+    /// On disk, and read so often that it is promoted meanwhile.
     Often,
 }
 
@@ -53,7 +53,8 @@ async fn keep(
 ) -> Result<(), String> {
     let store = open(place, SIZES, |builder| builder).await;
     let vmem = &store.vmem;
-    let (mut handles, mut kept) = (Vec::new(), Vec::new());
+    let mut handles = Vec::new();
+    let mut kept = Vec::new();
     for n in 0..count {
         let what = format!("put {n}, with {} parts kept", kept.len());
         let handle = succeeds(&what, BOUND, vmem.put(bytes(n, 1, len), HOST)).await?;
@@ -143,7 +144,8 @@ fn tasks_that_keep_headers_do_not_delay_each_other() {
             }
             let mut tasks = tokio::task::JoinSet::new();
             for task in 0..40 {
-                let (vmem, handles) = (vmem.clone(), handles.clone());
+                let vmem = vmem.clone();
+                let handles = handles.clone();
                 tasks.spawn(async move {
                     let mut headers = Vec::new();
                     for n in (task..task + 6).map(|n| n % 40) {

@@ -154,7 +154,8 @@ impl Store {
     /// Makes the simulated disk take this long for each operation; a real one is as it is.
     pub(crate) fn slow(&self, latency: Duration, queue_depth: usize) {
         if let Some(disk) = &self.disk {
-            let (read_latency, write_latency) = (latency, latency);
+            let read_latency = latency;
+            let write_latency = latency;
             let speed = Speed { read_latency, write_latency, queue_depth, ..Speed::default() };
             disk.set_speed(speed);
         }
@@ -203,12 +204,12 @@ pub(crate) async fn cold(
     handles
 }
 
-/// Objects that were never written down, until host memory has no room for another one.
+/// Objects that were never written back, until host memory has no space for another one.
 pub(crate) async fn fill_host(vmem: &VirtualMemory, from: usize, len: usize) -> Vec<VMemHandle> {
     let mut handles = Vec::new();
     let most = 2 * vmem.stats().host.capacity_bytes as usize / len;
     let mut full = 0;
-    // Where eviction works ahead there is always a little free: twice the capacity is full too.
+    // Where eviction works early there is always a little free: twice the capacity is full too.
     while full < 3 && handles.len() < most {
         let object = from + handles.len();
         handles.push(vmem.put(bytes(object, 1, len), HOST).await.unwrap());

@@ -228,7 +228,8 @@ impl Worker {
     async fn place(&mut self) {
         let object = self.any();
         let handle = &object.handle;
-        let (drop_after, memory) = (self.drop_after(), self.memory());
+        let drop_after = self.drop_after();
+        let memory = self.memory();
         let below = if memory == MemoryTier::Vram { MemoryTier::Host } else { MemoryTier::Disk };
         match self.rng.random_range(0..6) {
             0 => {
@@ -258,11 +259,12 @@ impl Worker {
         if object.handle.len() > 200_000 {
             return;
         }
-        let (drop_after, memory) = (self.drop_after(), self.memory());
+        let drop_after = self.drop_after();
+        let memory = self.memory();
         let pinned = maybe_dropped(drop_after, self.vmem.pin(&object.handle, memory)).await;
         if let Some(guard) = Self::expect("pin", pinned) {
             let residency = self.vmem.residency(&object.handle).expect("alive");
-            // What is written while it is pinned in VRAM comes up again behind the write.
+            // What is written while it is pinned in VRAM is promoted again behind the write.
             let there = residency.host || memory == MemoryTier::Vram;
             assert!(there && residency.pins > 0, "{residency:?}");
             let from = object.completed.load(Ordering::SeqCst);
@@ -291,19 +293,21 @@ async fn every_operation_at_random() {
     let vmem = vmem::open(config).await.expect("opens");
     assert!(vmem.capabilities().vram.is_some());
     let everybody = Arc::new(parking_lot::Mutex::new(Vec::new()));
-    let (operations, dropped) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let operations = Arc::new(AtomicU64::new(0));
+    let dropped = Arc::new(AtomicU64::new(0));
     let mut workers = Vec::new();
     for task in 0..TASKS {
         let mut rng = SmallRng::seed_from_u64(seed << 8 | task);
         let mut mine = Vec::new();
         for _ in 0..OBJECTS_PER_TASK {
             let len = random_len(&mut rng);
-            let handle = vmem.allocate(len, MemoryTier::Host).await.expect("room");
+            let handle = vmem.allocate(len, MemoryTier::Host).await.expect("space");
             mine.push(Object::new(handle, rng.random()));
         }
         everybody.lock().extend(mine.iter().cloned());
-        let (everybody, operations, dropped) =
-            (everybody.clone(), operations.clone(), dropped.clone());
+        let everybody = everybody.clone();
+        let operations = operations.clone();
+        let dropped = dropped.clone();
         workers.push(Worker { vmem: vmem.clone(), rng, mine, everybody, operations, dropped });
     }
     let stop = Arc::new(AtomicBool::new(false));

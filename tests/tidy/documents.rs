@@ -225,8 +225,8 @@ fn small() -> [File; 3] {
 
 #[test]
 fn missing_names_are_found_by_their_lines() {
-    let text = "`tests/some.rs::reads_share_nothing`\n`tests/gone.rs`\n[a](gone.md)\nscenario 13, I4\n\
-                `object/some_gate::gone`\n`cargo test --test gone`\n";
+    let text = "`tests/some.rs::reads_share_nothing`\n`tests/gone.rs`\n[a](gone.md)\n\
+                scenario 13, I4\n`object/some_gate::gone`\n`cargo test --test gone`\n";
     let document = sample("docs/a.md", text);
     let lines: Vec<_> = missing(&Repository::new(&small()), &document)
         .into_iter()
@@ -238,7 +238,8 @@ fn missing_names_are_found_by_their_lines() {
 #[test]
 fn names_that_exist_are_not_found() {
     let text = "`tests/some.rs::reads_share_fetch`, `object/some_gate::pass`, scenario 12, P7\n\
-                `a/b`, `n / 2`, `scenario_12_all`, `cargo test --test some`\n\n```\n`tests/gone.rs`\n```\n";
+                `a/b`, `n / 2`, `scenario_12_all`, `cargo test --test some`\n\n\
+                ```\n`tests/gone.rs`\n```\n";
     let found = missing(&Repository::new(&small()), &sample("docs/a.md", text));
     assert!(found.is_empty(), "{found:?}");
 }

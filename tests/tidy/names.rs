@@ -57,7 +57,8 @@ fn tests_are_named_by_subject_and_behaviour() {
 
 #[test]
 fn short_and_clausal_names_are_found() {
-    let bad = "#[test]\nfn it_works() {}\n#[tokio::test(start_paused = true)]\nasync fn test_a_b_c() {}\n\
+    let bad = "#[test]\nfn it_works() {}\n\
+               #[tokio::test(start_paused = true)]\nasync fn test_a_b_c() {}\n\
                #[test]\n#[should_panic]\nfn who_waits_is_woken() {}\nfn helper() {}\n";
     let found = bad_names(&sample("a.rs", bad));
     assert_eq!(found.iter().map(|found| found.line).collect::<Vec<_>>(), [2, 4, 7]);

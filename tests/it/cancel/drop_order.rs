@@ -46,7 +46,8 @@ async fn reopen(path: &Path, driver: IoDriver) -> Result<VirtualMemory, VirtualM
 
 /// One of the calls that move bytes, not polled yet.
 fn call(vmem: &VirtualMemory, handle: &VMemHandle, which: u32) -> Started {
-    let (vmem, handle) = (vmem.clone(), handle.clone());
+    let vmem = vmem.clone();
+    let handle = handle.clone();
     match which {
         0 => Box::pin(async move { drop(vmem.read(&handle).await) }),
         1 => Box::pin(async move {

@@ -77,13 +77,15 @@ impl Worker {
 
     async fn step(&mut self) {
         let at = self.rng.random_range(0..self.objects.len());
-        let (vmem, handle) = (self.vmem.clone(), self.objects[at].handle.clone());
+        let vmem = self.vmem.clone();
+        let handle = self.objects[at].handle.clone();
         let len = handle.len();
         match self.rng.random_range(0..14) {
             0..=2 => {
                 self.objects[at].begun += 1;
                 let object = &self.objects[at];
-                let (version, data) = (object.begun, bytes(object.key, object.begun, len));
+                let version = object.begun;
+                let data = bytes(object.key, object.begun, len);
                 let written = match self.rng.random_range(0..3) {
                     0 => self.dropped(vmem.write(&handle, &data)).await,
                     1 => self.dropped(vmem.write_at(&handle, 0, &data)).await,
@@ -173,7 +175,8 @@ async fn scenario_04_ten_thousand_random_drops() {
             let handle = vmem.allocate(len, HOST).await.unwrap();
             objects.push(Object { handle, key: rng.random(), certain: 0, begun: 0 });
         }
-        let (rng, vmem) = (SmallRng::seed_from_u64(rng.random()), vmem.clone());
+        let rng = SmallRng::seed_from_u64(rng.random());
+        let vmem = vmem.clone();
         let mut worker = Worker { vmem, rng, task, objects, drops: drops.clone() };
         tasks.push(tokio::spawn(async move {
             let mut steps = 0;
@@ -202,7 +205,7 @@ async fn scenario_04_ten_thousand_random_drops() {
     vmem.close().await.unwrap();
 }
 
-/// Waits until the disk stands still with at least so many operations.
+/// Waits until the disk stands still with at least this many operations.
 async fn stuck(driver: &support::MemDriver, operations: usize) {
     for _ in 0..1000 {
         if driver.in_flight() >= operations {
@@ -359,13 +362,11 @@ async fn scenario_04_close_dropped_at_every_poll() {
             let (vmem, driver) = support::open(MIB, 16 * MIB, |builder| builder);
             driver.delay(|_| Duration::from_millis(3));
             let handles = put_all(&vmem, 4, 100 * KIB, DISK).await;
-            let reads: Vec<_> = handles
-                .iter()
-                .map(|handle| {
-                    let (vmem, handle) = (vmem.clone(), handle.clone());
-                    tokio::spawn(async move { vmem.read(&handle).await })
-                })
-                .collect();
+            let read = |handle| {
+                let vmem = vmem.clone();
+                tokio::spawn(async move { vmem.read(&handle).await })
+            };
+            let reads: Vec<_> = handles.iter().cloned().map(read).collect();
             tokio::task::yield_now().await;
             let outcome = dropped_at(at, vmem.clone().close()).await;
             ended &= outcome.is_some();

@@ -45,7 +45,7 @@ fn every_field_is_read() {
 }
 
 #[test]
-fn what_is_missing_has_its_default() {
+fn missing_field_has_its_default() {
     let config: VirtualMemoryConfig = toml::from_str("promotion = 3\ngpu = \"off\"").unwrap();
     let default = VirtualMemoryConfig::default();
     assert_eq!(config.promotion(), Promotion::OnNthRead(3));
@@ -57,7 +57,7 @@ fn what_is_missing_has_its_default() {
 }
 
 #[test]
-fn what_cannot_work_is_refused_with_its_field() {
+fn unworkable_value_is_refused_with_its_field() {
     for (text, named) in [
         ("host_capcity = \"1GiB\"", "host_capcity"),
         ("host_capacity = \"1 GiBi\"", "host_capacity"),
@@ -142,7 +142,7 @@ fn there_and_back(config: &VirtualMemoryConfig) {
 }
 
 #[test]
-fn what_is_written_is_read_as_the_same() {
+fn written_configuration_is_read_as_the_same() {
     let builder = VirtualMemoryConfig::builder;
     there_and_back(&VirtualMemoryConfig::default());
     let set = builder()
@@ -174,7 +174,7 @@ fn what_is_written_is_read_as_the_same() {
 }
 
 #[test]
-fn what_no_file_can_say_is_an_error() {
+fn value_that_no_file_can_say_is_an_error() {
     let own = PolicyChoice::custom("lru", || Box::<Lru>::default());
     let policy = VirtualMemoryConfig::builder().policy(own).build().unwrap();
     assert!(serde_json::to_string(&policy).unwrap_err().to_string().contains("policy"));

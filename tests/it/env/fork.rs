@@ -24,7 +24,7 @@ fn config(driver: IoDriver, path: &Path) -> VirtualMemoryConfig {
     builder.io_driver(driver).disk_path(path).gpu(GpuSelection::Off).build().unwrap()
 }
 
-/// Runs `work` in a forked child. `Ok` if it came to its end.
+/// Runs `work` in a forked child. `Ok` if it ended by itself.
 fn in_a_fork(work: impl FnOnce()) -> Result<(), String> {
     // SAFETY: the child runs destructors alone and ends by `_exit`; no thread of this process holds
     // a lock that they take, for the store is idle and the runtime has no threads of its own.
@@ -34,7 +34,8 @@ fn in_a_fork(work: impl FnOnce()) -> Result<(), String> {
         // SAFETY: ends the process and nothing else.
         unsafe { libc::_exit(0) };
     }
-    let (mut status, started) = (0, Instant::now());
+    let mut status = 0;
+    let started = Instant::now();
     loop {
         // SAFETY: `status` is ours, and the child is.
         let ended = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };

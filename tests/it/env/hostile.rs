@@ -43,7 +43,8 @@ async fn works(driver: IoDriver) -> Capabilities {
     }
     let objects = Arc::new(objects);
     let tasks = (0..8).map(|task| {
-        let (vmem, objects) = (vmem.clone(), objects.clone());
+        let vmem = vmem.clone();
+        let objects = objects.clone();
         tokio::spawn(async move {
             for round in 0..40 {
                 let (handle, data) = &objects[(task * 7 + round * 11) % objects.len()];
@@ -75,7 +76,7 @@ async fn check(vmem: &VirtualMemory, handle: &vmem::VMemHandle, data: &[u8], rou
     }
 }
 
-/// The reason why this driver is not to be had.
+/// The reason why this driver is unavailable.
 async fn refused(driver: IoDriver) -> String {
     match vmem::open(config(driver)).await {
         Err(VirtualMemoryError::TierNotAvailable { tier: MemoryTier::Disk, reason }) => {
@@ -171,7 +172,7 @@ fn child_in_a_hostile_place() {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     match runtime.worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime.block_on(in_place(&place)),
-        // tokio itself has no room in here.
+        // tokio itself has no space in here.
         Err(error) => println!("SKIPPED {place}: no runtime: {error}"),
     }
     println!("reached the end of {place}");

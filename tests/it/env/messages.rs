@@ -1,4 +1,4 @@
-//! What a configuration file is told that cannot be read: what would do, in its own words.
+//! The errors of a configuration file that cannot be read: they say what would do.
 //!
 //! Mechanism: the messages of libraries came through. Effect: -1 as a size was "integer overflow",
 //! and a table for `gpu` "no variant of untagged enum Gpu". Fix: values that are a number or a word

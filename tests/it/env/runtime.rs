@@ -99,10 +99,10 @@ fn child_in_a_runtime() {
 
 fn visit(case: &str) {
     let output = again(module_path!(), "child_in_a_runtime").env(CASE, case).output().unwrap();
-    let (told, failed) =
-        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let told = String::from_utf8_lossy(&output.stdout);
+    let failed = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && told.contains("reached the end"), "{case}: {failed}");
-    assert!(!failed.contains("panic"), "{case} is told: {failed}");
+    assert!(!failed.contains("panic"), "{case} reports: {failed}");
 }
 
 #[test]

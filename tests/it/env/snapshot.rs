@@ -88,9 +88,9 @@ async fn a_snapshot_without_space_leaves_nothing() {
         }
     }
     vmem.put_named("after", b"9", HOST).await.unwrap();
-    let roomy = place.path().join("a/b/snapshot");
-    vmem.snapshot(&roomy).await.unwrap();
-    assert_whole(&roomy).await;
+    let ample = place.path().join("a/b/snapshot");
+    vmem.snapshot(&ample).await.unwrap();
+    assert_whole(&ample).await;
     vmem.close().await.unwrap();
     assert_whole(&place.path().join("store")).await;
 }

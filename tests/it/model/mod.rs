@@ -249,7 +249,8 @@ fn the_model_explains_every_read_over_a_simulated_disk() {
         "the last look: Corrupt",
     ];
     over_seeds("the_model_explains_every_read", SIMULATED, &needed, |seed, trouble| {
-        let (first, second) = (simulated(seed, trouble), simulated(seed, trouble));
+        let first = simulated(seed, trouble);
+        let second = simulated(seed, trouble);
         for (nth, (one, other)) in first.steps.iter().zip(&second.steps).enumerate() {
             assert_eq!(one, other, "step {nth} of the replay is another, {trouble:?}");
         }

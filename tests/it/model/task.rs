@@ -132,7 +132,8 @@ impl Task {
             _ => self.rng.random_range(300_000..=1_600_000),
         };
         let home = if self.rng.random_bool(0.5) { MemoryTier::Disk } else { self.memory() };
-        let (ending, world) = (self.ending(), self.world.clone());
+        let ending = self.ending();
+        let world = self.world.clone();
         let call = Call::new(self.number, "create", &[], &(len, home));
         let made = match self.rng.random_bool(0.2) {
             // A new object is zeros for the model, so that is what is put.
@@ -160,7 +161,8 @@ impl Task {
     // ---- Writes ------------------------------------------------------------------------------
 
     async fn write(&mut self, handle: VMemHandle) {
-        let (ending, world) = (self.ending(), self.world.clone());
+        let ending = self.ending();
+        let world = self.world.clone();
         let id = handle.id();
         match self.rng.random_range(0..8) {
             0..3 => {
@@ -194,7 +196,8 @@ impl Task {
 
     /// After an error the object is as it was.
     fn wrote(&self, call: &Call, token: WriteToken, written: Outcome<()>) {
-        let (ended, done) = (written.is_some(), matches!(written, Some(Ok(()))));
+        let ended = written.is_some();
+        let done = matches!(written, Some(Ok(())));
         self.world.judge(call, written, |()| 0);
         match (ended, done) {
             (true, true) => token.commit(),
@@ -228,8 +231,10 @@ impl Task {
     // ---- Reads -------------------------------------------------------------------------------
 
     async fn read(&mut self, handle: VMemHandle) {
-        let (ending, world) = (self.ending(), self.world.clone());
-        let (whole, range) = (0..handle.len(), self.range(handle.len()));
+        let ending = self.ending();
+        let world = self.world.clone();
+        let whole = 0..handle.len();
+        let range = self.range(handle.len());
         let kind = self.rng.random_range(0..5);
         let range = if kind == 0 { whole } else { range };
         let call = self.call("read", &handle, &(kind, &range));
@@ -249,7 +254,7 @@ impl Task {
                 read.map(|read| read.map(|()| buf.into()))
             }
         };
-        // The model looks first: a wrong read is told as such.
+        // The model looks first: a wrong read is reported as such.
         if let Some(Ok(bytes)) = &read {
             world.check(&call, token.check_at(range, bytes));
         }
@@ -265,7 +270,8 @@ impl Task {
     }
 
     async fn read_many(&mut self, handle: VMemHandle) {
-        let (ending, world) = (self.ending(), self.world.clone());
+        let ending = self.ending();
+        let world = self.world.clone();
         let mut handles = vec![handle];
         while handles.len() < 3
             && let Some(handle) = self.any()
@@ -288,8 +294,10 @@ impl Task {
     // ---- Places ------------------------------------------------------------------------------
 
     async fn place(&mut self, handle: VMemHandle) {
-        let (ending, world) = (self.ending(), self.world.clone());
-        let (vmem, host) = (&world.vmem, self.memory());
+        let ending = self.ending();
+        let world = self.world.clone();
+        let vmem = &world.vmem;
+        let host = self.memory();
         let below = match host {
             MemoryTier::Vram if self.rng.random_bool(0.3) => MemoryTier::Host,
             _ => MemoryTier::Disk,
@@ -314,17 +322,19 @@ impl Task {
     }
 
     async fn pin(&mut self, handle: VMemHandle) {
-        let (ending, world) = (self.ending(), self.world.clone());
+        let ending = self.ending();
+        let world = self.world.clone();
         let call = self.call("pin", &handle, &"");
         let tier = self.memory();
         let pinned = ending.of(world.vmem.pin(&handle, tier)).await;
         let Some(guard) = world.judge(&call, pinned, |_| 0) else { return };
         self.pins.push(guard);
-        // The first write to it may have the room in its hands for a moment.
+        // The first write to it may have the space in its hands for a moment.
         for left in (0..1000).rev() {
             match world.vmem.residency(&handle) {
                 Ok(residency) => {
-                    // What is written while it is pinned in VRAM comes up again behind the write.
+                    // What is written while it is pinned in VRAM is promoted again behind the
+                    // write.
                     let there = handle.is_empty() || residency.host || tier == MemoryTier::Vram;
                     assert!((there || left > 0) && residency.pins > 0, "{call}: {residency:?}");
                     if there {
@@ -347,7 +357,8 @@ impl Task {
         if len == 0 || !self.world.trouble.has(Trouble::Damage) {
             return;
         }
-        let (byte, bit) = (self.rng.random_range(0..len), self.rng.random_range(0..8));
+        let byte = self.rng.random_range(0..len);
+        let bit = self.rng.random_range(0..8);
         sim.damage(|image| image.flip_bit(byte, bit));
         let call = Call::new(self.number, "a bit flips on the disk", &[], &(byte, bit));
         self.world.note(&call, "ok", "");

@@ -167,7 +167,7 @@ impl World {
         }
     }
 
-    /// Nothing goes wrong any more: what is there is right or known to be damaged. Then all goes,
+    /// Nothing goes wrong any more: every object is right or known to be damaged. Then all goes,
     /// and nothing is left.
     pub(crate) async fn finish(&self) -> Trace {
         self.faults.clear();

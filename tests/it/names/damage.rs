@@ -1,7 +1,7 @@
 //! Damage of a store at rest: flipped bits in every structure of its directory, and files that are
 //! cut, missing, or another store's.
 //!
-//! Invariant: whatever is damaged is told in a typed error or does no harm; nothing panics through,
+//! Invariant: damage is reported by a typed error or does no harm; nothing panics through,
 //! no name vanishes silently, and no read gives other bytes. A sample of the bits by default;
 //! `VMEM_FLIPS=100000 cargo test --release --test it names::damage -- --nocapture` for more.
 
@@ -123,7 +123,8 @@ fn flip_bits_of_the_catalog() {
             let good = fs::read(directory.path().join(CATALOG_FILE)).unwrap();
             let expected = rows(good.clone()).unwrap();
             let mut rng = seed.fork_nth("flips", u64::from(crashed)).rng();
-            let (mut seen, mut harmless) = (0, 0);
+            let mut seen = 0;
+            let mut harmless = 0;
             for _ in 0..flips(700) {
                 let mut bytes = good.clone();
                 let what = flip(&mut bytes, &mut rng);
@@ -186,7 +187,8 @@ async fn flipped_bits_of_every_file() {
         let good = tempfile::tempdir().unwrap();
         let contents = made(good.path(), crashed).await;
         for file in [DATA_FILE, CATALOG_FILE, LOCK_FILE] {
-            let (mut seen, mut harmless) = (0, 0);
+            let mut seen = 0;
+            let mut harmless = 0;
             for _ in 0..flips(25).min(500) {
                 let place = tempfile::tempdir().unwrap();
                 copy(good.path(), place.path());
@@ -215,7 +217,8 @@ type Damage = Box<dyn Fn(&Path)>;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn files_that_are_cut_missing_or_swapped() {
-    let (good, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let good = tempfile::tempdir().unwrap();
+    let other = tempfile::tempdir().unwrap();
     let contents = made(good.path(), false).await;
     {
         let vmem = open(other.path()).await.unwrap();

@@ -23,7 +23,8 @@ async fn a_snapshot_is_a_store_of_one_moment() {
     // Two that always say the same, replaced together by their own rename.
     let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let writer = tokio::spawn({
-        let (vmem, stop) = (vmem.clone(), stop.clone());
+        let vmem = vmem.clone();
+        let stop = stop.clone();
         async move {
             let mut version = 0_u32;
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {

@@ -1,4 +1,4 @@
-//! A store over a tape whose disk and catalog fail when they are told to.
+//! A store over a tape whose disk and catalog fail on command.
 //!
 //! Invariant: what fails does nothing of what it was asked. Called by the tests of faults.
 
@@ -15,7 +15,7 @@ use vmem_io::catalog::NameCatalog;
 use vmem_testkit::tape::Image;
 use vmem_testkit::{Errno, FaultDriver, Seed, Tape, TapeDriver, TapeStorage};
 
-/// The catalog of a tape, which fails when it is told to.
+/// The catalog of a tape, which fails on command.
 #[derive(Debug)]
 pub(super) struct Failing(TapeStorage, Arc<CatalogFails>);
 

@@ -259,7 +259,8 @@ impl Catalog for Picky {
             _ => false,
         };
         if changes.iter().any(of_bad) {
-            let (path, reason) = ("catalog".into(), "its row is not what was written".into());
+            let path = "catalog".into();
+            let reason = "its row is not what was written".into();
             return Box::pin(async { Err(VirtualMemoryError::Damaged { path, reason }) });
         }
         let commit = self.0.commit(changes);

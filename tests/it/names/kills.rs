@@ -68,8 +68,8 @@ impl Journal for Pipe {
 
 /// Changes names until it is killed.
 #[test]
-#[ignore = "plays the child of what_was_acknowledged_survives_a_kill"]
-fn child() {
+#[ignore = "plays the child of acknowledged_names_survive_a_kill"]
+fn child_that_is_killed() {
     let Ok(order) = std::env::var(CHILD) else { return };
     let mut order = order.split(' ');
     let directory = order.next().unwrap().to_owned();
@@ -80,7 +80,8 @@ fn child() {
     runtime.block_on(async {
         let vmem = open(Path::new(&directory)).await;
         let tasks = states.into_iter().enumerate().map(|(number, state)| {
-            let (vmem, rng) = (vmem.clone(), seed.fork_nth("task", number as u64).rng());
+            let vmem = vmem.clone();
+            let rng = seed.fork_nth("task", number as u64).rng();
             let task = Task { number, state, version, largest: LARGEST, rng };
             tokio::spawn(async move { task.run(&vmem, &Pipe, usize::MAX).await.unwrap() })
         });
@@ -96,7 +97,7 @@ fn life(directory: &Path, seed: Seed, version: u64, states: &[Pair]) -> (Vec<Vec
     let states_text: Vec<_> = states.iter().map(write_pair).collect();
     let order =
         format!("{} {} {version} {}", directory.display(), seed.value(), states_text.join(" "));
-    let mut child = again(module_path!(), "child")
+    let mut child = again(module_path!(), "child_that_is_killed")
         .arg("--test-threads=1")
         .env(CHILD, order)
         .stdout(Stdio::piped())
@@ -136,7 +137,7 @@ fn life(directory: &Path, seed: Seed, version: u64, states: &[Pair]) -> (Vec<Vec
 }
 
 #[test]
-fn what_was_acknowledged_survives_a_kill() {
+fn acknowledged_names_survive_a_kill() {
     Seed::run("kills", |seed| {
         let kills = std::env::var("VMEM_KILLS").map_or(50, |text| text.parse().unwrap());
         let directory = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Named objects over real directories: what a name stands for, and what is there after a restart.
+//! Named objects over real directories: what a name stands for, and what survives a restart.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -42,7 +42,7 @@ fn disk_used(directory: &Path) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_put_is_there_after_a_restart() {
+async fn named_object_survives_a_restart() {
     let directory = tempfile::tempdir().unwrap();
     let vmem = open(directory.path()).await;
     for (n, len) in [0, 1, 100, 65_536, 200_000, 1 << 20].into_iter().enumerate() {
@@ -312,7 +312,9 @@ async fn scenario_34_a_thousand_writers_while_it_is_flushed() {
     let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let writers: Vec<_> = (0..1000_usize)
         .map(|n| {
-            let (vmem, handle, stop) = (vmem.clone(), handle.clone(), stop.clone());
+            let vmem = vmem.clone();
+            let handle = handle.clone();
+            let stop = stop.clone();
             tokio::spawn(async move {
                 let mut version = 0_u64;
                 while !stop.load(std::sync::atomic::Ordering::Relaxed) {

@@ -1,4 +1,4 @@
-//! Named objects: what a name stands for, and what is there after a restart, a kill, a power cut or
+//! Named objects: what a name stands for, and what survives a restart, a kill, a power cut or
 //! damage.
 //!
 //! Invariant: what was acknowledged is there, whole. Run in `it`.

@@ -97,7 +97,8 @@ async fn history(seed: Seed, buffered: bool, images: usize) -> usize {
     let tasks = (0..TASKS).map(|number| {
         let rng = seed.fork_nth("task", number as u64).rng();
         let task = Task { number, state: [None; 2], version: 0, largest: LARGEST, rng };
-        let (vmem, history) = (vmem.clone(), history.clone());
+        let vmem = vmem.clone();
+        let history = history.clone();
         tokio::spawn(async move { task.run(&vmem, &*history, OPERATIONS).await.unwrap() })
     });
     for task in futures::future::join_all(tasks).await {
@@ -119,12 +120,13 @@ async fn history(seed: Seed, buffered: bool, images: usize) -> usize {
 }
 
 #[test]
-fn what_was_acknowledged_survives_any_cut() {
+fn acknowledged_names_survive_any_cut() {
     const IMAGES: usize = 60;
     Seed::run("power cuts", |seed| {
         let wanted = std::env::var("VMEM_IMAGES").map_or(600, |text| text.parse().unwrap());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let (mut images, mut due) = (0, 0);
+        let mut images = 0;
+        let mut due = 0;
         for nth in 0.. {
             if images >= wanted {
                 break;

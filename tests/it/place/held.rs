@@ -31,12 +31,14 @@ async fn store(resident: bool, count: usize) -> (VirtualMemory, Vec<VMemHandle>)
 /// within a while, and how many still wait.
 async fn burst(vmem: &VirtualMemory, handles: &[VMemHandle]) -> (Vec<Bytes>, usize) {
     let reads = handles.iter().map(|handle| {
-        let (vmem, handle) = (vmem.clone(), handle.clone());
+        let vmem = vmem.clone();
+        let handle = handle.clone();
         tokio::spawn(async move { vmem.read(&handle).await })
     });
     let reads: Vec<_> = reads.collect();
     tokio::time::sleep(Duration::from_millis(500)).await;
-    let (mut kept, mut waiting) = (Vec::new(), 0);
+    let mut kept = Vec::new();
+    let mut waiting = 0;
     for read in reads {
         match read.is_finished() {
             true => kept.push(read.await.unwrap().unwrap()),
@@ -196,7 +198,8 @@ async fn a_store_that_closes_refuses_large_reads_that_wait() {
     let (vmem, handles) = store(false, 12).await;
     let kept = keep(&vmem, &handles[..8]).await;
     let wait = |way: usize| {
-        let (vmem, handle) = (vmem.clone(), handles[8 + way].clone());
+        let vmem = vmem.clone();
+        let handle = handles[8 + way].clone();
         tokio::spawn(async move { read_large(&vmem, way, &handle, LONG).await })
     };
     let waiting: Vec<_> = (0..4).map(wait).collect();

@@ -20,7 +20,7 @@ use crate::support::{self, DISK, HOST, KIB, MIB, bytes};
 const VRAM: MemoryTier = MemoryTier::Vram;
 const SMALL: usize = 16 * KIB;
 
-/// A store with plenty of host memory below so many bytes of device memory.
+/// A store with plenty of host memory below this many bytes of device memory.
 fn open(
     vram: usize,
     set: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
@@ -108,7 +108,8 @@ async fn readers_see_whole_objects_while_these_move() {
         small.iter_mut().step_by(2).for_each(|handle| *handle = None);
         let small = Arc::new(small);
         let reader = tokio::spawn({
-            let (vmem, small) = (vmem.clone(), small.clone());
+            let vmem = vmem.clone();
+            let small = small.clone();
             async move {
                 for _ in 0..4 {
                     for (n, handle) in small.iter().enumerate() {
@@ -129,10 +130,10 @@ async fn readers_see_whole_objects_while_these_move() {
     vmem.close().await.unwrap();
 }
 
-/// A cycle over three times what fits, prefetched a few ahead: each is there when it is used, under
+/// A cycle over three times what fits, prefetched a few early: each is there when it is used, under
 /// every policy.
 #[tokio::test]
-async fn what_was_prefetched_is_there_at_its_first_use() {
+async fn prefetched_object_is_resident_at_its_first_use() {
     for policy in [PolicyKind::Lru, PolicyKind::Sieve, PolicyKind::S3Fifo] {
         let vmem = open(2 * MIB, |builder| builder.policy(policy));
         let mut layers = Vec::new();
@@ -189,7 +190,8 @@ async fn a_prefetch_evicts_no_neighbours_that_are_in_use() {
 async fn old_versions_that_are_held_move_nothing() {
     let timeout = std::time::Duration::from_millis(500);
     let (vmem, _driver) = support::open(MIB, 64 * MIB, |b| b.max_pinned(1.0).wait_timeout(timeout));
-    let (mut kept, mut held) = (Vec::new(), Vec::new());
+    let mut kept = Vec::new();
+    let mut held = Vec::new();
     let mut all = Vec::new();
     for n in 0..900_u64 {
         all.push(vmem.put(bytes(n, 1, 1024), HOST).await.unwrap());

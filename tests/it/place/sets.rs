@@ -1,8 +1,8 @@
-//! Reads of what is there already, and of sets in any form.
+//! Reads of what is resident already, and of sets in any form.
 //!
 //! Excluded: a look that waits, counts as a miss or starts a read; sets whose bytes are in another
 //! order than their handles; one that never ends, or brings the bytes of another object, since some
-//! of it leaves host memory while the rest comes up. Noticed by figures, bytes and a bound.
+//! of it leaves host memory while the rest is loaded. Noticed by figures, bytes and a bound.
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
@@ -55,7 +55,8 @@ async fn try_read_finds_what_is_in_host_memory_and_starts_nothing() {
 async fn sets_of_any_form_are_read_in_the_order_of_their_handles() {
     let (vmem, _driver) = support::open(1024 * KIB, 4096 * KIB, |builder| builder);
     let objects = objects(&vmem, 6).await;
-    let (reader, all) = (vmem.clone(), objects.clone());
+    let reader = vmem.clone();
+    let all = objects.clone();
     let in_task = tokio::spawn(async move { reader.read_many(all.values()).await });
     for (n, read) in in_task.await.unwrap().unwrap().into_iter().enumerate() {
         assert_eq!(read, bytes(n as u64, 1, LEN));
@@ -84,7 +85,8 @@ async fn sets_whose_objects_leave_while_the_rest_comes_up_end() {
     let objects = objects(&vmem, 8).await;
     let mut readers = tokio::task::JoinSet::new();
     for reader in 0..8 {
-        let (vmem, objects) = (vmem.clone(), objects.clone());
+        let vmem = vmem.clone();
+        let objects = objects.clone();
         readers.spawn(async move {
             let mut rng = SmallRng::seed_from_u64(support::seed() + reader);
             for _ in 0..40 {

@@ -284,7 +284,8 @@ async fn every_public_future_can_be_spawned() {
     sent(vmem.prefetch(&handle, HOST)).detach();
     drop(sent(vmem.pin(&handle, HOST).await.unwrap()));
     let every = spawnable(async move {
-        let (v, h) = (&vmem, &handle);
+        let v = &vmem;
+        let h = &handle;
         let many = [h.clone()];
         drop(v.allocate(9, DISK).await?);
         v.write(h, vec![1; 9]).await?;

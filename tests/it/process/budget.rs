@@ -45,7 +45,7 @@ struct Worker {
 }
 
 impl Worker {
-    /// Sizes change from phase to phase, so that the room of one kind has to serve another.
+    /// Sizes change from phase to phase, so that the space of one kind has to serve another.
     fn len(&mut self, phase: u64) -> usize {
         match phase % 3 {
             0 => self.rng.random_range(1..8 * KIB),
@@ -104,7 +104,8 @@ async fn one_kind_after_the_other(vmem: &VirtualMemory, taken: impl Fn() -> usiz
     for _ in 0..60 {
         large.push(vmem.put(&data, HOST).await.unwrap());
     }
-    let (taken, allowed) = (taken(), HOST_CAPACITY + HOST_CAPACITY / 20 + CONSTANT);
+    let taken = taken();
+    let allowed = HOST_CAPACITY + HOST_CAPACITY / 20 + CONSTANT;
     println!("{taken} bytes resident with large ones after small ones, {allowed} allowed");
     assert!(taken <= allowed, "{taken} bytes resident, {allowed} allowed: {:?}", vmem.stats());
 }
@@ -139,7 +140,8 @@ async fn work_at_random() {
     let began = Instant::now();
     let tasks: Vec<_> = (0..TASKS)
         .map(|_| {
-            let (rng, objects) = (SmallRng::seed_from_u64(rng.random()), Vec::new());
+            let rng = SmallRng::seed_from_u64(rng.random());
+            let objects = Vec::new();
             let scratch = vec![0; MIB];
             let mut worker = Worker { vmem: vmem.clone(), rng, objects, bytes: 0, scratch };
             let stop = stop.clone();
@@ -151,7 +153,8 @@ async fn work_at_random() {
             })
         })
         .collect();
-    let (mut most, mut peak_objects) = (0, 0);
+    let mut most = 0;
+    let mut peak_objects = 0;
     while Instant::now() < until {
         let stats = vmem.stats();
         assert!(stats.host.used_bytes <= stats.host.capacity_bytes, "{stats:?}");

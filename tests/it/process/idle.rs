@@ -31,7 +31,8 @@ async fn stand_idle() {
     }
     let held = vmem.read(&handles[299]).await.unwrap();
     tokio::time::sleep(Duration::from_secs(1)).await;
-    let (before, began) = (process_cpu(), Instant::now());
+    let before = process_cpu();
+    let began = Instant::now();
     tokio::time::sleep(Duration::from_secs(10)).await;
     let share = (process_cpu() - before).as_secs_f64() / began.elapsed().as_secs_f64();
     println!("{:.3} % of a core", share * 100.0);

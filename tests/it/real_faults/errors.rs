@@ -92,7 +92,7 @@ fn scenario_3_a_refused_read() {
     test("scenario_3_a_refused_read", |seed| {
         for opens in [Opens::Direct, Opens::Cached] {
             over_fuse("refused reads", opens, seed, 4 * MIB, async |vmem, faulty, _| {
-                // Larger than any read-ahead of what was read before.
+                // Larger than any early read of the kernel's.
                 let cold = put(&vmem, 1, 8, true).await;
                 let warm = put(&vmem, 20, 4, false).await;
                 faulty.on(OpKind::Read, When::ALWAYS, Trouble::Fail(Errno::IO));
@@ -132,7 +132,7 @@ fn scenario_3_a_refused_read() {
 }
 
 /// Excluded: a failed sync that counts as done, or is tried again as if the pages were still dirty.
-/// The bytes go down once more, from the host copy.
+/// The bytes are written back once more, from the host copy.
 #[test]
 fn scenario_18_a_failed_sync() {
     test("scenario_18_a_failed_sync", |seed| {
@@ -140,7 +140,8 @@ fn scenario_18_a_failed_sync() {
             over_fuse("failed syncs", opens, seed, 4 * MIB, async |vmem, faulty, _| {
                 let warm = put(&vmem, 1, 6, false).await;
                 for (_, handle) in &warm {
-                    let (syncs, writes) = (faulty.seen(OpKind::Sync), faulty.seen(OpKind::Write));
+                    let syncs = faulty.seen(OpKind::Sync);
+                    let writes = faulty.seen(OpKind::Write);
                     faulty.heal();
                     faulty.on(OpKind::Sync, When::Nth(1), Trouble::Fail(Errno::IO));
                     let first = vmem.demote(handle, DISK).await;
@@ -167,7 +168,7 @@ fn scenario_18_a_failed_sync() {
     });
 }
 
-/// A disk that is full long before its budget is: writers are told, what was accepted is readable
+/// A disk that is full long before its budget is: writers get errors, what was accepted is readable
 /// all the time, and once there is space the store goes on without being asked.
 #[test]
 fn scenario_18_a_full_disk() {
@@ -221,7 +222,8 @@ fn scenario_17_a_truncated_file() {
                 let len = faulty.data_len();
                 assert!(len >= 20 * LEN);
                 assert_eq!(faulty.truncate(len / 2), len);
-                let (mut lost, mut whole) = (Vec::new(), 0);
+                let mut lost = Vec::new();
+                let mut whole = 0;
                 for (object, handle) in &cold {
                     let mut read = vec![0xEE; LEN];
                     match vmem.read_into(handle, 0..LEN, &mut read).await {
@@ -277,7 +279,8 @@ fn scenario_18_a_storm() {
             faulty.on(OpKind::Sync, When::Chance(0.05), Trouble::Fail(Errno::IO));
             let refused = Arc::new(AtomicU64::new(0));
             let tasks = (0..6).map(|task| {
-                let (vmem, refused) = (vmem.clone(), refused.clone());
+                let vmem = vmem.clone();
+                let refused = refused.clone();
                 tokio::spawn(one_task(vmem, seed.fork_nth("task", task), task, refused))
             });
             let mut objects = Vec::new();

@@ -1,6 +1,6 @@
 //! The drivers that there are, stores over them, and how a test of this file runs.
 //!
-//! Invariant: a driver that is not to be had is left out aloud, and the blocking one never is.
+//! Invariant: a driver that is unavailable is left out aloud, and the blocking one never is.
 //! Called by every test here.
 
 use std::fmt::Display;
@@ -53,7 +53,7 @@ pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
     builder.worker_threads(2).enable_all().build().unwrap().block_on(future)
 }
 
-/// A store in `dir` with `space` bytes of object space; none if this driver is not to be had.
+/// A store in `dir` with `space` bytes of object space; none if this driver is unavailable.
 pub(crate) async fn open(dir: &Path, driver: IoDriver, space: usize) -> Option<VirtualMemory> {
     let config = VirtualMemoryConfig::builder()
         .disk_path(dir)

@@ -33,7 +33,7 @@ pub(crate) fn own_mounts() -> Result<(), Refused> {
 /// A file as a block device.
 #[derive(Debug)]
 pub(crate) struct LoopDevice {
-    /// Holds the device: it was told to go with its last user.
+    /// Holds the device: it goes with its last user.
     _held: File,
     path: PathBuf,
 }
@@ -157,7 +157,7 @@ const BLKIO: &str = "/sys/fs/cgroup/blkio";
 const GROUP: &str = "vmem-faults-";
 
 impl SlowGroup {
-    /// A group that reads and writes so many bytes a second, each, on the device of `ext4`.
+    /// A group that reads and writes this many bytes a second, each, on the device of `ext4`.
     pub(crate) fn new(ext4: &Ext4, bytes_per_second: u64) -> Result<Self, Refused> {
         let why = |error: io::Error| format!("blkio of cgroup v1: {error}");
         sweep();

@@ -20,8 +20,8 @@ const TASKS: usize = 6;
 const LARGEST: usize = 200_000;
 
 #[test]
-fn what_was_acknowledged_survives_a_real_power_cut() {
-    test("what_was_acknowledged_survives_a_real_power_cut", |seed| {
+fn acknowledged_names_survive_a_real_power_cut() {
+    test("acknowledged_names_survive_a_real_power_cut", |seed| {
         let ext4 = match Ext4::mount(192 << 20, 512) {
             Ok(ext4) => ext4,
             Err(why) => return skipped("real power cuts", why),
@@ -68,7 +68,8 @@ async fn until_cut(
         .iter()
         .enumerate()
         .map(|(number, &state)| {
-            let (vmem, may) = (vmem.clone(), may.clone());
+            let vmem = vmem.clone();
+            let may = may.clone();
             let rng = seed.fork_nth("task", number as u64).rng();
             let task = Task { number, state, version, largest: LARGEST, rng };
             tokio::spawn(async move { task.run(&vmem, &*may, usize::MAX).await })

@@ -44,7 +44,9 @@ fn scenario_20_host_hits_do_not_wait_for_the_disk() {
                 faulty.on(kind, When::ALWAYS, Trouble::Held);
             }
             let reads = cold.iter().map(|(object, handle)| {
-                let (vmem, object, handle) = (vmem.clone(), *object, handle.clone());
+                let vmem = vmem.clone();
+                let object = *object;
+                let handle = handle.clone();
                 tokio::spawn(async move {
                     assert_same(&vmem.read(&handle).await.unwrap(), object);
                 })
@@ -83,8 +85,10 @@ fn scenario_4_futures_dropped_while_the_kernel_has_their_buffers() {
                 let warm = put(&vmem, 20, 8, false).await;
                 faulty.on(OpKind::Read, When::ALWAYS, Trouble::Held);
                 faulty.on(OpKind::Write, When::ALWAYS, Trouble::Held);
-                let (reader, writer) = (vmem.clone(), vmem.clone());
-                let (some_cold, some_warm) = (cold[..4].to_vec(), warm[..4].to_vec());
+                let reader = vmem.clone();
+                let writer = vmem.clone();
+                let some_cold = cold[..4].to_vec();
+                let some_warm = warm[..4].to_vec();
                 let reads = tokio::spawn(async move {
                     join_all(some_cold.iter().map(|(_, handle)| reader.read(handle))).await;
                 });
@@ -142,7 +146,9 @@ fn scenario_24_close_while_the_disk_stands_still() {
             let cold = put(&vmem, 1, 12, true).await;
             faulty.on(OpKind::Read, When::ALWAYS, Trouble::Held);
             let reads = cold.iter().map(|(object, handle)| {
-                let (vmem, object, handle) = (vmem.clone(), *object, handle.clone());
+                let vmem = vmem.clone();
+                let object = *object;
+                let handle = handle.clone();
                 tokio::spawn(async move {
                     match vmem.read(&handle).await {
                         Ok(read) => {
@@ -239,11 +245,14 @@ async fn throttled(vmem: VirtualMemory) {
     let warm = put(&vmem, 100, 8, false).await;
     let cold = put(&vmem, 1, 24, true).await;
     let reads = cold.iter().map(|(object, handle)| {
-        let (vmem, object, handle) = (vmem.clone(), *object, handle.clone());
+        let vmem = vmem.clone();
+        let object = *object;
+        let handle = handle.clone();
         tokio::spawn(async move { assert_same(&vmem.read(&handle).await.unwrap(), object) })
     });
     let reads: Vec<_> = reads.collect();
-    let (mut hits, mut waited) = (0, 0);
+    let mut hits = 0;
+    let mut waited = 0;
     while !reads.iter().all(|read| read.is_finished()) {
         for (object, handle) in &warm {
             let read = vmem.read(handle).now_or_never().expect("a host hit is ready");

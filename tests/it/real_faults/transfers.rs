@@ -15,7 +15,7 @@ use super::place::Ext4;
 use crate::support::quiet;
 use crate::support::{DISK, HOST, MIB, assert_empty, bytes};
 
-/// Objects of odd lengths go down and come up in every way that there is.
+/// Objects of odd lengths are demoted and promoted in every way that there is.
 async fn round_trips(vmem: &VirtualMemory, seed: Seed) {
     let mut rng = seed.fork("round trips").rng();
     let mut objects: Vec<Known> = Vec::new();
@@ -70,7 +70,7 @@ fn scenario_28_short_transfers_are_resumed() {
                 round_trips(&vmem, seed).await;
                 assert!(faulty.injected(OpKind::Read) > 20, "{}", faulty.summary());
                 assert!(faulty.injected(OpKind::Write) > 20, "{}", faulty.summary());
-                assert_eq!(vmem.stats().errors, 0, "nobody was told");
+                assert_eq!(vmem.stats().errors, 0, "no error was counted");
                 vmem.close().await.unwrap();
             });
         }
@@ -85,7 +85,8 @@ fn scenario_28_short_transfers_are_resumed() {
 #[test]
 fn scenario_28_short_to_the_last_sector() {
     test("scenario_28_short_to_the_last_sector", |seed| {
-        let (driver, opens) = (IoDriver::Blocking, Opens::Direct);
+        let driver = IoDriver::Blocking;
+        let opens = Opens::Direct;
         on_fuse("the last sector", driver, opens, seed, 2 * MIB, async |vmem, faulty, _| {
             let handle = vmem.put(bytes(1, 1, 240 * 512), HOST).await.unwrap();
             for kind in [OpKind::Read, OpKind::Write] {
@@ -115,7 +116,8 @@ fn scenario_3_what_the_kernel_misplaces_is_never_returned() {
                 for kind in [OpKind::Read, OpKind::Write] {
                     faulty.on(kind, When::Chance(0.3), Trouble::Short(512));
                 }
-                let (mut right, mut corrupt) = (0, 0);
+                let mut right = 0;
+                let mut corrupt = 0;
                 for (object, handle) in put(&vmem, 24, 70_000).await {
                     vmem.demote(&handle, DISK).await.unwrap();
                     match vmem.read(&handle).await {
@@ -146,7 +148,7 @@ fn scenario_28_interrupts_are_retried() {
                 }
                 round_trips(&vmem, seed).await;
                 assert!(faulty.injected(OpKind::Write) > 20, "{}", faulty.summary());
-                assert_eq!(vmem.stats().errors, 0, "nobody was told");
+                assert_eq!(vmem.stats().errors, 0, "no error was counted");
                 vmem.close().await.unwrap();
             });
         }

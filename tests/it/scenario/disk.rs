@@ -55,7 +55,8 @@ async fn scenario_31_memory_is_given_back_beside_registered_reads() {
     }
     let large = Arc::new(large);
     let readers = (0..3).map(|salt: usize| {
-        let (vmem, large) = (vmem.clone(), large.clone());
+        let vmem = vmem.clone();
+        let large = large.clone();
         tokio::spawn(async move {
             for round in 0..40 {
                 let (object, handle) = &large[(round * 3 + salt) % large.len()];
@@ -91,7 +92,7 @@ async fn scenario_31_memory_is_given_back_beside_registered_reads() {
     vmem.close().await.unwrap();
 }
 
-// ---- 18: the disk refuses while objects go down
+// ---- 18: the disk refuses while objects are demoted
 // ---------------------------------------------------
 
 /// Excluded: one refused write that fails, or stalls, those who have nothing to do with it; a
@@ -138,7 +139,8 @@ fn scenario_18_a_disk_that_fails_now_and_then() {
                     torn,
                 ),
             );
-            let (mut objects, mut refused) = (Vec::new(), 0);
+            let mut objects = Vec::new();
+            let mut refused = 0;
             for object in 1..=400 {
                 let home = if rng.random_bool(0.7) { HOST } else { DISK };
                 match vmem.put(bytes(object, 1, rng.random_range(1..2 * LEN)), home).await {
@@ -178,7 +180,8 @@ fn scenario_18_a_disk_that_fails_now_and_then() {
 }
 
 /// The budget of the disk is full, without any error of a device: what is in host memory stays
-/// there, readers and in-place writers go on, one that needs room is told, and a free lets him in.
+/// there, readers and in-place writers go on, one that needs space gets an error, and a free lets
+/// it in.
 #[tokio::test(start_paused = true)]
 async fn scenario_18_a_full_budget() {
     let (vmem, driver) = support::open(8 * LEN, 8 * LEN, |b| b.watermarks(0.98, 1.0));
@@ -230,7 +233,10 @@ fn assert_bounded(dir: &Path) {
 /// Writes `total` bytes through the store in random sizes, keeping it about two thirds full.
 async fn write_through(vmem: &VirtualMemory, dir: &Path, total: usize) -> Vec<(u64, VMemHandle)> {
     let mut rng = support::seed().pipe(Seed::new).rng();
-    let (mut live, mut written, mut bytes_live, mut object) = (Vec::new(), 0, 0, 0_u64);
+    let mut live = Vec::new();
+    let mut written = 0;
+    let mut bytes_live = 0;
+    let mut object = 0_u64;
     while written < total {
         object += 1;
         let len = 1 << rng.random_range(9..20);
@@ -279,7 +285,7 @@ async fn scenario_19_ten_times_the_capacity_then_close() {
     drop(live);
     let stats = quiet(&vmem).await;
     assert_empty(&stats, "ten times the capacity");
-    // What is free goes back to the file system by and by, all but a batch that is not full yet.
+    // What is free goes back to the file system over time, all but a batch that is not full yet.
     eventually("the blocks are given back", || file(dir.path()).unwrap().1 <= 9 * MIB as u64).await;
     let handle = vmem.put(bytes(1, 1, 300_000), DISK).await.unwrap();
     vmem.close().await.unwrap();
@@ -340,7 +346,7 @@ async fn child_that_is_killed() {
 }
 
 /// Excluded: a directory that stays locked, or space that stays taken, after `kill -9`. While the
-/// child lives its number is told; once it is dead the directory opens, and is empty.
+/// child lives its number is in the error; once it is dead the directory opens, and is empty.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_19_killed() {
     let dir = tempfile::tempdir().unwrap();

@@ -55,7 +55,7 @@ fn scenario_21_a_day_of_a_disk_at_90_percent() {
 }
 
 /// The worst order of events: the disk is full of small objects and every second one goes, so that
-/// no hole holds a chunk. Half of the disk is free; an object of a quarter of it must find room.
+/// no hole holds a chunk. Half of the disk is free; an object of a quarter of it must find space.
 #[tokio::test(start_paused = true)]
 async fn scenario_21_holes_that_are_smaller_than_a_chunk() {
     let vmem = disk_alone(8 * MIB);

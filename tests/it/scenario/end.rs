@@ -63,7 +63,8 @@ async fn scenario_24_two_clones_close_during_every_call() {
             .map(|n| tokio::spawn(until_closed(vmem.clone(), handles.clone(), n * 5)))
             .collect();
         tokio::time::sleep(Duration::from_millis(5 * round)).await;
-        let (one, other) = (vmem.clone(), vmem.clone());
+        let one = vmem.clone();
+        let other = vmem.clone();
         let (first, second) =
             ends("close", async { tokio::join!(one.close(), other.close()) }).await;
         let results = [first, second];
@@ -165,7 +166,7 @@ fn scenario_24_calls_on_another_runtime_after_the_first_has_gone() {
     });
 }
 
-/// The child of the next test: holds the store until it is told to let go.
+/// The child of the next test: holds the store until a message lets it go.
 #[tokio::test]
 #[ignore = "plays the child of scenario_24_another_process"]
 async fn child_that_lets_go() {
@@ -254,11 +255,14 @@ async fn scenario_26_p16_readers_beside_a_mover() {
     let dir = tempfile::tempdir().unwrap();
     let vmem = vmem::open(real_config(dir.path(), 2 * MIB, 64 * MIB)).await.unwrap();
     let handle = vmem.put(bytes(1, 1, 3 * LEN), HOST).await.unwrap();
-    let (stop, reads) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let stop = Arc::new(AtomicBool::new(false));
+    let reads = Arc::new(AtomicU64::new(0));
     let readers: Vec<_> = (0..4)
         .map(|way| {
-            let (vmem, handle) = (vmem.clone(), handle.clone());
-            let (stop, reads) = (stop.clone(), reads.clone());
+            let vmem = vmem.clone();
+            let handle = handle.clone();
+            let stop = stop.clone();
+            let reads = reads.clone();
             tokio::spawn(async move {
                 let expected = bytes(1, 1, 3 * LEN);
                 let mut buf = vec![0; 3 * LEN];

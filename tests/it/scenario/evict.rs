@@ -13,7 +13,7 @@ const LEN: usize = 64 * KIB;
 // ---- 11: fragmentation
 // ---------------------------------------------------------------------------
 
-/// Excluded: room that is there and cannot be had, since it lies in pieces between others; an
+/// Excluded: free space that no object can use, since it lies in pieces between others; an
 /// allocation that goes to disk, or fails, although everything in its way could move. Noticed by
 /// where the object is, and by the simulated clock.
 #[tokio::test(start_paused = true)]
@@ -24,7 +24,8 @@ async fn scenario_11_one_large_allocation_in_a_fragmented_tier() {
         let (vmem, driver) = support::open(space, 64 * MIB, |b| b.watermarks(0.98, 1.0));
         let mut objects = Vec::new();
         let mut object = 0;
-        // Small ones of every class until there is no more room, then a hole at every second place.
+        // Small ones of every class until there is no more space, then a hole at every second
+        // place.
         while vmem.stats().evictions == 0 {
             object += 1;
             let len = rng.random_range(64..24 * KIB);
@@ -81,7 +82,8 @@ async fn scenario_14_waiters_start_eviction() {
 async fn scenario_15_the_high_mark_and_the_low_mark() {
     for (low, high) in [(0.5, 0.8), (0.7, 0.9)] {
         let (vmem, driver) = support::open(100 * LEN, 64 * MIB, |b| b.watermarks(low, high));
-        let (low, high) = ((100.0 * low) as usize, (100.0 * high) as usize);
+        let low = (100.0 * low) as usize;
+        let high = (100.0 * high) as usize;
         let mut warm = put_all(&vmem, high, LEN, HOST).await;
         let stats = settle(&vmem, &driver).await;
         assert_eq!(stats.evictions, 0, "at the mark, not above");

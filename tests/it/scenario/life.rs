@@ -64,7 +64,8 @@ async fn scenario_24_close_during_a_thousand_operations() {
     }
     let operations: Vec<_> = (0..1000_usize)
         .map(|n| {
-            let (vmem, handle) = (vmem.clone(), handles[n % 64].clone());
+            let vmem = vmem.clone();
+            let handle = handles[n % 64].clone();
             tokio::spawn(async move {
                 match n % 5 {
                     0 => vmem.write(&handle, vec![n as u8; 40_000]).await,
@@ -144,9 +145,10 @@ async fn scenario_26_p9_one_directory_one_store() {
 /// own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_26_p8_handles_are_of_one_store() {
-    let (one, two) = (open().await, open().await);
-    let (mine, theirs) =
-        (one.put([1; 8], HOST).await.unwrap(), two.put([2; 8], HOST).await.unwrap());
+    let one = open().await;
+    let two = open().await;
+    let mine = one.put([1; 8], HOST).await.unwrap();
+    let theirs = two.put([2; 8], HOST).await.unwrap();
     assert_eq!(mine.id(), theirs.id(), "numbers are of a store");
     assert_ne!(mine, theirs);
     let id = mine.id();
@@ -251,14 +253,15 @@ async fn scenario_26_p11_a_panic_of_the_caller() {
     vmem.close().await.unwrap();
 }
 
-/// The seed's P16 and P17: while objects move, their one writer reads what he wrote, and no reader
-/// is told that a live object is not there.
+/// The seed's P16 and P17: while objects move, their one writer reads what it wrote, and no reader
+/// finds that a live object is missing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_26_p16_p17_moving_loses_no_write() {
     let vmem = open().await;
     let handle = vmem.put([0; 3000], HOST).await.unwrap();
     let mover = {
-        let (vmem, handle) = (vmem.clone(), handle.clone());
+        let vmem = vmem.clone();
+        let handle = handle.clone();
         tokio::spawn(async move {
             for _ in 0..300 {
                 vmem.demote(&handle, DISK).await.unwrap();
@@ -279,7 +282,7 @@ async fn scenario_26_p16_p17_moving_loses_no_write() {
 /// The sizes at which something changes: nothing, one byte, around a sector, a page, a small object
 /// and a chunk, in both home tiers, through every way of reading and writing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn odd_sizes() {
+async fn objects_of_odd_sizes_keep_their_bytes() {
     let vmem = open().await;
     for len in [0, 1, 511, 512, 4095, 4096, 4097, 32_768, 32_769, 65_535, 65_536, 65_537, 300_000] {
         for home in [HOST, DISK] {

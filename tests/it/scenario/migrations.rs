@@ -1,4 +1,4 @@
-//! What is told of migrations, and prefetches that run, end and are cancelled.
+//! The events of migrations, and prefetches that run, end and are cancelled.
 //!
 //! Invariant: over the real driver, as a user opens the store. Called by nobody else.
 
@@ -10,7 +10,7 @@ use vmem::MigrationCause;
 use super::life::open;
 use crate::support::{DISK, HOST};
 
-/// A listener sees each migration once, and is told how many it missed.
+/// A listener sees each migration once, and learns how many it missed.
 #[tokio::test]
 async fn migrations_are_told() {
     let vmem = open().await;
@@ -18,7 +18,8 @@ async fn migrations_are_told() {
     let mut events = Box::pin(vmem.migrations());
     vmem.demote(&handle, DISK).await.unwrap();
     vmem.promote(&handle, HOST).await.unwrap();
-    let (down, up) = (events.next().await.unwrap(), events.next().await.unwrap());
+    let down = events.next().await.unwrap();
+    let up = events.next().await.unwrap();
     assert_eq!((down.from, down.to, down.cause), (HOST, DISK, MigrationCause::Demote));
     assert_eq!((up.from, up.to, up.cause), (DISK, HOST, MigrationCause::Promote));
     assert_eq!((down.handle, down.bytes, down.missed), (handle.id(), 5000, 0));
@@ -26,7 +27,8 @@ async fn migrations_are_told() {
         vmem.write(&handle, vec![2; 5000]).await.unwrap();
         vmem.demote(&handle, DISK).await.unwrap();
     }
-    let (mut seen, mut missed) = (0, 0);
+    let mut seen = 0;
+    let mut missed = 0;
     let patience = Duration::from_millis(200);
     while let Ok(Some(event)) = tokio::time::timeout(patience, events.next()).await {
         seen += 1;

@@ -14,4 +14,4 @@ mod migrations;
 mod order;
 mod pressure;
 mod residency;
-mod room;
+mod space;

@@ -1,4 +1,4 @@
-//! Scenarios 22 and 23 further: the order of eviction when objects come up, the ledger of both
+//! Scenarios 22 and 23 further: the order of eviction when objects are promoted, the ledger of both
 //! tiers, and a burst of every kind of request while the disk fails.
 
 use std::collections::HashMap;
@@ -19,7 +19,7 @@ async fn moment() {
     tokio::time::sleep(Duration::from_millis(2)).await;
 }
 
-/// One more object than there is room for; says which of these left host memory for it.
+/// One more object than there is space for; says which of these left host memory for it.
 async fn victim(vmem: &VirtualMemory, among: &[VMemHandle]) -> Vec<usize> {
     let before: Vec<_> = among.iter().map(|h| vmem.residency(h).unwrap().host).collect();
     moment().await;
@@ -31,8 +31,8 @@ async fn victim(vmem: &VirtualMemory, among: &[VMemHandle]) -> Vec<usize> {
     gone
 }
 
-/// Excluded: an object that was asked for, comes up to stay, and is the next to leave, since its
-/// last access was long ago. Every way of coming up, or of being asked for, is an access.
+/// Excluded: an object that was asked for, is promoted to stay, and is the next to leave, since its
+/// last access was long ago. Every way of being promoted, or of being asked for, is an access.
 #[tokio::test(start_paused = true)]
 async fn scenario_22_what_was_asked_for_is_not_the_next_to_leave() {
     type Ask = (&'static str, bool);
@@ -94,7 +94,10 @@ async fn audit(
     prints: &HashMap<usize, (u64, u64)>,
     step: usize,
 ) {
-    let (mut host, mut disk, mut dirty, mut pinned) = ((0, 0), (0, 0), 0, 0);
+    let mut host = (0, 0);
+    let mut disk = (0, 0);
+    let mut dirty = 0;
+    let mut pinned = 0;
     for handle in live {
         let residency = vmem.residency(handle).unwrap();
         let (in_host, on_disk) = prints[&handle.len()];
@@ -196,7 +199,8 @@ fn scenario_23_a_burst_of_every_request_on_a_failing_disk() {
         driver.delay(|_| Duration::from_millis(1));
         let calls: Vec<_> = (0..10_240_usize)
             .map(|n| {
-                let (vmem, handle) = (vmem.clone(), handles[n % 100].clone());
+                let vmem = vmem.clone();
+                let handle = handles[n % 100].clone();
                 let object = n as u64 % 100 + 1;
                 tokio::spawn(async move {
                     match n / 100 % 6 {
@@ -212,7 +216,8 @@ fn scenario_23_a_burst_of_every_request_on_a_failing_disk() {
                 })
             })
             .collect();
-        let (mut done, mut failed) = (0, 0);
+        let mut done = 0;
+        let mut failed = 0;
         for call in calls {
             match call.await.unwrap() {
                 Ok(()) => done += 1,

@@ -1,4 +1,5 @@
-//! Scenarios of more work than there is room or speed for, over a simulated disk on a paused clock.
+//! Scenarios of more work than there is space or speed for, over a simulated disk on a paused
+//! clock.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,7 +42,7 @@ async fn on_disk(vmem: &VirtualMemory, count: usize, len: usize) -> Vec<VMemHand
     support::put_all(vmem, count, len, DISK).await
 }
 
-/// Simulated time of reading these objects one after the other, without bringing them up.
+/// Simulated time of reading these objects one after the other, without promoting them.
 async fn demand_time(vmem: &VirtualMemory, objects: &[VMemHandle], hot: &[VMemHandle]) -> Duration {
     let began = Instant::now();
     for (n, handle) in objects.iter().enumerate() {
@@ -129,7 +130,7 @@ fn scenario_21_fragmentation() {
                 bytes_live -= gone.len();
             }
             let handle = vmem.put(bytes(object, 1, len), HOST).await.unwrap();
-            // It can always be brought up: everything else is evictable.
+            // It can always be promoted: everything else is evictable.
             vmem.promote(&handle, HOST).await.unwrap();
             assert!(vmem.residency(&handle).unwrap().host);
             bytes_live += len;
@@ -159,8 +160,9 @@ fn scenario_21_fragmentation() {
 fn scenario_22_the_ledger_and_the_order() {
     Seed::simulate("scenario_22", async |seed| {
         let mut rng: SmallRng = seed.rng();
-        let (len, room) = (32 * KIB, 16);
-        let (vmem, _driver) = open(room * len, 64 * MIB, Speed::default());
+        let len = 32 * KIB;
+        let fitting = 16;
+        let (vmem, _driver) = open(fitting * len, 64 * MIB, Speed::default());
         // Least recently used first; only objects in host memory.
         let mut order: Vec<VMemHandle> = Vec::new();
         let mut pinned: Vec<(VMemHandle, vmem::PinGuard)> = Vec::new();
@@ -257,7 +259,8 @@ async fn a_flight_has_many_passengers() {
     let handle = vmem.put(bytes(1, 1, MIB), DISK).await.unwrap();
     let ask = || {
         (0..64).map(|_| {
-            let (vmem, handle) = (vmem.clone(), handle.clone());
+            let vmem = vmem.clone();
+            let handle = handle.clone();
             tokio::spawn(async move { vmem.read(&handle).await })
         })
     };

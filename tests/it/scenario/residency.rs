@@ -31,7 +31,7 @@ impl Set {
     /// On disk, but for some that are in host memory.
     async fn new(len: usize) -> Self {
         let space = 2 * SET * len;
-        // Nothing comes up to stay, so that the counts are to be the same exactly.
+        // Nothing is promoted to stay, so that the counts are to be the same exactly.
         let (vmem, driver) = support::open(space, 16 * MIB, |b| b.promotion(Promotion::Never));
         let handles = put_all(&vmem, SET, len, DISK).await;
         for warm in [0, 7, 63] {
@@ -54,9 +54,9 @@ impl Set {
     }
 }
 
-/// Excluded: a failed member of a set that leaves the others' room, reader counts or flights behind
-/// (the set of NVIDIA's block manager kept its references). Noticed by the counts, by the residency
-/// of each object, and by a retry.
+/// Excluded: a failed member of a set that leaves the others' space, reader counts or flights
+/// behind (the set of NVIDIA's block manager kept its references). Noticed by the counts, by the
+/// residency of each object, and by a retry.
 #[tokio::test(start_paused = true)]
 async fn scenario_02_one_read_of_64_fails() {
     for len in [4 * KIB, 100 * KIB] {
@@ -130,15 +130,22 @@ async fn evict_against_read(len: usize, rounds: u64, home: MemoryTier, slow: boo
             Op::Write => Duration::ZERO,
         });
     }
-    let (complete, begun) = (Arc::new(AtomicU64::new(1)), Arc::new(AtomicU64::new(1)));
-    let (moves, done) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+    let complete = Arc::new(AtomicU64::new(1));
+    let begun = Arc::new(AtomicU64::new(1));
+    let moves = Arc::new(AtomicU64::new(0));
+    let done = Arc::new(AtomicBool::new(false));
     let mut readers = Vec::new();
     for reader in 0..3 {
-        let (vmem, object, versions) = (vmem.clone(), object.clone(), versions.clone());
-        let (complete, begun, done) = (complete.clone(), begun.clone(), done.clone());
+        let vmem = vmem.clone();
+        let object = object.clone();
+        let versions = versions.clone();
+        let complete = complete.clone();
+        let begun = begun.clone();
+        let done = done.clone();
         let mut rng = SmallRng::seed_from_u64(seed << 4 | reader);
         readers.push(tokio::spawn(async move {
-            let (mut last, mut reads) = (1, 0_u64);
+            let mut last = 1;
+            let mut reads = 0_u64;
             while !done.load(Ordering::SeqCst) {
                 let from = last.max(complete.load(Ordering::SeqCst));
                 let read = if rng.random_bool(0.8) {
@@ -158,8 +165,10 @@ async fn evict_against_read(len: usize, rounds: u64, home: MemoryTier, slow: boo
         }));
     }
     let mover = {
-        let (vmem, object, moves, done) =
-            (vmem.clone(), object.clone(), moves.clone(), done.clone());
+        let vmem = vmem.clone();
+        let object = object.clone();
+        let moves = moves.clone();
+        let done = done.clone();
         tokio::spawn(async move {
             while !done.load(Ordering::SeqCst) {
                 vmem.demote(&object, DISK).await.unwrap();
@@ -170,7 +179,8 @@ async fn evict_against_read(len: usize, rounds: u64, home: MemoryTier, slow: boo
     };
     // Another object comes and goes beside it, so that descriptors pass from one to the other.
     let decoy = {
-        let (vmem, done) = (vmem.clone(), done.clone());
+        let vmem = vmem.clone();
+        let done = done.clone();
         let decoy = vmem.put(vec![0xDD; len], HOST).await.unwrap();
         tokio::spawn(async move {
             while !done.load(Ordering::SeqCst) {
@@ -181,7 +191,8 @@ async fn evict_against_read(len: usize, rounds: u64, home: MemoryTier, slow: boo
         })
     };
     // Some rounds in any case, and more as long as it takes no more than seconds.
-    let (mut version, began) = (1, std::time::Instant::now());
+    let mut version = 1;
+    let began = std::time::Instant::now();
     while version <= rounds && (version < 40 || began.elapsed() < Duration::from_secs(2)) {
         version += 1;
         let moved = moves.load(Ordering::SeqCst);
@@ -234,7 +245,7 @@ async fn scenario_10_sets_in_opposite_orders() {
     for promotion in [Promotion::OnNthRead(1), Promotion::OnNthRead(2), Promotion::Never] {
         sets_in_opposite_orders(promotion, &pairs).await;
     }
-    // Of three of four: whoever keeps what he has while he waits for the rest blocks the others.
+    // Of three of four: a set that keeps what it has while it waits for the rest blocks the others.
     let most = [[0, 1, 2], [3, 2, 1], [2, 3, 0], [1, 0, 3], [2, 1, 0], [0, 3, 2]];
     for promotion in [Promotion::OnNthRead(1), Promotion::OnNthRead(2)] {
         sets_in_opposite_orders(promotion, &most).await;
@@ -296,9 +307,11 @@ async fn scenario_29_holding_one_and_awaiting_another() {
     driver.delay(|_| Duration::from_millis(1));
     let mut tasks = Vec::new();
     for task in 0..4_usize {
-        let (vmem, handles) = (vmem.clone(), handles.clone());
+        let vmem = vmem.clone();
+        let handles = handles.clone();
         tasks.push(tokio::spawn(async move {
-            let (mut served, mut refused) = (0, 0);
+            let mut served = 0;
+            let mut refused = 0;
             for round in 0..5 {
                 let timeout = Duration::from_millis(40 + 30 * task as u64);
                 let read = async |at: usize| {
@@ -328,7 +341,8 @@ async fn scenario_29_holding_one_and_awaiting_another() {
         }));
     }
     let copier = tokio::spawn({
-        let (vmem, handles) = (vmem.clone(), handles.clone());
+        let vmem = vmem.clone();
+        let handles = handles.clone();
         async move {
             let mut buf = vec![0; LEN];
             for round in 0..50 {

@@ -159,7 +159,7 @@ async fn peers_who_do_not_read_keep_nothing_from_others() {
     }
     let stats = vmem.stats();
     assert_eq!(stats.held_bytes, 0, "of object space");
-    // The window that is read: none is filled ahead where the reserve is full.
+    // The window that is read: none is filled early where the reserve is full.
     let least = (PEERS * 4 * KIB) as u64;
     assert!(stats.stream_bytes <= (1 << 20) + least, "{} bytes", stats.stream_bytes);
     // All of object space is there for others, at once.
@@ -278,7 +278,7 @@ async fn dropped_reader_leaves_nothing() {
     vmem.close().await.unwrap();
 }
 
-/// Once the rule says so a stream brings its object up: then it costs the disk nothing.
+/// Once the rule says so a stream promotes its object: then it costs the disk nothing.
 #[tokio::test]
 async fn streams_warm_their_object() {
     let (vmem, driver) = support::open(8 * MIB, 64 * MIB, |builder| builder);
@@ -287,7 +287,7 @@ async fn streams_warm_their_object() {
         assert!(whole(&vmem, &handle).await == bytes(1, 1, MIB));
         support::settle(&vmem, &driver).await;
     }
-    assert!(vmem.residency(&handle).unwrap().host, "it came up");
+    assert!(vmem.residency(&handle).unwrap().host, "it was promoted");
     let reads = driver.reads();
     assert!(whole(&vmem, &handle).await == bytes(1, 1, MIB));
     assert_eq!(driver.reads(), reads);

@@ -56,7 +56,8 @@ async fn slow_reader_of_a_hot_object_holds_no_object_space() {
     let (vmem, driver) = support::open(4 * MIB, 64 * MIB, |builder| builder);
     driver.delay(|_| Duration::from_millis(3));
     let handle = vmem.put(bytes(1, 1, MIB), HOST).await.unwrap();
-    let (writing, object) = (vmem.clone(), handle.clone());
+    let writing = vmem.clone();
+    let object = handle.clone();
     let stop = Arc::new(AtomicUsize::new(0));
     let stopped = stop.clone();
     let task = tokio::spawn(async move {

@@ -234,7 +234,8 @@ async fn uploads_that_stand_still_delay_nobody() {
 #[tokio::test]
 async fn streams_pass_more_than_memory_holds() {
     let directory = tempfile::tempdir().unwrap();
-    let (host, len) = (2 * MIB, 24 * MIB);
+    let host = 2 * MIB;
+    let len = 24 * MIB;
     let vmem = open_in(directory.path(), host, 64 * MIB).await;
     let mut writer = vmem.writer(HOST);
     for part in 0..24 {
@@ -265,7 +266,7 @@ const CHILD: &str = "VMEM_STREAMS_CHILD";
 /// Uploads for ever, and tells of each commit.
 #[test]
 #[ignore = "plays the child of killed_uploads_leave_nothing"]
-fn child() {
+fn child_that_is_killed() {
     let Ok(directory) = std::env::var(CHILD) else { return };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
@@ -284,7 +285,7 @@ fn child() {
 async fn killed_uploads_leave_nothing() {
     let directory = tempfile::tempdir().unwrap();
     for kill in 0..4_u64 {
-        let mut child = again(module_path!(), "child")
+        let mut child = again(module_path!(), "child_that_is_killed")
             .env(CHILD, directory.path())
             .stdout(Stdio::piped())
             .spawn()

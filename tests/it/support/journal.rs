@@ -23,7 +23,7 @@ pub(crate) type Pair = [Named; 2];
 /// What was found under the two names of a task: bytes and metadata.
 pub(crate) type Found = [Option<(Bytes, u64)>; 2];
 
-/// Where changes are told.
+/// Where changes are noted.
 pub(crate) trait Journal: Send + Sync + 'static {
     /// A task is about to change what its names stand for to this.
     fn started(&self, task: usize, after: Pair);
@@ -55,7 +55,7 @@ pub(crate) struct Task {
 }
 
 impl Task {
-    /// Changes its two names so many times, or up to the first error.
+    /// Changes its two names `n` times, or up to the first error.
     pub(crate) async fn run(
         mut self,
         vmem: &VirtualMemory,
@@ -75,7 +75,8 @@ impl Task {
     ) -> Result<(), VirtualMemoryError> {
         let task = self.number;
         let which = self.rng.random_range(0..2);
-        let (own, other) = (name(task, which), name(task, 1 - which));
+        let own = name(task, which);
+        let other = name(task, 1 - which);
         let home = if self.rng.random_bool(0.5) { MemoryTier::Host } else { MemoryTier::Disk };
         let operation = match self.state[which] {
             None => [0, 6, 7][self.rng.random_range(0..3)],
@@ -159,7 +160,7 @@ pub(crate) async fn found(vmem: &VirtualMemory, tasks: usize, block: usize) -> V
     found
 }
 
-/// What is told in memory: what the names of each task may stand for.
+/// The journal in memory: what the names of each task may stand for.
 #[derive(Debug)]
 pub(crate) struct May(pub(crate) Mutex<Vec<Vec<Pair>>>, AtomicUsize);
 

@@ -194,7 +194,8 @@ impl Core {
         }
         for (run, bytes) in runs.iter().zip(before) {
             self.fault(Op::Write, &(run.offset..run.offset + run.len()))?;
-            let (start, end) = (run.offset as usize, run.offset as usize + bytes.len());
+            let start = run.offset as usize;
+            let end = run.offset as usize + bytes.len();
             let mut image = self.image.lock();
             if image.len() < end {
                 image.resize(end, 0);

@@ -153,7 +153,7 @@ pub(crate) async fn put_all(
 ) -> Vec<VMemHandle> {
     let mut handles = Vec::new();
     for object in 1..=count as u64 {
-        handles.push(vmem.put(bytes(object, 1, len), home).await.expect("room"));
+        handles.push(vmem.put(bytes(object, 1, len), home).await.expect("space"));
     }
     handles
 }
@@ -216,7 +216,7 @@ pub(crate) fn taken(stats: &VirtualMemoryStats) -> Taken {
     }
 }
 
-/// Errors that want of room explains.
+/// Errors that a lack of space explains.
 pub(crate) fn is_pressure(error: &VirtualMemoryError) -> bool {
     use VirtualMemoryError::{AllPinned, Pinned, TierFull, TimedOut};
     matches!(error, TierFull { .. } | AllPinned { .. } | TimedOut { .. } | Pinned { .. })

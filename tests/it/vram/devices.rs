@@ -139,7 +139,8 @@ async fn random_moves_between_two_devices_lose_nothing() {
     let mut pins = Vec::new();
     for step in 0..4000 {
         let n = random.random_range(0..model.handles.len());
-        let (handle, len) = (&model.handles[n], model.lens[n]);
+        let handle = &model.handles[n];
+        let len = model.lens[n];
         let what = format!("seed {seed}, step {step}, object {n} of {len} bytes");
         match random.random_range(0..10) {
             0 => vmem.promote(handle, FIRST).await.expect(&what),

@@ -50,7 +50,8 @@ async fn ranges_fit(set: fn(&VMemHandle, &VMemHandle) -> Vec<VMemHandle>, promot
     let large = vmem.put(vec![2; 256 * KIB], HOST).await.unwrap();
     let small = vmem.put(vec![3; 64 * KIB], HOST).await.unwrap();
     let hold = access(&vmem, 0).hold(&in_the_way).await.unwrap();
-    let (device, asked) = (access(&vmem, 0), set(&large, &small));
+    let device = access(&vmem, 0);
+    let asked = set(&large, &small);
     let waiting =
         tokio::spawn(async move { device.set(&asked, &[]).await.map(|set| (set, asked)) });
     while vmem.stats().waiters == 0 {
@@ -109,7 +110,8 @@ async fn waiting_for_kernels_and_for_a_lost_device_costs_nothing() {
     let share = access(&vmem, 0).hold(&handle).await.unwrap().end();
     let writers: Vec<_> = (0..8)
         .map(|_| {
-            let (device, handle) = (access(&vmem, 0), handle.clone());
+            let device = access(&vmem, 0);
+            let handle = handle.clone();
             tokio::spawn(async move { device.change(&handle, false).await.map(drop) })
         })
         .collect();

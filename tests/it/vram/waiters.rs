@@ -47,7 +47,8 @@ async fn last_drop_of_a_share_wakes_the_waiter_on_whatever_thread() {
             .expect("it is in device memory");
         let range = share.range();
         let waiter = tokio::spawn({
-            let (vmem, other) = (vmem.clone(), other.clone());
+            let vmem = vmem.clone();
+            let other = other.clone();
             async move { vmem.promote(&other, VRAM).await }
         });
         while vmem.stats().waiters == 0 {

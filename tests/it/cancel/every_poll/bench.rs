@@ -23,7 +23,7 @@ pub(super) enum Brought {
     Copied(std::ops::Range<usize>, Vec<u8>),
     Object(VMemHandle),
     Guard(PinGuard),
-    Raised(PinGuard),
+    Promoted(PinGuard),
     Held(VramHold),
     Alone(VramChange),
 }
@@ -42,7 +42,8 @@ pub(super) struct Versions {
 
 impl Versions {
     pub(super) fn of(len: usize) -> Self {
-        let (zeros, two) = (vec![0; len], bytes(1, 2, len));
+        let zeros = vec![0; len];
+        let two = bytes(1, 2, len);
         let patch = |mut base: Vec<u8>| {
             base[part(len)].copy_from_slice(&two[part(len)]);
             base
@@ -93,7 +94,7 @@ impl Bench {
         let vmem = &self.vmem;
         let home = match state {
             State::Reserved | State::Clean | State::PartlyDirty | State::OnDisk => DISK,
-            State::RaisedFromDisk => DISK,
+            State::PromotedFromDisk => DISK,
             State::AtHome => VRAM,
             _ => HOST,
         };
@@ -112,7 +113,7 @@ impl Bench {
             }
             State::Held => reader = Some(vmem.read(&object).await.unwrap()),
             State::Crowded => vmem.demote(&object, DISK).await.unwrap(),
-            State::Raised | State::RaisedFromDisk => vmem.promote(&object, VRAM).await.unwrap(),
+            State::Promoted | State::PromotedFromDisk => vmem.promote(&object, VRAM).await.unwrap(),
             State::Spare | State::Reserved | State::Dirty | State::OnDisk | State::AtHome => {}
         }
         let mut crowd = Vec::new();
@@ -130,7 +131,9 @@ impl Bench {
         call: Call,
         scene: &Scene,
     ) -> Result<Brought, VirtualMemoryError> {
-        let (vmem, object, part) = (&self.vmem, &scene.object, part(self.len));
+        let vmem = &self.vmem;
+        let object = &scene.object;
+        let part = part(self.len);
         let whole = 0..self.len;
         let device = DeviceAccess::all(vmem).next().expect("the store has a device");
         Ok(match call {
@@ -173,10 +176,10 @@ impl Bench {
             Call::Pin => Brought::Guard(vmem.pin(object, HOST).await?),
             Call::Flush => vmem.flush(object).await.map(nothing)?,
             Call::PutAtHome => Brought::Object(vmem.put(&self.versions.one, VRAM).await?),
-            Call::Raise => vmem.promote(object, VRAM).await.map(nothing)?,
-            Call::Lower => vmem.demote(object, HOST).await.map(nothing)?,
-            Call::RaiseAhead => vmem.prefetch(object, VRAM).await.map(nothing)?,
-            Call::PinRaised => Brought::Raised(vmem.pin(object, VRAM).await?),
+            Call::PromoteToVram => vmem.promote(object, VRAM).await.map(nothing)?,
+            Call::DemoteFromVram => vmem.demote(object, HOST).await.map(nothing)?,
+            Call::PrefetchToVram => vmem.prefetch(object, VRAM).await.map(nothing)?,
+            Call::PinPromoted => Brought::Promoted(vmem.pin(object, VRAM).await?),
             Call::Hold => Brought::Held(device.hold(object).await?),
             Call::Change => Brought::Alone(device.change(object, false).await?),
             Call::ChangeAll => Brought::Alone(device.change(object, true).await?),
@@ -256,14 +259,15 @@ impl Bench {
             Some(Ok(Brought::Copied(range, read))) => assert!(read == before[range], "{when}"),
             Some(Ok(Brought::Object(new))) => {
                 let content = self.content(&new).await;
-                let (zeros, one) = (&self.versions.zeros, &self.versions.one);
+                let zeros = &self.versions.zeros;
+                let one = &self.versions.one;
                 assert!(content == *zeros || content == *one, "{when}");
             }
             Some(Ok(Brought::Guard(guard))) => {
                 assert!(self.vmem.stats().pinned_bytes > 0, "{when}");
                 drop(guard);
             }
-            Some(Ok(Brought::Raised(guard))) => {
+            Some(Ok(Brought::Promoted(guard))) => {
                 assert!(self.vmem.stats().vram.used_bytes > 0, "{when}");
                 drop(guard);
             }
@@ -277,7 +281,7 @@ impl Bench {
         }
     }
 
-    /// Host memory is taken for what is there and nothing else, and nobody holds or pins more
+    /// Host memory is taken for live objects and nothing else, and nobody holds or pins more
     /// than the scene does.
     pub(super) async fn check_figures(&self, scene: &Scene, freed: bool, when: &str) {
         let stats = settle(&self.vmem, &self.driver).await;
@@ -296,7 +300,7 @@ impl Bench {
             assert_eq!(residency.pins, 0, "{when}");
             // All lengths here are rounded up to pages, in host memory, and to 512 bytes on disk.
             host += if residency.host { handle.len().next_multiple_of(4096) as u64 } else { 0 };
-            // At home in device memory it has room there, whatever is in it; unless it was taken
+            // At home in device memory it has space there, whatever is in it; unless it was taken
             // down.
             let most = handle.home_tier() == VRAM || residency.vram;
             vram += if most { handle.len().next_multiple_of(512) as u64 } else { 0 };

@@ -1,9 +1,10 @@
 //! Scenario 4: futures dropped at every point at which they can be.
 //!
-//! Excluded: a cancelled call that leaks room, a pin, a reader count, a staging piece or an object;
-//! that tears or loses bytes; or that frees a buffer which the disk still uses. Noticed by figures
-//! that are exact again after each drop, by contents that no order of the calls explains, by
-//! memory that the driver poisoned, and, for the two pieces of staging, by a call that never ends.
+//! Excluded: a cancelled call that leaks space, a pin, a reader count, a staging piece or an
+//! object; that tears or loses bytes; or that frees a buffer which the disk still uses. Noticed by
+//! figures that are exact again after each drop, by contents that no order of the calls explains,
+//! by memory that the driver poisoned, and, for the two pieces of staging, by a call that never
+//! ends.
 
 mod bench;
 
@@ -32,12 +33,12 @@ enum State {
     OnDisk,
     /// In host memory, and a reader has its bytes.
     Held,
-    /// On disk, and host memory is full of others that were never written down.
+    /// On disk, and host memory is full of others that were never written back.
     Crowded,
     /// In host memory and in device memory.
-    Raised,
+    Promoted,
     /// On disk and in device memory.
-    RaisedFromDisk,
+    PromotedFromDisk,
     /// At home in device memory, never written.
     AtHome,
 }
@@ -51,8 +52,8 @@ const STATES: [State; 11] = [
     State::OnDisk,
     State::Held,
     State::Crowded,
-    State::Raised,
-    State::RaisedFromDisk,
+    State::Promoted,
+    State::PromotedFromDisk,
     State::AtHome,
 ];
 
@@ -76,10 +77,10 @@ enum Call {
     Pin,
     Flush,
     PutAtHome,
-    Raise,
-    Lower,
-    RaiseAhead,
-    PinRaised,
+    PromoteToVram,
+    DemoteFromVram,
+    PrefetchToVram,
+    PinPromoted,
     Hold,
     Change,
     ChangeAll,
@@ -104,10 +105,10 @@ const CALLS: [Call; 25] = [
     Call::Pin,
     Call::Flush,
     Call::PutAtHome,
-    Call::Raise,
-    Call::Lower,
-    Call::RaiseAhead,
-    Call::PinRaised,
+    Call::PromoteToVram,
+    Call::DemoteFromVram,
+    Call::PrefetchToVram,
+    Call::PinPromoted,
     Call::Hold,
     Call::Change,
     Call::ChangeAll,

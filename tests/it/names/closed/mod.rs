@@ -20,7 +20,7 @@ use vmem::{
 };
 use vmem_testkit::{ClosedNames, SimDevice, driver_under_test};
 
-/// A store in a real directory, which keeps so many closed names in memory.
+/// A store in a real directory, which keeps this many closed names in memory.
 async fn open(directory: &Path, closed_names_max: usize) -> VirtualMemory {
     open_below(None, directory, closed_names_max).await
 }
@@ -31,7 +31,8 @@ async fn open_below(
     directory: &Path,
     closed_names_max: usize,
 ) -> VirtualMemory {
-    let (path, driver) = (directory.to_owned(), driver_under_test());
+    let path = directory.to_owned();
+    let driver = driver_under_test();
     let disk = tokio::task::spawn_blocking(move || {
         vmem_io::open_disk(Some(&path), Some(256 << 20), driver, 1 << 20).unwrap()
     });
@@ -65,7 +66,8 @@ async fn a_hundred_thousand_names_opened_and_dropped_leave_memory() {
     let vmem = open(directory.path(), CLOSED).await;
     let name = |n: usize| format!("a name of the usual length {n:07}");
     let put = |n: usize| {
-        let (vmem, name) = (&vmem, name(n));
+        let vmem = &vmem;
+        let name = name(n);
         async move { vmem.put_named(&name, n.to_le_bytes(), Disk).await.map(drop) }
     };
     stream::iter(0..COUNT).map(put).buffer_unordered(AT_ONCE).try_collect::<()>().await.unwrap();
@@ -78,7 +80,8 @@ async fn a_hundred_thousand_names_opened_and_dropped_leave_memory() {
     };
     bounded("put");
     let open = |n: usize| {
-        let (vmem, name) = (&vmem, name(n));
+        let vmem = &vmem;
+        let name = name(n);
         async move {
             let handle = vmem.open_named(&name).await?;
             assert_eq!(vmem.read(&handle).await?[..], n.to_le_bytes());
@@ -89,7 +92,8 @@ async fn a_hundred_thousand_names_opened_and_dropped_leave_memory() {
     bounded("opened");
     // All of them at once: what they take is what is open.
     let handles = stream::iter(0..COUNT).map(|n| {
-        let (vmem, name) = (&vmem, name(n));
+        let vmem = &vmem;
+        let name = name(n);
         async move { vmem.open_named(&name).await }
     });
     let handles: Vec<_> = handles.buffered(AT_ONCE).try_collect().await.unwrap();
@@ -175,7 +179,8 @@ async fn handles_by_number_are_none_or_alive_while_names_leave() {
     let (latest, ids) = tokio::sync::watch::channel(0);
     let vmem = &vmem;
     let revive = || {
-        let (vmem, ids) = (vmem.clone(), ids.clone());
+        let vmem = vmem.clone();
+        let ids = ids.clone();
         tokio::task::spawn_blocking(move || {
             let mut revived = 0;
             while ids.has_changed().is_ok() {

@@ -50,7 +50,8 @@ fn listings_equal_a_model_under_random_inserts_page_by_page() {
         runtime.block_on(async {
             let directory = tempfile::tempdir().unwrap();
             let mut vmem = open(directory.path()).await;
-            let (mut names, mut rng) = (BTreeMap::new(), seed.rng());
+            let mut names = BTreeMap::new();
+            let mut rng = seed.rng();
             for round in 0..60 {
                 for _ in 0..10 {
                     let name = random_key(&mut rng);

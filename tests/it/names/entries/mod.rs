@@ -52,9 +52,12 @@ async fn opened_entries_are_never_a_mixed_pair() {
     vmem.put_named_with("pair", pair(0).0, PutOptions::new(Disk).metadata(pair(0).1))
         .await
         .unwrap();
-    let (ended, written) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let ended = Arc::new(AtomicBool::new(false));
+    let written = Arc::new(AtomicU64::new(0));
     let writer = {
-        let (vmem, ended, written) = (vmem.clone(), ended.clone(), written.clone());
+        let vmem = vmem.clone();
+        let ended = ended.clone();
+        let written = written.clone();
         tokio::spawn(async move {
             let mut n = 0;
             while !ended.load(Ordering::SeqCst) {
@@ -68,9 +71,11 @@ async fn opened_entries_are_never_a_mixed_pair() {
         })
     };
     let readers = (0..READERS).map(|_| {
-        let (vmem, written) = (vmem.clone(), written.clone());
+        let vmem = vmem.clone();
+        let written = written.clone();
         tokio::spawn(async move {
-            let (mut last, mut reads) = (0, 0);
+            let mut last = 0;
+            let mut reads = 0;
             while reads < READS || written.load(Ordering::SeqCst) < PUTS {
                 reads += 1;
                 let (handle, entry) = vmem.open_entry("pair").await.unwrap();
@@ -101,7 +106,8 @@ async fn create_raced_by_sixteen_tasks_has_one_winner() {
     for round in 0..30 {
         let name = format!("round {round}");
         let tasks = (0..16_u64).map(|n| {
-            let (vmem, name) = (vmem.clone(), name.clone());
+            let vmem = vmem.clone();
+            let name = name.clone();
             tokio::spawn(async move {
                 let (bytes, metadata) = pair(n);
                 let options = create(if n % 2 == 0 { Host } else { Disk }).metadata(metadata);
@@ -362,7 +368,8 @@ async fn renames_on_a_condition_that_fails_change_no_name() {
     for name in ["from", "to"] {
         vmem.put_named(name, name, Disk).await.unwrap();
     }
-    let (from, to) = (vmem.entry("from").await.unwrap(), vmem.entry("to").await.unwrap());
+    let from = vmem.entry("from").await.unwrap();
+    let to = vmem.entry("to").await.unwrap();
     let refused = [
         vmem.rename_named_with("from", "to", PutMode::Create).await.err(),
         vmem.rename_named_with("from", "from", PutMode::Create).await.err(),

@@ -48,7 +48,7 @@ pub(crate) enum Opens {
     /// They do, unless the caller asks for direct I/O. A short answer means the end of the file,
     /// and no write may be short.
     Cached,
-    /// As `Direct`, and who asks for direct I/O himself is refused.
+    /// As `Direct`, and a request for direct I/O is refused.
     Refused,
 }
 
@@ -124,7 +124,8 @@ impl FaultyFs {
         };
         let core = Arc::new(Core { opens, state: Mutex::new(state), release: Condvar::new() });
         let mountpoint = tempfile::tempdir().map_err(|error| error.to_string())?;
-        let (served, target) = (Served(core.clone()), mountpoint.path().to_owned());
+        let served = Served(core.clone());
+        let target = mountpoint.path().to_owned();
         let (told, connected) = channel();
         let server = thread::Builder::new().name("faulty-fs".into());
         let server = server.spawn(move || serve(served, &target, &told));
@@ -291,7 +292,8 @@ impl State {
     }
 
     fn write(&mut self, ino: INodeNo, offset: u64, bytes: &[u8]) {
-        let (start, end) = (offset as usize, offset as usize + bytes.len());
+        let start = offset as usize;
+        let end = offset as usize + bytes.len();
         if let Some(inode) = self.inodes.get_mut(&ino.0) {
             if inode.bytes.len() < end {
                 inode.bytes.resize(end, 0);

@@ -17,7 +17,8 @@ pub(super) async fn a_promotion_that_is_dropped_half_way(which: Which) {
     let handle = vmem.put(bytes(1, 1, 100_000), HOST).await.unwrap();
     gpu.hold();
     let promote = tokio::spawn({
-        let (vmem, handle) = (vmem.clone(), handle.clone());
+        let vmem = vmem.clone();
+        let handle = handle.clone();
         async move { vmem.promote(&handle, VRAM).await }
     });
     while !gpu.is_busy() {
@@ -36,7 +37,7 @@ pub(super) async fn a_promotion_that_is_dropped_half_way(which: Which) {
     assert!(!in_vram(&vmem, &handle));
     assert!(vmem.read(&handle).await.unwrap() == bytes(1, 2, 100_000));
 
-    // Freed while it goes up.
+    // Freed while it is promoted.
     gpu.hold();
     let promote = vmem.promote(&handle, VRAM);
     let mut promote = Box::pin(promote);
@@ -114,7 +115,8 @@ pub(super) async fn every_tier_at_random(which: Which) {
     });
     let mut tasks = tokio::task::JoinSet::new();
     for task in 0..8_u64 {
-        let (vmem, gpu) = (vmem.clone(), gpu.clone());
+        let vmem = vmem.clone();
+        let gpu = gpu.clone();
         tasks.spawn(async move {
             let mut rng = SmallRng::seed_from_u64(seed ^ (task << 32));
             let mut counts = [0_usize; 2];
@@ -130,7 +132,8 @@ pub(super) async fn every_tier_at_random(which: Which) {
                 }
                 let at = rng.random_range(0..objects.len());
                 let (handle, done, begun): &mut (VMemHandle, u64, u64) = &mut objects[at];
-                let (id, len) = (handle.id(), handle.len());
+                let id = handle.id();
+                let len = handle.len();
                 let tier = [VRAM, HOST, DISK][rng.random_range(0..3)];
                 let patience = match rng.random_range(0..4) {
                     0 => Duration::from_micros(rng.random_range(0..2000)),

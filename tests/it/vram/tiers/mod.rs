@@ -37,7 +37,7 @@ enum Which {
     Emulated,
 }
 
-/// The device under test, which does what it is told.
+/// The device under test, which follows commands.
 struct Gpu {
     backend: Arc<dyn DeviceBackend>,
     control: Control,
@@ -63,7 +63,7 @@ impl Gpu {
         }
     }
 
-    /// Nothing goes up until it is released.
+    /// Nothing is promoted until it is released.
     fn hold(&self) {
         match &self.control {
             Control::Simulated(device) => device.hold(),
@@ -78,7 +78,7 @@ impl Gpu {
         }
     }
 
-    /// Whether something waits to go up.
+    /// Whether something waits to be promoted.
     fn is_busy(&self) -> bool {
         match &self.control {
             Control::Simulated(device) => device.in_flight() > 0,
@@ -164,7 +164,8 @@ fn open(
     space: usize,
     set: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
 ) -> (VirtualMemory, Arc<MemDriver>, Arc<Gpu>) {
-    let (driver, gpu) = (MemDriver::new(), Arc::new(Gpu::new(which, vram as u64)));
+    let driver = MemDriver::new();
+    let gpu = Arc::new(Gpu::new(which, vram as u64));
     let backends = Backends {
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(driver.clone(), 64 * MIB as u64),

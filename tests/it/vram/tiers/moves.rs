@@ -1,4 +1,4 @@
-//! Ways to device memory and back: promotions, prefetches, pins, eviction, and what is told of it.
+//! Ways to device memory and back: promotions, prefetches, pins, eviction, and their events.
 //!
 //! Invariant: bytes are right wherever they are read from. Run on each device by the module above.
 
@@ -150,13 +150,13 @@ pub(super) async fn pins_keep_objects_in_vram(which: Which) {
         matches!(refused, Err(VirtualMemoryError::AllPinned { tier: VRAM, .. })),
         "{refused:?}"
     );
-    // A waiter gets his turn when a pin goes.
+    // A waiter gets its turn when a pin goes.
     let mut waiting = Box::pin(vmem.pin(&handles[3], VRAM));
     assert!((&mut waiting).now_or_never().is_none());
     drop(more);
     let fourth = waiting.await.unwrap();
 
-    // A write makes the copy stale; it comes up again by itself, in the same memory.
+    // A write makes the copy stale; it is promoted again by itself, in the same memory.
     vmem.write(&handles[0], bytes(1, 2, 8192)).await.unwrap();
     settle(&vmem, &driver).await;
     while !in_vram(&vmem, &handles[0]) {
@@ -170,12 +170,12 @@ pub(super) async fn pins_keep_objects_in_vram(which: Which) {
 }
 
 /// An upload that is under way when its caller goes keeps what it uses; a write waits its turn.
-/// Home is VRAM: room is taken there, zeros are read, and what is written comes up by itself.
+/// Home is VRAM: space is taken there, zeros are read, and what is written is promoted by itself.
 pub(super) async fn at_home_in_vram(which: Which) {
     let (vmem, driver, gpu) = open(which, MIB, MIB, |config| config);
     let handle = vmem.allocate(70_000, VRAM).await.unwrap();
     assert_eq!(handle.home_tier(), VRAM);
-    assert_eq!(vmem.stats().vram.used_bytes, 70_144, "room is taken at home");
+    assert_eq!(vmem.stats().vram.used_bytes, 70_144, "space is taken at home");
     assert!(vmem.read(&handle).await.unwrap() == vec![0; 70_000]);
     vmem.flush(&handle).await.unwrap();
     assert!(in_vram(&vmem, &handle));
@@ -193,7 +193,7 @@ pub(super) async fn at_home_in_vram(which: Which) {
         assert_eq!(vmem.stats().vram.used_bytes, 70_144, "in the same memory");
         assert!(vmem.read(&handle).await.unwrap() == bytes(1, version, 70_000));
     }
-    // More than device memory holds: those that find no room there live below.
+    // More than device memory holds: those that find no space there live below.
     let mut all = put_all(&vmem, 40, 50_000, VRAM).await;
     for (n, handle) in all.iter().enumerate() {
         assert!(vmem.read(handle).await.unwrap() == bytes(n as u64 + 1, 1, 50_000));
@@ -207,7 +207,7 @@ pub(super) async fn at_home_in_vram(which: Which) {
     assert_all_back(vmem, &driver, &gpu, all).await;
 }
 
-/// A prefetch comes up in order, makes nothing leave that is in use, and can be dropped.
+/// A prefetch promotes in order, makes nothing leave that is in use, and can be dropped.
 pub(super) async fn prefetches_to_vram(which: Which) {
     let (vmem, driver, gpu) = open(which, 4 * 8192, 4 * MIB, |config| config.max_pinned(1.0));
     let handles = put_all(&vmem, 8, 8192, HOST).await;
@@ -263,7 +263,8 @@ pub(super) async fn from_disk_with_host_memory_held(which: Which) {
 }
 
 /// Every operation that names a tier, at random, from many tasks, with futures dropped at random:
-/// no wrong byte, never above the budget, nothing left. A migration to VRAM is told with its route.
+/// no wrong byte, never above the budget, nothing left. A migration to VRAM is reported with its
+/// route.
 pub(super) async fn migrations_to_vram_are_told(which: Which) {
     use futures::StreamExt;
     let (vmem, driver, gpu) = open(which, MIB, MIB, |config| config);

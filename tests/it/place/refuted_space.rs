@@ -1,4 +1,4 @@
-//! Ways in which requests for room, for the gate and for pins once got in each other's way.
+//! Ways in which requests for space, for the gate and for pins once got in each other's way.
 
 use std::time::Duration;
 
@@ -13,32 +13,35 @@ async fn until_waiters(vmem: &VirtualMemory, count: u64) {
     }
 }
 
-/// A promotion that has room and waits for the gate, and a writer who has the gate and waits for
-/// room, once kept each other waiting until one of them timed out.
+/// A promotion that has space and waits for the gate, and a writer who has the gate and waits for
+/// space, once kept each other waiting until one of them timed out.
 #[tokio::test(start_paused = true)]
-async fn room_is_not_kept_while_waiting_for_the_gate() {
+async fn space_is_not_kept_while_waiting_for_the_gate() {
     let len = 256 * KIB;
     let (vmem, _driver) = open(len, 4 * len, |config| config);
     let object = vmem.put(bytes(1, 1, len), DISK).await.unwrap();
     let filler = vmem.put(bytes(2, 1, len), HOST).await.unwrap();
     let held = vmem.read(&filler).await.unwrap();
     let promote = tokio::spawn({
-        let (vmem, object) = (vmem.clone(), object.clone());
+        let vmem = vmem.clone();
+        let object = object.clone();
         async move { vmem.promote(&object, HOST).await }
     });
     until_waiters(&vmem, 1).await;
     let write = tokio::spawn({
-        let (vmem, object) = (vmem.clone(), object.clone());
+        let vmem = vmem.clone();
+        let object = object.clone();
         async move { vmem.write_with(&object, |bytes| bytes.fill(7)).await }
     });
     until_waiters(&vmem, 2).await;
     drop(held);
-    let (promote, write) = (promote.await.unwrap(), write.await.unwrap());
+    let promote = promote.await.unwrap();
+    let write = write.await.unwrap();
     assert!(promote.is_ok() && write.is_ok(), "{promote:?}, {write:?}");
     assert!(vmem.read(&object).await.unwrap().iter().all(|&byte| byte == 7));
 }
 
-/// The copy that keeps room from its own next version can go down first.
+/// The copy that keeps space from its own next version can be demoted first.
 #[tokio::test(start_paused = true)]
 async fn write_with_of_an_object_larger_than_half_of_host_memory() {
     let (vmem, _driver) = open(256 * KIB, 1024 * KIB, |config| config);
@@ -56,7 +59,8 @@ async fn pins_that_come_and_go_are_charged() {
     let object = vmem.put(bytes(1, 1, 4 * KIB), HOST).await.unwrap();
     let tasks: Vec<_> = (0..4)
         .map(|_| {
-            let (vmem, object) = (vmem.clone(), object.clone());
+            let vmem = vmem.clone();
+            let object = object.clone();
             tokio::spawn(async move {
                 for _ in 0..5_000 {
                     let pin = vmem.pin(&object, HOST).await.unwrap();
@@ -73,9 +77,9 @@ async fn pins_that_come_and_go_are_charged() {
 }
 
 /// Whoever guesses the number of an object that is still being allocated neither breaks the
-/// allocation nor loses what he wrote.
+/// allocation nor loses what it wrote.
 #[tokio::test(start_paused = true)]
-async fn an_object_is_not_found_before_it_has_room() {
+async fn an_object_is_not_found_before_it_has_space() {
     let len = 64 * KIB;
     let (vmem, _driver) = open(4 * len, 64 * len, |config| config);
     let handles = put_all(&vmem, 4, len, HOST).await;
@@ -99,7 +103,7 @@ async fn an_object_is_not_found_before_it_has_room() {
     assert!(buf == expected, "what was written before is gone");
 }
 
-/// The deadline of whoever came first is not the deadline of those who joined him.
+/// The deadline of whoever came first is not the deadline of those who joined.
 #[tokio::test(start_paused = true)]
 async fn a_reader_does_not_inherit_the_deadline_of_another() {
     let len = 64 * KIB;
@@ -110,7 +114,8 @@ async fn a_reader_does_not_inherit_the_deadline_of_another() {
         held.push(vmem.read(&handle).await.unwrap());
     }
     let read = |options: ReadOptions| {
-        let (vmem, cold) = (vmem.clone(), cold.clone());
+        let vmem = vmem.clone();
+        let cold = cold.clone();
         tokio::spawn(async move { vmem.read_with(&cold, options).await })
     };
     let hasty = read(ReadOptions::new().timeout(Duration::from_millis(50)));
@@ -120,7 +125,7 @@ async fn a_reader_does_not_inherit_the_deadline_of_another() {
     assert!(matches!(hasty, Err(VirtualMemoryError::AllPinned { .. })), "{hasty:?}");
     sleep(Duration::from_secs(1)).await;
     drop(held);
-    let patient = patient.await.unwrap().expect("room came long before his deadline");
+    let patient = patient.await.unwrap().expect("space came long before the deadline");
     assert!(patient == bytes(1, 1, len));
 }
 
@@ -132,7 +137,8 @@ async fn closing_refuses_a_pin_that_waits() {
     let handles = put_all(&vmem, 2, len, HOST).await;
     let first = vmem.pin(&handles[0], HOST).await.unwrap();
     let second = tokio::spawn({
-        let (vmem, handle) = (vmem.clone(), handles[1].clone());
+        let vmem = vmem.clone();
+        let handle = handles[1].clone();
         async move { vmem.pin(&handle, HOST).await }
     });
     sleep(Duration::from_millis(10)).await;
@@ -142,7 +148,7 @@ async fn closing_refuses_a_pin_that_waits() {
     drop(first);
 }
 
-/// One write that fails is the matter of its object alone.
+/// One write that fails concerns its object alone.
 #[tokio::test(start_paused = true)]
 async fn one_failed_eviction_does_not_fail_a_read_of_another_object() {
     let len = 64 * KIB;
@@ -155,7 +161,7 @@ async fn one_failed_eviction_does_not_fail_a_read_of_another_object() {
         fail.then(|| std::io::Error::from_raw_os_error(5))
     });
     let hot = put_all(&vmem, 4, len, HOST).await;
-    let read = vmem.read(&cold).await.expect("there is room for it below");
+    let read = vmem.read(&cold).await.expect("there is space for it below");
     assert!(read == bytes(9, 1, len));
     drop(hot);
 }

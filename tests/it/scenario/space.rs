@@ -1,4 +1,4 @@
-//! Scenarios about room in host memory: who gets it, who waits, and what they are told.
+//! Scenarios about space in host memory: who gets it, who waits, and which errors they get.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -63,11 +63,13 @@ async fn scenario_12_everything_pinned_or_held() {
     }
     let stats = settle(&vmem, &driver).await;
     assert_eq!(stats.host.used_bytes, stats.host.capacity_bytes);
-    let (pinned, held) = (4 * LEN as u64, 6 * LEN as u64);
+    let pinned = 4 * LEN as u64;
+    let held = 6 * LEN as u64;
     assert_eq!((stats.pinned_bytes, stats.held_bytes), (pinned, held));
 
     let metrics = tokio::runtime::Handle::current().metrics();
-    let (parks, asked) = (metrics.worker_park_count(0), Instant::now());
+    let parks = metrics.worker_park_count(0);
+    let asked = Instant::now();
     let fill = |buf: &mut [u8]| buf.fill(1);
     let answers = tokio::join!(
         async { ("read", vmem.read(&cold[0]).await.map(drop), Instant::now()) },
@@ -93,10 +95,10 @@ async fn scenario_12_everything_pinned_or_held() {
     let asked = Instant::now();
     let new = vmem.put(bytes(30, 1, LEN), HOST).await.unwrap();
     assert!(!vmem.residency(&new).unwrap().host, "host memory is full");
-    let room = vmem.allocate(LEN, HOST).await.unwrap();
+    let space = vmem.allocate(LEN, HOST).await.unwrap();
     vmem.write(&cold[0], bytes(31, 1, LEN)).await.unwrap();
     vmem.write_at(&cold[1], 100, [7; 50]).await.unwrap();
-    // Held: the reader keeps his version, the new one finds room on disk.
+    // Held: the reader keeps its version, the new one finds space on disk.
     vmem.write(&warm[9], bytes(32, 1, LEN)).await.unwrap();
     for (handle, object) in [(&new, 30), (&cold[0], 31), (&warm[9], 32)] {
         let mut buf = vec![0; LEN];
@@ -105,11 +107,12 @@ async fn scenario_12_everything_pinned_or_held() {
     }
     assert!(*readers.last().unwrap() == bytes(10, 1, LEN), "a snapshot changed");
     assert!(asked.elapsed() < TIMEOUT / 10, "waited {:?}", asked.elapsed());
-    drop(room);
+    drop(space);
 
     // One that lets go serves one who waits.
     let waiter = tokio::spawn({
-        let (vmem, handle) = (vmem.clone(), cold[2].clone());
+        let vmem = vmem.clone();
+        let handle = cold[2].clone();
         async move { vmem.read(&handle).await }
     });
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -134,7 +137,8 @@ fn scenario_12_nothing_spins_while_all_is_held() {
             readers.push(vmem.read(handle).await.unwrap());
         }
         let metrics = tokio::runtime::Handle::current().metrics();
-        let (busy, began) = (metrics.worker_total_busy_duration(0), std::time::Instant::now());
+        let busy = metrics.worker_total_busy_duration(0);
+        let began = std::time::Instant::now();
         let (read, promoted) = tokio::join!(vmem.read(&cold[0]), vmem.promote(&cold[1], HOST));
         let busy = metrics.worker_total_busy_duration(0) - busy;
         let share = busy.as_secs_f64() / began.elapsed().as_secs_f64();
@@ -171,7 +175,9 @@ type Served = Arc<Mutex<Vec<usize>>>;
 
 /// A task that reads the object, notes that it was served, and lets go after a while.
 fn reader(vmem: &VirtualMemory, handle: &VMemHandle, served: &Served, nth: usize) {
-    let (vmem, handle, served) = (vmem.clone(), handle.clone(), served.clone());
+    let vmem = vmem.clone();
+    let handle = handle.clone();
+    let served = served.clone();
     drop(tokio::spawn(async move {
         let read = vmem.read(&handle).await.unwrap();
         served.lock().push(nth);
@@ -185,7 +191,8 @@ async fn tick() {
 }
 
 /// Excluded: waiters that overtake each other, starve, or stay in the queue after they were
-/// cancelled and are given room that nobody takes. Noticed by the order in which they are served.
+/// cancelled and are granted space that nobody takes. Noticed by the order in which they are
+/// served.
 #[tokio::test(start_paused = true)]
 async fn scenario_14_waiters_of_one_size_are_served_in_order() {
     let (vmem, driver) = open_held(4);
@@ -231,7 +238,7 @@ async fn scenario_14_small_waiters_pass_a_large_one_a_bounded_number_of_times() 
     assert!(passed.len() > 8, "small ones are not blocked by a large one");
     assert!(passed.len() <= 64, "nor is the large one by small ones: {}", passed.len());
     assert_eq!(passed, (0..passed.len()).collect::<Vec<_>>(), "in order among themselves");
-    // Now there is room for it: it goes first, and two small ones beside it at most.
+    // Now there is space for it: it goes first, and two small ones beside it at most.
     held.clear();
     tokio::time::sleep(Duration::from_secs(20)).await;
     settle(&vmem, &driver).await;
@@ -279,37 +286,45 @@ async fn scenario_14_a_cancelled_waiter_leaves_the_queue() {
     type Call = std::pin::Pin<Box<dyn Future<Output = Result<(), VirtualMemoryError>> + Send>>;
     let calls: Vec<(&str, Call)> = vec![
         ("read", {
-            let (v, h) = (vmem.clone(), cold[0].clone());
+            let v = vmem.clone();
+            let h = cold[0].clone();
             Box::pin(async move { v.read(&h).await.map(drop) })
         }),
         ("read_at", {
-            let (v, h) = (vmem.clone(), cold[1].clone());
+            let v = vmem.clone();
+            let h = cold[1].clone();
             Box::pin(async move { v.read_at(&h, 0..LEN / 2).await.map(drop) })
         }),
         ("read_many", {
-            let (v, h) = (vmem.clone(), cold[1..3].to_vec());
+            let v = vmem.clone();
+            let h = cold[1..3].to_vec();
             Box::pin(async move { v.read_many(&h).await.map(drop) })
         }),
         ("background", {
-            let (v, h) = (vmem.clone(), cold[3].clone());
+            let v = vmem.clone();
+            let h = cold[3].clone();
             Box::pin(async move {
                 v.read_with(&h, ReadOptions::new().class(ReadClass::Background)).await.map(drop)
             })
         }),
         ("promote", {
-            let (v, h) = (vmem.clone(), cold[3].clone());
+            let v = vmem.clone();
+            let h = cold[3].clone();
             Box::pin(async move { v.promote(&h, HOST).await })
         }),
         ("prefetch", {
-            let (v, h) = (vmem.clone(), cold[3].clone());
+            let v = vmem.clone();
+            let h = cold[3].clone();
             Box::pin(async move { v.prefetch(&h, HOST).await })
         }),
         ("pin", {
-            let (v, h) = (vmem.clone(), cold[4].clone());
+            let v = vmem.clone();
+            let h = cold[4].clone();
             Box::pin(async move { v.pin(&h, HOST).await.map(drop) })
         }),
         ("write_with", {
-            let (v, h) = (vmem.clone(), cold[4].clone());
+            let v = vmem.clone();
+            let h = cold[4].clone();
             Box::pin(async move { v.write_with(&h, |_| ()).await })
         }),
     ];
@@ -321,8 +336,10 @@ async fn scenario_14_a_cancelled_waiter_leaves_the_queue() {
     }
     let reads = driver.reads();
     // One of two who wait for the same object goes; the other is served.
-    let (first, second) = (vmem.clone(), vmem.clone());
-    let (one, other) = (cold[0].clone(), cold[0].clone());
+    let first = vmem.clone();
+    let second = vmem.clone();
+    let one = cold[0].clone();
+    let other = cold[0].clone();
     let first = tokio::spawn(async move { first.read(&one).await.map(drop) });
     tick().await;
     let second = tokio::spawn(async move { second.read(&other).await });
