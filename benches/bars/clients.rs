@@ -88,6 +88,7 @@ async fn world(path: &std::path::Path) -> anyhow::Result<World> {
         .disk_path(path)
         .host_capacity(HOST)
         .disk_capacity(1 << 30)
+        .max_held(0.8)
         .build()?;
     let vmem = vmem::open(config).await?;
     let mut small = Vec::new();

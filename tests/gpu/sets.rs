@@ -40,6 +40,25 @@ async fn a_set_left_alone_delays_no_other_set() {
     end(vmem, vec![first, second], &emulator).await;
 }
 
+/// Mechanism: the empty objects of a set stood before the others. Effect: a kernel wrote to
+/// another object than the one that it was given for. Fix: each has the place it was asked for.
+#[tokio::test]
+async fn leases_of_a_set_are_in_the_order_asked_for_with_empty_objects_among_them() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 << 20).await;
+    let stream = stream();
+    let mut handles = Vec::new();
+    for len in [LEN, 0, LEN / 2, 0, LEN / 4] {
+        handles.push(vmem.put(vec![0; len], HOST).await.unwrap());
+    }
+    let set = handles.iter().fold(vmem.device_set(&stream), |set, handle| set.write(handle));
+    let set = set.acquire().await.unwrap();
+    let lens: Vec<_> = set.write.iter().map(|lease| lease.len()).collect();
+    assert_eq!(lens, [LEN, 0, LEN / 2, 0, LEN / 4]);
+    set.finish().await.unwrap();
+    end(vmem, handles, &emulator).await;
+}
+
 /// The same with single leases, which held the gate of their object.
 #[tokio::test]
 async fn a_lease_left_alone_delays_nobody() {

@@ -195,7 +195,7 @@ impl Default for VirtualMemoryConfigBuilder {
             io_driver: IoDriver::default(),
             watermarks: (0.85, 0.95),
             max_pinned: 0.8,
-            max_held: 0.8,
+            max_held: 1.0,
             policy: PolicyChoice::default(),
             promotion: Promotion::default(),
             catalog_cache: 8 << 20,

@@ -110,7 +110,8 @@ impl VirtualMemoryConfigBuilder {
     /// KiB waits until they hold less, whether its object is resident or not, so that clients who
     /// take their time leave space for others; [`try_read`](crate::VirtualMemory::try_read) finds
     /// nothing then, and a part of at most 64 KiB of a larger object is copied. A resident object
-    /// that somebody holds already is shared at once. With 1 there is no bound. Default: 0.8.
+    /// that somebody holds already is shared at once. What such reads are going to hold counts from
+    /// when they begin to wait for space or for the disk. Default: 1, no bound.
     pub fn max_held(mut self, fraction: f64) -> Self {
         self.max_held = fraction;
         self

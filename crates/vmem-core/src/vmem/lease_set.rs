@@ -214,7 +214,6 @@ async fn zero(device: &Device, set: &VramSet) -> Result<()> {
 /// A copy that is claimed, and whether it was valid before.
 struct TentativeClaim {
     claim: Claim,
-    handle: VMemHandle,
     was_valid: bool,
 }
 
@@ -242,27 +241,28 @@ fn try_take(
         }
     }
     let mut host_spaces = host_spaces.into_iter();
-    let mut claimed: Vec<TentativeClaim> = Vec::new();
-    let mut writes = Vec::new();
+    // One for each write, none where there is nothing to write.
+    let mut claimed: Vec<Option<TentativeClaim>> = Vec::with_capacity(request.writes.len());
     for handle in &request.writes {
         if handle.is_empty() {
-            writes.push(VramChange { inner: None, handle: handle.clone() });
+            claimed.push(None);
             continue;
         }
         let space = host_spaces.next().expect("invariant: there is space for each version");
         match try_claim(shared, number, handle, space, request.overwrite) {
-            Ok(Ok(claim)) => claimed.push(claim),
+            Ok(Ok(claim)) => claimed.push(Some(claim)),
             refused => {
-                claimed.into_iter().for_each(TentativeClaim::give_up);
+                claimed.into_iter().flatten().for_each(TentativeClaim::give_up);
                 return refused.map(|refused| refused.map(|_| unreachable!("it was refused")));
             }
         }
     }
-    writes.extend(
-        claimed
-            .into_iter()
-            .map(|TentativeClaim { claim, handle, .. }| VramChange { inner: Some(claim), handle }),
-    );
+    let in_order = claimed.into_iter().zip(&request.writes);
+    let writes = in_order.map(|(claimed, handle)| VramChange {
+        inner: claimed.map(|claimed| claimed.claim),
+        handle: handle.clone(),
+    });
+    let writes = writes.collect();
     Ok(Ok(VramSet { reads, writes }))
 }
 
@@ -316,5 +316,5 @@ fn try_claim(
         return Ok(Err(Obstacle::Used(object.clone())));
     };
     let claim = Claim { device: number, range, space, pass, held };
-    Ok(Ok(TentativeClaim { claim, handle: handle.clone(), was_valid }))
+    Ok(Ok(TentativeClaim { claim, was_valid }))
 }

@@ -16,7 +16,7 @@ pub(super) fn staging(env: &Env) -> Result<Outcome> {
         let space = 8 * MIB;
         let staging = 2 * MIB;
         let set = |set: vmem::VirtualMemoryConfigBuilder| {
-            set.staging_capacity(staging as u64).max_pinned(1.0)
+            set.staging_capacity(staging as u64).max_pinned(1.0).max_held(1.0)
         };
         let vmem = env.store(40 * len, space + staging, set).await?;
         let mut objects = Vec::new();

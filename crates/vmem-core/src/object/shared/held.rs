@@ -44,36 +44,37 @@ impl Shared {
 
     /// Whether readers hold all that they may.
     pub(crate) fn readers_hold_all(&self) -> bool {
-        self.is_all(self.copies.held_bytes())
+        self.limits.max_held_bytes.is_some_and(|max| self.held_or_promised() >= max)
     }
 
     /// Whether this reader may keep what it has just got: others hold it too, or hold less than
     /// they may.
     pub(crate) fn may_keep(&self, guard: &ReadGuard) -> bool {
+        let Some(max) = self.limits.max_held_bytes else { return true };
         let footprint = guard.footprint();
-        let others = || self.copies.held_bytes().saturating_sub(footprint);
-        footprint <= FREE_BYTES as u64 || guard.is_shared() || !self.is_all(others())
+        footprint <= FREE_BYTES as u64
+            || guard.is_shared()
+            || self.held_or_promised().saturating_sub(footprint) < max
     }
 
-    fn is_all(&self, held_bytes: u64) -> bool {
+    /// A promise ends after its bytes are held, so what is promised is read first: then nothing is
+    /// missed.
+    fn held_or_promised(&self) -> u64 {
         let promised = self.promised_bytes.load(Ordering::SeqCst);
-        held_bytes + promised >= self.limits.max_held_bytes
+        promised + self.copies.held_bytes()
     }
 
-    fn try_promise(&self, bytes: u64) -> Option<Promise<'_>> {
-        let held = self.copies.held_bytes();
-        let promised = &self.promised_bytes;
-        let max = self.limits.max_held_bytes;
-        promised
+    fn try_promise(&self, bytes: u64, max: u64) -> Option<Promise<'_>> {
+        self.promised_bytes
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |before| {
-                (held + before < max).then_some(before + bytes)
+                (before + self.copies.held_bytes() < max).then_some(before + bytes)
             })
             .ok()
             .map(|_| Promise { shared: self, bytes })
     }
 
     /// Waits until readers hold less than they may, and has these bytes counted until it is known
-    /// that they are held. At once for none.
+    /// that they are held. At once for none, and where there is no bound.
     ///
     /// # Errors
     ///
@@ -83,9 +84,9 @@ impl Shared {
         bytes: u64,
         deadline: &Deadline,
     ) -> Result<Option<Promise<'_>>, VirtualMemoryError> {
-        if bytes == 0 {
+        let Some(max) = self.limits.max_held_bytes.filter(|_| bytes > 0) else {
             return Ok(None);
-        }
+        };
         let _waiting = self.wake.waiting();
         loop {
             let mut released = pin!(self.wake.released());
@@ -93,7 +94,7 @@ impl Shared {
             if self.is_closed() {
                 return Err(VirtualMemoryError::Closed);
             }
-            if let Some(promise) = self.try_promise(bytes) {
+            if let Some(promise) = self.try_promise(bytes, max) {
                 return Ok(Some(promise));
             }
             if deadline.is_past() {

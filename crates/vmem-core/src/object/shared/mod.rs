@@ -72,8 +72,8 @@ pub(crate) struct Limits {
     pub(crate) stream_capacity: u64,
     /// Of object space.
     pub(crate) marks: Watermarks,
-    /// What readers may hold of object space; of all of it they are not bound.
-    pub(crate) max_held_bytes: u64,
+    /// What readers may hold of object space, where that is bound.
+    pub(crate) max_held_bytes: Option<u64>,
     pub(crate) promotion: Promotion,
     pub(crate) wait_timeout: Duration,
 }
@@ -104,10 +104,7 @@ impl Limits {
                 low_bytes: (space * low) as u64,
                 high_bytes: (space * high) as u64,
             },
-            max_held_bytes: match config.max_held() {
-                part if part < 1.0 => (space * part) as u64,
-                _ => u64::MAX,
-            },
+            max_held_bytes: (config.max_held() < 1.0).then_some((space * config.max_held()) as u64),
             promotion: config.promotion(),
             wait_timeout: config.wait_timeout(),
         })
