@@ -16,7 +16,7 @@ use vmem::{MemoryTier, VirtualMemoryConfig};
 use crate::support::process::again;
 
 const MIB: u64 = 1 << 20;
-const LIMIT: u64 = 160 * MIB;
+const LIMIT: u64 = 512 * MIB;
 /// Where the child is to go.
 const GROUP: &str = "VMEM_TEST_GROUP";
 
@@ -68,12 +68,12 @@ fn child_in_a_nested_group() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         // The host budget is left to its default.
-        let config = VirtualMemoryConfig::builder().disk_capacity(512 * MIB).build().unwrap();
+        let config = VirtualMemoryConfig::builder().disk_capacity(4 * LIMIT).build().unwrap();
         let vmem = vmem::open(config).await.unwrap();
         let stats = vmem.stats();
         assert_eq!(stats.host.capacity_bytes + stats.staging_bytes, LIMIT / 4);
         let mut objects = Vec::new();
-        for n in 0..2 * LIMIT / MIB {
+        for n in 0..3 * LIMIT / MIB {
             let data = vec![n as u8; MIB as usize];
             objects.push(vmem.put(data, MemoryTier::Host).await.unwrap());
         }

@@ -29,7 +29,7 @@ const CONSTANT: usize = 24 * MIB;
 /// Metadata of one handle, with much to spare.
 const PER_HANDLE: usize = 2 * KIB;
 
-fn resident_bytes() -> usize {
+pub(super) fn resident_bytes() -> usize {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     let pages: usize = statm.split_whitespace().nth(1).unwrap().parse().unwrap();
     // Linux on x86-64, and on aarch64 as it is usually built.

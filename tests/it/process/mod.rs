@@ -4,3 +4,4 @@
 
 mod budget;
 mod idle;
+mod streams;
