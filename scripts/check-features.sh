@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks each combination of features that makes sense, and that a build without a feature has none of
-# its crates; runs the tests of what a build offers in the smallest one. Some minutes at most: the
+# its crates; runs the tests of the smallest build and of the largest one. Some ten minutes: the
 # combinations share their dependencies.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,5 +33,6 @@ lacks 'cudarc|vmem-gpu|libloading|dlpack-rs|tokio-uring|serde' ""
 lacks 'cudarc|vmem-gpu|libloading|dlpack-rs' tokio-uring,serde
 lacks 'tokio-uring' gpu,dlpack,serde
 
-cargo test --package vmem --no-default-features --test it -- \
-    env::features:: env::config_file::
+# The tests of what the smallest build offers, and the largest one.
+cargo test --package vmem --no-default-features --test it
+cargo test --package vmem --all-features --test it --test gpu
