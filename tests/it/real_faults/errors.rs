@@ -12,23 +12,9 @@ use vmem::{VMemHandle, VirtualMemory, VirtualMemoryError};
 use vmem_testkit::{Errno, OpKind, Seed, When};
 
 use super::fuse::{Opens, Trouble};
-use super::machine::{Known, assert_same, check, errno, over_fuse, test};
+use super::machine::{Known, LEN, assert_same, check, errno, over_fuse, put, test};
 use crate::support::quiet;
 use crate::support::{DISK, HOST, KIB, MIB, assert_empty, bytes, is_pressure};
-
-const LEN: usize = 100_000;
-
-async fn put(vmem: &VirtualMemory, from: u64, count: u64, cold: bool) -> Vec<Known> {
-    let mut objects = Vec::new();
-    for object in from..from + count {
-        let handle = vmem.put(bytes(object, 1, LEN), HOST).await.unwrap();
-        if cold {
-            vmem.demote(&handle, DISK).await.unwrap();
-        }
-        objects.push((object, handle));
-    }
-    objects
-}
 
 fn in_host(vmem: &VirtualMemory, handle: &VMemHandle) -> bool {
     vmem.residency(handle).unwrap().host

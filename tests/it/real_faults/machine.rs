@@ -18,7 +18,7 @@ use vmem_testkit::Seed;
 
 use super::fuse::{FaultyFs, Opens};
 use super::place::own_mounts;
-use crate::support::{KIB, STAGING, bytes};
+use crate::support::{DISK, HOST, KIB, STAGING, bytes};
 
 const DRIVERS: [IoDriver; 3] = [IoDriver::Blocking, IoDriver::Reactor, IoDriver::TokioUring];
 
@@ -175,6 +175,22 @@ pub(crate) fn drivers() -> impl Iterator<Item = IoDriver> {
 
 /// An object and the number that its bytes follow from.
 pub(crate) type Known = (u64, VMemHandle);
+
+/// The length of these objects.
+pub(super) const LEN: usize = 100_000;
+
+/// `count` objects from number `from` on; on disk alone if they are to be `cold`.
+pub(super) async fn put(vmem: &VirtualMemory, from: u64, count: u64, cold: bool) -> Vec<Known> {
+    let mut objects = Vec::new();
+    for object in from..from + count {
+        let handle = vmem.put(bytes(object, 1, LEN), HOST).await.unwrap();
+        if cold {
+            vmem.demote(&handle, DISK).await.unwrap();
+        }
+        objects.push((object, handle));
+    }
+    objects
+}
 
 /// Every object has its bytes, wherever they are; reads straight from the tier that has them.
 pub(crate) async fn check(vmem: &VirtualMemory, objects: &[Known]) {

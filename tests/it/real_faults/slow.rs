@@ -13,25 +13,11 @@ use vmem_testkit::{OpKind, When};
 
 use super::fuse::Trouble;
 use super::machine::{
-    Known, assert_same, block_on, check, drivers, open, over_fuse_that_waits, skipped, test,
+    LEN, assert_same, block_on, check, drivers, open, over_fuse_that_waits, put, skipped, test,
 };
 use super::place::{Ext4, SlowGroup};
-use crate::support::{DISK, HOST, MIB, assert_empty, bytes};
+use crate::support::{DISK, MIB, assert_empty};
 use crate::support::{eventually, quiet};
-
-const LEN: usize = 100_000;
-
-async fn put(vmem: &VirtualMemory, from: u64, count: u64, cold: bool) -> Vec<Known> {
-    let mut objects = Vec::new();
-    for object in from..from + count {
-        let handle = vmem.put(bytes(object, 1, LEN), HOST).await.unwrap();
-        if cold {
-            vmem.demote(&handle, DISK).await.unwrap();
-        }
-        objects.push((object, handle));
-    }
-    objects
-}
 
 /// The disk stands still: host hits go on, cold reads wait and then have their bytes.
 #[test]

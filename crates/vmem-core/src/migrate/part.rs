@@ -114,13 +114,14 @@ pub(crate) async fn read_part(
 ) -> Result<Part> {
     let shared = object.shared.clone();
     let mut small = Vec::new();
+    let to_hold = if copied { 0 } else { Shared::to_hold(range.len()) };
+    // Until it is counted as held.
+    let _promise = shared.promise(to_hold, &deadline).await?;
     let mut space = None;
-    let mut promise = None;
     if copied {
         small = vec![0; range.len()];
     } else {
         let need = Need::one(range.len(), object.id, class);
-        promise = shared.promise(Shared::to_hold(range.len()), &deadline).await?;
         space = Some(shared.host_space_or_error(&need, &deadline).await?);
     }
     let to = space.as_mut().map_or(&mut small[..], |space| space.as_mut_slice());
@@ -132,12 +133,10 @@ pub(crate) async fn read_part(
         Below::Resident(bytes) => to.copy_from_slice(&bytes[range]),
         Below::Zeros => to.fill(0),
     }
-    let part = match space {
+    Ok(match space {
         Some(space) => Part::Held(space.into_bytes(&shared.copies)),
         None => Part::Owned(Bytes::from(small)),
-    };
-    drop(promise);
-    Ok(part)
+    })
 }
 
 /// Copies a range of a version through staging.

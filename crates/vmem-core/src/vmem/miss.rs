@@ -45,6 +45,14 @@ pub(super) struct Asked {
     pub(super) deadline: Deadline,
 }
 
+impl Asked {
+    /// What the caller will hold if it gets all of the object, in bytes of footprint, if others may
+    /// have to wait for it.
+    fn to_hold(&self, object: &Object) -> u64 {
+        if self.keeps { Shared::to_hold(object.len) } else { 0 }
+    }
+}
+
 impl VirtualMemory {
     /// The whole object.
     pub(super) fn read_slowly<'a>(
@@ -80,11 +88,8 @@ impl VirtualMemory {
                             let by_rule = self.miss(object, chunk_count(object.len));
                             stay = stay.or(Some(by_rule));
                         }
-                        if how.keeps && object.len > FREE_BYTES && self.shared.readers_hold_all() {
-                            // Here rather than in the task, which others would join and wait for.
-                            let bytes = Shared::to_hold(object.len);
-                            drop(self.shared.promise(bytes, &how.deadline).await?);
-                        }
+                        // Here rather than in the task, which others would join and wait for.
+                        drop(self.shared.promise(how.to_hold(object), &how.deadline).await?);
                         let outcome = self.join_flight(object, &how, stay == Some(true)).await;
                         if let Some(outcome) = outcome {
                             return outcome;
@@ -142,7 +147,7 @@ impl VirtualMemory {
         if let Some(reply) = reply {
             let mut job = Job::new(object.clone(), MigrationCause::Read, how.deadline);
             (job.class, job.stay, job.may_spill) = (how.class, stay, how.may_spill);
-            job.to_hold = if how.keeps { Shared::to_hold(object.len) } else { 0 };
+            job.to_hold = how.to_hold(object);
             request_fetch(job, flight.downgrade(), reply);
         }
         let late = || how.deadline.error("reading from a slower tier");
