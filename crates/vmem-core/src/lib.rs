@@ -41,6 +41,7 @@ mod parcel;
 pub mod policy;
 mod promotion;
 mod ranges;
+mod recency;
 mod requests;
 mod stats;
 mod task;

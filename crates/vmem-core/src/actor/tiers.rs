@@ -78,11 +78,11 @@ impl Evicting for InHost {
     }
 
     fn spared_since(&self, shared: &Shared, _wanted: &Wanted) -> u64 {
-        shared.now().saturating_sub(HOT_NS)
+        shared.recency.now().saturating_sub(HOT_NS)
     }
 
     fn cools_in(&self, shared: &Shared, stamp: u64) -> Option<Duration> {
-        Some(Duration::from_nanos((stamp + HOT_NS).saturating_sub(shared.now())))
+        Some(Duration::from_nanos((stamp + HOT_NS).saturating_sub(shared.recency.now())))
     }
 
     fn needs_space_below(&self, object: &Object) -> bool {
@@ -155,7 +155,7 @@ impl Evicting for OnDevice {
     /// A prefetch makes nothing leave that was used after it was asked for.
     fn spared_since(&self, shared: &Shared, wanted: &Wanted) -> u64 {
         let ago = |asked: Instant| asked.elapsed().as_nanos() as u64;
-        shared.now().saturating_sub(wanted.prefetch_asked.map_or(0, ago))
+        shared.recency.now().saturating_sub(wanted.prefetch_asked.map_or(0, ago))
     }
 
     fn cools_in(&self, _shared: &Shared, _stamp: u64) -> Option<Duration> {

@@ -329,6 +329,11 @@ impl ReadGuard {
         unsafe { descriptor.slot() }.footprint()
     }
 
+    /// Counts a read that host memory served.
+    pub(crate) fn count_hit(&self) {
+        self.anchor.count_hit();
+    }
+
     /// Another count on the same version.
     pub(crate) fn into_bytes(self) -> Bytes {
         Bytes::from_owner(self)

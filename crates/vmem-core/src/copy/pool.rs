@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -103,6 +104,10 @@ impl Anchor {
         self.held_bytes.fetch_add(footprint as i64, Ordering::Relaxed);
     }
 
+    pub(super) fn count_hit(&self) {
+        self.hits.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// The last reader of a copy let go.
     pub(super) fn released(&self, footprint: u64) {
         // Before it is asked whether anybody waits.
@@ -115,7 +120,7 @@ impl Anchor {
 #[derive(Clone, Debug)]
 pub(crate) struct Copies {
     pool: Arc<CopyPool>,
-    anchors: Vec<Arc<Anchor>>,
+    anchors: [Arc<Anchor>; ANCHORS],
 }
 
 impl Copies {
@@ -131,7 +136,7 @@ impl Copies {
                 _apart: [0; 12],
             })
         };
-        let anchors = (0..ANCHORS).map(|_| anchor()).collect();
+        let anchors = std::array::from_fn(|_| anchor());
         Copies { pool, anchors }
     }
 
@@ -143,16 +148,17 @@ impl Copies {
     pub(super) fn anchor(&self) -> &Arc<Anchor> {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         thread_local! {
-            static MINE: usize = NEXT.fetch_add(1, Ordering::Relaxed);
+            /// One more than the number of this thread's anchor, once it has one. Without a
+            /// destructor, so that the destructors of other thread-locals may read.
+            static MINE: Cell<usize> = const { Cell::new(0) };
         }
-        // A destructor of another thread-local may read after ours is gone.
-        let mine = MINE.try_with(|mine| *mine).unwrap_or(0);
+        let mine = MINE.with(|mine| {
+            if mine.get() == 0 {
+                mine.set(NEXT.fetch_add(1, Ordering::Relaxed) % ANCHORS + 1);
+            }
+            mine.get() - 1
+        });
         &self.anchors[mine % ANCHORS]
-    }
-
-    /// Counts a read that host memory served.
-    pub(crate) fn count_hit(&self) {
-        self.anchor().hits.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Reads that host memory served, so far.

@@ -15,7 +15,7 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use super::classes::{CLASSES, SMALL_MAX, class_of, slot_bytes, span_pages};
+use super::classes::{CLASSES, SMALL_MAX, class_of, slot_bytes, slot_bytes_of, span_pages};
 use super::mapping::PAGE_BYTES;
 use super::pages::Pages;
 use super::spans::{Spans, Sparse};
@@ -70,10 +70,11 @@ impl HostArena {
     }
 
     /// What an object of `len` bytes takes, in bytes, rounding included.
+    #[inline]
     pub(crate) fn footprint(len: usize) -> u64 {
         match len {
             0 => 0,
-            1..=SMALL_MAX => slot_bytes(class_of(len)) as u64,
+            1..=SMALL_MAX => slot_bytes_of(len) as u64,
             _ => (len as u64).div_ceil(PAGE_BYTES as u64).saturating_mul(PAGE_BYTES as u64),
         }
     }
@@ -190,7 +191,7 @@ impl HostArena {
     }
 
     fn take_back(&self, slot: &HostSlot) {
-        let footprint = Self::footprint(slot.len);
+        let footprint = slot.footprint();
         let before = self.used_bytes.fetch_sub(footprint, Ordering::SeqCst);
         assert!(before >= footprint, "the ledger never falls below zero");
         match slot.span {

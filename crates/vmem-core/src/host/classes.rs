@@ -12,8 +12,8 @@ pub(super) const CLASSES: usize = 8 + 24 + 12;
 pub(super) const SMALL_MAX: usize = 32 * 1024;
 
 /// The class of an object of `len` bytes, `1 <= len <= SMALL_MAX`.
-pub(super) fn class_of(len: usize) -> usize {
-    debug_assert!((1..=SMALL_MAX).contains(&len));
+pub(super) const fn class_of(len: usize) -> usize {
+    debug_assert!(matches!(len, 1..=SMALL_MAX));
     match len {
         ..=512 => len.div_ceil(64) - 1,
         513..=4096 => 8 + stepped(len, 9, 8),
@@ -22,14 +22,14 @@ pub(super) fn class_of(len: usize) -> usize {
 }
 
 /// Position of `len` among `steps` equal steps to each doubling, from `2^from` on.
-fn stepped(len: usize, from: u32, steps: usize) -> usize {
+const fn stepped(len: usize, from: u32, steps: usize) -> usize {
     let doubling = (len - 1).ilog2();
     let base = 1 << doubling;
     (doubling - from) as usize * steps + (len - base).div_ceil(base / steps) - 1
 }
 
 /// The slot size of a class, in bytes.
-pub(super) fn slot_bytes(class: usize) -> usize {
+pub(super) const fn slot_bytes(class: usize) -> usize {
     match class {
         ..8 => (class + 1) * 64,
         8..32 => step_bytes(class - 8, 9, 8),
@@ -37,9 +37,28 @@ pub(super) fn slot_bytes(class: usize) -> usize {
     }
 }
 
-fn step_bytes(position: usize, from: u32, steps: usize) -> usize {
+const fn step_bytes(position: usize, from: u32, steps: usize) -> usize {
     let base = 1 << (from as usize + position / steps);
     base + (position % steps + 1) * (base / steps)
+}
+
+/// Every class is a multiple of this many bytes.
+const STEP: usize = 64;
+
+/// The slot size of the class of a length, by the length in steps: each hit needs it.
+static SLOT_BYTES: [u16; SMALL_MAX / STEP] = {
+    let mut table = [0; SMALL_MAX / STEP];
+    let mut steps = 0;
+    while steps < table.len() {
+        table[steps] = slot_bytes(class_of((steps + 1) * STEP)) as u16;
+        steps += 1;
+    }
+    table
+};
+
+/// The slot size of the class of an object of `len` bytes, `1 <= len <= SMALL_MAX`.
+pub(super) fn slot_bytes_of(len: usize) -> usize {
+    SLOT_BYTES[(len - 1) / STEP].into()
 }
 
 /// The pages of one span of a class: small, so that a budget of some MiB has space for many
@@ -67,6 +86,7 @@ mod tests {
         for len in 1..=SMALL_MAX {
             let class = class_of(len);
             assert!(slot_bytes(class) >= len, "{len}");
+            assert_eq!(slot_bytes(class), slot_bytes_of(len), "{len}");
             assert!(class == 0 || slot_bytes(class - 1) < len, "{len}");
         }
         assert_eq!(class_of(SMALL_MAX), CLASSES - 1);

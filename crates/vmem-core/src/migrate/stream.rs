@@ -83,7 +83,7 @@ pub(crate) async fn fill_window(
         Source::Host(bytes) => copy(&bytes[range], window.as_mut_slice()).await,
         Source::Below(version) => match host_copy_of(&object, version) {
             Some(guard) => {
-                object.shared.copies.count_hit();
+                guard.count_hit();
                 copy(&guard.as_ref()[range], window.as_mut_slice()).await;
             }
             None => {

@@ -92,7 +92,7 @@ struct Standing {
 pub(crate) struct Object {
     /// The current host copy.
     pub(crate) copy: CopyCell,
-    /// The last access, in nanoseconds of the store's clock; never goes back.
+    /// The last access, by the store's `Recency`; goes back only where two threads meet.
     stamp: AtomicU64,
     pub(crate) shared: Arc<Shared>,
     pub(crate) len: usize,
@@ -138,7 +138,7 @@ impl Object {
     pub(crate) fn new(shared: &Arc<Shared>, id: u64, len: usize, home: MemoryTier) -> Arc<Self> {
         Arc::new(Object {
             copy: CopyCell::empty(),
-            stamp: AtomicU64::new(shared.now()),
+            stamp: AtomicU64::new(shared.recency.fresh_stamp()),
             life: AtomicU32::new(1),
             touches: AtomicU32::new(0),
             len,
@@ -157,11 +157,30 @@ impl Object {
 
     /// Marks an access.
     pub(crate) fn touch(&self) {
-        self.stamp.fetch_max(self.shared.now(), Ordering::Relaxed);
+        self.shared.recency.now();
+        self.touch_by_hit();
+    }
+
+    /// Marks an access, without a look at the clock.
+    pub(crate) fn touch_by_hit(&self) {
+        self.mark(self.shared.recency.stamp());
         // A count that is lost to another thread makes the object no colder: no need for more than
         // this.
         let touches = self.touches.load(Ordering::Relaxed);
         self.touches.store(touches.wrapping_add(1), Ordering::Relaxed);
+    }
+
+    /// Its bytes have arrived for a caller that has not used them yet: it is not to be the next
+    /// that leaves.
+    fn mark_arrival(&self) {
+        self.mark(self.shared.recency.fresh_stamp());
+    }
+
+    /// As above: the stamp that is lost where two threads meet here is as good as the other.
+    fn mark(&self, stamp: u64) {
+        if stamp > self.stamp() {
+            self.stamp.store(stamp, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn stamp(&self) -> u64 {
@@ -179,7 +198,7 @@ impl Object {
         if self.pins() > 0 {
             Probe::Pinned
         } else if self.copy.readers() > 0 || self.is_changing() {
-            Probe::Busy { stamp: self.shared.now() }
+            Probe::Busy { stamp: self.shared.recency.fresh_stamp() }
         } else if stamp >= spared_since {
             Probe::Unfit
         } else {

@@ -5,8 +5,6 @@
 //! every range invalid in the same step, but the one that a kernel wrote. Changed by the holder of
 //! the gate only; whoever uses a range holds a share of it, whose end wakes who waits for that.
 
-use std::sync::atomic::Ordering;
-
 use smallvec::SmallVec;
 
 use super::{GatePass, Inner, Object};
@@ -210,8 +208,7 @@ impl Object {
         if let Some(place) = self.inner.lock().place_mut(device) {
             place.is_valid = true;
         }
-        // Whoever asked for it has not used it yet: it is not to be the next that leaves.
-        self.stamp.fetch_max(self.shared.now(), Ordering::Relaxed);
+        self.mark_arrival();
     }
 
     /// Takes it out of device memory, unless it is held or used there. False if it stays.
@@ -269,7 +266,7 @@ impl Object {
         let mut inner = self.inner.lock();
         if inner.gate_taken {
             // Its place may be half way in or out; to say that it is gone would be for ever.
-            return Probe::Busy { stamp: self.shared.now() };
+            return Probe::Busy { stamp: self.shared.recency.fresh_stamp() };
         }
         let Some(on) = inner.on_mut(device) else { return Probe::Gone };
         let Some(place) = &mut on.place else { return Probe::Gone };
@@ -277,7 +274,7 @@ impl Object {
         if on.holds > 0 {
             Probe::Pinned
         } else if !place.range.is_idle() {
-            Probe::Busy { stamp: self.shared.now() }
+            Probe::Busy { stamp: self.shared.recency.fresh_stamp() }
         } else if stamp >= spared_since {
             Probe::Unfit
         } else {

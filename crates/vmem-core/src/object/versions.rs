@@ -5,7 +5,7 @@
 //! where no lock is held. Called by the migrations, the writes and the evictor.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use super::{
     DiskMap, GatePass, MapIdentity, Object, Replaced, Standing, Version, chunks_of, on_devices,
@@ -154,8 +154,7 @@ impl Object {
         drop(spare);
         self.leave_order();
         self.count_change(before);
-        // Whoever asked for it has not used it yet: it is not to be the next that leaves.
-        self.stamp.fetch_max(self.shared.now(), Ordering::Relaxed);
+        self.mark_arrival();
         self.enter_order(prefetched);
     }
 

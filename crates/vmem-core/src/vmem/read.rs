@@ -51,7 +51,9 @@ impl VirtualMemory {
     /// readers hold all that [`max_held`](crate::VirtualMemoryConfigBuilder::max_held) allows, and
     /// the object is larger than 64 KiB.
     pub async fn read(&self, handle: &VMemHandle) -> Result<Bytes> {
-        tokio::task::coop::consume_budget().await;
+        if self.shared.recency.is_due() {
+            self.give_way().await;
+        }
         let object = self.check(handle)?;
         match self.hit_to_keep(object) {
             Some(guard) => Ok(guard.into_bytes()),
@@ -68,7 +70,9 @@ impl VirtualMemory {
     /// Those of [`read`](Self::read), and `OutOfRange`. A part of an object that is larger than
     /// host memory needs space for itself only.
     pub async fn read_at(&self, handle: &VMemHandle, range: Range<usize>) -> Result<Bytes> {
-        tokio::task::coop::consume_budget().await;
+        if self.shared.recency.is_due() {
+            self.give_way().await;
+        }
         let object = self.check(handle)?;
         check_range(object, &range)?;
         match self.hit(object).and_then(|guard| self.part_of(guard, &range, None)) {
@@ -205,8 +209,8 @@ impl VirtualMemory {
     pub(super) fn hit(&self, object: &Arc<Object>) -> Option<ReadGuard> {
         match object.copy.acquire(&self.shared.copies) {
             Found::Copy(guard) => {
-                object.touch();
-                self.shared.copies.count_hit();
+                object.touch_by_hit();
+                guard.count_hit();
                 Some(guard)
             }
             Found::Locked | Found::Nothing => None,
@@ -233,6 +237,12 @@ impl VirtualMemory {
         }
         let may_copy = is_copied || range.len() <= FREE_BYTES;
         may_copy.then(|| Bytes::copy_from_slice(&guard.as_ref()[range.clone()]))
+    }
+
+    /// Looks at the clock, and lets others of the runtime go on if this task has had its share.
+    async fn give_way(&self) {
+        self.shared.recency.now();
+        tokio::task::coop::consume_budget().await;
     }
 
     fn ordinary(&self) -> Asked {

@@ -20,7 +20,6 @@ use dashmap::DashMap;
 use foldhash::fast::FixedState;
 
 use tokio::sync::Semaphore;
-use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use crate::capabilities::Capabilities;
@@ -37,6 +36,7 @@ use crate::memory_tier::MemoryTier;
 
 use crate::object::Object;
 use crate::parcel::Unclaimed;
+use crate::recency::Recency;
 use crate::requests::Requests;
 use crate::stats::Counters;
 use crate::tier::{Device, HostSpace, Link, Queue, TierState, Watermarks};
@@ -116,7 +116,7 @@ pub(crate) struct Shared {
     pub(crate) limits: Limits,
     table: DashMap<u64, Arc<Object>, FixedState>,
     next_id: AtomicU64,
-    opened: Instant,
+    pub(crate) recency: Recency,
     pub(crate) timing: Timing,
     pub(crate) host: TierState<HostSpace>,
     /// The tiers above host memory.
@@ -189,7 +189,7 @@ impl Shared {
         Ok(Arc::new(Shared {
             table: DashMap::with_hasher(FixedState::default()),
             next_id: AtomicU64::new(1),
-            opened: Instant::now(),
+            recency: Recency::new(),
             timing: Timing { clock: disk.clock(), runtime: runtime.id() },
             host,
             devices,
@@ -213,11 +213,6 @@ impl Shared {
             closed: AtomicBool::new(false),
             limits,
         }))
-    }
-
-    /// Nanoseconds since the store was opened.
-    pub(crate) fn now(&self) -> u64 {
-        self.opened.elapsed().as_nanos() as u64
     }
 
     /// When a request that starts now gives up.
