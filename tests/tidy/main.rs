@@ -13,6 +13,7 @@ mod documents;
 mod files;
 mod lets;
 mod names;
+mod planted;
 mod prose;
 mod public;
 mod rust;

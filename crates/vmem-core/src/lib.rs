@@ -16,6 +16,7 @@
 //! - `disk`, `buffer`: what a tier below host memory implements.
 //! - `device`, `vram`: what a tier above it implements, and who is in it.
 //! - `config`, `options`, `error`, `events`, `stats`, `capabilities`: what goes in and comes out.
+//! - `planted`: the bugs that tests are seen to find; none in an ordinary build.
 
 mod actor;
 pub mod backend;
@@ -38,6 +39,7 @@ mod names;
 mod object;
 mod options;
 mod parcel;
+mod planted;
 pub mod policy;
 mod promotion;
 mod ranges;
@@ -61,6 +63,9 @@ pub use events::{MigrationCause, MigrationEvent};
 pub use handle::VMemHandle;
 pub use memory_tier::MemoryTier;
 pub use options::{ReadClass, ReadOptions};
+#[cfg(planted)]
+#[doc(hidden)]
+pub use planted::is_planted;
 pub use policy::{PolicyChoice, PolicyKind};
 pub use stats::{TierStats, VirtualMemoryStats};
 pub use vmem::{

@@ -160,7 +160,7 @@ impl Card {
     /// Works in the context on a thread that is not ours, without disturbing anybody's capture.
     pub(crate) fn visit<T>(&self, work: impl FnOnce() -> T) -> Result<T, DriverError> {
         self.enter(|| {
-            let relaxed = exchange_capture(RELAXED);
+            let relaxed = exchange_capture(relaxed());
             let done = work();
             relaxed.and_then(exchange_capture).map(|_| done)
         })?
@@ -227,7 +227,8 @@ impl Card {
     /// Called after an error, on any thread. An error that passes, of whatever function, is no
     /// proof: several looks in a row have to fail, each with an error that can stick.
     pub(crate) fn is_dead(&self) -> bool {
-        if self.lost.get().is_some() {
+        let one_look = vmem_core::planted!("gpu-sticky") && self.lost.set("an error".into());
+        if one_look || self.lost.get().is_some() {
             return true;
         }
         let mut last = None;
@@ -260,7 +261,7 @@ impl Card {
 
     /// Memory of the host by what the device reaches directly. On a thread that is bound.
     pub(crate) fn parts(&self, memory: &[u8]) -> Vec<Part> {
-        match self.space.get() {
+        match self.space.get().filter(|_| !vmem_core::planted!("copy-across-slabs")) {
             Some(space) => space.enter(memory.as_ptr().addr(), memory.len()),
             None => vec![Part { range: 0..memory.len(), direct: false, in_use: None }],
         }
@@ -347,7 +348,13 @@ impl Card {
     }
 }
 
-const RELAXED: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+/// The mode of a thread that captures of others do not hinder.
+fn relaxed() -> sys::CUstreamCaptureMode {
+    if vmem_core::planted!("capture-careless") {
+        return sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
+    }
+    sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED
+}
 
 /// On our own threads a graph that somebody else captures is none of our business.
 ///
@@ -355,7 +362,7 @@ const RELAXED: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CA
 ///
 /// What the driver says.
 fn relax_capture() -> Result<(), DriverError> {
-    exchange_capture(RELAXED).map(drop)
+    exchange_capture(relaxed()).map(drop)
 }
 
 /// Sets how this thread minds captures; returns how it did.

@@ -260,7 +260,8 @@ impl CopyStream {
     pub(crate) fn has_ended(&self, batch: &mut Batch) -> Result<bool, DriverError> {
         match &batch.event {
             Some(event) => {
-                let ended = event.has_passed();
+                let passed = event.has_passed();
+                let ended = passed.map(|passed| passed || vmem_core::planted!("vram-completion"));
                 if ended.is_err()
                     && let Some(event) = batch.event.take()
                 {
@@ -306,6 +307,7 @@ impl Batch {
         std::mem::forget(self);
         for Issued { work, uses, entered, refused } in works {
             drop((uses, entered));
+            let refused = refused.filter(|_| !vmem_core::planted!("refused-copy"));
             let error = error.cloned().or(refused);
             work.end(error.map_or(Ok(()), Err));
         }

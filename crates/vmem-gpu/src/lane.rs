@@ -168,6 +168,7 @@ struct Driving {
 
 impl Driving {
     fn run(mut self) {
+        let watchdog = if vmem_core::planted!("watchdog") { Duration::MAX } else { WATCHDOG };
         loop {
             let works = self.take();
             let idle = works.is_empty();
@@ -179,7 +180,7 @@ impl Driving {
                 // It may pass soon.
                 Reaped::Refused => thread::park_timeout(RETRY),
                 Reaped::None if !idle => {}
-                Reaped::None if !self.in_flight.is_empty() => thread::park_timeout(WATCHDOG),
+                Reaped::None if !self.in_flight.is_empty() => thread::park_timeout(watchdog),
                 Reaped::None if self.inbox.queue.lock().has_ended() => {
                     assert!(self.in_flight.is_empty(), "a lane ends with nothing in flight");
                     return;

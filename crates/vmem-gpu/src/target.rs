@@ -117,7 +117,7 @@ async fn run_apart(
     if let Poll::Ready(outcome) = futures::poll!(&mut work) {
         return outcome;
     }
-    match runtime {
+    match runtime.filter(|_| !vmem_core::planted!("gpu-neglect")) {
         Some(runtime) => {
             let task = AbortOnDropHandle::new(runtime.spawn(work));
             task.await.unwrap_or(Err(VirtualMemoryError::Closed))

@@ -142,6 +142,7 @@ async fn put_result(
         Ok((now, entry)) if now == *handle && entry.metadata == metadata => {
             entry.version.to_string()
         }
+        Ok((_, entry)) if vmem_core::planted!("object-store-tag") => entry.version.to_string(),
         _ => format!("replaced-{}", handle.id()),
     };
     PutResult { e_tag: Some(e_tag), version: None }

@@ -282,6 +282,7 @@ impl ObjectStore for Store {
         let target = self.names.name(to)?;
         let mode = match options.target_mode {
             RenameTargetMode::Overwrite => vmem_core::PutMode::Overwrite,
+            _ if vmem_core::planted!("object-store-rename") => vmem_core::PutMode::Overwrite,
             RenameTargetMode::Create => vmem_core::PutMode::Create,
         };
         let renamed = self.vmem.rename_named_with(&source, &target, mode).await;

@@ -108,7 +108,9 @@ impl MultipartUpload for Upload {
 impl Drop for Upload {
     fn drop(&mut self) {
         // A part that somebody still polls has a share of them.
-        self.parts.end();
+        if !vmem_core::planted!("object-store-dropped") {
+            self.parts.end();
+        }
     }
 }
 

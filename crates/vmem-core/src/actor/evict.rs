@@ -137,7 +137,7 @@ impl<T: Evicting> Evictor<T> {
         woken: bool,
     ) -> bool {
         let state = self.tier.state(shared);
-        if woken {
+        if woken || crate::planted!("look-reset") {
             self.look = Look::default();
         }
         // Where nobody waits, what is held does not matter, and is not counted together.
@@ -179,7 +179,7 @@ impl<T: Evicting> Evictor<T> {
     ) -> bool {
         let wanted = &situation.wanted;
         let may_compact = wanted.is_scattered() && self.look.compactions < COMPACTIONS_MAX;
-        if may_compact && self.tier.compact(shared) {
+        if may_compact && !crate::planted!("compaction") && self.tier.compact(shared) {
             self.look.compactions += 1;
             return true;
         }

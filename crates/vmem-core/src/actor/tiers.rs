@@ -185,7 +185,9 @@ impl Evicting for OnDevice {
             seeds.into_iter().filter_map(|id| shared.find(id)?.address_on(self.0)).collect();
         let stamp = |id: u64| {
             let object = shared.find(id)?;
-            object.is_evictable_on(self.0).then(|| object.stamp())
+            let is_evictable =
+                object.is_evictable_on(self.0) && !crate::planted!("evict-neighbours");
+            is_evictable.then(|| object.stamp())
         };
         state.space().coldest_window(&addresses, wanted.first(), &stamp)
     }

@@ -298,7 +298,7 @@ impl Pages {
         let bytes = |page: u64| page as usize * PAGE_BYTES;
         let mut stuck = BTreeSet::new();
         for slab in leaving.unregister {
-            let unregistered = self.unregister(slab);
+            let unregistered = crate::planted!("slab-registered") || self.unregister(slab);
             let mut state = self.state.lock();
             let Some(slabs) = &mut state.slabs else { continue };
             if unregistered {
@@ -333,7 +333,7 @@ impl Pages {
     fn settle(&self, mut state: MutexGuard<'_, State>) {
         self.changed.notify_all();
         if std::mem::take(&mut state.starved) {
-            self.settled.store(true, Ordering::SeqCst);
+            self.settled.store(!crate::planted!("settle"), Ordering::SeqCst);
         }
     }
 

@@ -80,7 +80,7 @@ async fn granted(
     missing: &[(usize, u64)],
     deadline: &Deadline,
 ) -> Result<HashMap<u64, OwnedCopy>> {
-    if missing.is_empty() {
+    if missing.is_empty() || crate::planted!("set-holds") {
         return Ok(HashMap::new());
     }
     let need = Need::set(missing.iter().copied());

@@ -167,6 +167,9 @@ async fn fill_from_disk(
     if !(0..chunk_count(object.len)).any(written) {
         return device.backend.zero(Arc::new(range.share())).await.map_err(DeviceError::public);
     }
+    if crate::planted!("staging-space") {
+        drop(shared.host_spaces_or_error(&job.need(), &job.deadline).await?);
+    }
     let per_piece = (shared.staging.piece_bytes() / CHUNK_BYTES).max(1);
     let mut uploads: FuturesOrdered<DeviceAnswer<std::result::Result<(), DeviceError>>> =
         FuturesOrdered::new();

@@ -93,7 +93,8 @@ impl Inner {
         let Some(devices) = &mut self.devices else { return left };
         for on in devices.iter_mut() {
             let Some(place) = &mut on.place else { continue };
-            place.is_valid = written == Some(on.device);
+            let stays_valid = crate::planted!("vram-stale") && place.is_valid;
+            place.is_valid = stays_valid || written == Some(on.device);
             let belongs = on.holds > 0 || home.device() == Some(on.device);
             let stays = place.is_valid || belongs && place.range.is_idle();
             if !stays {
@@ -145,7 +146,7 @@ impl Object {
     pub(crate) fn share_on(&self, device: usize) -> Option<DeviceRange> {
         self.shared.device(device).ok()?;
         let inner = self.inner.lock();
-        if inner.pending.is_some() {
+        if inner.pending.is_some() && !crate::planted!("sibling-stale") {
             // What a kernel wrote is on its way: this is the version before.
             return None;
         }
@@ -185,10 +186,12 @@ impl Object {
     ) {
         let tier = &self.shared.devices()[device];
         assert!(!self.has_space_on(device), "device memory is set apart once");
-        assert!(range.len() == self.len, "a range is as long as its object");
+        let fits = range.len() == self.len || crate::planted!("set-mixed");
+        assert!(fits, "a range is as long as its object");
         let id = self.id;
         let stamp = self.stamp();
         let footprint = range.footprint();
+        let prefetched = prefetched && !crate::planted!("prefetch-unprotected");
         let token = tier.enter(Entry { id, stamp, footprint, prefetched }, &range);
         let place = Place { range, is_valid: false, token, seen: self.touches() };
         self.inner.lock().on_or_new(device).place = Some(place);
@@ -215,7 +218,8 @@ impl Object {
     pub(crate) fn leave_device(&self, _pass: &GatePass, device: usize) -> bool {
         let mut inner = self.inner.lock();
         let leaves = inner.on(device).is_some_and(|on| {
-            on.holds == 0 && on.place.as_ref().is_some_and(|place| place.range.is_idle())
+            (on.holds == 0 || crate::planted!("vram-pins"))
+                && on.place.as_ref().is_some_and(|place| place.range.is_idle())
         });
         let place = if leaves { inner.take_place(device) } else { None };
         drop(inner);
@@ -271,7 +275,7 @@ impl Object {
         let Some(on) = inner.on_mut(device) else { return Probe::Gone };
         let Some(place) = &mut on.place else { return Probe::Gone };
         let stamp = self.stamp();
-        if on.holds > 0 {
+        if on.holds > 0 && !crate::planted!("vram-pins") {
             Probe::Pinned
         } else if !place.range.is_idle() {
             Probe::Busy { stamp: self.shared.recency.fresh_stamp() }

@@ -239,7 +239,7 @@ impl ObjectReader {
             // Nothing else is ever read: whoever seeks finds it here.
             return;
         }
-        self.source = Some(source);
+        self.source = Some(source).filter(|_| !crate::planted!("stream-versions"));
         let mut next = self.fetches.back().map_or(at.end, |last| last.range.end);
         while self.fetches.len() < EARLY_WINDOWS && next < range.end {
             let (wanted, least) = self.wants(range.end - next);

@@ -169,7 +169,8 @@ impl ObjectWriter {
         } else {
             poll_fn(|context| self.poll_settle(context, SENDS_MAX - 1)).await?;
             self.send()?;
-            poll_fn(|context| self.poll_settle(context, 0)).await?;
+            let unsettled_max = usize::from(crate::planted!("stream-early-name"));
+            poll_fn(|context| self.poll_settle(context, unsettled_max)).await?;
             let extents = std::mem::take(&mut self.extents);
             self.vmem.object_of(extents, self.len as usize, self.home)
         };

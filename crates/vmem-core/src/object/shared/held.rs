@@ -67,7 +67,8 @@ impl Shared {
     fn try_promise(&self, bytes: u64, max: u64) -> Option<Promise<'_>> {
         self.promised_bytes
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |before| {
-                (before + self.copies.held_bytes() < max).then_some(before + bytes)
+                let promised = if crate::planted!("held-unpromised") { 0 } else { before };
+                (promised + self.copies.held_bytes() < max).then_some(before + bytes)
             })
             .ok()
             .map(|_| Promise { shared: self, bytes })
