@@ -290,7 +290,7 @@ impl Actor {
         }
         let kernels = self.kernels.len();
         tracing::error!(target: "vmem::actor", kernels, "kernels have not ended");
-        self.shared.patience.close();
+        self.shared.kernels_abandoned.close();
         self.wait_for_kernels().await;
         self.kernels.shutdown().await;
     }

@@ -146,7 +146,7 @@ pub(crate) struct Shared {
     /// The tasks that serve callers past the actor.
     pub(crate) tasks: TaskTracker,
     /// Closed once a store that ends waits for kernels no longer; it never has a permit.
-    pub(crate) patience: Semaphore,
+    pub(crate) kernels_abandoned: Semaphore,
     closed: AtomicBool,
 }
 
@@ -209,7 +209,7 @@ impl Shared {
             unclaimed,
             unfinished: Arc::default(),
             tasks: TaskTracker::new(),
-            patience: Semaphore::const_new(0),
+            kernels_abandoned: Semaphore::const_new(0),
             closed: AtomicBool::new(false),
             limits,
         }))
