@@ -98,8 +98,8 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     /// The first number that neither an object nor a version in the catalog has.
     fn next_id(&self) -> u64;
 
-    /// Checks that what is committed can be opened again: that nobody has removed or replaced what
-    /// it lies in.
+    /// Checks that what is committed can be opened again: that its files were not removed or
+    /// replaced.
     ///
     /// # Errors
     ///

@@ -1,7 +1,7 @@
 //! The one error type of the public surface.
 //!
 //! Invariant: every variant carries the numbers that explain it, and is cheap to clone, since one
-//! failed migration is reported to everybody who waited for it. Made by every module.
+//! failed migration is reported to each of its waiters. Made by every module.
 
 use std::io;
 use std::path::PathBuf;

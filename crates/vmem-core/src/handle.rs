@@ -49,7 +49,7 @@ impl VMemHandle {
         self.object.len == 0
     }
 
-    /// Where the object is kept when nobody asks for it.
+    /// The tier where the object stays while it is not in use.
     pub fn home_tier(&self) -> MemoryTier {
         self.object.home
     }

@@ -31,7 +31,7 @@ pub struct ReadOptions {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ReadClass {
-    /// Somebody waits for it.
+    /// A caller waits for it.
     #[default]
     Demand,
     /// It gives way to demand, and evicts nothing that is in use.

@@ -54,7 +54,7 @@ impl Situation {
         self.used_bytes > high_bytes || self.is_above_mark && staying > low_bytes
     }
 
-    /// Whether what is in use stays: nobody waits for more than a prefetch.
+    /// Whether objects in use stay, since only prefetches wait for space.
     pub(super) fn spares_hot(&self) -> bool {
         self.wanted.demand_bytes == 0 && !self.is_above_mark
     }

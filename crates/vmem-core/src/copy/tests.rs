@@ -112,8 +112,8 @@ fn the_last_reader_wakes_whoever_waits() {
     wake.remove_waiting();
 }
 
-/// Readers against an owner who publishes, writes in place, takes away and brings back, while
-/// another cell reuses the same descriptors.
+/// Readers against an owner that publishes, writes in place, takes the copy away and brings it
+/// back, while another cell reuses the same descriptors.
 #[test]
 fn readers_see_whole_versions_in_order() {
     let world = World::new();

@@ -86,7 +86,7 @@ impl Spans {
             let run = pages.take(span_pages(self.class));
             state = self.state.lock();
             match run {
-                // Somebody was quicker, and a span without a taken slot is not to be.
+                // Another thread was quicker, and a span must not be without a taken slot.
                 Some(run) if !state.partial.is_empty() => {
                     drop(state);
                     pages.put(run);

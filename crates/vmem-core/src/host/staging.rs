@@ -2,8 +2,8 @@
 //!
 //! Invariant: it is made once and never lent to object space, nor the other way round, so that what
 //! passes through it always moves. A [`StagingPiece`] is exclusive; the pieces are served first
-//! come first served. Whoever holds one gives it back without waiting for another one. Called by
-//! the paths that bypass object space.
+//! come first served. The holder of a piece gives it back without waiting for another one. Called
+//! by the paths that bypass object space.
 
 #![allow(unsafe_code)]
 
@@ -69,7 +69,7 @@ impl StagingPool {
 /// The staging reserve as a whole, for a backend that registers memory with a device.
 ///
 /// It stays mapped, and none of its pages is given back to the system, as long as this lives. Its
-/// bytes belong to whoever holds the pieces.
+/// bytes belong to the holders of the pieces.
 #[derive(Clone, Debug)]
 pub struct StagingMemory(Arc<StagingPool>);
 

@@ -101,7 +101,7 @@ impl Job {
         tokio::select! {
             biased;
             space = space => space,
-            () = unwanted.notified() => Err(self.deadline.error("a request that nobody waits for")),
+            () = unwanted.notified() => Err(self.deadline.error("a request without a caller")),
         }
     }
 }

@@ -80,7 +80,7 @@ async fn find_expected(
 ) -> Result<Option<VMemHandle>> {
     let found = find(names, turn).await?;
     if let (Expected::Version(_), Some(found)) = (expected, &found) {
-        // What was written to it and not flushed is a version of its own, which nobody has seen.
+        // What was written to it and not flushed is another version, which is not durable yet.
         persist::persist(names, turn, found.object()).await?;
     }
     let record = found.as_ref().and_then(|found| found.object().named().record());
@@ -276,7 +276,8 @@ async fn commit(names: &Names, change: CatalogChange) -> Result<()> {
     committed.map_err(|NotCommitted { error, .. }| error)
 }
 
-/// The catalog does not lead to this object any more: its space goes with its last handle.
+/// Notes that the catalog does not lead to this object any more: its space is freed with its last
+/// handle.
 fn lose_name(names: &Names, object: &Arc<Object>) {
     let Some(named) = object.named.get() else { return };
     if let Some(durable) = named.lose() {

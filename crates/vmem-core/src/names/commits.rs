@@ -59,7 +59,7 @@ impl NotCommitted {
         NotCommitted { error, perhaps: false, poison: false }
     }
 
-    /// Nobody knows, nor will before the next start.
+    /// Unknown, and not to be known before the next start.
     fn perhaps(error: VirtualMemoryError) -> Self {
         NotCommitted { error, perhaps: true, poison: true }
     }
@@ -172,7 +172,7 @@ async fn commit(batch: &[Commit], catalog: &dyn Catalog, counts: &Counts) -> Out
             Ok(())
         }
         Err(error) => {
-            // In this order: whoever opens it again poisons it first.
+            // In this order, since opening it again poisons it first.
             let shut = catalog.is_shut();
             let poison = catalog.is_poisoned();
             let perhaps = catalog.attempts() != before && (poison || shut);
@@ -182,7 +182,7 @@ async fn commit(batch: &[Commit], catalog: &dyn Catalog, counts: &Counts) -> Out
     }
 }
 
-/// What those get who come after a failure.
+/// The error for calls that come after a failure.
 fn after(error: &VirtualMemoryError) -> VirtualMemoryError {
     match error {
         VirtualMemoryError::Io { source, .. } => VirtualMemoryError::Io {

@@ -23,8 +23,8 @@ const AT_ONCE: usize = 1024;
 ///
 /// # Errors
 ///
-/// What the disk or the catalog says; the durable version is then the one before, or unknown if it
-/// was the commit that failed.
+/// Those of the disk and of the catalog; the durable version is then the previous one, or unknown
+/// if it was the commit that failed.
 pub(crate) async fn persist(names: &Arc<Names>, turn: &Turn, object: &Arc<Object>) -> Result<()> {
     let Some(named) = object.named.get() else { return Ok(()) };
     let Some((record, before)) = named.state() else { return Ok(()) };
@@ -39,8 +39,8 @@ pub(crate) async fn persist(names: &Arc<Names>, turn: &Turn, object: &Arc<Object
     Ok(())
 }
 
-/// The same, for who has no turn yet. An object that loses its name meanwhile has nothing to be
-/// durable.
+/// Takes the turn of the object, then does the same. An object that loses its name meanwhile has
+/// nothing to make durable.
 ///
 /// # Errors
 ///
@@ -66,10 +66,10 @@ pub(crate) async fn flush(
 ///
 /// `NotFlushed` with the names of those that are not.
 pub(crate) async fn flush_all(names: &Arc<Names>) -> Result<()> {
-    // One for all: what nobody keeps from it goes on after it.
+    // One deadline for all. Flushes that do not wait when it passes still complete.
     let deadline = names.shared.deadline();
     let all = names.all();
-    // Their bytes first, many in one run. What fails here is tried again below, and told there.
+    // Their bytes first, many in one run. What fails here is tried again below, and reported there.
     let objects = all.iter().map(|(_, handle)| handle.object());
     let dirty = objects.filter(|object| object.is_dirty()).cloned().collect();
     let _ = migrate::flush_many(&names.shared, dirty, &deadline).await;

@@ -52,7 +52,7 @@ use crate::tier::{Class, Need, Refused};
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
 /// Why the gate of a new object is open.
-const NEW: &str = "invariant: nobody else knows an object before it is announced";
+const NEW: &str = "invariant: an object has no other user before it is announced";
 
 /// The longest object, in bytes, however large the tiers are: 1 TiB. Where its chunks are takes
 /// about 2 GiB of memory then; without a bound a length alone could take all that there is.
@@ -167,8 +167,8 @@ impl VirtualMemory {
         Ok(handle)
     }
 
-    /// Frees the object, whoever else has a handle of it: they get `HandleNotFound` from now on.
-    /// `Bytes` that were read stay valid. Of an object that has a name it closes this handle only.
+    /// Frees the object: its other handles get `HandleNotFound` from now on. `Bytes` that were read
+    /// stay valid. Of an object that has a name it closes this handle only.
     ///
     /// # Errors
     ///
@@ -284,8 +284,8 @@ impl VirtualMemory {
 
     // ---- Space ----------------------------------------------------------------------------------
 
-    /// Takes device memory for a new object that lives there, if there is some or what nobody uses
-    /// can make way for it.
+    /// Takes device memory for a new object that lives there, if some is free or objects that are
+    /// not in use can be evicted for it.
     async fn take_device_space(&self, object: &Arc<Object>) -> Result<()> {
         let Some(number) = object.home.device() else { return Ok(()) };
         let deadline = self.shared.deadline();
@@ -295,7 +295,7 @@ impl VirtualMemory {
             return Ok(());
         }
         let Ok(mut space) = state.queue.take(&need, &deadline).await else { return Ok(()) };
-        // Somebody who found the object by its number may have been faster, or be at it.
+        // A caller that found the object by its number may have been faster, or be changing it.
         if let Some(pass) = object.gate_if_open()?
             && !object.has_space_on(number)
             && let Some(space) = space.pop()
@@ -312,7 +312,7 @@ impl VirtualMemory {
             match self.shared.host_space(&need, &self.shared.deadline()).await {
                 Ok(space) => {
                     let pass = object.try_gate().expect(NEW);
-                    // With the gate held: whoever finds it now changes it after this.
+                    // With the gate held, so that a caller that finds it now changes it after this.
                     self.shared.announce(object);
                     object.set_spare(&pass, space);
                     return Ok(());

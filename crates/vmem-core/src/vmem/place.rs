@@ -1,7 +1,7 @@
-//! Placing: promote, demote, prefetch, pin, flush.
+//! The calls that place objects: promote, demote, prefetch, pin, flush.
 //!
-//! Invariant: each of these is a request to the actor, which runs it as a task of its own, or a
-//! task by itself; the caller's future waits for the answer and owns nothing of the migration.
+//! Invariant: each of these is a request to the actor, which runs it as a task, or a task that
+//! starts at once; the caller's future waits for the answer and owns nothing of the migration.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -293,7 +293,7 @@ impl Prefetch {
         Prefetch { state: State::Running { answer, detached } }
     }
 
-    /// Lets it run on with nobody waiting for it.
+    /// Lets it run on without this future.
     pub fn detach(self) {
         if let State::Running { detached, .. } = &self.state {
             detached.store(true, Ordering::SeqCst);

@@ -147,7 +147,7 @@ impl VirtualMemory {
     }
 
     /// The bytes of the object if they are in host memory right now; no wait, no I/O. `None` also
-    /// if somebody is changing them at this moment, if readers hold all that
+    /// if they are being changed at this moment, if readers hold all that
     /// [`max_held`](crate::VirtualMemoryConfigBuilder::max_held) allows and the object is larger
     /// than 64 KiB, if it was freed, or the store was closed.
     ///
@@ -217,7 +217,7 @@ impl VirtualMemory {
         }
     }
 
-    /// As `hit`, for a reader who keeps it; none where readers hold all that they may.
+    /// As `hit`, for a reader that keeps it; `None` where readers hold all that they may.
     fn hit_to_keep(&self, object: &Arc<Object>) -> Option<ReadGuard> {
         let may_keep = |guard: &ReadGuard| object.len <= FREE_BYTES || self.shared.may_keep(guard);
         self.hit(object).filter(may_keep)

@@ -1,14 +1,14 @@
 //! Writing.
 //!
-//! Invariant: a write is seen whole or not at all. Either it changes bytes that nobody reads, in
+//! Invariant: a write is seen whole or not at all. Either it changes bytes that have no reader, in
 //! one go that no await interrupts, or it fills a new version that is published at the end. The
 //! caller's data is copied before the future returns, into memory that the runtime owns; a write
-//! that is dropped half way leaves the version before.
+//! that is dropped half way leaves the previous version.
 //!
-//! Where the new version goes: in place, if it is small and nobody reads the old one; into space in
-//! host memory, if there is or can be made some; else through staging to disk. The caller's future
-//! only copies its data there, within a poll, and never holds the gate across one: what the version
-//! needs besides, and its publication, is done by a task (`migrate/write.rs`).
+//! Where the new version goes: in place, if it is small and the old one has no reader; into host
+//! memory, if there is space or eviction can make some; else through staging to disk. The caller's
+//! future only copies its data there, within a poll, and never holds the gate across one: what the
+//! version needs besides, and its publication, is done by a task (`migrate/write.rs`).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -43,8 +43,8 @@ enum Look {
 }
 
 impl VirtualMemory {
-    /// Replaces all bytes of the object. Readers keep the version that they read; who reads
-    /// afterwards gets the new one. Writes to one object apply in the order in which they complete.
+    /// Replaces all bytes of the object. Readers keep the version that they read; later reads get
+    /// the new one. Writes to one object apply in the order in which they complete.
     ///
     /// # Errors
     ///

@@ -56,7 +56,7 @@ pub struct ObjectWriter {
 }
 
 impl VirtualMemory {
-    /// A writer of an object whose length nobody knows yet. It takes bytes in windows of
+    /// A writer of an object whose length is not known yet. It takes bytes in windows of
     /// [`stream_capacity`](crate::VirtualMemoryConfigBuilder::stream_capacity), at least 64 KiB for
     /// each writer, and goes on to disk as they fill, so that it never waits for object space.
     /// There is an object once [`commit`](ObjectWriter::commit) has returned.
@@ -85,7 +85,7 @@ impl VirtualMemory {
     ///
     /// None here. Writing to it fails with an [`io::Error`] that has a [`VirtualMemoryError`] as
     /// its source: `TierFull` when the disk is, `ExceedsCapacity` beyond [`OBJECT_LEN_MAX`],
-    /// `TimedOut`, `Closed`, `Io`. It says the same ever after.
+    /// `TimedOut`, `Closed`, `Io`. Later calls get the same error.
     pub fn writer(&self, home: MemoryTier) -> ObjectWriter {
         self.writer_of(home, None, self.shared.check_tier(home))
     }
@@ -237,7 +237,7 @@ impl ObjectWriter {
         let parcel = shared.spawn_for_caller("vmem-stream", sending);
         let sent = async move {
             let sent = shared.answer(&parcel, &deadline, "writing a stream").await?;
-            // Nobody takes it back: the extents are the writer's own.
+            // They are never taken back: the extents are the writer's own.
             sent.ok_or(VirtualMemoryError::Closed)
         };
         self.sends.push_back(sent.boxed());

@@ -1,4 +1,4 @@
-//! The pages of host memory: given back in time, and told of.
+//! The pages of host memory: they are given back in time, and requests hear of it.
 
 use std::io;
 use std::sync::Barrier;
@@ -55,7 +55,7 @@ fn request_is_woken_after_a_slab_changed() {
         device.barrier.wait();
         assert!(first.join().unwrap().is_some());
     });
-    assert!(pages.has_settled(), "who was refused is to look again");
+    assert!(pages.has_settled(), "the refused request is to look again");
     assert!(pages.take(2).is_some(), "and finds space");
 }
 
