@@ -44,7 +44,7 @@ pub(crate) fn parts() -> Vec<Part> {
         part(
             "contract-waiting",
             habits::waiting,
-            "calls on threads of users wait for nobody's kernel; which others do",
+            "calls on threads of users wait for no kernel; which others do",
         ),
         part("contract-stale-pages", stale_pages, "registered memory is the pages that were there"),
         part("contract-events", events, "events have generations, and order streams"),
@@ -96,7 +96,7 @@ fn events(env: &Env) -> Result<Outcome> {
     event.record(first)?;
     ensure!(!event.try_is_complete()?, "behind a kernel");
     second.wait(&event)?;
-    // Recorded again, where nothing is: who waited for it before still waits for the kernel.
+    // Recorded again on an idle stream: an earlier waiter still waits for the kernel.
     let idle = user.context.new_stream()?;
     event.record(&idle)?;
     event.synchronize()?;

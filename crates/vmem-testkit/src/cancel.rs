@@ -40,7 +40,7 @@ pub async fn poll_then_drop<F: Future>(future: F, polls: usize) -> Option<F::Out
 }
 
 /// As [`poll_then_drop`], but the drop comes when the future was woken once more: what it waited
-/// for has happened, and nobody takes it.
+/// for has happened, and is not taken.
 ///
 /// # Panics
 ///

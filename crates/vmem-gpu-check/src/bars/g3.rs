@@ -133,8 +133,8 @@ fn tell(
     report.tell(
         "how",
         "vmem: gather of 256 bytes, which waits for the kernel and then for its copy; the others \
-         queue the same copy behind the kernel and wait once; a flag in pinned memory wakes nobody \
-         without polling and takes no part",
+         queue the same copy behind the kernel and wait once; a flag in pinned memory wakes \
+         nothing without polling and takes no part",
     );
     Ok(())
 }
@@ -278,9 +278,9 @@ impl Sleeper {
         let run = move || {
             while let Ok(event) = inbox.recv() {
                 let passed = event.synchronize();
-                // Before the signal: whoever it wakes finds the event here.
+                // Before the signal: the waiter that it wakes finds the event here.
                 let given = give_back.send(event);
-                // After an error too: the waiter sees it by itself.
+                // After an error too, which the waiter finds itself.
                 signal.fire();
                 if passed.is_err() || given.is_err() {
                     return;

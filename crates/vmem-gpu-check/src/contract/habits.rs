@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use super::memory::{Mapped, down, up};
 use super::*;
 
-/// A captured event is no end of work, and asking for one harms nobody for long.
+/// A captured event marks no end of work, and a query of one does no lasting harm.
 pub(super) fn captured_event(env: &Env) -> Result<Outcome> {
     let user = env.user()?;
     let stream = &user.stream;

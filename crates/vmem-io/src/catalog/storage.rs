@@ -84,8 +84,8 @@ impl StorageBackend for Storage {
     }
 }
 
-/// Storage that is read, and what is written to it kept in memory: redb repairs and tidies up what
-/// it opens, and whoever only looks must not change anything.
+/// Storage that is only read; writes to it stay in memory. redb repairs and tidies up what it
+/// opens, and a check must not change anything.
 #[derive(Debug)]
 pub(super) struct Overlay {
     below: Storage,

@@ -290,9 +290,9 @@ impl Job {
         self
     }
 
-    /// The wave is over: what it read goes to its place, what it borrowed goes back, and the job
-    /// goes to whoever waits for it; if nobody does, what it owns is dropped, now that nothing
-    /// runs. Called with no lock held.
+    /// Ends the wave: copies what it read to its place, gives back what it borrowed, and hands the
+    /// job to its waiter; without one, drops what the job owns, now that nothing runs. Called with
+    /// no lock held.
     pub(super) fn deliver(mut self: Box<Self>) {
         debug_assert!(self.running == 0, "delivered while it runs");
         self.unload();

@@ -34,7 +34,7 @@ pub async fn all<C: Catalog>(seed: Seed, make: impl AsyncFn() -> Arc<C>) {
     closed_catalogs_refuse(&*make().await).await;
 }
 
-/// Versions, numbers and bounds of names, each committed by itself.
+/// Versions, numbers and bounds of names, each in a commit of its own.
 struct Writer {
     rng: SmallRng,
     next: u64,
