@@ -57,7 +57,7 @@ async fn a_store_without_vram_says_why() {
         "{error:?}"
     );
 
-    // Full of somebody else's data.
+    // Full of data of others.
     emulator.devices(1);
     emulator.others((256 << 20) - (1 << 20));
     let vmem = vmem::open(config().build().unwrap()).await.unwrap();

@@ -44,7 +44,7 @@ pub(crate) async fn open_small(vram: u64) -> VirtualMemory {
     vmem::open(config.build().unwrap()).await.unwrap()
 }
 
-/// A stream of a user, who has a context object of its own.
+/// A stream of a user, which has a context object of its own.
 pub(crate) fn stream() -> Arc<CudaStream> {
     CudaContext::new(0).unwrap().new_stream().unwrap()
 }

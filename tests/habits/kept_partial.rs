@@ -35,7 +35,7 @@ async fn case(place: Place, call: Call, polls: usize) -> Result<(), String> {
             kept.push(future);
             continue;
         }
-        // What it brought is the caller's, who lets it go.
+        // What it returned is the caller's, which drops it.
         let got = succeeds("a future that has ended", BOUND, future.finish()).await?;
         got.check(subject.objects.len())?;
     }

@@ -99,7 +99,7 @@ impl Card {
         let context =
             CudaContext::new(ordinal).map_err(|error| told("opening a context", error))?;
         // SAFETY: no slice of cudarc's is ever made in this context object, so nothing relies on it
-        // to track who uses one. With it, the first stream would synchronise the whole context.
+        // to track the use of one. With it, the first stream would synchronise the whole context.
         unsafe { context.disable_event_tracking() };
         relax_capture().map_err(|error| told("exchanging the capture mode", error))?;
         let (free, _) = result::mem_get_info().map_err(|error| told("asking for memory", error))?;

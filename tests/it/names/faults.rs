@@ -272,7 +272,7 @@ impl Catalog for Picky {
     }
 }
 
-/// What is damaged fails whoever changes it, and nobody whose changes were to be committed with it.
+/// A damaged name fails its own changes, and no others that were to be committed with them.
 #[tokio::test]
 async fn damage_of_one_name_is_the_matter_of_one() {
     let tape = Tape::of(Image::default());

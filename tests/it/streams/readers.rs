@@ -139,8 +139,8 @@ async fn reader_gives_one_version_whatever_becomes_of_the_object() {
     vmem.close().await.unwrap();
 }
 
-/// 400 peers who read the start and then nothing: they keep no object space, and windows within the
-/// reserve.
+/// 400 peers that read the start and then nothing: they keep no object space, and windows within
+/// the reserve.
 #[tokio::test]
 async fn peers_who_do_not_read_keep_nothing_from_others() {
     const PEERS: usize = 400;
@@ -226,7 +226,7 @@ async fn errors_of_a_reader_name_their_cause_and_pass() {
     assert!(matches!(error, VirtualMemoryError::Closed), "{error}");
 }
 
-/// A disk that stands still makes a reader late, and one that is left alone delays nobody.
+/// A disk that stands still makes a reader late, and a reader that is left alone delays no other.
 #[tokio::test(start_paused = true)]
 async fn reader_has_a_deadline_and_delays_nobody() {
     let wait = Duration::from_secs(3);

@@ -21,7 +21,7 @@ fn names_go_there_and_back() {
     assert!(error.to_string().contains("s3-fifo"), "{error} says what there is");
 }
 
-/// First in, first out, by somebody who has the public items only.
+/// First in, first out, written with the public items only.
 #[derive(Debug, Default)]
 pub(crate) struct Fifo {
     queue: BTreeMap<u32, u64>,

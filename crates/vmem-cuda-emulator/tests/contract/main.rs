@@ -35,7 +35,7 @@ fn events_have_generations_and_order_streams() {
     second.wait(&event).unwrap();
     let mut target = Registered::new(vec![0; 4096]);
     assert_eq!(down(&mut target.0, pointer, &second), 0);
-    // Recorded again, where nothing is: who waited for it before still waits for the copy.
+    // Recorded again on an idle stream: an earlier waiter still waits for the copy.
     let idle = context.new_stream().unwrap();
     event.record(&idle).unwrap();
     event.synchronize().unwrap();

@@ -5,7 +5,7 @@
 //! after each, and all of every object after the last one. Called by `bars`.
 //!
 //! The cache by hand is an LRU of device buffers with one stream of copies, which knows what comes
-//! next and copies that early: what a user writes who needs no more than this one loop.
+//! next and copies that early: what a user who needs no more than this one loop would write.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
