@@ -201,7 +201,7 @@ async fn leases_dropped_after_close_share_one_thread() {
     assert_eq!(emulator.violations(), [""; 0]);
 }
 
-/// A host function of the user that is slow delays every notice; the ends are seen all the same.
+/// A host function of the user that is slow delays every notice; the ends are still seen.
 #[tokio::test]
 async fn a_slow_host_function_of_the_user_delays_ends_by_a_watchdog_only() {
     unsafe extern "C" fn slow(_argument: *mut std::ffi::c_void) {

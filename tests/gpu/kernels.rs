@@ -162,7 +162,7 @@ async fn a_kernel_that_fails() {
     emulator.sticky(0);
 }
 
-/// The notice of a kernel's end is lost: it is seen all the same.
+/// The notice of a kernel's end is lost; the end is still seen.
 #[tokio::test]
 async fn a_lost_notice_of_a_kernel() {
     let emulator = Emulator::load().unwrap();
@@ -263,7 +263,7 @@ async fn a_copy_down_that_is_slow_at_the_end() {
     drop((lease, named));
     let mut closing = Box::pin(vmem.close());
     tokio::select! {
-        _ = &mut closing => panic!("what the kernel wrote is still on its way"),
+        _ = &mut closing => panic!("what the kernel wrote is still being copied"),
         () = tokio::time::sleep(Duration::from_millis(1500)) => emulator.release_all(),
     }
     closing.await.unwrap();

@@ -94,7 +94,7 @@ pub(crate) fn plus(bytes: &[u8], n: u8) -> Vec<u8> {
     bytes.iter().map(|byte| byte.wrapping_add(n)).collect()
 }
 
-/// Waits until something has come about.
+/// Waits until a condition holds.
 pub(crate) async fn until(what: &str, come: impl Fn() -> bool) {
     let begun = Instant::now();
     while !come() {

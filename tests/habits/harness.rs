@@ -169,7 +169,7 @@ pub(crate) fn assert_none(complaints: &[String]) {
     assert!(complaints.is_empty(), "{} complaints:\n{}", complaints.len(), complaints.join("\n"));
 }
 
-/// Waits for something that comes about; a complaint where it does not.
+/// Waits until a condition holds; an error if it does not.
 pub(crate) async fn eventually(what: &str, mut check: impl FnMut() -> bool) -> Result<(), String> {
     for _ in 0..BOUND.as_millis() / 2 {
         if check() {

@@ -84,7 +84,7 @@ fn kept_snapshots_delay_nobody() {
     real(Call::Snapshot);
 }
 
-/// A `close` that is left alone ends the store all the same: its directory can be opened again.
+/// A `close` that is left alone still ends the store: its directory can be opened again.
 #[test]
 fn kept_close_ends_the_store() {
     let mut complaints = Vec::new();

@@ -34,7 +34,7 @@ enum Found {
     Promoted,
 }
 
-/// What becomes of the object while its copy is left alone.
+/// What happens to the object while its copy is left alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Meanwhile {
     Stays,

@@ -124,7 +124,7 @@ async fn fill_disk(store: &Store) -> Result<Vec<VMemHandle>, String> {
     }
 }
 
-/// What becomes of the first write of an object.
+/// What happens to the first write of an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum First {
     Dropped,

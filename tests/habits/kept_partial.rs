@@ -57,7 +57,7 @@ async fn case(place: Place, call: Call, polls: usize) -> Result<(), String> {
         (held, pinned, stats.waiters, stats.migrations_in_flight) == (0, 0, 0, 0)
     };
     eventually("nothing is held, pinned, waited for or in flight", quiet).await?;
-    // All of staging is there: more copies at once than it has pieces.
+    // All of staging is free: more copies at once than it has pieces.
     let mut copies = tokio::task::JoinSet::new();
     for handle in &subject.objects {
         let vmem = vmem.clone();

@@ -254,7 +254,7 @@ fn future_that_changes_its_task_brings_its_bytes() {
             let mut moved = Vec::new();
             for n in 0..12 {
                 let mut future = call.start(&subject, n);
-                // The first task polls it, ends, and its waker goes with it.
+                // The first task polls it and ends, and its waker with it.
                 let polled = tokio::spawn(async move {
                     let output = poll_immediate(&mut future).await;
                     (output, future)

@@ -33,9 +33,9 @@ enum Touch {
     Allocate,
     /// It is made, and removed.
     Remove,
-    /// It was there; it is opened, read and dropped.
+    /// An existing name is opened, read and dropped.
     Open,
-    /// It was there; it gets metadata and another name.
+    /// An existing name gets metadata and another name.
     Rename,
 }
 

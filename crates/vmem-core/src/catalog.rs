@@ -1,8 +1,7 @@
 //! What core needs of the catalog of named objects: changes in, committed together; rows out.
 //!
-//! Invariant: a commit is durable when it succeeds, and all of it or nothing is there after any
-//! crash. What a row leads to was durable before it was handed in. Called by `names/`; implemented
-//! in `vmem-io`.
+//! Invariant: a commit is durable when it succeeds, and is whole or absent after any crash. What a
+//! row leads to was durable before it was handed in. Called by `names/`; implemented in `vmem-io`.
 
 use std::fmt;
 use std::ops::Bound;
@@ -112,7 +111,7 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// Those of `check`; it has ended all the same.
+    /// Those of `check`; the catalog has ended nevertheless.
     fn close(&self) -> Answer<()>;
 }
 

@@ -3,7 +3,7 @@
 //! Invariant: the space of an [`Extent`] is its own until the extent is dropped, and an extent
 //! is dropped only after the last operation that touches it has completed; so a reader of an old
 //! version never sees the bytes of a new one. A backend owns the buffers of an operation from the
-//! call until the completion, whatever becomes of the future. Called by the migrations; implemented
+//! call until the completion, whatever happens to the future. Called by the migrations; implemented
 //! in `vmem-io`, and by backends for other media.
 
 use std::fmt;
@@ -56,7 +56,7 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     ///
     /// Why it was not, [`Unsupported`](io::ErrorKind::Unsupported) where there is nothing to
-    /// register with; everything works all the same.
+    /// register with; everything works without it.
     fn register(&self, memory: StagingMemory) -> io::Result<()> {
         drop(memory);
         Err(io::ErrorKind::Unsupported.into())

@@ -193,7 +193,7 @@ impl<T> Parcel<T> {
         }
     }
 
-    /// Takes the value, once it is there.
+    /// Takes the value, once it was delivered.
     ///
     /// # Errors
     ///
@@ -207,7 +207,7 @@ impl<T> Parcel<T> {
         .map(|(value, _ticket)| value)
     }
 
-    /// A clone of the value, once it is there.
+    /// A clone of the value, once it was delivered.
     ///
     /// # Errors
     ///

@@ -2,7 +2,7 @@
 //!
 //! Invariant: a stream never waits for memory, so that a peer that does not read delays no other
 //! stream. While there is plenty it gets what it asks for, then less and less, and always the least
-//! with which it gets on. What all streams have is counted, and beyond the least of each never
+//! with which it can go on. What all streams have is counted, and beyond the least of each never
 //! above the reserve. Called by `ObjectReader` and `ObjectWriter`, and by the tasks that serve
 //! them.
 

@@ -14,7 +14,7 @@ use crate::races::{Clock, Races};
 use crate::raw::HostMemory;
 use crate::stream::Stream;
 
-/// The stream that is there without being made.
+/// The stream that exists without being created.
 pub(crate) const DEFAULT_STREAM: u64 = 0;
 /// The threads' own streams are numbered from here.
 pub(crate) const PER_THREAD: u64 = 1 << 40;

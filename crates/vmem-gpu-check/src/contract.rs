@@ -158,7 +158,7 @@ fn contexts(env: &Env) -> Result<Outcome> {
     let (without, with) = elsewhere.join().map_err(|_| anyhow::anyhow!("it panicked"))??;
     ensure!(without == 201, "a thread without a context: {without}");
     ensure!(with == 0, "a thread with one: {with}");
-    // One that was pushed is what counts, and what was there comes back.
+    // The context that was pushed is current; after the pop the previous one is again.
     crate::user::without_context()?;
     // SAFETY: the context is retained by `user`.
     unsafe { sys::cuCtxPushCurrent_v2(user.context.cu_ctx()) }.result()?;

@@ -246,7 +246,7 @@ impl CopyStream {
     fn mark(&self, batch: &mut Batch) -> Result<(), DriverError> {
         let event = self.card.events().take()?;
         event.record(&self.stream)?;
-        // Without it the watchdog sees its end all the same.
+        // Without it the watchdog still sees its end.
         ask_for_notice(&self.notices, &event, self.ring);
         batch.event = Some(event);
         Ok(())

@@ -6,10 +6,10 @@
 //!
 //! # Order of streams
 //!
-//! The bytes are there before the lease is granted, so any stream may read them at once. The end is
-//! what counts: the deleter ends the lease as its drop does, behind all that is queued *on the
-//! stream of the lease* by then. Use the tensor on that stream, or make that stream wait for yours
-//! before the deleter is called. In PyTorch:
+//! The bytes are on the device before the lease is granted, so any stream may read them at once.
+//! Only the end needs an order: the deleter ends the lease as its drop does, behind all that is
+//! queued *on the stream of the lease* by then. Use the tensor on that stream, or make that stream
+//! wait for yours before the deleter is called. In PyTorch:
 //!
 //! ```python
 //! lease_stream = torch.cuda.ExternalStream(pointer_of_the_stream)  # `tensor.stream().cu_stream()`

@@ -157,7 +157,7 @@ async fn a_copy_that_is_refused() {
     assert_eq!((operation, &*message), ("copying to the device", "CUDA_ERROR_INVALID_VALUE"));
     device.upload(range.clone(), 0, bytes(1000, 2)).await.unwrap();
     assert!(read(&device, &range).await == bytes(1000, 2));
-    // No notice can be asked for: it ends all the same.
+    // No notice can be asked for; the copy ends nevertheless.
     emulator.fail("cuLaunchHostFunc", 1, 1);
     device.upload(range.clone(), 0, bytes(1000, 3)).await.unwrap();
     drop(range);

@@ -75,7 +75,7 @@ pub(crate) fn quietly<T>(work: impl FnOnce() -> T) -> Result<T, ()> {
 
 type Hook = Box<dyn Fn(&PanicHookInfo<'_>) + Send + Sync>;
 
-/// A filter in front of the hook that was there.
+/// A filter in front of the previous hook.
 struct Filter {
     hook: Arc<Hook>,
     /// Where the filter is, to recognise a hook that is set meanwhile.

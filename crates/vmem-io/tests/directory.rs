@@ -226,7 +226,7 @@ fn only_the_file_that_was_opened_is_removed() {
     let (_scratch, path) = scratch();
     let (directory, _data) = StoreDirectory::open(Some(&path)).unwrap();
     fs::rename(path.join(DATA_FILE), path.join("moved")).unwrap();
-    fs::write(path.join(DATA_FILE), "of somebody else").unwrap();
+    fs::write(path.join(DATA_FILE), "of another program").unwrap();
     fs::write(path.join("neighbour"), "too").unwrap();
     directory.close().unwrap();
     for name in [DATA_FILE, "moved", "neighbour", LOCK_FILE] {

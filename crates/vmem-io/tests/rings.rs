@@ -266,7 +266,7 @@ fn nothing_is_left_after_close_or_drop() {
     }
     for kind in BOTH {
         let runtime = runtime();
-        // The threads of the runtime are there once it has done something.
+        // The threads of the runtime run once it has done something.
         runtime.block_on(async { tokio::spawn(async {}).await.unwrap() });
         thread::sleep(Duration::from_millis(50));
         let before = counted();

@@ -77,7 +77,7 @@ impl Parts {
         Ok(())
     }
 
-    /// A part that was there before under this number is given up.
+    /// Adds a part that arrived out of turn. A previous part of this number is given up.
     ///
     /// # Errors
     ///
@@ -121,7 +121,7 @@ impl Parts {
         Ok((joined, rest))
     }
 
-    /// Parts that are still on their way are given up when they arrive.
+    /// Parts that are still being uploaded are given up when they arrive.
     pub(crate) fn end(&self) {
         let ended = self.0.lock().take();
         drop(ended);

@@ -130,7 +130,7 @@ async fn a_name_is_durable_from_its_first_flush() {
     let never = vmem.allocate_named("never", 10, Disk).await.unwrap();
     vmem.write(&never, [7; 10]).await.unwrap();
     assert_eq!(listed(&vmem, "").await, ["flushed", "never"]);
-    // It has no handle, and is there all the same.
+    // It has no handle, and still exists.
     drop(never);
     is(&vmem, &vmem.open_named("never").await.unwrap(), 7, 10).await;
     // As a crash would leave it.

@@ -51,8 +51,8 @@ async fn write_with_of_an_object_larger_than_half_of_host_memory() {
     assert!(vmem.read(&object).await.unwrap().iter().all(|&byte| byte == 7));
 }
 
-/// The last pin may go while the next one is being taken: the charge is there exactly while there
-/// are pins.
+/// The last pin may go while the next one is being taken: there is a charge exactly while there are
+/// pins.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn pins_that_come_and_go_are_charged() {
     let (vmem, _driver) = open(1024 * KIB, 1024 * KIB, |config| config);

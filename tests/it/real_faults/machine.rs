@@ -215,7 +215,7 @@ pub(crate) fn errno(error: &VirtualMemoryError) -> Option<i32> {
     }
 }
 
-/// Lengths around every boundary that there is: byte, sector, page, chunk, request.
+/// Lengths around every boundary: byte, sector, page, chunk, request.
 pub(crate) fn odd_lengths() -> Vec<usize> {
     let edges = [512, 4 * KIB, 64 * KIB, 128 * KIB, 1024 * KIB];
     let near = edges.into_iter().flat_map(|edge| [edge - 1, edge, edge + 1]);

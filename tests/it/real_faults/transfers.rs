@@ -15,7 +15,7 @@ use super::place::Ext4;
 use crate::support::quiet;
 use crate::support::{DISK, HOST, MIB, assert_empty, bytes};
 
-/// Objects of odd lengths are demoted and promoted in every way that there is.
+/// Objects of odd lengths are demoted and promoted in every possible way.
 async fn round_trips(vmem: &VirtualMemory, seed: Seed) {
     let mut rng = seed.fork("round trips").rng();
     let mut objects: Vec<Known> = Vec::new();

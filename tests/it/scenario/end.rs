@@ -78,7 +78,7 @@ async fn scenario_24_two_clones_close_during_every_call() {
             ends("a call", caller).await.unwrap();
         }
         assert!(before == held, "bytes stay what they were");
-        // Handles and bytes live on; the directory is free all the same.
+        // Handles and bytes live on; the directory is free nevertheless.
         let again = vmem::open(real_config(dir.path(), 2 * MIB, 64 * MIB)).await.unwrap();
         again.close().await.unwrap();
         assert!(before == held);

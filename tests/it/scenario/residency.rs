@@ -237,7 +237,7 @@ async fn scenario_06_evict_against_read_on_a_slow_disk() {
 // -----------------------------------------------------------------
 
 /// Excluded: two sets that each hold half of what the other needs, and wait for ever; a set that
-/// can never fit and waits all the same. Noticed by tasks that do not end, or end with an error.
+/// can never fit and waits nevertheless. Noticed by tasks that do not end, or end with an error.
 #[tokio::test(start_paused = true)]
 async fn scenario_10_sets_in_opposite_orders() {
     let pairs = [[0, 1], [1, 0], [2, 3], [3, 2], [0, 1], [3, 2], [1, 0], [2, 3]];

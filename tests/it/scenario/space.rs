@@ -173,7 +173,7 @@ fn open_held(count: usize) -> (VirtualMemory, Arc<support::MemDriver>) {
 
 type Served = Arc<Mutex<Vec<usize>>>;
 
-/// A task that reads the object, notes that it was served, and lets go after a while.
+/// A task that reads the object, notes that it was served, and drops the bytes after a while.
 fn reader(vmem: &VirtualMemory, handle: &VMemHandle, served: &Served, nth: usize) {
     let vmem = vmem.clone();
     let handle = handle.clone();

@@ -1,4 +1,5 @@
-//! Readers: what they give, whatever becomes of the object, and what they keep from others.
+//! Readers: the bytes that they give, whatever happens to the object, and what they keep from
+//! others.
 
 use std::io::SeekFrom;
 use std::time::Duration;
@@ -162,7 +163,7 @@ async fn peers_who_do_not_read_keep_nothing_from_others() {
     // The window that is read: none is filled early where the reserve is full.
     let least = (PEERS * 4 * KIB) as u64;
     assert!(stats.stream_bytes <= (1 << 20) + least, "{} bytes", stats.stream_bytes);
-    // All of object space is there for others, at once.
+    // All of object space is free for others, at once.
     let large = vmem.put(bytes(9, 1, 3 * MIB), HOST).await.unwrap();
     assert!(vmem.read(&large).await.unwrap() == bytes(9, 1, 3 * MIB));
     // And other peers are served.

@@ -125,7 +125,7 @@ pub(crate) async fn quiet(vmem: &VirtualMemory) -> VirtualMemoryStats {
     panic!("does not settle: {:#?}", vmem.stats());
 }
 
-/// Waits, on the real clock, for something that comes about; panics where it does not come.
+/// Waits, on the real clock, until a condition holds; panics if it does not.
 pub(crate) async fn eventually(what: &str, mut check: impl FnMut() -> bool) {
     for _ in 0..4000 {
         if check() {

@@ -1,7 +1,7 @@
 //! Leases of several objects, taken all at once, beside others that want the same.
 //!
 //! Excluded: a range that goes to another object of the set, a stale copy on a sibling, a busy core
-//! while a kernel or a budget is waited for, and a set that can never fit and waits all the same.
+//! while a kernel or a budget is waited for, and a set that can never fit and waits nevertheless.
 //! Noticed by the lengths of ranges, by the processor time of the thread, and by the errors.
 #![cfg(target_os = "linux")]
 
@@ -91,7 +91,7 @@ async fn no_sibling_shares_the_version_before_one_that_is_pending() {
         Ok(())
     };
     let finished = tokio::spawn(change.finish(ready.boxed()));
-    assert!(access(&vmem, 1).share(&handle).unwrap().is_none(), "the version before");
+    assert!(access(&vmem, 1).share(&handle).unwrap().is_none(), "the previous version");
     assert!(!vmem.residency(&handle).unwrap().is_in(MemoryTier::of_device(1)));
     ended.send(()).unwrap();
     finished.await.unwrap().unwrap();

@@ -125,7 +125,7 @@ pub(crate) struct Copies {
 }
 
 impl Copies {
-    /// An empty pool; `wake` is called when the last reader of a copy lets go.
+    /// An empty pool; `wake` is called when the last reader of a copy releases it.
     pub(crate) fn new(wake: Arc<Wake>) -> Self {
         let free = Mutex::new(Free { list: Vec::new(), chunks: Vec::new() });
         let pool = Arc::new(CopyPool { free, wake });

@@ -64,7 +64,7 @@ fn readers_keep_their_version_and_share_its_memory() {
     let two = world.read().unwrap();
     assert_eq!(one.as_ptr(), two.as_ptr());
     assert_eq!(world.copies.held_bytes(), 256);
-    assert!(!world.cell.write_in_place(|_| panic!("somebody reads")));
+    assert!(!world.cell.write_in_place(|_| panic!("it has a reader")));
     assert!(world.cell.take_idle(&world.copies).is_none());
 
     world.cell.publish(world.copy_of(2), &world.copies);

@@ -27,11 +27,11 @@ use crate::parcel::{Delivery, Parcel, SetAside};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
-/// Pieces of one large write that are on their way to disk at once.
+/// Pieces of one large write that are in flight at once.
 const PIECES_MAX: usize = 4;
 
-/// A version on its way to disk. Chunks that the data covers whole go first, those at its edges
-/// wait for the gate.
+/// A version that is being written to disk. Chunks that the data covers whole go first, those at
+/// its edges wait for the gate.
 pub(crate) struct DiskWrite {
     object: Arc<Object>,
     range: Range<usize>,

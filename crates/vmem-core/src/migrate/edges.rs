@@ -20,7 +20,7 @@ use crate::tier::Class;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
-/// The outcome of one write that is on its way.
+/// The outcome of one write that is in flight.
 pub(super) type Written = std::result::Result<Vec<Extent>, DiskError>;
 
 /// The data in a chunk that it covers in part, and where in the object that is.

@@ -82,7 +82,7 @@ pub(crate) async fn fill_device(
         return Ok(true);
     }
     let Some(range) = object.space_on(pass, number) else {
-        // Something still uses what was there before: it keeps that, and we take something else.
+        // The previous range is still in use and stays with its users, so another one is taken.
         object.detach_from(pass, number);
         return Ok(false);
     };

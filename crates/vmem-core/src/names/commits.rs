@@ -47,14 +47,14 @@ struct Commit {
 #[derive(Clone, Debug)]
 pub(crate) struct NotCommitted {
     pub(crate) error: VirtualMemoryError,
-    /// They may be all the same.
+    /// Whether they may be durable nevertheless.
     pub(crate) perhaps: bool,
-    /// So may be what comes after.
+    /// Whether the outcome of later changes would be unknown too.
     poison: bool,
 }
 
 impl NotCommitted {
-    /// They are certainly not.
+    /// They are certainly not durable.
     pub(super) fn not(error: VirtualMemoryError) -> Self {
         NotCommitted { error, perhaps: false, poison: false }
     }
@@ -129,7 +129,7 @@ async fn commit_in_turn(
 
 type Outcome = Result<(), NotCommitted>;
 
-/// Commits all of these at once; what became of each.
+/// Commits all of these at once; returns the outcome of each.
 async fn commit_all(
     batch: &[Commit],
     catalog: &dyn Catalog,

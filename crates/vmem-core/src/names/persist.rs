@@ -1,7 +1,7 @@
 //! Making the current bytes of a named object durable.
 //!
 //! Invariant: the durable version of an object owns its extents until a commit that leads elsewhere
-//! has succeeded, whatever becomes of the current version meanwhile. Called with the turn of the
+//! has succeeded, whatever happens to the current version meanwhile. Called with the turn of the
 //! name.
 
 use std::sync::Arc;

@@ -62,7 +62,7 @@ impl Object {
         self.inner.lock().pending = None;
     }
 
-    /// Whether what a kernel wrote is on its way.
+    /// Whether a kernel has written a version that is not published yet.
     pub(crate) fn is_pending(&self) -> bool {
         self.inner.lock().pending.is_some()
     }

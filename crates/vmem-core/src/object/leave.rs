@@ -13,7 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::{DEAD, DiskMap, GatePass, Object, chunk_count};
 use crate::parcel::WeakParcel;
 
-/// What became of an attempt to let an object leave memory.
+/// The outcome of an attempt to let an object leave memory.
 #[must_use]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Leave {

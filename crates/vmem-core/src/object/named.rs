@@ -62,7 +62,7 @@ impl<'a> Claim<'a> {
         Ok(Claim { named, kept: false })
     }
 
-    /// The object has the name from now on; the catalog leads to `durable`, if it is there.
+    /// Gives the object the name; the catalog leads to `durable`, if it is given.
     pub(crate) fn keep(mut self, record: CatalogRecord, durable: Option<DiskMap>) {
         self.kept = true;
         if let Some(state) = &mut *self.named.state.lock() {

@@ -110,7 +110,7 @@ pub enum Pick {
     },
     /// The bound on steps was reached: look again with the same pass, after others had their turn.
     Retry,
-    /// The pass is over: each entry that was there when it began, and was not named, could not go
+    /// The pass is over: each entry that was present when it began, and was not named, could not go
     /// when it was asked.
     Empty,
 }

@@ -16,7 +16,7 @@ const READS_MAX: usize = 64;
 const BACKGROUND_MAX: usize = 32;
 /// A prefetch waits at least this long after the last read of demand.
 const QUIET_MIN: Duration = Duration::from_micros(200);
-/// A prefetch that found no quiet moment for so long takes a turn all the same.
+/// A prefetch that found no quiet moment for this long takes a turn anyway.
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// See the module's documentation.

@@ -184,7 +184,7 @@ fn footprint(object: &Object, number: usize) -> Result<u64> {
     Ok(object.shared.device(number)?.backend.footprint(object.len))
 }
 
-/// Holds an object that is there.
+/// Holds an object that is on the device.
 fn try_hold(
     number: usize,
     request: &LeaseRequest,

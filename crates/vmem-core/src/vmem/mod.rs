@@ -55,7 +55,7 @@ type Result<T> = std::result::Result<T, VirtualMemoryError>;
 const NEW: &str = "invariant: an object has no other user before it is announced";
 
 /// The longest object, in bytes, however large the tiers are: 1 TiB. Where its chunks are takes
-/// about 2 GiB of memory then; without a bound a length alone could take all that there is.
+/// about 2 GiB of memory then; without a bound a length alone could take all memory.
 pub const OBJECT_LEN_MAX: u64 = 1 << 40;
 
 /// An open store: one awaitable handle over the tiers. Cheap to clone; the last clone that is

@@ -106,7 +106,7 @@ impl VirtualMemory {
         self.with_home(handle)
     }
 
-    /// The handle, if the home tier of the object is there.
+    /// The handle, if the store has the home tier of the object.
     pub(super) fn with_home(&self, handle: VMemHandle) -> Result<VMemHandle> {
         self.shared.check_tier(handle.home_tier()).map(|()| handle)
     }

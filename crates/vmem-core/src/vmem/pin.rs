@@ -204,7 +204,7 @@ async fn pin_in_host(object: &Arc<Object>, deadline: &Deadline) -> Result<HoldGu
         if object.len > 0 {
             drop(fetch_into(&job, &pass, space).await?);
         }
-        // Counted last: what is pinned is there.
+        // Counted last, so that a pinned object is resident.
         if let Some(held) = HoldGuard::count_prepaid(&pass, &mut prepaid)? {
             return Ok(held);
         }

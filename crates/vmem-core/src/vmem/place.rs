@@ -87,8 +87,7 @@ impl VirtualMemory {
         }
     }
 
-    /// As [`flush`](Self::flush), for every object that was there when it was called. All are
-    /// tried.
+    /// As [`flush`](Self::flush), for every object that existed when it was called. All are tried.
     ///
     /// # Errors
     ///

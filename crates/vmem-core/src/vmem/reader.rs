@@ -36,7 +36,7 @@ const STEP: usize = 256 * 1024;
 /// Windows that are filled before the reader comes to them.
 const EARLY_WINDOWS: usize = 2;
 
-/// A window on its way.
+/// A window that is being filled.
 struct Fetch {
     range: Range<usize>,
     filled: BoxFuture<'static, Result<Filled>>,
@@ -294,8 +294,8 @@ impl ObjectReader {
         }
     }
 
-    /// Goes on from another place. The front window stays if it has that; what is on its way, if it
-    /// follows.
+    /// Goes on from another place. The front window stays if it has that place; windows in flight
+    /// stay if they follow.
     fn move_to(&mut self, at: usize) {
         self.at = at;
         let front_end = self.front_at + self.front.len();

@@ -216,7 +216,7 @@ impl VirtualMemory {
         }
     }
 
-    /// Decides what becomes of a write, or does it if that takes no wait.
+    /// Decides how to write, or writes at once if that takes no wait.
     fn look(&self, pass: &GatePass, range: &Range<usize>, data: &[u8], promoted: bool) -> Look {
         let object = pass.object();
         let small = data.len() <= IN_PLACE_MAX;
@@ -347,7 +347,7 @@ impl VirtualMemory {
         Ok(finished.unwrap_or(Finished::Pinned))
     }
 
-    /// Sends all chunks that the data covers on their way. `None` if the write was taken back.
+    /// Submits all chunks that the data covers whole. `None` if the write was taken back.
     async fn submit_all(
         &self,
         object: &Arc<Object>,

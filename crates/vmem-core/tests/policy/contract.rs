@@ -79,7 +79,7 @@ impl Policy for Fifo {
     }
 }
 
-/// A policy of one's own and those that are built in agree where nothing is used twice.
+/// A user's policy and the built-in ones agree where nothing is used twice.
 #[test]
 fn all_are_first_in_first_out_where_nothing_is_used_twice() {
     let own: Box<dyn Policy> = Box::<Fifo>::default();

@@ -57,7 +57,7 @@ fn races_are_found_whatever_the_timing() {
     let pointer = alloc(8192);
     let source = Registered::new(vec![3; 4096]);
     let mut target = Registered::new(vec![0; 4096]);
-    // Not ordered: it may have ended long ago, and is wrong all the same.
+    // Not ordered: the operation may have ended long ago, and is wrong nevertheless.
     assert_eq!(up(pointer, &source.0, &first), 0);
     until(|| emulator.counter("copies_up") == 1);
     std::thread::sleep(Duration::from_millis(5));

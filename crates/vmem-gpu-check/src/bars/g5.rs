@@ -235,7 +235,7 @@ impl Lru {
         Ok(())
     }
 
-    /// Copies an object up, unless it is there.
+    /// Copies an object to the device, unless it is there already.
     fn fetch(&mut self, object: usize) -> Result<()> {
         let slot = match self.found.get(&object) {
             Some(&slot) => slot,

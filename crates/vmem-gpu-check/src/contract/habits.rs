@@ -98,7 +98,7 @@ pub(super) fn registration_sizes(env: &Env) -> Result<Outcome> {
             continue;
         }
         let mut memory = Mapped::new(len)?;
-        // Pages that are there already, as those of the store.
+        // Pages that have memory already, as those of the store.
         memory.bytes().fill(1);
         let begun = Instant::now();
         let accepted = memory.register(0, len);

@@ -201,7 +201,7 @@ impl Inner {
         Err(error)
     }
 
-    /// Sees to it that there is a database to commit to.
+    /// Makes the database, or opens it again, where there is none to commit to.
     fn prepare(&self, head: &mut Head) -> Result<()> {
         if self.poisoned.load(Ordering::Acquire) {
             return Err(self.shut("committing names"));
@@ -232,7 +232,7 @@ impl Inner {
             Ok((db, head))
         })?;
         let unknown = storage.sync_failed() || head.commits != before.commits;
-        // It can be read all the same.
+        // It can still be read.
         *shut = Some(Arc::new(db));
         if unknown {
             self.poisoned.store(true, Ordering::Release);

@@ -39,7 +39,7 @@ pub const DATA_FILE: &str = "vmem.data";
 /// open, and stays when the store is closed: removing it would let two processes hold "the" lock.
 pub const LOCK_FILE: &str = "vmem.lock";
 
-/// The name of the catalog of names, which is there while anything has a name.
+/// The file name of the catalog of names, which exists while anything has a name.
 pub const CATALOG_FILE: &str = "vmem.catalog";
 
 /// The name of a catalog that is being made.
@@ -76,9 +76,9 @@ pub struct StoreDirectory {
 }
 
 impl StoreDirectory {
-    /// Takes the directory, and returns it with its data file as it is there. `None` makes a
-    /// private temporary directory, removed when this is closed or dropped; a path that does not
-    /// exist is created, mode 0700.
+    /// Takes the directory, and returns it with its data file, unchanged. `None` makes a private
+    /// temporary directory, removed when this is closed or dropped; a path that does not exist is
+    /// created, mode 0700.
     ///
     /// # Errors
     ///
@@ -148,8 +148,8 @@ impl StoreDirectory {
         let data = open_data(&files, used_before)?;
         let refused = |error| refused(&files.path, error);
         if temporary.is_none() {
-            // What becomes durable in the files is worth nothing without their names. Where a file
-            // system cannot do that, names are as durable as it makes them.
+            // Durable contents of files are worth nothing without durable names of the files. Where
+            // a file system cannot do that, names are as durable as it makes them.
             if let Err(error) = files.directory.sync_all() {
                 let path = files.path.display();
                 tracing::debug!(%path, %error, "the directory is not synced");

@@ -1,4 +1,4 @@
-//! A call of the driver on its way: what it owns, and the kernel operations that it comes to.
+//! A call of the driver in flight: what it owns, and the kernel operations that it needs.
 //!
 //! Ownership, the rule that every engine stands on: a job owns its buffers, its `Keep` and its
 //! bounce buffers from the call until its last operation has completed. An engine marks an

@@ -94,7 +94,7 @@ pub trait Driver: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// Why it was not; transfers work all the same.
+    /// Why it was not; transfers work without it.
     fn register(&self, memory: StagingMemory) -> io::Result<()> {
         drop(memory);
         Err(io::Error::new(io::ErrorKind::Unsupported, "this driver registers no memory"))

@@ -183,7 +183,7 @@ pub(super) async fn at_home_in_vram(which: Which) {
     vmem.demote(&handle, DISK).await.unwrap();
     assert_eq!(vmem.stats().vram.used_bytes, 0);
     vmem.promote(&handle, VRAM).await.unwrap();
-    // Zeros need no bytes: they were made where they are. Nothing of what was there before shows.
+    // Zeros need no bytes: they were made where they are. None of the previous bytes shows.
     settle(&vmem, &driver).await;
     assert!(vmem.read(&handle).await.unwrap() == vec![0; 70_000]);
 

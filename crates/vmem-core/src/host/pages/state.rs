@@ -44,7 +44,7 @@ pub(super) enum Plan {
     NoSpace,
 }
 
-/// Pages on their way back to the system.
+/// Pages that are being given back to the system.
 #[derive(Debug, Default)]
 pub(in super::super) struct Leaving {
     /// With their slabs, where there are slabs.
@@ -105,7 +105,7 @@ impl State {
         slabs.is_plain(slab) || (registered && (slabs.is_idle(slab) || chosen()))
     }
 
-    /// Pages that are no longer kept are on their way.
+    /// Marks pages that are no longer kept as leaving.
     pub(super) fn leave(&mut self, slab: u64, pages: Range<u64>, leaving: &mut Leaving) {
         if let Some(slabs) = &mut self.slabs {
             if slabs.is_idle(slab) {
@@ -155,7 +155,7 @@ impl State {
             return Plan::Take(run);
         }
         if self.slow && self.leaving >= over {
-            // What is on its way will do.
+            // The pages that are leaving suffice.
             self.starved = true;
             return Plan::NoSpace;
         }

@@ -113,7 +113,7 @@ impl Shared {
     }
 }
 
-/// Runs `work` for as long as its caller is there, and sets its value aside: to be taken back if it
+/// Runs `work` until its caller has gone, and sets its value aside: to be taken back if it
 /// `is_shared`.
 async fn serve_caller<T: Send + 'static>(
     work: impl Future<Output = Result<T, VirtualMemoryError>>,

@@ -41,7 +41,7 @@ impl Shared {
         self.devices.get(tier.device()?)
     }
 
-    /// Whether the tier is there.
+    /// Whether the store has this tier.
     ///
     /// # Errors
     ///

@@ -1,6 +1,6 @@
 //! Checks of operations that end otherwise than by being awaited.
 //!
-//! Invariant: whatever becomes of a future or of the tier, the space comes back. Called by the
+//! Invariant: whatever happens to a future or to the tier, the space comes back. Called by the
 //! suite.
 
 use std::slice;
