@@ -19,7 +19,7 @@ use crate::chunk::CHUNK_BYTES;
 
 /// The largest piece, in bytes.
 const PIECE_MAX: usize = 1024 * 1024;
-/// Pieces are made smaller rather than be fewer than this.
+/// The least number of pieces: with less memory they become smaller, not fewer.
 const PIECES_WANTED: usize = 8;
 
 /// All of the reserve.
@@ -78,7 +78,7 @@ impl StagingMemory {
         StagingMemory(pool)
     }
 
-    /// Where it begins; the provenance of the memory is exposed.
+    /// Its address; the provenance of the memory is exposed.
     pub fn address(&self) -> usize {
         self.0.mapping.at(0).as_ptr().expose_provenance()
     }

@@ -16,7 +16,7 @@ use crate::error::VirtualMemoryError;
 use crate::migrate;
 use crate::object::{DiskMap, Object, chunk_count};
 
-/// Names that are made durable at once, where all are: as many as share a commit.
+/// Names that `flush_all` makes durable at once: as many as share a commit.
 const AT_ONCE: usize = 1024;
 
 /// Makes every write that completed before the call durable. What is durable already costs nothing.
@@ -34,12 +34,12 @@ pub(crate) async fn persist(names: &Arc<Names>, turn: &Turn, object: &Arc<Object
         names.retire(old, object.len, &map);
     }
     drop(map);
-    // The last handle may have gone while it was not durable.
+    // The last handle may have been dropped while the object was not durable.
     object.offer_if_closed();
     Ok(())
 }
 
-/// Takes the turn of the object, then does the same. An object that loses its name meanwhile has
+/// Takes the turn of the object, then persists it. An object that loses its name meanwhile has
 /// nothing to make durable.
 ///
 /// # Errors
@@ -85,8 +85,8 @@ pub(crate) async fn flush_all(names: &Arc<Names>) -> Result<()> {
     Err(VirtualMemoryError::NotFlushed { names, source })
 }
 
-/// Brings the current bytes to disk and commits where they are: under `record`, as a new version of
-/// it unless nothing has changed since `before`.
+/// Writes the current bytes to disk and commits their place: under `record`, as a new version
+/// unless nothing has changed since `before`.
 pub(super) async fn store(
     names: &Arc<Names>,
     turn: &Turn,
@@ -116,7 +116,7 @@ pub(super) async fn store(
     }
 }
 
-/// The catalog does not lead to those extents of `map` that `other` has not.
+/// Notes that the catalog no longer leads to the extents of `map` that are not in `other`.
 pub(super) fn let_go(map: &DiskMap, len: usize, other: &DiskMap) {
     for index in 0..chunk_count(len) {
         let Some(extent) = map.chunk(index) else { continue };
@@ -126,8 +126,8 @@ pub(super) fn let_go(map: &DiskMap, len: usize, other: &DiskMap) {
     }
 }
 
-/// The segments that differ from those before; all of them where there is nothing before. An object
-/// of no bytes has one too.
+/// The segments that differ from those of the previous map; all of them where there is none. An
+/// object of no bytes has one too.
 fn segments(id: u64, len: usize, map: &DiskMap, before: Option<&DiskMap>) -> Vec<CatalogChange> {
     let count = chunk_count(len);
     let stored = |map: &DiskMap, index: usize| map.chunk(index).and_then(|extent| extent.stored());
