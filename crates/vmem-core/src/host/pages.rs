@@ -201,7 +201,7 @@ impl Pages {
         let Some(slabs) = &mut state.slabs else { return false };
         match &registered {
             Ok(()) => slabs.registered(slab),
-            // It is tried again after as many bytes again have been copied by way of staging.
+            // It is tried again after as many bytes again were copied by the driver's detour.
             Err(_) => slabs.plain(slab),
         }
         self.settle(state);

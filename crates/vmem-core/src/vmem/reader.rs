@@ -236,7 +236,7 @@ impl ObjectReader {
         }
         (self.front, self.front_at) = (Bytes::from_owner(window), at.start);
         if at == range {
-            // It reads nothing else ever: a later seek finds the error here.
+            // The window is all that this reader reads: a later seek finds its bytes here.
             return;
         }
         self.source = Some(source);

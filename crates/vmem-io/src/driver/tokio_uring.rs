@@ -91,7 +91,7 @@ pub struct TokioUring {
     ended: Arc<Ended>,
 }
 
-/// The threads, how many of them run, and the wakers of those that wait for their end.
+/// The threads, how many of them run, and the notification that all have ended.
 #[derive(Default)]
 struct Ended {
     threads: Mutex<Vec<JoinHandle<()>>>,
