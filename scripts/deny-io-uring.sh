@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs a command, by default the suite, on a machine whose kernel denies io_uring to everybody, and gives the setting
-# back however the command ends. The whole machine feels it meanwhile, so nothing runs this by itself. Needs root.
+# Runs a command, by default the suite, on a machine whose kernel denies io_uring to all users, and
+# gives the setting back however the command ends. The whole machine feels it meanwhile, so no other
+# script runs this. Needs root.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -16,7 +16,7 @@ for crate in "${crates[@]}"; do
         grep -qx "$needed" <<<"$list" || { echo "$crate lacks $needed" >&2; exit 1; }
     done
     if grep -E '^(tests|benches|scripts|checks|crates|\.ci)/' <<<"$list"; then
-        echo "$crate has what nobody needs" >&2
+        echo "$crate has files that its package does not need" >&2
         exit 1
     fi
 done

@@ -15,7 +15,7 @@ seconds_max=300
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
 
-# Whoever sets it means the bug of that name.
+# A caller that sets it means the bug of that name.
 [ -z "${VMEM_PLANTED:-}" ] || set -- "$@" "$VMEM_PLANTED"
 unset VMEM_PLANTED
 for name; do

@@ -82,8 +82,8 @@ use vmem_core::backend::{Backends, DeviceBackend};
 pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
     let runtime = vmem_io::current_runtime()?;
     let (reply, answer) = tokio::sync::oneshot::channel();
-    // Opening makes, tries and registers things, which blocks for a moment. Not on the runtime's
-    // own threads for that: they may all be taken, for as long as somebody likes.
+    // Opening makes files, tries drivers and registers memory, which blocks for a moment. It does
+    // not run on the runtime's blocking threads, since those may all be busy, for any time.
     let opening = move || {
         let _inside = runtime.enter();
         let _ = reply.send(open_blocking(&config));

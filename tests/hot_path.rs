@@ -29,7 +29,7 @@ thread_local! {
 struct Counting;
 
 fn count(size: usize) {
-    // A thread that ends allocates after its locals are gone; nobody asks about that.
+    // A thread that ends allocates after its locals are gone; that does not count.
     let _ = ALLOCATED.try_with(|allocated| {
         let (times, bytes) = allocated.get();
         allocated.set((times + 1, bytes + size as u64));

@@ -3,7 +3,7 @@
 //! By hand the same store does it object by object, with each of several concurrencies in the first
 //! round, and with the best of them from then on. The wall time of the whole is quoted, in turns on
 //! the same objects. `close` has no other way by hand than to flush each and close then. A store is
-//! opened beside an index that a service would keep by itself: redb with a row for each name, read
+//! opened beside an index that a service would keep for itself: redb with a row for each name, read
 //! as a whole into a table of names and an ordered list of extents.
 
 use std::collections::HashMap;
@@ -112,7 +112,7 @@ async fn dirty(vmem: &VirtualMemory, handles: &[VMemHandle], round: usize) -> an
     Ok(())
 }
 
-/// Flushes each by itself.
+/// Flushes each object on its own.
 async fn by_hand(
     vmem: &VirtualMemory,
     handles: &[VMemHandle],
@@ -158,7 +158,7 @@ fn name(n: usize) -> String {
     format!("object {n}")
 }
 
-/// Puts named objects, and closes: with what nobody flushed, and after each was flushed.
+/// Puts named objects, and closes: with unflushed objects, and after each was flushed.
 async fn close_and_open(
     report: &mut Report,
     place: &Path,

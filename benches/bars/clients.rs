@@ -135,7 +135,7 @@ impl World {
                 Habit::Stream => {
                     let mut reader = vmem.reader(&handle, ..);
                     let mut first = [0; 100];
-                    reader.read_exact(&mut first).await.expect("it is there");
+                    reader.read_exact(&mut first).await.expect("the first byte is there");
                     std::future::pending::<()>().await;
                     drop(reader);
                 }

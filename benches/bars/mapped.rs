@@ -35,7 +35,7 @@ impl Mapped {
             }
             file.write_all_at(&bytes[..each * LEN], (first * LEN) as u64)?;
         }
-        // SAFETY: nobody else has the file, and nobody changes it from here on.
+        // SAFETY: the file has no other user, and does not change from here on.
         let file = unsafe { Mmap::map(&file)? };
         // Else a fault reads megabytes around it, and a group of this size reads without end.
         file.advise(Advice::Random)?;

@@ -116,7 +116,7 @@ pub(crate) fn million(report: &mut Report, count: u64) -> anyhow::Result<()> {
     let path = place.path().join("store");
     let disk = count * 512 + (64 << 20);
     let began = Instant::now();
-    // In parts, so that each start verifies what the one before has left.
+    // In parts, so that each start verifies what the previous one has left.
     const PART: u64 = 100_000;
     for part in 0..count.div_ceil(PART) {
         let numbers = part * PART..count.min((part + 1) * PART);

@@ -55,7 +55,7 @@ pub(crate) fn key_of(rank: usize, count: usize) -> usize {
     (rank as u64 * 2_654_435_761 % count as u64) as usize
 }
 
-/// Who reads sets: cheap to clone, one for each task.
+/// A reader of sets: cheap to clone, one for each task.
 pub(crate) trait Reader: Clone + Send + Sync + 'static {
     /// Reads a set, and checks every object. A key may occur twice.
     fn read(&self, keys: Vec<usize>) -> impl Future<Output = anyhow::Result<()>> + Send;
@@ -196,7 +196,7 @@ impl Side {
 
 impl Drop for Side {
     fn drop(&mut self) {
-        // What it stored is of no use to anybody: it need not end by itself.
+        // What it stored is of no use any more, so it is killed.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

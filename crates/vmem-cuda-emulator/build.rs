@@ -1,5 +1,5 @@
 //! Gives the shared library the name by which the dynamic linker knows the CUDA driver: once it is
-//! loaded by its path, whoever asks for `libcuda.so` gets it, with no environment variable.
+//! loaded by its path, code that asks for `libcuda.so` gets it, with no environment variable.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -26,7 +26,7 @@ pub(crate) struct Display {
     last: Option<(Instant, u64)>,
 }
 
-/// Prints one line. Whoever reads it may have gone away (`| head`), which is no reason to stop.
+/// Prints one line. Its reader may have gone away (`| head`), which is no reason to stop.
 pub(crate) fn say(line: &str) {
     drop(writeln!(std::io::stdout(), "{line}"));
 }

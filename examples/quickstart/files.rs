@@ -93,7 +93,7 @@ impl Source {
         Ok(None)
     }
 
-    /// Whether somebody wrote to the file, or replaced it, since it was opened for storing.
+    /// Whether the file was written to, or replaced, since it was opened for storing.
     fn has_changed(&self) -> bool {
         let now = File::open(&self.path).and_then(|file| stamp(&file));
         now.map_or(true, |now| now != (self.len as u64, self.modified))

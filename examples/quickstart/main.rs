@@ -108,8 +108,8 @@ async fn phases(work: &Work, options: &Options, found: &Found) {
     work.sweep(&stored).await;
 }
 
-/// Whether every tier is empty, now that all handles are gone. What the cancelled tasks were
-/// comparing when Ctrl-C came goes with their threads, a moment later.
+/// Whether every tier is empty, now that all handles are gone. The bytes that cancelled tasks were
+/// comparing when Ctrl-C came are dropped with their threads, a moment later.
 async fn is_empty_soon(vmem: &VirtualMemory) -> bool {
     for _ in 0..EMPTY_TRIES {
         let stats = vmem.stats();

@@ -93,7 +93,7 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Some hundred megabytes of real files that everybody who builds this has.
+/// Some hundred megabytes of real files that are there wherever this is built.
 fn toolchain_libraries() -> anyhow::Result<PathBuf> {
     let advice = "no directory was given, and the Rust toolchain's own was not found: name one, \
                   as in `cargo run --release --example quickstart -- DIR`";

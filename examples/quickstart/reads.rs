@@ -53,7 +53,7 @@ impl Work {
                 self.judge(stored, start, read).await;
             }
             95.. => {
-                // Perhaps somebody wants the next one soon: prefetch it, and do not wait for it.
+                // The next one may be wanted soon: prefetch it, and do not wait for it.
                 let next = &ranked[(rank + 1) % ranked.len()];
                 self.tally.prefetches.add(1);
                 self.vmem.prefetch(&next.handle, MemoryTier::Host).detach();

@@ -31,7 +31,8 @@ impl From<VirtualMemoryError> for Refused {
 }
 
 impl Work {
-    /// Puts every file into the store. What host memory has no space for goes to disk by itself.
+    /// Puts every file into the store. What host memory has no space for goes to disk without
+    /// further calls.
     pub(crate) async fn store(&self, paths: Vec<PathBuf>) -> Vec<Arc<Stored>> {
         let paths = Arc::new(paths);
         let next = Arc::new(AtomicUsize::new(0));

@@ -25,7 +25,7 @@ pub(crate) struct Tally {
     pub(crate) differ: Messages,
     /// Calls of the store that failed.
     pub(crate) failed: Messages,
-    /// Files that somebody changed meanwhile.
+    /// Files that were changed meanwhile.
     pub(crate) changed: Messages,
     /// Files that the system did not let us read.
     pub(crate) unreadable: Messages,

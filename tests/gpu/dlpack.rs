@@ -1,4 +1,4 @@
-//! Leases as DLPack tensors, in the hands of a consumer who knows nothing but the C interface, on
+//! Leases as DLPack tensors, in the hands of a consumer that knows nothing but the C interface, on
 //! the emulated driver.
 //!
 //! Invariant: an object is pinned in VRAM as long as its tensor lives, and until what was queued on

@@ -201,7 +201,7 @@ async fn leases_dropped_after_close_share_one_thread() {
     assert_eq!(emulator.violations(), [""; 0]);
 }
 
-/// A host function of the user that is slow delays every notice; the ends are seen all the same.
+/// A host function of the user that is slow delays every notice; the ends are still seen.
 #[tokio::test]
 async fn a_slow_host_function_of_the_user_delays_ends_by_a_watchdog_only() {
     unsafe extern "C" fn slow(_argument: *mut std::ffi::c_void) {
@@ -256,8 +256,7 @@ async fn an_error_that_sticks_ends_the_tier() {
 
 /// Mechanism: there was no way out of a mutable lease but a new version. Effect: a step that was
 /// given up, or a panic half way, published half of a change. Fix: a lease is abandoned, by name or
-/// by a panic; the version before stays, and the range is nobody else's before the kernel has
-/// ended.
+/// by a panic; the previous version stays, and the range is not reused before the kernel has ended.
 #[tokio::test]
 async fn an_abandoned_change_leaves_the_version_before() {
     let emulator = Emulator::load().unwrap();
@@ -271,7 +270,7 @@ async fn an_abandoned_change_leaves_the_version_before() {
     let at = unsafe { lease.device_ptr() };
     launch("vmem_add", at, LEN as u64, 9, &stream);
     lease.abandon();
-    // Nobody waits for the kernel but those who want its memory.
+    // Only requests for its memory wait for the kernel.
     let read = tokio::time::timeout(HANGS, vmem.read(&handle)).await.expect("it waits");
     assert!(read.unwrap() == bytes(1));
     let other = vmem.put(bytes(2), HOST).await.unwrap();

@@ -1,7 +1,7 @@
 //! Gathers and scatters that are dropped, left alone or refused, on the emulated driver.
 //!
-//! Invariant: a call over a buffer of the user holds up nobody but itself, and its copies are in
-//! the order of the buffer's stream.
+//! Invariant: a call over a buffer of the user delays no other call, and its copies are in the
+//! order of the buffer's stream.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -55,7 +55,7 @@ async fn a_range_is_not_reused_under_a_kernel() {
     end(vmem, vec![other], &emulator).await;
 }
 
-/// What a kernel writes is the current version after the drop; until then the one before is read.
+/// What a kernel writes is the current version after the drop; until then the previous one is read.
 #[tokio::test]
 async fn a_kernel_changes_an_object() {
     let emulator = Emulator::load().unwrap();
@@ -68,7 +68,7 @@ async fn a_kernel_changes_an_object() {
         emulator.hold(Kind::Kernel);
         // SAFETY: used by the kernel below, on the stream of the lease.
         launch("vmem_add", unsafe { lease.device_ptr() }, LEN as u64, round.into(), &stream);
-        assert!(vmem.read(&handle).await.unwrap() == expected, "the version before");
+        assert!(vmem.read(&handle).await.unwrap() == expected, "the previous version");
         drop(lease);
         // A read that comes after the drop waits for the kernel; so does a demotion.
         let mut read = Box::pin(vmem.read(&handle));
@@ -131,7 +131,7 @@ async fn a_kernel_overwrites_an_object() {
     end(vmem, vec![handle, named], &emulator).await;
 }
 
-/// A kernel that fails leaves the version before, in a store that goes on without its device.
+/// A kernel that fails leaves the previous version, in a store that goes on without its device.
 #[tokio::test]
 async fn a_kernel_that_fails() {
     let emulator = Emulator::load().unwrap();
@@ -146,7 +146,7 @@ async fn a_kernel_that_fails() {
     emulator.sticky(719);
     let error = finished.await.unwrap_err();
     assert!(matches!(error, VirtualMemoryError::Device { .. }), "{error:?}");
-    assert!(vmem.read(&handle).await.unwrap() == bytes(8), "the version before");
+    assert!(vmem.read(&handle).await.unwrap() == bytes(8), "the previous version");
     let error = vmem.device_on(&handle, &stream).await.unwrap_err();
     assert!(
         matches!(
@@ -162,7 +162,7 @@ async fn a_kernel_that_fails() {
     emulator.sticky(0);
 }
 
-/// The notice of a kernel's end is lost: it is seen all the same.
+/// The notice of a kernel's end is lost; the end is still seen.
 #[tokio::test]
 async fn a_lost_notice_of_a_kernel() {
     let emulator = Emulator::load().unwrap();
@@ -178,7 +178,7 @@ async fn a_lost_notice_of_a_kernel() {
     end(vmem, vec![handle], &emulator).await;
 }
 
-/// Kernels that have not ended take nobody's place, and are waited for at the end, but not for
+/// Kernels that have not ended take no other request's place; `close` waits for them, but not for
 /// ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kernel_that_does_not_end() {
@@ -239,8 +239,8 @@ async fn a_kernel_that_does_not_end() {
     }
 }
 
-/// A version that is on its way down when the patience with kernels ends is not given up, nor the
-/// one before it.
+/// A version that is being copied to the host when the wait for kernels ends is not given up, nor
+/// is the previous one.
 #[tokio::test]
 async fn a_copy_down_that_is_slow_at_the_end() {
     let emulator = Emulator::load().unwrap();
@@ -263,7 +263,7 @@ async fn a_copy_down_that_is_slow_at_the_end() {
     drop((lease, named));
     let mut closing = Box::pin(vmem.close());
     tokio::select! {
-        _ = &mut closing => panic!("what the kernel wrote is still on its way"),
+        _ = &mut closing => panic!("what the kernel wrote is still being copied"),
         () = tokio::time::sleep(Duration::from_millis(1500)) => emulator.release_all(),
     }
     closing.await.unwrap();

@@ -24,7 +24,7 @@ async fn a_store_with_vram() {
     assert!(vmem.read(&handle).await.unwrap() == bytes);
     assert_eq!(emulator.counter("bytes_down"), 1_000_000 + 4096, "it was read from there");
 
-    // A named object at home in device memory: durable on disk all the same.
+    // A named object at home in device memory is durable on disk too.
     let named = vmem.put_named("weights", &bytes, MemoryTier::Vram).await.unwrap();
     vmem.flush(&named).await.unwrap();
     assert_eq!(named.home_tier(), MemoryTier::Vram);
@@ -57,7 +57,7 @@ async fn a_store_without_vram_says_why() {
         "{error:?}"
     );
 
-    // Full of somebody else's data.
+    // Full of data of others.
     emulator.devices(1);
     emulator.others((256 << 20) - (1 << 20));
     let vmem = vmem::open(config().build().unwrap()).await.unwrap();

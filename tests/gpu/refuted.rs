@@ -1,8 +1,8 @@
-//! What a look with fresh eyes found in the VRAM tier, and does not find any more: each on the
-//! emulated driver.
+//! Faults that a review found in the VRAM tier, and that do not come back: each on the emulated
+//! driver.
 //!
-//! Invariant: a kernel of one user, however slow, keeps nobody else waiting, and no thread that is
-//! not the store's own.
+//! Invariant: a kernel of one user, however slow, keeps no other user waiting, and no thread but
+//! the store's own.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use vmem_cuda_emulator::{Emulator, Kind};
 
 use crate::support::{HOST, LEN, VRAM, launch, stream};
 
-/// As long as a kernel of somebody stands still.
+/// How long a kernel of another user stands still.
 const STANDS: Duration = Duration::from_secs(2);
 
 async fn open() -> VirtualMemory {
@@ -40,7 +40,7 @@ fn release_later(emulator: &Arc<Emulator>) -> std::thread::JoinHandle<()> {
     })
 }
 
-/// Those who wait for a kernel do not keep its end from being taken up.
+/// The waiters for a kernel do not keep its end from being taken up.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_end_behind_those_who_wait_for_it() {
     let _emulator = Emulator::load().unwrap();
@@ -66,7 +66,7 @@ async fn an_end_behind_those_who_wait_for_it() {
     vmem.close().await.unwrap();
 }
 
-/// A gather waits for what its caller queued, and not for the kernel of somebody else; and while it
+/// A gather waits for what its caller queued, and not for the kernel of another user; and while it
 /// waits it can be dropped.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn gathers_behind_the_kernel_of_somebody_else() {

@@ -1,6 +1,6 @@
 //! Leases and sets of leases that are left alone, and what they cost, on the emulated driver.
 //!
-//! Invariant: a future that is polled once and never again delays nobody but itself.
+//! Invariant: a future that is polled once and never again delays only itself.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::support::{HANGS, HOST, LEN, VRAM, bytes, end, launch, open, open_with
 
 /// Mechanism: the turn of a set, and the leases it had so far, were held by the caller's future.
 /// Effect: one that was polled once and left alone stopped all other sets, for ever. Fix: a task of
-/// the runtime has the turn; what it gathered for a caller who does not come is given back.
+/// the runtime has the turn; what it gathered for a caller that does not claim it is given back.
 #[tokio::test]
 async fn a_set_left_alone_delays_no_other_set() {
     let emulator = Emulator::load().unwrap();

@@ -136,10 +136,10 @@ async fn slabs_are_given_back_and_committed_again() {
 }
 
 /// Mechanism: each change of an object on the device takes space for a new version in host memory
-/// and frees the space of the one before. Effect: with more than an eighth of the budget free, the
-/// freed slabs were unregistered at once, which on a card waits for whatever runs there, and the
-/// next versions went to fresh pages, by the detour: 2.7 GiB/s of 51 on an H100. Fix: a registered
-/// slab stays until its pages are needed elsewhere.
+/// and frees the space of the previous one. Effect: with more than an eighth of the budget free,
+/// the freed slabs were unregistered at once, which on a card waits for whatever runs there, and
+/// the next versions went to fresh pages, by the detour: 2.7 GiB/s of 51 on an H100. Fix: a
+/// registered slab stays until its pages are needed elsewhere.
 #[tokio::test]
 async fn registered_slabs_stay_when_versions_are_replaced() {
     let emulator = Emulator::load().unwrap();
@@ -162,7 +162,7 @@ async fn registered_slabs_stay_when_versions_are_replaced() {
         detours = emulator.counter("blocking_copies") - before;
         println!("round {round}: {detours} copies by the detour");
     }
-    assert_eq!(emulator.calls("cuMemHostUnregister"), 0, "nobody needs their pages");
+    assert_eq!(emulator.calls("cuMemHostUnregister"), 0, "their pages are not needed");
     assert_eq!(detours, 0, "each version goes to memory that the device knows");
     drop(handles);
     end(vmem, &emulator).await;

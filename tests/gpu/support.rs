@@ -44,7 +44,7 @@ pub(crate) async fn open_small(vram: u64) -> VirtualMemory {
     vmem::open(config.build().unwrap()).await.unwrap()
 }
 
-/// A stream of a user, who has a context object of its own.
+/// A stream of a user, which has a context object of its own.
 pub(crate) fn stream() -> Arc<CudaStream> {
     CudaContext::new(0).unwrap().new_stream().unwrap()
 }
@@ -94,7 +94,7 @@ pub(crate) fn plus(bytes: &[u8], n: u8) -> Vec<u8> {
     bytes.iter().map(|byte| byte.wrapping_add(n)).collect()
 }
 
-/// Waits until something has come about.
+/// Waits until a condition holds.
 pub(crate) async fn until(what: &str, come: impl Fn() -> bool) {
     let begun = Instant::now();
     while !come() {

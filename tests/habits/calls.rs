@@ -81,7 +81,7 @@ pub(crate) fn name(object: usize) -> String {
 }
 
 impl Call {
-    /// Whether the names of the objects are there when it begins.
+    /// Whether the names of the objects exist when it begins.
     pub(crate) fn is_of_names(self) -> bool {
         matches!(
             self,

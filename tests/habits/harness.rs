@@ -17,8 +17,8 @@ use vmem::VirtualMemoryError;
 
 /// The wait timeout of the stores under test.
 pub(crate) const WAIT: Duration = Duration::from_secs(5);
-/// What a call that waits for nobody's space may take: well within the wait timeout, so that
-/// whatever ends by a deadline is late.
+/// How long a call may take that needs no space of others: well within the wait timeout, so that a
+/// call that ends by a deadline is late.
 pub(crate) const BOUND: Duration = Duration::from_secs(3);
 /// What `close` may take: the wait timeout and the I/O that it does.
 pub(crate) const CLOSE_BOUND: Duration = Duration::from_secs(8);
@@ -169,7 +169,7 @@ pub(crate) fn assert_none(complaints: &[String]) {
     assert!(complaints.is_empty(), "{} complaints:\n{}", complaints.len(), complaints.join("\n"));
 }
 
-/// Waits for something that comes about; a complaint where it does not.
+/// Waits until a condition holds; an error if it does not.
 pub(crate) async fn eventually(what: &str, mut check: impl FnMut() -> bool) -> Result<(), String> {
     for _ in 0..BOUND.as_millis() / 2 {
         if check() {

@@ -1,9 +1,9 @@
 //! Scenario 35, the table: sixty-four futures of each public call are polled once and then left
 //! alone.
 //!
-//! Excluded: a shared, counted thing (staging, a permit, a turn, space, a pin, a gate) that a
-//! future holds which nobody polls. Noticed by other tasks whose calls are not done well before the
-//! wait timeout, by a kept future that does not bring its bytes when it is polled again, and by a
+//! Excluded: a shared, counted thing (staging, a permit, a turn, space, a pin, a gate) that is held
+//! by a future that is not polled. Noticed by other tasks whose calls are not done well before the
+//! wait timeout, by a kept future that does not return its bytes when it is polled again, and by a
 //! `close` that waits for one.
 
 use vmem::VirtualMemoryError;
@@ -84,7 +84,7 @@ fn kept_snapshots_delay_nobody() {
     real(Call::Snapshot);
 }
 
-/// A `close` that is left alone ends the store all the same: its directory can be opened again.
+/// A `close` that is left alone still ends the store: its directory can be opened again.
 #[test]
 fn kept_close_ends_the_store() {
     let mut complaints = Vec::new();

@@ -34,7 +34,7 @@ enum Found {
     Promoted,
 }
 
-/// What becomes of the object while its copy is left alone.
+/// What happens to the object while its copy is left alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Meanwhile {
     Stays,
@@ -117,7 +117,7 @@ async fn polled_rarely(found: Rarely) -> Result<(), String> {
         vmem.demote(&subject, DISK).await.unwrap();
     }
     let (held, waiter) = pressure(vmem).await;
-    eventually("somebody waits for space", || vmem.stats().waiters == 1).await?;
+    eventually("a waiter for space", || vmem.stats().waiters == 1).await?;
     let vmem = vmem.clone();
     let handle = subject.clone();
     let slow = Slow { copy: Box::pin(copy(vmem, handle)), rest: None };
@@ -157,7 +157,7 @@ impl<F: Future> Future for Slow<F> {
         if let Poll::Ready(output) = self.copy.as_mut().poll(context) {
             return Poll::Ready(output);
         }
-        // Whoever wakes it has it wait first.
+        // A wake makes it wait first.
         self.rest = Some(Box::pin(tokio::time::sleep(RARELY)));
         let rest = self.rest.as_mut().map(|rest| rest.as_mut().poll(context));
         assert!(rest.is_some_and(|rest| rest.is_pending()), "a sleep takes its time");

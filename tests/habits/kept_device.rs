@@ -1,7 +1,7 @@
 //! Scenario 35 above the emulated CUDA driver: promotions, pins, leases, sets, gathers and scatters
 //! that are polled once and left alone.
 //!
-//! Excluded: device memory, a turn, a lane or a lease held by a future that nobody polls. Noticed
+//! Excluded: device memory, a turn, a lane or a lease held by a future that is not polled. Noticed
 //! as in the table of the other calls. The emulator has seen no rule broken.
 
 use std::sync::Arc;
@@ -170,7 +170,7 @@ async fn on_device(vmem: &VirtualMemory, call: Call, crowded: bool) -> Result<()
     let subject = Subject { vmem: vmem.clone(), objects, stream };
     let mut crowd = Vec::new();
     if crowded || call == Call::Demote {
-        // Device memory is full of objects that nobody uses, or that the calls demote.
+        // Device memory is full of objects that are not in use, or that the calls demote.
         for n in 0..20 {
             crowd.push(vmem.put(bytes(2_000 + n, 1, LEN), VRAM).await.unwrap());
             vmem.promote(&subject.objects[n], VRAM).await.unwrap();

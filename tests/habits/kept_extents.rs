@@ -54,7 +54,7 @@ async fn copy_left_alone(polls: usize) -> Result<(), String> {
     let kept = Kept::polled(copy(vmem.clone(), subject.clone()), polls).await;
     tokio::time::sleep(MEANWHILE).await;
     succeeds("write", BOUND, write(vmem.clone(), subject.clone(), 2)).await?;
-    // Where the version before was.
+    // Where the previous version was.
     let other = vmem.put(bytes(2, 1, LEN), DISK);
     let other = succeeds("put where the old version was", BOUND, other).await?;
     let copied = succeeds("the kept copy", BOUND, kept.finish()).await?;
@@ -124,7 +124,7 @@ async fn fill_disk(store: &Store) -> Result<Vec<VMemHandle>, String> {
     }
 }
 
-/// What becomes of the first write of an object.
+/// What happens to the first write of an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum First {
     Dropped,
@@ -206,7 +206,7 @@ async fn pinned_meanwhile() -> Result<(), String> {
     let old = succeeds("read", BOUND, vmem.read(&subject)).await?;
     check(1, &[1], 0, &old)?;
     // There is no space for two versions in host memory, which the new one must not leave: it waits
-    // until its deadline, as any write to a pinned object does, and nobody waits behind it.
+    // until its deadline, as any write to a pinned object does, and no other call waits behind it.
     tokio::time::sleep(Duration::from_millis(200)).await;
     if written.is_finished() {
         return Err("it went past the pin".into());

@@ -35,7 +35,7 @@ async fn case(place: Place, call: Call, polls: usize) -> Result<(), String> {
             kept.push(future);
             continue;
         }
-        // What it brought is the caller's, who lets it go.
+        // What it returned is the caller's, which drops it.
         let got = succeeds("a future that has ended", BOUND, future.finish()).await?;
         got.check(subject.objects.len())?;
     }
@@ -57,7 +57,7 @@ async fn case(place: Place, call: Call, polls: usize) -> Result<(), String> {
         (held, pinned, stats.waiters, stats.migrations_in_flight) == (0, 0, 0, 0)
     };
     eventually("nothing is held, pinned, waited for or in flight", quiet).await?;
-    // All of staging is there: more copies at once than it has pieces.
+    // All of staging is free: more copies at once than it has pieces.
     let mut copies = tokio::task::JoinSet::new();
     for handle in &subject.objects {
         let vmem = vmem.clone();

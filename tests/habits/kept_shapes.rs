@@ -201,7 +201,7 @@ fn other_tasks_are_not_delayed_by_a_stream_whose_client_is_slow() {
             let mut results = stream::iter(0..24).map(started).buffered(width);
             let first = within("the first", BOUND, results.next()).await?;
             first.unwrap().map_err(|error| error.to_string())?.check(OBJECTS)?;
-            // The client is slow from here on: nobody polls the stream.
+            // The client is slow from here on: the stream is not polled.
             tokio::time::sleep(Duration::from_millis(20)).await;
             run_others(&subject, call, &beside).await.map_err(|why| format!("{call:?}: {why}"))?;
             while let Some(got) = within("the stream", BOUND, results.next()).await? {
@@ -254,7 +254,7 @@ fn future_that_changes_its_task_brings_its_bytes() {
             let mut moved = Vec::new();
             for n in 0..12 {
                 let mut future = call.start(&subject, n);
-                // The first task polls it, ends, and its waker goes with it.
+                // The first task polls it and ends, and its waker with it.
                 let polled = tokio::spawn(async move {
                     let output = poll_immediate(&mut future).await;
                     (output, future)

@@ -150,7 +150,7 @@ async fn end_after_close(i: usize, kept: Kept<crate::calls::Outcome>) -> Result<
     }
 }
 
-/// What the other tasks do, each a call that need not wait for anybody.
+/// The calls of the other tasks, none of which need wait for another call.
 type Other = BoxFuture<'static, Result<(), String>>;
 
 fn others(subject: &Subject, call: Call, beside: &[VMemHandle]) -> Vec<(&'static str, Other)> {

@@ -18,8 +18,8 @@ const CHILD: &str = "VMEM_TEST_HABITS_NAMES";
 /// closed names.
 const BEFORE: usize = 6_000;
 const TOUCHED: usize = 9_000;
-/// Resident memory that a name which nobody has open may take, in bytes: an entry takes several
-/// times as much.
+/// Resident memory that a name without a handle may take, in bytes: an entry takes several times as
+/// much.
 const BYTES_EACH: f64 = 120.0;
 /// Objects that stay open all the time.
 const OPEN: usize = 50;
@@ -33,9 +33,9 @@ enum Touch {
     Allocate,
     /// It is made, and removed.
     Remove,
-    /// It was there; it is opened, read and dropped.
+    /// An existing name is opened, read and dropped.
     Open,
-    /// It was there; it gets metadata and another name.
+    /// An existing name gets metadata and another name.
     Rename,
 }
 

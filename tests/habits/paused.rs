@@ -1,7 +1,7 @@
 //! Scenario 42: the clock of tokio is paused, or jumps, above real I/O.
 //!
 //! Excluded: a timer of virtual time over real work, which makes that work late as soon as the
-//! runtime is idle. Noticed by a call that ends by a deadline although it waits for nobody.
+//! runtime is idle. Noticed by a call that ends by a deadline although it has nothing to wait for.
 
 use std::time::Duration;
 

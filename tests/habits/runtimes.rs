@@ -96,7 +96,7 @@ impl Lacks {
     fn is_named_in(self, error: &str) -> bool {
         let error = error.to_lowercase();
         match self {
-            // Those drivers that need none of it may be what the machine refuses.
+            // The machine may refuse the drivers that do not need it.
             Lacks::Io => !error.is_empty(),
             Lacks::Time | Lacks::Both => error.contains("time"),
             Lacks::Runtime => error.contains("runtime"),
@@ -104,7 +104,7 @@ impl Lacks {
     }
 }
 
-/// In a child: says for each lack and driver what came of it.
+/// In a child: prints the outcome for each lack and driver.
 fn open_with_lacks() {
     for lacks in LACKS {
         for driver in DRIVERS {

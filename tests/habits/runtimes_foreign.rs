@@ -179,7 +179,7 @@ fn store_over_blocking_calls_works_from_everywhere() {
     works_from_everywhere(Place::Real, IoDriver::Blocking);
 }
 
-/// A runtime of one thread that nobody drives: whoever calls meanwhile gets an answer or an error.
+/// A runtime of one thread that is not driven: calls meanwhile get an answer or an error.
 #[test]
 fn deadlines_are_kept_where_the_runtime_of_the_store_stands_still() {
     let mut complaints = Vec::new();

@@ -142,7 +142,7 @@ async fn beside(place: Place, what: Waits) -> Result<(), String> {
     let vmem = world.store.vmem.clone();
     let mut waiting = world.wait(what);
     // It has asked, and has whatever it takes.
-    eventually("somebody waits", || vmem.stats().waiters > 0).await?;
+    eventually("a waiter", || vmem.stats().waiters > 0).await?;
     tokio::time::sleep(Duration::from_millis(30)).await;
     let most = small_ones(&vmem, &world.small).await?;
     // What is held is what slow readers have, and a small request.
@@ -215,7 +215,7 @@ fn set_that_is_dropped_while_it_waits_leaves_nothing() {
             let vmem = world.store.vmem.clone();
             for count in [6, 7, 6] {
                 let waiting = world.wait(Waits::Set(count));
-                eventually("somebody waits", || vmem.stats().waiters > 0).await?;
+                eventually("a waiter", || vmem.stats().waiters > 0).await?;
                 drop(waiting);
                 let what = format!("a set of {count} was dropped");
                 eventually(&what, || vmem.stats().waiters == 0).await?;

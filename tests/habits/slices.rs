@@ -85,7 +85,7 @@ async fn keep(
     let half = SIZES.space / 2 / len;
     let set = succeeds("a set", BOUND, vmem.read_many(&handles[..half.min(count)])).await?;
     drop(set);
-    // What is kept never changes, whatever becomes of its object.
+    // What is kept never changes, whatever happens to its object.
     for (n, handle) in handles.iter().enumerate().step_by(3) {
         let written = vmem.write(handle, bytes(n, 2, len));
         succeeds("write", BOUND, written).await?;

@@ -40,7 +40,7 @@ pub(crate) enum Place {
     Device(u64),
 }
 
-/// An open store and what goes with it. The directory stays until this is dropped.
+/// An open store with its directory. The directory stays until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Store {
     pub(crate) vmem: VirtualMemory,

@@ -18,6 +18,7 @@ struct Word {
 /// The words that people read: of comments, literals and documents.
 fn prose(file: &File) -> Vec<Word> {
     let mut found = Vec::new();
+    end(1, &mut found);
     if file.kind != Kind::Rust {
         let mut is_glossary = false;
         for (at, line) in file.lines() {
@@ -105,7 +106,9 @@ fn fits(parts: &[Vec<&str>], words: &[Word]) -> bool {
         return (0..=clause).any(|gap| fits(parts, &words[gap..]));
     }
     let Some((word, words)) = words.split_first() else { return false };
-    part.iter().any(|part| word.text.eq_ignore_ascii_case(part)) && fits(parts, words)
+    let is_not = part[0].starts_with('!');
+    let is_any = |part: &&str| word.text.eq_ignore_ascii_case(part.trim_start_matches('!'));
+    part.iter().any(is_any) != is_not && fits(parts, words)
 }
 
 /// Words and names cut at `_` and at capitals.
@@ -165,6 +168,14 @@ fn phrase_is_found_across_the_lines_of_a_comment() {
     assert_eq!(lines("a.rs", "// At most so\nf();\n// many bytes.\n"), []);
     assert_eq!(lines("a.rs", "/// Less so.\n///\n/// Many bytes.\nfn f() {}\n"), []);
     assert_eq!(lines("a.rs", "// It brings the object\n// up, and goes.\n// Down it is.\n"), [1]);
+}
+
+#[test]
+fn actor_without_a_noun_is_found() {
+    assert_eq!(lines("a.rs", "// The end.\n// Who waits is woken.\n"), [1]);
+    assert_eq!(lines("a.rs", "// It serves those who\n// wait, and whoever asks.\n"), [2, 1]);
+    assert_eq!(lines("a.rs", "// Users who poll once, and a user who\n// never does.\n"), []);
+    assert_eq!(lines("a.md", "Who waits is woken.\n"), [1]);
 }
 
 #[test]

@@ -48,7 +48,7 @@ fn files_keep_to_their_lines() {
 
 #[test]
 fn each_file_opens_with_its_page() {
-    let remedy = "open with `//!`: what it is, its invariant, who calls it";
+    let remedy = "open with `//!`: what it is, its invariant, its callers";
     expect_none(&everywhere(without_page), remedy);
 }
 

@@ -1,11 +1,14 @@
 //! The words that this project does not use, and what it says instead.
 //!
 //! The glossary of `CONTRIBUTING.md` says which word is meant by which concept; these are the
-//! others. A phrase is of whole words, `a|b` is either, `~` up to three words between.
+//! others. A phrase is of whole words, `a|b` is either, `!a|b` neither, `~` up to three words
+//! between.
 
 /// In comments, documents, messages: the phrase, and what to say instead.
 pub(crate) const PHRASES: &[(&str, &str)] = &[
     ("he|him|his|himself", "code and callers are \"it\" and \"the caller\""),
+    ("whoever|whom", "name the actor: the caller, the waiter, the task, the reader"),
+    ("!user|users|people who", "name the actor; people are \"users who\""),
     ("so many", "name the number: \"`n` bytes\", \"this many\", \"the most objects\""),
     ("not to be had", "unavailable"),
     (

@@ -1,8 +1,8 @@
 //! Owned buffers that travel with an operation.
 //!
-//! Invariant: whoever holds an [`IoBuf`] is its only owner. It moves into the driver at submission
-//! and comes back with the completion, so no dropped future can free it early. Made by the
-//! migrations, filled by drivers.
+//! Invariant: an [`IoBuf`] has one owner. It moves into the driver at submission and comes back
+//! with the completion, so no dropped future can free it early. Made by the migrations, filled by
+//! drivers.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -75,7 +75,7 @@ impl IoBuf {
         }
     }
 
-    /// The buffer as bytes that nobody changes any more.
+    /// The buffer as bytes that no longer change.
     pub(crate) fn freeze(self) -> Bytes {
         Bytes::from_owner(Frozen(self))
     }

@@ -1,4 +1,4 @@
-//! What was found when the store opened.
+//! What the machine offers, as found when the store opened.
 //!
 //! Invariant: each line is the outcome of a real operation, not of a guess. Filled in by the
 //! facade.
@@ -15,7 +15,7 @@ use crate::config::IoDriver;
 pub struct Capabilities {
     /// The driver of the disk tier, and what it found.
     pub disk: Arc<str>,
-    /// Which driver serves; `None` for a backend that was brought along.
+    /// Which driver serves; `None` for a backend of the caller.
     pub disk_driver: Option<IoDriver>,
     /// Whether the disk tier bypasses the page cache (`O_DIRECT`). If not, each write is followed
     /// by a sync, shared with others, before memory relies on it.
@@ -23,7 +23,7 @@ pub struct Capabilities {
     /// Whether staging memory is registered with the driver, which then moves large pieces through
     /// it at less cost.
     pub staging_registered: bool,
-    /// What would have been better and was refused, each with its cause.
+    /// The better options that were refused, each with its cause.
     pub disk_notes: Vec<Arc<str>>,
     /// The directory of the store.
     pub disk_path: Option<PathBuf>,
@@ -34,13 +34,13 @@ pub struct Capabilities {
     pub vram: Option<Arc<str>>,
     /// Every device, in words, by its number; `vram` is the first.
     pub devices: Vec<Arc<str>>,
-    /// Why there is no VRAM tier, or what of it is not as good as it could be.
+    /// Why there is no VRAM tier, or in what it is not as good as it could be.
     pub vram_reason: Arc<str>,
 }
 
 impl Capabilities {
-    /// Those of a store over other backends: what serves the disk tier, and why there is no VRAM
-    /// tier.
+    /// The capabilities of a store over other backends: what serves the disk tier, and why there is
+    /// no VRAM tier.
     pub fn new(disk: Arc<str>, vram_reason: Arc<str>) -> Self {
         Capabilities {
             disk,

@@ -1,8 +1,7 @@
 //! What core needs of the catalog of named objects: changes in, committed together; rows out.
 //!
-//! Invariant: a commit is durable when it succeeds, and all of it or nothing is there after any
-//! crash. What a row leads to was durable before it was handed in. Called by `names/`; implemented
-//! in `vmem-io`.
+//! Invariant: a commit is durable when it succeeds, and is whole or absent after any crash. What a
+//! row leads to was durable before it was handed in. Called by `names/`; implemented in `vmem-io`.
 
 use std::fmt;
 use std::ops::Bound;
@@ -98,8 +97,8 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     /// The first number that neither an object nor a version in the catalog has.
     fn next_id(&self) -> u64;
 
-    /// Checks that what is committed can be opened again: that nobody has removed or replaced what
-    /// it lies in.
+    /// Checks that what is committed can be opened again: that its files were not removed or
+    /// replaced.
     ///
     /// # Errors
     ///
@@ -112,7 +111,7 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// Those of `check`; it has ended all the same.
+    /// Those of `check`; the catalog has ended nevertheless.
     fn close(&self) -> Answer<()>;
 }
 

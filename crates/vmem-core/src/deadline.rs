@@ -1,8 +1,8 @@
 //! Deadlines, in the time that the store's I/O takes.
 //!
 //! Invariant: a deadline over real I/O passes in real time, also where a test has paused the clock
-//! of its runtime; over simulated I/O it passes in the runtime's time. A deadline is kept by
-//! whoever waits, so it holds where nobody else runs. Made by the public calls, carried by every
+//! of its runtime; over simulated I/O it passes in the runtime's time. The waiter itself keeps its
+//! deadline, so it holds even where no other task runs. Made by the public calls, carried by every
 //! job.
 
 use std::future::Future;
@@ -35,7 +35,7 @@ pub enum Clock {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Timing {
     pub(crate) clock: Clock,
-    /// The runtime of the store, whose timer serves those who run on it.
+    /// The runtime of the store, whose timer serves the waiters that run on it.
     pub(crate) runtime: runtime::Id,
 }
 

@@ -3,8 +3,8 @@
 //! Invariant: the space of an [`Extent`] is its own until the extent is dropped, and an extent
 //! is dropped only after the last operation that touches it has completed; so a reader of an old
 //! version never sees the bytes of a new one. A backend owns the buffers of an operation from the
-//! call until the completion, whatever becomes of the future. Called by the migrations; implemented
-//! in `vmem-io`, and by whoever brings another medium.
+//! call until the completion, whatever happens to the future. Called by the migrations; implemented
+//! in `vmem-io`, and by backends for other media.
 
 use std::fmt;
 use std::io;
@@ -56,7 +56,7 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     ///
     /// Why it was not, [`Unsupported`](io::ErrorKind::Unsupported) where there is nothing to
-    /// register with; everything works all the same.
+    /// register with; everything works without it.
     fn register(&self, memory: StagingMemory) -> io::Result<()> {
         drop(memory);
         Err(io::ErrorKind::Unsupported.into())
@@ -97,8 +97,7 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
         Clock::Real
     }
 
-    /// Its store has begun to end by itself, because it was dropped: whoever opens the same place
-    /// may wait for that.
+    /// Its store was dropped and has begun to close: an opener of the same place may wait for that.
     fn leave(&self) {}
 
     /// Ends the backend: waits for what is in flight, refuses what comes after, gives back files
@@ -145,9 +144,9 @@ impl ReadChunk {
     }
 }
 
-/// Who takes space back.
+/// The owner of the space, which takes it back.
 pub trait ExtentOwner: fmt::Debug + Send + Sync + 'static {
-    /// This run of an extent is no longer used by anybody.
+    /// This run of an extent is no longer used.
     fn release(&self, offset: u64, footprint: u32);
 }
 
@@ -185,7 +184,7 @@ impl Extent {
         self.kept.store(true, Ordering::Release);
     }
 
-    /// Nothing durable leads to it any more: its space goes with it.
+    /// Nothing durable leads to it any more: dropping it frees its space.
     pub fn let_go(&self) {
         self.kept.store(false, Ordering::Release);
     }

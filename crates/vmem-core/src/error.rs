@@ -1,7 +1,7 @@
 //! The one error type of the public surface.
 //!
 //! Invariant: every variant carries the numbers that explain it, and is cheap to clone, since one
-//! failed migration is reported to everybody who waited for it. Made by every module.
+//! failed migration is reported to each of its waiters. Made by every module.
 
 use std::io;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::memory_tier::MemoryTier;
 
-/// Why a call did not do what was asked. All sizes are bytes.
+/// The reason why a call failed. All sizes are in bytes.
 ///
 /// ```
 /// use vmem::VirtualMemoryError;
@@ -32,7 +32,7 @@ pub enum VirtualMemoryError {
         /// The most that the tier could hold.
         capacity_bytes: u64,
     },
-    /// Nothing is left to evict to: the tier below is full. Reported at once; retryable.
+    /// There is no space to evict to: the tier below is full. Reported at once; retryable.
     #[error("{tier} is full: {requested_bytes} bytes asked, {free_bytes} free of {capacity_bytes}")]
     TierFull {
         /// The tier that has no space.
@@ -44,7 +44,7 @@ pub enum VirtualMemoryError {
         /// The capacity of the tier.
         capacity_bytes: u64,
     },
-    /// The deadline passed, and what blocks is pins, leases or bytes that readers hold.
+    /// The deadline passed while pins, leases or bytes that readers hold kept the space.
     #[error(
         "{requested_bytes} bytes in {tier} not free after {waited:?}: {pinned_bytes} pinned, \
          {leased_bytes} leased, {held_bytes} held by readers, of {capacity_bytes}"
@@ -109,7 +109,7 @@ pub enum VirtualMemoryError {
         /// The name.
         name: Arc<str>,
     },
-    /// The name has moved on from the version that the caller knew.
+    /// The name has another version than the one that the caller expected.
     #[error("{name:?} has version {current}, not {expected}")]
     VersionChanged {
         /// The name.
@@ -127,14 +127,14 @@ pub enum VirtualMemoryError {
         /// Its name.
         name: Arc<str>,
     },
-    /// A whole-object write brought another number of bytes than the object has.
+    /// The data of a whole-object write is not as long as the object.
     #[error("object {handle} holds {expected} bytes, the call brought {actual}")]
     SizeMismatch {
         /// The object.
         handle: u64,
         /// Its length.
         expected: usize,
-        /// The length of what was brought.
+        /// The length of the data.
         actual: usize,
     },
     /// A range reaches outside of the object, or ends before it starts.
@@ -181,12 +181,12 @@ pub enum VirtualMemoryError {
         /// Its text.
         message: Arc<str>,
     },
-    /// A configuration field holds a value that cannot work.
+    /// A configuration field has an invalid value.
     #[error("invalid configuration: {field}: {reason}")]
     InvalidConfig {
         /// The field, by the name of its setter.
         field: &'static str,
-        /// Why, and what would do.
+        /// Why, and what is accepted.
         reason: Arc<str>,
     },
     /// Another process, or another instance in this one, has the directory open.
@@ -210,7 +210,7 @@ pub enum VirtualMemoryError {
         /// Which of its files, and what happened to it.
         reason: Arc<str>,
     },
-    /// The tokio runtime from which a store was opened cannot carry it.
+    /// The tokio runtime on which the store was opened lacks something.
     #[error("no store can run here: {missing}; {remedy}")]
     UnsuitableRuntime {
         /// What it lacks.
@@ -218,7 +218,7 @@ pub enum VirtualMemoryError {
         /// What to do about it.
         remedy: &'static str,
     },
-    /// What is stored in the directory is not what was written; `vmem_io::verify` says what can
+    /// The files in the directory are not as they were written; `vmem_io::verify` says what can
     /// still be read.
     #[error("{} is damaged: {reason}", path.display())]
     Damaged {
@@ -234,7 +234,7 @@ pub enum VirtualMemoryError {
         path: PathBuf,
         /// Its version.
         found: u32,
-        /// The version that would do.
+        /// The version that this build reads.
         known: u32,
     },
     /// These named objects have changes that are not durable.
@@ -268,7 +268,7 @@ impl VirtualMemoryError {
     }
 }
 
-/// For what speaks in terms of streams and files; the error itself is the source.
+/// For the traits of streams and files; the error itself is the source.
 impl From<VirtualMemoryError> for io::Error {
     fn from(error: VirtualMemoryError) -> Self {
         use VirtualMemoryError::{

@@ -1,4 +1,4 @@
-//! What happened: one event for each migration.
+//! The events of a store: one for each migration.
 //!
 //! Invariant: an event is sent after the migration was published, or failed; a listener that is
 //! slow loses events and learns how many, and never slows the runtime. Sent by the migrations.
@@ -13,14 +13,14 @@ use tokio::sync::broadcast;
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
 
-/// Events that a slow listener may be behind by.
+/// The most events by which a slow listener may lag.
 const BACKLOG_MAX: usize = 1024;
 
 /// Why an object moved.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MigrationCause {
-    /// A read that waits.
+    /// A demand read.
     Read,
     /// `promote` or `pin`.
     Promote,
@@ -89,17 +89,17 @@ impl Events {
         Events { sender: RwLock::new(Some(broadcast::channel(BACKLOG_MAX).0)) }
     }
 
-    /// Tells every listener; without one it costs a load.
+    /// Sends an event to every listener; without one it costs a load.
     pub(crate) fn send(&self, event: impl FnOnce() -> MigrationEvent) {
         if let Some(sender) = &*self.sender.read()
             && sender.receiver_count() > 0
         {
-            // The last listener may leave in between, which is as good.
+            // The last listener may leave in between, which does no harm.
             drop(sender.send(event()));
         }
     }
 
-    /// Ends every stream, once it was read to its end.
+    /// Ends every stream after the events that it has not delivered yet.
     pub(crate) fn end(&self) {
         *self.sender.write() = None;
     }

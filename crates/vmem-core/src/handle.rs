@@ -1,4 +1,4 @@
-//! Handles: how a caller names an object.
+//! Handles, by which callers refer to objects.
 //!
 //! Invariant: an unnamed object lives exactly as long as its handles, unless it is freed before.
 //! A handle holds its object's entry, so no operation needs a look-up. Made by `allocate`, `put`
@@ -11,10 +11,10 @@ use std::sync::Arc;
 use crate::memory_tier::MemoryTier;
 use crate::object::{Object, Shared};
 
-/// Leads to one object of one store. Dropping the last clone of an unnamed object frees it; of a
+/// A handle of one object of one store. Dropping the last clone of an unnamed object frees it; of a
 /// named one it does not.
 ///
-/// Two handles are equal if they name the same object of the same store.
+/// Two handles are equal if they refer to the same object of the same store.
 pub struct VMemHandle {
     object: Arc<Object>,
 }
@@ -49,13 +49,13 @@ impl VMemHandle {
         self.object.len == 0
     }
 
-    /// Where the object is kept when nobody asks for it.
+    /// The tier where the object stays while it is not in use.
     pub fn home_tier(&self) -> MemoryTier {
         self.object.home
     }
 
-    /// The name that the object had when it came into memory, if it had one. A handle keeps its
-    /// version when the name is given to another one, and does not follow a rename.
+    /// The name that the object had when it was loaded into memory, if any. A handle keeps its
+    /// version when the name is given to another object, and this does not follow a rename.
     pub fn name(&self) -> Option<&str> {
         self.object.named.get().and_then(|named| named.first())
     }

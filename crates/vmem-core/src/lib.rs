@@ -3,18 +3,18 @@
 //! # Layout, in the order in which a read flows
 //!
 //! - `vmem/`: [`VirtualMemory`], the store as its users see it: `read`, `write`, `place`.
-//! - `handle`, `object/`: a [`VMemHandle`] holds its object's entry: where its bytes are, who may
-//!   change that (the *gate*), and how recently it was used.
-//! - `copy/`: the host copy of an object: one atomic word says whether it is valid and who reads
-//!   it.
+//! - `handle`, `object/`: a [`VMemHandle`] holds its object's entry: where its bytes are, the right
+//!   to change that (the *gate*), and how recently it was used.
+//! - `copy/`: the host copy of an object: one atomic word says whether it is valid and how many
+//!   readers it has.
 //! - `host/`, `host_queue`: object space in slabs, the staging reserve, and the queue for space.
 //! - `actor/`: the one task that evicts, and that starts every migration as a task of its own.
 //! - `migrate/`: what such a task does: reserve, copy, verify, publish, release.
 //! - `names/`, `catalog`: named objects, and what a catalog of them implements.
-//! - `policy/`: who is evicted first.
+//! - `policy/`: the order of eviction.
 //! - `ranges`: the set of ranges that every allocator stands on.
 //! - `disk`, `buffer`: what a tier below host memory implements.
-//! - `device`, `vram`: what a tier above it implements, and who is in it.
+//! - `device`, `vram`: what a tier above it implements, and the objects in it.
 //! - `config`, `options`, `error`, `events`, `stats`, `capabilities`: what goes in and comes out.
 //! - `planted`: the bugs that tests are seen to find; none in an ordinary build.
 

@@ -2,7 +2,7 @@
 //!
 //! Invariant: `level` is the place of a tier in the chain, 0 being the fastest; the devices stand
 //! beside each other on one level. Nothing outside this file relies on the numbers themselves, so
-//! that a tier below disk is added without touching policy code. Called by everybody.
+//! that a tier below disk is added without touching policy code. Used by all modules.
 
 use std::fmt;
 use std::num::NonZeroU8;

@@ -31,7 +31,7 @@ pub struct ReadOptions {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ReadClass {
-    /// Somebody waits for it.
+    /// A caller waits for it.
     #[default]
     Demand,
     /// It gives way to demand, and evicts nothing that is in use.
@@ -68,8 +68,8 @@ impl ReadOptions {
         self
     }
 
-    /// A part of at most `bytes` is copied rather than held, so that it keeps nothing else in
-    /// host memory. Default: an eighth of the object, at most 4 KiB.
+    /// The largest part, in bytes, that is copied rather than held, so that it keeps no more than
+    /// itself in memory. Default: an eighth of the object, at most 4 KiB.
     pub fn copy_small(mut self, bytes: usize) -> Self {
         self.copy_small = Some(bytes);
         self

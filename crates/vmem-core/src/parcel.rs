@@ -1,15 +1,16 @@
-//! Values that the runtime sets aside for callers, and takes back from those who do not come.
+//! Values that the runtime sets aside for callers, and takes back from those that do not claim
+//! them.
 //!
 //! A task that serves a caller holds a [`Delivery`], the caller's future a [`Parcel`]. What is
 //! delivered lies in the parcel until the caller's future is polled, which may be never. Where the
 //! value is shared and counted (bytes in object space, a piece of staging, granted space), the
-//! delivery enters it into [`Unclaimed`]; whoever waits for such things takes back what has lain
-//! there for longer than [`GRACE`]. The caller finds it [`Unkept::Recalled`] when it comes, and
+//! delivery enters it into [`Unclaimed`], and a waiter for such things takes back what has lain
+//! there for longer than [`GRACE`]. The caller finds it [`Unkept::Recalled`] at its next poll, and
 //! asks again.
 //!
 //! Invariant: a value leaves a parcel exactly once: by a claim, by a recall, or with the last
-//! parcel. So no future that is left alone keeps anything from others for longer than the grace.
-//! Used by every call that waits.
+//! parcel. So a future that is left alone keeps nothing from others for longer than the grace. Used
+//! by every call that waits.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -35,9 +36,9 @@ pub(crate) enum Unkept {
     Abandoned,
 }
 
-/// What a task sets aside for a caller, and whether others could use something in it: then it is
-/// taken back from a caller who does not come. What the caller alone has use for stays, so that one
-/// that is polled rarely gets on.
+/// What a task sets aside for a caller. If others could use something in it, it is taken back from
+/// a caller that does not claim it. What only the caller can use stays, so that a future that is
+/// polled rarely makes progress.
 pub(crate) trait SetAside {
     fn is_shared(&self) -> bool;
 }
@@ -67,7 +68,7 @@ pub(crate) struct Parcel<T>(Arc<Inner<T>>);
 /// The sending end; one that is dropped abandons the parcel.
 pub(crate) struct Delivery<T>(Arc<Inner<T>>);
 
-/// The way to a parcel for those who may join its callers.
+/// The way to a parcel for callers that may join it.
 pub(crate) struct WeakParcel<T>(Weak<Inner<T>>);
 
 /// The two ends.
@@ -81,7 +82,7 @@ pub(crate) fn parcel<T>() -> (Delivery<T>, Parcel<T>) {
 }
 
 impl<T> Inner<T> {
-    /// Puts the state in place of the one before, which is dropped where no lock is held.
+    /// Replaces the state, and drops the previous one where no lock is held.
     fn replace(&self, state: State<T>) -> State<T> {
         let before = std::mem::replace(&mut *self.state.lock(), state);
         self.changed.notify_waiters();
@@ -192,7 +193,7 @@ impl<T> Parcel<T> {
         }
     }
 
-    /// Takes the value, once it is there.
+    /// Takes the value, once it was delivered.
     ///
     /// # Errors
     ///
@@ -206,7 +207,7 @@ impl<T> Parcel<T> {
         .map(|(value, _ticket)| value)
     }
 
-    /// A clone of the value, once it is there.
+    /// A clone of the value, once it was delivered.
     ///
     /// # Errors
     ///
@@ -318,11 +319,11 @@ impl<T: Send> Recall for Inner<T> {
     }
 }
 
-/// The values that lie in parcels and that somebody else could use, oldest first.
+/// The values that lie in parcels and that others could use, oldest first.
 #[derive(Default)]
 pub(crate) struct Unclaimed {
     entries: Mutex<Entries>,
-    /// Who takes back what others wait for.
+    /// Wakes the actor, which takes back what others wait for.
     wake: Option<Arc<Wake>>,
 }
 
@@ -342,7 +343,7 @@ impl Drop for Ticket {
 }
 
 impl Unclaimed {
-    /// Values for which `wake` is called while anybody waits.
+    /// Values for which `wake` is called while there is a waiter.
     pub(crate) fn new(wake: Arc<Wake>) -> Self {
         Unclaimed { entries: Mutex::default(), wake: Some(wake) }
     }

@@ -21,7 +21,7 @@ const HITS_A_LOOK: u32 = 8;
 #[derive(Debug)]
 pub(crate) struct Recency {
     opened: Instant,
-    /// What whoever looked last saw.
+    /// The time that a thread saw last.
     seen: AtomicU64,
     /// Which clock of this process it is; never 0.
     number: u64,

@@ -1,8 +1,8 @@
 //! The channels through which the actor is asked to start migrations.
 //!
-//! Invariant: a request is a task that has not begun; dropping it answers whoever waits, by the
-//! drop of its reply. So each is answered exactly once: by its task, or, unserved, by its end. Made
-//! by `migrate`, sent by the public methods, started by the actor.
+//! Invariant: a request is a task that has not begun; dropping it answers its waiter, by the drop
+//! of its reply. So each is answered exactly once: by its task, or, unserved, by its end. Made by
+//! `migrate`, sent by the public methods, started by the actor.
 
 use std::fmt;
 use std::future::Future;
@@ -10,21 +10,20 @@ use std::future::Future;
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
-/// Requests of one class that wait in its channel; whoever sends beyond that waits.
+/// Requests of one class that wait in its channel; a sender beyond that waits.
 const QUEUE_MAX: usize = 1024;
 
 /// Whose place a request takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Line {
-    /// Somebody waits for it.
+    /// A caller waits for it.
     Demand,
     Background,
-    /// It waits for a kernel of a user: it takes no one else's place, and nobody knows for how
-    /// long.
+    /// It waits for a kernel of a user, for an unknown time, and takes no other request's place.
     Kernel,
 }
 
-/// A migration that somebody asked for.
+/// A migration that was asked for.
 #[must_use]
 pub(crate) struct Request {
     /// The name of its task.
@@ -54,8 +53,8 @@ impl fmt::Debug for Request {
 pub(crate) struct Requests {
     demand: mpsc::Sender<Request>,
     background: mpsc::Sender<Request>,
-    /// As many as there are leases: what a kernel wrote stands in no line behind those who wait for
-    /// it.
+    /// Unbounded, with at most one request a lease: what a kernel wrote must not queue behind
+    /// requests that wait for it.
     kernels: mpsc::UnboundedSender<Request>,
 }
 

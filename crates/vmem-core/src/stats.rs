@@ -1,4 +1,4 @@
-//! What the store counts.
+//! The figures of a store.
 //!
 //! Invariant: the bytes of a tier come from its ledger, so they never exceed its capacity;
 //! counters only grow and may lag. Filled in by `Shared`, read by users.
@@ -19,7 +19,7 @@ pub struct TierStats {
     pub objects: u64,
     /// Reads that this tier served.
     pub hits: u64,
-    /// The largest object that would fit now with nothing moved.
+    /// The largest object that would fit now without moving others, in bytes.
     pub largest_free_bytes: u64,
 }
 
@@ -34,22 +34,22 @@ pub struct VirtualMemoryStats {
     pub host: TierStats,
     /// The data file.
     pub disk: TierStats,
-    /// Objects in memory: those that have a handle, and named ones that were opened and did not
-    /// leave yet.
+    /// Objects in memory: those that have a handle, and named ones that were opened and have not
+    /// left memory yet.
     pub objects: u64,
-    /// What objects and names in memory take beside their bytes, in bytes: computed from how many
-    /// there are, the sizes of their entries, and the chunks that they have on disk. Not counted:
-    /// the order of eviction (about 32 bytes for each object in host memory or VRAM), what the
-    /// allocator rounds up, and the catalog's cache. A name that no handle leads to leaves memory
-    /// when its object is on disk alone and durable; the last 1,024 of them stay.
+    /// Memory of objects and names beside their payload, in bytes: computed from their number, the
+    /// sizes of their entries, and their chunks on disk. Not counted: the order of eviction (about
+    /// 32 bytes for each object in host memory or VRAM), what the allocator rounds up, and the
+    /// catalog's cache. A name that no handle leads to leaves memory when its object is on disk
+    /// alone and durable; the last 1,024 of them stay.
     pub metadata_bytes: u64,
     /// Names whose objects are in memory.
     pub names_in_memory: u64,
-    /// Host memory set apart for bytes in passage, in bytes.
+    /// Host memory set apart for staging, in bytes.
     pub staging_bytes: u64,
-    /// Memory that streams may hold now, in bytes: beside `host_capacity`, and never above
-    /// `stream_capacity` but for 4 KiB a reader and 64 KiB a writer, and as much for each `Bytes`
-    /// of a reader's stream that is kept.
+    /// Memory that streams may hold now, in bytes: beside `host_capacity`, and above
+    /// `stream_capacity` only by 4 KiB for each reader, 64 KiB for each writer, and as much again
+    /// for each `Bytes` of a reader's stream that is kept.
     pub stream_bytes: u64,
     /// Object space that the device reaches directly, in bytes; the rest goes by a detour of the
     /// driver.
@@ -72,7 +72,7 @@ pub struct VirtualMemoryStats {
     pub promotions: u64,
     /// Evictions that had nothing to write.
     pub clean_drops: u64,
-    /// Footprint that was moved within host memory, so that free bytes became usable bytes.
+    /// Footprint that was moved within host memory to make free space contiguous, in bytes.
     pub relocated_bytes: u64,
     /// Payload copied to device memory, in bytes.
     pub host_to_vram_bytes: u64,
@@ -84,7 +84,7 @@ pub struct VirtualMemoryStats {
     pub host_to_disk_bytes: u64,
     /// Changes of named objects that were made durable.
     pub named_changes: u64,
-    /// Commits that made them so, each one for all that waited, after one sync of the data.
+    /// Commits of these changes; each commits all changes that waited, after one sync of the data.
     pub commits: u64,
     /// Operations of a backend that failed.
     pub errors: u64,
@@ -102,7 +102,7 @@ impl VirtualMemoryStats {
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) disk_objects: AtomicU64,
-    /// What the maps of the objects on disk take in memory, in bytes.
+    /// Memory of the disk maps of objects, in bytes.
     pub(crate) map_bytes: AtomicU64,
     pub(crate) host_to_vram_bytes: AtomicU64,
     pub(crate) vram_to_host_bytes: AtomicU64,
@@ -124,7 +124,7 @@ pub(crate) fn add(counter: &AtomicU64, n: u64) {
     counter.fetch_add(n, Ordering::Relaxed);
 }
 
-/// Takes from a gauge; what is taken was added before.
+/// Takes from a gauge what was added before.
 pub(crate) fn sub(counter: &AtomicU64, n: u64) {
     let before = counter.fetch_sub(n, Ordering::Relaxed);
     assert!(before >= n, "a gauge never falls below zero: {before} - {n}");

@@ -1,7 +1,7 @@
 //! Tasks with names that tokio-console shows.
 //!
-//! Invariant: a name costs nothing where the console is not compiled in. Called by whoever starts a
-//! task.
+//! Invariant: a name costs nothing where the console is not compiled in. Called wherever a task is
+//! started.
 
 use std::future::Future;
 

@@ -1,9 +1,9 @@
-//! How the rest of the runtime wakes the actor, for nothing when nobody waits.
+//! How the rest of the runtime wakes the actor, at no cost without waiters.
 //!
-//! Invariant: whoever is about to sleep until something is released first declares it
-//! (`waiting`), then looks once more; whoever releases something first does it, then asks whether
-//! anybody waits. Both sides are `SeqCst`, so one of them sees the other. Called by the
-//! allocator's hook, by readers that let go, by those who wait for them, and by the actor.
+//! Invariant: a waiter that is about to sleep until something is released first declares it
+//! (`waiting`), then looks once more; a releaser first releases, then asks whether there is a
+//! waiter. Both sides are `SeqCst`, so one of them sees the other. Called by the allocator's hook,
+//! by readers that release a copy, by their waiters, and by the actor.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -15,11 +15,11 @@ use tokio::sync::futures::Notified;
 pub(crate) struct Wake {
     waiting: AtomicUsize,
     bell: Notify,
-    /// For those who wait for others than the actor.
+    /// For waiters that are not the actor.
     released: Notify,
 }
 
-/// One who waits, until it is dropped.
+/// One waiter, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Waits<'a>(&'a Wake);
 
@@ -35,8 +35,7 @@ impl Wake {
         self.bell.notify_one();
     }
 
-    /// Wakes the actor, and those who wait for no actor, if anybody waits for what was just
-    /// released.
+    /// Wakes the actor and all other waiters, if there are any for what was just released.
     pub(crate) fn if_waiting(&self) {
         if self.waiting.load(Ordering::SeqCst) > 0 {
             self.bell.notify_one();
@@ -44,18 +43,18 @@ impl Wake {
         }
     }
 
-    /// Declares one more who waits, for as long as the value lives.
+    /// Declares one more waiter, for as long as the value lives.
     pub(crate) fn waiting(&self) -> Waits<'_> {
         self.add_waiting();
         Waits(self)
     }
 
-    /// Ends when something was released while anybody waited.
+    /// Completes when something was released while there was a waiter.
     pub(crate) fn released(&self) -> Notified<'_> {
         self.released.notified()
     }
 
-    /// Declares one more, or one less, who waits.
+    /// Declares one more waiter, until `remove_waiting`.
     pub(crate) fn add_waiting(&self) {
         self.waiting.fetch_add(1, Ordering::SeqCst);
     }

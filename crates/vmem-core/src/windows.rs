@@ -1,9 +1,10 @@
 //! Memory for streams: what lies between the store and the peer of a reader or a writer.
 //!
-//! Invariant: a stream never waits for memory, so that a peer who does not read delays nobody.
-//! While there is plenty it gets what it asks for, then less and less, and always the least with
-//! which it gets on. What all streams have is counted, and beyond the least of each never above the
-//! reserve. Called by `ObjectReader` and `ObjectWriter`, and by the tasks that serve them.
+//! Invariant: a stream never waits for memory, so that a peer that does not read delays no other
+//! stream. While there is plenty it gets what it asks for, then less and less, and always the least
+//! with which it can go on. What all streams have is counted, and beyond the least of each never
+//! above the reserve. Called by `ObjectReader` and `ObjectWriter`, and by the tasks that serve
+//! them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use aligned_vec::{AVec, ConstAlign};
 use parking_lot::Mutex;
 
-/// One window gets at most this share of what is free, so that those who come later get some.
+/// One window gets at most this share of what is free, so that later streams get some.
 const SHARE: u64 = 4;
 /// Memory of this alignment goes to and from disk as it is.
 const ALIGNMENT: usize = 4096;

@@ -1,7 +1,8 @@
-//! What a test links: it puts the emulator in the place of the driver, and commands it.
+//! The part that tests link: it puts the emulator in the place of the driver, and sends it
+//! commands.
 //!
-//! Invariant: the library is loaded before anybody asks for `libcuda.so`, and stays for the life of
-//! the process. One test at a time has it. Called by tests.
+//! Invariant: the library is loaded before any code asks for `libcuda.so`, and stays for the life
+//! of the process. One test at a time has it. Called by tests.
 
 #![allow(unsafe_code)]
 

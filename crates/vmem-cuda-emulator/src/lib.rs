@@ -1,21 +1,21 @@
-//! A CUDA driver that is none: the driver's symbols over memory of the heap, truly asynchronous,
-//! with a check on every rule that is easily broken and seldom noticed.
+//! An emulated CUDA driver: the symbols of `libcuda` over heap memory, as asynchronous as a real
+//! driver. It checks every rule of CUDA that is easily broken and whose breach is seldom noticed.
 //!
-//! It is a test tool. It runs no PTX: a few kernels are known by name. No figure from it is
-//! performance.
+//! It is a test tool. It runs no PTX: it implements a few kernels, which it recognises by name.
+//! Times measured with it say nothing about a GPU.
 //!
 //! # Layout
 //!
-//! - `control`: what tests link: loads the library beside the test, and commands it with lines of
-//!   text.
-//! - `symbols`: the driver's functions, in C; thin.
+//! - `control`: the part that tests link. It loads the shared library and sends it commands, one
+//!   line of text each.
+//! - `symbols`: the functions of the driver, with their C signatures; each is thin.
 //! - `world`: everything that the driver knows, under one lock: devices, contexts, memory, streams,
 //!   events.
 //! - `stream`: the operations and the thread of each stream.
 //! - `races`: which operations are ordered before which; pure.
 //! - `pages`: the pages behind registered memory, as a device sees them.
-//! - `raw`: reading and writing memory of the host; all other unsafe code.
-//! - `commands`: the other end of the remote control.
+//! - `raw`: reads and writes host memory.
+//! - `commands`: the part of the shared library that executes what `control` sends.
 //!
 //! Two copies of this crate meet in a test: the one that the test links, for `control`, and the
 //! shared library. They share no Rust type and no static, only lines of text.

@@ -34,8 +34,8 @@ impl Pages {
             iov_base: std::ptr::with_exposed_provenance_mut(memory.address),
             iov_len: memory.len,
         };
-        // SAFETY: whoever registers memory promises that it stays mapped until it is unregistered,
-        // with which this goes.
+        // SAFETY: a caller that registers memory promises that it stays mapped until it is
+        // unregistered, and this is dropped then.
         unsafe { ring.submitter().register_buffers(&[buffer]) }.ok()?;
         let file = memfd_create("pages", MemfdFlags::CLOEXEC).ok()?;
         Some(Pages { memory, way: Mutex::new((ring, file.into())) })

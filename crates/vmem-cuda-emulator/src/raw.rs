@@ -24,8 +24,8 @@ impl HostMemory {
         let from = std::ptr::with_exposed_provenance::<u8>(self.address);
         let mut bytes = vec![0; self.len];
         // SAFETY: the caller of the driver's function promised that the source is readable until
-        // the copy has ended; a raw copy makes no reference to memory that somebody may be writing
-        // against the rules.
+        // the copy has ended; a raw copy makes no reference to memory that a careless user may be
+        // writing.
         unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), self.len) };
         bytes
     }
@@ -44,7 +44,7 @@ impl HostMemory {
         hasher.finish()
     }
 
-    /// Spoils a destination: what is in it until the copy has ended is nobody's business.
+    /// Spoils a destination: until the copy has ended its contents are undefined.
     pub(crate) fn scribble(self) {
         self.write(&vec![SCRIBBLE; self.len]);
     }
@@ -65,7 +65,7 @@ pub(crate) struct HostFunction {
 impl HostFunction {
     pub(crate) fn call(self) {
         let argument = std::ptr::with_exposed_provenance_mut(self.argument);
-        // SAFETY: whoever launched it promised that it may be called with this argument.
+        // SAFETY: its launcher promised that it may be called with this argument.
         unsafe { (self.function)(argument) };
     }
 }

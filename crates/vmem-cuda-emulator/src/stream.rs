@@ -36,7 +36,7 @@ pub(crate) struct Stream {
     pub(crate) flags: u32,
     /// The capture that it takes part in.
     pub(crate) capturing: Option<Capture>,
-    /// Nobody has its handle any more.
+    /// Whether its handle was destroyed.
     pub(crate) destroyed: bool,
 }
 

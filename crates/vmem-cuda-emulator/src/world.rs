@@ -14,13 +14,13 @@ use crate::races::{Clock, Races};
 use crate::raw::HostMemory;
 use crate::stream::Stream;
 
-/// The stream that is there without being made.
+/// The stream that exists without being created.
 pub(crate) const DEFAULT_STREAM: u64 = 0;
 /// The threads' own streams are numbered from here.
 pub(crate) const PER_THREAD: u64 = 1 << 40;
 /// Where device memory begins: addresses of it lead nowhere on the host.
 const DEVICE_BASE: u64 = 0x0dea_0000_0000;
-/// Between two allocations, so that who runs over the end of one hits none.
+/// The gap between two allocations, so that an access past the end of one hits no other.
 const GUARD: u64 = 4096;
 const GARBAGE: u8 = 0xC7;
 
@@ -158,13 +158,13 @@ pub(crate) struct World {
 /// The memory of a device that a test has, in bytes.
 const MEMORY: u64 = 256 << 20;
 
-/// The memory of the device in a process in which nobody has taken it, in bytes.
+/// The memory of the device before any is allocated, in bytes.
 fn memory() -> u64 {
     let given = std::env::var("VMEM_EMULATED_MEMORY").ok();
     given.and_then(|given| given.parse().ok()).unwrap_or(MEMORY)
 }
 
-/// Whether somebody created this stream: nobody did the null stream and the threads' own.
+/// Whether a caller created this stream, unlike the null stream and those of the threads.
 pub(crate) fn has_owner(stream: u64) -> bool {
     stream != DEFAULT_STREAM && stream < PER_THREAD
 }
@@ -355,7 +355,7 @@ impl World {
         if !self.is_captured(id) {
             return Some(INVALID_VALUE);
         }
-        // As on a card: whoever asks has broken the capture.
+        // As on a real device: the query breaks the capture.
         self.invalidate(|capture| capture.id == id);
         Some(CAPTURED_EVENT)
     }

@@ -44,7 +44,7 @@ pub(crate) fn parts() -> Vec<Part> {
         part(
             "contract-waiting",
             habits::waiting,
-            "calls on threads of users wait for nobody's kernel; which others do",
+            "calls on threads of users wait for no kernel; which others do",
         ),
         part("contract-stale-pages", stale_pages, "registered memory is the pages that were there"),
         part("contract-events", events, "events have generations, and order streams"),
@@ -96,7 +96,7 @@ fn events(env: &Env) -> Result<Outcome> {
     event.record(first)?;
     ensure!(!event.try_is_complete()?, "behind a kernel");
     second.wait(&event)?;
-    // Recorded again, where nothing is: who waited for it before still waits for the kernel.
+    // Recorded again on an idle stream: an earlier waiter still waits for the kernel.
     let idle = user.context.new_stream()?;
     event.record(&idle)?;
     event.synchronize()?;
@@ -158,7 +158,7 @@ fn contexts(env: &Env) -> Result<Outcome> {
     let (without, with) = elsewhere.join().map_err(|_| anyhow::anyhow!("it panicked"))??;
     ensure!(without == 201, "a thread without a context: {without}");
     ensure!(with == 0, "a thread with one: {with}");
-    // One that was pushed is what counts, and what was there comes back.
+    // The context that was pushed is current; after the pop the previous one is again.
     crate::user::without_context()?;
     // SAFETY: the context is retained by `user`.
     unsafe { sys::cuCtxPushCurrent_v2(user.context.cu_ctx()) }.result()?;

@@ -72,7 +72,7 @@ pub(crate) fn all(options: &Options) -> Result<bool> {
     let done = if options.again { HashSet::new() } else { passed(options)? };
     let record = OpenOptions::new().create(true).append(true).open(&options.json);
     let mut record = record.with_context(|| format!("opening {}", options.json.display()))?;
-    // A line that was cut short stays one by itself.
+    // A line that was cut short stays a line of its own.
     let before = std::fs::read(&options.json).context("reading the record")?;
     if !before.is_empty() && !before.ends_with(b"\n") {
         record.write_all(b"\n").context("writing the record")?;

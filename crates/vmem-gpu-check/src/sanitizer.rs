@@ -112,8 +112,8 @@ fn fault(env: &Env) -> Result<Outcome> {
         let lease = vmem.device_on(&handle, &user.stream).await?;
         // SAFETY: used on the stream of the lease, before it is dropped.
         let at = unsafe { lease.device_ptr() };
-        // SAFETY: it is none: the byte behind the object is somebody else's, which is what is to be
-        // found.
+        // SAFETY: this is unsound on purpose: the byte behind the object has another owner, which
+        // the sanitizer must find.
         unsafe { user.launch("vmem_outside", &[at, len as u64], 1, &user.stream) }?;
         drop(lease);
         let _ = user.stream.synchronize();

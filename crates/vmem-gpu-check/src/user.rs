@@ -1,8 +1,8 @@
 //! What a user of the store does on the device: its own context, streams, memory, kernels.
 //!
-//! Invariant: memory is freed only after everything on the device has ended, by whoever allocated
-//! it. Unsafe code of this crate is here, where leases are lent to kernels, in `bars::raw`, and in
-//! `contract`, which plays a careless user. Called by the parts.
+//! Invariant: memory is freed by its owner only, after everything on the device has ended. Unsafe
+//! code of this crate is here, where leases are lent to kernels, in `bars::raw`, and in `contract`,
+//! which plays a careless user. Called by the parts.
 
 #![allow(unsafe_code)]
 
@@ -156,7 +156,7 @@ pub(crate) fn stream(device: usize) -> Result<Arc<CudaStream>> {
     context.new_stream().context("a stream")
 }
 
-/// Somebody else in the process, with its own context object.
+/// Another user in the process, with its own context object.
 pub(crate) struct User {
     pub(crate) context: Arc<CudaContext>,
     pub(crate) stream: Arc<CudaStream>,
@@ -329,7 +329,7 @@ impl User {
         // SAFETY: just mapped, that long; unregistered and unmapped by the drop of what owns it.
         let registered = unsafe { sys::cuMemHostRegister_v2(address, len, portable) }.result();
         if let Err(error) = registered {
-            // SAFETY: as above, and nobody has it.
+            // SAFETY: as above, and nothing uses it.
             unsafe { libc::munmap(address, len) };
             return Err(error).context("registering memory");
         }

@@ -1,7 +1,7 @@
-//! A call over device memory of a caller: what has begun of it, and whether more may begin.
+//! A call over device memory of a caller: the copies that have begun, and whether more may begin.
 //!
-//! Invariant: no copy begins once the call was cancelled, and whoever cancels it knows of each copy
-//! that has begun. Called by the gathers, and by the lane that copies for them.
+//! Invariant: no copy begins once the call was cancelled, and the cancelling side knows of each
+//! copy that has begun. Called by the gathers, and by the lane that copies for them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use parking_lot::{Mutex, MutexGuard};
 /// Between two looks at copies for which the caller has to wait itself.
 const LOOK_PAUSE: Duration = Duration::from_micros(50);
 
-/// Device memory of a caller, who promised that it stays until the call has ended.
+/// Device memory of a caller, which promised that it stays until the call has ended.
 #[derive(Clone, Debug)]
 pub(crate) struct Foreign {
     pub(crate) address: u64,

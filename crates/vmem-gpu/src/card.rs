@@ -99,7 +99,7 @@ impl Card {
         let context =
             CudaContext::new(ordinal).map_err(|error| told("opening a context", error))?;
         // SAFETY: no slice of cudarc's is ever made in this context object, so nothing relies on it
-        // to track who uses one. With it, the first stream would synchronise the whole context.
+        // to track the use of one. With it, the first stream would synchronise the whole context.
         unsafe { context.disable_event_tracking() };
         relax_capture().map_err(|error| told("exchanging the capture mode", error))?;
         let (free, _) = result::mem_get_info().map_err(|error| told("asking for memory", error))?;
@@ -115,7 +115,7 @@ impl Card {
             }
             let block = match separate {
                 true => Ok(0),
-                // SAFETY: the memory is plain bytes, and whoever reads one has written it.
+                // SAFETY: the memory is plain bytes, and no byte is read before it is written.
                 false => unsafe { result::malloc_sync(wanted as usize) },
             };
             match block {
@@ -157,7 +157,7 @@ impl Card {
         enter(&self.context, work)
     }
 
-    /// Works in the context on a thread that is not ours, without disturbing anybody's capture.
+    /// Works in the context on a thread that is not ours, without breaking a capture of its owner.
     pub(crate) fn visit<T>(&self, work: impl FnOnce() -> T) -> Result<T, DriverError> {
         self.enter(|| {
             let relaxed = exchange_capture(relaxed());
@@ -178,7 +178,7 @@ impl Card {
         self.visit(|| unsafe { result::malloc_sync(len) }).and_then(|address| address).ok()
     }
 
-    /// Frees one that `allocate` made, which nobody uses any more.
+    /// Frees memory that `allocate` made and that is not used any more.
     pub(crate) fn free_one(&self, address: u64) {
         // SAFETY: its one caller is the end of the range that had it.
         let freed = self.visit(|| unsafe { result::free_sync(address) }).and_then(|freed| freed);
@@ -222,7 +222,7 @@ impl Card {
         self.lost.get().cloned()
     }
 
-    /// Whether the context is dead, also if nobody has noticed before.
+    /// Whether the context is dead, also if that was not noticed before.
     ///
     /// Called after an error, on any thread. An error that passes, of whatever function, is no
     /// proof: several looks in a row have to fail, each with an error that can stick.
@@ -308,7 +308,7 @@ fn unpin(address: usize) -> Result<(), DriverError> {
     let address = std::ptr::with_exposed_provenance_mut(address);
     // SAFETY: it was registered, and no copy uses it any more: that is counted.
     match unsafe { sys::cuMemHostUnregister(address) }.result() {
-        // Somebody was quicker.
+        // Another thread was quicker.
         Err(DriverError(sys::CUresult::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED)) => Ok(()),
         unregistered => unregistered,
     }
@@ -356,7 +356,7 @@ fn relaxed() -> sys::CUstreamCaptureMode {
     sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED
 }
 
-/// On our own threads a graph that somebody else captures is none of our business.
+/// Lets calls on this thread, one of our own, leave captures on other threads alone.
 ///
 /// # Errors
 ///

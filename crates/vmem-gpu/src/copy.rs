@@ -1,10 +1,10 @@
-//! Copies between device memory and what others have, and who owns what they touch.
+//! Copies to and from device memory, and the ownership of what they touch.
 //!
 //! Ownership: a copy that was handed to the driver is in a [`Batch`], with the bytes, the buffer
 //! and the share of the device range that it touches. A batch gives them up only after its event
-//! was seen complete, or the context is dead and takes no more part; one that is dropped otherwise
-//! leaks them. So no future that is dropped, no panic and no end of a runtime frees memory under a
-//! copy. Called by the lanes.
+//! was seen complete, or the context is dead; one that is dropped otherwise leaks them. So no
+//! future that is dropped, no panic and no end of a runtime frees memory under a copy. Called by
+//! the lanes.
 
 #![allow(unsafe_code)]
 
@@ -77,7 +77,7 @@ impl Work {
 
     /// Gives back what it owns and answers.
     pub(crate) fn end(self, outcome: Result<(), DeviceError>) {
-        // Before the answer: whoever gets it may look at the ledger.
+        // Before the answer, since its receiver may look at the ledger.
         match self {
             Work::Upload { to, bytes, reply, .. } => {
                 drop((to, bytes));
@@ -143,7 +143,7 @@ impl CopyStream {
         Ok(CopyStream { stream, notices, ring: Ring::new(bell), card })
     }
 
-    /// The stream itself, for those who order others behind it.
+    /// The stream itself, for ordering others behind it.
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
     }
@@ -235,8 +235,8 @@ impl CopyStream {
             uses.extend(in_use);
             let from = from + range.start as u64;
             let part = &mut into[range];
-            // SAFETY: as above; the buffer moves with the batch, its memory does not, and nobody
-            // else has it.
+            // SAFETY: as above; the buffer moves with the batch, its memory does not, and it has no
+            // other owner.
             unsafe { result::memcpy_dtoh_async(part, from, self.stream.cu_stream()) }?;
         }
         Ok(())
@@ -246,7 +246,7 @@ impl CopyStream {
     fn mark(&self, batch: &mut Batch) -> Result<(), DriverError> {
         let event = self.card.events().take()?;
         event.record(&self.stream)?;
-        // Without it the watchdog sees its end all the same.
+        // Without it the watchdog still sees its end.
         ask_for_notice(&self.notices, &event, self.ring);
         batch.event = Some(event);
         Ok(())

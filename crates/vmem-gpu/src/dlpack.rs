@@ -1,15 +1,15 @@
 //! A lease as a tensor of DLPack, which PyTorch, JAX, CuPy and others take without a copy.
 //!
-//! Invariant: the lease lives until the consumer has called the deleter of what it was handed, on
-//! whatever thread, and ends with that call; a tensor that was handed to nobody ends it when it is
-//! dropped. Called by users.
+//! Invariant: the lease lives until the consumer has called the deleter of its tensor, on any
+//! thread, and ends with that call; a tensor that was not handed out ends it when it is dropped.
+//! Called by users.
 //!
-//! # Whose turn it is
+//! # Order of streams
 //!
-//! The bytes are there before the lease is granted, so any stream may read them at once. The end is
-//! what counts: the deleter ends the lease as its drop does, behind all that is queued *on the
-//! stream of the lease* by then. Whoever uses the tensor does so on that stream, or, before the
-//! deleter is called, makes that stream wait for its own. In PyTorch:
+//! The bytes are on the device before the lease is granted, so any stream may read them at once.
+//! Only the end needs an order: the deleter ends the lease as its drop does, behind all that is
+//! queued *on the stream of the lease* by then. Use the tensor on that stream, or make that stream
+//! wait for yours before the deleter is called. In PyTorch:
 //!
 //! ```python
 //! lease_stream = torch.cuda.ExternalStream(pointer_of_the_stream)  # `tensor.stream().cu_stream()`
@@ -83,7 +83,7 @@ impl DlPackTensor {
         self.len() == 0
     }
 
-    /// Hands it to a consumer of the first form, "dltensor". Whoever has the pointer calls its
+    /// Hands it to a consumer of the first form, "dltensor". The owner of the pointer calls its
     /// deleter once, on any thread, or the object stays pinned for good.
     #[must_use = "the lease ends with its deleter only"]
     pub fn into_raw(self) -> *mut DLManagedTensor {
@@ -92,7 +92,7 @@ impl DlPackTensor {
     }
 
     /// Hands it to a consumer of the form of DLPack 1, "dltensor_versioned", which learns that the
-    /// tensor is read only. Whoever has the pointer calls its deleter once, on any thread, or the
+    /// tensor is read only. The owner of the pointer calls its deleter once, on any thread, or the
     /// object stays pinned for good.
     #[must_use = "the lease ends with its deleter only"]
     pub fn into_raw_versioned(self) -> *mut DLManagedTensorVersioned {
@@ -106,8 +106,7 @@ impl DlPackTensor {
     }
 
     fn info(&self) -> TensorInfo {
-        // SAFETY: it is read only, and in the order that the page above asks of whoever is handed
-        // it.
+        // SAFETY: it is read only, and in the order that the page above asks of the consumer.
         let address = unsafe { self.lease.device_ptr() };
         // Device memory: nothing here ever follows it.
         let data = ptr::without_provenance_mut(address as usize);

@@ -1,4 +1,4 @@
-//! Events and order: where a stream has come to, who comes after it, and who is woken then.
+//! Events and order: how far a stream has come, which streams follow it, and what is woken then.
 //!
 //! Invariant: nothing here goes through a context object of the user, which may hold a stale error,
 //! and nothing here waits for a stream unless its name says so. An event that is dropped goes back
@@ -56,7 +56,7 @@ impl EventPool {
 
     fn destroy(&self, events: Vec<Raw>) {
         let destroy = |Raw(event)| {
-            // SAFETY: it was created once, and nobody has it any more.
+            // SAFETY: it was created once, and has no owner any more.
             unsafe { result::event::destroy(event) }
         };
         let destroyed = enter(&self.context, || events.into_iter().try_for_each(destroy));
@@ -122,7 +122,7 @@ impl Event {
         unsafe { result::stream::wait_event(stream.cu_stream(), self.handle(), flags) }
     }
 
-    /// Ends one with which the driver has trouble: nobody gets it again.
+    /// Destroys an event that the driver fails on, so that it is not used again.
     pub(crate) fn discard(mut self) {
         self.pool.destroy(self.raw.take().into_iter().collect());
     }
@@ -269,7 +269,7 @@ unsafe extern "C" fn ring(ring: *mut c_void) {
     ring.bell.ring();
 }
 
-/// Has a ring rung behind an event. If the driver refuses, whoever waits looks without it.
+/// Has a ring rung behind an event. If the driver refuses, the waiter queries the event itself.
 pub(crate) fn ask_for_notice(stream: &CudaStream, event: &Event, to: &'static Ring) {
     let asked = event.hold_back(stream).and_then(|()| {
         let argument = std::ptr::from_ref(to).cast_mut().cast();

@@ -1,7 +1,7 @@
-//! What users call: objects for kernels, and parts of objects in device buffers of theirs.
+//! The calls of users: objects for kernels, and parts of objects in device buffers of theirs.
 //!
-//! Invariant: a future of these holds nothing that is shared and counted while nobody polls it
-//! (the tasks of `vmem-core` hold it). Called by users.
+//! Invariant: a future of these holds nothing that is shared and counted between polls (the tasks
+//! of `vmem-core` hold it). Called by users.
 
 use std::any::Any;
 use std::future::Future;

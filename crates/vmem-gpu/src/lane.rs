@@ -227,8 +227,8 @@ impl Driving {
         reaped
     }
 
-    /// The driver did not say whether a batch has ended. In a dead context nothing takes part any
-    /// more; else it is asked again.
+    /// The driver did not say whether a batch has ended. In a dead context nothing runs any more;
+    /// else it is asked again.
     fn refused(&mut self, error: DriverError) -> Reaped {
         if !self.card.is_dead() {
             tracing::debug!(target: "vmem::gpu", "{}: it is tried again", told("a query", error));

@@ -1,7 +1,7 @@
 //! Objects in device memory for kernels, on streams of the user.
 //!
 //! Invariant: from when a lease is granted until everything that was queued on its stream before it
-//! was dropped has ended, the bytes stay where they are and nobody else writes to them. Dropping a
+//! was dropped has ended, the bytes stay where they are and are not written by others. Dropping a
 //! lease, by cancellation too, records an event behind that work and hands what it kept to a thread
 //! that waits for it; where there is no event, the thread asks again. A drop waits for nothing.
 //! Called by users.
@@ -58,7 +58,7 @@ impl Ending {
         self.keeps.push(keep);
     }
 
-    /// None if something uses the memory of which nobody can say when it ends: it is kept for ever.
+    /// `None` if the memory has a user whose end cannot be known: then it is kept for ever.
     fn end(self) -> Option<Answer> {
         let Ending { card, stream, access, lent, strays, keeps } = self;
         let (Some(card), Ok(tier), false) = (card, tier(&access), strays) else {
@@ -181,7 +181,7 @@ impl DeviceLease {
 impl Drop for DeviceLease {
     fn drop(&mut self) {
         if let Some(hold) = self.hold.take() {
-            // The pin goes now; the thread keeps the memory, whether anybody awaits that or not.
+            // The pin ends now; the thread keeps the memory, whether the answer is awaited or not.
             drop(self.leased.release(Box::new(hold.end())));
         }
     }
@@ -258,15 +258,15 @@ impl DeviceLeaseMut {
     ///
     /// # Errors
     ///
-    /// `Device` if what was queued, or the copy of what it wrote, failed: the version before stays
-    /// then.
+    /// `Device` if what was queued, or the copy of what it wrote, failed: then the previous version
+    /// stays.
     pub async fn finish(self) -> Result<()> {
         self.end_now().await
     }
 
     /// Ends the lease without a new version: the object has the bytes that it had before, whatever
-    /// kernels have written. Its device memory is nobody else's before they have ended. A lease
-    /// that is dropped by a panic is abandoned too.
+    /// kernels have written. Its device memory is not reused before they have ended. A lease that
+    /// is dropped by a panic is abandoned too.
     ///
     /// ```no_run
     /// # use vmem::gpu::VramExt;
@@ -292,7 +292,7 @@ impl DeviceLeaseMut {
 
     fn give_up(&mut self) {
         let Some(change) = self.change.take() else { return };
-        // The thread keeps the memory, whether anybody awaits that or not.
+        // The thread keeps the memory, whether the answer is awaited or not.
         drop(self.leased.release(Box::new(change.range())));
         drop(change);
     }
@@ -304,7 +304,7 @@ impl DeviceLeaseMut {
 
     fn end(&mut self) -> Option<BoxFuture<'static, Result<()>>> {
         let change = self.change.take()?;
-        // Whatever becomes of the change: the range is nobody else's before the kernel has ended.
+        // However the change ends, the range is not reused before the kernel has ended.
         let ready = self.leased.release(Box::new(change.range()));
         Some(change.finish(ready).boxed())
     }
@@ -316,7 +316,7 @@ impl Drop for DeviceLeaseMut {
             // Half of a change is no version.
             return self.give_up();
         }
-        // It goes on by itself.
+        // The future is not needed: the end goes on without it.
         drop(self.end());
     }
 }

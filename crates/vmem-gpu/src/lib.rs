@@ -8,8 +8,8 @@
 //! - `probe`: whether there is a driver with everything that is needed, found out without calling
 //!   it.
 //! - `card`: the context and its memory; whether it is dead.
-//! - `event`: where streams have come to, and who comes after whom; `notices`: who is woken then.
-//! - `copy`: copies and who owns what they touch; `call`: those over memory of a user.
+//! - `event`: how far streams have come, and which follows which; `notices`: what is woken then.
+//! - `copy`: copies and the ownership of what they touch; `call`: those over memory of a user.
 //! - `lane`: a thread for each direction, which hands copies to the driver and waits for their
 //!   events.
 //! - `watch`: a thread that waits for the kernels of users.
@@ -63,7 +63,7 @@ pub struct Opened {
     pub reason: Arc<str>,
 }
 
-/// How long calls wait where nobody says, as for a store.
+/// How long calls wait by default, as for a store.
 const WAIT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Opens the VRAM tier, if the machine has a device for it: `capacity` bytes of its memory, or
@@ -104,7 +104,7 @@ pub fn open_device_within(
     let selected = selection.clone();
     let runtime = tokio::runtime::Handle::try_current().ok();
     let settings = Settings { wait_timeout, runtime };
-    // A thread of its own: the context of whoever calls stays what it is.
+    // A thread of its own, so that the caller's current context does not change.
     let opening = std::thread::spawn(move || find_and_open(&selected, budget, settings));
     let opened = opening.join().unwrap_or_else(|_| Err("the CUDA driver panicked".to_owned()));
     match (opened, selection) {

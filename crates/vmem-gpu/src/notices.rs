@@ -21,7 +21,7 @@ pub(crate) struct Notices {
     bell: Arc<Bell>,
     /// With how many notices stand on each.
     streams: Vec<(Arc<CudaStream>, usize)>,
-    /// Rings that nobody waits for now.
+    /// Rings without a waiter.
     spare: Vec<&'static Ring>,
 }
 
@@ -66,7 +66,7 @@ impl Notices {
         Some(Notice { ring, stream })
     }
 
-    /// Nobody waits for it any more.
+    /// Ends the wait for it.
     pub(crate) fn end(&mut self, notice: Notice) {
         self.streams[notice.stream].1 -= 1;
         self.spare.push(notice.ring);

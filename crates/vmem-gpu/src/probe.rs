@@ -68,8 +68,8 @@ const FUNCTIONS: [&str; 38] = [
 pub(crate) fn find_driver() -> Result<(), String> {
     let mut refused = String::new();
     for name in NAMES {
-        // SAFETY: loading the driver runs its initialisers, which is what whoever opens a store on
-        // a GPU asks for.
+        // SAFETY: loading the driver runs its initialisers, which the user asks for by opening a
+        // store on a GPU.
         match unsafe { Library::new(name) } {
             Ok(library) => return check(&library, name),
             Err(error) => {

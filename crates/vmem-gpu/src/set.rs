@@ -71,7 +71,7 @@ impl DeviceSetRequest {
 
 /// Several objects in device memory, each a lease, in the order in which they were asked for.
 ///
-/// A lease that is taken out of it ends by itself.
+/// A lease that is taken out of it ends on its own.
 #[derive(Debug)]
 #[must_use = "dropping it ends the leases"]
 pub struct DeviceSet {
@@ -106,10 +106,10 @@ impl DeviceSet {
 impl Drop for DeviceSet {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            // Each lease is given up by itself.
+            // Each lease is given up on its own.
             return;
         }
-        // It goes on by itself.
+        // The future is not needed: the end goes on without it.
         drop(self.end());
     }
 }

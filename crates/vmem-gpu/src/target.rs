@@ -27,7 +27,7 @@ pub struct DeviceTarget<'a> {
     address: u64,
     len: usize,
     stream: Arc<CudaStream>,
-    /// For cudarc's own account of who uses it.
+    /// For cudarc's own record of its uses.
     slice: Option<&'a CudaSlice<u8>>,
     borrowed: PhantomData<&'a mut [u8]>,
 }
@@ -47,9 +47,9 @@ impl<'a> DeviceTarget<'a> {
     ///
     /// # Safety
     ///
-    /// They are device memory of the context of `stream`, and nobody else uses them until the calls
-    /// that are given this target have ended. After one that failed or was dropped they are used by
-    /// work alone that `stream` gets from then on, or that comes after it.
+    /// They are device memory of the context of `stream`, without another user until the calls that
+    /// are given this target have ended. After a call that failed or was dropped only work that is
+    /// queued on `stream` from then on, or ordered after it, may use them.
     #[allow(unsafe_code)]
     pub unsafe fn from_raw(address: u64, len: usize, stream: &Arc<CudaStream>) -> Self {
         let stream = stream.clone();
@@ -126,7 +126,7 @@ async fn run_apart(
     }
 }
 
-/// Waits for what the caller has queued, so that nobody else's copies stand behind that.
+/// Waits for what the caller has queued, so that copies of others do not queue behind it.
 ///
 /// # Errors
 ///
@@ -162,7 +162,7 @@ impl Drop for Running<'_> {
         if tier.cancel(&self.call, &self.card, stream)
             && let Some(slice) = self.target.slice
         {
-            // Whoever writes to it on another stream comes after that too.
+            // So a later write on another stream is ordered after that too.
             let _ = self.card.visit(|| drop(slice.device_ptr(stream)));
         }
     }

@@ -1,7 +1,7 @@
 //! The VRAM tier over CUDA: one block of device memory, a thread for each direction.
 //!
 //! Invariant: the ranges of the ledger are disjoint parts of the block, and one that is free is
-//! used by no copy and no kernel: whoever uses a range has a share of it. Called by the core.
+//! used by no copy and no kernel: each user of a range has a share of it. Called by the core.
 
 use std::collections::HashMap;
 use std::io;
@@ -42,8 +42,8 @@ const LAST_COPIES: Duration = Duration::from_secs(10);
 /// The VRAM tier of one device.
 #[derive(Debug)]
 pub struct CudaTier {
-    /// None after it was closed. First, so that the last share of it goes with a thread that is
-    /// bound to it.
+    /// `None` after the tier was closed. First, so that a thread that is bound to it drops its last
+    /// share.
     card: Mutex<Option<Arc<Card>>>,
     inner: Arc<Inner>,
     up: Lane,

@@ -33,7 +33,8 @@ use crate::notices::{Notice, Notices};
 /// What is kept for as long as it is used.
 pub(crate) type Keep = Box<dyn Any + Send>;
 
-/// The shortest pause before the driver is asked for an event again; each is twice the one before.
+/// The shortest pause before the driver is asked for an event again; each is twice the previous
+/// one.
 const RETRY_MIN: Duration = Duration::from_millis(1);
 
 /// What is kept until a stream has come to where it was.
@@ -188,7 +189,7 @@ fn spawn(
     Ok(ended.map(drop).boxed().shared())
 }
 
-/// The end of a thread, by a panic too: whoever hands in the next one starts another.
+/// The end of a thread, by a panic too: the next lease that is handed in starts another thread.
 struct Gone<'a>(&'a Inbox, &'a Arc<Bell>);
 
 impl Drop for Gone<'_> {
@@ -262,7 +263,7 @@ impl Watching {
                 Refused::Nothing => WATCHDOG,
             };
             if self.lines.is_empty() {
-                // Nobody rings for the last one of a closed queue.
+                // A closed queue does not ring for its last entry.
                 if !closed {
                     thread::park();
                 }

@@ -157,7 +157,7 @@ async fn a_copy_that_is_refused() {
     assert_eq!((operation, &*message), ("copying to the device", "CUDA_ERROR_INVALID_VALUE"));
     device.upload(range.clone(), 0, bytes(1000, 2)).await.unwrap();
     assert!(read(&device, &range).await == bytes(1000, 2));
-    // No notice can be asked for: it ends all the same.
+    // No notice can be asked for; the copy ends nevertheless.
     emulator.fail("cuLaunchHostFunc", 1, 1);
     device.upload(range.clone(), 0, bytes(1000, 3)).await.unwrap();
     drop(range);
@@ -229,7 +229,7 @@ async fn probe_agrees_with_the_emulated_machine() {
     assert_eq!(second.usage().capacity_bytes, 192 * MIB, "three quarters of what is free");
     second.close().await.unwrap();
 
-    // Full of somebody else's data.
+    // Full of data of others.
     emulator.devices(1);
     emulator.others(255 * MIB);
     let opened = open_device(&GpuSelection::Auto, None).unwrap();
@@ -240,7 +240,7 @@ async fn probe_agrees_with_the_emulated_machine() {
     let some = device(4096 * MIB);
     assert_eq!(some.usage().capacity_bytes, 56 * MIB);
     some.close().await.unwrap();
-    // Somebody is faster than we.
+    // Another user takes the memory first.
     emulator.others(0);
     emulator.fail("cuMemAlloc_v2", 1, 2);
     let less = device(64 * MIB);

@@ -27,12 +27,12 @@ pub(crate) struct Ledger {
     pub(crate) stale: Stale,
     /// What the punch in flight covers, in the order of the file.
     punching: Option<Vec<Range<u64>>>,
-    /// Somebody is handing a batch to the driver.
+    /// Whether a caller is handing a batch to the driver.
     pumping: bool,
 }
 
 impl Ledger {
-    /// What lies between the extents that are there is stale: it was somebody's, or was never used.
+    /// The gaps between the taken extents are stale: they had an owner, or were never used.
     pub(crate) fn new(space: Space, taken: &[(u64, u32)]) -> Self {
         let mut stale = Stale::new();
         let mut end = 0;

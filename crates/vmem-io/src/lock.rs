@@ -1,9 +1,9 @@
 //! The lock on a directory, and the wait for one that is about to be given back.
 //!
 //! Invariant: a store that is dropped without being closed keeps its lock until what has a name is
-//! durable and the kernel has done with its last operation: until then its files are written to.
-//! Nobody waits for that in a destructor; who opens the directory in the same process does, for a
-//! bounded time. Called by `StoreDirectory`.
+//! durable and the kernel has done with its last operation: until then its files are written to. No
+//! destructor waits for that; an opener of the directory in the same process does, for a bounded
+//! time. Called by `StoreDirectory`.
 
 use std::fs::{File, TryLockError};
 use std::os::unix::fs::MetadataExt;
@@ -50,7 +50,7 @@ impl Lock {
                 }
                 Err(error) => error,
             };
-            // Who leaves unlocks before it goes from the list, so none is missed here.
+            // A leaving store unlocks before it is taken from the list, so none is missed here.
             let hope = matches!(error, TryLockError::WouldBlock)
                 && id.is_some_and(|id| leaving.contains(&id));
             if !hope || LEFT.wait_until(&mut leaving, deadline).timed_out() {

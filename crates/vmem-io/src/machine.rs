@@ -14,7 +14,7 @@ use crate::cgroup;
 /// control groups allows, from its own up to the root, in either version of the hierarchy.
 ///
 /// A container may not see the groups above its own. Version 1 of the hierarchy tells what they
-/// allow all the same; version 2 does not.
+/// allow anyway; version 2 does not.
 pub fn memory_limit_bytes() -> u64 {
     let memory = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
     let machine = System::new_with_specifics(memory).total_memory();

@@ -121,7 +121,7 @@ impl Pool {
             if state.live > 0 {
                 return;
             }
-            // What ends it may block, and whoever closes may not.
+            // Its last step may block, and the thread that closes it must not.
             if state.finish.is_some()
                 && let Ok(thread) = self.start_thread(state.started)
             {
@@ -175,8 +175,8 @@ impl Shared {
     fn join(&self) {
         let threads = std::mem::take(&mut self.state.lock().threads);
         for thread in threads {
-            // The last owner of a pool may be a job, dropped on one of its own threads: that one
-            // ends by itself right after.
+            // The last owner of a pool may be a job, dropped on one of its own threads, which ends
+            // right after.
             if thread.thread().id() != thread::current().id() {
                 let _ = thread.join();
             }

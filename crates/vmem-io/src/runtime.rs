@@ -75,10 +75,10 @@ pub(crate) fn quietly<T>(work: impl FnOnce() -> T) -> Result<T, ()> {
 
 type Hook = Box<dyn Fn(&PanicHookInfo<'_>) + Send + Sync>;
 
-/// A filter in front of the hook that was there.
+/// A filter in front of the previous hook.
 struct Filter {
     hook: Arc<Hook>,
-    /// Where the filter is, to recognise one that somebody sets meanwhile.
+    /// Where the filter is, to recognise a hook that is set meanwhile.
     address: *const (),
 }
 
@@ -99,7 +99,7 @@ impl Filter {
     fn take_away(self) {
         let now = take_hook();
         if address_of(&now) != self.address {
-            // Somebody else has set one, which may well call the filter.
+            // Other code has set a hook, which may well call the filter.
             return set_hook(now);
         }
         drop(now);

@@ -31,7 +31,7 @@ pub(crate) struct SyncGate {
 
 #[derive(Debug)]
 struct Rounds {
-    /// The newest round. It is kept so that its result is seen even if all who waited are gone.
+    /// The newest round. It is kept so that its result is seen even if all its waiters are gone.
     last: Option<Round>,
     /// Whether the newest round has not begun its sync, so that it may still be joined.
     open: bool,
@@ -91,7 +91,7 @@ async fn run_round(
     driver: Arc<dyn Driver>,
 ) -> Result<u64, Arc<io::Error>> {
     if let Some(before) = before {
-        // Its failure is counted, which fails whom it concerns.
+        // Its failure is counted, and so fails the syncs that it concerns.
         let _ = before.await;
     }
     let Some(gate) = gate.upgrade() else {

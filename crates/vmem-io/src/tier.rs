@@ -154,8 +154,8 @@ impl DiskTier {
 }
 
 impl Drop for DiskTier {
-    /// What is in flight, and extents that somebody still has, keep the rest; nobody waits for it
-    /// here.
+    /// Operations in flight and extents with an owner keep the rest; the drop does not wait for
+    /// them.
     fn drop(&mut self) {
         self.leave();
     }

@@ -27,8 +27,8 @@ pub struct Verified {
     pub damaged: Vec<(String, String)>,
 }
 
-/// Reads every named object of the store in this directory, which nobody has open, and compares it
-/// with its checksums. Blocks until it is done.
+/// Reads every named object of the store in this directory, which no process has open, and compares
+/// it with its checksums. Blocks until it is done.
 ///
 /// # Errors
 ///
@@ -63,7 +63,7 @@ pub fn verify(path: &Path) -> Result<Verified, VirtualMemoryError> {
         }
         Ok(())
     });
-    // Whoever opens the directory next, in another process too, finds it free.
+    // The next opener of the directory, in another process too, finds it free.
     catalog.shut();
     let unreadable = unreadable?;
     let why = "its rows in the catalog are not what was written";

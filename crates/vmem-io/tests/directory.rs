@@ -55,7 +55,7 @@ fn files_are_private_to_the_user() {
     assert_eq!(mode(&nested.join(DATA_FILE)), 0o600);
     assert_eq!(mode(&nested.join(LOCK_FILE)), 0o600);
     drop(directory);
-    // Ours, but opened up by somebody in between: private again.
+    // Ours, but its permissions were widened in between: private again.
     fs::set_permissions(nested.join(LOCK_FILE), Permissions::from_mode(0o666)).unwrap();
     let again = StoreDirectory::open(Some(&nested)).unwrap();
     assert_eq!(mode(&nested.join(LOCK_FILE)), 0o600);
@@ -226,7 +226,7 @@ fn only_the_file_that_was_opened_is_removed() {
     let (_scratch, path) = scratch();
     let (directory, _data) = StoreDirectory::open(Some(&path)).unwrap();
     fs::rename(path.join(DATA_FILE), path.join("moved")).unwrap();
-    fs::write(path.join(DATA_FILE), "of somebody else").unwrap();
+    fs::write(path.join(DATA_FILE), "of another program").unwrap();
     fs::write(path.join("neighbour"), "too").unwrap();
     directory.close().unwrap();
     for name in [DATA_FILE, "moved", "neighbour", LOCK_FILE] {
@@ -247,7 +247,7 @@ fn a_default_budget_is_half_of_what_is_free() {
 }
 
 /// After a power cut the lock file had its length and zeros for bytes, and the store was refused as
-/// somebody else's. Excluded here; on a real file system by `tests/it/real_faults`.
+/// foreign. Excluded here; on a real file system by `tests/it/real_faults`.
 #[test]
 fn a_lock_file_that_a_power_cut_left_serves_again() {
     for left in [&b"\0\0\0\0\0\0"[..], b"", b"999\n\0\0\0"] {
@@ -353,7 +353,7 @@ fn directories_of_dead_temporary_stores_are_removed_by_the_next() {
     };
     let (mut alive, living) = temporary_in(&place, "park");
     let shared = killed("park");
-    // Not its own any more: somebody keeps something there.
+    // Not its own any more: a user keeps a file there.
     fs::write(shared.join("notes"), "precious").unwrap();
     // Not temporary: a store that is closed, or one that was taken over by name.
     let closed = place.join("vmem-AAAAAA");
@@ -362,7 +362,7 @@ fn directories_of_dead_temporary_stores_are_removed_by_the_next() {
     drop(StoreDirectory::open(Some(&adopted)).unwrap());
     let dead = killed("park");
     assert!(dead.join(LOCK_FILE).exists());
-    // Somebody is about to lock it, or it is not one at all.
+    // A process may be about to lock it, or it is not a store at all.
     let young = place.join("vmem-BBBBBB");
     fs::create_dir(&young).unwrap();
     fs::write(young.join(LOCK_FILE), "").unwrap();

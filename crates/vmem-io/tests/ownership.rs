@@ -1,4 +1,4 @@
-//! Who owns what, and until when: the tier over a driver whose completions the test decides.
+//! The ownership of buffers and extents: the tier over a driver whose completions the test decides.
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 mod common;
@@ -64,7 +64,7 @@ fn a_dropped_read_owns_its_extents_and_buffer_until_the_completion() {
     let future =
         tier.read(ReadChunk::in_sequence(extents), IoBuf::from_vec(vec![0; CHUNK as usize]));
     drop(future);
-    // Nobody but the operation has the extent now.
+    // Only the operation has the extent now.
     assert_eq!(tier.usage().used_bytes, CHUNK.into());
     assert!(tier.reserve(&[1]).is_err());
     driver.complete("read", Ok(()));

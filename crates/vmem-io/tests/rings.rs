@@ -1,9 +1,9 @@
 //! The io_uring drivers with operations that stay in flight for as long as the test likes: on a
-//! pipe, a read ends when somebody writes, and a write when somebody reads.
+//! pipe, a read ends when the test writes, and a write when it reads.
 //!
-//! Invariant: what the kernel may still touch is owned, whoever was dropped: futures, then the
-//! runtime, then the driver. Memory that is let go is poisoned, so that the kernel would send
-//! poison on if it were let go too early. A driver that is unavailable here is skipped aloud.
+//! Invariant: what the kernel may still touch is owned, even if futures, the runtime and the driver
+//! were dropped, in this order. Freed memory is poisoned, so that the kernel would send poison if
+//! it were freed too early. A driver that is unavailable here is skipped aloud.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
@@ -99,7 +99,7 @@ fn still_owned(what: &str, gone: &AtomicBool) {
 
 #[test]
 fn futures_then_the_runtime_then_the_driver_are_dropped_under_writes() {
-    // More than a pipe holds, so that the write stays in flight until somebody reads.
+    // More than a pipe holds, so that the write stays in flight until it is read.
     const LEN: usize = 1 << 20;
     for kind in BOTH {
         let runtime = runtime();
@@ -170,7 +170,7 @@ fn a_future_outlives_the_runtime_of_its_driver() {
         result.unwrap();
         assert_eq!(&buf[..], b"abc");
         let late = read(&*driver, 3, Keep::none());
-        // Where that one was refused, nobody is at the other end any more.
+        // Where that one was refused, the other end is closed.
         let _ = writer.write_all(b"def");
         // The reactor driver needs its runtime and says so; the other one goes on.
         let (buf, _, result) = block_on(late);
@@ -208,7 +208,7 @@ fn a_full_queue_makes_futures_wait_in_order() {
         for reading in &mut readings {
             assert!(reading.now_or_never().is_none(), "nothing is there to be read");
         }
-        // One that has not started goes with its future.
+        // An operation that has not started is dropped with its future.
         let (keep, released) = keep();
         let waiting = read(&*driver, 1, keep);
         drop(waiting);
@@ -239,7 +239,7 @@ fn close_waits_for_what_is_in_flight_and_refuses_the_rest() {
         let (buf, _, result) = block_on(running);
         result.unwrap();
         assert_eq!(&buf[..], b"ok");
-        // The file is closed: nobody is at the other end of the pipe.
+        // The file is closed, and so is the other end of the pipe.
         assert_eq!(writer.write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 }
@@ -266,7 +266,7 @@ fn nothing_is_left_after_close_or_drop() {
     }
     for kind in BOTH {
         let runtime = runtime();
-        // The threads of the runtime are there once it has done something.
+        // The threads of the runtime run once it has done something.
         runtime.block_on(async { tokio::spawn(async {}).await.unwrap() });
         thread::sleep(Duration::from_millis(50));
         let before = counted();

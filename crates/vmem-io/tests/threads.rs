@@ -1,4 +1,4 @@
-//! The threads of the tier, counted; alone in its process, so that nobody else's are.
+//! The threads of the tier, counted; alone in its process, so that no others are counted.
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 mod common;

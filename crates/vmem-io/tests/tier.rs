@@ -310,7 +310,7 @@ async fn a_full_file_system_is_reported_and_recovers() {
     for extents in &live {
         assert_eq!(read(backend, extents).await.unwrap(), payload[0]);
     }
-    // Space is made by somebody else.
+    // Space is freed outside of the store.
     std::fs::remove_file(other).unwrap();
     for _ in 0..24 {
         live.push(write(backend, &payload).await.unwrap());

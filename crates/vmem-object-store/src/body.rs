@@ -1,8 +1,8 @@
-//! Bytes on their way out and in.
+//! The bodies of gets and puts.
 //!
-//! Invariant: a body is of one version from start to end; what goes out lies in memory of its own
-//! or in the reserve for streams, never in object space, whoever keeps it; and nothing is held
-//! whole but what `get_ranges` is asked for at once. Called by `store.rs` and `upload.rs`.
+//! Invariant: a body is of one version from start to end; the bytes of a get lie in memory of their
+//! own or in the reserve for streams, never in object space, however long they are kept; and only
+//! what one `get_ranges` asks for is held whole. Called by `store.rs` and `upload.rs`.
 
 use std::io;
 use std::ops::Range;
@@ -130,8 +130,8 @@ pub(crate) async fn commit(
     Ok(put_result(vmem, name, &handle, metadata).await)
 }
 
-/// What was put, if the name still has it. Else a tag that nothing has: whoever asks for it learns
-/// that the name has moved on.
+/// The result of a put, if the name still has it. Else it has a tag that nothing has: a caller that
+/// asks for it learns that the name has changed.
 async fn put_result(
     vmem: &VirtualMemory,
     name: &str,

@@ -1,8 +1,8 @@
-//! A vmem store as anybody's [`ObjectStore`](object_store::ObjectStore).
+//! A vmem store as an [`ObjectStore`](object_store::ObjectStore).
 //!
 //! Whatever reads and writes through the `object_store` crate (DataFusion, Delta Lake, Lance, ...)
-//! works over a [`VirtualMemory`](vmem_core::VirtualMemory): objects lie on disk, what is hot comes
-//! into host memory, and neither exceeds its budget.
+//! works over a [`VirtualMemory`](vmem_core::VirtualMemory): objects lie on disk, hot ones are
+//! promoted to host memory, and neither tier exceeds its budget.
 //!
 //! ```
 //! use object_store::path::Path;
@@ -60,8 +60,8 @@
 //! # Layout
 //!
 //! `store`: the trait; `names`: paths and names; `attributes`: what is stored beside the bytes;
-//! `body`: bytes on their way out and in; `listing`; `upload` and `parts`: what goes on over
-//! several calls; `error`.
+//! `body`: the bodies of gets and puts; `listing`; `upload` and `parts`: uploads that take several
+//! calls; `error`.
 
 mod attributes;
 mod body;

@@ -1,8 +1,8 @@
-//! What there is of an upload in parts.
+//! The parts of an upload that have arrived.
 //!
 //! Invariant: the parts that were joined are the first ones, in their order, and each other part is
 //! an unnamed object of its own; once the upload has ended there is neither, and what arrives later
-//! is given up. Nobody waits here. Called by `upload.rs`.
+//! is given up. No call here waits. Called by `upload.rs`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -29,8 +29,8 @@ struct State {
     arrived: BTreeMap<usize, VMemHandle>,
     /// How many parts were joined.
     joined: usize,
-    /// What has them; none before the first, and while somebody writes. Nobody else finds all the
-    /// parts before its own then, for that one is neither joined nor here.
+    /// The writer that has the joined parts; `None` before the first, and while a caller writes. No
+    /// other part is next in order then, since the one being written is neither joined nor here.
     writer: Option<ObjectWriter>,
 }
 
@@ -54,8 +54,8 @@ impl Parts {
         Arc::new(Parts(Mutex::new(Some(State::default()))))
     }
 
-    /// What has the parts before this one, or had them if those that are returned were added. None
-    /// if one has not arrived, or if somebody writes: nobody waits for that.
+    /// Takes the writer with the parts before this one, and those parts that must be added to it
+    /// first. `None`, at once, if a part before it has not arrived, or if another caller writes.
     pub(crate) fn take_turn(
         &self,
         part: usize,
@@ -77,7 +77,7 @@ impl Parts {
         Ok(())
     }
 
-    /// A part that was there before under this number is given up.
+    /// Adds a part that arrived out of turn. A previous part of this number is given up.
     ///
     /// # Errors
     ///
@@ -121,7 +121,7 @@ impl Parts {
         Ok((joined, rest))
     }
 
-    /// Parts that are still on their way are given up when they arrive.
+    /// Parts that are still being uploaded are given up when they arrive.
     pub(crate) fn end(&self) {
         let ended = self.0.lock().take();
         drop(ended);

@@ -65,8 +65,7 @@ impl Store {
         Store { names: Names::new(prefix.into()), ..self }
     }
 
-    /// Where objects that are put through it are kept when nobody asks for them. Copies stay where
-    /// what they are copies of is kept.
+    /// The home tier of objects that are put through it. A copy has the home tier of its source.
     #[must_use]
     pub fn with_home(self, home: MemoryTier) -> Self {
         Store { home, ..self }
@@ -121,7 +120,7 @@ pub(crate) fn meta(path: Path, entry: &NamedEntry) -> ObjectMeta {
         last_modified: last_modified(entry),
         size: entry.len,
         e_tag: Some(entry.version.to_string()),
-        // Whoever finds one may ask for it after it was replaced.
+        // A caller that gets a version here might ask for it after it was replaced.
         version: None,
     }
 }

@@ -107,14 +107,14 @@ impl MultipartUpload for Upload {
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        // A part that somebody still polls has a share of them.
+        // A part that is still polled has a share of them.
         if !vmem_core::planted!("object-store-dropped") {
             self.parts.end();
         }
     }
 }
 
-/// Uploads that are known by an id, which nobody's going away ends.
+/// Uploads that are known by an id, and go on when their callers are dropped.
 #[derive(Debug, Default)]
 pub(crate) struct Uploads(Mutex<HashMap<MultipartId, (String, Arc<Parts>)>>);
 

@@ -20,7 +20,8 @@ pub const STALL_LIMIT: Duration = Duration::from_secs(600);
 /// Polls `future` at most `polls` times and drops it. `Some` if it ended by then.
 ///
 /// Before each poll but the first it waits until the future was woken, and yields, so that what
-/// works in the background gets on. With `polls` 0 the future is dropped without being started.
+/// works in the background makes progress. With `polls` 0 the future is dropped without being
+/// started.
 ///
 /// # Panics
 ///
@@ -40,7 +41,7 @@ pub async fn poll_then_drop<F: Future>(future: F, polls: usize) -> Option<F::Out
 }
 
 /// As [`poll_then_drop`], but the drop comes when the future was woken once more: what it waited
-/// for has happened, and nobody takes it.
+/// for has happened, and is not taken.
 ///
 /// # Panics
 ///

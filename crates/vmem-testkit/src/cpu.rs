@@ -1,7 +1,7 @@
-//! What the processor was busy with, for tests that exclude a busy core.
+//! Reads processor time, for tests that assert that no core is kept busy.
 //!
-//! Invariant: user and system time together, to a hundredth of a second, as Linux tells it. Called
-//! by tests, which compare two readings.
+//! Invariant: user and system time together, to a hundredth of a second, as Linux reports it.
+//! Called by tests, which compare two readings.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use std::time::Duration;
 ///
 /// # Panics
 ///
-/// Where `/proc` is not that of Linux.
+/// If `/proc` is not that of Linux.
 pub fn process_cpu() -> Duration {
     read("/proc/self/stat")
 }
@@ -24,7 +24,7 @@ pub fn thread_cpu() -> Duration {
 }
 
 fn read(path: &str) -> Duration {
-    let status = std::fs::read_to_string(path).expect("Linux tells of itself here");
+    let status = std::fs::read_to_string(path).expect("Linux has this file");
     // The name of the process, in parentheses, may hold anything.
     let fields: Vec<&str> =
         status.rsplit(')').next().unwrap_or_default().split_whitespace().collect();

@@ -1,7 +1,7 @@
 //! A device that is no device: memory of the heap behind a task that obeys the test, late.
 //!
 //! Invariant: an operation owns its buffer and its share of the range from the call until it is
-//! done, in that task, whatever becomes of the future; on a paused clock one seed gives one run;
+//! done, in that task, whatever happens to the future; on a paused clock one seed gives one run;
 //! memory that was given back is filled with garbage, so that a reader of what it did not write
 //! sees it. Called by the tests of the core.
 //!

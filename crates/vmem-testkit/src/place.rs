@@ -1,8 +1,8 @@
 //! Hostile places: what a machine may deny, denied on purpose; and the driver that a run is to
 //! test.
 //!
-//! Invariant: a denial holds for the calling thread and for what it starts afterwards, threads and
-//! processes, and for nobody else. Called by tests, in threads or children of their own.
+//! Invariant: a denial holds only for the calling thread and for the threads and processes that it
+//! starts afterwards. Called by tests, in threads or children of their own.
 
 use std::collections::BTreeMap;
 use std::io;

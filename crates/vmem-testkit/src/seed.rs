@@ -44,7 +44,7 @@ impl Seed {
         match env::var(SEED_VARIABLE) {
             Ok(text) => match parse(&text) {
                 Some(value) => Seed(value),
-                None => panic!("{SEED_VARIABLE}={text:?} is no u64, in decimal or 0x hexadecimal"),
+                None => panic!("{SEED_VARIABLE}={text:?} is not a u64, decimal or 0x hex"),
             },
             Err(_) => Seed(default()),
         }
@@ -77,7 +77,7 @@ impl Seed {
     }
 
     /// Prints the seed and how to replay if the thread panics while the guard lives.
-    #[must_use = "the guard speaks when it is dropped by a panic"]
+    #[must_use = "the guard prints the seed when a panic drops it"]
     pub fn guard(self, name: &str) -> SeedGuard {
         SeedGuard { seed: self, name: name.to_owned() }
     }
@@ -103,7 +103,7 @@ impl Seed {
     }
 }
 
-/// Tells the seed of a test that panics. Made by [`Seed::guard`].
+/// Prints the seed of a test that panics. Made by [`Seed::guard`].
 #[derive(Debug)]
 pub struct SeedGuard {
     seed: Seed,

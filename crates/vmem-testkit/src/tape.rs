@@ -190,8 +190,7 @@ pub struct TapeDriver {
 }
 
 impl TapeDriver {
-    /// As if through the page cache, or as if past it, which is when nobody syncs for a write
-    /// alone.
+    /// As if through the page cache, or as if past it; past it no write is synced on its own.
     pub fn new(tape: &Arc<Tape>, buffered: bool) -> Arc<Self> {
         let rng = Mutex::new(SmallRng::seed_from_u64(7));
         Arc::new(TapeDriver { tape: Arc::clone(tape), buffered, rng })
@@ -248,7 +247,7 @@ impl Driver for TapeDriver {
         ranges: Vec<Range<u64>>,
         keep: Keep,
     ) -> BoxFuture<'static, (Keep, io::Result<()>)> {
-        // Nobody polls it: it happens at once.
+        // It is not polled: it happens at once.
         let mut recorded = self.tape.0.lock();
         ranges.into_iter().for_each(|range| recorded.record(Event::Punch(range)));
         drop(recorded);

@@ -31,7 +31,7 @@ fn config(path: &Path, driver: IoDriver) -> VirtualMemoryConfig {
         .unwrap()
 }
 
-/// Opens the store; the one before may still have operations in flight, and its lock with them.
+/// Opens the store; the previous one may still have operations in flight, and its lock with them.
 async fn reopen(path: &Path, driver: IoDriver) -> Result<VirtualMemory, VirtualMemoryError> {
     for _ in 0..10_000 {
         match vmem::open(config(path, driver)).await {

@@ -158,7 +158,7 @@ impl Worker {
     }
 }
 
-/// Excluded: what `cancel.rs` names, in the mixtures that nobody thought of; noticed likewise.
+/// Excluded: what `cancel.rs` names, in mixtures that no other test makes; noticed likewise.
 #[tokio::test(start_paused = true)]
 async fn scenario_04_ten_thousand_random_drops() {
     let seed = seed();
@@ -218,9 +218,9 @@ async fn stuck(driver: &support::MemDriver, operations: usize) {
 
 /// Excluded: memory or space that is reused while a late read or write still touches it; a
 /// completion that finds its operation recycled and is taken for another's. Noticed by the ledger,
-/// which must still count what is in flight, by the bytes of those who came after, and by the
-/// driver, which sees whoever touches its memory. (A completion that comes twice cannot be
-/// said through the driver trait: its answer is a value, taken once.)
+/// which must still count what is in flight, by the bytes of later operations, and by the driver,
+/// which sees accesses to its memory. (The driver trait cannot express a completion that comes
+/// twice: its answer is a value, taken once.)
 #[tokio::test(start_paused = true)]
 async fn scenario_05_reads_that_end_after_their_objects() {
     const LEN: usize = 96 * KIB;
@@ -348,7 +348,7 @@ async fn scenario_05_operations_that_end_after_their_store() {
         }
         assert_eq!(driver.in_flight(), 0);
         driver.assert_untouched();
-        // Extents, tier, actor and tasks are gone: nobody but this test holds the driver.
+        // Extents, tier, actor and tasks are gone: only this test holds the driver.
         assert_eq!(Arc::strong_count(&driver), 1, "something of the store is left");
     }
 }

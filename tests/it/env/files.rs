@@ -91,7 +91,7 @@ async fn every_durable_point_fails_once_files_are_gone() {
             fs::copy(path.join(CATALOG), path.join("copy")).unwrap();
             fs::rename(path.join("copy"), path.join(CATALOG)).unwrap();
         }),
-        // Whoever opens it would refuse it: its bytes may be changed under another name.
+        // An opener would refuse it, since its bytes may be changed under another name.
         (DATA, |path| fs::hard_link(path.join(DATA), path.join("link")).unwrap()),
     ];
     for (names, damage) in damages {
@@ -168,7 +168,7 @@ async fn child_loses_its_permissions() {
     println!("reached the end");
 }
 
-/// Root may open what has no permissions: the child is nobody.
+/// Root may open what has no permissions, so the child runs as `nobody`.
 #[test]
 fn every_durable_point_fails_once_files_cannot_be_opened() {
     let place = tempfile::tempdir_in("/tmp").unwrap();

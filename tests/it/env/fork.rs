@@ -24,7 +24,7 @@ fn config(driver: IoDriver, path: &Path) -> VirtualMemoryConfig {
     builder.io_driver(driver).disk_path(path).gpu(GpuSelection::Off).build().unwrap()
 }
 
-/// Runs `work` in a forked child. `Ok` if it ended by itself.
+/// Runs `work` in a forked child. `Ok` if it exited normally.
 fn in_a_fork(work: impl FnOnce()) -> Result<(), String> {
     // SAFETY: the child runs destructors alone and ends by `_exit`; no thread of this process holds
     // a lock that they take, for the store is idle and the runtime has no threads of its own.

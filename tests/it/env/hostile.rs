@@ -210,7 +210,7 @@ fn scenario_25_direct_io_is_refused() {
     visit("no direct I/O", |_| {});
 }
 
-/// Root ignores the limit on locked memory: the child is nobody.
+/// Root ignores the limit on locked memory, so the child runs as `nobody`.
 #[test]
 fn scenario_25_little_locked_memory() {
     if !rustix::process::geteuid().is_root() {

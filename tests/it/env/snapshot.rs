@@ -1,10 +1,10 @@
-//! Snapshots into places that cannot take them.
+//! Snapshots into directories that cannot hold them.
 //!
 //! Mechanism: the target was opened as any store's directory, and what had been written to it
 //! stayed where the copy failed. Effect: half a store and its lock file were left on a full file
-//! system, a directory with somebody's files in it, even `/`, was taken, and the error named a
-//! field of the configuration. Fix: the target is empty or made, and emptied again unless the
-//! snapshot is whole.
+//! system, a directory with other files in it, even `/`, was accepted, and the error named a field
+//! of the configuration. Fix: the target is empty or made, and emptied again unless the snapshot is
+//! whole.
 #![cfg(target_os = "linux")]
 
 use std::fs;
@@ -71,7 +71,7 @@ async fn a_snapshot_without_space_leaves_nothing() {
     let place = tempfile::tempdir().unwrap();
     let vmem = store(&place.path().join("store")).await;
     for size in [0, 2 << 20, 4 << 20] {
-        // Of zero bytes a tmpfs has no limit: the least is a page.
+        // A tmpfs of size zero has no limit, so the smallest has a page.
         let Some(small) = Small::mount(size.max(4096)) else {
             return eprintln!("SKIPPED a snapshot without space: nothing can be mounted here");
         };
@@ -126,7 +126,7 @@ async fn a_snapshot_takes_only_an_empty_directory() {
     assert!(matches!(itself, Err(VirtualMemoryError::InUse { .. })), "{itself:?}");
     assert_eq!(listing(place.path()), before);
     assert!(!Path::new("/vmem.lock").exists());
-    // What a new file system is born with is nobody's.
+    // `lost+found`, which each new file system has, does not count.
     let fresh = place.path().join("fresh");
     fs::create_dir_all(fresh.join("lost+found")).unwrap();
     vmem.snapshot(&fresh).await.unwrap();

@@ -232,7 +232,7 @@ fn assert_within_budget(stats: &VirtualMemoryStats) {
     }
 }
 
-/// One call of the store: who made it, what it is and which objects it names.
+/// One call of the store: the task that made it, its kind and the objects that it names.
 pub(crate) struct Call {
     task: u64,
     pub(crate) name: &'static str,

@@ -258,7 +258,7 @@ async fn files_that_are_cut_missing_or_swapped() {
         copy(good.path(), place.path());
         damage(place.path());
         assert!(!read_all(place.path(), &contents, &what).await, "{what} went unseen");
-        // What refuses to open leaves the files for whoever can save something of them.
+        // A failed open leaves the files, from which some of the bytes may be saved.
         assert!(place.path().join(CATALOG_FILE).exists(), "{what}");
     }
 }

@@ -86,8 +86,8 @@ async fn a_lock_file_that_was_half_written() {
     }
 }
 
-/// Once a store was closed, or looked at, the directory is free for anybody: nothing of it goes on
-/// behind.
+/// Once a store was closed, or verified, the directory is free for any process: no work goes on in
+/// the background.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_directory_is_free_when_its_last_call_returns() {
     let directory = tempfile::tempdir().unwrap();

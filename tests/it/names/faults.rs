@@ -38,7 +38,7 @@ async fn poisons(place: Place, fail: impl FnOnce(&Place)) {
     vmem.write(&kept, vec![2; 100_000]).await.unwrap();
     let failed = vmem.flush(&kept).await.unwrap_err();
     assert!(is_eio(&failed), "{failed:?}");
-    // The cause has gone; what it hit is not known to be durable all the same.
+    // The cause has gone; what it hit is still not known to be durable.
     place.disk.clear();
     place.catalog_fails.sync.store(false, Ordering::SeqCst);
     for refused in [
@@ -272,7 +272,7 @@ impl Catalog for Picky {
     }
 }
 
-/// What is damaged fails whoever changes it, and nobody whose changes were to be committed with it.
+/// A damaged name fails its own changes, and no others that were to be committed with them.
 #[tokio::test]
 async fn damage_of_one_name_is_the_matter_of_one() {
     let tape = Tape::of(Image::default());

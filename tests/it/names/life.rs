@@ -130,7 +130,7 @@ async fn a_name_is_durable_from_its_first_flush() {
     let never = vmem.allocate_named("never", 10, Disk).await.unwrap();
     vmem.write(&never, [7; 10]).await.unwrap();
     assert_eq!(listed(&vmem, "").await, ["flushed", "never"]);
-    // Nobody has a handle of it: it is there all the same.
+    // It has no handle, and still exists.
     drop(never);
     is(&vmem, &vmem.open_named("never").await.unwrap(), 7, 10).await;
     // As a crash would leave it.
@@ -348,7 +348,7 @@ async fn scenario_34_a_thousand_writers_while_it_is_flushed() {
     vmem.close().await.unwrap();
 }
 
-/// A large write that was begun and is not polled on keeps nobody from the object.
+/// A large write that was begun and is no longer polled keeps no other call from the object.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_left_alone_keeps_no_flush_waiting() {
     let config = VirtualMemoryConfig::builder().host_capacity(32 << 20).disk_capacity(64 << 20);

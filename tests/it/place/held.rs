@@ -1,8 +1,8 @@
-//! What readers hold of host memory, and those who come after them: `max_held`.
+//! What readers hold of host memory, and the reads that come after them: `max_held`.
 //!
-//! Excluded: readers who take their time, and leave nothing to others; a large read that waits for
-//! ever, or that keeps something while it waits; a burst of reads that all start before the first
-//! of them holds anything.
+//! Excluded: slow readers that leave nothing to others; a large read that waits for ever, or that
+//! keeps something while it waits; a burst of reads that all start before the first of them holds
+//! anything.
 
 use std::time::Duration;
 
@@ -116,7 +116,7 @@ async fn a_large_read_waits_until_readers_let_go_and_keeps_nothing_meanwhile() {
             assert_eq!((held_bytes as usize, waited >= SHORT), (8 * LEN, true));
         }
         if resident {
-            // What somebody holds already is shared at once.
+            // What a reader holds already is shared at once.
             assert_eq!(keep(&vmem, &handles[..1]).await[0], kept[0]);
         }
         for way in 0..4 {

@@ -147,7 +147,7 @@ async fn prefetched_object_is_resident_at_its_first_use() {
             present += usize::from(vmem.residency(layer).unwrap().vram);
             vmem.promote(layer, VRAM).await.unwrap();
         }
-        // All but the first few, which nobody has asked for.
+        // All but the first few, which were not asked for.
         assert!(present >= 3 * layers.len() - 8, "{policy}: {present} of {}", 3 * layers.len());
         drop(layers);
         vmem.close().await.unwrap();

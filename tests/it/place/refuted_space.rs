@@ -13,7 +13,7 @@ async fn until_waiters(vmem: &VirtualMemory, count: u64) {
     }
 }
 
-/// A promotion that has space and waits for the gate, and a writer who has the gate and waits for
+/// A promotion that has space and waits for the gate, and a write that has the gate and waits for
 /// space, once kept each other waiting until one of them timed out.
 #[tokio::test(start_paused = true)]
 async fn space_is_not_kept_while_waiting_for_the_gate() {
@@ -51,8 +51,8 @@ async fn write_with_of_an_object_larger_than_half_of_host_memory() {
     assert!(vmem.read(&object).await.unwrap().iter().all(|&byte| byte == 7));
 }
 
-/// The last pin may go while the next one is being taken: the charge is there exactly while there
-/// are pins.
+/// The last pin may go while the next one is being taken: there is a charge exactly while there are
+/// pins.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn pins_that_come_and_go_are_charged() {
     let (vmem, _driver) = open(1024 * KIB, 1024 * KIB, |config| config);
@@ -76,7 +76,7 @@ async fn pins_that_come_and_go_are_charged() {
     assert_eq!(vmem.stats().pinned_bytes, 0);
 }
 
-/// Whoever guesses the number of an object that is still being allocated neither breaks the
+/// A caller that guesses the number of an object that is still being allocated neither breaks the
 /// allocation nor loses what it wrote.
 #[tokio::test(start_paused = true)]
 async fn an_object_is_not_found_before_it_has_space() {
@@ -103,7 +103,7 @@ async fn an_object_is_not_found_before_it_has_space() {
     assert!(buf == expected, "what was written before is gone");
 }
 
-/// The deadline of whoever came first is not the deadline of those who joined.
+/// The deadline of the first reader is not that of the readers that joined it.
 #[tokio::test(start_paused = true)]
 async fn a_reader_does_not_inherit_the_deadline_of_another() {
     let len = 64 * KIB;

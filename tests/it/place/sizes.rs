@@ -198,8 +198,8 @@ async fn odd_sizes_on_a_real_disk() {
 }
 
 /// Excluded: an impossible request that evicts everything before it fails, that waits for its
-/// deadline, overflows or aborts. Noticed by the clock, which must not move, and by who is
-/// resident.
+/// deadline, overflows or aborts. Noticed by the clock, which must not move, and by which objects
+/// are resident.
 #[tokio::test(start_paused = true)]
 async fn sizes_that_can_never_fit() {
     let (vmem, driver) = support::open(SPACE, DISK_BYTES, |b| b);

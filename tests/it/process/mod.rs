@@ -1,6 +1,7 @@
-//! What a store takes of its process: memory and processor time.
+//! What a store costs its process: memory and processor time.
 //!
-//! Invariant: each test measures a process in which nothing else runs. Run in `it`, by children.
+//! Invariant: each test measures a process in which nothing else runs. Run by `it`, each in a child
+//! process.
 
 mod budget;
 mod idle;

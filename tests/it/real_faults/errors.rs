@@ -1,7 +1,7 @@
 //! Errors that the kernel reports, and files that are not what they were (scenarios 3, 17 and 18).
 //!
 //! Invariant: the errno reaches the caller, the object stays readable where it has a copy, other
-//! objects do not notice, and when the cause goes the store recovers by itself.
+//! objects do not notice, and when the cause goes the store recovers without help.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,8 +26,8 @@ async fn end<T>(vmem: VirtualMemory, objects: T) {
     vmem.close().await.unwrap();
 }
 
-/// Excluded: a victim that is lost on its way down; an errno that is lost on its way up; a write
-/// that failed half-way and counts.
+/// Excluded: a victim that is lost while it is written back; an errno that does not reach the
+/// caller; a write that failed half-way and counts.
 #[test]
 fn scenario_18_a_refused_write() {
     test("scenario_18_a_refused_write", |seed| {
@@ -195,9 +195,9 @@ fn scenario_18_a_full_disk() {
     });
 }
 
-/// Somebody cuts the data file off. What lay there is `Corrupt`, at once and for good, without a
-/// loop of retries; what lies before the cut is fine, and what is in host memory too; the rest of
-/// the disk serves on.
+/// The data file is truncated. What lay behind the cut is `Corrupt`, at once and for good, without
+/// a loop of retries; what lies before the cut is fine, and so is what is in host memory; the rest
+/// of the disk still serves.
 #[test]
 fn scenario_17_a_truncated_file() {
     test("scenario_17_a_truncated_file", |seed| {

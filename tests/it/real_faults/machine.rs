@@ -81,8 +81,8 @@ pub(crate) async fn open(dir: &Path, driver: IoDriver, space: usize) -> Option<V
 
 /// Runs a test over every driver, each on a faulty file system of its own.
 ///
-/// io_uring (Linux 6.18) continues a short transfer by itself before the driver hears of it, and
-/// over FUSE goes wrong: the rest goes to the offset of the beginning, since FUSE does not move the
+/// io_uring (Linux 6.18) itself continues a short transfer before the driver hears of it, and over
+/// FUSE goes wrong: the rest goes to the offset of the beginning, since FUSE does not move the
 /// position of a file that its server has opened for direct I/O (`FOPEN_DIRECT_IO`). One
 /// submission, several requests with one offset, and success: no driver can see that. Of other
 /// files a short answer is no short transfer. So the rings get a file system that leaves direct I/O
@@ -215,7 +215,7 @@ pub(crate) fn errno(error: &VirtualMemoryError) -> Option<i32> {
     }
 }
 
-/// Lengths around every boundary that there is: byte, sector, page, chunk, request.
+/// Lengths around every boundary: byte, sector, page, chunk, request.
 pub(crate) fn odd_lengths() -> Vec<usize> {
     let edges = [512, 4 * KIB, 64 * KIB, 128 * KIB, 1024 * KIB];
     let near = edges.into_iter().flat_map(|edge| [edge - 1, edge, edge + 1]);

@@ -1,6 +1,6 @@
 //! Places to fail in: mounts of a thread's own, and an ext4 on a loop device.
 //!
-//! Invariant: everything here goes with the thread that made it. Mounts lie in a namespace that
+//! Invariant: everything here ends with the thread that made it. Mounts lie in a namespace that
 //! ends with its last thread; a loop device is detached by the kernel at its last close. Called by
 //! the tests of real faults.
 
@@ -21,7 +21,7 @@ use tempfile::TempDir;
 /// What stopped us, for a `SKIPPED` line.
 pub(crate) type Refused = String;
 
-/// Gives the calling thread, and those that it starts, mounts that nobody else sees.
+/// Gives the calling thread, and those that it starts, mounts that no other process sees.
 pub(crate) fn own_mounts() -> Result<(), Refused> {
     // SAFETY: only with `FILES` is this unsafe, since other threads' descriptors would be lost.
     let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) };
@@ -33,7 +33,7 @@ pub(crate) fn own_mounts() -> Result<(), Refused> {
 /// A file as a block device.
 #[derive(Debug)]
 pub(crate) struct LoopDevice {
-    /// Holds the device: it goes with its last user.
+    /// Holds the device, which is detached with its last user.
     _held: File,
     path: PathBuf,
 }
@@ -52,7 +52,7 @@ impl LoopDevice {
         // Of a device in use this only says that it is to go with its last user.
         run("losetup", &["--detach"], &[&path])?;
         let held = held.map_err(|error| error.to_string())?;
-        // The file behind it has no name any more, and goes with the device.
+        // The file behind it has no name any more, and is freed with the device.
         Ok(LoopDevice { _held: held, path })
     }
 }

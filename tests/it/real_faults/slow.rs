@@ -1,7 +1,7 @@
 //! A disk that is slow, or does not answer for a while (scenarios 4, 20 and 24).
 //!
-//! Invariant: who does not need the disk does not wait for it; a dropped future leaves what it gave
-//! to the kernel with the kernel until the answer comes, and then nothing is left over.
+//! Invariant: a call that does not need the disk does not wait for it; the buffers of a dropped
+//! future stay with the kernel until it answers, and nothing is left over then.
 
 use std::thread;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use super::place::{Ext4, SlowGroup};
 use crate::support::{DISK, MIB, assert_empty};
 use crate::support::{eventually, quiet};
 
-/// The disk stands still: host hits go on, cold reads wait and then have their bytes.
+/// While the disk stands still host hits go on; cold reads wait, and then get their bytes.
 #[test]
 fn scenario_20_host_hits_do_not_wait_for_the_disk() {
     test("scenario_20_host_hits_do_not_wait_for_the_disk", |seed| {
@@ -41,7 +41,7 @@ fn scenario_20_host_hits_do_not_wait_for_the_disk() {
             eventually("reads are held", || faulty.held() > 0).await;
             for _ in 0..50 {
                 for (object, handle) in &warm {
-                    // Not one of them may wait, not even for a moment: it is polled once.
+                    // No hit may wait at all, so each is polled just once.
                     let read = vmem.read(handle).now_or_never().expect("a host hit is ready");
                     assert_same(&read.unwrap(), *object);
                     tokio::task::yield_now().await;
@@ -59,9 +59,9 @@ fn scenario_20_host_hits_do_not_wait_for_the_disk() {
     });
 }
 
-/// Futures of every kind are dropped while the kernel has their buffers. Excluded: a buffer or an
-/// extent that is used again before the answer (wrong bytes, in the file or in the reader), and one
-/// that never comes back.
+/// Futures of every kind are dropped while the kernel has their buffers. The test excludes that a
+/// buffer or an extent is reused before the answer (wrong bytes, in the file or in the reader), and
+/// that one is never given back.
 #[test]
 fn scenario_4_futures_dropped_while_the_kernel_has_their_buffers() {
     test("scenario_4_futures_dropped_while_the_kernel_has_their_buffers", |seed| {
@@ -123,8 +123,8 @@ fn scenario_4_futures_dropped_while_the_kernel_has_their_buffers() {
     });
 }
 
-/// `close` with operations in the kernel: it waits for them, they end `Ok` or `Closed`, and the
-/// directory can be opened again.
+/// `close` with operations in the kernel: it waits for them, they end with `Ok` or `Closed`, and
+/// the directory can be opened again.
 #[test]
 fn scenario_24_close_while_the_disk_stands_still() {
     test("scenario_24_close_while_the_disk_stands_still", |seed| {
@@ -164,7 +164,7 @@ fn scenario_24_close_while_the_disk_stands_still() {
     });
 }
 
-/// Every answer comes late: demand reads end, none is lost in a queue, and what is written reads
+/// Every answer comes late: demand reads still end, none is lost in a queue, and written bytes read
 /// back.
 #[test]
 fn scenario_20_a_slow_disk() {
@@ -221,7 +221,7 @@ fn scenario_20_throttled() {
             let direct = thread::scope(|scope| scope.spawn(run).join().unwrap());
             let moved = group.moved_bytes();
             println!("{driver:?}: {moved} bytes were throttled");
-            // What passes the cache of the kernel is written by the kernel, on its own account.
+            // Writes through the page cache are charged to the kernel, not to the group.
             assert!(direct != Some(true) || moved > 24 * LEN as u64, "{moved}");
         }
     });
@@ -252,7 +252,7 @@ async fn throttled(vmem: VirtualMemory) {
         read.await.unwrap();
     }
     println!("{hits} host hits beside the reads, {waited} times they were under way");
-    // Each half is dropped in flight.
+    // In each round half of the reads are dropped in flight.
     for round in 0..4 {
         for (_, handle) in &cold {
             vmem.demote(handle, DISK).await.unwrap();

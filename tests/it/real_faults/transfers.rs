@@ -1,6 +1,6 @@
 //! Transfers that the kernel cuts short or interrupts (scenarios 3 and 28).
 //!
-//! Invariant: they are resumed, and nobody sees it but the driver: every byte is right.
+//! Invariant: they are resumed, which only the driver sees: every byte is right.
 
 use rand::Rng;
 use rand::seq::SliceRandom;
@@ -15,7 +15,7 @@ use super::place::Ext4;
 use crate::support::quiet;
 use crate::support::{DISK, HOST, MIB, assert_empty, bytes};
 
-/// Objects of odd lengths are demoted and promoted in every way that there is.
+/// Objects of odd lengths are demoted and promoted in every possible way.
 async fn round_trips(vmem: &VirtualMemory, seed: Seed) {
     let mut rng = seed.fork("round trips").rng();
     let mut objects: Vec<Known> = Vec::new();
@@ -202,7 +202,7 @@ async fn put(vmem: &VirtualMemory, count: u64, len: usize) -> Vec<Known> {
     objects
 }
 
-/// Sectors of 4096 bytes: whoever goes round the cache must go in those, or is refused.
+/// Sectors of 4096 bytes: direct I/O must be in those, or is refused.
 #[test]
 fn direct_io_on_sectors_of_4096_bytes() {
     test("direct_io_on_sectors_of_4096_bytes", |seed| {

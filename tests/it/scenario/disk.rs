@@ -95,8 +95,8 @@ async fn scenario_31_memory_is_given_back_beside_registered_reads() {
 // ---- 18: the disk refuses while objects are demoted
 // ---------------------------------------------------
 
-/// Excluded: one refused write that fails, or stalls, those who have nothing to do with it; a
-/// victim that is lost on its way down. Every write of the run is once the one that fails.
+/// Excluded: one refused write that fails, or stalls, unrelated calls; a victim that is lost while
+/// it is written back. Every write of the run is once the one that fails.
 #[tokio::test(start_paused = true)]
 async fn scenario_18_one_failed_write_is_noticed_by_nobody() {
     for (nth, errno) in (1..=12).zip([Errno::IO, Errno::NOSPC].into_iter().cycle()) {
@@ -274,7 +274,7 @@ fn nothing_left(dir: &Path) -> bool {
 }
 
 /// Excluded: a file that grows with what passes through it and not with what it holds; space that
-/// nobody gets back. Noticed by what the file system says of the file.
+/// is never freed. Noticed by what the file system says of the file.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_19_ten_times_the_capacity_then_close() {
     let dir = tempfile::tempdir().unwrap();
@@ -294,7 +294,7 @@ async fn scenario_19_ten_times_the_capacity_then_close() {
     assert!(nothing_left(dir.path()));
 }
 
-/// The store, its handles and its runtime are dropped in different orders, and nobody closes.
+/// The store, its handles and its runtime are dropped in different orders, without `close`.
 #[test]
 fn scenario_19_dropped_without_close() {
     let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();

@@ -1,6 +1,6 @@
 //! Scenario 21 on disk: free space in pieces is of use.
 //!
-//! Invariant: whatever fits by its footprint is served. Called by nobody else.
+//! Invariant: whatever fits by its footprint is served. Not called by other tests.
 
 use std::sync::Arc;
 

@@ -49,8 +49,9 @@ async fn until_closed(vmem: VirtualMemory, handles: Arc<Vec<VMemHandle>>, salt: 
     unreachable!("the numbers do not end")
 }
 
-/// Excluded: two who close at once and wait for each other; calls in every state at the moment of
-/// the end that hang, or end with something else. Several rounds, since each meets other states.
+/// Excluded: two callers that close at once and wait for each other; calls in every state at the
+/// moment of the end that hang, or end with something else. Several rounds, since each meets other
+/// states.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_24_two_clones_close_during_every_call() {
     for round in 0..8 {
@@ -77,7 +78,7 @@ async fn scenario_24_two_clones_close_during_every_call() {
             ends("a call", caller).await.unwrap();
         }
         assert!(before == held, "bytes stay what they were");
-        // Handles and bytes live on; the directory is free all the same.
+        // Handles and bytes live on; the directory is free nevertheless.
         let again = vmem::open(real_config(dir.path(), 2 * MIB, 64 * MIB)).await.unwrap();
         again.close().await.unwrap();
         assert!(before == held);
@@ -85,7 +86,7 @@ async fn scenario_24_two_clones_close_during_every_call() {
 }
 
 /// Excluded: a store that lives on because handles or bytes of it do, or that dies under them. The
-/// last clone goes with handles, bytes, pins, a prefetch, a stream and a blocked reader
+/// last clone is dropped with handles, bytes, pins, a prefetch, a stream and a blocked reader
 /// outstanding.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_24_the_store_is_dropped_while_handles_and_bytes_live() {

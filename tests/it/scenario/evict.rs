@@ -1,4 +1,4 @@
-//! Scenarios about what is evicted: for whom, how much, and how far it goes.
+//! Scenarios about what is evicted: for which requests, how much, and to which tier.
 
 use std::time::Duration;
 
@@ -60,7 +60,7 @@ async fn scenario_11_one_large_allocation_in_a_fragmented_tier() {
 
 // ---- 14: waiters start eviction
 
-/// Below the high mark nothing is evicted, but for those who wait.
+/// Below the high mark nothing is evicted, except for waiters.
 #[tokio::test(start_paused = true)]
 async fn scenario_14_waiters_start_eviction() {
     let (vmem, driver) = support::open(16 * LEN, 64 * MIB, |b| b.watermarks(0.98, 1.0));

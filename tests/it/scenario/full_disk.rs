@@ -53,7 +53,7 @@ async fn open(path: &Path) -> VirtualMemory {
 }
 
 /// The file system is full long before the budget is: what was accepted stays readable where it
-/// is, writers get `TierFull`, and when space returns the store goes on by itself.
+/// is, writers get `TierFull`, and when space returns the store goes on without help.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_18_a_full_file_system() {
     let Some(tmpfs) = Tmpfs::mount("16m") else { return };

@@ -1,6 +1,6 @@
 //! Scenario 30: a loop of hits beside a timer.
 //!
-//! Invariant: two loops on the same machine are compared, never a time. Called by nobody else.
+//! Invariant: two loops on the same machine are compared, never a time. Not called by other tests.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

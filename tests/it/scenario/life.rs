@@ -181,8 +181,8 @@ async fn scenario_26_p8_handles_are_of_one_store() {
 }
 
 /// The seed's P2, P3, P4 and P18: moving to and fro, overwriting what is nearly all of a tier,
-/// asking for too much, and many who allocate at once: the ledger stays right and nothing is pushed
-/// out in vain.
+/// asking for too much, and many tasks that allocate at once: the ledger stays right and nothing is
+/// evicted in vain.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scenario_26_p2_p3_p4_p18_the_ledger() {
     let vmem = open().await;

@@ -1,6 +1,6 @@
 //! The events of migrations, and prefetches that run, end and are cancelled.
 //!
-//! Invariant: over the real driver, as a user opens the store. Called by nobody else.
+//! Invariant: over the real driver, as a user opens the store. Not called by other tests.
 
 use std::time::Duration;
 

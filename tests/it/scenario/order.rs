@@ -83,7 +83,7 @@ async fn scenario_22_what_was_asked_for_is_not_the_next_to_leave() {
         let mut all = vec![oldest];
         all.extend(rest);
         let gone = victim(&vmem, &all).await;
-        assert_eq!(gone, [1], "{what}: the object that nobody used for longest leaves");
+        assert_eq!(gone, [1], "{what}: the least recently used object leaves");
     }
 }
 

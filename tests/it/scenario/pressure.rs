@@ -55,8 +55,8 @@ async fn demand_time(vmem: &VirtualMemory, objects: &[VMemHandle], hot: &[VMemHa
     began.elapsed()
 }
 
-/// Excluded: prefetches that take the link from the reads that somebody waits for, and that push
-/// out what is in use. Noticed by the simulated time of the same reads alone and under the storm.
+/// Excluded: prefetches that take the link from demand reads, and that evict what is in use.
+/// Noticed by the simulated time of the same reads alone and under the storm.
 #[tokio::test(start_paused = true)]
 async fn scenario_16_a_promotion_storm() {
     let (vmem, driver) = open(8 * MIB, 512 * MIB, disk_of(200));

@@ -123,7 +123,7 @@ async fn evict_against_read(len: usize, rounds: u64, home: MemoryTier, slow: boo
         Arc::new((0..8).map(|version| bytes(5, version + 1, len)).collect());
     let object = vmem.put(&versions[1], home).await.unwrap();
     if slow {
-        // Writes overtake reads: whoever joins a read that began before gets older bytes.
+        // Writes overtake reads: a reader that joins a read that began before gets older bytes.
         let mut rng = SmallRng::seed_from_u64(seed);
         driver.delay(move |op| match op {
             Op::Read => Duration::from_micros(rng.random_range(0..4000)),
@@ -237,7 +237,7 @@ async fn scenario_06_evict_against_read_on_a_slow_disk() {
 // -----------------------------------------------------------------
 
 /// Excluded: two sets that each hold half of what the other needs, and wait for ever; a set that
-/// can never fit and waits all the same. Noticed by tasks that do not end, or end with an error.
+/// can never fit and waits nevertheless. Noticed by tasks that do not end, or end with an error.
 #[tokio::test(start_paused = true)]
 async fn scenario_10_sets_in_opposite_orders() {
     let pairs = [[0, 1], [1, 0], [2, 3], [3, 2], [0, 1], [3, 2], [1, 0], [2, 3]];
@@ -350,7 +350,7 @@ async fn scenario_29_holding_one_and_awaiting_another() {
                 let at = round % 5;
                 vmem.read_into(&handles[at], 0..LEN, &mut buf).await.unwrap();
                 assert!(buf == bytes(at as u64 + 1, 1, LEN));
-                assert!(asked.elapsed() <= Duration::from_millis(10), "it waits for nobody");
+                assert!(asked.elapsed() <= Duration::from_millis(10), "it does not wait");
             }
         }
     });

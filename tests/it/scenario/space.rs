@@ -1,4 +1,4 @@
-//! Scenarios about space in host memory: who gets it, who waits, and which errors they get.
+//! Scenarios about space in host memory: which requests get it, which wait, and their errors.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,9 +43,9 @@ fn assert_all_pinned<T>(
 }
 
 /// Excluded: an actor that spins while it can do nothing; calls that wait for ever, or wait
-/// although they have another way; an error that does not say who has the memory. Noticed by the
-/// simulated clock (one that spins would keep it from moving at all), by the numbers in the error,
-/// and by how often the runtime woke up.
+/// although they have an alternative; an error that does not say what has the memory. Noticed by
+/// the simulated clock (an actor that spins would keep it from moving at all), by the numbers in
+/// the error, and by how often the runtime woke up.
 #[tokio::test(start_paused = true)]
 async fn scenario_12_everything_pinned_or_held() {
     let (vmem, driver) =
@@ -109,7 +109,7 @@ async fn scenario_12_everything_pinned_or_held() {
     assert!(asked.elapsed() < TIMEOUT / 10, "waited {:?}", asked.elapsed());
     drop(space);
 
-    // One that lets go serves one who waits.
+    // One reader that drops its bytes serves one waiter.
     let waiter = tokio::spawn({
         let vmem = vmem.clone();
         let handle = cold[2].clone();
@@ -173,7 +173,7 @@ fn open_held(count: usize) -> (VirtualMemory, Arc<support::MemDriver>) {
 
 type Served = Arc<Mutex<Vec<usize>>>;
 
-/// A task that reads the object, notes that it was served, and lets go after a while.
+/// A task that reads the object, notes that it was served, and drops the bytes after a while.
 fn reader(vmem: &VirtualMemory, handle: &VMemHandle, served: &Served, nth: usize) {
     let vmem = vmem.clone();
     let handle = handle.clone();
@@ -191,8 +191,7 @@ async fn tick() {
 }
 
 /// Excluded: waiters that overtake each other, starve, or stay in the queue after they were
-/// cancelled and are granted space that nobody takes. Noticed by the order in which they are
-/// served.
+/// cancelled and are granted space in vain. Noticed by the order in which they are served.
 #[tokio::test(start_paused = true)]
 async fn scenario_14_waiters_of_one_size_are_served_in_order() {
     let (vmem, driver) = open_held(4);
@@ -335,7 +334,7 @@ async fn scenario_14_a_cancelled_waiter_leaves_the_queue() {
         assert_eq!(vmem.stats().waiters, 0, "{what} was dropped and waits on");
     }
     let reads = driver.reads();
-    // One of two who wait for the same object goes; the other is served.
+    // One of two waiters for the same object is dropped; the other is served.
     let first = vmem.clone();
     let second = vmem.clone();
     let one = cold[0].clone();
@@ -352,13 +351,13 @@ async fn scenario_14_a_cancelled_waiter_leaves_the_queue() {
     assert!(second.await.unwrap().unwrap() == bytes(1, 1, LEN));
     settle(&vmem, &driver).await;
     assert_eq!(*served.lock(), [5]);
-    assert_eq!(driver.reads() - reads, 2, "nothing was read for nobody");
+    assert_eq!(driver.reads() - reads, 2, "nothing was read in vain");
     drop((cold, warm));
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_empty(&settle(&vmem, &driver).await, "cancelled waiters");
 }
 
-/// Nobody else moves: a background read is served as soon as what is in its way has cooled down.
+/// Without other work a background read is served as soon as what is in its way has cooled down.
 #[tokio::test(start_paused = true)]
 async fn scenario_14_a_background_read_waits_for_what_is_hot_and_no_longer() {
     let (vmem, driver) = support::open(8 * LEN, 64 * MIB, |b| b.watermarks(0.8, 0.9));

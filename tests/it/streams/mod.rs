@@ -1,4 +1,4 @@
-//! Objects as streams: readers and writers, for peers who go at their own pace.
+//! Objects as streams: readers and writers, for peers that go at their own pace.
 //!
 //! Invariant: a reader gives one version from start to end, a writer makes an object at its commit
 //! or leaves nothing, and neither keeps from others what they need.

@@ -1,4 +1,5 @@
-//! Readers: what they give, whatever becomes of the object, and what they keep from others.
+//! Readers: the bytes that they give, whatever happens to the object, and what they keep from
+//! others.
 
 use std::io::SeekFrom;
 use std::time::Duration;
@@ -139,8 +140,8 @@ async fn reader_gives_one_version_whatever_becomes_of_the_object() {
     vmem.close().await.unwrap();
 }
 
-/// 400 peers who read the start and then nothing: they keep no object space, and windows within the
-/// reserve.
+/// 400 peers that read the start and then nothing: they keep no object space, and windows within
+/// the reserve.
 #[tokio::test]
 async fn peers_who_do_not_read_keep_nothing_from_others() {
     const PEERS: usize = 400;
@@ -162,7 +163,7 @@ async fn peers_who_do_not_read_keep_nothing_from_others() {
     // The window that is read: none is filled early where the reserve is full.
     let least = (PEERS * 4 * KIB) as u64;
     assert!(stats.stream_bytes <= (1 << 20) + least, "{} bytes", stats.stream_bytes);
-    // All of object space is there for others, at once.
+    // All of object space is free for others, at once.
     let large = vmem.put(bytes(9, 1, 3 * MIB), HOST).await.unwrap();
     assert!(vmem.read(&large).await.unwrap() == bytes(9, 1, 3 * MIB));
     // And other peers are served.
@@ -226,7 +227,7 @@ async fn errors_of_a_reader_name_their_cause_and_pass() {
     assert!(matches!(error, VirtualMemoryError::Closed), "{error}");
 }
 
-/// A disk that stands still makes a reader late, and one that is left alone delays nobody.
+/// A disk that stands still makes a reader late, and a reader that is left alone delays no other.
 #[tokio::test(start_paused = true)]
 async fn reader_has_a_deadline_and_delays_nobody() {
     let wait = Duration::from_secs(3);

@@ -1,7 +1,7 @@
 //! What readers and writers keep from others: memory beyond the reserve, object space, extents,
 //! the end of the store.
 //!
-//! Invariant: each test fails without the fix that it came with. Called by nobody else.
+//! Invariant: each test fails without the fix that it came with. Not called by other tests.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -82,7 +82,7 @@ async fn slow_reader_of_a_hot_object_holds_no_object_space() {
     assert!(now == 0, "{now} bytes of object space are held by readers that stand still, {held}");
 }
 
-/// A reader of an object that nobody has written needs none of its extents.
+/// A reader of an object that was never written needs none of its extents.
 #[tokio::test]
 async fn reader_of_an_unwritten_object_keeps_no_space_from_its_first_write() {
     let (vmem, _driver) = support::open(512 * KIB, MIB, |builder| builder);

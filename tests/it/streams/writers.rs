@@ -197,8 +197,8 @@ async fn dropped_writer_leaves_nothing() {
     vmem.close().await.unwrap();
 }
 
-/// Uploads that stand still, and one whose future nobody polls: others are not delayed, and `close`
-/// ends.
+/// Uploads that stand still, and one whose future is not polled: others are not delayed, and
+/// `close` ends.
 #[tokio::test(start_paused = true)]
 async fn uploads_that_stand_still_delay_nobody() {
     let (vmem, driver) =
@@ -291,7 +291,7 @@ async fn killed_uploads_leave_nothing() {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
-        // Read from until it is killed: it does not end by itself.
+        // Read from until it is killed: it does not end otherwise.
         let mut dones = lines.filter_map(|line| line.strip_prefix("done ")?.parse::<u64>().ok());
         let seen = dones.by_ref().take(2 + kill as usize).last().unwrap();
         tokio::time::sleep(Duration::from_millis(3 * kill)).await;

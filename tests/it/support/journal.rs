@@ -146,7 +146,7 @@ pub(crate) async fn found(vmem: &VirtualMemory, tasks: usize, block: usize) -> V
         let (task, which) = (0..tasks)
             .flat_map(|task| [(task, 0), (task, 1)])
             .find(|&(task, which)| *entry.name == *name(task, which))
-            .expect("a name that somebody gave");
+            .expect("a name that was given");
         let handle = vmem.open_named(&entry.name).await.unwrap();
         let bytes = vmem.read(&handle).await.unwrap();
         footprint += bytes.len().next_multiple_of(block) as u64;

@@ -1,7 +1,7 @@
-//! A disk in memory that the test commands: it waits, fails or stands still as told.
+//! A disk in memory that the test commands: it waits, fails or stands still on command.
 //!
-//! Invariant: an operation owns what it was given until it has completed, whatever becomes of its
-//! future, and watches that nobody else touches it meanwhile: memory that is being read into is
+//! Invariant: an operation owns what it was given until it has completed, whatever happens to its
+//! future, and checks that no other code touches it meanwhile: memory that is being read into is
 //! poisoned at submission and must still be so at completion, and what is being written must still
 //! have the bytes that it had. Called by the scenario tests, below the real disk tier.
 
@@ -44,7 +44,7 @@ struct Core {
     in_flight: AtomicUsize,
     reads: AtomicU64,
     writes: AtomicU64,
-    /// Somebody touched the memory of an operation in flight.
+    /// The memory of an operation in flight was touched.
     trespassed: AtomicBool,
     closed: AtomicBool,
 }
@@ -134,7 +134,7 @@ impl MemDriver {
     /// Panics if memory of an operation in flight was touched.
     pub(crate) fn assert_untouched(&self) {
         let trespassed = self.core.trespassed.load(Ordering::SeqCst);
-        assert!(!trespassed, "memory of an operation in flight was written to by somebody else");
+        assert!(!trespassed, "memory of an operation in flight was written to by other code");
     }
 }
 

@@ -110,7 +110,7 @@ pub(crate) fn real_config(dir: &Path, host: usize, disk: usize) -> VirtualMemory
         .expect("a valid configuration")
 }
 
-/// Waits until no migration is in flight and nobody waits, several times in a row.
+/// Waits until there is no migration in flight and no waiter, several times in a row.
 pub(crate) async fn quiet(vmem: &VirtualMemory) -> VirtualMemoryStats {
     let mut quiet = 0;
     for _ in 0..20_000 {
@@ -125,7 +125,7 @@ pub(crate) async fn quiet(vmem: &VirtualMemory) -> VirtualMemoryStats {
     panic!("does not settle: {:#?}", vmem.stats());
 }
 
-/// Waits, on the real clock, for something that comes about; panics where it does not come.
+/// Waits, on the real clock, until a condition holds; panics if it does not.
 pub(crate) async fn eventually(what: &str, mut check: impl FnMut() -> bool) {
     for _ in 0..4000 {
         if check() {
@@ -158,7 +158,7 @@ pub(crate) async fn put_all(
     handles
 }
 
-/// Waits until nothing is in flight and nobody waits. Panics where that does not come.
+/// Waits until nothing is in flight and there is no waiter. Panics if that does not happen.
 pub(crate) async fn settle(vmem: &VirtualMemory, driver: &MemDriver) -> VirtualMemoryStats {
     let mut quiet = 0;
     for _ in 0..20_000 {
@@ -174,7 +174,7 @@ pub(crate) async fn settle(vmem: &VirtualMemory, driver: &MemDriver) -> VirtualM
     panic!("does not settle: {:#?}", vmem.stats());
 }
 
-/// Nothing is taken by anybody: all objects of the store were freed.
+/// Asserts that no space is taken, since all objects of the store were freed.
 pub(crate) fn assert_empty(stats: &VirtualMemoryStats, when: &str) {
     let left = [
         stats.host.used_bytes,

@@ -21,7 +21,7 @@ pub(crate) fn again(module: &str, test: &str) -> Command {
     command
 }
 
-/// As [`again`], told to play the child in `dir`, with pipes to and from it.
+/// As [`again`], in the role of the child in `dir`, with pipes to and from it.
 pub(crate) fn child(module: &str, test: &str, dir: &Path) -> Child {
     again(module, test)
         .env(CHILD_DIR, dir)

@@ -1,8 +1,8 @@
-//! Leases of several objects, taken all at once, beside others who want the same.
+//! Leases of several objects, taken all at once, beside others that want the same.
 //!
 //! Excluded: a range that goes to another object of the set, a stale copy on a sibling, a busy core
-//! while a kernel or a budget is waited for, and a set that could never be there and waits all the
-//! same. Noticed by the lengths of ranges, by the processor time of the thread, and by the errors.
+//! while a kernel or a budget is waited for, and a set that can never fit and waits nevertheless.
+//! Noticed by the lengths of ranges, by the processor time of the thread, and by the errors.
 #![cfg(target_os = "linux")]
 
 use std::sync::Arc;
@@ -43,7 +43,7 @@ async fn assert_idle(what: &str) {
     assert!(busy < WATCHED / 2, "{what}: busy for {busy:?} of {WATCHED:?}");
 }
 
-/// One object of a set is promoted by somebody else while the set waits for space.
+/// One object of a set is promoted by another task while the set waits for space.
 async fn ranges_fit(set: fn(&VMemHandle, &VMemHandle) -> Vec<VMemHandle>, promoted_first: bool) {
     let (vmem, _devices) = open(8 * MIB, &[576 * KIB], Duration::from_secs(20));
     let in_the_way = vmem.put(vec![1; 320 * KIB], HOST).await.unwrap();
@@ -91,7 +91,7 @@ async fn no_sibling_shares_the_version_before_one_that_is_pending() {
         Ok(())
     };
     let finished = tokio::spawn(change.finish(ready.boxed()));
-    assert!(access(&vmem, 1).share(&handle).unwrap().is_none(), "the version before");
+    assert!(access(&vmem, 1).share(&handle).unwrap().is_none(), "the previous version");
     assert!(!vmem.residency(&handle).unwrap().is_in(MemoryTier::of_device(1)));
     ended.send(()).unwrap();
     finished.await.unwrap().unwrap();

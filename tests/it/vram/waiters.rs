@@ -1,8 +1,8 @@
-//! Those who wait for device memory are woken by whatever makes some usable.
+//! The waiters for device memory are woken by each event that makes some usable.
 //!
 //! The last user of a copy may be a lane of the device, a kernel's watch or a caller on any thread;
-//! whoever it is, the end of its share is what the waiter waits for. A drop that rings nobody
-//! leaves the waiter asleep until its deadline.
+//! in each case the waiter waits for the end of its share. A drop that wakes no waiter leaves it
+//! asleep until its deadline.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,7 +58,10 @@ async fn last_drop_of_a_share_wakes_the_waiter_on_whatever_thread() {
         // The operation that has it ends somewhere else.
         std::thread::spawn(move || drop(range)).join().unwrap();
         let woken = tokio::time::timeout(HANG, waiter).await;
-        woken.unwrap_or_else(|_| panic!("round {round}: nobody rang")).unwrap().unwrap();
+        woken
+            .unwrap_or_else(|_| panic!("round {round}: the waiter was not woken"))
+            .unwrap()
+            .unwrap();
     }
     drop((used, other));
     vmem.close().await.unwrap();

@@ -1,10 +1,10 @@
-//! The evictor of one tier: serves those who wait, plans what leaves for them, and has it carried
-//! out.
+//! The evictor of one tier: serves the waiters, plans what is evicted for them, and starts the
+//! tasks that carry it out.
 //!
-//! Invariant: it takes no more than the plan says, and the plan no more than those who wait need
-//! beyond what is free and what is on its way out, or, once the high watermark was crossed, what
-//! lies above the low one. A look for victims is one pass of the policy, which ends; a new one
-//! begins only once something has happened. Run by the actor, between two sleeps; it never waits.
+//! Invariant: it evicts no more than the plan says. The plan has no more than the waiters need
+//! beyond what is free and what is leaving, or, once the high watermark was crossed, what lies
+//! above the low one. A look for victims is one pass of the policy, which ends; a new one begins
+//! only once something has happened. Run by the actor, between two sleeps; it never waits.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,8 +40,8 @@ const SETTLE_STEPS: usize = 1024;
 const DISK_REST: Duration = Duration::from_millis(50);
 /// It is looked for what has cooled down at most this often.
 const COOLS_MIN: Duration = Duration::from_millis(20);
-/// Moves within the tier for one look: what they free is seen at once, so more is a sign that it
-/// helps nobody.
+/// Moves within the tier for one look. What they free is seen at once, so a need for more is a sign
+/// that they do not help.
 const COMPACTIONS_MAX: usize = 256;
 /// Batches that fail in a row before the disk is taken for broken: one failure concerns one
 /// batch, which is tried again elsewhere on the disk.
@@ -64,18 +64,18 @@ pub(super) struct Evictor<T> {
     wakes_at: Option<Instant>,
 }
 
-/// What became of one attempt to take an object out.
+/// The outcome of one attempt to evict an object.
 enum Step {
     Freed,
     /// It has to be written first.
     Write(Leaving),
-    /// Somebody is at it.
+    /// It is held, read or being changed.
     Busy,
     /// The disk has no space for it.
     NoDisk,
 }
 
-/// Why those who wait are not helped by this evictor, for now.
+/// Why this evictor cannot help the waiters, for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stuck {
     /// Nothing can be taken but what is held or busy.
@@ -121,15 +121,15 @@ impl<T: Evicting> Evictor<T> {
         self.wakes_at
     }
 
-    /// Refuses all who wait: the tier serves no more.
+    /// Fails all waiters: the tier serves no more requests.
     pub(super) fn refuse_all(&mut self, shared: &Shared, error: &VirtualMemoryError) {
         self.wakes_at = None;
         let queue = &self.tier.state(shared).queue;
         queue.refuse(|_, _| Some(Refused::Error(error.clone())));
     }
 
-    /// Serves those who wait, and starts what makes space. True if there is more to do at once;
-    /// `woken` says that something has happened since the last turn.
+    /// Serves the waiters, and starts the evictions that make space. True if there is more to do at
+    /// once; `woken` says that something has happened since the last turn.
     pub(super) fn turn(
         &mut self,
         shared: &Shared,
@@ -140,7 +140,7 @@ impl<T: Evicting> Evictor<T> {
         if woken || crate::planted!("look-reset") {
             self.look = Look::default();
         }
-        // Where nobody waits, what is held does not matter, and is not counted together.
+        // Without waiters what is held does not matter, and is not added up.
         let held = if state.queue.len() == 0 { 0 } else { state.unevictable_bytes() };
         let wanted = state.queue.serve(held);
         self.wakes_at = wanted.unblocks_at;
@@ -192,7 +192,7 @@ impl<T: Evicting> Evictor<T> {
             return true;
         }
         match stop {
-            // Nobody waits: the rest can be looked at when somebody does.
+            // Without waiters the rest can be looked at once there is one.
             Stop::Bound => wanted.any() || planned > 0,
             Stop::Enough => true,
             Stop::Nothing if planned > 0 => true,
@@ -322,7 +322,7 @@ impl<T: Evicting> Evictor<T> {
         Stuck::TooHot
     }
 
-    /// Answers those whom no amount of waiting for the evictor would help.
+    /// Fails the waiters that no amount of waiting for the evictor would help.
     fn refuse_hopeless(&self, shared: &Shared, wanted: &Wanted, stuck: Stuck) {
         if !wanted.any() || self.batches > 0 {
             return;

@@ -14,7 +14,7 @@ pub(super) struct Look {
     pass: Pass,
     /// What was used since is not to go; where nothing is spared, none.
     pub(super) spared_since: Option<u64>,
-    /// It has met something that the disk has no space for: what is clean can go all the same.
+    /// It has met an object that the disk has no space for: clean ones can still be evicted.
     pub(super) clean_only: bool,
     /// The longest unused of what it met and spared, in nanoseconds of the store's clock.
     pub(super) spared: Option<u64>,

@@ -1,9 +1,9 @@
 //! The eviction actor: one task, fed by bounded channels, that starts every migration.
 //!
 //! Invariant: the actor itself never waits for I/O or for space; it decides, and each migration
-//! that it decides on is a task of its own. When there is nothing to decide it sleeps, and only a
-//! request, a release that somebody waits for, the end of a migration, or, while a prefetch waits
-//! for what is too hot, a timer wakes it.
+//! that it decides on is a task of its own. When there is nothing to decide it sleeps. What wakes
+//! it is a request, a release while a waiter waits for one, the end of a migration, or, while a
+//! prefetch waits for objects in use to cool, a timer.
 //!
 //! ```text
 //!   readers, promote, demote ---> demand ----+
@@ -67,7 +67,7 @@ pub(super) enum Ended {
     },
 }
 
-/// The result of the end, for whoever closes.
+/// The result of closing, for the callers of `close`.
 pub(crate) type Outcome = Option<Result<(), VirtualMemoryError>>;
 
 /// Starts the actor on the current runtime. The receiver gets the outcome of its end.
@@ -98,8 +98,7 @@ struct Actor {
     names: Arc<Names>,
     inbox: Inbox,
     tasks: JoinSet<Ended>,
-    /// Those that wait for kernels of users: they take no one else's place, and nobody knows for
-    /// how long.
+    /// Migrations that wait for kernels of users, for an unknown time: they count against no class.
     kernels: JoinSet<Ended>,
     demand: usize,
     background: usize,
@@ -109,7 +108,8 @@ struct Actor {
     devices: Vec<Evictor<OnDevice>>,
 }
 
-/// However it ends, with its runtime too: nobody waits for what the actor alone brings about.
+/// However the actor ends, with its runtime too, no caller is left waiting for what only the actor
+/// can do.
 impl Drop for Actor {
     fn drop(&mut self) {
         self.shared.set_closed();
@@ -123,8 +123,8 @@ impl Actor {
         let mut woken = true;
         while !self.shared.is_closed() {
             let recall_at = self.recall_unclaimed();
-            // A batch that failed has freed nothing, and rings nobody: what it was to make way for
-            // looks again.
+            // A batch that failed has freed nothing and notifies nothing, so the evictors look
+            // again.
             woken |= std::mem::take(&mut self.batch_failed);
             let more = self.turn(woken);
             woken = !more;
@@ -175,7 +175,7 @@ impl Actor {
         more
     }
 
-    /// While anybody waits for space, takes back what others were granted and do not come for.
+    /// While a waiter waits for space, takes back granted space that its callers have not claimed.
     /// Returns when there may be more of that.
     fn recall_unclaimed(&self) -> Option<Instant> {
         let waiting: usize =
@@ -277,9 +277,9 @@ impl Actor {
         flushed.and(unnamed).and(closed).and(device)
     }
 
-    /// Waits for kernels as long as anybody waits for anything, and as long again for what is on
-    /// its way to the host then. The version before a kernel that does not end stays the current
-    /// one; its device memory is kept by whoever waits for its event.
+    /// Waits for kernels as long as any request may wait, and as long again for copies to the host
+    /// that are in flight then. If a kernel does not end, the version before it stays the current
+    /// one; its device memory is kept by the backend that waits for its event.
     async fn end_kernels(&mut self) {
         self.wait_for_kernels().await;
         // Leases that are still held can publish nothing any more.
@@ -290,12 +290,13 @@ impl Actor {
         }
         let kernels = self.kernels.len();
         tracing::error!(target: "vmem::actor", kernels, "kernels have not ended");
-        self.shared.patience.close();
+        self.shared.kernels_abandoned.close();
         self.wait_for_kernels().await;
         self.kernels.shutdown().await;
     }
 
-    /// Takes up the ends of kernels, until all have come or nobody would wait any longer.
+    /// Takes up the ends of kernels, until all have ended or the time that a request may wait is
+    /// over.
     async fn wait_for_kernels(&mut self) {
         let late = sleep(self.shared.limits.wait_timeout);
         tokio::pin!(late);

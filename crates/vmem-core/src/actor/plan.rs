@@ -17,7 +17,7 @@ pub(super) struct Situation {
     pub(super) wanted: Wanted,
     pub(super) capacity_bytes: u64,
     pub(super) used_bytes: u64,
-    /// What is on its way out already.
+    /// The bytes that are leaving already.
     pub(super) leaving_bytes: u64,
     pub(super) marks: Watermarks,
     /// The high watermark was crossed and the low one not reached yet.
@@ -54,7 +54,7 @@ impl Situation {
         self.used_bytes > high_bytes || self.is_above_mark && staying > low_bytes
     }
 
-    /// Whether what is in use stays: nobody waits for more than a prefetch.
+    /// Whether objects in use stay, since only prefetches wait for space.
     pub(super) fn spares_hot(&self) -> bool {
         self.wanted.demand_bytes == 0 && !self.is_above_mark
     }
@@ -215,7 +215,7 @@ mod tests {
             let early = situation.used_bytes.saturating_sub(situation.marks.low_bytes);
             assert!(deficit <= wanted.max(early).max(1), "{situation:?}");
             let full = Situation { leaving_bytes: u64::MAX, ..situation };
-            assert_eq!(full.deficit_bytes(), 0, "what is on its way out is not taken twice");
+            assert_eq!(full.deficit_bytes(), 0, "what is leaving is not taken twice");
         }
     }
 }

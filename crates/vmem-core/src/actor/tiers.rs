@@ -48,7 +48,7 @@ pub(super) trait Evicting {
     /// What its leaving costs and frees.
     fn victim(&self, object: &Object) -> Victim;
 
-    /// Takes an object out that needs nothing written. False if somebody is at it.
+    /// Takes an object out that needs nothing written. False if it is held, read or being changed.
     fn drop_clean(&self, pass: &GatePass) -> bool;
 
     /// Objects whose leaving makes one piece of free space of what the first request needs.

@@ -1,8 +1,8 @@
 //! How much of something a store may use: a number of bytes, or a part of what there is.
 //!
 //! Invariant: in a [`VirtualMemoryConfig`] a percentage is more than 0 and at most 100. What it is
-//! a percentage of is known to whoever opens the tier, and asked for then. Set by the builder and
-//! by files; called by the facade and by the crates of the tiers.
+//! a percentage of is known to the backend that opens the tier, which resolves it then. Set by the
+//! builder and by files; called by the facade and by the crates of the tiers.
 
 use std::fmt;
 
@@ -49,7 +49,7 @@ impl Budget {
         }
     }
 
-    /// What it comes to, in bytes, where there are `whole`; 0 if nobody knows how many.
+    /// The budget in bytes. A percentage is of `whole` bytes, which is 0 if unknown.
     ///
     /// # Errors
     ///

@@ -14,17 +14,17 @@ use crate::error::VirtualMemoryError;
 use crate::policy::PolicyChoice;
 
 impl VirtualMemoryConfigBuilder {
-    /// The directory of the store; made, private to the user, if it is not there. One that holds
-    /// anything but a store is refused when the store opens.
-    /// Default: a private temporary directory, removed on close, or, if the process is killed, by
-    /// the next store that has one there.
+    /// The directory of the store. If it does not exist it is created, private to the user. One
+    /// that holds anything but a store is refused when the store opens.
+    /// Default: a private temporary directory, removed on close. If the process is killed, the next
+    /// store with such a directory removes it.
     pub fn disk_path(mut self, path: impl Into<PathBuf>) -> Self {
         self.disk_path = Some(path.into());
         self
     }
 
-    /// Takes a directory that holds files of others and no store, which is refused otherwise, since
-    /// it is the wrong one more often than not. They are left alone. Default: false.
+    /// Accepts a directory that holds other files and no store. Otherwise it is refused, since it
+    /// is probably the wrong one. The other files are left alone. Default: false.
     pub fn allow_foreign_files(mut self, allow: bool) -> Self {
         self.allow_foreign_files = allow;
         self
@@ -38,8 +38,8 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
-    /// The part of `host_capacity`, in bytes, through which bytes pass on their way between other
-    /// places; at least [`STAGING_CAPACITY_MIN`], less than `host_capacity`.
+    /// The part of `host_capacity`, in bytes, through which bytes pass between callers and tiers,
+    /// and between tiers; at least [`STAGING_CAPACITY_MIN`], less than `host_capacity`.
     /// Default: an eighth of `host_capacity`, at most
     /// [`STAGING_CAPACITY_MAX`](crate::STAGING_CAPACITY_MAX).
     pub fn staging_capacity(mut self, bytes: u64) -> Self {
@@ -47,11 +47,11 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
-    /// Memory in bytes, beside `host_capacity`, for what readers and writers of streams have taken
-    /// in and their peers not yet: see [`VirtualMemory::reader`](crate::VirtualMemory::reader). One
-    /// window gets at most a quarter of what is free. A stream waits for none: where nothing is
-    /// left a reader goes on with 4 KiB, and a writer with 64 KiB, beyond it. At least
-    /// [`STREAM_CAPACITY_MIN`].
+    /// Memory in bytes, beside `host_capacity`, for what readers and writers of streams have
+    /// buffered and their peers have not consumed yet: see
+    /// [`VirtualMemory::reader`](crate::VirtualMemory::reader). One window gets at most a quarter
+    /// of what is free. No stream waits for such memory: where none is free a reader goes on with 4
+    /// KiB, and a writer with 64 KiB, beyond the capacity. At least [`STREAM_CAPACITY_MIN`].
     /// Default: a sixteenth of `host_capacity`, at most
     /// [`STREAM_CAPACITY_MAX`](crate::STREAM_CAPACITY_MAX).
     pub fn stream_capacity(mut self, bytes: u64) -> Self {
@@ -106,12 +106,12 @@ impl VirtualMemoryConfigBuilder {
     }
 
     /// The fraction of object space in host memory that readers may hold, by the bytes that they
-    /// have not dropped yet, `0 < fraction <= 1`. Once they hold so much, a read of more than 64
-    /// KiB waits until they hold less, whether its object is resident or not, so that clients who
-    /// take their time leave space for others; [`try_read`](crate::VirtualMemory::try_read) finds
-    /// nothing then, and a part of at most 64 KiB of a larger object is copied. A resident object
-    /// that somebody holds already is shared at once. What such reads are going to hold counts from
-    /// when they begin to wait for space or for the disk. Default: 1, no bound.
+    /// have not dropped yet, `0 < fraction <= 1`. Once they hold that much, a read of more than 64
+    /// KiB waits until they hold less, whether its object is resident or not, so that slow clients
+    /// leave space for others; [`try_read`](crate::VirtualMemory::try_read) finds nothing then, and
+    /// a part of at most 64 KiB of a larger object is copied. A resident object that another reader
+    /// holds already is shared at once. What such reads are going to hold counts from when they
+    /// begin to wait for space or for the disk. Default: 1, no bound.
     pub fn max_held(mut self, fraction: f64) -> Self {
         self.max_held = fraction;
         self
@@ -130,8 +130,8 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
-    /// What the catalog of names may keep of itself in memory, in bytes, at least 64 KiB; beside
-    /// `host_capacity`. Default: 8 MiB.
+    /// The cache of the catalog of names, in bytes, at least 64 KiB; beside `host_capacity`.
+    /// Default: 8 MiB.
     pub fn catalog_cache(mut self, bytes: u64) -> Self {
         self.catalog_cache = bytes;
         self
@@ -147,7 +147,7 @@ impl VirtualMemoryConfigBuilder {
     ///
     /// # Errors
     ///
-    /// [`VirtualMemoryError::InvalidConfig`] with the name of the first field that cannot work.
+    /// [`VirtualMemoryError::InvalidConfig`] with the name of the first field that is invalid.
     pub fn build(self) -> Result<VirtualMemoryConfig, VirtualMemoryError> {
         self.check_capacities()?;
         let (low, high) = self.watermarks;
@@ -162,7 +162,7 @@ impl VirtualMemoryConfigBuilder {
             return refuse("max_held", format!("0 < fraction <= 1, not {}", self.max_held));
         }
         if self.promotion == Promotion::OnNthRead(0) {
-            return refuse("promotion", "the first read is number 1".into());
+            return refuse("promotion", "reads are counted from 1".into());
         }
         self.check_gpus()?;
         if self.wait_timeout.is_zero() {
@@ -177,14 +177,14 @@ impl VirtualMemoryConfigBuilder {
     fn check_gpus(&self) -> Result<(), VirtualMemoryError> {
         let gpus = &self.gpus;
         if gpus.is_empty() || gpus.len() > GPUS_MAX {
-            return refuse("gpus", format!("1 to {GPUS_MAX} of them, not {}", gpus.len()));
+            return refuse("gpus", format!("1 to {GPUS_MAX} GPUs, not {}", gpus.len()));
         }
         let alone = |gpu: &GpuSelection| matches!(gpu, GpuSelection::Auto | GpuSelection::Off);
         if gpus.len() > 1 && gpus.iter().any(alone) {
-            return refuse("gpus", "each of several has its ordinal or UUID".into());
+            return refuse("gpus", "several GPUs need an ordinal or UUID each".into());
         }
         match gpus.iter().enumerate().find(|(at, gpu)| gpus[..*at].contains(gpu)) {
-            Some((_, gpu)) => refuse("gpus", format!("{gpu:?} is there twice")),
+            Some((_, gpu)) => refuse("gpus", format!("{gpu:?} is listed twice")),
             None => Ok(()),
         }
     }

@@ -1,6 +1,6 @@
-//! What a configuration chooses between, and the words for it.
+//! The choices of a configuration, and the words that stand for them.
 //!
-//! Invariant: each choice is shown by the word that is read for it. Set by the builder and by
+//! Invariant: each choice is displayed as the word that parses to it. Set by the builder and by
 //! files.
 
 use std::fmt;
@@ -21,7 +21,7 @@ use crate::memory_tier::MemoryTier;
 #[non_exhaustive]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum GpuSelection {
-    /// The first usable one; none is no error.
+    /// The first usable GPU; it is no error if there is none.
     #[default]
     Auto,
     /// None.
@@ -59,14 +59,14 @@ impl FromStr for GpuSelection {
                 .parse()
                 .map(GpuSelection::Device)
                 .map_err(|_| unknown("gpu", word, "auto, off, an ordinal such as 0, or a UUID")),
-            // Every UUID has some, and no other word here.
+            // Every UUID has a hyphen, and no other word here has one.
             uuid if uuid.contains('-') => Ok(GpuSelection::Uuid(uuid.to_owned())),
             _ => Err(unknown("gpu", word, "auto, off, an ordinal such as 0, or a UUID")),
         }
     }
 }
 
-/// The error for a word of this field that is none of these.
+/// The error for a word that is none of those expected for this field.
 fn unknown(field: &'static str, word: &str, expected: &str) -> VirtualMemoryError {
     let reason = format!("{word:?} is none of {expected}").into();
     VirtualMemoryError::InvalidConfig { field, reason }
@@ -84,7 +84,7 @@ fn unknown(field: &'static str, word: &str, expected: &str) -> VirtualMemoryErro
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IoDriver {
-    /// The fastest that the probe found to work.
+    /// The fastest driver that works, as found by a probe.
     #[default]
     Auto,
     /// io_uring, submitted from the calling task.
@@ -174,7 +174,7 @@ impl FromStr for Promotion {
 impl FromStr for MemoryTier {
     type Err = VirtualMemoryError;
 
-    /// Parses `vram`, `host` or `disk`, in any case of letters, and `vram:1` for the memory of the
+    /// Parses `vram`, `host` or `disk`, in upper or lower case, and `vram:1` for the memory of the
     /// second GPU.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
 //! A configuration from a file, with the feature `serde`.
 //!
 //! Invariant: what is read goes through the builder, so it is checked as any other; a field that is
-//! not known is an error, since it is a typing error more often than not. A refusal says
-//! what would do, in the words of the configuration. Called by serde.
+//! not known is an error, since it is probably a typing error. An error says what is accepted, in
+//! the words of the configuration. Called by serde.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -40,13 +40,13 @@ struct Fields {
 
 /// A value that is a whole number or a word.
 trait NumberOrWord: Sized {
-    /// What would do, for errors.
+    /// What is accepted, for errors.
     const EXPECTED: &'static str;
 
-    /// The value of a number; `None` for one that is none.
+    /// The value of a number; `None` if it is not valid.
     fn of_number(number: u64) -> Option<Self>;
 
-    /// The value of a word; `None` for one that is none.
+    /// The value of a word; `None` if it is not valid.
     fn of_word(word: &str) -> Option<Self>;
 }
 
@@ -116,7 +116,7 @@ impl NumberOrWord for Budget {
 
     fn of_word(word: &str) -> Option<Self> {
         match word.trim().strip_suffix('%') {
-            // Whether it can be one is said by the builder.
+            // The builder checks its range.
             Some(percent) => percent.trim_end().parse().ok().map(Budget::Percent),
             None => Size::of_word(word).map(|Size(bytes)| Budget::Bytes(bytes)),
         }

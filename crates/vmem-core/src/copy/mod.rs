@@ -43,7 +43,8 @@ pub(crate) struct HostCopy {
     slot: UnsafeCell<Option<HostSlot>>,
 }
 
-// SAFETY: the slot is `Send + Sync`; the word decides who may touch it, and how (see above).
+// SAFETY: the slot is `Send + Sync`; the word decides which thread may touch it, and how (see
+// above).
 unsafe impl Sync for HostCopy {}
 // SAFETY: as above; nothing in a descriptor is tied to a thread.
 unsafe impl Send for HostCopy {}
@@ -57,7 +58,7 @@ impl HostCopy {
     ///
     /// The caller holds a reader count, or owns the copy.
     unsafe fn slot(&self) -> &HostSlot {
-        // SAFETY: nobody holds the slot mutably while there is a reader or another owner.
+        // SAFETY: no thread holds the slot mutably while there is a reader or another owner.
         let slot = unsafe { &*self.slot.get() };
         slot.as_ref().expect("invariant: a copy in use has its slot")
     }
@@ -95,7 +96,7 @@ impl OwnedCopy {
     /// The place of the slot, exclusively.
     fn place(&mut self) -> &mut Option<HostSlot> {
         let place = self.descriptor().slot.get();
-        // SAFETY: an owned copy has no reader and one owner, whom `&mut self` makes exclusive.
+        // SAFETY: an owned copy has no reader and one owner, which `&mut self` makes exclusive.
         unsafe { &mut *place }
     }
 
@@ -128,8 +129,8 @@ impl OwnedCopy {
         self.slot().footprint()
     }
 
-    /// The bytes as an old version with one reader: charged until that reader lets go, and never
-    /// anybody's current copy.
+    /// The bytes as an old version with one reader: charged until that reader drops it, and never
+    /// the current copy of an object.
     pub(crate) fn into_bytes(self, copies: &Copies) -> Bytes {
         let anchor = copies.anchor().clone();
         self.descriptor().word.publish_detached();
@@ -164,7 +165,7 @@ impl fmt::Debug for OwnedCopy {
 
 /// The place in an object that names its current copy, if there is one.
 ///
-/// `acquire` may be called by anybody; every other method by the holder of the object's gate only.
+/// Any thread may call `acquire`; every other method is for the holder of the object's gate.
 #[derive(Debug)]
 pub(crate) struct CopyCell(AtomicPtr<HostCopy>);
 
@@ -223,12 +224,12 @@ impl CopyCell {
     }
 
     /// Looks at the slot of the current copy, and counts as no reader. For the holder of the gate,
-    /// who alone takes a copy away or publishes another.
+    /// which alone takes a copy away or publishes another.
     pub(crate) fn peek<T>(&self, look: impl FnOnce(&HostSlot) -> T) -> Option<T> {
         let copy = self.current()?;
         // SAFETY: descriptors live as long as the pool, which the object's runtime holds.
         let copy = unsafe { follow(copy) };
-        // SAFETY: a current copy has its slot until the holder of the gate, who calls this, takes
+        // SAFETY: a current copy has its slot until the holder of the gate, which calls this, takes
         // the copy away.
         Some(look(unsafe { copy.slot() }))
     }
@@ -241,8 +242,8 @@ impl CopyCell {
         })
     }
 
-    /// Makes `copy` the current one, visible to every reader that comes after. The one before, if
-    /// any, becomes an old version.
+    /// Makes `copy` the current one, visible to every reader that comes after. The previous copy,
+    /// if any, becomes an old version.
     pub(crate) fn publish(&self, copy: OwnedCopy, copies: &Copies) {
         let copy = copy.into_raw();
         // SAFETY: descriptors live as long as the pool, which the caller holds.
@@ -268,7 +269,7 @@ impl CopyCell {
         true
     }
 
-    /// Takes the current copy away, if nobody reads it.
+    /// Takes the current copy away, if it has no reader.
     pub(crate) fn take_idle(&self, copies: &Copies) -> Option<OwnedCopy> {
         let copy = self.current()?;
         // SAFETY: descriptors live as long as the pool, which the caller holds.
@@ -281,8 +282,8 @@ impl CopyCell {
         Some(OwnedCopy { copy, pool: copies.pool().clone() })
     }
 
-    /// Takes the current copy away whoever reads it: at once if nobody does, else it lives on as
-    /// an old version until the last reader lets go.
+    /// Takes the current copy away: at once if it has no reader, else it stays as an old version
+    /// until the last reader drops it.
     pub(crate) fn detach(&self, copies: &Copies) {
         let before = self.0.swap(ptr::null_mut(), Ordering::AcqRel);
         release_current(NonNull::new(before), copies);
@@ -309,7 +310,7 @@ pub(crate) struct ReadGuard {
     anchor: Arc<Anchor>,
 }
 
-// SAFETY: a guard gives shared access to bytes that nobody changes.
+// SAFETY: a guard gives shared access to bytes that do not change.
 unsafe impl Send for ReadGuard {}
 // SAFETY: as above.
 unsafe impl Sync for ReadGuard {}
@@ -352,7 +353,8 @@ impl AsRef<[u8]> for ReadGuard {
 impl Drop for ReadGuard {
     fn drop(&mut self) {
         let footprint = self.footprint();
-        // SAFETY: the anchor keeps the descriptor's memory alive, whoever owns it afterwards.
+        // SAFETY: the anchor keeps the descriptor's memory alive, whichever thread owns it
+        // afterwards.
         let released = unsafe { follow(self.copy) }.word.release();
         match released {
             Release::Shared => {}

@@ -38,7 +38,8 @@ struct Free {
 impl Drop for Free {
     fn drop(&mut self) {
         for chunk in &self.chunks {
-            // SAFETY: made by `Box::leak`, and nobody points into it any more: the pool goes last.
+            // SAFETY: made by `Box::leak`, and no pointer into it is left: the pool is dropped
+            // last.
             drop(unsafe { Box::from_raw(chunk.as_ptr()) });
         }
     }
@@ -110,7 +111,7 @@ impl Anchor {
 
     /// The last reader of a copy let go.
     pub(super) fn released(&self, footprint: u64) {
-        // Before it is asked whether anybody waits.
+        // Before the question whether there is a waiter.
         self.held_bytes.fetch_sub(footprint as i64, Ordering::SeqCst);
         self.pool.wake.if_waiting();
     }
@@ -124,7 +125,7 @@ pub(crate) struct Copies {
 }
 
 impl Copies {
-    /// An empty pool; `wake` is called when the last reader of a copy lets go.
+    /// An empty pool; `wake` is called when the last reader of a copy releases it.
     pub(crate) fn new(wake: Arc<Wake>) -> Self {
         let free = Mutex::new(Free { list: Vec::new(), chunks: Vec::new() });
         let pool = Arc::new(CopyPool { free, wake });

@@ -64,7 +64,7 @@ fn readers_keep_their_version_and_share_its_memory() {
     let two = world.read().unwrap();
     assert_eq!(one.as_ptr(), two.as_ptr());
     assert_eq!(world.copies.held_bytes(), 256);
-    assert!(!world.cell.write_in_place(|_| panic!("somebody reads")));
+    assert!(!world.cell.write_in_place(|_| panic!("it has a reader")));
     assert!(world.cell.take_idle(&world.copies).is_none());
 
     world.cell.publish(world.copy_of(2), &world.copies);
@@ -112,8 +112,8 @@ fn the_last_reader_wakes_whoever_waits() {
     wake.remove_waiting();
 }
 
-/// Readers against an owner who publishes, writes in place, takes away and brings back, while
-/// another cell reuses the same descriptors.
+/// Readers against an owner that publishes, writes in place, takes the copy away and brings it
+/// back, while another cell reuses the same descriptors.
 #[test]
 fn readers_see_whole_versions_in_order() {
     let world = World::new();

@@ -13,11 +13,11 @@
 //! | `DETACHED + n`    | an old version that `n > 0` readers still hold     | the last `release` |
 //!
 //! Invariant: memory is written or given back only in a state without readers, and a state without
-//! readers that is not `VALID` belongs to exactly one thread: to whoever made the transition into
+//! readers that is not `VALID` belongs to exactly one thread: the one that made the transition into
 //! it. Readers may call `try_acquire` and `release` at any time, on a word that by then serves
 //! another object too (copies are type-stable, see `pool.rs`); every other transition is made by
 //! the holder of the object's gate. All orderings that pair "I wait, is it held?" with "I released,
-//! does anybody wait?" are `SeqCst`.
+//! is there a waiter?" are `SeqCst`.
 //!
 //! Called by `copy/mod.rs` alone. Model-checked by `tests/model_word.rs`, which includes this file
 //! with the atomics of loom.
@@ -43,7 +43,7 @@ pub(crate) enum Acquire {
     Held { first: bool },
     /// One owner has it alone for a moment: ask again after that.
     Locked,
-    /// It is nobody's current copy.
+    /// It is not the current copy of an object.
     Gone,
 }
 
@@ -116,7 +116,7 @@ impl CopyWord {
         if before & DETACHED == 0 {
             return Release::Idle;
         }
-        // Nobody acquires a detached copy, so this thread alone can see it at zero.
+        // A detached copy gets no new reader, so this thread alone can see it at zero.
         self.0.store(0, Ordering::SeqCst);
         Release::LastOfDetached
     }
@@ -133,7 +133,7 @@ impl CopyWord {
         assert!(before == VALID | LOCKED, "unlocked what was locked, not {before:#x}");
     }
 
-    /// Ends `try_lock`: no longer anybody's copy; the caller owns it.
+    /// Ends `try_lock`: the copy is no object's any more, and the caller owns it.
     pub(crate) fn retire(&self) {
         let before = self.0.swap(0, Ordering::SeqCst);
         assert!(before == VALID | LOCKED, "retired what was locked, not {before:#x}");

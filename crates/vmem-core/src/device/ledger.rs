@@ -4,9 +4,9 @@
 //! is a multiple of the unit. Called by backends under a lock of theirs.
 //!
 //! A request takes the shortest free range that holds it, the low end of it if it is long, the high
-//! end if it is short, so that short ones do not end up between long ones. What is free but lies in
-//! pieces serves nobody: whoever asks makes others leave until a range is long enough, which ends
-//! at the latest when all have left that can.
+//! end if it is short, so that short ones do not end up between long ones. Free memory in pieces
+//! serves no request: the evictor makes objects leave until a range is long enough, which ends at
+//! the latest when all have left that can.
 
 use super::DeviceUsage;
 use crate::ranges::{End, Ranges};

@@ -1,10 +1,10 @@
 //! What core needs of the VRAM tier: ranges of device memory, owned buffers in and out.
 //!
 //! Invariant: the memory of a [`DeviceRange`] is its own until the range is dropped, and it is
-//! dropped only after the last copy or kernel that touches it has completed: whoever uses a range
-//! holds a share of it, and the share of an operation goes with its completion. So a range that is
-//! reserved is in use by nobody. Called by the migrations; implemented in `vmem-gpu`, and by
-//! whoever brings another device.
+//! dropped only after the last copy or kernel that touches it has completed: each user of a range
+//! holds a share of it, and the share of an operation is dropped with its completion. So a range
+//! that was just reserved is not in use. Called by the migrations; implemented in `vmem-gpu`, and
+//! by backends for other devices.
 
 mod ledger;
 
@@ -73,13 +73,13 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
         drop(space);
     }
 
-    /// Calls `hook` whenever memory became free other than by the last share of a range, and when
-    /// the device is lost. It is quick. Not when a range is released: whoever took one on trial
-    /// would wake itself for ever.
+    /// Calls `hook`, which is quick, whenever memory became free other than by the last share of a
+    /// range, and when the device is lost. It is not called when a range is released: a caller that
+    /// took one on trial would wake itself for ever.
     fn set_freed_hook(&self, hook: Box<dyn Fn() + Send + Sync>);
 
-    /// How many bytes from this address on belong to nobody, up to the next range. 0 where that is
-    /// not known: then free memory between two ranges does not count as part of a stretch that
+    /// How many bytes from this address on belong to no range, up to the next range. 0 where that
+    /// is not known: then free memory between two ranges does not count as part of a stretch that
     /// could be emptied.
     fn free_from(&self, address: u64) -> u64 {
         let _ = address;
@@ -112,7 +112,7 @@ pub struct DeviceRange {
     range: Option<Arc<Owned>>,
 }
 
-/// Told, on whatever thread, that a share was dropped.
+/// Called, on any thread, when a share was dropped.
 pub(crate) type ShareWatcher = Arc<dyn Fn() + Send + Sync>;
 
 struct Owned {
@@ -150,7 +150,7 @@ impl DeviceRange {
         Arc::strong_count(self.owned()) == 1
     }
 
-    /// Drops the share, and tells nobody: for whoever took it on trial.
+    /// Drops a share that was taken on trial, without calling the watcher.
     pub(crate) fn put_back(mut self) {
         drop(self.range.take());
     }

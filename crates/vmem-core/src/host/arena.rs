@@ -1,7 +1,7 @@
 //! Object space: slots of memory within a hard budget.
 //!
-//! Invariant: a [`HostSlot`] is the only way to its bytes, and its bytes are nobody else's until it
-//! is dropped. What live slots, the unused parts of their spans and pages kept for reuse take
+//! Invariant: a [`HostSlot`] is the only way to its bytes, and shares them with no other slot until
+//! it is dropped. What live slots, the unused parts of their spans and pages kept for reuse take
 //! is at most the capacity, always. Objects of up to 32 KiB share spans of their size class; larger
 //! ones have whole pages: [`HostArena::footprint`] is that rounding. Called by the queue for
 //! space.
@@ -253,7 +253,7 @@ impl HostSlot {
         HostArena::footprint(self.len)
     }
 
-    /// Gives the slot back to the arena, and tells nobody: for whoever took it on trial.
+    /// Gives back a slot that was taken on trial, without calling the hook.
     pub(crate) fn put_back(self) {
         let this = ManuallyDrop::new(self);
         // SAFETY: `this` is never dropped, so the reference is moved out exactly once.

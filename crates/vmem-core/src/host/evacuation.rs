@@ -93,7 +93,7 @@ impl Drop for Evacuation {
     fn drop(&mut self) {
         let spans = self.arena.spans(self.class);
         if spans.end_evacuation(self.span, self.ticket, self.owners.len()) {
-            // A slot that was freed in it meanwhile is there for whoever waits only now.
+            // A slot that was freed in it meanwhile becomes available to waiters only now.
             self.arena.tell_freed();
         }
     }

@@ -1,10 +1,11 @@
 //! Address space from the operating system.
 //!
 //! Invariant: the memory of a mapping is readable, writable and initialised (with zeros, or with
-//! what was written) from its making to its drop. Pages that were given back read as zeros. Memory
-//! that is registered with a device must not be given back, or its transfers go to pages that
-//! nobody sees: `pages` has it unregistered first, and staging gives nothing back while it lives.
-//! Called by `arena` and `staging`, which decide who owns which part.
+//! what was written) from its creation to its drop. Pages that were given back read as zeros.
+//! Memory that is registered with a device must not be given back, or the device would go on
+//! transferring to pages that the process no longer sees: `pages` has such memory unregistered
+//! first, and staging gives nothing back while it lives. Called by `arena` and `staging`, which
+//! decide the owner of each part.
 
 #![allow(unsafe_code)]
 
@@ -14,7 +15,7 @@ use std::ptr::NonNull;
 
 /// The unit of physical memory, in bytes.
 pub(super) const PAGE_BYTES: usize = 4096;
-/// Where mappings begin, in bytes: a slab of this size can be registered as one.
+/// The alignment of mappings, in bytes: a slab of this size can be registered as one.
 const SLAB_BYTES: usize = 2 * 1024 * 1024;
 
 /// A private anonymous mapping.
@@ -26,25 +27,26 @@ pub(super) struct Mapping {
     len: usize,
 }
 
-// SAFETY: a mapping is plain memory; its users decide who touches which part.
+// SAFETY: a mapping is plain memory; its users give each part one owner.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Address space of `len` bytes, from a slab's boundary. Physical memory comes with first use.
+    /// Address space of `len` bytes, from a slab's boundary. The kernel adds physical memory at
+    /// first use.
     pub(super) fn reserve(len: usize) -> io::Result<Self> {
         let too_large = || io::Error::from(io::ErrorKind::OutOfMemory);
         let raw_len = len.checked_add(SLAB_BYTES).ok_or_else(too_large)?;
         let raw = map(raw_len)?;
         let past = raw.as_ptr().align_offset(SLAB_BYTES);
-        // SAFETY: `past` is less than a slab, by which the mapping is longer than `len`.
+        // SAFETY: `past` is less than a slab, and the mapping is a slab longer than `len`.
         let base = unsafe { raw.add(past) };
         advise_all(raw, raw_len);
         Ok(Mapping { raw, raw_len, base, len })
     }
 
-    /// How long it is, in bytes.
+    /// The length in bytes.
     pub(super) fn len(&self) -> usize {
         self.len
     }
@@ -61,7 +63,8 @@ impl Mapping {
     #[must_use]
     pub(super) fn give_back(&self, range: Range<usize>) -> bool {
         assert!(range.start <= range.end && range.end <= self.len, "inside of the mapping");
-        // The machine's pages may be larger than ours: only whole ones, or the neighbours go too.
+        // The machine's pages may be larger than 4 KiB: only whole ones are discarded, since a part
+        // would take its neighbours with it.
         let page = machine_page_bytes();
         if !range.start.is_multiple_of(page) || !range.end.is_multiple_of(page) {
             return false;
@@ -95,7 +98,8 @@ fn unmap(start: NonNull<u8>, len: usize) {
     }
 }
 
-/// No huge pages, of which a part in use would keep the whole; no copy in a forked child.
+/// Asks for no huge pages, since a small part in use would keep a whole one, and for no copy in a
+/// forked child.
 #[cfg(all(target_os = "linux", not(miri)))]
 fn advise_all(start: NonNull<u8>, len: usize) {
     use rustix::mm::{Advice, madvise};

@@ -1,11 +1,11 @@
 //! Which pages are live, which are kept for reuse, and which were given back.
 //!
 //! Invariant: live pages and kept pages together are at most the budget, at every moment; asserted
-//! at every change. A page is in exactly one of four places: live (somebody owns it), kept (it has
-//! memory, nobody owns it), on its way back to the system (it still counts as kept), or fresh (it
-//! has no memory). A page of a slab that a device has registered has memory, and is not given back
-//! before the slab was unregistered. Called by `arena` and `spans`, and by `space` for a device;
-//! takes no other lock.
+//! at every change. A page is in exactly one of four states: live (it has an owner), kept (it has
+//! memory and no owner), leaving (it is being given back to the system, and still counts as kept),
+//! or fresh (it has no memory). A page of a slab that a device has registered has memory, and is
+//! not given back before the slab was unregistered. Called by `arena` and `spans`, and by `space`
+//! for a device; takes no other lock.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -24,14 +24,14 @@ use super::mapping::{Mapping, PAGE_BYTES};
 use super::slabs::{Slabs, Way};
 use super::space::Registrar;
 
-/// This part of the budget may be kept for reuse.
+/// One part in this many of the budget may be kept for reuse.
 const KEPT_PART: u64 = 8;
 
-/// Rounds of giving kept pages back that one allocation waits for.
+/// How often one allocation gives kept pages back before it fails.
 const GIVE_BACK_TRIES: usize = 8;
 
-/// How long an allocation waits for registered slabs to be given back; a fraction of it does if
-/// the device is idle.
+/// How long an allocation waits for registered slabs to be given back; if the device is idle they
+/// take a fraction of that.
 const UNREGISTER_PATIENCE: Duration = Duration::from_millis(2);
 
 /// The pages of object space.
@@ -42,30 +42,30 @@ pub(super) struct Pages {
     state: Mutex<State>,
     /// The device that registers slabs, if there is one.
     registrar: OnceLock<Arc<dyn Registrar>>,
-    /// To the thread that gives registered slabs back, if there is one.
+    /// Leads to the thread that gives registered slabs back, if there is one.
     unregisters: OnceLock<Sender<Leaving>>,
-    /// Somebody who found no space may find some now.
+    /// Whether a request that found no space may find some now.
     settled: AtomicBool,
-    /// Rung when nobody changes some slab any more.
+    /// Notified when the change of a slab has ended.
     changed: Condvar,
 }
 
 /// For a device.
 impl Pages {
-    /// A device registers slabs from now on. Once.
+    /// Lets a device register slabs from now on. Called once.
     pub(super) fn serve(&self, registrar: Arc<dyn Registrar>) {
         if self.registrar.set(registrar).is_ok() {
             self.state.lock().slabs = Some(Slabs::new(self.capacity));
         }
     }
 
-    /// Gives registered slabs back on the thread that this leads to: a driver unregisters only
-    /// once the device is idle, and nobody who needs memory may wait for a user's kernels. Once.
+    /// Has registered slabs given back by that thread: a driver unregisters only once the device is
+    /// idle, and a request for memory must not wait for a user's kernels. Called once.
     pub(super) fn unregister_by(&self, thread: Sender<Leaving>) {
         let _ = self.unregisters.set(thread);
     }
 
-    /// On that thread.
+    /// Gives registered slabs back; called on that thread.
     pub(super) fn unregister_now(&self, leaving: Leaving) {
         self.give_back(leaving);
         let mut state = self.state.lock();
@@ -75,7 +75,7 @@ impl Pages {
         self.settle(state);
     }
 
-    /// Has pages given back. False if that is not done soon: the bell rings once it is.
+    /// Has pages given back. False if that takes long: then `has_settled` says when it is done.
     fn hand_over(&self, leaving: Leaving) -> bool {
         let thread = self.unregisters.get().filter(|_| !leaving.unregister.is_empty());
         let Some(thread) = thread else {
@@ -99,9 +99,9 @@ impl Pages {
         ended
     }
 
-    /// A copy touches these bytes, which are somebody's: its parts, none of which crosses a
-    /// registration. Registers slabs for which it is time, and waits for those that somebody else
-    /// is changing.
+    /// Begins a copy to or from these bytes, which have an owner; returns its parts, none of which
+    /// crosses a registration. Registers slabs that are due, and waits for those that another
+    /// thread is changing.
     pub(super) fn enter(&self, bytes: Range<usize>) -> Vec<Entered> {
         let page = PAGE_BYTES as u64;
         let pages = bytes.start as u64 / page..(bytes.end as u64).div_ceil(page);
@@ -140,7 +140,7 @@ impl Pages {
         parts
     }
 
-    /// A copy that touched a slab has ended.
+    /// Ends a copy that touched this slab.
     pub(super) fn leave(&self, slab: u64) {
         let mut state = self.state.lock();
         if let Some(slabs) = &mut state.slabs {
@@ -149,8 +149,8 @@ impl Pages {
         self.settle(state);
     }
 
-    /// The device knows no slab any more, by the end of this; all its copies have ended. False if
-    /// it may.
+    /// Unregisters all slabs, once all copies of the device have ended. False if some may still be
+    /// registered.
     pub(super) fn retire(&self, unregister: &dyn Fn(usize, usize) -> bool) -> bool {
         let slabs = {
             let mut state = self.state.lock();
@@ -178,7 +178,7 @@ impl Pages {
         stuck.is_empty()
     }
 
-    /// Bytes that the device reaches directly.
+    /// The bytes that the device can copy directly.
     pub(super) fn registered_bytes(&self) -> u64 {
         let state = self.state.lock();
         let slabs = state.slabs.as_ref();
@@ -201,7 +201,7 @@ impl Pages {
         let Some(slabs) = &mut state.slabs else { return false };
         match &registered {
             Ok(()) => slabs.registered(slab),
-            // It is tried again when as much was copied by the detour again.
+            // It is tried again after as many bytes again were copied by the driver's detour.
             Err(_) => slabs.plain(slab),
         }
         self.settle(state);
@@ -233,7 +233,7 @@ impl Pages {
 }
 
 impl Pages {
-    /// A budget of `capacity` pages in an address space of several times as many.
+    /// Makes a budget of `capacity` pages, in address space for several times as many.
     pub(super) fn new(capacity: u64) -> std::io::Result<Self> {
         let mut factor = if cfg!(miri) { 2 } else { 8 };
         let mapping = loop {
@@ -243,7 +243,7 @@ impl Pages {
             let too_large = || std::io::Error::from(std::io::ErrorKind::OutOfMemory);
             match bytes.ok_or_else(too_large).and_then(Mapping::reserve) {
                 Ok(mapping) => break mapping,
-                // Where address space is limited less of it has to do.
+                // Where address space is limited, less of it must do.
                 Err(error) if factor == 1 => return Err(error),
                 Err(_) => factor /= 2,
             }
@@ -269,9 +269,10 @@ impl Pages {
         self.capacity
     }
 
-    /// A run of `len` pages, with whatever bytes are in it.
+    /// Takes a run of `len` pages; its bytes are arbitrary.
     pub(super) fn take(&self, len: u64) -> Option<Range<u64>> {
-        // What the system does not take back is kept, so giving back may not help: not for ever.
+        // Pages that the system does not take back are kept, so giving back may not help: the tries
+        // are bounded.
         for _ in 0..GIVE_BACK_TRIES {
             let plan = self.state.lock().plan(len, self.capacity);
             match plan {
@@ -287,13 +288,13 @@ impl Pages {
         None
     }
 
-    /// Whether there may be more space than somebody has seen, since this was asked last.
+    /// Whether a request that found no space may find some, since the last call.
     pub(super) fn has_settled(&self) -> bool {
         self.settled.load(Ordering::Relaxed) && self.settled.swap(false, Ordering::SeqCst)
     }
 
-    /// Gives pages back to the system that are nobody's and are counted as leaving. Those that the
-    /// system does not take stay, and count as kept.
+    /// Gives pages without an owner, which count as leaving, back to the system. Those that the
+    /// system does not take count as kept again.
     fn give_back(&self, leaving: Leaving) {
         let bytes = |page: u64| page as usize * PAGE_BYTES;
         let mut stuck = BTreeSet::new();
@@ -318,7 +319,7 @@ impl Pages {
             assert!(state.leaving >= pages.end - pages.start, "pages leave once");
             state.leaving -= pages.end - pages.start;
             let left = state.leaving_runs.take_exact(&pages);
-            assert!(left, "pages that come to the end of their way were on it");
+            assert!(left, "pages that were given back were leaving");
             if gone {
                 state.fresh.add(pages);
             } else {
@@ -329,7 +330,7 @@ impl Pages {
         self.settle(state);
     }
 
-    /// A request that found no space because of what has just ended is to look again.
+    /// Wakes waiting threads, and has a request that found no space look again.
     fn settle(&self, mut state: MutexGuard<'_, State>) {
         self.changed.notify_all();
         if std::mem::take(&mut state.starved) {
@@ -341,7 +342,7 @@ impl Pages {
     pub(super) fn put(&self, run: Range<u64>) {
         let len = run.end - run.start;
         let mut state = self.state.lock();
-        assert!(state.live >= len, "more pages come back than went out");
+        assert!(state.live >= len, "more pages are put back than were taken");
         state.live -= len;
         state.kept.add(run.clone());
         state.check(self.capacity);
@@ -360,11 +361,11 @@ impl Pages {
     pub(super) fn free_in_one_run(&self) -> u64 {
         let state = self.state.lock();
         let free = self.capacity - state.live - state.leaving;
-        // What is kept joins what is fresh when it is given back, wherever it lies.
+        // Kept pages become fresh once they are given back, wherever they lie.
         free.min(state.fresh.longest_len().max(state.kept.longest_len()))
     }
 
-    /// Pages that somebody owns.
+    /// Pages that have an owner.
     #[cfg(test)]
     pub(super) fn live(&self) -> u64 {
         self.state.lock().live

@@ -37,7 +37,7 @@ enum Phase {
     Plain { copied: u64 },
     /// The device reaches it.
     Registered,
-    /// Somebody is registering or unregistering it: no copy is to begin.
+    /// A thread is registering or unregistering it: no copy may begin.
     Changing,
     /// The device may know it for ever.
     Stuck,
@@ -85,8 +85,8 @@ impl Slabs {
         })
     }
 
-    /// A copy of `bytes` touches a slab of `slab_bytes`, which nobody is changing. It is counted
-    /// until it leaves.
+    /// Begins a copy of `bytes` that touches a slab of `slab_bytes`, which is not changing. The
+    /// copy is counted until it leaves.
     pub(super) fn enter(&mut self, slab: u64, bytes: u64, slab_bytes: u64) -> Way {
         let slab = self.known.entry(slab).or_insert(UNKNOWN);
         slab.users += 1;
@@ -120,7 +120,7 @@ impl Slabs {
         registered.is_some_and(|slab| slab.users == 0 || crate::planted!("slab-in-use"))
     }
 
-    /// Whether somebody is registering or unregistering it.
+    /// Whether a thread is registering or unregistering it.
     pub(super) fn is_changing(&self, slab: u64) -> bool {
         self.known.get(&slab).is_some_and(|slab| slab.phase == Phase::Changing)
     }

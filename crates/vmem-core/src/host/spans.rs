@@ -1,8 +1,8 @@
 //! The slots of one size class.
 //!
 //! Invariant: a slot is taken or free, and a span has an owner's number for each taken slot; a
-//! span with no taken slot does not exist, so what an empty store holds is nothing. Each class has
-//! a lock of its own, under which no other is taken. Called by `arena`.
+//! span with no taken slot does not exist, so an empty store holds no memory. Each class has a lock
+//! of its own, under which no other is taken. Called by `arena`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -26,7 +26,7 @@ pub(super) struct Spans {
 #[derive(Debug, Default)]
 struct State {
     spans: Vec<Option<Span>>,
-    /// Positions in `spans` that hold none.
+    /// Positions in `spans` without a span.
     vacant: Vec<u32>,
     /// Spans with a free slot, lowest first, so that the others run empty.
     partial: BTreeSet<u32>,
@@ -67,7 +67,7 @@ pub(super) struct Sparse {
 #[derive(Debug)]
 pub(super) struct Leaving {
     pub(super) span: u32,
-    /// The evacuation: the number of a span may be another one's later.
+    /// The number of the evacuation: that of a span may be another span's later.
     pub(super) ticket: u64,
     pub(super) sparse: Sparse,
 }
@@ -82,11 +82,11 @@ impl Spans {
         let mut state = self.state.lock();
         if state.partial.is_empty() {
             drop(state);
-            // Not under the lock: for pages a device may have to let go of others first.
+            // Not under the lock: to get pages a device may have to unregister others first.
             let run = pages.take(span_pages(self.class));
             state = self.state.lock();
             match run {
-                // Somebody was quicker, and a span without a taken slot is not to be.
+                // Another thread was quicker, and a span must not be without a taken slot.
                 Some(run) if !state.partial.is_empty() => {
                     drop(state);
                     pages.put(run);
@@ -101,7 +101,7 @@ impl Spans {
         self.take_partial(&mut state, owner)
     }
 
-    /// A free slot of a span that has others; none if that takes a page.
+    /// A free slot of an existing span; `None` if it would take another page.
     pub(super) fn take_beside(&self, owner: u64) -> Option<Place> {
         self.take_partial(&mut self.state.lock(), owner)
     }
@@ -117,8 +117,8 @@ impl Spans {
         Some(Place { span: number, slot, at })
     }
 
-    /// Closes the span with the fewest live bytes, among some, whose slots fit into other spans,
-    /// and none of whose owners is one of `skip`.
+    /// Closes the span with the fewest live bytes, of those looked at, whose slots fit into other
+    /// spans and whose owners are not in `skip`.
     pub(super) fn begin_evacuation(&self, skip: &[Vec<u64>]) -> Option<Leaving> {
         let mut state = self.state.lock();
         let free = |number: &u32| {
@@ -131,7 +131,7 @@ impl Spans {
             .filter_map(|number| Some((*number, state.spans[*number as usize].as_ref()?)))
             .filter(|(_, span)| !skip.iter().any(|owners| span.has_owners(owners)))
             .min_by_key(|(_, span)| span.taken)?;
-        // Without its own free slots there are as many as it has taken ones.
+        // The other spans have at least as many free slots as it has taken ones.
         if free_slots < u64::from(slots(self.class)) {
             return None;
         }
@@ -150,8 +150,8 @@ impl Spans {
         })
     }
 
-    /// The span gives slots again, if it still has live ones. True if fewer than `taken`: some were
-    /// freed while it gave none.
+    /// Lets the span give slots again, if it still has live ones. True if fewer than `taken`: some
+    /// were freed while it gave none.
     pub(super) fn end_evacuation(&self, number: u32, ticket: u64, taken: usize) -> bool {
         let mut state = self.state.lock();
         if state.leaving.get(&number) != Some(&ticket) {
@@ -191,7 +191,7 @@ impl Spans {
         !self.state.lock().partial.is_empty()
     }
 
-    /// The span with the fewest live bytes, among some of those with a free slot.
+    /// The span with the fewest live bytes, of those looked at that have a free slot.
     pub(super) fn sparsest(&self, skip: &[Vec<u64>]) -> Option<Sparse> {
         let state = self.state.lock();
         let numbers = state.partial.iter().rev().take(LOOKED_AT);

@@ -2,8 +2,8 @@
 //!
 //! Invariant: it is made once and never lent to object space, nor the other way round, so that what
 //! passes through it always moves. A [`StagingPiece`] is exclusive; the pieces are served first
-//! come first served. Whoever holds one gives it back without waiting for another one. Called by
-//! the paths that bypass object space.
+//! come first served. The holder of a piece gives it back without waiting for another one. Called
+//! by the paths that bypass object space.
 
 #![allow(unsafe_code)]
 
@@ -19,7 +19,7 @@ use crate::chunk::CHUNK_BYTES;
 
 /// The largest piece, in bytes.
 const PIECE_MAX: usize = 1024 * 1024;
-/// Pieces are made smaller rather than be fewer than this.
+/// The least number of pieces: with less memory they become smaller, not fewer.
 const PIECES_WANTED: usize = 8;
 
 /// All of the reserve.
@@ -69,7 +69,7 @@ impl StagingPool {
 /// The staging reserve as a whole, for a backend that registers memory with a device.
 ///
 /// It stays mapped, and none of its pages is given back to the system, as long as this lives. Its
-/// bytes belong to whoever holds the pieces.
+/// bytes belong to the holders of the pieces.
 #[derive(Clone, Debug)]
 pub struct StagingMemory(Arc<StagingPool>);
 
@@ -78,7 +78,7 @@ impl StagingMemory {
         StagingMemory(pool)
     }
 
-    /// Where it begins; the provenance of the memory is exposed.
+    /// Its address; the provenance of the memory is exposed.
     pub fn address(&self) -> usize {
         self.0.mapping.at(0).as_ptr().expose_provenance()
     }

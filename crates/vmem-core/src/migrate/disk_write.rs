@@ -1,10 +1,10 @@
-//! New versions that a caller writes to disk, past host memory.
+//! Writes of a new version straight to disk, without a host copy.
 //!
 //! Ownership: the extents of such a version belong to its [`DiskWrite`], which the caller's future
-//! has within a poll. Between two a task has it, or it lies in a parcel, from which it is taken
-//! back where the disk has no space left ([`Shared::reserve`]); then the write begins again.
-//! Dropped before it was published, it gives back what it took: what was reserved for the first
-//! write is reserved for the object again. Called by `vmem/write.rs`.
+//! owns only within a poll. Between polls a task owns it, or it lies in a parcel, which is taken
+//! back when the disk has no space left ([`Shared::reserve`]); then the write begins again. Dropped
+//! before it was published, it gives back what it took: what was reserved for the first write is
+//! reserved for the object again. Called by `vmem/write.rs`.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -27,11 +27,11 @@ use crate::parcel::{Delivery, Parcel, SetAside};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
-/// Pieces of one large write that are on their way to disk at once.
+/// Pieces of one large write that are in flight at once.
 const PIECES_MAX: usize = 4;
 
-/// A version on its way to disk: chunks that the data covers go first, those at its edges wait for
-/// the gate.
+/// A version that is being written to disk. Chunks that the data covers whole go first, those at
+/// its edges wait for the gate.
 pub(crate) struct DiskWrite {
     object: Arc<Object>,
     range: Range<usize>,
@@ -41,11 +41,12 @@ pub(crate) struct DiskWrite {
     in_flight: VecDeque<(Range<usize>, oneshot::Receiver<Written>)>,
     written: Vec<(usize, Extent)>,
     edges: Vec<Edge>,
-    /// The extents are those that the object has had since it was allocated.
+    /// Whether the extents are those that `allocate` reserved for the object.
     was_reserved: bool,
 }
 
-/// What a task sets aside for the caller of a large write. Each is taken back by itself.
+/// What a task sets aside for the caller of a large write. Each of the two can be taken back
+/// without the other.
 pub(crate) struct Turn {
     pub(crate) write: Parcel<DiskWrite>,
     /// Staging for the next chunks; none if their piece is to lie in memory of its own.
@@ -53,7 +54,7 @@ pub(crate) struct Turn {
 }
 
 impl SetAside for Turn {
-    /// Not together.
+    /// Its two parcels say so themselves.
     fn is_shared(&self) -> bool {
         false
     }
@@ -98,8 +99,8 @@ impl DiskWrite {
         }
     }
 
-    /// Takes the extents for the chunks that the data covers whole: those that the object has had
-    /// since it was allocated, if these are all.
+    /// Takes the extents for the chunks that the data covers whole: those that `allocate` reserved,
+    /// if the data covers the whole object.
     async fn take_extents(&mut self, deadline: &Deadline) -> Result<()> {
         let object = self.object.clone();
         if object.gate_if_open()?.is_some_and(|pass| self.take_reserved(&pass)) {
@@ -138,7 +139,7 @@ impl DiskWrite {
         self.next.is_empty()
     }
 
-    /// The bytes of the object that the next piece has. One chunk of them, or as many as a piece of
+    /// The bytes of the object that the next piece has. That is one chunk, or as many as a piece of
     /// staging holds.
     pub(crate) fn next_bytes(&self, one: bool) -> Range<usize> {
         let piece_bytes = if one { CHUNK_BYTES } else { self.object.shared.staging.piece_bytes() };
@@ -147,7 +148,7 @@ impl DiskWrite {
         self.next.start * CHUNK_BYTES..(end * CHUNK_BYTES).min(self.object.len)
     }
 
-    /// Sends a piece with these bytes of the object on its way.
+    /// Submits a piece, which has these bytes of the object.
     pub(crate) fn submit(&mut self, piece: IoBuf, bytes: Range<usize>) {
         let chunks = chunks_of(&bytes);
         self.next.start = chunks.end;
@@ -163,13 +164,13 @@ impl DiskWrite {
         let (reply, answer) = oneshot::channel();
         let shared = self.object.shared.clone();
         self.object.shared.spawn("vmem-write", async move {
-            // Begun here, on the runtime of the store.
+            // The write begins here, so that it runs on the runtime of the store.
             drop(reply.send(shared.disk.write(pieces).await));
         });
         self.in_flight.push_back((chunks, answer));
     }
 
-    /// Waits until another write may be on its way.
+    /// Waits until another piece may be submitted.
     ///
     /// # Errors
     ///
@@ -181,7 +182,7 @@ impl DiskWrite {
         Ok(())
     }
 
-    /// Waits for the oldest write that is on its way.
+    /// Waits for the oldest piece that is in flight.
     async fn settle_oldest(&mut self) -> Result<()> {
         let Some((_, answer)) = self.in_flight.front_mut() else { return Ok(()) };
         let outcome = answer.await.unwrap_or(Err(DiskError::Closed));
@@ -201,8 +202,8 @@ impl Drop for DiskWrite {
         let mut extents = std::mem::take(&mut self.written);
         extents.extend(self.next.clone().zip(self.extents.drain(..)));
         let in_flight = std::mem::take(&mut self.in_flight);
-        // Taken at once, if it is open: the next write finds the reservation, or waits for it
-        // behind the gate.
+        // The gate is taken at once if it is open: the next write finds the reservation, or waits
+        // for it behind the gate.
         let pass = object.try_gate();
         if in_flight.is_empty()
             && let Some(pass) = &pass
@@ -226,7 +227,7 @@ impl Drop for DiskWrite {
     }
 }
 
-/// Reserves the extents of a first write that was not published for the object again, unless it has
+/// Gives the object its reservation back after a first write that was not published, unless it has
 /// bytes by now.
 fn return_reserved(pass: &GatePass, extents: Vec<(usize, Extent)>) {
     let object = pass.object();
@@ -237,7 +238,7 @@ fn return_reserved(pass: &GatePass, extents: Vec<(usize, Extent)>) {
     for (index, extent) in extents {
         all[index] = Some(extent.into_unwritten());
     }
-    // After an error the disk has them, or somebody else by now.
+    // After an error these were freed, and may be another object's by now.
     let missing: Vec<_> = (0..all.len()).filter(|&index| all[index].is_none()).collect();
     let Ok(more) = object.shared.disk.reserve(&chunk_lens(object.len, missing.iter().copied()))
     else {
@@ -262,8 +263,8 @@ pub(crate) async fn begin_disk_write(
     next_turn(write, owned, deadline).await
 }
 
-/// Sets the write aside for its caller, once another piece may be on its way, with memory for that.
-/// With `owned` the caller has some. For a task.
+/// Sets the write aside for its caller once another piece may be submitted, with memory for that
+/// piece. With `owned` the caller brings the memory. For a task.
 ///
 /// # Errors
 ///
@@ -283,21 +284,21 @@ pub(crate) async fn next_turn(
     Ok(Turn { write: Parcel::set_aside(write, &shared.unfinished), piece })
 }
 
-/// What became of a write that is on disk.
+/// The outcome of a write to disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Finished {
     /// It is the current version.
     Published,
-    /// The object was pinned to host memory meanwhile, which the new version would not be in. The
-    /// one before is the current one still.
+    /// The object was pinned to host memory meanwhile, and the new version is not there. The
+    /// previous version is still current.
     Pinned,
 }
 
-/// The end of a write to disk, for its caller; as [`Reply`](super::write::Reply).
+/// Delivers the outcome of a write to disk to its caller; as [`Reply`](super::write::Reply).
 type Reply = Delivery<Result<Finished>>;
 
-/// Writes the chunks at the edges, and, if host memory has the rest of the object, what it alone
-/// has; then publishes. For a task.
+/// Writes the chunks at the edges, and those of the rest that only host memory has; then publishes.
+/// For a task.
 pub(crate) async fn finish_disk_write(write: DiskWrite, deadline: Deadline, reply: Reply) {
     let outcome = tokio::select! {
         biased;
@@ -313,7 +314,7 @@ async fn try_finish(mut write: DiskWrite, deadline: &Deadline, reply: &Reply) ->
     }
     let object = write.object.clone();
     let pass = object.gate(deadline).await?;
-    // Pins come under the gate, so none comes from here on.
+    // Pins are made under the gate, so none is added from here on.
     if object.pins() > 0 && !crate::planted!("disk-write-unpins") {
         return Ok(Finished::Pinned);
     }

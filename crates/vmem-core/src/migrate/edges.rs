@@ -1,7 +1,7 @@
-//! What a write to disk has to write besides the chunks that it covers whole, and its figures.
+//! The chunks that a write to disk covers only in part, and the figures of such writes.
 //!
-//! Invariant: called with the gate held, so that the version before is the one whose bytes go
-//! around the new ones; space is taken if there is some, and never waited for. Called by
+//! Invariant: called with the gate held, so that the bytes around the new ones are those of the
+//! previous version; space is taken if there is some, and never waited for. Called by
 //! `disk_write.rs`; the figures by `stream.rs` too.
 
 use std::ops::Range;
@@ -20,13 +20,14 @@ use crate::tier::Class;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
-/// The outcome of one write that is on its way.
+/// The outcome of one write that is in flight.
 pub(super) type Written = std::result::Result<Vec<Extent>, DiskError>;
 
 /// The data in a chunk that it covers in part, and where in the object that is.
 pub(super) type Edge = (Range<usize>, Bytes);
 
-/// Writes the chunks that the data covers in part; the rest of each comes from the version before.
+/// Writes the chunks that the data covers in part; the rest of each comes from the previous
+/// version.
 pub(super) async fn write_edges(
     pass: &GatePass,
     edges: &[Edge],

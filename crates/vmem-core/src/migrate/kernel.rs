@@ -1,9 +1,9 @@
-//! What a kernel wrote becomes the current version.
+//! Publishes what a kernel wrote as the current version.
 //!
 //! Ownership: the change holds the gate, a share of the range, the space in host memory that was
-//! taken before the kernel was let in, and the version before. Whatever becomes of it, either the
-//! new version is published in both tiers or the one before is again what readers get: nothing is
-//! lost, and nothing waits for ever.
+//! taken before the kernel was admitted, and the previous version. However it ends, either the new
+//! version is published in both tiers or readers get the previous one again: nothing is lost, and
+//! no reader waits for ever.
 
 use std::sync::Arc;
 
@@ -26,17 +26,17 @@ pub(crate) struct Changed {
     pass: GatePass,
     device: usize,
     range: DeviceRange,
-    /// Space for the new version; none once it was published.
+    /// Space for the new version; `None` once the copy has it.
     space: Option<OwnedCopy>,
-    /// The host copy of the version before.
+    /// The host copy of the previous version.
     old: Option<Bytes>,
     deadline: Deadline,
-    /// For whoever wants to know.
+    /// Gets the outcome; the caller may have dropped the other end.
     reply: Option<oneshot::Sender<Result<(), VirtualMemoryError>>>,
 }
 
 impl Changed {
-    /// Readers wait from now on.
+    /// Begins the change: readers wait until it ends.
     pub(crate) fn begin(
         pass: GatePass,
         (device, range): (usize, DeviceRange),
@@ -48,7 +48,7 @@ impl Changed {
         Changed { pass, device, range, space: Some(space), old, deadline, reply: Some(reply) }
     }
 
-    /// Once the kernel has ended: copies the new version down, and publishes it.
+    /// Waits for the kernel, copies the new version to the host and publishes it.
     pub(crate) async fn finish(mut self, ready: DeviceAnswer<Result<(), DeviceError>>) {
         let object = self.pass.object().clone();
         let shared = &object.shared;
@@ -56,7 +56,7 @@ impl Changed {
         let route = (from, MemoryTier::Host);
         let record =
             Record::start(shared, object.id, route, MigrationCause::Kernel, &self.deadline);
-        let outcome = match self.bring_down(ready).await {
+        let outcome = match self.copy_to_host(ready).await {
             Ok(copy) => {
                 add(&shared.counters.vram_to_host_bytes, object.len as u64);
                 object.publish_changed(&self.pass, copy);
@@ -69,14 +69,14 @@ impl Changed {
             }
         };
         let reply = self.reply.take();
-        // After a failure this brings the version before back.
+        // After a failure this restores the previous version.
         drop(self);
         if let Some(reply) = reply {
             drop(reply.send(outcome));
         }
     }
 
-    async fn bring_down(
+    async fn copy_to_host(
         &mut self,
         ready: DeviceAnswer<Result<(), DeviceError>>,
     ) -> Result<OwnedCopy, VirtualMemoryError> {
@@ -84,8 +84,8 @@ impl Changed {
         tokio::select! {
             biased;
             ready = ready => ready.map_err(DeviceError::public)?,
-            // Here the version before is whole still.
-            _ = shared.patience.acquire() => return Err(VirtualMemoryError::Closed),
+            // The previous version is still whole here.
+            _ = shared.kernels_abandoned.acquire() => return Err(VirtualMemoryError::Closed),
         }
         let device = shared.device(self.device)?;
         let space = self.space.take().expect("invariant: taken here, and put back after a failure");
@@ -104,9 +104,9 @@ impl Changed {
 }
 
 impl Drop for Changed {
-    /// Not published: the version before counts. Half way through the copy down there is no space
-    /// to restore it to, for the copy has it; then, and only with the store itself, its host copy
-    /// is gone.
+    /// Restores the previous version, unless the new one was published. Half way through the copy
+    /// to the host the copy has the space that it would be restored to; that drop happens only with
+    /// the store itself, and then the host copy is lost.
     fn drop(&mut self) {
         let object = self.pass.object();
         if !object.is_pending() {

@@ -73,7 +73,7 @@ async fn load_from_disk(
     let first = chunks.start;
     let mut next = chunks.start;
     while next < chunks.end {
-        // Somebody may have come to wait for what a prefetch began.
+        // A reader may wait by now for what a prefetch began.
         let class = if object.has_flight() { Class::Demand } else { class };
         let step = match class {
             Class::Demand => chunks.len(),

@@ -1,7 +1,8 @@
 //! Migrations: each one a task that reserves, copies, verifies, publishes and releases.
 //!
 //! Invariant: a migration owns what it took (space, extents, the gate) through guards, so that each
-//! way out of it, an error or a cancel too, gives it back; nothing is visible to readers before
+//! way out of it, errors and cancellation included, gives it back; nothing is visible to readers
+//! before
 //! the one step that publishes. Spawned by the actor alone.
 
 mod disk_write;
@@ -59,19 +60,20 @@ pub(crate) struct Job {
     pub(crate) object: Arc<Object>,
     pub(crate) class: Class,
     pub(crate) cause: MigrationCause,
-    /// Whether a copy in host memory stays, or goes with the last of its readers.
+    /// Whether the copy in host memory stays, or is freed with its last reader.
     pub(crate) stay: bool,
-    /// The caller has another way where waiting for eviction does not help.
+    /// Whether the caller can do without host space: it hears at once if eviction cannot make any.
     pub(crate) may_spill: bool,
-    /// What the caller will hold of object space, in bytes, if others may have to wait for it.
+    /// The bytes of object space that the caller will hold; 0 if they do not count towards
+    /// `max_held`.
     pub(crate) to_hold: u64,
     pub(crate) deadline: Deadline,
-    /// Told once the caller has gone: then it is not worth waiting for space.
+    /// Notified once the caller has gone: then the job stops waiting for space.
     pub(crate) unwanted: Option<Arc<Notify>>,
 }
 
 impl Job {
-    /// A job that somebody waits for, whose copy stays.
+    /// A demand job, whose copy stays.
     pub(crate) fn new(object: Arc<Object>, cause: MigrationCause, deadline: Deadline) -> Self {
         Job {
             object,
@@ -90,7 +92,7 @@ impl Job {
         Need::one(self.object.len, self.object.id, self.class)
     }
 
-    /// Waits for space for as long as it is wanted.
+    /// Waits for space until the caller has gone.
     async fn while_wanted<T>(
         &self,
         space: impl Future<Output = Result<T, VirtualMemoryError>>,
@@ -99,7 +101,7 @@ impl Job {
         tokio::select! {
             biased;
             space = space => space,
-            () = unwanted.notified() => Err(self.deadline.error("a request that nobody waits for")),
+            () = unwanted.notified() => Err(self.deadline.error("a request without a caller")),
         }
     }
 }
@@ -115,7 +117,7 @@ pub(crate) struct Record<'a> {
 }
 
 impl<'a> Record<'a> {
-    /// Starts with the first byte.
+    /// Starts the record, just before the first byte is copied.
     pub(crate) fn start(
         shared: &'a Shared,
         handle: u64,
@@ -150,7 +152,7 @@ impl<'a> Record<'a> {
         Record { shared, span, event, asked: deadline.asked(), started }
     }
 
-    /// Ends it: `bytes` were copied, or this went wrong.
+    /// Ends the record, with the bytes that were copied or the error.
     pub(crate) fn end(mut self, outcome: Result<u64, &VirtualMemoryError>) {
         self.event.waited = self.started - self.asked;
         self.event.copied = self.started.elapsed();

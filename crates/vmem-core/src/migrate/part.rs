@@ -1,4 +1,4 @@
-//! Parts of objects that stay where they are.
+//! Reads ranges of objects without promoting them.
 //!
 //! Ownership: staging, the space for the result and the version that is read belong to the task
 //! until it has ended; what it returns goes into a parcel. Called by reads of ranges.
@@ -25,16 +25,16 @@ pub(crate) enum Piece {
     Copied(Copied),
     /// The object is in host memory by now.
     Resident,
-    /// Nobody has written the object yet.
+    /// The object was never written.
     Zeros,
 }
 
-/// A piece of a version, whose map this is, at this range of the buffer.
+/// A piece of a version: the range `at` of `bytes`. `map` tells versions apart.
 pub(crate) struct Copied {
     pub(crate) bytes: IoBuf,
     pub(crate) at: Range<usize>,
     pub(crate) map: MapIdentity,
-    /// It keeps space from others, and is taken back by itself: the bytes stay what they are.
+    /// It keeps extents that others may need, so it can be taken back alone: the bytes stay valid.
     pub(crate) version: Parcel<Version>,
 }
 
@@ -49,7 +49,7 @@ impl SetAside for Piece {
 
 /// The bytes of a part.
 pub(crate) enum Part {
-    /// In memory of their own.
+    /// In memory outside of object space.
     Owned(Bytes),
     /// In object space.
     Held(Bytes),
@@ -70,7 +70,7 @@ impl SetAside for Part {
 }
 
 /// Reads as much of the front of `range` as a piece of staging holds: of `version`, or else of the
-/// current one. With `owned` it is one chunk, in memory of its own, which nobody takes back.
+/// current one. With `owned` it is one chunk, in memory of its own, which is never taken back.
 pub(crate) async fn read_piece(
     object: Arc<Object>,
     version: Option<Version>,
@@ -115,7 +115,7 @@ pub(crate) async fn read_part(
     let shared = object.shared.clone();
     let mut small = Vec::new();
     let to_hold = if copied { 0 } else { Shared::to_hold(range.len()) };
-    // Until it is counted as held.
+    // Stands for the bytes until they are counted as held.
     let _promise = shared.promise(to_hold, &deadline).await?;
     let mut space = None;
     if copied {
@@ -158,7 +158,7 @@ pub(super) async fn copy_all(
     Ok(())
 }
 
-/// Where the bytes of an object are that may not be in host memory.
+/// Where the current bytes of an object were found.
 enum Below {
     Version(Version),
     Resident(Bytes),
@@ -185,7 +185,8 @@ async fn below(object: &Arc<Object>, deadline: &Deadline) -> Result<Below> {
     }
 }
 
-/// A piece of staging with the front of the range, and where it is in there.
+/// Loads the front of the range into a piece of staging; returns it with the place of the bytes in
+/// it.
 async fn staged(
     object: &Arc<Object>,
     version: &Version,

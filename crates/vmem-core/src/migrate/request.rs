@@ -23,7 +23,7 @@ use crate::tier::Class;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
-/// Objects of one prefetch that are on their way at once.
+/// Objects of one prefetch that are in flight at once.
 const PREFETCHED_AT_ONCE: usize = 32;
 
 /// Where an object is to move.
@@ -31,7 +31,7 @@ const PREFETCHED_AT_ONCE: usize = 32;
 pub(crate) enum Move {
     /// To the memory of this device.
     ToDevice(usize),
-    /// There again, behind a write, whoever waits for it.
+    /// Loaded again after a write, with or without a waiter.
     Refresh(usize),
     /// Out of the memory of devices, to host memory if it has space.
     OffDevices,
@@ -43,15 +43,15 @@ pub(crate) enum Move {
     Flush,
 }
 
-/// How a prefetch ends: for its future, or, detached, for nobody.
+/// The end of a prefetch, of which its future hears unless it is detached.
 #[derive(Debug)]
 pub(crate) struct PrefetchEnd {
     pub(crate) reply: oneshot::Sender<Result<()>>,
-    /// Nobody waits for it, and it is wanted all the same.
+    /// Whether it goes on although its future was dropped.
     pub(crate) detached: Arc<AtomicBool>,
 }
 
-/// The bytes of one object; everybody who joined the flight gets them. A read that leaves the
+/// Requests the bytes of one object, for all readers that joined the flight. A read that leaves the
 /// object where it is moves nothing between tiers and needs no decision: its task starts at once,
 /// past the actor, unless too many are under way.
 pub(crate) fn request_fetch(job: Job, flight: WeakFlight, reply: Delivery<Result<Bytes>>) {
@@ -72,14 +72,14 @@ pub(crate) fn request_fetch(job: Job, flight: WeakFlight, reply: Delivery<Result
 async fn serve_fetch(job: Job, flight: WeakFlight, reply: Delivery<Result<Bytes>>) {
     let object = job.object.clone();
     let outcome = while_wanted(job, &reply, async |job| super::fetch(job).await).await;
-    // First, so that nobody joins a flight that has landed.
+    // First, so that no reader joins a flight that has ended.
     object.end_flight(&flight);
     let counted = outcome.is_ok().then_some(&object.shared.unclaimed);
-    // Whoever asked may have gone.
+    // The caller may have gone.
     drop(reply.deliver(outcome, counted));
 }
 
-/// One object to another tier, or to where its home tier has it all.
+/// Requests that one object moves to another tier, or that its home tier gets all of it.
 pub(crate) fn request_move(
     object: &Arc<Object>,
     what: Move,

@@ -29,8 +29,8 @@ impl SetAside for Vec<Bytes> {
 /// Reads of one set that are in flight at once.
 const IN_FLIGHT_MAX: usize = 64;
 
-/// The bytes of each object, in order. Each comes with whether it is promoted. The caller will hold
-/// `to_hold` bytes for which others may have to wait.
+/// Reads the bytes of each object, in order. Each object comes with whether it is promoted. The
+/// caller will hold `to_hold` bytes, which count towards `max_held`.
 pub(crate) async fn read_set(
     shared: Arc<Shared>,
     objects: Arc<[(Arc<Object>, bool)]>,
@@ -38,7 +38,8 @@ pub(crate) async fn read_set(
     deadline: Deadline,
 ) -> Result<Vec<Bytes>> {
     let _promise = shared.promise(to_hold, &deadline).await?;
-    // First with space for what is missing; if something has left meanwhile, with space for all.
+    // The first try has space for the objects that are missing; if one was evicted meanwhile, the
+    // second has space for all.
     match read_granted(&shared, &objects, deadline, false).await {
         Err(VirtualMemoryError::TierFull { .. }) => {
             read_granted(&shared, &objects, deadline, true).await
@@ -101,7 +102,7 @@ async fn read_one(
         object.touch();
         return Ok(guard.into_bytes());
     }
-    // Others may join this read. One that is in flight already may wait for space, which this one
+    // Others may join this read. It joins no other, since that may wait for space, and this one
     // does not.
     let (delivery, flight) = parcel();
     let mut delivery = Some(delivery);
@@ -110,8 +111,8 @@ async fn read_one(
         delivery = None;
     }
     let mut job = Job::new(object.clone(), MigrationCause::Read, deadline);
-    // One that was resident and has left is refused rather than waited for: others of the set hold
-    // space.
+    // An object that was resident and has been evicted fails instead of waiting for space, since
+    // others of the set have space.
     (job.stay, job.may_spill) = (stay, taken.is_none());
     let outcome = fetch_with(&job, taken).await;
     if let Some(delivery) = delivery {

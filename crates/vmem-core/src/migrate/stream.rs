@@ -35,7 +35,7 @@ const NO_OBJECT: u64 = 0;
 
 /// The version that a stream reads.
 pub(crate) enum Source {
-    /// It can be read whatever becomes of the object.
+    /// It can be read whatever happens to the object.
     Below(Version),
     /// Only host memory has all of it, and the disk has no space for the rest.
     Host(Bytes),

@@ -1,7 +1,8 @@
-//! To the memory of a device, from host memory or, through staging, from disk; and out of it.
+//! Promotes objects to the memory of a device, from host memory or, through staging, from disk; and
+//! demotes them.
 //!
-//! Ownership: the range is the object's from before the first byte; each copy has a share of it and
-//! owns the bytes that it reads, until it has completed. The gate is held throughout, so the
+//! Ownership: the object owns the range before the first byte is copied; each copy has a share of
+//! it and owns the bytes that it reads, until it has completed. The gate is held throughout, so the
 //! version that is copied is the version that is published; a task that is dropped half way leaves
 //! space that holds nothing.
 
@@ -27,7 +28,7 @@ type Result<T> = std::result::Result<T, VirtualMemoryError>;
 /// Pieces of one object that are uploaded at once.
 const PIECES_MAX: usize = 4;
 
-/// Brings the current version of an object to the memory of this device.
+/// Promotes the current version of an object to the memory of this device.
 ///
 /// # Errors
 ///
@@ -43,7 +44,8 @@ pub(crate) async fn promote_to_device(job: &Job, number: usize) -> Result<()> {
             object.touch();
             return Ok(());
         }
-        // Never behind the gate: a write is not to be kept waiting by a copy that finds no space.
+        // Space is never awaited under the gate: a write must not wait for a copy that finds no
+        // space.
         let space = match object.has_space_on(number) {
             true => None,
             false => job.while_wanted(device.state.take(&job.need(), &job.deadline)).await?.pop(),
@@ -56,8 +58,8 @@ pub(crate) async fn promote_to_device(job: &Job, number: usize) -> Result<()> {
 }
 
 /// Fills memory of this device that was taken for the object, or that it has already; for the
-/// holder of the gate. `with_bytes` says whether the version is wanted, or the space alone. True
-/// once the object is there; not where it had lost its memory meanwhile.
+/// holder of the gate. With `with_bytes` the version is copied too. False if the object had lost
+/// its memory there meanwhile.
 pub(crate) async fn fill_device(
     job: &Job,
     number: usize,
@@ -74,7 +76,7 @@ pub(crate) async fn fill_device(
             object.set_space_on(pass, number, space, job.class == Class::Prefetch);
         }
         Some(_) => {}
-        // It has left meanwhile.
+        // The object has left the device meanwhile.
         None if !object.has_space_on(number) => return Ok(false),
         None => {}
     }
@@ -82,7 +84,7 @@ pub(crate) async fn fill_device(
         return Ok(true);
     }
     let Some(range) = object.space_on(pass, number) else {
-        // Something still uses what was there before: it keeps that, and we take something else.
+        // The previous range is still in use and stays with its users, so another one is taken.
         object.detach_from(pass, number);
         return Ok(false);
     };
@@ -95,8 +97,8 @@ pub(crate) async fn fill_device(
     outcome.map(|()| true)
 }
 
-/// Space that is being filled. Whatever keeps it from being published, it goes back, unless the
-/// object belongs there.
+/// Space that is being filled. Dropped unpublished it is given back, unless the object has its home
+/// there.
 struct Filling<'a> {
     pass: &'a GatePass,
     device: usize,
@@ -150,7 +152,7 @@ async fn fill(job: &Job, device: &Device, pass: &GatePass, range: &DeviceRange) 
     outcome
 }
 
-/// Piece by piece through staging: host memory needs no space for it.
+/// Copies piece by piece through staging, without space in host memory.
 async fn fill_from_disk(
     job: &Job,
     device: &Device,
@@ -199,7 +201,7 @@ async fn fill_from_disk(
             outcome = outcome.and(uploaded.map_err(DeviceError::public));
         }
     }
-    // All of them, whatever went wrong: the space is idle again then.
+    // Waits for all uploads, also after an error, so that the space is idle again.
     while let Some(uploaded) = uploads.next().await {
         outcome = outcome.and(uploaded.map_err(DeviceError::public));
     }
@@ -207,7 +209,7 @@ async fn fill_from_disk(
 }
 
 /// Takes an object out of the memory of devices, to host memory if there is space for it; else it
-/// stays where it is below.
+/// stays on disk.
 ///
 /// # Errors
 ///

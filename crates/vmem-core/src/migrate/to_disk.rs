@@ -1,8 +1,8 @@
-//! Downwards: from host to disk, alone or many small ones in one run.
+//! Writes objects back from host to disk, one alone or many small ones in one run.
 //!
-//! Ownership: the bytes travel as a reader's count on the host copy, the space as reserved extents;
-//! both are the backend's until the write has completed. The host copy is dropped only after the
-//! map says that the disk has it all, and only once nobody reads it.
+//! Ownership: the backend owns the bytes, by a reader count on the host copy, and the reserved
+//! extents until the write has completed. The host copy is dropped only after the map says that the
+//! disk has all of it, and only once it has no reader.
 
 use std::sync::Arc;
 
@@ -25,10 +25,10 @@ use crate::stats::{self, add};
 const BATCH_BYTES: u64 = 1024 * 1024;
 /// Objects in one batch of a flush.
 const BATCH_OBJECTS: usize = 256;
-/// Batches of a flush that are on their way at once.
+/// Batches of a flush that are in flight at once.
 const BATCHES_MAX: usize = 8;
 
-/// An object that is written back, with the extents that its missing chunks will have.
+/// An object being written back, with the extents for the chunks that the disk lacks.
 #[derive(Debug)]
 pub(crate) struct Leaving {
     pass: GatePass,
@@ -37,19 +37,19 @@ pub(crate) struct Leaving {
     bytes: Bytes,
 }
 
-/// What becomes of the host copy once the disk has it all.
+/// What to do with the host copy once the disk has all of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CopyFate {
-    /// It goes, unless somebody reads it.
+    /// Drop it, unless it has a reader.
     Drop,
-    /// It goes; whoever reads it keeps an old version.
+    /// Detach it: its readers keep it as an old version.
     Detach,
-    /// It stays, clean.
+    /// Keep it, clean.
     Keep,
 }
 
 impl Leaving {
-    /// Takes space for what the disk does not have. The pass comes back with the error.
+    /// Reserves extents for what the disk does not have. An error returns the pass.
     pub(crate) fn prepare(pass: GatePass) -> Result<Self, (GatePass, DiskError)> {
         let object = pass.object();
         let shared = &object.shared;
@@ -70,7 +70,7 @@ impl Leaving {
         self.extents.iter().map(|extent| u64::from(extent.len())).sum()
     }
 
-    /// Takes the pieces to write out of it.
+    /// Takes out the pieces to write.
     fn pieces(&mut self) -> Vec<(Extent, Bytes)> {
         let bytes = &self.bytes;
         let piece = |(&index, extent): (&usize, Extent)| {
@@ -81,8 +81,8 @@ impl Leaving {
         self.missing.iter().zip(std::mem::take(&mut self.extents)).map(piece).collect()
     }
 
-    /// The disk has it all: says so, and lets the host copy go as asked. Returns where the disk has
-    /// it.
+    /// Publishes that the disk has all of it, and treats the host copy as asked. Returns the new
+    /// disk map.
     fn publish(self, written: Vec<Extent>, fate: CopyFate) -> DiskMap {
         let Leaving { pass, missing, bytes, .. } = self;
         let object = pass.object();
@@ -107,9 +107,8 @@ impl Leaving {
     }
 }
 
-/// Writes a batch of objects, in one run where the free space allows it. One that fails does not
-/// keep the others: each is tried alone then. Returns the first error; what failed stays where it
-/// was.
+/// Writes a batch of objects, in one run where the free space allows it. If the batch fails, each
+/// object is tried alone. Returns the first error; an object that failed stays where it was.
 pub(crate) async fn write_back(
     mut batch: Vec<Leaving>,
     fate: CopyFate,
@@ -122,7 +121,7 @@ pub(crate) async fn write_back(
     }
     let mut first_error = None;
     for Leaving { pass, bytes, .. } in batch {
-        // It counts as a reader, and would keep the copy from going.
+        // This counts as a reader, and would keep the copy from being dropped.
         drop(bytes);
         let alone = match Leaving::prepare(pass) {
             Ok(victim) => write_batch(&mut vec![victim], fate, cause, deadline).await.map(drop),
@@ -135,8 +134,8 @@ pub(crate) async fn write_back(
     first_error.map_or(Ok(()), Err)
 }
 
-/// Writes a batch, all or none, and returns where each is. After an error the batch still holds its
-/// passes.
+/// Writes a batch, all or none, and returns the disk map of each object. After an error the batch
+/// still has its passes.
 async fn write_batch(
     batch: &mut Vec<Leaving>,
     fate: CopyFate,
@@ -180,7 +179,7 @@ async fn write_batch(
 ///
 /// # Errors
 ///
-/// `Pinned`, or what the disk says; the object is then where it was.
+/// `Pinned`, or those of the disk; the object then stays where it was.
 pub(crate) async fn demote(
     object: &Arc<Object>,
     deadline: &Deadline,
@@ -201,7 +200,7 @@ pub(crate) async fn demote(
     write_one(pass, CopyFate::Detach, MigrationCause::Demote, deadline).await
 }
 
-/// Writes what the disk does not have of one object, which stays in host memory.
+/// Writes the chunks of one object that the disk does not have; its host copy stays.
 ///
 /// # Errors
 ///
@@ -214,8 +213,8 @@ pub(crate) async fn flush(
     write_one(pass, CopyFate::Keep, MigrationCause::Flush, deadline).await
 }
 
-/// Writes what the disk does not have of these objects, which stay in host memory, many in one run.
-/// All are tried. Returns how many failed, and the first error.
+/// Writes the chunks of these objects that the disk does not have, many in one run; their host
+/// copies stay. All objects are tried. Returns how many failed, and the first error.
 pub(crate) async fn flush_many(
     shared: &Arc<Shared>,
     objects: Vec<Arc<Object>>,
@@ -257,7 +256,7 @@ async fn flush_batch(
                 Err(_) => alone.push(object),
             },
             Some(_) => {}
-            // Another change is under way: this one waits for it, the others do not.
+            // Another change holds the gate: only this object waits for it.
             None if object.is_dead() => {}
             None => alone.push(object),
         }
@@ -280,8 +279,8 @@ async fn flush_batch(
     (failed, first_error)
 }
 
-/// Brings the current bytes of one object to disk, where it keeps its host copy, and says where
-/// they are. What has no extent there is zeros.
+/// Writes the current bytes of one object to disk, keeps its host copy and returns the disk map. A
+/// chunk without an extent is zeros.
 ///
 /// # Errors
 ///
@@ -330,8 +329,8 @@ async fn write_one(
     write_back(vec![victim], fate, cause, deadline).await.map_err(public)
 }
 
-/// An object that nobody has written yet gives up its host memory for space on disk: zeros need
-/// no copy.
+/// Exchanges the host space of an object that was never written for extents on disk: zeros need no
+/// copy.
 pub(crate) fn demote_unwritten(pass: &GatePass) -> Result<(), DiskError> {
     let object = pass.object();
     let chunks = 0..chunk_count(object.len);

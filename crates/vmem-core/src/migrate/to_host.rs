@@ -1,8 +1,9 @@
-//! To host, from disk or from VRAM: to stay or for the readers of the moment.
+//! Fetches objects to host memory, from disk or from VRAM: to stay, or for the current readers
+//! only.
 //!
 //! Ownership: the space is an [`OwnedCopy`]; it moves into the I/O buffer, and with it into the
-//! backend, until the read has completed. A fetch that is dropped half way leaves space and extents
-//! to the operation, which gives them back when it ends.
+//! backend, until the read has completed. When a fetch is dropped half way the operation keeps
+//! space and extents, and gives them back when it ends.
 
 use bytes::Bytes;
 
@@ -16,7 +17,7 @@ use crate::object::{GatePass, Object, Version, chunk_count};
 use crate::stats;
 use crate::tier::Class;
 
-/// Brings the bytes of an object to host memory.
+/// Loads the bytes of an object into host memory.
 ///
 /// # Errors
 ///
@@ -34,7 +35,8 @@ pub(crate) async fn fetch_with(
     if object.len == 0 {
         return Ok(Bytes::new());
     }
-    // Until it is counted as held; first, since whoever has space waits for no reader.
+    // Kept until the bytes are counted as held. It comes first, since a task that has space must
+    // not wait for readers.
     let _promise = job.while_wanted(object.shared.promise(job.to_hold, &job.deadline)).await?;
     loop {
         if object.has_host_space() {
@@ -44,8 +46,8 @@ pub(crate) async fn fetch_with(
             }
             // It has left meanwhile.
         }
-        // Never behind the gate: those who have space wait for the gate, and a write is not to be
-        // kept waiting by a read that finds no space.
+        // Space is never awaited under the gate: tasks that have space wait for the gate, and a
+        // write must not wait for a read that finds no space.
         let space = match taken.take() {
             Some(space) => space,
             None => take_space(job).await?,
@@ -62,7 +64,7 @@ pub(crate) async fn fetch_with(
         if let Found::Copy(guard) = object.copy.acquire(&object.shared.copies) {
             return Ok(guard.into_bytes());
         }
-        // Another task brings it, changes it or takes it away right now: in turn, then.
+        // Another task is loading, changing or evicting it: wait for the gate, behind that task.
         taken = Some(space);
         drop(object.gate(&job.deadline).await?);
     }

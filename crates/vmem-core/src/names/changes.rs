@@ -1,9 +1,9 @@
 //! The changes of names, each with the turn of its names.
 //!
 //! Invariant: the catalog changes first and memory after it; until both say the same the turn is
-//! held. Whatever handle was taken from the table is dropped after the object is back in it, since
-//! the last one but that of the table lets the object leave memory. Called by `vmem/named.rs` and
-//! `vmem/entries.rs`.
+//! held. A handle that was taken from the table is dropped only after the object is back in it,
+//! since dropping the last one but that of the table lets the object leave memory. Called by
+//! `vmem/named.rs` and `vmem/entries.rs`.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
 use crate::object::{Claim, DiskMap, Object, chunk_len};
 
-/// What a name has to stand for before it is replaced.
+/// What a name must stand for before it is replaced.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Expected {
     Anything,
@@ -42,11 +42,11 @@ impl Expected {
     }
 }
 
-/// What has the name, from memory or from the catalog.
+/// Finds the object of the name, in memory or by the catalog.
 ///
 /// # Errors
 ///
-/// What the catalog says; `TierNotAvailable` for an object whose home is not there.
+/// Those of the catalog; `TierNotAvailable` for an object whose home tier the store has not.
 async fn find(names: &Arc<Names>, turn: &Turn) -> Result<Option<VMemHandle>> {
     let name = turn.name();
     if let Some(handle) = names.get(name) {
@@ -80,7 +80,7 @@ async fn find_expected(
 ) -> Result<Option<VMemHandle>> {
     let found = find(names, turn).await?;
     if let (Expected::Version(_), Some(found)) = (expected, &found) {
-        // What was written to it and not flushed is a version of its own, which nobody has seen.
+        // What was written to it and not flushed is another version, which is not durable yet.
         persist::persist(names, turn, found.object()).await?;
     }
     let record = found.as_ref().and_then(|found| found.object().named().record());
@@ -102,7 +102,7 @@ pub(crate) async fn record(names: &Arc<Names>, turn: &Turn) -> Result<CatalogRec
     stored.ok_or_else(|| VirtualMemoryError::NameNotFound { name: name.clone() })
 }
 
-/// Makes an object of what the catalog has.
+/// Makes an object from its record in the catalog.
 async fn bring_in(
     names: &Arc<Names>,
     name: &Arc<str>,
@@ -148,11 +148,11 @@ pub(crate) async fn allocate(names: &Arc<Names>, turn: &Turn, handle: &VMemHandl
     Ok(())
 }
 
-/// Gives the name to an object that has none, durably, and takes it from whatever had it.
+/// Gives the name to an object that has none, durably, and takes it from the object that had it.
 ///
 /// # Errors
 ///
-/// What `expected` says of what has the name; `AlreadyNamed`; those of a flush.
+/// Those of [`Expected::check`]; `AlreadyNamed`; those of a flush.
 pub(crate) async fn replace(
     names: &Arc<Names>,
     turn: &Turn,
@@ -168,8 +168,8 @@ pub(crate) async fn replace(
     Ok(())
 }
 
-/// Gives a name that is free to an object that has none, durably. What it was as an unnamed object
-/// it stays if that fails.
+/// Gives a name that is free to an object that has none, durably. If that fails it stays an unnamed
+/// object.
 ///
 /// # Errors
 ///
@@ -195,11 +195,11 @@ async fn give(names: &Arc<Names>, turn: &Turn, handle: &VMemHandle, metadata: By
     Ok(())
 }
 
-/// Moves what has one name to another, durably; whatever had that one loses it.
+/// Moves the object of one name to another, durably; an object that had the other name loses it.
 ///
 /// # Errors
 ///
-/// `NameNotFound`; what `expected` says of what has the other name; those of a flush.
+/// `NameNotFound`; those of [`Expected::check`] for the other name; those of a flush.
 pub(crate) async fn rename(
     names: &Arc<Names>,
     from: &Turn,
@@ -225,7 +225,7 @@ pub(crate) async fn rename(
 ///
 /// # Errors
 ///
-/// `NameNotFound`; what `expected` says of it; those of a flush.
+/// `NameNotFound`; those of [`Expected::check`]; those of a flush.
 pub(crate) async fn rename_to_itself(
     names: &Arc<Names>,
     turn: &Turn,
@@ -276,7 +276,8 @@ async fn commit(names: &Names, change: CatalogChange) -> Result<()> {
     committed.map_err(|NotCommitted { error, .. }| error)
 }
 
-/// The catalog does not lead to this object any more: its space goes with its last handle.
+/// Notes that the catalog does not lead to this object any more: its space is freed with its last
+/// handle.
 fn lose_name(names: &Names, object: &Arc<Object>) {
     let Some(named) = object.named.get() else { return };
     if let Some(durable) = named.lose() {

@@ -2,11 +2,11 @@
 //!
 //! Invariant: a name that may leave stands in the line, and the line is no longer than the catalog
 //! asks for plus what was in use when it was looked at. Nothing here waits, so that a handle may be
-//! dropped anywhere, also outside of a runtime and after the end of the store. No lock of the table
-//! of names is held by whoever drops a handle.
+//! dropped anywhere, also outside of a runtime and after the end of the store. A thread that drops
+//! a handle holds no lock of the table of names.
 //!
-//! Called when the last handle but that of the table goes, and when a gate opens or a flush ends
-//! after that.
+//! Called when the last handle but that of the table is dropped, and when a gate opens or a flush
+//! ends after that.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;

@@ -47,19 +47,19 @@ struct Commit {
 #[derive(Clone, Debug)]
 pub(crate) struct NotCommitted {
     pub(crate) error: VirtualMemoryError,
-    /// They may be all the same.
+    /// Whether they may be durable nevertheless.
     pub(crate) perhaps: bool,
-    /// So may be what comes after.
+    /// Whether the outcome of later changes would be unknown too.
     poison: bool,
 }
 
 impl NotCommitted {
-    /// They are certainly not.
+    /// They are certainly not durable.
     pub(super) fn not(error: VirtualMemoryError) -> Self {
         NotCommitted { error, perhaps: false, poison: false }
     }
 
-    /// Nobody knows, nor will before the next start.
+    /// Unknown, and not to be known before the next start.
     fn perhaps(error: VirtualMemoryError) -> Self {
         NotCommitted { error, perhaps: true, poison: true }
     }
@@ -129,7 +129,7 @@ async fn commit_in_turn(
 
 type Outcome = Result<(), NotCommitted>;
 
-/// Commits all of these at once; what became of each.
+/// Commits all of these at once; returns the outcome of each.
 async fn commit_all(
     batch: &[Commit],
     catalog: &dyn Catalog,
@@ -172,7 +172,7 @@ async fn commit(batch: &[Commit], catalog: &dyn Catalog, counts: &Counts) -> Out
             Ok(())
         }
         Err(error) => {
-            // In this order: whoever opens it again poisons it first.
+            // In this order, since opening it again poisons it first.
             let shut = catalog.is_shut();
             let poison = catalog.is_poisoned();
             let perhaps = catalog.attempts() != before && (poison || shut);
@@ -182,7 +182,7 @@ async fn commit(batch: &[Commit], catalog: &dyn Catalog, counts: &Counts) -> Out
     }
 }
 
-/// What those get who come after a failure.
+/// The error for calls that come after a failure.
 fn after(error: &VirtualMemoryError) -> VirtualMemoryError {
     match error {
         VirtualMemoryError::Io { source, .. } => VirtualMemoryError::Io {

@@ -1,10 +1,11 @@
-//! The named objects: who has which name in memory, and how changes of names become durable.
+//! The named objects: which object has which name in memory, and how changes of names become
+//! durable.
 //!
-//! Invariant: whatever changes a name holds its turn (`turns.rs`) from the first look at the name
-//! until memory says what the catalog says; so changes of one name never overlap, while those of
-//! different names share commits (`commits.rs`). Each runs as a task of its own, which a caller who
-//! goes away does not cancel. The extents that the catalog leads to, or may lead to, are kept:
-//! their space is free only after a commit that no longer names them has succeeded.
+//! Invariant: a change of a name holds its turn (`turns.rs`) from the first look at the name until
+//! memory says what the catalog says; so changes of one name never overlap, while those of
+//! different names share commits (`commits.rs`). Each runs as a task of its own, which goes on if
+//! its caller is dropped. The extents that the catalog leads to, or may lead to, are kept: their
+//! space is free only after a commit that no longer names them has succeeded.
 //!
 //! Called by `vmem/named.rs`, and by the actor at its end.
 
@@ -64,7 +65,7 @@ pub(crate) struct Names {
     cleared: AtomicBool,
 }
 
-/// What the catalog no longer leads to, while somebody copies what it led to.
+/// The extents that the catalog no longer leads to, while a snapshot copies them.
 #[derive(Debug, Default)]
 struct Frozen {
     snapshots: usize,

@@ -1,7 +1,7 @@
 //! Making the current bytes of a named object durable.
 //!
 //! Invariant: the durable version of an object owns its extents until a commit that leads elsewhere
-//! has succeeded, whatever becomes of the current version meanwhile. Called with the turn of the
+//! has succeeded, whatever happens to the current version meanwhile. Called with the turn of the
 //! name.
 
 use std::sync::Arc;
@@ -16,15 +16,15 @@ use crate::error::VirtualMemoryError;
 use crate::migrate;
 use crate::object::{DiskMap, Object, chunk_count};
 
-/// Names that are made durable at once, where all are: as many as share a commit.
+/// Names that `flush_all` makes durable at once: as many as share a commit.
 const AT_ONCE: usize = 1024;
 
 /// Makes every write that completed before the call durable. What is durable already costs nothing.
 ///
 /// # Errors
 ///
-/// What the disk or the catalog says; the durable version is then the one before, or unknown if it
-/// was the commit that failed.
+/// Those of the disk and of the catalog; the durable version is then the previous one, or unknown
+/// if it was the commit that failed.
 pub(crate) async fn persist(names: &Arc<Names>, turn: &Turn, object: &Arc<Object>) -> Result<()> {
     let Some(named) = object.named.get() else { return Ok(()) };
     let Some((record, before)) = named.state() else { return Ok(()) };
@@ -34,13 +34,13 @@ pub(crate) async fn persist(names: &Arc<Names>, turn: &Turn, object: &Arc<Object
         names.retire(old, object.len, &map);
     }
     drop(map);
-    // The last handle may have gone while it was not durable.
+    // The last handle may have been dropped while the object was not durable.
     object.offer_if_closed();
     Ok(())
 }
 
-/// The same, for who has no turn yet. An object that loses its name meanwhile has nothing to be
-/// durable.
+/// Takes the turn of the object, then persists it. An object that loses its name meanwhile has
+/// nothing to make durable.
 ///
 /// # Errors
 ///
@@ -66,10 +66,10 @@ pub(crate) async fn flush(
 ///
 /// `NotFlushed` with the names of those that are not.
 pub(crate) async fn flush_all(names: &Arc<Names>) -> Result<()> {
-    // One for all: what nobody keeps from it goes on after it.
+    // One deadline for all. Flushes that do not wait when it passes still complete.
     let deadline = names.shared.deadline();
     let all = names.all();
-    // Their bytes first, many in one run. What fails here is tried again below, and told there.
+    // Their bytes first, many in one run. What fails here is tried again below, and reported there.
     let objects = all.iter().map(|(_, handle)| handle.object());
     let dirty = objects.filter(|object| object.is_dirty()).cloned().collect();
     let _ = migrate::flush_many(&names.shared, dirty, &deadline).await;
@@ -85,8 +85,8 @@ pub(crate) async fn flush_all(names: &Arc<Names>) -> Result<()> {
     Err(VirtualMemoryError::NotFlushed { names, source })
 }
 
-/// Brings the current bytes to disk and commits where they are: under `record`, as a new version of
-/// it unless nothing has changed since `before`.
+/// Writes the current bytes to disk and commits their place: under `record`, as a new version
+/// unless nothing has changed since `before`.
 pub(super) async fn store(
     names: &Arc<Names>,
     turn: &Turn,
@@ -116,7 +116,7 @@ pub(super) async fn store(
     }
 }
 
-/// The catalog does not lead to those extents of `map` that `other` has not.
+/// Notes that the catalog no longer leads to the extents of `map` that are not in `other`.
 pub(super) fn let_go(map: &DiskMap, len: usize, other: &DiskMap) {
     for index in 0..chunk_count(len) {
         let Some(extent) = map.chunk(index) else { continue };
@@ -126,8 +126,8 @@ pub(super) fn let_go(map: &DiskMap, len: usize, other: &DiskMap) {
     }
 }
 
-/// The segments that differ from those before; all of them where there is nothing before. An object
-/// of no bytes has one too.
+/// The segments that differ from those of the previous map; all of them where there is none. An
+/// object of no bytes has one too.
 fn segments(id: u64, len: usize, map: &DiskMap, before: Option<&DiskMap>) -> Vec<CatalogChange> {
     let count = chunk_count(len);
     let stored = |map: &DiskMap, index: usize| map.chunk(index).and_then(|extent| extent.stored());

@@ -74,7 +74,7 @@ impl Names {
             self.name_bytes.fetch_add(name.len() as u64, Ordering::Relaxed);
         }
         if self.cleared.load(Ordering::SeqCst) {
-            // The store has ended meanwhile, and nobody would take it out again.
+            // The store has ended meanwhile, so nothing else would take it out again.
             drop(self.take(name));
         }
         before

@@ -1,6 +1,6 @@
 //! Turns: one change of a name at a time, first come first served.
 //!
-//! Invariant: there is an entry for a name exactly while somebody has its turn or waits for it.
+//! Invariant: there is an entry for a name exactly while a change has its turn or waits for it.
 //! Called by `vmem/named.rs`.
 
 use std::sync::Arc;
@@ -37,7 +37,7 @@ impl Turn {
         name: Arc<str>,
         deadline: &Deadline,
     ) -> Result<Turn, VirtualMemoryError> {
-        // Whoever goes away while it waits drops this, which tidies up.
+        // A waiter that is cancelled drops this, which removes the entry if it is not needed.
         let mut turn =
             Turn { names: names.clone(), name: name.clone(), guard: None, deadline: *deadline };
         let mutex = names.turns.0.entry(name).or_default().clone();
@@ -81,7 +81,7 @@ impl Drop for Turn {
     fn drop(&mut self) {
         self.guard = None;
         let turns = &self.names.turns.0;
-        // Under the lock of the entry nobody comes by a share of it.
+        // Under the lock of the entry no other task can get a share of it.
         turns.remove_if(&self.name, |_, mutex| Arc::strong_count(mutex) == 1);
     }
 }

@@ -1,7 +1,7 @@
 //! An object while a kernel changes it on a device: claimed, pending, published or given up.
 //!
-//! Invariant: while a change is pending no read begins that could see the version before, and no
-//! later one until it is published. Called by leases that change, under the gate, and by
+//! Invariant: while a change is pending no read begins that could see the previous version, and the
+//! new one is not read until it is published. Called by leases that change, under the gate, and by
 //! `migrate/kernel`.
 
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use crate::copy::{Found, OwnedCopy};
 use crate::device::DeviceRange;
 
 impl Object {
-    /// The current copy, or the space, on this device for somebody who will write to it: from now
-    /// on it is not the current version. None if somebody else uses it.
+    /// Takes the current copy, or the space, on this device for a kernel that will write to it:
+    /// from now on it is not the current version. `None` if it is in use.
     pub(crate) fn claim_on(&self, _pass: &GatePass, device: usize) -> Option<DeviceRange> {
         let mut inner = self.inner.lock();
         let place = inner.place_mut(device)?;
@@ -33,7 +33,7 @@ impl Object {
     }
 
     /// Hides the version that is in host memory or on disk until what a kernel wrote on this device
-    /// is published, or was given up. Whoever reads already goes on. Returns the host copy.
+    /// is published or given up. Reads that have begun go on. Returns the host copy.
     pub(crate) fn begin_pending(&self, _pass: &GatePass, device: usize) -> Option<Bytes> {
         let before = self.standing();
         let old = match self.copy.acquire(&self.shared.copies) {
@@ -46,7 +46,7 @@ impl Object {
             if !crate::planted!("lease-pending") {
                 self.copy.detach(&self.shared.copies);
             }
-            // A read that comes now does not join one of the version before.
+            // A read that comes now does not join one of the previous version.
             inner.flight.take()
         };
         drop(flight);
@@ -64,12 +64,12 @@ impl Object {
         self.inner.lock().pending = None;
     }
 
-    /// Whether what a kernel wrote is on its way.
+    /// Whether a kernel has written a version that is not published yet.
     pub(crate) fn is_pending(&self) -> bool {
         self.inner.lock().pending.is_some()
     }
 
-    /// The version before is the current one again; `old` is its host copy if it had one.
+    /// Makes the previous version the current one again; `old` is its host copy if it had one.
     pub(crate) fn give_up_pending(self: &Arc<Self>, pass: &GatePass, old: Option<OwnedCopy>) {
         if let Some(old) = old {
             self.publish_fetched(pass, old, false);

@@ -232,7 +232,7 @@ impl DiskMap {
     }
 
     /// Takes the extents that were reserved and never written, for the first write of a whole
-    /// object: all of them, or none. A reader who has the map keeps them where they are; one that
+    /// object: all of them, or none. A reader that has the map keeps them where they are; one that
     /// only knows which map it was ([`MapIdentity`]) does not.
     pub(crate) fn take_reserved(&mut self, len: usize) -> Option<Vec<Extent>> {
         let unwritten =
@@ -255,7 +255,7 @@ impl DiskMap {
             DiskMap::One(extent) => vec![Some(extent)],
             DiskMap::Many(extents) => Arc::try_unwrap(extents).unwrap_or_default(),
         };
-        // Nobody else had any of them just now, and nobody gets one who does not see the map.
+        // No reader had any of them just now, and a reader gets them only through the map.
         extents.into_iter().map(|extent| Arc::try_unwrap(extent?).ok()).collect()
     }
 }

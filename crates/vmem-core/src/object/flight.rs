@@ -1,7 +1,7 @@
 //! Reads in flight that others join, and the damage that reads have found.
 //!
-//! Invariant: one read of an object from a slower tier is under way for all who want it whole.
-//! Called by the reads.
+//! Invariant: one read of an object from a slower tier is under way for all readers that want it
+//! whole. Called by the reads.
 
 use super::{DiskMap, Flight, Object, WeakFlight};
 use crate::error::VirtualMemoryError;
@@ -27,7 +27,7 @@ impl Object {
         }
     }
 
-    /// Whether somebody waits for a read from a slower tier.
+    /// Whether a reader waits for a read from a slower tier.
     pub(crate) fn has_flight(&self) -> bool {
         let flight = self.inner.lock().flight.as_ref().and_then(WeakParcel::upgrade);
         flight.is_some()

@@ -1,14 +1,14 @@
 //! The gate of an object: one change of its residency at a time.
 //!
-//! Invariant: whoever holds the [`GatePass`] is the only one who writes to the object, publishes or
-//! takes away one of its copies, or frees what it owns. The last pass of an object that was freed
-//! meanwhile gives back all that it owns, so freeing needs no runtime and no wait.
+//! Invariant: only the holder of the [`GatePass`] writes to the object, publishes or takes away one
+//! of its copies, or frees what it owns. The last pass of an object that was freed meanwhile gives
+//! back all that it owns, so freeing needs no runtime and no wait.
 //!
 //! Tasks of the runtime stand in line ([`Object::gate`]): a pass that is dropped goes to the first
 //! of them. A caller's future takes the gate only if it is open ([`Object::gate_if_open`]), gives
-//! it back before its poll ends, and otherwise waits for [`Object::gate_opened`], which hands it
-//! nothing: so a future that is left alone keeps nobody from the object. Called by every operation
-//! but a read.
+//! it back before its poll ends, and otherwise waits for [`Object::gate_opened`], which gives it no
+//! pass: so a future that is left alone keeps no other task from the object. Called by every
+//! operation but a read.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use super::Object;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 
-/// Those who wait for the gate.
+/// The waiters for the gate.
 #[derive(Default)]
 pub(super) struct Line {
     /// A pass travels through the channel, so that a task that is dropped on the way hands it on.
@@ -37,8 +37,8 @@ pub(crate) struct GatePass {
     /// Whether the evictor is woken when the gate opens. Not by the evictor's own passes: it would
     /// wake itself for ever.
     rings: bool,
-    /// Whether the object is offered to those that may leave memory when the gate opens. Not by
-    /// whoever has just looked at it for that.
+    /// Whether the object is offered for leaving memory when the gate opens. Not if this pass was
+    /// taken to check that.
     offers: bool,
 }
 
@@ -53,21 +53,21 @@ impl GatePass {
 }
 
 impl Object {
-    /// The pass, if nobody has it and the object is alive; for the evictor.
+    /// The pass, if it is free and the object is alive; for the evictor.
     pub(crate) fn try_gate_quietly(self: &Arc<Self>) -> Option<GatePass> {
         let mut pass = self.try_gate()?;
         pass.rings = false;
         Some(pass)
     }
 
-    /// The pass, if nobody has it and the object is alive; for whoever lets it leave memory.
+    /// The pass, if it is free and the object is alive; for the check whether it can leave memory.
     pub(crate) fn try_gate_to_leave(self: &Arc<Self>) -> Option<GatePass> {
         let mut pass = self.try_gate_quietly()?;
         pass.offers = false;
         Some(pass)
     }
 
-    /// The pass, if nobody has it and the object is alive.
+    /// The pass, if it is free and the object is alive.
     pub(crate) fn try_gate(self: &Arc<Self>) -> Option<GatePass> {
         if self.is_dead() {
             return None;
@@ -75,7 +75,7 @@ impl Object {
         self.try_gate_dead_or_alive()
     }
 
-    /// The pass, if nobody has it.
+    /// The pass, if it is free.
     pub(super) fn try_gate_dead_or_alive(self: &Arc<Self>) -> Option<GatePass> {
         let mut inner = self.inner.lock();
         if inner.gate_taken {
@@ -87,7 +87,7 @@ impl Object {
         Some(GatePass::to(self))
     }
 
-    /// The pass, if nobody has it; for a caller's future, which gives it back before its poll ends.
+    /// The pass, if it is free; for a caller's future, which gives it back before its poll ends.
     ///
     /// # Errors
     ///
@@ -166,7 +166,7 @@ impl Drop for GatePass {
             let Some(next) = object.next_in_line(self.rings, self.offers) else { return };
             match next.send(GatePass::to(&object)) {
                 Ok(()) => return,
-                // Whoever stood there has left: the right goes to the one behind.
+                // This waiter has left: the pass goes to the next one.
                 Err(mut returned) => drop(returned.object.take()),
             }
         }
@@ -174,8 +174,8 @@ impl Drop for GatePass {
 }
 
 impl Object {
-    /// Who gets the gate next. If nobody does, it is open, or, if the object was freed, everything
-    /// that it owns is given back, and the gate stays shut.
+    /// The waiter that gets the gate next. Without one the gate opens, or, if the object was freed,
+    /// everything that it owns is given back, and the gate stays shut.
     fn next_in_line(
         self: &Arc<Self>,
         rings: bool,

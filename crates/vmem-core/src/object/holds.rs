@@ -73,7 +73,7 @@ impl Object {
         self.token.store(order.insert(entry).0, Ordering::Relaxed);
     }
 
-    /// Leaves the order of eviction, if it is there.
+    /// Takes the object out of the order of eviction, if it is in it.
     pub(crate) fn leave_order(&self) {
         if self.token.load(Ordering::Relaxed) == NO_TOKEN {
             return;

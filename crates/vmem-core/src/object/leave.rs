@@ -1,9 +1,9 @@
-//! Leaving memory: the record of a named object that only the catalog needs goes.
+//! Leaving memory: drops the record of a named object that only the catalog needs.
 //!
 //! Invariant: an object leaves only if the table of names has its last handle, its current version
-//! is the durable one and on disk alone, and nobody else has a share of its extents. Then opening
-//! the name again makes an object of the same bytes, and whoever frees those extents later takes
-//! them from no reader of this one.
+//! is the durable one and on disk alone, and nothing else has a share of its extents. Then opening
+//! the name again makes an object of the same bytes, and freeing those extents later takes them
+//! from no reader of this one.
 //!
 //! Called by `names/closed.rs`; a gate that opens offers its object.
 
@@ -13,7 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::{DEAD, DiskMap, GatePass, Object, chunk_count};
 use crate::parcel::WeakParcel;
 
-/// What became of an attempt to let an object leave memory.
+/// The outcome of an attempt to let an object leave memory.
 #[must_use]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Leave {
@@ -46,7 +46,7 @@ impl Object {
 
     /// Ends the object if it may leave memory. `durable` is the map of the durable version.
     ///
-    /// The caller holds the lock of the name's entry, so that nobody gets a handle from the table,
+    /// The caller holds the lock of the name's entry, so that no call gets a handle from the table,
     /// and the one lock under which `durable` can be cloned.
     pub(crate) fn try_leave(&self, _pass: &GatePass, durable: &DiskMap) -> Leave {
         if !self.is_closed() {
@@ -65,7 +65,8 @@ impl Object {
         if flight.is_some() || !inner.disk.is_shared_only_with(durable) {
             return Leave::InUse;
         }
-        // Under the object's lock: nobody takes a share of the version between the look and this.
+        // Under the object's lock: no reader takes a share of the version between the look and
+        // this.
         let ended = self.life.compare_exchange(1, DEAD | 1, Ordering::SeqCst, Ordering::SeqCst);
         if ended.is_ok() { Leave::Left } else { Leave::Stays }
     }

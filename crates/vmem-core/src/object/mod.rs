@@ -1,4 +1,4 @@
-//! One object: who it is, where its bytes are, and how recently it was used.
+//! One object: its identity, the places of its bytes, and how recently it was used.
 //!
 //! Invariant: at every moment the current version of an object is in exactly these places: its host
 //! copy if it has one; else, chunk by chunk, the extents of its disk map; and zeros where there is
@@ -48,11 +48,11 @@ const NO_TOKEN: u32 = u32::MAX;
 /// A read from a slower tier that others may join. It ends with the bytes, or with one failure
 /// for all.
 pub(crate) type Flight = Parcel<Result<Bytes, VirtualMemoryError>>;
-/// A flight as those see it who do not wait for it: it is gone when nobody does.
+/// A reference to a flight that does not wait for it: it is gone once there is no waiter.
 pub(crate) type WeakFlight = WeakParcel<Result<Bytes, VirtualMemoryError>>;
 
-/// One version of an object as it is outside of host memory: whoever has it can read all of it,
-/// whatever becomes of the object.
+/// One version of an object as it is outside of host memory: its owner can read all of it, whatever
+/// happens to the object.
 #[derive(Debug)]
 pub(crate) struct Version {
     /// The clone keeps the extents alive.
@@ -120,14 +120,14 @@ struct Inner {
     line: Option<Box<gate::Line>>,
     /// Chunks that reads moved for it since it last left host memory.
     chunks_moved: u32,
-    /// Host memory that was taken for an object that nobody has written yet.
+    /// Host memory that was taken for an object that was never written.
     spare: Option<OwnedCopy>,
     disk: DiskMap,
     devices: Option<Box<on_devices::OnDevices>>,
-    /// A kernel on this device has written a new version, which is on its way: whoever reads waits
+    /// The device where a kernel has written a new version that is not published yet: reads wait
     /// for it.
     pending: Option<usize>,
-    /// The read in flight that a reader who comes now may join.
+    /// The read in flight that a new reader may join.
     flight: Option<WeakFlight>,
     /// The damage that was found, until the next write of the whole object.
     corrupt: Option<Box<VirtualMemoryError>>,
@@ -257,8 +257,8 @@ impl Object {
         }
     }
 
-    /// Frees the object: from now on nobody finds it. What it owns is given back at once, or
-    /// by whoever is changing it right now. False if it had been freed before.
+    /// Frees the object: from now on it is not found. What it owns is given back at once, or by the
+    /// holder of its gate. False if it had been freed before.
     pub(crate) fn free(self: &Arc<Self>) -> bool {
         if self.life.fetch_or(DEAD, Ordering::SeqCst) & DEAD != 0 {
             return false;
@@ -285,7 +285,7 @@ impl Object {
         self.shared.space_was_freed();
     }
 
-    /// Whether somebody is changing the object; a hint.
+    /// Whether the object is being changed; a hint.
     pub(crate) fn is_changing(&self) -> bool {
         self.inner.lock().gate_taken
     }

@@ -1,8 +1,8 @@
 //! What an object knows of its name.
 //!
-//! Invariant: an object has one name at a time, and whoever gives it one claims it first, so that
-//! two who want to at once do not both succeed. The record is that of the durable version, or of
-//! the version that the first flush will make durable. Called with the turn of the name, by
+//! Invariant: an object has one name at a time, and a call that names it claims it first, so that
+//! of two calls at once only one succeeds. The record is that of the durable version, or of the
+//! version that the first flush will make durable. Called with the turn of the name, by
 //! `changes.rs` and `persist.rs`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -62,7 +62,7 @@ impl<'a> Claim<'a> {
         Ok(Claim { named, kept: false })
     }
 
-    /// The object has the name from now on; the catalog leads to `durable`, if it is there.
+    /// Gives the object the name; the catalog leads to `durable`, if it is given.
     pub(crate) fn keep(mut self, record: CatalogRecord, durable: Option<DiskMap>) {
         self.kept = true;
         if let Some(state) = &mut *self.named.state.lock() {
@@ -118,12 +118,12 @@ impl Named {
         }
     }
 
-    /// Another version has the name from now on, or nobody. Returns the durable map.
+    /// Takes the name from this object. Returns the durable map.
     pub(crate) fn lose(&self) -> Option<DiskMap> {
         self.state.lock().take().and_then(|state| state.durable)
     }
 
-    /// The catalog leads to this version now. Returns the map of the one before.
+    /// Notes that the catalog leads to this version now. Returns the map of the previous one.
     pub(crate) fn set_durable(&self, record: CatalogRecord, map: DiskMap) -> Option<DiskMap> {
         let mut state = self.state.lock();
         let state = state.as_mut()?;
@@ -139,7 +139,7 @@ impl Named {
 
     /// Lets the object leave memory if it may; the caller holds the lock of its entry in the table.
     pub(crate) fn try_leave(&self, object: &Object, pass: &GatePass) -> Leave {
-        // Held meanwhile: nobody clones the map between the look and the end of the object.
+        // Held meanwhile, so that the map is not cloned between the look and the end of the object.
         let state = self.state.lock();
         match state.as_ref().and_then(|state| state.durable.as_ref()) {
             Some(durable) => object.try_leave(pass, durable),

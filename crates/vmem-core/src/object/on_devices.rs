@@ -1,9 +1,9 @@
 //! What an object has in the memory of devices.
 //!
 //! Invariant: a valid range holds the bytes of the current version, which host memory or the disk
-//! has too; one that is not valid is space that was set apart. Whatever changes the version makes
-//! every range invalid in the same step, but the one that a kernel wrote. Changed by the holder of
-//! the gate only; whoever uses a range holds a share of it, whose end wakes who waits for that.
+//! has too; one that is not valid is space that was set apart. Each change of the version makes
+//! every range invalid in the same step, except one that a kernel wrote. Changed by the holder of
+//! the gate only. A user of a range holds a share of it, whose end wakes the waiters for that.
 
 use smallvec::SmallVec;
 
@@ -83,9 +83,9 @@ impl Inner {
         }
     }
 
-    /// The version has changed: copies of the one before are no use. Space stays where the object
-    /// belongs, and nobody uses it. What leaves is for `Object::left_devices`, where no lock is
-    /// held.
+    /// Outdates the copies, since the version has changed. A range stays as space where the object
+    /// is held or has its home, unless the range is in use. What leaves is for
+    /// `Object::left_devices`, where no lock is held.
     pub(super) fn outdate_devices(&mut self, home: MemoryTier) -> Left {
         let mut left = Left::default();
         // What a kernel wrote is what is being published.
@@ -147,7 +147,8 @@ impl Object {
         self.shared.device(device).ok()?;
         let inner = self.inner.lock();
         if inner.pending.is_some() && !crate::planted!("sibling-stale") {
-            // What a kernel wrote is on its way: this is the version before.
+            // A kernel has written a new version that is not published yet: this is the previous
+            // one.
             return None;
         }
         inner.place(device).filter(|place| place.is_valid).map(|place| place.range.share())
@@ -227,7 +228,7 @@ impl Object {
         leaves
     }
 
-    /// Takes it out of the memory of this device, whoever uses it there: they keep the range.
+    /// Takes it out of the memory of this device. Users of the range keep that.
     pub(crate) fn detach_from(&self, _pass: &GatePass, device: usize) {
         let place = self.inner.lock().take_place(device);
         self.left_devices(Left(place.map(|place| (device, place)).into_iter().collect()));

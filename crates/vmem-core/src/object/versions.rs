@@ -20,8 +20,8 @@ impl Object {
         self.inner.lock().disk.clone()
     }
 
-    /// The current version without its host copy; for the holder of the gate, or whoever knows that
-    /// host memory has none.
+    /// The current version without its host copy; for the holder of the gate, or a caller that
+    /// knows that there is no host copy.
     pub(crate) fn version(&self) -> Version {
         let inner = self.inner.lock();
         let device = inner.device_share(self.shared.devices());
@@ -105,8 +105,8 @@ impl Object {
         result
     }
 
-    /// A new version: `copy` if it is in host memory, and a changed disk map. Whoever reads the
-    /// version before keeps it; nobody joins a read of it any more.
+    /// Publishes a new version: `copy` if it is in host memory, and a changed disk map. Readers of
+    /// the previous version keep it; no reader joins a read of it any more.
     pub(crate) fn publish(
         self: &Arc<Self>,
         _pass: &GatePass,
@@ -166,13 +166,13 @@ impl Object {
         }
     }
 
-    /// Moves what it has in host memory to another slot. False if somebody reads it there.
+    /// Moves what it has in host memory to another slot. False if it has a reader there.
     pub(crate) fn relocate(&self, _pass: &GatePass, mut to: OwnedCopy) -> bool {
         let old = match self.copy.acquire(&self.shared.copies) {
             Found::Copy(guard) => guard.into_bytes(),
             Found::Locked => return false,
             Found::Nothing => {
-                // Space that nobody has written to yet.
+                // Space that was never written.
                 let before = self.inner.lock().spare.replace(to);
                 drop(before);
                 return true;
@@ -186,7 +186,7 @@ impl Object {
         true
     }
 
-    /// Changes the bytes of the host copy where they are, if nobody reads them; the chunks of
+    /// Changes the bytes of the host copy where they are, if they have no reader; the chunks of
     /// `range` are then in host memory alone.
     pub(crate) fn write_in_place(
         &self,
@@ -199,7 +199,7 @@ impl Object {
         let mut flight = None;
         let mut left = on_devices::Left::default();
         let written = self.copy.write_in_place(|bytes| {
-            // Under the copy's own lock: nobody sees new bytes with an old map.
+            // Under the copy's own lock: no reader sees new bytes with an old map.
             let mut inner = self.inner.lock();
             inner.disk.forget(self.len, chunks_of(&range), &mut old);
             left = inner.outdate_devices(self.home);
@@ -215,7 +215,7 @@ impl Object {
         written
     }
 
-    /// Takes the host copy away if nobody reads it and the disk has it all.
+    /// Takes the host copy away if it has no reader and the disk has all of it.
     pub(crate) fn drop_clean_copy(&self, _pass: &GatePass) -> Option<OwnedCopy> {
         let before = self.standing();
         assert!(!before.dirty, "the only copy of some bytes is never dropped");
@@ -225,7 +225,7 @@ impl Object {
         Some(copy)
     }
 
-    /// Takes the host copy away whoever reads it; the disk has it all.
+    /// Takes the host copy away, whether it has readers or not; the disk has all of it.
     pub(crate) fn detach_clean_copy(&self, _pass: &GatePass) {
         let before = self.standing();
         assert!(!before.dirty, "the only copy of some bytes is never dropped");

@@ -11,7 +11,7 @@ use foldhash::fast::FixedState;
 pub(super) struct Ghosts {
     /// Ids by when they left.
     queue: BTreeMap<u64, u64>,
-    /// The ids are the store's own numbers: nobody outside can make them collide.
+    /// The ids are the store's own numbers: its users cannot make them collide.
     index: HashMap<u64, u64, FixedState>,
     left: u64,
 }

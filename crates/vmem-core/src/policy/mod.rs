@@ -1,7 +1,7 @@
-//! Who is evicted first.
+//! The order of eviction.
 //!
-//! Invariant: a policy is a pure data structure: no I/O, no clock, no lock, and it is not told of
-//! accesses. An object marks its own accesses (a stamp that never goes back, and a count); the
+//! Invariant: a policy is a pure data structure: no I/O, no clock, no lock, and accesses do not
+//! call it. An object marks its own accesses (a stamp that never goes back, and a count); the
 //! policy asks for them when it looks for a victim, through a *probe*. So an access costs nothing
 //! here, and a look costs a bounded number of steps however many objects there are. Called by
 //! objects that enter and leave host memory, and by the evictor, under one lock.
@@ -61,7 +61,7 @@ pub struct Entry {
     pub stamp: u64,
     /// What it takes, in bytes, rounding included.
     pub footprint: u64,
-    /// It was brought before anybody asked for its bytes, and was not used yet.
+    /// Whether it was prefetched and not used yet.
     pub prefetched: bool,
 }
 
@@ -83,7 +83,7 @@ pub enum Probe {
         /// may stop counting at 3 or above.
         touches: u32,
     },
-    /// Somebody reads or changes it at this moment, which counts as an access.
+    /// It is being read or changed at this moment, which counts as an access.
     Busy {
         /// This moment, in nanoseconds of the store's clock.
         stamp: u64,
@@ -100,8 +100,8 @@ pub enum Probe {
 /// What a look for a victim found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pick {
-    /// This object. It stays where it is until it is removed: whoever cannot take it leaves it, and
-    /// the pass goes on behind it.
+    /// This object. It stays where it is until it is removed: an evictor that cannot take it leaves
+    /// it, and the pass goes on behind it.
     Victim {
         /// The object.
         id: u64,
@@ -110,17 +110,17 @@ pub enum Pick {
     },
     /// The bound on steps was reached: look again with the same pass, after others had their turn.
     Retry,
-    /// The pass is over: each entry that was there when it began, and was not named, could not go
+    /// The pass is over: each entry that was present when it began, and was not named, could not go
     /// when it was asked.
     Empty,
 }
 
 /// An order of eviction.
 ///
-/// An entry that answers `Pinned` or `Gone` is *parked*: no look meets it again until `unpark`.
-/// Whoever unpins an object first makes it answer otherwise, then calls `unpark`, so that no
-/// unpinning is missed. The least recently used then stands where its last access says; the
-/// queue-based policies file it as the newest.
+/// An entry that answers `Pinned` or `Gone` is *parked*: no look meets it again until `unpark`. To
+/// unpin an object, first make it answer otherwise, then call `unpark`, so that no unpinning is
+/// missed. The least recently used then stands where its last access says; the queue-based policies
+/// file it as the newest.
 ///
 /// ```
 /// use vmem::policy::{Entry, Pass, Pick, PolicyKind, Probe, build};
@@ -129,7 +129,7 @@ pub enum Pick {
 /// let mut policy = build(PolicyKind::Lru);
 /// let tokens = [0, 1, 2].map(|id| policy.insert(Entry::new(id, last_access[id as usize], 4096)));
 ///
-/// last_access[0] = 40; // the policy is not told
+/// last_access[0] = 40; // without a call to the policy
 /// let mut probe = |id: u64| Probe::Evictable { stamp: last_access[id as usize], touches: 1 };
 /// let mut pass = Pass::default();
 /// assert_eq!(policy.victim(&mut pass, &mut probe), Pick::Victim { id: 1, hurried: false });
@@ -140,7 +140,7 @@ pub enum Pick {
 /// # Panics
 ///
 /// The policies that are built in panic when they are given a token that was removed before: the
-/// ledger of whoever holds the tokens is wrong then.
+/// ledger of the caller is wrong then.
 pub trait Policy: fmt::Debug + Send {
     /// The object became resident. Its count of accesses starts at none: the one that brought it
     /// in is not a use of it. [`Protected`] tells a policy of what was prefetched after its first
@@ -148,7 +148,7 @@ pub trait Policy: fmt::Debug + Send {
     fn insert(&mut self, entry: Entry) -> Token;
 
     /// The object is no longer resident. After it was a victim this is an eviction, else the object
-    /// was freed or moved by somebody's wish.
+    /// was freed or moved on request.
     fn remove(&mut self, token: Token);
 
     /// The next victim of this pass, after a look at [`STEPS_MAX`] entries at most.

@@ -30,7 +30,7 @@ const NODE_KEYS: (usize, usize) = (11, 5);
 /// Bytes of a leaf, and of an inner node.
 const NODE_BYTES: (usize, usize) =
     (NODE_KEYS.0 * size_of::<Key>() + 12, NODE_KEYS.0 * size_of::<Key>() + 12 + 12 * 8);
-/// Bytes of a key, at most: a leaf goes with one key above it.
+/// The most bytes of a key: each leaf has one key above it.
 pub(super) const KEY_BYTES_MAX: usize = NODE_BYTES.0.div_ceil(NODE_KEYS.1 + 1)
     + NODE_BYTES.1.div_ceil((NODE_KEYS.1 + 1) * (NODE_KEYS.1 + 1));
 

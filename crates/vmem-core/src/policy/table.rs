@@ -155,7 +155,7 @@ impl<T> IndexMut<u32> for Table<T> {
     }
 }
 
-/// Whoever holds the tokens holds one that it gave back: its ledger is wrong.
+/// Panics: the caller used a token that it gave back, so its ledger is wrong.
 #[cold]
 fn no_entry(at: u32) -> ! {
     panic!("token {at} names no entry: it was removed before")

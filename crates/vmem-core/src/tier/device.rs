@@ -1,9 +1,9 @@
-//! The memory of one device, and who is in it.
+//! The memory of one device, and the objects in it.
 //!
-//! Invariant: what is in device memory has its bytes in host memory or on disk too, so space is
-//! made by dropping copies, never by writing. Each range tells the tier of every share that is
-//! dropped, so nobody who waits for memory, or for the last user of a range, misses it. Asked by
-//! the migrations to and from the device; served by the actor.
+//! Invariant: the bytes in device memory are in host memory or on disk too, so space is made by
+//! dropping copies, never by writing. Each range reports to the tier every share that is dropped,
+//! so no waiter for memory, or for the last user of a range, misses it. Asked by the migrations to
+//! and from the device; served by the actor.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -84,7 +84,7 @@ impl Device {
         self.state.enter(entry)
     }
 
-    /// The range is no copy any more; whoever uses it keeps it.
+    /// The range is no copy any more; its users keep it.
     pub(crate) fn leave(&self, token: Token, range: &DeviceRange) {
         self.state.space().residents.lock().remove(range.address());
         self.state.leave(token);
@@ -103,7 +103,7 @@ impl Device {
         }
     }
 
-    /// What those who wait get from a device that is lost.
+    /// The error for the waiters of a device that is lost.
     pub(crate) fn lost(&self) -> Option<VirtualMemoryError> {
         let reason = self.backend.lost()?;
         Some(VirtualMemoryError::TierNotAvailable { tier: self.tier(), reason })
@@ -123,7 +123,7 @@ pub(crate) struct Resident {
     pub(crate) object: u64,
 }
 
-/// The copies by their address, for whoever looks for neighbours.
+/// The copies by their address, for the search for neighbours.
 #[derive(Debug, Default)]
 struct Residents {
     by_address: BTreeMap<u64, Resident>,

@@ -2,8 +2,8 @@
 //!
 //! Invariant: what is charged never exceeds the most that the configuration allows. An object is
 //! charged by its first hold in the tier, whatever kind that is, and uncharged with its last, so no
-//! object is counted twice. Charged by the pins and leases of `vmem`; read by the evictor and by
-//! whoever says why there is no space.
+//! object is counted twice. Charged by the pins and leases of `vmem`; read by the evictor, and by
+//! errors that say why there is no space.
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;

@@ -1,7 +1,7 @@
 //! Host memory as space that is granted.
 //!
-//! Invariant: the bytes that readers hold are charged to the space until the last of them lets go.
-//! Called by the queue of the tier.
+//! Invariant: the bytes that readers hold are charged to the space until the last reader drops
+//! them. Called by the queue of the tier.
 
 use std::sync::Arc;
 

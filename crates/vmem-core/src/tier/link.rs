@@ -1,8 +1,8 @@
-//! The link between disk and host: how much is in flight on it, and who gives way to whom.
+//! The link between disk and host: how much is in flight on it, and which reads go first.
 //!
-//! Invariant: reads that somebody waits for are bounded in number and served in order. Background
-//! reads go a few at a time while nobody waits or has just waited; else one at a time, when it is
-//! quiet, but for one piece in a while so that they end at all. Used by `load.rs`.
+//! Invariant: demand reads are bounded in number and served in order. Background reads go a few at
+//! a time while no demand read waits or has just waited; else one at a time, when the link is
+//! quiet, except for one piece in a while, so that they end at all. Used by `load.rs`.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -12,11 +12,11 @@ use tokio::time::Instant;
 
 /// Reads that are in flight at once.
 const READS_MAX: usize = 64;
-/// Background reads that are in flight at once while nobody else reads.
+/// Background reads that are in flight at once while there are no demand reads.
 const BACKGROUND_MAX: usize = 32;
 /// A prefetch waits at least this long after the last read of demand.
 const QUIET_MIN: Duration = Duration::from_micros(200);
-/// A prefetch that found no quiet moment for so long takes a turn all the same.
+/// A prefetch that found no quiet moment for this long takes a turn anyway.
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// See the module's documentation.
@@ -52,7 +52,7 @@ impl Default for Link {
 /// A place on the link, until it is dropped.
 #[derive(Debug)]
 pub(crate) enum Place<'a> {
-    /// For a read that somebody waits for.
+    /// For a demand read.
     #[expect(dead_code, reason = "held for their drops")]
     Demand(SemaphorePermit<'a>, DemandMark<'a>),
     /// For a background read.
@@ -79,7 +79,7 @@ impl Drop for DemandMark<'_> {
 }
 
 impl Link {
-    /// A place for a read that somebody waits for.
+    /// Waits for a place for a demand read.
     pub(crate) async fn demand(&self) -> Place<'_> {
         self.demand.fetch_add(1, Ordering::Relaxed);
         let mark = DemandMark { link: self, started: Instant::now() };
@@ -103,7 +103,7 @@ impl Link {
         Place::Background(permit, Some(turn))
     }
 
-    /// How long until nobody has waited for a while, as it looks now.
+    /// The time left until the link counts as quiet, as far as known now.
     fn until_quiet(&self) -> Option<Duration> {
         let service = Duration::from_nanos(self.service_ns.load(Ordering::Relaxed));
         let quiet = (2 * service).clamp(QUIET_MIN, PATIENCE / 4);

@@ -1,4 +1,4 @@
-//! The tiers that evict: space within a budget, who waits for it, who leaves it, what keeps it.
+//! The tiers that evict: space within a budget, the queue for it, the order of eviction, the holds.
 //!
 //! Invariant: every tier with a budget is a value of [`TierState`], by one set of rules; what
 //! differs is the [`Space`] that it grants. Called by the migrations and the public calls, which

@@ -1,7 +1,7 @@
 //! What is asked of a tier, and what it answers.
 //!
-//! Invariant: a request for several objects is one request. Made by whoever needs space; answered
-//! by the queue of the tier.
+//! Invariant: a request for several objects is one request. Made by migrations and public calls;
+//! answered by the queue of the tier.
 
 use std::time::Duration;
 
@@ -31,13 +31,14 @@ pub(crate) trait Space: Send + Sync + 'static {
     /// The budget, in bytes.
     fn capacity_bytes(&self) -> u64;
 
-    /// What is used by nobody's current copy: readers or kernels keep it, and no eviction frees it.
+    /// Bytes in use that are no object's current copy: readers or kernels keep them, and no
+    /// eviction frees them.
     fn held_bytes(&self) -> u64;
 
     /// Space for `len` bytes of the object `owner`, at once or not at all.
     fn try_take(&self, len: usize, owner: u64) -> Result<Self::Slot, NoSpace>;
 
-    /// Gives back what was taken on trial, and wakes nobody for it.
+    /// Gives back what was taken on trial, without waking waiters.
     fn put_back(&self, slot: Self::Slot);
 }
 
@@ -45,12 +46,12 @@ pub(crate) trait Space: Send + Sync + 'static {
 pub(crate) type Grant<S> = SmallVec<[<S as Space>::Slot; 1]>;
 pub(super) type Answer<S> = Result<Grant<S>, Refused>;
 
-/// Who asks, which decides who goes first and what may be evicted for it.
+/// The class of a request, which decides its turn and what may be evicted for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
-    /// Somebody waits for it now.
+    /// A caller waits for it now.
     Demand,
-    /// Nobody waits for it yet: never at the cost of what is in use.
+    /// No caller waits for it yet: nothing in use is evicted for it.
     Prefetch,
 }
 
@@ -70,7 +71,7 @@ impl Need {
         Need { objects: SmallVec::from_buf([(len, owner)]), class, may_spill: false }
     }
 
-    /// Space for several objects, for somebody who waits.
+    /// Space for several objects, for a caller that waits.
     pub(crate) fn set(objects: impl IntoIterator<Item = (usize, u64)>) -> Self {
         let objects = objects.into_iter().collect();
         Need { objects, class: Class::Demand, may_spill: false }

@@ -1,4 +1,4 @@
-//! Space in one tier, and the queue of those who wait for it.
+//! Space in one tier, and the queue of the waiters for it.
 //!
 //! Invariant: a request that waits is in the queue, where the evictor sees how much is wanted; it
 //! leaves by a grant, by a refusal, by its deadline or by being dropped, and holds nothing until
@@ -7,10 +7,10 @@
 //!
 //! Requests are served in the order in which they came. A smaller one may pass one that does not
 //! fit yet, at most `PASSES_MAX` times; then it waits for that one, but no longer than `BLOCK_MAX`,
-//! if what is pinned and held keeps the large one from being served all the same: then as many pass
-//! again. A request for several objects is granted whole or not at all.
+//! if pins and holds keep the large one from being served anyway: then as many may pass again. A
+//! request for several objects is granted whole or not at all.
 //!
-//! Called by whoever needs space; served by the actor alone.
+//! Called by migrations and public calls; served by the actor alone.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -74,7 +74,7 @@ impl<S: Space> Queue<S> {
     fn try_grant(&self, need: &Need) -> Result<Grant<S>, NoSpace> {
         if need.class == Class::Prefetch {
             let footprint = self.footprint(need);
-            // One that is larger than the limit by itself gets space while nothing else has any.
+            // A prefetch that alone exceeds the limit gets space while nothing else has any.
             let limit = self.prefetch_limit_bytes.max(footprint);
             if self.space.used_bytes() + footprint > limit {
                 return Err(NoSpace { scattered: false });
@@ -95,7 +95,7 @@ impl<S: Space> Queue<S> {
         Ok(grant)
     }
 
-    /// Space that is there now and that nobody waits for.
+    /// Space that is free now, unless a waiter comes first.
     pub(crate) fn try_take(&self, need: &Need) -> Option<Grant<S>> {
         if need.objects.is_empty() {
             return Some(Grant::<S>::new());
@@ -120,7 +120,7 @@ impl<S: Space> Queue<S> {
         smallest.is_some_and(|smallest| footprint < smallest) && front.may_be_passed()
     }
 
-    /// A newcomer was granted space past those who wait.
+    /// Counts a new request that was granted space before the waiters.
     fn count_pass(&self) {
         if self.len.load(Ordering::SeqCst) > 0
             && let Some(front) = self.waiters.lock().demand.front_mut()
@@ -195,8 +195,8 @@ impl<S: Space> Queue<S> {
         Waiting { queue: self, class, ticket }
     }
 
-    /// Grants free space to those who wait, in order. `held_bytes` of the tier cannot be evicted
-    /// now, or more.
+    /// Grants free space to the waiters, in order. At least `held_bytes` of the tier cannot be
+    /// evicted now.
     pub(crate) fn serve(&self, held_bytes: u64) -> Wanted {
         if self.len.load(Ordering::SeqCst) == 0 {
             return Wanted::default();
@@ -291,18 +291,18 @@ impl<S: Space> Queue<S> {
     fn answer(&self, answers: Answers<S>) {
         for (reply, answer) in answers {
             let counted = answer.is_ok().then_some(&self.unclaimed);
-            // What nobody wants any more goes back here.
+            // A grant whose caller has gone is given back here.
             drop(reply.deliver(answer, counted));
         }
     }
 
-    /// Nobody makes space any more: those who wait, and those who would, get `Closed`.
+    /// Closes the queue: waiters, and later requests that would wait, get `Closed`.
     pub(crate) fn close(&self) {
         self.waiters.lock().closed = true;
         self.refuse(|_, _| Some(Refused::Error(VirtualMemoryError::Closed)));
     }
 
-    /// Refuses those for whom `verdict` has an answer.
+    /// Fails the waiters for which `verdict` has an answer.
     pub(crate) fn refuse(&self, verdict: impl Fn(&Need, u64) -> Option<Refused>) {
         let mut answers = Answers::<S>::new();
         let mut waiters = self.waiters.lock();

@@ -1,4 +1,4 @@
-//! One tier with a budget: its space and who waits for it, who is evicted first, and what keeps it.
+//! One tier with a budget: its space and the queue for it, the order of eviction, and the holds.
 //!
 //! Invariant: every tier that evicts is one value of this type, so what is true of waiting, of
 //! holds and of the order of eviction is true of all of them. Asked by objects and migrations;
@@ -63,8 +63,8 @@ impl<S: Space> TierState<S> {
 
     // ---- Space -------------------------------------------------------------------------------
 
-    /// Space for each object of the request, as soon as there is some for all; for callers who have
-    /// no other way.
+    /// Space for each object of the request, as soon as there is some for all; for callers without
+    /// an alternative.
     ///
     /// # Errors
     ///

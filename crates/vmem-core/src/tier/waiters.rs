@@ -1,7 +1,7 @@
 //! The requests that stand in a queue for space.
 //!
-//! Invariant: a request that does not fit is passed `PASSES_MAX` times at most, and then lets
-//! nobody pass for `BLOCK_MAX` at a time. Called by the queue.
+//! Invariant: a request that does not fit is passed `PASSES_MAX` times at most, and then lets no
+//! other pass for `BLOCK_MAX` at a time. Called by the queue.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -54,7 +54,7 @@ pub(super) struct Waiters<S: Space> {
     pub(super) next_ticket: u64,
     pub(super) demand: VecDeque<Waiter<S>>,
     pub(super) prefetch: VecDeque<Waiter<S>>,
-    /// Nobody makes space any more.
+    /// Whether no space is made any more.
     pub(super) closed: bool,
 }
 

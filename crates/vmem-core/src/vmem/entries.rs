@@ -59,7 +59,7 @@ impl NamedEntry {
 /// ```
 #[derive(Clone, Debug)]
 pub struct PutOptions {
-    /// Where the object is kept when nobody asks for it. Default: [`MemoryTier::Host`].
+    /// The tier where the object stays while it is not in use. Default: [`MemoryTier::Host`].
     pub home: MemoryTier,
     /// Stored beside the object; up to 4,096 bytes. Default: none.
     pub metadata: Bytes,
@@ -211,8 +211,8 @@ impl VirtualMemory {
     }
 
     /// The object of a name and its entry, of one state: the handle keeps leading to the bytes to
-    /// which the metadata belong, whoever replaces the name meanwhile. A write to the object itself
-    /// changes its bytes, as ever.
+    /// which the metadata belong, even if the name is replaced meanwhile. A write to the object
+    /// itself changes its bytes, as always.
     ///
     /// # Errors
     ///
@@ -237,8 +237,8 @@ impl VirtualMemory {
     }
 
     /// [`put_named`](Self::put_named) with metadata, and with a condition. Bytes, metadata and name
-    /// are committed at once: whoever opens the name, after a crash too, finds both of this call or
-    /// neither.
+    /// are committed at once: a call that opens the name, after a crash too, finds both of this
+    /// call or neither.
     ///
     /// ```
     /// # use vmem::{MemoryTier, PutMode, PutOptions, VirtualMemoryConfig, VirtualMemoryError};
@@ -252,7 +252,7 @@ impl VirtualMemory {
     /// let seen = vmem.entry("report").await?;
     /// let update = |version| PutOptions::default().mode(PutMode::Update(version));
     /// vmem.put_named_with("report", b"two", update(seen.version)).await?;
-    /// // Somebody who has not seen that overwrites nothing.
+    /// // A writer that has not seen that overwrites nothing.
     /// let late = vmem.put_named_with("report", b"three", update(seen.version)).await;
     /// assert!(matches!(late, Err(VirtualMemoryError::VersionChanged { .. })));
     /// # vmem.close().await

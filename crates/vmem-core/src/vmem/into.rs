@@ -85,10 +85,10 @@ impl VirtualMemory {
         }
     }
 
-    /// The reader count is lent: whoever waits for space takes it back if this future is not
-    /// polled. A version of which the disk does not have all looks like any other one, so
-    /// each new start has larger pieces: it ends however rarely it is polled, and copies no more
-    /// than twice as much as it would at once.
+    /// The reader count is lent: a waiter for space takes it back if this future is not polled. A
+    /// version that is not wholly on disk has no identity to compare, so then the copy starts
+    /// again, each time with larger pieces: it ends however rarely it is polled, and copies at most
+    /// twice as much as in one go.
     async fn copy_from_host(
         &self,
         object: &Arc<Object>,

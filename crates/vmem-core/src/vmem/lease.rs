@@ -1,10 +1,9 @@
-//! What back ends of devices build their leases on: objects that stay on a device while kernels use
-//! them.
+//! Holds and changes of objects on a device, from which device backends build their leases.
 //!
-//! Invariant: a hold keeps the bytes of one version where they are; a change is alone with the
-//! object from when it is granted until what the kernel wrote is published or given up. Both own
-//! what they keep and give it back when they are dropped; a kernel that still runs is the caller's
-//! matter, who drops them after it. Called by `vmem-gpu` through `backend`.
+//! Invariant: a hold keeps the bytes of one version where they are; a change has the object alone
+//! from when it is granted until what the kernel wrote is published or given up. Both own what they
+//! keep and give it back when they are dropped; the caller drops them only after its kernel. Called
+//! by `vmem-gpu` through `backend`.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -32,7 +31,7 @@ pub struct VramHold {
     /// None for an object of no bytes.
     pub(super) range: Option<DeviceRange>,
     pub(super) _held: HoldGuard,
-    /// The object lives as long as somebody reads it.
+    /// Keeps the object alive while it is read.
     pub(super) _handle: VMemHandle,
 }
 
@@ -42,19 +41,19 @@ impl VramHold {
         self.range.as_ref().map(|range| Arc::new(range.share()))
     }
 
-    /// Ends the hold, but for the memory, which a kernel may still read: the object may leave it,
-    /// and nobody else gets it before the share is dropped.
+    /// Ends the hold, except on the memory, which a kernel may still read: the object may leave it,
+    /// but it is not reused before the share is dropped.
     pub fn end(self) -> Option<VramShare> {
         self.range.map(VramShare)
     }
 }
 
 /// An object in device memory that a kernel may write to, alone.
-#[must_use = "dropped, it leaves the version before; `finish` publishes what was written"]
+#[must_use = "dropping it restores the previous version; `finish` publishes what was written"]
 pub struct VramChange {
     /// None for an object of no bytes.
     pub(super) inner: Option<Claim>,
-    /// The object lives as long as somebody changes it.
+    /// Keeps the object alive while it is changed.
     pub(super) handle: VMemHandle,
 }
 
@@ -75,9 +74,9 @@ impl VramChange {
         self.inner.as_ref().map(|inner| Arc::new(inner.range.share()))
     }
 
-    /// What was written is the new version, once `ready` says that it was written. Who reads from
-    /// now on waits for that; if it fails the version before stays. It goes on whether its answer
-    /// is awaited or not.
+    /// Publishes what was written as the new version, once `ready` says that it was written. Reads
+    /// that begin from now on wait for that; if it fails the previous version stays. It goes on
+    /// whether its answer is awaited or not.
     ///
     /// # Errors
     ///
@@ -115,7 +114,7 @@ impl VramChange {
 }
 
 impl Drop for VramChange {
-    /// Nothing was written, or nobody wants it: what is in the range means nothing.
+    /// The change is abandoned: the contents of the range are undefined.
     fn drop(&mut self) {
         if let Some(Claim { device, range, pass, .. }) = self.inner.take() {
             drop(range);
@@ -145,7 +144,7 @@ impl VramShare {
     }
 }
 
-/// One device of a store, for those who extend the store with what only they know of it.
+/// One device of a store, for backends that add operations on it.
 ///
 /// ```
 /// # use vmem::{MemoryTier, VirtualMemoryConfig};
@@ -234,7 +233,7 @@ impl DeviceAccess {
         Ok(set.reads.pop().expect("invariant: one was asked for"))
     }
 
-    /// The object on the device, for a kernel that writes to it: waits for whoever else uses it
+    /// The object on the device, for a kernel that writes to it: waits until it has no other user
     /// there. With `overwrite` the kernel writes all of it: the bytes before are not loaded, it
     /// begins as zeros.
     ///

@@ -112,7 +112,7 @@ pub(super) async fn wait(
             if !object.is_used_on(number) {
                 return Ok(());
             }
-            // Others who wait for the same kernel ring too, when they give up what they had.
+            // Other waiters for the same kernel notify too, when they give up what they had.
             let late = |Late| match device.state.holds.bytes().total() {
                 0 => deadline.error(LEASE),
                 _ => {

@@ -1,11 +1,11 @@
 //! Taking leases of one object or of several, all or none.
 //!
 //! Invariant: nothing is kept while space, a budget, a change or a kernel is waited for. With the
-//! space for all that is missing the bytes are loaded, and each object is held as soon as it is
-//! there; then all is taken in one step that waits for nothing, or nothing is, and what was in the
-//! way is waited for. So sets that want each other's objects never stand still, and a reader who
-//! holds an object already gets it again whoever waits to write to it. Run as a task; called by the
-//! leases.
+//! space for all missing objects their bytes are loaded, and each object is held once it is loaded.
+//! Then all are taken in one step that waits for nothing; or none is, and the task waits for what
+//! was in the way. So sets that want each other's objects never stand still, and a reader that
+//! holds an object already gets it again even if a writer waits for it. Run as a task; called by
+//! the leases.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -44,7 +44,7 @@ pub(super) async fn take(
             }
             Err(blocked) => wait(&shared, number, blocked, &deadline).await?,
         }
-        // Others have their turn, so that whoever was in the way gets on.
+        // Other tasks get a turn, so that the one in the way can go on.
         tokio::task::yield_now().await;
         if deadline.is_past() {
             return Err(deadline.error(LEASE));
@@ -185,7 +185,7 @@ fn footprint(object: &Object, number: usize) -> Result<u64> {
     Ok(object.shared.device(number)?.backend.footprint(object.len))
 }
 
-/// Holds an object that is there.
+/// Holds an object that is on the device.
 fn try_hold(
     number: usize,
     request: &LeaseRequest,

@@ -1,8 +1,8 @@
 //! The store as its users see it.
 //!
-//! Invariant: no method holds a lock or a gate while the caller's future is not being polled
-//! other than through a guard that the future owns; so dropping it gives everything back. Each
-//! method checks, in this order: closed, a handle of ours, alive, its arguments.
+//! Invariant: between polls a method holds locks and gates only through guards that its future
+//! owns; so dropping the future gives everything back. Each method checks, in this order: closed, a
+//! handle of ours, alive, its arguments.
 
 mod entries;
 mod into;
@@ -52,14 +52,14 @@ use crate::tier::{Class, Need, Refused};
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
 /// Why the gate of a new object is open.
-const NEW: &str = "invariant: nobody else knows an object before it is announced";
+const NEW: &str = "invariant: an object has no other user before it is announced";
 
-/// The longest object, in bytes, however large the tiers are: 1 TiB. Where its chunks are takes
-/// about 2 GiB of memory then; without a bound a length alone could take all that there is.
+/// The longest object, in bytes, however large the tiers are: 1 TiB. Its disk map then takes about
+/// 2 GiB of memory; without a bound a length alone could take all memory.
 pub const OBJECT_LEN_MAX: u64 = 1 << 40;
 
-/// An open store: one awaitable handle over the tiers. Cheap to clone; the last clone that is
-/// dropped ends it, but only [`close`](Self::close) says how that went.
+/// An open store over its tiers. Cheap to clone; dropping the last clone ends it, but only
+/// [`close`](Self::close) reports errors of that.
 #[derive(Clone, Debug)]
 pub struct VirtualMemory {
     shared: Arc<Shared>,
@@ -90,7 +90,8 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// `InvalidConfig` if the parts of the configuration do not fit each other here; `Io` if
+    /// `InvalidConfig` if fields of the configuration contradict each other on this machine; `Io`
+    /// if
     /// the address space for host memory is refused.
     ///
     /// # Panics
@@ -140,8 +141,8 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// `TierNotAvailable` for a tier that is not there, `ExceedsCapacity` if no tier could ever
-    /// hold it, `TierFull` if there is no space and nothing can make way, `Closed`.
+    /// `TierNotAvailable` for a tier that the store has not, `ExceedsCapacity` if no tier could
+    /// ever hold it, `TierFull` if there is no space and eviction can make none, `Closed`.
     pub async fn allocate(&self, len: usize, home: MemoryTier) -> Result<VMemHandle> {
         self.check_open()?;
         self.shared.check_tier(home)?;
@@ -167,8 +168,8 @@ impl VirtualMemory {
         Ok(handle)
     }
 
-    /// Frees the object, whoever else has a handle of it: they get `HandleNotFound` from now on.
-    /// `Bytes` that were read stay valid. Of an object that has a name it closes this handle only.
+    /// Frees the object: its other handles get `HandleNotFound` from now on. `Bytes` that were read
+    /// stay valid. If the object has a name only this handle is dropped.
     ///
     /// # Errors
     ///
@@ -181,14 +182,14 @@ impl VirtualMemory {
         if object.free() { Ok(()) } else { Err(object.not_found()) }
     }
 
-    /// Another handle of the object with this number, if it is in memory. One that has a name may
-    /// leave memory once its last handle has gone; [`open_named`](Self::open_named) finds it again.
+    /// Another handle of the object with this number, if it is in memory. A named object may leave
+    /// memory once its last handle was dropped; [`open_named`](Self::open_named) finds it again.
     pub fn handle(&self, id: u64) -> Option<VMemHandle> {
         let object = self.shared.find(id)?;
         object.try_add_handle().then(|| VMemHandle::adopt(object))
     }
 
-    /// The figures of this moment; costs the same however many objects there are.
+    /// The current figures; the cost does not depend on the number of objects.
     pub fn stats(&self) -> VirtualMemoryStats {
         let mut stats = self.shared.stats();
         stats.metadata_bytes += self.names.memory_bytes();
@@ -197,21 +198,20 @@ impl VirtualMemory {
         stats
     }
 
-    /// One tier, at this moment: the memory of each device too, by its number.
+    /// The current figures of one tier; the memory of each device is a tier of its own.
     pub fn tier_stats(&self, tier: MemoryTier) -> TierStats {
         self.shared.tier_stats(tier)
     }
 
-    /// What was found when the store was opened, and what serves in its place.
+    /// What the machine offers, as found when the store was opened, and what serves instead.
     pub fn capabilities(&self) -> &Capabilities {
         &self.lifetime.capabilities
     }
 
     /// The effective configuration: budgets in bytes, the driver that serves, and no GPU where none
-    /// was found. A temporary directory stays without a name, which
-    /// [`capabilities`](Self::capabilities) tells. Where several devices came to different amounts
-    /// of memory, `vram_capacity` is what was asked for, and [`tier_stats`](Self::tier_stats)
-    /// tells.
+    /// was found. The path of a temporary directory is not in it, but in
+    /// [`capabilities`](Self::capabilities). Where devices got different amounts of memory,
+    /// `vram_capacity` is as configured, and [`tier_stats`](Self::tier_stats) has the amounts.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -231,14 +231,13 @@ impl VirtualMemory {
         self.shared.events.listen()
     }
 
-    /// Ends the store: refuses new calls and what waits, waits for what is in flight,
-    /// makes the named objects durable, and gives back files and the directory's lock. `Bytes` stay
-    /// valid.
+    /// Ends the store: fails new and waiting calls, waits for operations in flight, makes the named
+    /// objects durable, and releases the files and the directory's lock. `Bytes` stay valid.
     ///
     /// # Errors
     ///
-    /// `NotFlushed` with the names of what was not made durable; what the backends said of their
-    /// end; `Closed` if it was closed before.
+    /// `NotFlushed` with the names of objects that were not made durable; those of closing the
+    /// backends; `Closed` if it was closed before.
     pub async fn close(self) -> Result<()> {
         let first = self.shared.set_closed();
         let mut outcome = self.lifetime.outcome.clone();
@@ -284,8 +283,8 @@ impl VirtualMemory {
 
     // ---- Space ----------------------------------------------------------------------------------
 
-    /// Takes device memory for a new object that lives there, if there is some or what nobody uses
-    /// can make way for it.
+    /// Takes device memory for a new object that lives there, if some is free or objects that are
+    /// not in use can be evicted for it.
     async fn take_device_space(&self, object: &Arc<Object>) -> Result<()> {
         let Some(number) = object.home.device() else { return Ok(()) };
         let deadline = self.shared.deadline();
@@ -295,7 +294,7 @@ impl VirtualMemory {
             return Ok(());
         }
         let Ok(mut space) = state.queue.take(&need, &deadline).await else { return Ok(()) };
-        // Somebody who found the object by its number may have been faster, or be at it.
+        // A caller that found the object by its number may have been faster, or be changing it.
         if let Some(pass) = object.gate_if_open()?
             && !object.has_space_on(number)
             && let Some(space) = space.pop()
@@ -312,13 +311,14 @@ impl VirtualMemory {
             match self.shared.host_space(&need, &self.shared.deadline()).await {
                 Ok(space) => {
                     let pass = object.try_gate().expect(NEW);
-                    // With the gate held: whoever finds it now changes it after this.
+                    // With the gate held, so that a caller that finds it now changes it after this.
                     self.shared.announce(object);
                     object.set_spare(&pass, space);
                     return Ok(());
                 }
                 Err(Refused::Error(error @ VirtualMemoryError::Closed)) => return Err(error),
-                // Held, pinned, or no space to evict to: the tier below may still have some.
+                // All is held or pinned, or there is no space to evict to: the tier below may still
+                // have some.
                 Err(_) => {}
             }
         }

@@ -75,7 +75,7 @@ impl VirtualMemory {
     /// # Errors
     ///
     /// Those of [`put`](Self::put); `InvalidConfig` for a name that cannot be one; `Damaged`, `Io`.
-    /// If making it durable failed, the name leads to the version before, or, after a crash,
+    /// If making it durable failed, the name leads to the previous version, or, after a crash,
     /// perhaps to this one.
     pub async fn put_named(
         &self,
@@ -106,7 +106,7 @@ impl VirtualMemory {
         self.with_home(handle)
     }
 
-    /// The handle, if the home tier of the object is there.
+    /// The handle, if the store has the home tier of the object.
     pub(super) fn with_home(&self, handle: VMemHandle) -> Result<VMemHandle> {
         self.shared.check_tier(handle.home_tier()).map(|()| handle)
     }
@@ -141,7 +141,8 @@ impl VirtualMemory {
         .await
     }
 
-    /// Forgets the name. Durable on return. Handles keep the object; it goes with the last of them.
+    /// Forgets the name. Durable on return. Handles keep the object, which is freed with the last
+    /// of them.
     ///
     /// # Errors
     ///

@@ -1,9 +1,9 @@
-//! Pins and leases: objects that do not leave their tier downwards.
+//! Pins and leases, which keep objects from being demoted.
 //!
 //! Invariant: the first hold of an object in a tier is charged against the tier's budget for holds,
 //! for as long as there is any; a hold is counted under the object's gate, so that no eviction is
-//! half way when it is granted. Whoever waits, for space or for the budget, holds nothing. A task
-//! charges and counts, the caller gets the guard. Called by `place.rs` and the leases.
+//! half way when it is granted. A request that waits, for space or for the budget, holds nothing. A
+//! task charges and counts, the caller gets the guard. Called by `place.rs` and the leases.
 
 use std::sync::Arc;
 
@@ -91,7 +91,7 @@ impl HoldGuard {
         }
         let footprint = object.shared.footprint_in(tier, object.len);
         if prepaid.bytes < footprint {
-            // Somebody held it when the bill was made.
+            // It had a hold when the charge was computed.
             return HoldGuard::try_count(pass, tier, hold);
         }
         prepaid.bytes -= footprint;
@@ -182,7 +182,7 @@ async fn pin_in_host(object: &Arc<Object>, deadline: &Deadline) -> Result<HoldGu
     let tier = MemoryTier::Host;
     let job = Job::new(object.clone(), MigrationCause::Promote, *deadline);
     loop {
-        // Before the gate, and without a charge: whoever waits for space holds none.
+        // Before the gate, and without a charge: a request that waits for space holds none.
         let mut space = None;
         if object.len > 0 && !object.has_host_space() {
             let need = Need::one(object.len, object.id, Class::Demand);
@@ -204,7 +204,7 @@ async fn pin_in_host(object: &Arc<Object>, deadline: &Deadline) -> Result<HoldGu
         if object.len > 0 {
             drop(fetch_into(&job, &pass, space).await?);
         }
-        // Counted last: what is pinned is there.
+        // Counted last, so that a pinned object is resident.
         if let Some(held) = HoldGuard::count_prepaid(&pass, &mut prepaid)? {
             return Ok(held);
         }

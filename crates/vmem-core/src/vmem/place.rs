@@ -1,7 +1,7 @@
-//! Placing: promote, demote, prefetch, pin, flush.
+//! The calls that place objects: promote, demote, prefetch, pin, flush.
 //!
-//! Invariant: each of these is a request to the actor, which runs it as a task of its own, or a
-//! task by itself; the caller's future waits for the answer and owns nothing of the migration.
+//! Invariant: each of these is a request to the actor, which runs it as a task, or a task that
+//! starts at once; the caller's future waits for the answer and owns nothing of the migration.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -24,11 +24,11 @@ use crate::object::{Object, Shared};
 use crate::parcel::parcel;
 use crate::tier::Hold;
 
-/// Objects that are flushed at once, where all are.
+/// Objects that `flush_all` flushes at once.
 const FLUSHES_MAX: usize = 256;
 
 impl VirtualMemory {
-    /// Promotes the object to `to`. Already there or faster: `Ok`.
+    /// Promotes the object to `to`. `Ok` at once if it is there already, or in a faster tier.
     ///
     /// # Errors
     ///
@@ -50,7 +50,8 @@ impl VirtualMemory {
         }
     }
 
-    /// Takes the object down to `to`. Already there or slower: `Ok`. Readers keep their bytes.
+    /// Demotes the object to `to`. `Ok` at once if it is there already, or in a slower tier.
+    /// Readers keep their bytes.
     ///
     /// # Errors
     ///
@@ -66,15 +67,15 @@ impl VirtualMemory {
         }
     }
 
-    /// Puts the current bytes where the object's home tier is; what is already there costs nothing.
-    /// Covers every write that completed before the call. A named object is durable then, wherever
-    /// its home is: its bytes and its name survive the process and the power.
+    /// Writes the current bytes to the object's home tier; bytes that are there already cost
+    /// nothing. Covers every write that completed before the call. A named object is then durable,
+    /// whatever its home: its bytes and its name survive a crash of the process and a power cut.
     ///
     /// # Errors
     ///
     /// `TierFull`, `Io`; `Damaged`. After an `Io` error of a sync nothing more is made durable
-    /// until the store is opened again, and every flush says so: what the kernel could not write it
-    /// takes for written from then on.
+    /// until the store is opened again, and every flush fails: from then on the kernel treats the
+    /// unwritten pages as written.
     pub async fn flush(&self, handle: &VMemHandle) -> Result<()> {
         let object = self.check(handle)?;
         if object.has_name() {
@@ -87,17 +88,16 @@ impl VirtualMemory {
         }
     }
 
-    /// As [`flush`](Self::flush), for every object that was there when it was called. All are
-    /// tried.
+    /// As [`flush`](Self::flush), for every object that existed when it was called. All are tried.
     ///
     /// # Errors
     ///
-    /// `NotFlushed` with the names of those that are not durable; else the first error, and how
-    /// many there were goes to the log.
+    /// `NotFlushed` with the names of those that are not durable; else the first error; the number
+    /// of errors is logged.
     pub async fn flush_all(&self) -> Result<()> {
         self.check_open()?;
         let named = self.flush_all_named().await;
-        // Each object has the deadline; all of them take as long as they take.
+        // The deadline is for each object; the whole has none.
         let unnamed =
             self.change(|names, deadline| flush_unnamed(names.shared.clone(), deadline)).await;
         named.and(unnamed)
@@ -135,8 +135,8 @@ impl VirtualMemory {
         }
     }
 
-    /// Brings the object to `tier` and keeps it from leaving it downwards until the guard is
-    /// dropped. Pins count: the object stays until the last one goes.
+    /// Promotes the object to `tier` and keeps it from being demoted until the guard is dropped.
+    /// Pins are counted: the object stays until the last one is dropped.
     ///
     /// ```
     /// # use vmem::{MemoryTier, VirtualMemoryConfig, VirtualMemoryError};
@@ -162,7 +162,7 @@ impl VirtualMemory {
         let object = self.check(handle)?;
         self.shared.check_tier(tier)?;
         match tier {
-            // Nothing is below disk: there is nothing to keep it from.
+            // Disk is the lowest tier, so there is nothing to prevent.
             MemoryTier::Disk => return Ok(PinGuard::of_nothing(handle)),
             MemoryTier::Host => self.shared.check_fits_host(object.len)?,
             _ => {}
@@ -185,13 +185,13 @@ impl VirtualMemory {
         .await
     }
 
-    /// What lives on devices, or is held there, is promoted there again, in the background.
+    /// Promotes an object to its home device, or where it is held, again, in the background.
     pub(super) fn bring_home(&self, object: &Arc<Object>) {
         refresh(&self.shared, object);
     }
 }
 
-/// Brings an object to where it lives, or is held, on devices, in the background.
+/// Promotes an object to its home device, and where it is held, in the background.
 pub(super) fn refresh(shared: &Arc<Shared>, object: &Arc<Object>) {
     if object.len == 0 {
         return;
@@ -231,7 +231,7 @@ async fn flush_unnamed(shared: Arc<Shared>, deadline: Deadline) -> Result<()> {
     let moves = to_device.into_iter().map(|(object, device)| {
         let shared = shared.clone();
         async move {
-            // Each one starts when there is a place for it.
+            // Each deadline starts when the flush of its object does.
             let deadline = shared.deadline();
             ask(&shared, &object, Move::ToDevice(device), &deadline).await
         }
@@ -293,7 +293,7 @@ impl Prefetch {
         Prefetch { state: State::Running { answer, detached } }
     }
 
-    /// Lets it run on with nobody waiting for it.
+    /// Lets it run on without this future.
     pub fn detach(self) {
         if let State::Running { detached, .. } = &self.state {
             detached.store(true, Ordering::SeqCst);

@@ -1,8 +1,8 @@
 //! Reading.
 //!
-//! Invariant: `Bytes` are charged to object space, but for small parts, and never change; a read
-//! that finds a valid host copy is a load, a count, a mark and no more, ready at its first poll.
-//! Everything slower is behind one box (`miss.rs`), so that the fast path's future stays small.
+//! Invariant: `Bytes` never change, and are charged to object space unless they are small parts; a
+//! read that finds a valid host copy is a load, a count, a mark and no more, ready at its first
+//! poll. All slower reads are boxed in `miss.rs`, so that the future of the fast path stays small.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -37,7 +37,7 @@ impl VirtualMemory {
     /// let handle = vmem.put([1, 2, 3], MemoryTier::Host).await?;
     /// let bytes = vmem.read(&handle).await?;
     /// vmem.write(&handle, [4, 5, 6]).await?;
-    /// // What was read stays what it was.
+    /// // Bytes that were read do not change.
     /// assert_eq!((&bytes[..], &vmem.read(&handle).await?[..]), (&[1, 2, 3][..], &[4, 5, 6][..]));
     /// # vmem.close().await
     /// # }
@@ -109,8 +109,8 @@ impl VirtualMemory {
         }
     }
 
-    /// Copies a part of the object into memory of the caller. Needs no space in host memory:
-    /// what is not there passes through staging.
+    /// Copies a part of the object into memory of the caller. It needs no space in host memory: an
+    /// object that is not resident passes through staging.
     ///
     /// # Errors
     ///
@@ -147,7 +147,7 @@ impl VirtualMemory {
     }
 
     /// The bytes of the object if they are in host memory right now; no wait, no I/O. `None` also
-    /// if somebody is changing them at this moment, if readers hold all that
+    /// if they are being changed at this moment, if readers hold all that
     /// [`max_held`](crate::VirtualMemoryConfigBuilder::max_held) allows and the object is larger
     /// than 64 KiB, if it was freed, or the store was closed.
     ///
@@ -217,13 +217,13 @@ impl VirtualMemory {
         }
     }
 
-    /// As `hit`, for a reader who keeps it; none where readers hold all that they may.
+    /// As `hit`, for a reader that keeps it; `None` where readers hold all that they may.
     fn hit_to_keep(&self, object: &Arc<Object>) -> Option<ReadGuard> {
         let may_keep = |guard: &ReadGuard| object.len <= FREE_BYTES || self.shared.may_keep(guard);
         self.hit(object).filter(may_keep)
     }
 
-    /// A part of a version that is resident; none if the reader has to wait until others hold less.
+    /// A part of a version that is resident; `None` if the reader must wait until others hold less.
     fn part_of(
         &self,
         guard: ReadGuard,

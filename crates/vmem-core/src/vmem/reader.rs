@@ -1,4 +1,4 @@
-//! Objects as streams of bytes, for peers who read at their own pace.
+//! Objects as streams of bytes, for peers that read at their own pace.
 //!
 //! Invariant: a reader gives the bytes of one version from start to end, and between two polls it
 //! has nothing that others wait for: windows of the reserve for streams, and the extents of its
@@ -36,11 +36,11 @@ const STEP: usize = 256 * 1024;
 /// Windows that are filled before the reader comes to them.
 const EARLY_WINDOWS: usize = 2;
 
-/// A window on its way.
+/// A window that is being filled.
 struct Fetch {
     range: Range<usize>,
     filled: BoxFuture<'static, Result<Filled>>,
-    /// Nobody waited for it when it was begun.
+    /// Whether it began before a poll asked for it.
     is_early: bool,
 }
 
@@ -67,14 +67,14 @@ pub struct ObjectReader {
 
 impl VirtualMemory {
     /// A reader of these bytes of the object. It reads one version from start to end, the one that
-    /// is current when its first bytes come, whoever writes, replaces or frees the object
+    /// is current when its first bytes are read, even if the object is written, replaced or freed
     /// meanwhile.
     ///
     /// What it has read early is charged to
     /// [`stream_capacity`](crate::VirtualMemoryConfigBuilder::stream_capacity), never to object
-    /// space: a peer who does not read keeps nothing from others but its window, and on disk the
-    /// extents of its version. What only host memory has is written to disk for that first; only
-    /// where the disk is full the reader holds the host copy instead.
+    /// space: a peer that does not read keeps nothing from others but its window, and on disk the
+    /// extents of its version. To that end bytes that only host memory has are first written to
+    /// disk; only where the disk is full the reader holds the host copy instead.
     ///
     /// ```
     /// use tokio::io::{AsyncReadExt, AsyncSeekExt};
@@ -101,8 +101,8 @@ impl VirtualMemory {
     /// # Errors
     ///
     /// None here. Reading from it fails with an [`io::Error`] that has a [`VirtualMemoryError`] as
-    /// its source: `HandleNotFound`, `OutOfRange`, `Closed`, `Corrupt`, `TimedOut`, `Io`. It is
-    /// where it was then, and the next read tries again.
+    /// its source: `HandleNotFound`, `OutOfRange`, `Closed`, `Corrupt`, `TimedOut`, `Io`. Its
+    /// position is then unchanged, and the next read tries again.
     pub fn reader(&self, handle: &VMemHandle, range: impl RangeBounds<usize>) -> ObjectReader {
         let range = self.range_of(handle, &range);
         let at = range.as_ref().map_or(0, |range| range.start);
@@ -205,7 +205,7 @@ impl ObjectReader {
             let Some(fetched) = self.fetches.pop_front() else { continue };
             match outcome {
                 Ok(filled) => self.take(filled, &fetched.range, &range),
-                // Its time had passed, perhaps, before anybody came for it.
+                // Its deadline may have passed before a poll asked for it.
                 Err(_) if fetched.is_early => self.fetches.clear(),
                 Err(error) => {
                     self.fetches.clear();
@@ -236,7 +236,7 @@ impl ObjectReader {
         }
         (self.front, self.front_at) = (Bytes::from_owner(window), at.start);
         if at == range {
-            // Nothing else is ever read: whoever seeks finds it here.
+            // The window is all that this reader reads: a later seek finds its bytes here.
             return;
         }
         self.source = Some(source).filter(|_| !crate::planted!("stream-versions"));
@@ -272,7 +272,7 @@ impl ObjectReader {
         let parcel = shared.spawn_for_caller("vmem-stream", filling);
         async move {
             let filled = shared.answer(&parcel, &deadline, "reading a stream").await?;
-            // Nobody takes a window back: its memory is the reader's own.
+            // A window is never taken back: its memory is the reader's own.
             filled.ok_or(VirtualMemoryError::Closed)
         }
         .boxed()
@@ -294,8 +294,8 @@ impl ObjectReader {
         }
     }
 
-    /// Goes on from another place. The front window stays if it has that; what is on its way, if it
-    /// follows.
+    /// Goes on from another place. The front window stays if it has that place; windows in flight
+    /// stay if they follow.
     fn move_to(&mut self, at: usize) {
         self.at = at;
         let front_end = self.front_at + self.front.len();

@@ -28,8 +28,8 @@ pub struct Residency {
 }
 
 impl Residency {
-    /// The fastest tier with a valid copy; none for an object that nobody has written yet and that
-    /// has no copy anywhere.
+    /// The fastest tier with a valid copy; `None` for an object that was never written and has no
+    /// copy anywhere.
     pub fn current_tier(&self) -> Option<MemoryTier> {
         if self.devices != 0 {
             return Some(MemoryTier::of_device(self.devices.trailing_zeros() as u8));
@@ -49,8 +49,8 @@ impl Residency {
 }
 
 impl VirtualMemory {
-    /// Where the object is now. An object that nobody has written yet counts as being where
-    /// space was taken for it.
+    /// Where the object is now. An object that was never written counts as being where space was
+    /// taken for it.
     ///
     /// # Errors
     ///

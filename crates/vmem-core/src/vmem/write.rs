@@ -1,14 +1,14 @@
 //! Writing.
 //!
-//! Invariant: a write is seen whole or not at all. Either it changes bytes that nobody reads, in
-//! one go that no await interrupts, or it fills a new version that is published at the end. The
-//! caller's data is copied before the future returns, into memory that the runtime owns; a write
-//! that is dropped half way leaves the version before.
+//! Invariant: a write is visible as a whole or not at all. Either it changes bytes that have no
+//! reader, in one go that no await interrupts, or it fills a new version that is published at the
+//! end. The caller's data is copied before the future returns, into memory that the runtime owns; a
+//! write that is dropped half way leaves the previous version.
 //!
-//! Where the new version goes: in place, if it is small and nobody reads the old one; into space in
-//! host memory, if there is or can be made some; else through staging to disk. The caller's future
-//! only copies its data there, within a poll, and never holds the gate across one: what the version
-//! needs besides, and its publication, is done by a task (`migrate/write.rs`).
+//! Where the new version goes: in place, if it is small and the old one has no reader; into host
+//! memory, if there is space or eviction can make some; else through staging to disk. The caller's
+//! future only copies its data there, within a poll, and never holds the gate across one: what the
+//! version needs besides, and its publication, is done by a task (`migrate/write.rs`).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -28,13 +28,13 @@ use crate::tier::{Class, Need, Refused};
 /// A copy of at most this many bytes is made in one go, in place.
 const IN_PLACE_MAX: usize = 256 * 1024;
 
-/// What a look at the object under its gate came to.
+/// The outcome of a look at the object under its gate.
 enum Look {
     /// The write was done in place.
     Written,
-    /// It takes this space, which the object has had since it was allocated.
+    /// It takes this space, which `allocate` reserved.
     Spare(NewVersion),
-    /// It takes new space for the whole object, which may be refused or not.
+    /// It takes new space for the whole object; with `may_spill` it goes to disk if there is none.
     Space { may_spill: bool },
     /// The object, which is small, is to be promoted first.
     Promote,
@@ -43,8 +43,8 @@ enum Look {
 }
 
 impl VirtualMemory {
-    /// Replaces all bytes of the object. Readers keep the version that they read; who reads
-    /// afterwards gets the new one. Writes to one object apply in the order in which they complete.
+    /// Replaces all bytes of the object. Readers keep the version that they read; later reads get
+    /// the new one. Writes to one object apply in the order in which they complete.
     ///
     /// # Errors
     ///
@@ -153,7 +153,8 @@ impl VirtualMemory {
             if self.write_to_host(object, &range, data, &deadline).await? {
                 return Ok(());
             }
-            // No space for two: in place, in one go, is better than not at all.
+            // There is no space for two versions: the write is done in place, in one go, rather
+            // than fail.
             if let Some(pass) = object.gate_if_open()?
                 && object.write_in_place(&pass, range.clone(), data)
             {
@@ -184,7 +185,7 @@ impl VirtualMemory {
                     object.gate_opened(deadline).await?;
                     continue;
                 }
-                // A large one makes a new version anyway, for which it need not wait.
+                // A large write makes a new version anyway, and need not wait for the gate.
                 None => Look::Space { may_spill: object.pins() == 0 },
             };
             let version = match look {
@@ -207,7 +208,8 @@ impl VirtualMemory {
                     self.publish(version, range.clone(), deadline).await?;
                     return Ok(true);
                 }
-                // It was taken back; what was set apart for the object is so again.
+                // The space was taken back; space that was reserved for the object is reserved
+                // again.
                 self.check_open()?;
             }
             if deadline.is_past() {
@@ -216,7 +218,7 @@ impl VirtualMemory {
         }
     }
 
-    /// Decides what becomes of a write, or does it if that takes no wait.
+    /// Decides how to write, or writes at once if that takes no wait.
     fn look(&self, pass: &GatePass, range: &Range<usize>, data: &[u8], promoted: bool) -> Look {
         let object = pass.object();
         let small = data.len() <= IN_PLACE_MAX;
@@ -241,8 +243,8 @@ impl VirtualMemory {
         }
     }
 
-    /// Brings a small object to host memory, where a part of it is better written, if there is
-    /// space for it right now. True: it was tried.
+    /// Promotes a small object to host memory, where a part of it is better written, if there is
+    /// space for it right now. True if it was tried.
     async fn promote_for_write(&self, object: &Arc<Object>, deadline: &Deadline) -> Result<bool> {
         let Some(space) = self.shared.try_host_space(&need(object).or_spill()) else {
             return Ok(true);
@@ -254,7 +256,7 @@ impl VirtualMemory {
         Ok(true)
     }
 
-    /// Space for a new version in host memory; none if it can only go to disk.
+    /// Takes space for a new version in host memory; `None` if it can only go to disk.
     async fn take_space(
         &self,
         object: &Arc<Object>,
@@ -317,9 +319,9 @@ impl VirtualMemory {
         self.shared.answer(&parcel, deadline, "publishing a write").await.map(drop)
     }
 
-    /// Writes through staging: every chunk that the range touches goes to a new extent. What is
-    /// between two pieces is a task's, or lies in a parcel: where the disk has no space for others
-    /// it is taken back, and the write begins again.
+    /// Writes through staging: every chunk that the range touches goes to a new extent. Between two
+    /// pieces a task owns the write, or it lies in a parcel: if others find no space on disk it is
+    /// taken back, and the write begins again.
     async fn write_to_disk(
         &self,
         object: &Arc<Object>,
@@ -327,8 +329,8 @@ impl VirtualMemory {
         data: &[u8],
         deadline: &Deadline,
     ) -> Result<Finished> {
-        // Once a piece was taken back, since this future did not come for it, what it writes lies
-        // in memory of its own.
+        // Once a piece was taken back, since this future was not polled, the write uses memory of
+        // its own.
         let mut owned = false;
         let write = loop {
             let submitted = self.submit_all(object, range, data, &mut owned, deadline).await?;
@@ -347,7 +349,7 @@ impl VirtualMemory {
         Ok(finished.unwrap_or(Finished::Pinned))
     }
 
-    /// Sends all chunks that the data covers on their way. `None` if the write was taken back.
+    /// Submits all chunks that the data covers whole. `None` if the write was taken back.
     async fn submit_all(
         &self,
         object: &Arc<Object>,

@@ -1,7 +1,7 @@
 //! Objects of unknown length, written as streams.
 //!
 //! Invariant: what a writer has taken in lies in a window of the reserve for streams, or in extents
-//! on disk that are its own; there is no object before `commit`, and whatever becomes of the writer
+//! on disk that are its own; there is no object before `commit`, and whatever happens to the writer
 //! without it, its extents go back, after a crash too, since no catalog names them. Called by
 //! users.
 
@@ -30,7 +30,7 @@ use crate::windows::Window;
 const WINDOW: usize = 256 * 1024;
 /// What one poll copies at most.
 const STEP: usize = 256 * 1024;
-/// Windows that are on their way to disk at once.
+/// Windows that are in flight to disk at once.
 const SENDS_MAX: usize = 4;
 
 /// A name, and what is stored with it.
@@ -45,7 +45,7 @@ pub struct ObjectWriter {
     home: MemoryTier,
     name: Option<Name>,
     window: usize,
-    /// What is not on its way yet. Empty, and without memory, until there is something.
+    /// The bytes that were not submitted yet. Empty, and without memory, until there are some.
     front: Window,
     sends: VecDeque<BoxFuture<'static, Result<Sent>>>,
     extents: Vec<Extent>,
@@ -56,7 +56,7 @@ pub struct ObjectWriter {
 }
 
 impl VirtualMemory {
-    /// A writer of an object whose length nobody knows yet. It takes bytes in windows of
+    /// A writer of an object whose length is not known yet. It takes bytes in windows of
     /// [`stream_capacity`](crate::VirtualMemoryConfigBuilder::stream_capacity), at least 64 KiB for
     /// each writer, and goes on to disk as they fill, so that it never waits for object space.
     /// There is an object once [`commit`](ObjectWriter::commit) has returned.
@@ -85,7 +85,7 @@ impl VirtualMemory {
     ///
     /// None here. Writing to it fails with an [`io::Error`] that has a [`VirtualMemoryError`] as
     /// its source: `TierFull` when the disk is, `ExceedsCapacity` beyond [`OBJECT_LEN_MAX`],
-    /// `TimedOut`, `Closed`, `Io`. It says the same ever after.
+    /// `TimedOut`, `Closed`, `Io`. Later calls get the same error.
     pub fn writer(&self, home: MemoryTier) -> ObjectWriter {
         self.writer_of(home, None, self.shared.check_tier(home))
     }
@@ -190,7 +190,7 @@ impl ObjectWriter {
         }
     }
 
-    /// Waits until at most `at_most` windows are on their way.
+    /// Waits until at most `at_most` windows are in flight.
     fn poll_settle(&mut self, context: &mut Context<'_>, at_most: usize) -> Poll<Result<()>> {
         while self.sends.len() > at_most {
             let Some(oldest) = self.sends.front_mut() else { break };
@@ -213,7 +213,7 @@ impl ObjectWriter {
         Err(error)
     }
 
-    /// Sends what it has on its way.
+    /// Submits the bytes that it has.
     fn send(&mut self) -> Result<()> {
         let bytes = self.front.as_slice().len() as u64;
         if bytes == 0 {
@@ -238,15 +238,15 @@ impl ObjectWriter {
         let parcel = shared.spawn_for_caller("vmem-stream", sending);
         let sent = async move {
             let sent = shared.answer(&parcel, &deadline, "writing a stream").await?;
-            // Nobody takes it back: the extents are the writer's own.
+            // They are never taken back: the extents are the writer's own.
             sent.ok_or(VirtualMemoryError::Closed)
         };
         self.sends.push_back(sent.boxed());
         Ok(())
     }
 
-    /// Sends the window that is full, and takes another one. Where the reserve has none beside
-    /// those on their way it waits for these: so beyond the reserve a writer has one window.
+    /// Submits the window that is full, and takes another one. Where the reserve has none left it
+    /// waits for the windows in flight: so beyond the reserve a writer has one window.
     fn poll_window(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
         ready!(self.poll_settle(context, SENDS_MAX - 1))?;
         self.send()?;
@@ -288,7 +288,7 @@ impl AsyncWrite for ObjectWriter {
         Poll::Ready(Ok(this.front.fill(&data[..amount])))
     }
 
-    /// Waits for what is on its way to disk. What does not fill a window yet stays in memory.
+    /// Waits for the windows in flight. Bytes that do not fill a window yet stay in memory.
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         this.check()?;

@@ -35,7 +35,8 @@ fn busy_objects_do_not_hide_the_others() {
     }
 }
 
-/// If all is busy a look says so after having asked each once, and finds what becomes free.
+/// If all entries are busy a look says so after asking each once, and later finds those that are
+/// free again.
 #[test]
 fn all_busy_is_empty_not_retry() {
     for kind in KINDS {

@@ -21,7 +21,7 @@ fn names_go_there_and_back() {
     assert!(error.to_string().contains("s3-fifo"), "{error} says what there is");
 }
 
-/// First in, first out, by somebody who has the public items only.
+/// First in, first out, written with the public items only.
 #[derive(Debug, Default)]
 pub(crate) struct Fifo {
     queue: BTreeMap<u32, u64>,
@@ -79,7 +79,7 @@ impl Policy for Fifo {
     }
 }
 
-/// A policy of one's own and those that are built in agree where nothing is used twice.
+/// A user's policy and the built-in ones agree where nothing is used twice.
 #[test]
 fn all_are_first_in_first_out_where_nothing_is_used_twice() {
     let own: Box<dyn Policy> = Box::<Fifo>::default();

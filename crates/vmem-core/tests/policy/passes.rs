@@ -74,7 +74,7 @@ fn a_pass_ends_after_one_visit_each_where_nothing_can_go() {
     }
 }
 
-/// `Empty` is the truth: whoever could go all the time is named before it.
+/// `Empty` is the truth: each entry that could go throughout is named before it.
 #[test]
 fn a_pass_names_whatever_could_go_throughout() {
     for (kind, seed) in KINDS.into_iter().flat_map(|kind| seeds(40).map(move |seed| (kind, seed))) {

@@ -1,5 +1,5 @@
-//! The policies once more, written from their descriptions and told of everything when it happens:
-//! arrays, no laziness, no bound on anything.
+//! The policies once more, written from their descriptions and notified of everything when it
+//! happens: arrays, no laziness, no bound on anything.
 
 use std::collections::{HashMap, HashSet};
 

@@ -12,9 +12,9 @@ pub(crate) struct World {
     pub(crate) now: u64,
     pub(crate) marks: HashMap<u64, Mark>,
     pub(crate) policy: Box<dyn Policy>,
-    /// Who said that it is busy, in this order, since this was last taken.
+    /// The entries that were busy, in this order, since this was last taken.
     pub(crate) met_busy: Vec<u64>,
-    /// Who was asked, and how often, since this was last taken.
+    /// How often each entry was asked, since this was last taken.
     pub(crate) asked: HashMap<u64, u32>,
 }
 
@@ -59,7 +59,7 @@ impl World {
         self.enter(Entry::new(id, stamp, footprint));
     }
 
-    /// It was brought before anybody asked for it.
+    /// Adds an entry that was prefetched.
     pub(crate) fn prefetch(&mut self, id: u64, footprint: u64) {
         let stamp = self.tick();
         self.enter(Entry { prefetched: true, ..Entry::new(id, stamp, footprint) });
@@ -72,7 +72,7 @@ impl World {
         assert!(self.marks.insert(entry.id, mark).is_none());
     }
 
-    /// The policy is not told.
+    /// Marks an access, without a call to the policy.
     pub(crate) fn touch(&mut self, id: u64) {
         let now = self.tick();
         let mark = self.marks.get_mut(&id).unwrap();

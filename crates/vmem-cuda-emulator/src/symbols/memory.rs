@@ -1,6 +1,7 @@
 //! Memory of the device and of the host, and copies between them.
 //!
-//! Invariant: memory is freed only once nothing that is in flight uses it. Called as the driver's.
+//! Invariant: memory is freed only once no operation in flight uses it. Called in place of the
+//! driver's functions.
 
 #![allow(unsafe_code)]
 
@@ -63,7 +64,7 @@ driver! {
                 if guard.is_in_flight(pinned.memory) {
                     guard.violation("host memory was unregistered under a copy in flight".into());
                 }
-                // As a card was seen to do: it waits for kernels, whatever memory they use.
+                // Real drivers do so too: they wait for all kernels, whatever memory these use.
                 guard = drain(guard);
                 guard.pinned.remove(&address);
                 OK
@@ -73,7 +74,7 @@ driver! {
     }
     Context fn cuMemHostAlloc(place: *mut Handle, bytes: usize, _flags: u32) |guard| {
         let mut guard = guard;
-        // Given back by `cuMemFreeHost` alone.
+        // Only `cuMemFreeHost` frees it.
         let memory = Box::leak(vec![0_u8; bytes].into_boxed_slice());
         let pointer: Handle = memory.as_mut_ptr().cast();
         let code = guard.pin(host(pointer, bytes), true);
@@ -93,7 +94,8 @@ driver! {
                 drop(guard);
                 let len = pinned.memory.len;
                 let memory = std::ptr::slice_from_raw_parts_mut(pointer.cast::<u8>(), len);
-                // SAFETY: it is the box that `cuMemHostAlloc` leaked, and it was in the table once.
+                // SAFETY: it is the box that `cuMemHostAlloc` leaked, and it was removed from the
+                // table only once.
                 drop(unsafe { Box::from_raw(memory) });
                 OK
             }

@@ -35,7 +35,7 @@ fn events_have_generations_and_order_streams() {
     second.wait(&event).unwrap();
     let mut target = Registered::new(vec![0; 4096]);
     assert_eq!(down(&mut target.0, pointer, &second), 0);
-    // Recorded again, where nothing is: who waited for it before still waits for the copy.
+    // Recorded again on an idle stream: an earlier waiter still waits for the copy.
     let idle = context.new_stream().unwrap();
     event.record(&idle).unwrap();
     event.synchronize().unwrap();
@@ -57,7 +57,7 @@ fn races_are_found_whatever_the_timing() {
     let pointer = alloc(8192);
     let source = Registered::new(vec![3; 4096]);
     let mut target = Registered::new(vec![0; 4096]);
-    // Not ordered: it may have ended long ago, and is wrong all the same.
+    // Not ordered: the operation may have ended long ago, and is wrong nevertheless.
     assert_eq!(up(pointer, &source.0, &first), 0);
     until(|| emulator.counter("copies_up") == 1);
     std::thread::sleep(Duration::from_millis(5));

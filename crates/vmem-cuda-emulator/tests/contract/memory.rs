@@ -76,7 +76,7 @@ fn host_memory_that_is_used_in_flight_is_found() {
     let mut target = Registered::new(vec![0; 4096]);
     emulator.hold(Kind::Down);
     assert_eq!(down(&mut target.0, pointer, &stream), 0);
-    assert!(target.0[0] != 7 && target.0[0] != 0, "nobody reads it before its end");
+    assert!(target.0[0] != 7 && target.0[0] != 0, "it must not be read before its end");
     target.0[5] = 1;
     emulator.release_all();
     stream.synchronize().unwrap();
@@ -155,8 +155,8 @@ fn memory_runs_out() {
     assert_eq!(code(CudaContext::new(0).map(drop)), CUresult::CUDA_ERROR_NO_DEVICE as i32);
 }
 
-/// What is registered is the pages that were there: whoever gives them back to the system under a
-/// registration has the device read what nobody sees any more.
+/// A registration is of the pages that were there: if they are given back to the system under it,
+/// the device reads pages that the process no longer sees.
 #[test]
 fn registered_memory_is_the_pages_that_were_there() {
     let emulator = Emulator::load().unwrap();

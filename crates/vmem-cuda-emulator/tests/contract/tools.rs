@@ -10,7 +10,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 pub(crate) const MIB: usize = 1 << 20;
 
-/// What the kernels are called; their code is nobody's business here.
+/// The names of the kernels; their code does not matter here.
 const PTX: &str = ".entry vmem_fill( .entry vmem_add( .entry vmem_copy( .entry unknown_kernel(";
 
 pub(crate) fn code<T: std::fmt::Debug>(result: Result<T, DriverError>) -> i32 {

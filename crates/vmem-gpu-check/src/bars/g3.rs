@@ -1,17 +1,17 @@
-//! G3: from the end of work on the device to the task that waits for it running again, and what
-//! that costs.
+//! G3: the time from the end of work on the device until the task that waits for it runs again, and
+//! its cost.
 //!
 //! Invariant: each way waits for the same work, a kernel of known length and a small copy within
 //! device memory, on a task of a runtime of several threads; and is measured in the same way.
 //! Called by `bars`.
 //!
 //! The figure is T = (the task runs again) - (the launch returned) - (the length of the kernel,
-//! by events around it). The time from the launch to the start of the kernel is in it, and the
-//! copy: the same for all. Of vmem, `gather` is what waits for work of the user's and does nothing
-//! more than a small copy behind it. It is called while the kernel runs, but hands its copy to the
-//! driver only once the kernel's event has passed: that is two completions one after the other,
-//! each with a notice and a wake, where the others have one. `finish` of a lease that changed a
-//! small object is reported beside it: it copies to the host after the kernel, too.
+//! by events around it). It includes the time from the launch to the start of the kernel, and the
+//! copy: both are the same for all ways. vmem is measured by `gather`, which waits for work of the
+//! user and then does no more than a small copy. It is called while the kernel runs, but hands its
+//! copy to the driver only once the kernel's event has passed: that is two completions one after
+//! the other, each with a notice and a wake, where the others have one. `finish` of a lease that
+//! changed a small object is reported beside it: it copies to the host after the kernel, too.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -31,11 +31,11 @@ use super::{Bench, Data, HOST, MIB, VRAM};
 use crate::parts::Outcome;
 use crate::user::{Env, User, processor_time};
 
-/// Longer than it takes to ask for a notice.
+/// The length of the kernel: longer than it takes to ask for a notice.
 const KERNEL: Duration = Duration::from_micros(200);
 /// Bytes that are copied behind the kernel.
 const LEN: usize = 256;
-/// How often a poll looks.
+/// The interval between two looks of a poll.
 const POLL: Duration = Duration::from_millis(1);
 
 #[derive(Clone, Copy, Debug)]
@@ -133,8 +133,8 @@ fn tell(
     report.tell(
         "how",
         "vmem: gather of 256 bytes, which waits for the kernel and then for its copy; the others \
-         queue the same copy behind the kernel and wait once; a flag in pinned memory wakes nobody \
-         without polling and takes no part",
+         queue the same copy behind the kernel and wait once; a flag in pinned memory wakes \
+         nothing without polling and takes no part",
     );
     Ok(())
 }
@@ -147,7 +147,7 @@ struct Rig {
     handle: VMemHandle,
     /// Kernels change it.
     changed: VMemHandle,
-    /// How often.
+    /// How often a kernel has changed it.
     changes: u8,
     small: Small,
     begin: CudaEvent,
@@ -189,7 +189,7 @@ impl Rig {
         })
     }
 
-    /// Works and waits so often, and says how late it was each time, in microseconds.
+    /// Works and waits this many times; returns how late the task was each time, in microseconds.
     async fn block(&mut self, how: How, times: usize) -> Result<Vec<f64>> {
         let mut late = Vec::with_capacity(times);
         for _ in 0..times {
@@ -234,7 +234,7 @@ impl Rig {
                 let event = stream.record_event(None)?;
                 while !event.try_is_complete()? {
                     tokio::time::sleep(POLL).await;
-                    // It may be another thread.
+                    // The task may run on another thread now.
                     self.user.context.bind_to_thread()?;
                 }
             }
@@ -278,9 +278,9 @@ impl Sleeper {
         let run = move || {
             while let Ok(event) = inbox.recv() {
                 let passed = event.synchronize();
-                // Before the signal: whoever it wakes finds the event here.
+                // Before the signal: the waiter that it wakes finds the event here.
                 let given = give_back.send(event);
-                // After an error too: the waiter sees it by itself.
+                // After an error too, which the waiter finds itself.
                 signal.fire();
                 if passed.is_err() || given.is_err() {
                     return;

@@ -5,9 +5,9 @@
 //! of each layer, as a kernel found it in the timed pass, is compared after each, and all of every
 //! layer after the last one. Called by `bars`.
 //!
-//! Load on demand is a copy of each layer and then its kernels, on one stream, by hand: nothing
-//! hides anything there. vmem on demand already copies a layer while the kernels of the one before
-//! run, so that little may be left to hide: what vmem hides by itself, and what prefetches hide of
+//! Load on demand is a copy of each layer and then its kernels, on one stream, by hand, without
+//! overlap. vmem on demand already copies a layer while the kernels of the previous one run, so
+//! that little may be left to hide: what vmem hides without prefetches, and what prefetches hide of
 //! the rest, is reported, and has no bar.
 
 use std::cell::RefCell;

@@ -5,7 +5,7 @@
 //! after each, and all of every object after the last one. Called by `bars`.
 //!
 //! The cache by hand is an LRU of device buffers with one stream of copies, which knows what comes
-//! next and copies that early: what somebody writes who needs no more than this one loop.
+//! next and copies that early: what a user who needs no more than this one loop would write.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -235,7 +235,7 @@ impl Lru {
         Ok(())
     }
 
-    /// Copies an object up, unless it is there.
+    /// Copies an object to the device, unless it is there already.
     fn fetch(&mut self, object: usize) -> Result<()> {
         let slot = match self.found.get(&object) {
             Some(&slot) => slot,

@@ -10,7 +10,7 @@
 //! - `timing`: contenders in turn, medians, spreads.
 //! - `report`: what a bar found, and whether it holds.
 //! - `raw`: what a user writes by hand on the driver; all unsafe code of the bars.
-//! - `pump`: copies of one's own, a fixed number in flight.
+//! - `pump`: copies by hand, a fixed number in flight.
 
 mod g1;
 mod g2;

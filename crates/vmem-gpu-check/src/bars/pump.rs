@@ -1,5 +1,5 @@
-//! Copies of one's own between pinned and device memory, a fixed number in flight: what the link
-//! gives to somebody who does nothing else.
+//! Copies by hand between pinned and device memory, a fixed number in flight: what the link gives
+//! to a program that does nothing else.
 //!
 //! Invariant: no more than that number of pieces of each direction are in flight; all have ended
 //! when a call returns. Called by the bars.

@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use super::memory::{Mapped, down, up};
 use super::*;
 
-/// A captured event is no end of work, and asking for one harms nobody for long.
+/// A captured event marks no end of work, and a query of one does no lasting harm.
 pub(super) fn captured_event(env: &Env) -> Result<Outcome> {
     let user = env.user()?;
     let stream = &user.stream;
@@ -98,7 +98,7 @@ pub(super) fn registration_sizes(env: &Env) -> Result<Outcome> {
             continue;
         }
         let mut memory = Mapped::new(len)?;
-        // Pages that are there already, as those of the store.
+        // Pages that have memory already, as those of the store.
         memory.bytes().fill(1);
         let begun = Instant::now();
         let accepted = memory.register(0, len);

@@ -85,7 +85,7 @@ pub(super) fn copies(env: &Env) -> Result<Outcome> {
     ensure!(returned < SPIN / 2, "a copy from pinned memory waited: {returned:?}");
     stream.synchronize()?;
     ensure!(device.read(stream)?.iter().all(|&byte| byte == 7), "its bytes");
-    // Pageable: whoever gets the call back may change the source.
+    // Pageable memory: once the call has returned the caller may change the source.
     let mut source = vec![8; MIB];
     user.spin(SPIN, stream)?;
     let begun = Instant::now();

@@ -9,7 +9,7 @@ use std::time::Instant;
 use vmem::VirtualMemoryError;
 
 /// 1: staging exhaustion. Host memory is held, and 32 tasks read from disk to the device: all
-/// finish, and nobody spins.
+/// finish, and no thread spins.
 pub(super) fn staging(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let len = MIB + 13;
@@ -66,7 +66,7 @@ pub(super) fn staging(env: &Env) -> Result<Outcome> {
 }
 
 /// 12: everything in device memory is pinned or leased. Another object gets `AllPinned` at its
-/// deadline, with the bytes of each; all else goes on, and nobody spins.
+/// deadline, with the bytes of each; all else goes on, and no thread spins.
 pub(super) fn all_pinned(env: &Env) -> Result<Outcome> {
     env.block_on(async {
         let len = 256 * KIB;
@@ -113,7 +113,7 @@ pub(super) fn all_pinned(env: &Env) -> Result<Outcome> {
         ensure!(vmem.read(&other).await? == bytes(4, 1, len), "what was written");
         vmem.write(&objects[1], bytes(1, 1, len)).await.context("a pinned object is written")?;
         ensure!(vmem.read(&objects[1]).await? == bytes(1, 1, len), "what was written to it");
-        // And it recovers by itself.
+        // And it recovers without help.
         drop(lease);
         user.stream.synchronize()?;
         vmem.promote(&other, VRAM).await.context("once the lease has ended")?;

@@ -1,7 +1,7 @@
 //! Objects that move under their users: scenarios 4, 6, 24, 31.
 //!
-//! Invariant: every read is a version that was written, in order, whoever was dropped or closed
-//! meanwhile. Called by `scenarios`.
+//! Invariant: every read is a version that was written, in order, even if futures were dropped or
+//! the store closed meanwhile. Called by `scenarios`.
 
 use super::*;
 use rand::rngs::SmallRng;
@@ -139,7 +139,8 @@ pub(super) fn evicted_under_readers(env: &Env) -> Result<Outcome> {
                 4 | 5 => vmem.demote(&handle, HOST).await?,
                 _ => {
                     vmem.promote(&handle, VRAM).await?;
-                    // The host copy goes, and the device's serves: unless somebody reads just now.
+                    // Drops the host copy, unless it has a reader just now, and the device's copy
+                    // serves.
                     vmem.demote(&handle, DISK).await?;
                 }
             }

@@ -48,7 +48,7 @@ pub(super) fn errors(env: &Env) -> Result<Outcome> {
             vmem.demote(&other, HOST).await?;
             failed += 1;
         }
-        // The copy of what a kernel wrote fails: the version before stays.
+        // The copy of what a kernel wrote fails: the previous version stays.
         let lease = vmem.device_mut_on(&handle, &user.stream).await?;
         // SAFETY: used on the stream of the lease, before it ends.
         let at = unsafe { lease.device_ptr() };
@@ -60,14 +60,14 @@ pub(super) fn errors(env: &Env) -> Result<Outcome> {
             matches!(refused, Err(VirtualMemoryError::Device { .. })),
             "copying to the host: {refused:?}"
         );
-        ensure!(vmem.read(&handle).await? == bytes(1, 0, len), "the version before");
+        ensure!(vmem.read(&handle).await? == bytes(1, 0, len), "the previous version");
         // Zeros that cannot be made.
         emulator.fail("cuMemsetD8Async", 1, REFUSED);
         let fresh = vmem.allocate(len, VRAM).await;
         if let Ok(fresh) = &fresh {
             ensure!(
                 vmem.read(fresh).await? == vec![0; len],
-                "an object that nobody wrote is zeros"
+                "an object that was never written is zeros"
             );
         }
         drop(fresh);

@@ -14,12 +14,12 @@ use cudarc::driver::{CudaContext, result, sys};
 
 use super::{Env, User};
 
-/// Captures graphs, allocates and frees like a library that minds nobody, until it is stopped.
-/// Returns how many captures came to a good end.
+/// Captures graphs, allocates and frees like a careless library, until it is stopped. Returns how
+/// many captures succeeded.
 ///
 /// # Errors
 ///
-/// If a capture was broken by somebody else.
+/// If a capture was broken by another thread.
 pub(crate) fn capture_until(device: usize, stop: &AtomicBool) -> Result<usize> {
     let user = User::new(device)?;
     let memory = user.allocate(4096)?;
@@ -32,7 +32,7 @@ pub(crate) fn capture_until(device: usize, stop: &AtomicBool) -> Result<usize> {
         std::thread::sleep(Duration::from_millis(2));
         // SAFETY: the capture that was begun.
         let graph = unsafe { result::stream::end_capture(user.stream.cu_stream()) };
-        graph.context("somebody broke the capture")?;
+        graph.context("another thread broke the capture")?;
         captures += 1;
         drop(user.allocate(8192)?);
         // SAFETY: memory of this function, which waits below.

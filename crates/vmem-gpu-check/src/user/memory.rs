@@ -68,7 +68,7 @@ pub(crate) struct Pinned {
     pub(super) context: Arc<CudaContext>,
 }
 
-// SAFETY: nobody else has the memory, and the driver frees it on any thread.
+// SAFETY: the memory has no other owner, and the driver frees it on any thread.
 unsafe impl Send for Pinned {}
 
 impl Pinned {
@@ -96,11 +96,11 @@ impl Drop for Pinned {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
         if !self.mapped {
-            // SAFETY: allocated once, and whoever copies waits before dropping it.
+            // SAFETY: allocated once, and its user waits for copies before dropping it.
             let _ = unsafe { result::free_host(self.address.cast()) };
             return;
         }
-        // SAFETY: registered once, and whoever copies waits before dropping it.
+        // SAFETY: registered once, and its user waits for copies before dropping it.
         let forgotten = unsafe { sys::cuMemHostUnregister(self.address.cast()) }.result();
         if forgotten.is_ok() {
             // SAFETY: mapped once, that long, and the device knows it no more.

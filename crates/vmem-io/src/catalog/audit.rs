@@ -45,7 +45,7 @@ pub(super) fn summary(db: &Database) -> Result<Summary, Failure> {
     if due.len() as u64 != head.names {
         let found = due.len();
         let names = head.names;
-        return Err(Failure::Damaged(format!("{found} of {names} names are there")));
+        return Err(Failure::Damaged(format!("only {found} of {names} names were found")));
     }
     let mut taken = Vec::with_capacity(due.len());
     for row in transaction.open_table(CHUNKS)?.iter()? {

@@ -1,9 +1,8 @@
 //! The database behind the catalog: opened, committed to, opened again after a failure.
 //!
 //! Invariant: a commit is reported as made only if the files were where the store was opened both
-//! before and after it. Whoever reads for long has a share of the database and holds no lock, so a
-//! commit that fails takes the database away from it rather than wait. Called by the catalog on its
-//! threads.
+//! before and after it. A long read has a share of the database and holds no lock, so a commit that
+//! fails takes the database away from it rather than wait. Called by the catalog on its threads.
 
 use std::fs::File;
 use std::io;
@@ -39,7 +38,7 @@ pub(super) struct Inner {
     pub(super) poisoned: AtomicBool,
     /// Transactions that were begun.
     pub(super) attempts: AtomicU64,
-    /// What the head row says; whoever commits has it.
+    /// The contents of the head row, locked by a commit.
     pub(super) head: Mutex<Head>,
     /// The data file, through the page cache, for snapshots.
     pub(super) data: OnceLock<File>,
@@ -99,7 +98,7 @@ impl Inner {
         *self.open.write() = Some(open);
     }
 
-    /// Calls redb, which may panic over a file that somebody has changed under it.
+    /// Calls redb, which may panic if its file was changed from outside.
     pub(super) fn guarded<T>(
         &self,
         operation: &'static str,
@@ -185,7 +184,7 @@ impl Inner {
             Ok(new) => {
                 *head = new;
                 self.tally.store(head.names, Ordering::Release);
-                // It is in a file; whether in one that can be found again nobody knows.
+                // It is in a file, but perhaps not in one that can be found again.
                 return self.check().inspect_err(|_| self.poisoned.store(true, Ordering::Release));
             }
             Err(error) => error,
@@ -202,7 +201,7 @@ impl Inner {
         Err(error)
     }
 
-    /// Sees to it that there is a database to commit to.
+    /// Makes the database, or opens it again, where there is none to commit to.
     fn prepare(&self, head: &mut Head) -> Result<()> {
         if self.poisoned.load(Ordering::Acquire) {
             return Err(self.shut("committing names"));
@@ -221,7 +220,7 @@ impl Inner {
     /// Opens the database again after a commit that failed. Unless it was a sync that did,
     /// its contents are those of before.
     fn open_again(&self, before: &Head) -> Result<()> {
-        // A snapshot that reads keeps nobody waiting.
+        // A snapshot that reads delays no other call.
         if !self.is_shut() {
             return Ok(());
         }
@@ -233,7 +232,7 @@ impl Inner {
             Ok((db, head))
         })?;
         let unknown = storage.sync_failed() || head.commits != before.commits;
-        // It can be read all the same.
+        // It can still be read.
         *shut = Some(Arc::new(db));
         if unknown {
             self.poisoned.store(true, Ordering::Release);
@@ -242,13 +241,13 @@ impl Inner {
         Ok(())
     }
 
-    /// What those get who come when it is not open, or nothing more can be committed.
+    /// The error for calls while it is not open, or once nothing more can be committed.
     pub(super) fn shut(&self, operation: &'static str) -> VirtualMemoryError {
         let why = "a commit before it failed, and the catalog could not be opened again";
         VirtualMemoryError::io(operation, io::Error::other(why))
     }
 
-    /// Makes an empty database in a directory, under a name that nobody takes for a catalog.
+    /// Makes an empty database in a directory, under a name that is not that of a catalog.
     pub(super) fn make_in(&self, files: &Files, block_bytes: u32) -> Result<(Open, Head)> {
         let io = |error| VirtualMemoryError::io("making the catalog", error);
         files.remove(UNFINISHED_FILE).map_err(io)?;

@@ -51,7 +51,7 @@ pub struct NameCatalog {
     pool: Pool,
     /// Snapshots, one after the other: they take long, and nothing short stands behind them.
     snapshots: Pool,
-    /// A check that has not begun, which whoever asks for one joins.
+    /// A check that has not begun, which later callers join.
     next_check: Arc<Mutex<Option<Shared<Answer<()>>>>>,
 }
 
@@ -181,7 +181,7 @@ impl NameCatalog {
                 Err(error) if is_closed(&error) => Err(VirtualMemoryError::Closed),
                 Err(error) => Err(VirtualMemoryError::io("starting a thread", error)),
             };
-            // Its share goes before the answer: whoever waits for it may be closing.
+            // Its share is dropped before the answer, since the waiter may be closing.
             drop(inner);
             let _ = reply.send(outcome);
         }));
@@ -191,7 +191,7 @@ impl NameCatalog {
 
 impl Catalog for NameCatalog {
     fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
-        // Before it stands in line: whoever drops the store meanwhile leaves the files.
+        // Before it is queued: a store that is dropped meanwhile leaves the files.
         self.inner.tally.fetch_max(1, Ordering::AcqRel);
         self.run(move |inner| inner.commit(&changes))
     }
@@ -281,7 +281,7 @@ impl NameCatalog {
 
 impl Drop for NameCatalog {
     /// What is in flight ends on its thread, which has shares of all that it needs, the lock of the
-    /// directory too; until then who opens it in this process waits.
+    /// directory too; until then an opener in this process waits.
     fn drop(&mut self) {
         if let Some(files) = &*self.inner.files.lock() {
             files.leave();

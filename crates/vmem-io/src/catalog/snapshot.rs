@@ -34,7 +34,7 @@ impl Inner {
         self.check()?;
         let (directory, data) = StoreDirectory::make(target).map_err(of_the_target)?;
         let files = directory.files();
-        // A share of the database: whoever commits waits for nobody here.
+        // A share of the database, so that commits do not wait for this.
         let db = match &*self.open.read() {
             None => None,
             Some(Open { db, .. }) => Some(db.clone().ok_or_else(|| self.shut(OPERATION))?),
@@ -131,7 +131,7 @@ fn copy_range(from: &File, to: &File, mut at: u64, end: u64, dirty: &mut u64) ->
             _ => {
                 buffer.resize(1 << 20, 0);
                 match from.read_at(&mut buffer[..len], at)? {
-                    // Lost already: the checksum shows it to whoever reads the copy.
+                    // Lost already: the checksum shows that to a reader of the copy.
                     0 => return Ok(()),
                     count => {
                         to.write_all_at(&buffer[..count], at)?;

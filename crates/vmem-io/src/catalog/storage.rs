@@ -84,8 +84,8 @@ impl StorageBackend for Storage {
     }
 }
 
-/// Storage that is read, and what is written to it kept in memory: redb repairs and tidies up what
-/// it opens, and whoever only looks must not change anything.
+/// Storage that is only read; writes to it stay in memory. redb repairs and tidies up what it
+/// opens, and a check must not change anything.
 #[derive(Debug)]
 pub(super) struct Overlay {
     below: Storage,
@@ -109,7 +109,7 @@ impl Overlay {
         Ok(Storage::new(Arc::new(Overlay { below, written: Mutex::new(written) })))
     }
 
-    /// A block as it is now; what is behind the end is zeros.
+    /// The current contents of a block; bytes behind the end are zeros.
     fn block(&self, written: &Written, index: u64) -> io::Result<Vec<u8>> {
         if let Some(block) = written.blocks.get(&index) {
             return Ok(block.clone());

@@ -125,7 +125,7 @@ fn checks_at_once_share_one_look() {
     for one in checks.into_iter().chain(busy) {
         block_on(one).unwrap();
     }
-    assert!(catalog.next_check.lock().is_none(), "whoever comes now starts another");
+    assert!(catalog.next_check.lock().is_none(), "the next caller starts another");
     block_on(catalog.check()).unwrap();
 }
 

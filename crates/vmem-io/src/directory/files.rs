@@ -1,7 +1,7 @@
 //! The files of a store directory: opened relative to it, as the store's own, and checked later.
 //!
-//! Invariant: no file is opened through a link, and none that belongs to somebody else or has a
-//! name elsewhere. What [`Files::check`] accepts can be opened again at its path. Called by
+//! Invariant: no file is opened through a link, and none that belongs to another user or has a name
+//! elsewhere. What [`Files::check`] accepts can be opened again at its path. Called by
 //! `StoreDirectory` and by the catalog.
 
 use std::fs::File;
@@ -33,7 +33,7 @@ pub(crate) struct Files {
     pub(super) path: PathBuf,
     pub(super) directory: Arc<File>,
     pub(super) lock: Arc<Lock>,
-    /// The data file; `None` in a temporary directory, to which nobody comes back.
+    /// The data file; `None` in a temporary directory, which is never opened again.
     pub(super) data: Option<Identity>,
     /// The user that opened it.
     pub(super) user: u32,
@@ -67,8 +67,8 @@ impl Files {
         }
     }
 
-    /// Says that its shares go when nothing is in flight any more, for which who opens it then
-    /// waits.
+    /// Announces that its shares are dropped once nothing is in flight; an opener then waits for
+    /// that.
     pub(crate) fn leave(&self) {
         self.lock.leave();
     }
@@ -79,7 +79,7 @@ impl Files {
         self.directory.sync_all()
     }
 
-    /// Checks that whoever opens the path finds this store: the directory, the lock, the data and,
+    /// Checks that opening the path would find this store: the directory, the lock, the data and,
     /// if there is one, this catalog. A few system calls; nothing is opened.
     ///
     /// A process that has become another user since it opened the store cannot tell what the user
@@ -168,7 +168,7 @@ fn allowed(at: impl std::os::fd::AsFd, path: &Path, access: Access) -> Result<()
         .map_err(|errno| format!("cannot be opened again: {}", io::Error::from(errno)))
 }
 
-/// Opens a file of the store, or makes it: 0600, no symbolic link, nobody else's.
+/// Opens a file of the store, or makes it: 0600, no symbolic link, no other owner.
 pub(super) fn open_own(
     path: &Path,
     directory: &File,

@@ -61,7 +61,7 @@ fn remove_dead(path: &Path) -> io::Result<bool> {
     if !lock.metadata()?.is_file() || lock.try_lock().is_err() {
         return Ok(false);
     }
-    // Whoever made the directory and has not locked it yet has not marked it yet either.
+    // A process that made the directory and has not locked it yet has not marked it yet either.
     if !is_temporary(&read_start(&lock)?) || !holds_own_files(path)? {
         return Ok(false);
     }

@@ -1,4 +1,4 @@
-//! The directory of a store: who may use it, and the data file in it.
+//! The directory of a store: the right to use it, and the data file in it.
 //!
 //! Invariant: one [`StoreDirectory`] per directory exists at a time, over all processes: it holds a
 //! lock on the lock file, and gives it back after everything else. Nothing is truncated or removed
@@ -39,16 +39,16 @@ pub const DATA_FILE: &str = "vmem.data";
 /// open, and stays when the store is closed: removing it would let two processes hold "the" lock.
 pub const LOCK_FILE: &str = "vmem.lock";
 
-/// The name of the catalog of names, which is there while anything has a name.
+/// The file name of the catalog of names, which exists while anything has a name.
 pub const CATALOG_FILE: &str = "vmem.catalog";
 
 /// The name of a catalog that is being made.
 pub(crate) const UNFINISHED_FILE: &str = "vmem.catalog.new";
 
-/// How many names the catalog has, for who decides whether the files stay; `UNKNOWN` keeps them.
+/// How many names the catalog has, which decides whether the files stay; `UNKNOWN` keeps them.
 pub(crate) type Tally = Arc<AtomicU64>;
 
-/// A [`Tally`] of a catalog that nobody has read yet.
+/// A [`Tally`] of a catalog that was not read yet.
 pub(crate) const UNKNOWN: u64 = u64::MAX;
 
 /// A directory that this store alone uses, with the files in it readable by its user alone.
@@ -76,14 +76,14 @@ pub struct StoreDirectory {
 }
 
 impl StoreDirectory {
-    /// Takes the directory, and returns it with its data file as it is there. `None` makes a
-    /// private temporary directory, removed when this is closed or dropped; a path that does not
-    /// exist is created, mode 0700.
+    /// Takes the directory, and returns it with its data file, unchanged. `None` makes a private
+    /// temporary directory, removed when this is closed or dropped; a path that does not exist is
+    /// created, mode 0700.
     ///
     /// # Errors
     ///
-    /// [`InUse`](VirtualMemoryError::InUse) if somebody has it, in this process or another; a store
-    /// of this process that was dropped is waited for, while its last operations end;
+    /// [`InUse`](VirtualMemoryError::InUse) if another store has it, in this process or another; a
+    /// store of this process that was dropped is waited for, while its last operations end;
     /// [`InvalidConfig`](VirtualMemoryError::InvalidConfig), which names the path, if it cannot
     /// serve; [`Io`](VirtualMemoryError::Io) for what is not the fault of the path.
     pub fn open(path: Option<&Path>) -> Result<(Self, File), VirtualMemoryError> {
@@ -148,8 +148,8 @@ impl StoreDirectory {
         let data = open_data(&files, used_before)?;
         let refused = |error| refused(&files.path, error);
         if temporary.is_none() {
-            // What becomes durable in the files is worth nothing without their names. Where a file
-            // system cannot do that, names are as durable as it makes them.
+            // Durable contents of files are worth nothing without durable names of the files. Where
+            // a file system cannot do that, names are as durable as it makes them.
             if let Err(error) = files.directory.sync_all() {
                 let path = files.path.display();
                 tracing::debug!(%path, %error, "the directory is not synced");
@@ -259,7 +259,7 @@ impl StoreDirectory {
         }
         let unnamed = self.remove_data();
         let removed = match self.temporary.take().map_or(Ok(()), TempDir::close) {
-            // Somebody tidied up before.
+            // It was removed before.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             removed => removed,
         };
@@ -326,7 +326,7 @@ impl NewDirectory {
 }
 
 impl Drop for NewDirectory {
-    /// The lock is held meanwhile, so that they are nobody else's.
+    /// The lock is held meanwhile, so that no other store has them.
     fn drop(&mut self) {
         if self.made.is_none() || self.store.is_inherited() {
             return;

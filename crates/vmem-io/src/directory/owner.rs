@@ -1,8 +1,8 @@
 //! The text of a lock file: which process has, or last had, the store open.
 //!
 //! Invariant: it is written with the lock held alone, before there is anything else in the
-//! directory. A second line marks a temporary store, which nobody means to open again. Called by
-//! `StoreDirectory`, and by whoever looks for leftovers.
+//! directory. A second line marks a temporary store, which is not to be opened again. Called by
+//! `StoreDirectory`, and by the search for leftovers.
 
 use std::fs::{File, Permissions, TryLockError};
 use std::io::{self, Read};
@@ -22,7 +22,8 @@ const ATTEMPTS: usize = 8;
 /// The second line of the lock file of a temporary store.
 const TEMPORARY: &str = "temporary";
 
-/// Locks the lock file and writes our process into it. Also returns whether it named one before.
+/// Locks the lock file and writes our process into it. Also returns whether it named a process
+/// before.
 pub(super) fn take_lock(
     path: &Path,
     directory: &File,
@@ -71,7 +72,7 @@ fn lock(path: &Path, directory: &File) -> Result<Lock, VirtualMemoryError> {
     Err(VirtualMemoryError::InUse { path: path.to_owned(), pid: None })
 }
 
-/// Checks that nobody has the store open; changes nothing.
+/// Checks that no process has the store open; changes nothing.
 pub(super) fn check_free(path: &Path) -> Result<(), VirtualMemoryError> {
     let name = path.join(LOCK_FILE);
     // Whatever it is, opening it must not wait.

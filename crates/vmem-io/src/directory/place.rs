@@ -1,8 +1,8 @@
-//! Where a store may be: making its directory, and refusing one that holds somebody's files.
+//! Where a store may be: making its directory, and refusing one that holds other files.
 //!
 //! Invariant: a directory with anything in it that vmem did not make is taken only if it holds a
-//! store, which a lock file tells. What was made for a store that then does not come to be is
-//! removed again. Called by `StoreDirectory`.
+//! store, which a lock file shows. If opening the store fails, what was made for it is removed
+//! again. Called by `StoreDirectory`.
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, Permissions};
@@ -35,7 +35,7 @@ impl Made {
 impl Drop for Made {
     fn drop(&mut self) {
         for path in &self.0 {
-            // One that somebody uses by now stays, and so does what is above it.
+            // A directory that is in use by now stays, and so do those above it.
             let _ = fs::remove_dir(path);
         }
     }
@@ -83,7 +83,7 @@ pub(super) fn check_foreign(path: &Path) -> Result<(), VirtualMemoryError> {
         }
     });
     match listed {
-        // A file system need not be able to list what it holds, and then nobody knows.
+        // A file system need not be able to list what it holds; then this is unknown.
         Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(()),
         listed => listed.map_err(|error| refused(path, error))?,
     }

@@ -1,6 +1,6 @@
 //! The driver that works everywhere: positional system calls on threads of its own.
 //!
-//! Invariant: a job that was accepted runs to its end and is delivered, whoever still waits for it,
+//! Invariant: a job that was accepted runs to its end and is delivered, with or without a waiter,
 //! even if the file panics. Called by the disk tier.
 
 use std::fmt;

@@ -56,7 +56,7 @@ pub(crate) fn choose(
     let block_bytes = block_bytes.unwrap_or(alignment.block_bytes());
     let candidates: &[IoDriver] = match asked {
         // Seen with Linux 6.18: the kernel waits for the answer of the server inside of the call
-        // that submits, and goes on by itself after a short direct transfer, at the wrong offset.
+        // that submits, and continues a short direct transfer on its own, at the wrong offset.
         IoDriver::Auto if directory.is_fuse() => {
             notes.push("io_uring: not trusted with a FUSE file system".into());
             &[IoDriver::Blocking]

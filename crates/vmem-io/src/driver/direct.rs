@@ -36,7 +36,7 @@ impl Alignment {
     }
 
     /// Turns direct I/O on for `file`, and proves it by operations on `scratch`, an empty file of
-    /// the same file system that nobody else uses. On an error `file` is as it was.
+    /// the same file system without another user. On an error `file` is as it was.
     ///
     /// # Errors
     ///
@@ -45,7 +45,7 @@ impl Alignment {
     /// ```
     /// use vmem_io::driver::Alignment;
     ///
-    /// // Some file systems refuse; whoever does not gives an alignment.
+    /// // Some file systems refuse; the others give an alignment.
     /// if let Ok(alignment) = Alignment::probe(&tempfile::tempfile()?, &tempfile::tempfile()?) {
     ///     assert!(alignment.is_direct());
     /// }

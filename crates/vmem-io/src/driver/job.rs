@@ -1,4 +1,4 @@
-//! A call of the driver on its way: what it owns, and the kernel operations that it comes to.
+//! A call of the driver in flight: what it owns, and the kernel operations that it needs.
 //!
 //! Ownership, the rule that every engine stands on: a job owns its buffers, its `Keep` and its
 //! bounce buffers from the call until its last operation has completed. An engine marks an
@@ -290,9 +290,9 @@ impl Job {
         self
     }
 
-    /// The wave is over: what it read goes to its place, what it borrowed goes back, and the job
-    /// goes to whoever waits for it; if nobody does, what it owns is dropped, now that nothing
-    /// runs. Called with no lock held.
+    /// Ends the wave: copies what it read to its place, gives back what it borrowed, and hands the
+    /// job to its waiter; without one, drops what the job owns, now that nothing runs. Called with
+    /// no lock held.
     pub(super) fn deliver(mut self: Box<Self>) {
         debug_assert!(self.running == 0, "delivered while it runs");
         self.unload();

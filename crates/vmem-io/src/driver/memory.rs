@@ -1,10 +1,9 @@
 //! Memory that the kernel reads or writes while an operation is in flight.
 //!
-//! Invariant: a [`Region`] is an address and a length, and gives nobody access: what is behind it
-//! is owned by the [`Job`](super::job::Job) that it belongs to, which frees nothing while one of
-//! its operations is in flight. A [`Bounce`] is charged to its [`BounceBudget`] until it is
-//! dropped. Called by `job`, which plans transfers, and by the engines, which hand regions to the
-//! kernel.
+//! Invariant: a [`Region`] is an address and a length, and gives no access: what is behind it is
+//! owned by the [`Job`](super::job::Job) that it belongs to, which frees nothing while one of its
+//! operations is in flight. A [`Bounce`] is charged to its [`BounceBudget`] until it is dropped.
+//! Called by `job`, which plans transfers, and by the engines, which hand regions to the kernel.
 
 use std::fmt;
 use std::ops::Range;
@@ -26,7 +25,7 @@ pub(super) const BOUNCE_MAX: usize = 256 * 1024;
 /// The sizes in which bounce buffers are kept for reuse, in bytes.
 const CLASSES: [usize; 3] = [BOUNCE_ALIGN, 64 * 1024, BOUNCE_MAX];
 
-/// Bytes in somebody's buffer.
+/// Bytes in a buffer of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Region {
     /// An address rather than a pointer: Rust code never follows it.

@@ -2,10 +2,10 @@
 //!
 //! Ownership rule: an operation owns its buffers, its [`Keep`] and the file from the call until
 //! its completion. Dropping the returned future cancels nothing that has started and frees nothing;
-//! buffers and `Keep` are handed back with the result, or, where nobody waits for it any more,
-//! dropped when the operation has ended, with no lock of the driver held. (An operation that was
-//! still waiting for space in the queue has not started; dropping its future drops it.) Called by
-//! the disk tier alone.
+//! buffers and `Keep` are handed back with the result, or, if its waiter has gone, dropped when the
+//! operation has ended, with no lock of the driver held. (An operation that was still waiting for
+//! space in the queue has not started; dropping its future drops it.) Called by the disk tier
+//! alone.
 
 mod blocking;
 mod choose;
@@ -94,7 +94,7 @@ pub trait Driver: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// Why it was not; transfers work all the same.
+    /// Why it was not; transfers work without it.
     fn register(&self, memory: StagingMemory) -> io::Result<()> {
         drop(memory);
         Err(io::Error::new(io::ErrorKind::Unsupported, "this driver registers no memory"))

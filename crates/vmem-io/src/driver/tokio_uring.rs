@@ -91,7 +91,7 @@ pub struct TokioUring {
     ended: Arc<Ended>,
 }
 
-/// The threads, how many of them run, and who waits for them.
+/// The threads, how many of them run, and the notification that all have ended.
 #[derive(Default)]
 struct Ended {
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -155,8 +155,8 @@ fn current_id() -> ThreadId {
 impl Ended {
     fn join(&self) {
         for thread in std::mem::take(&mut *self.threads.lock()) {
-            // The last owner of an engine may be a job, dropped on one of its own threads: that one
-            // ends by itself right after.
+            // The last owner of an engine may be a job, dropped on one of its own threads, which
+            // ends right after.
             if thread.thread().id() != current_id() {
                 let _ = thread.join();
             }

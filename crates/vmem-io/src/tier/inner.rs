@@ -22,7 +22,7 @@ use crate::sync_gate::SyncGate;
 pub(crate) struct Inner {
     pub(crate) driver: Arc<dyn Driver>,
     pub(crate) ledger: Mutex<Ledger>,
-    /// Told when a punch has ended.
+    /// Notified when a punch has ended.
     pub(crate) punched: Notify,
     pub(super) gate: Arc<SyncGate>,
     pub(super) closed: AtomicBool,

@@ -1,6 +1,6 @@
 //! What cannot be, and what must not be.
 //!
-//! Invariant: each is an error that says what is wrong, and nothing that was there is lost.
+//! Invariant: each is an error that says what is wrong, and no existing object is lost.
 
 use object_store::path::Path;
 use object_store::{

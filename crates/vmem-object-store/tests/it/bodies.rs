@@ -58,7 +58,7 @@ async fn objects_beyond_host_memory_stream_in_pieces() {
     assert!(host.peak_bytes <= host.capacity_bytes, "{host:?}");
 }
 
-/// Whoever keeps what it has read takes no space of the store.
+/// A consumer that keeps what it has read takes no space of the store.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bodies_that_are_kept_hold_no_space() {
     let store = open(HOST).await;
@@ -175,8 +175,8 @@ async fn only_the_current_version_can_be_asked_for() {
     assert!(matches!(reason(&error), Some(RequestError::OtherVersion { .. })), "{error}");
 }
 
-/// A put whose caller comes late, when another one has taken its place: the tag that it returns is
-/// not that of the other, or an update by it would overwrite what nobody has seen.
+/// A put whose caller is polled late, when another put has replaced it: the tag that it returns is
+/// not that of the other, or an update by it would overwrite bytes that its caller has not seen.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tag_of_a_put_that_was_replaced_already_is_that_of_nothing() {
     const ATTEMPTS: usize = 100;

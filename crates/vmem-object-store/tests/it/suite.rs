@@ -1,4 +1,4 @@
-//! The suite that `object_store` has for whoever implements its traits.
+//! The suite that `object_store` has for implementations of its traits.
 //!
 //! Invariant: every function of it runs, those with a choice in the stricter way.
 

@@ -34,7 +34,7 @@ pub async fn all<C: Catalog>(seed: Seed, make: impl AsyncFn() -> Arc<C>) {
     closed_catalogs_refuse(&*make().await).await;
 }
 
-/// Versions, numbers and bounds of names, each committed by itself.
+/// Versions, numbers and bounds of names, each in a commit of its own.
 struct Writer {
     rng: SmallRng,
     next: u64,
@@ -164,7 +164,7 @@ pub async fn renamed_records_stay_the_same(catalog: &dyn Catalog) {
     stands_for(catalog, "to", None).await;
 }
 
-/// Of a commit that fails at its last change nothing is there, and the next one succeeds.
+/// A commit that fails at its last change leaves nothing, and the next one succeeds.
 pub async fn commits_are_whole(catalog: &dyn Catalog) {
     let mut writer = Writer::new(Seed::new(4));
     let kept = writer.object(2);

@@ -205,7 +205,7 @@ impl<H: Hook> Driver for Around<H> {
     }
 }
 
-/// Runs `work` to its end, whoever drops the future.
+/// Runs `work` to its end, even if the future is dropped.
 pub(crate) fn owned<T: Send + 'static>(
     work: impl Future<Output = T> + Send + 'static,
 ) -> BoxFuture<'static, T> {

@@ -1,6 +1,6 @@
 //! A driver that moves no more than a given number of bytes a second.
 //!
-//! Invariant: the end of each call is computed from the end of the one before, not from when that
+//! Invariant: the end of each call is computed from the end of the previous one, not from when that
 //! was noticed, so that the coarse ticks of the timer do not reduce the rate. Called by tests of
 //! slow disks over real drivers; a simulated disk has a bandwidth of its own.
 

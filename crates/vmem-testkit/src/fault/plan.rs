@@ -14,7 +14,7 @@ use crate::decorate::OpKind;
 pub enum Fault {
     /// Any kind: nothing is done, and this error is reported.
     Error(Errno),
-    /// Any kind: it is done, and this error is reported.
+    /// Any kind: the operation is done, and this error is reported.
     ErrorAfter(Errno),
     /// Read: the buffer is filled with garbage, and this error is reported.
     Garbage(Errno),
@@ -33,7 +33,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// Whether an operation of this kind can go wrong so.
+    /// Whether an operation of this kind can go wrong in this way.
     pub fn applies_to(self, kind: OpKind) -> bool {
         match self {
             Fault::Error(_) | Fault::ErrorAfter(_) => true,
@@ -47,10 +47,10 @@ impl Fault {
     }
 }
 
-/// Which operations of a kind a rule meets, counted from 1 since the plan was set.
+/// Which operations of a kind a rule applies to, counted from 1 since the plan was set.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum When {
-    /// The n-th alone.
+    /// Only the n-th.
     Nth(u64),
     /// The n-th and all that follow.
     From(u64),
@@ -63,7 +63,7 @@ impl When {
     pub const ALWAYS: When = When::From(1);
 }
 
-/// Rules for what goes wrong; of those that meet an operation the first counts.
+/// Rules for what goes wrong. Of those that apply to an operation the first is used.
 ///
 /// ```
 /// use vmem_testkit::{Errno, Fault, FaultPlan, OpKind, When};
@@ -86,7 +86,7 @@ struct Rule {
 }
 
 impl FaultPlan {
-    /// Nothing goes wrong.
+    /// A plan without rules: nothing goes wrong.
     pub fn new() -> Self {
         FaultPlan::default()
     }
@@ -95,20 +95,20 @@ impl FaultPlan {
     ///
     /// # Panics
     ///
-    /// When the rule could never apply: the fault is none of this kind of operation, operation 0
-    /// is meant, or the probability is none.
+    /// When the rule could never apply: the fault does not occur in this kind of operation, the
+    /// operation is number 0, or the probability is not above 0 and at most 1.
     #[must_use]
     pub fn on(mut self, kind: OpKind, when: When, fault: Fault) -> Self {
         assert!(fault.applies_to(kind), "{fault:?} cannot happen to a {kind:?}");
         match when {
             When::Nth(n) | When::From(n) => assert!(n > 0, "operations are counted from 1"),
-            When::Chance(p) => assert!(p > 0.0 && p <= 1.0, "{p} is no probability above 0"),
+            When::Chance(p) => assert!(p > 0.0 && p <= 1.0, "{p} is not a probability above 0"),
         }
         self.rules.push(Rule { kind, when, fault, seen: 0 });
         self
     }
 
-    /// The fault for the next operation, of this kind.
+    /// The fault for the next operation, which is of this kind.
     pub(super) fn next(&mut self, kind: OpKind, rng: &mut SmallRng) -> Option<Fault> {
         let mut chosen = None;
         for rule in self.rules.iter_mut().filter(|rule| rule.kind == kind) {

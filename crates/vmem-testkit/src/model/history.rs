@@ -21,8 +21,8 @@ pub enum Settles {
     /// At the drop: it was applied by then or never will be.
     AtDrop,
     /// It may be applied after the drop, but never over a write that started after the drop: the
-    /// runtime keeps the writes to one object in order, or lets go of the abandoned one when the
-    /// next starts. This is what a caller who times out and writes again relies on.
+    /// runtime keeps the writes to one object in order, or gives up the abandoned one when the next
+    /// starts. A caller that times out and writes again relies on this.
     #[default]
     BeforeNextWrite,
     /// At any later time, once, even over later writes.

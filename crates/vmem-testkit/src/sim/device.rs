@@ -1,7 +1,7 @@
 //! When the operations of a simulated device start and end.
 //!
 //! Invariant: time is exact. Events carry the order in which they would have happened on the
-//! device, to the nanosecond, however late somebody asks; so the coarse ticks of tokio's timer
+//! device, to the nanosecond, however late the query comes; so the coarse ticks of tokio's timer
 //! delay the news of an end and never the device. A pure machine: no clock, no data. Called by the
 //! simulated driver.
 
@@ -110,7 +110,7 @@ impl Device {
         }
     }
 
-    /// When something next happens by itself.
+    /// When the next event is due.
     pub(super) fn next_event(&self) -> Option<Instant> {
         let seek = self.seeking.iter().map(|(at, _)| *at).min();
         let least = self.moving.iter().map(|job| job.left).min();

@@ -1,7 +1,7 @@
 //! A disk in memory, on tokio's clock.
 //!
 //! Invariant: as with a real driver, an operation starts at the call, owns its buffers until it
-//! ends and ends whatever becomes of the future. On a paused clock a run costs no time and replays.
+//! ends and ends whatever happens to the future. On a paused clock a run costs no time and replays.
 //! tokio's timer ticks in milliseconds: the device itself is exact to the nanosecond, so that rates
 //! come out right, but the news of a completion comes at the next tick. Called by tests, under the
 //! disk tier and under the decorators.
@@ -153,7 +153,7 @@ impl SimDriver {
         self.shared.state.lock().stats
     }
 
-    /// The file as it is now.
+    /// The current contents of the file.
     pub fn image(&self) -> SparseImage {
         self.shared.state.lock().image.clone()
     }

@@ -1,7 +1,7 @@
 //! What a simulated disk is doing.
 //!
 //! Invariant: a call is in `calls` from its submission until its last operation has ended, and the
-//! buffers are in it; nobody else holds them. A transfer takes effect in two steps, its first half
+//! buffers are in it, without another owner. A transfer takes effect in two steps, its first half
 //! when it starts and the rest when it ends, so that operations that overlap in time and space
 //! tear each other as they may on a disk. Used by the simulated driver alone, under its lock.
 

@@ -36,7 +36,7 @@ fn the_wake_before_the_drop_has_happened() {
         let done = Cell::new(0);
         assert_eq!(poll_wake_then_drop(three_steps(&done), 2).await, None);
         assert!(start.elapsed() >= Duration::from_secs(2), "the second wait had ended");
-        assert_eq!(done.get(), 1, "and nobody saw it");
+        assert_eq!(done.get(), 1, "and its result was not taken");
     });
 }
 

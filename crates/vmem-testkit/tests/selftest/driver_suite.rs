@@ -105,7 +105,7 @@ fn a_misdirected_write_fails() {
 enum Bug {
     /// Starts an operation at the first poll.
     Lazy,
-    /// Never lets go of the memory of a write.
+    /// Never frees the memory of a write.
     Leaks,
     /// Says nothing after `close`.
     HangsOnceClosed,

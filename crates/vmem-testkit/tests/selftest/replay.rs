@@ -75,7 +75,7 @@ fn a_seed_that_is_no_number_is_refused() {
     let said = child("0x10");
     assert!(said.contains("seed 16"), "{said}");
     assert!(said.contains("VMEM_SEED=16 cargo test a_child"), "{said}");
-    assert!(child("ten").contains("is no u64"), "a bad seed was taken");
+    assert!(child("ten").contains("is not a u64"), "a bad seed was taken");
 }
 
 #[test]

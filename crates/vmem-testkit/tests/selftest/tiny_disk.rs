@@ -27,7 +27,7 @@ pub(crate) enum Bug {
     FreesEarly,
     /// Chunks are not compared with their checksums.
     TrustsTheDisk,
-    /// What was only reserved shows what was there before.
+    /// Space that was only reserved shows its previous bytes.
     ShowsOldBytes,
     /// A reservation that fails half-way keeps its first half.
     KeepsHalf,

@@ -281,8 +281,7 @@ impl Bench {
         }
     }
 
-    /// Host memory is taken for live objects and nothing else, and nobody holds or pins more
-    /// than the scene does.
+    /// Host memory is taken for live objects only, and no more is held or pinned than by the scene.
     pub(super) async fn check_figures(&self, scene: &Scene, freed: bool, when: &str) {
         let stats = settle(&self.vmem, &self.driver).await;
         let mut there = vec![&scene.beside];

@@ -116,7 +116,7 @@ async fn resident_and_unflushed_names_leave_when_that_ends() {
     let held = vmem.read(&handle).await.unwrap();
     drop(handle);
     assert_eq!(vmem.stats().names_in_memory, 1, "it is in host memory");
-    // Others evict it, once nobody holds it.
+    // Others evict it, once it is not held.
     drop(held);
     let fill: Vec<_> =
         stream::iter(0..400).then(|_| vmem.put([0; 1000], Host)).try_collect().await.unwrap();
@@ -149,9 +149,10 @@ async fn resident_and_unflushed_names_leave_when_that_ends() {
     let commits = vmem.stats().commits;
     assert!(vmem_testkit::poll_then_drop(vmem.flush(&handle), 1).await.is_none());
     drop(handle);
-    vmem_testkit::conformance::settle("a name that was flushed for nobody leaves", async || {
-        vmem.stats().names_in_memory == 0
-    })
+    vmem_testkit::conformance::settle(
+        "a name that was flushed without a handle leaves",
+        async || vmem.stats().names_in_memory == 0,
+    )
     .await;
     assert_eq!(vmem.stats().commits, commits + 1);
 

@@ -119,7 +119,7 @@ impl Task {
         Ok(())
     }
 
-    /// Keeps a handle for a while: it leads to this version whatever becomes of the name.
+    /// Keeps a handle for a while: it leads to this version whatever happens to the name.
     fn keep(&mut self, handle: VMemHandle, version: u64) {
         if self.rng.random_bool(0.3) && self.kept.len() < 4 {
             self.kept.push((handle, version));

@@ -1,7 +1,7 @@
-//! Listings beside a model of them: prefixes, delimiters, bounds, limits, pages.
+//! Listings compared with a model: prefixes, delimiters, bounds, limits, pages.
 //!
-//! Invariant: the model says what a listing of all names is; how the store reads them is no part of
-//! it.
+//! Invariant: the model computes a listing from all names, and knows nothing of how the store reads
+//! them.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use vmem_testkit::Seed;
 
 use super::open;
 
-/// What a listing is to be, of all names there are.
+/// The listing expected of these names.
 fn model(names: &BTreeMap<String, u64>, options: &ListOptions) -> Vec<(String, Option<u64>)> {
     let mut items = BTreeMap::new();
     for (name, version) in names.iter().filter(|(name, _)| name.starts_with(&options.prefix)) {
@@ -60,7 +60,7 @@ fn listings_equal_a_model_under_random_inserts_page_by_page() {
                         names.remove(&name);
                         continue;
                     }
-                    // Some are not flushed when they are listed.
+                    // Some objects are not flushed when they are listed.
                     if rng.random_bool(0.3) {
                         drop(vmem.allocate_named(&name, 10, Disk).await.unwrap());
                     } else {

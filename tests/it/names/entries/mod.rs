@@ -1,6 +1,6 @@
 //! Names as users of object stores know them: versions, conditional puts, listings, adoption.
 //!
-//! Invariant: bytes, metadata and version of a name are one state of it, whoever changes it
+//! Invariant: bytes, metadata and version of a name are one state of it, even if it changes
 //! meanwhile.
 
 mod listings;

@@ -5,7 +5,7 @@
 //! and closing a store tests the store and not this. Called by the tests of real faults.
 //!
 //! The server has a table of descriptors of its own: if the process is killed, the connection goes
-//! with the server's threads, and nobody is left in the kernel waiting for an answer.
+//! with the server's threads, and no call is left in the kernel waiting for an answer.
 
 #![allow(unsafe_code)]
 
@@ -99,11 +99,11 @@ struct State {
 struct Core {
     opens: Opens,
     state: Mutex<State>,
-    /// Told when what was held may go on.
+    /// Notified when what was held may go on.
     release: Condvar,
 }
 
-/// The file system, mounted. Dropping it ends it, whoever still waits for an answer.
+/// The file system, mounted. Dropping it ends it, even if calls still wait for an answer.
 #[derive(Debug)]
 pub(crate) struct FaultyFs {
     core: Arc<Core>,
@@ -185,7 +185,7 @@ impl FaultyFs {
         self.core.state.lock().misaligned
     }
 
-    /// Cuts the data file off, behind everybody's back; returns how long it was.
+    /// Truncates the data file behind the store's back; returns how long it was.
     pub(crate) fn truncate(&self, len: usize) -> usize {
         let mut state = self.core.state.lock();
         let data = state.inodes.values_mut().find(|inode| inode.name.as_deref() == Some(DATA_FILE));
@@ -213,8 +213,8 @@ impl FaultyFs {
 impl Drop for FaultyFs {
     fn drop(&mut self) {
         self.heal();
-        // By force, so that what was never answered ends with an error; lazily, so that somebody
-        // who has a file open does not keep it.
+        // By force, so that what was never answered ends with an error; lazily, so that an open
+        // file does not keep it.
         let by = UnmountFlags::FORCE | UnmountFlags::DETACH;
         let _ = rustix::mount::unmount(self.path(), by);
         if let Some(server) = self.server.take() {
@@ -334,7 +334,8 @@ impl Core {
         unit * self.state.lock().rng.random_range(1..units)
     }
 
-    /// Does `answer` now, or on a thread of its own when it is time: nobody else waits for it.
+    /// Does `answer` now, or, when it is time, on a thread of its own, so that no other request
+    /// waits for it.
     fn answer(
         self: &Arc<Self>,
         trouble: Option<Trouble>,

@@ -38,7 +38,7 @@ pub(super) fn serve(served: Served, target: &Path, told: &Sender<io::Result<()>>
 fn connect(served: Served, target: &Path) -> io::Result<Session<Served>> {
     // A table of this thread's own that never held what others have open: to close a copy of a file
     // would tell its file system so, which may be a faulty one that is just being unmounted.
-    // SAFETY: this thread has just begun and uses no descriptor; nobody else sees those that it
+    // SAFETY: this thread has just begun and uses no descriptor; no other thread sees those that it
     // opens after this.
     let own =
         unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_UNSHARE) };
@@ -128,7 +128,7 @@ impl Filesystem for Served {
         let mut state = self.0.state.lock();
         let ino = state.find(name);
         match ino.and_then(|ino| state.inodes.get_mut(&ino)) {
-            // Whoever has it open still reads it.
+            // A process that has it open still reads it.
             Some(inode) => {
                 inode.name = None;
                 reply.ok();

@@ -156,7 +156,7 @@ pub(super) async fn pins_keep_objects_in_vram(which: Which) {
     drop(more);
     let fourth = waiting.await.unwrap();
 
-    // A write makes the copy stale; it is promoted again by itself, in the same memory.
+    // A write makes the copy stale; it is promoted again without a call, in the same memory.
     vmem.write(&handles[0], bytes(1, 2, 8192)).await.unwrap();
     settle(&vmem, &driver).await;
     while !in_vram(&vmem, &handles[0]) {
@@ -169,8 +169,9 @@ pub(super) async fn pins_keep_objects_in_vram(which: Which) {
     assert_all_back(vmem, &driver, &gpu, handles).await;
 }
 
-/// An upload that is under way when its caller goes keeps what it uses; a write waits its turn.
-/// Home is VRAM: space is taken there, zeros are read, and what is written is promoted by itself.
+/// An upload that is in flight when its caller is dropped keeps what it uses; a write waits its
+/// turn. With home in VRAM space is taken there, zeros are read, and what is written is promoted
+/// without a call.
 pub(super) async fn at_home_in_vram(which: Which) {
     let (vmem, driver, gpu) = open(which, MIB, MIB, |config| config);
     let handle = vmem.allocate(70_000, VRAM).await.unwrap();
@@ -182,7 +183,7 @@ pub(super) async fn at_home_in_vram(which: Which) {
     vmem.demote(&handle, DISK).await.unwrap();
     assert_eq!(vmem.stats().vram.used_bytes, 0);
     vmem.promote(&handle, VRAM).await.unwrap();
-    // Zeros need no bytes: they were made where they are. Nothing of what was there before shows.
+    // Zeros need no bytes: they were made where they are. None of the previous bytes shows.
     settle(&vmem, &driver).await;
     assert!(vmem.read(&handle).await.unwrap() == vec![0; 70_000]);
 

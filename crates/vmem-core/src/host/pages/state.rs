@@ -25,7 +25,7 @@ pub(super) struct State {
     pub(super) slow: bool,
     /// None without a device.
     pub(super) slabs: Option<Slabs>,
-    /// Somebody found no space because copies use what could have been given back.
+    /// Whether a request found no space because copies use what could have been given back.
     pub(super) starved: bool,
 }
 
@@ -33,7 +33,7 @@ impl State {
     pub(super) fn check(&self, capacity: u64) {
         let physical = self.live + self.kept.total() + self.leaving;
         assert!(physical <= capacity, "{physical} pages of a budget of {capacity}");
-        assert!(self.leaving == self.leaving_runs.total(), "pages leave that nobody counts");
+        assert!(self.leaving == self.leaving_runs.total(), "pages leave that are not counted");
     }
 }
 
@@ -44,7 +44,7 @@ pub(super) enum Plan {
     NoSpace,
 }
 
-/// Pages on their way back to the system.
+/// Pages that are being given back to the system.
 #[derive(Debug, Default)]
 pub(in super::super) struct Leaving {
     /// With their slabs, where there are slabs.
@@ -83,10 +83,11 @@ impl State {
         aside.into_iter().for_each(|run| self.kept.add(run));
     }
 
-    /// Chooses what goes at once of a run that has come back, because enough is kept: what no
-    /// device knows. Registered slabs stay until their pages are needed elsewhere: a driver
-    /// unregisters only once the device is idle, which whoever frees memory must not wait for, and
-    /// what comes next would be copied by the detour and registered anew.
+    /// Chooses which pages of a run that was put back go to the system at once, because enough are
+    /// kept: those that no device has registered. Registered slabs stay until their pages are
+    /// needed elsewhere: a driver unregisters only once the device is idle, for which a thread that
+    /// frees memory must not wait, and the next copies would go by the detour until the slab is
+    /// registered anew.
     pub(super) fn let_go(&mut self, run: Range<u64>, kept_max: u64) -> Leaving {
         let mut leaving = Leaving::default();
         for (slab, pages) in self.split(run) {
@@ -104,7 +105,7 @@ impl State {
         slabs.is_plain(slab) || (registered && (slabs.is_idle(slab) || chosen()))
     }
 
-    /// Pages that are no longer kept are on their way.
+    /// Marks pages that are no longer kept as leaving.
     pub(super) fn leave(&mut self, slab: u64, pages: Range<u64>, leaving: &mut Leaving) {
         if let Some(slabs) = &mut self.slabs {
             if slabs.is_idle(slab) {
@@ -154,7 +155,7 @@ impl State {
             return Plan::Take(run);
         }
         if self.slow && self.leaving >= over {
-            // What is on its way will do.
+            // The pages that are leaving suffice.
             self.starved = true;
             return Plan::NoSpace;
         }

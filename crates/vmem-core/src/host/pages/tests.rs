@@ -1,11 +1,11 @@
-//! The pages of host memory: given back in time, and told of.
+//! The pages of host memory: they are given back in time, and requests hear of it.
 
 use std::io;
 use std::sync::Barrier;
 
 use super::*;
 
-/// A device whose unregistrations stand still twice, once that is asked for.
+/// A device that blocks two unregistrations, once a test asks for it.
 #[derive(Debug)]
 struct Slow {
     stands: AtomicBool,
@@ -47,20 +47,19 @@ fn request_is_woken_after_a_slab_changed() {
     std::thread::scope(|scope| {
         let first = scope.spawn(|| pages.take(2));
         device.barrier.wait();
-        // Two more of the slab that is being unregistered.
+        // Two more pages of the slab that is being unregistered.
         pages.put(1..2);
         pages.put(3..4);
-        assert_eq!(pages.take(2), None, "they cannot go yet");
+        assert_eq!(pages.take(2), None, "the pages cannot be given back yet");
         assert!(!pages.has_settled());
         device.barrier.wait();
         assert!(first.join().unwrap().is_some());
     });
-    assert!(pages.has_settled(), "who was refused is to look again");
+    assert!(pages.has_settled(), "the refused request is to look again");
     assert!(pages.take(2).is_some(), "and finds space");
 }
 
-/// Many small runs are given back in little time: not in one that grows with the square of their
-/// number.
+/// The time to give back many small runs does not grow with the square of their number.
 #[test]
 fn scattered_pages_are_given_back_in_time() {
     let once = |count: u64| {
@@ -75,8 +74,8 @@ fn scattered_pages_are_given_back_in_time() {
         assert!(pages.take(count).is_some());
         begun.elapsed().as_secs_f64()
     };
-    // The least of some, for other work on the machine only adds. Eight times as many: the
-    // square would be 64 times as long, however often it is tried.
+    // The least of several times, for other work on the machine only adds. With eight times as many
+    // runs a square would take 64 times as long, however often it is tried.
     let mut few = f64::MAX;
     let mut many = f64::MAX;
     for _ in 0..32 {

@@ -84,7 +84,7 @@ impl Shared {
             disk_to_host_bytes: get(&counters.disk_to_host_bytes),
             host_to_disk_bytes: get(&counters.host_to_disk_bytes),
             errors: get(&counters.errors),
-            // Those of the names are added by whoever has them.
+            // The figures of the names are added by the owner of the names.
             ..VirtualMemoryStats::default()
         }
     }

@@ -1,11 +1,11 @@
-//! How much of object space readers hold, and who waits until it is less.
+//! How much of object space readers hold, and the reads that wait until it is less.
 //!
 //! Invariant: a read that is to hold more than [`FREE_BYTES`] has its bytes promised before it has
 //! them, and the promise ends once readers are counted as holding them. A promise is kept by a task
 //! of the runtime, or within one poll of a caller, never by a caller that waits. So what readers
-//! hold exceeds `max_held` by small reads, and by the last of the large ones, alone. Those who wait
-//! are woken together and in no order, since a caller at the front of a line may be one that does
-//! not come. Called by reads, and by the migrations that serve them.
+//! hold exceeds `max_held` by small reads, and by the last of the large ones, alone. The waiters
+//! are woken together and in no order, since a caller at the front of a line may be one that is not
+//! polled again. Called by reads, and by the migrations that serve them.
 
 use std::pin::pin;
 use std::sync::atomic::Ordering;
@@ -101,7 +101,7 @@ impl Shared {
             if deadline.is_past() {
                 return Err(self.host.all_held(bytes, deadline.waited()));
             }
-            // What lies there for callers who do not come is held too.
+            // Bytes in parcels that their callers do not claim count as held too.
             let (Ok(()) | Err(Late)) = deadline.share(1, GRACE).bound(released).await;
             self.unclaimed.recall();
         }

@@ -130,7 +130,7 @@ pub(crate) struct Shared {
     pub(crate) windows: Arc<Windows>,
     pub(crate) disk: Arc<dyn DiskBackend>,
     pub(crate) disk_link: Link,
-    /// Told of named objects that no handle leads to any more.
+    /// Called with named objects that no handle leads to any more.
     closed_hook: OnceLock<ClosedHook>,
     requests: Requests,
     /// Where the actor runs.
@@ -146,7 +146,7 @@ pub(crate) struct Shared {
     /// The tasks that serve callers past the actor.
     pub(crate) tasks: TaskTracker,
     /// Closed once a store that ends waits for kernels no longer; it never has a permit.
-    pub(crate) patience: Semaphore,
+    pub(crate) kernels_abandoned: Semaphore,
     closed: AtomicBool,
 }
 
@@ -209,7 +209,7 @@ impl Shared {
             unclaimed,
             unfinished: Arc::default(),
             tasks: TaskTracker::new(),
-            patience: Semaphore::const_new(0),
+            kernels_abandoned: Semaphore::const_new(0),
             closed: AtomicBool::new(false),
             limits,
         }))
@@ -227,7 +227,7 @@ impl Shared {
 
     // ---- The table ---------------------------------------------------------------------------
 
-    /// A new object with one handle, which nobody finds before `announce`.
+    /// A new object with one handle, which is not found before `announce`.
     pub(crate) fn create(self: &Arc<Self>, len: usize, home: MemoryTier) -> Arc<Object> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         Object::new(self, id, len, home)
@@ -283,7 +283,7 @@ impl Shared {
         first
     }
 
-    /// Nobody makes space any more.
+    /// Closes the queues: no space is made any more.
     pub(crate) fn close_queues(&self) {
         self.host.queue.close();
         self.devices.iter().for_each(|device| device.state.queue.close());

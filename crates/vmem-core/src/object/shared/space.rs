@@ -1,7 +1,7 @@
 //! Space: in host memory, in staging, on disk.
 //!
-//! Invariant: whoever waits for space waits in the queue of its tier, with a deadline, and holds
-//! none. Called by whatever makes or brings bytes.
+//! Invariant: a request for space waits in the queue of its tier, with a deadline, and holds no
+//! space meanwhile. Called by migrations and writes.
 
 use super::Shared;
 use crate::buffer::IoBuf;
@@ -14,7 +14,7 @@ use crate::parcel::GRACE;
 use crate::tier::{Device, Grant, HostSpace, Need, Refused};
 
 impl Shared {
-    /// A piece of staging; for a task. What lies there for callers who do not come is taken back.
+    /// A piece of staging; for a task. Pieces that their callers do not claim are taken back.
     ///
     /// # Errors
     ///
@@ -45,7 +45,7 @@ impl Shared {
         HostArena::footprint(len) <= self.host_capacity_bytes()
     }
 
-    /// As [`fits_host`](Self::fits_host), for callers who have no other way.
+    /// As [`fits_host`](Self::fits_host), for callers without an alternative.
     ///
     /// # Errors
     ///
@@ -73,7 +73,7 @@ impl Shared {
         self.host.queue.take(need, deadline).await.map(|grant| self.only_copy_in(grant))
     }
 
-    /// As [`host_space`](Self::host_space), for callers who have no other way.
+    /// As [`host_space`](Self::host_space), for callers without an alternative.
     pub(crate) async fn host_space_or_error(
         &self,
         need: &Need,
@@ -103,7 +103,7 @@ impl Shared {
         self.copies_in(grant).pop().expect("invariant: a grant has space for each object")
     }
 
-    /// Tells those who wait that something went.
+    /// Wakes the waiters after space was freed.
     pub(crate) fn space_was_freed(&self) {
         self.wake.if_waiting();
         self.devices.iter().for_each(Device::ring);
@@ -111,8 +111,8 @@ impl Shared {
 
     // ---- On disk -----------------------------------------------------------------------------
 
-    /// Space on disk, at once or not at all. If there is none, what lies there for callers who do
-    /// not come goes back first.
+    /// Space on disk, at once or not at all. If there is none, extents that callers do not claim
+    /// are taken back first.
     pub(crate) fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
         match self.disk.reserve(lens) {
             Err(DiskError::Full { .. }) => {
@@ -123,8 +123,7 @@ impl Shared {
         }
     }
 
-    /// As `reserve`, for whoever would be refused: if something may come back within the grace it
-    /// waits for that.
+    /// As `reserve`, but before it fails it waits for what may come back within the grace.
     pub(crate) async fn reserve_soon(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
         match self.reserve(lens) {
             Err(DiskError::Full { .. }) if self.extents_come_back().await => self.reserve(lens),

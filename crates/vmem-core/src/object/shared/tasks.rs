@@ -1,7 +1,7 @@
 //! Tasks of the runtime, and what they set aside for callers.
 //!
-//! Invariant: a task never waits for a caller, and what lies ready for one who does not come is
-//! taken back. Called by the public methods and the migrations.
+//! Invariant: a task never waits for a caller, and what a caller does not claim is taken back.
+//! Called by the public methods and the migrations.
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -43,7 +43,8 @@ impl Shared {
     pub(crate) fn request(self: &Arc<Self>, request: Request) {
         if let Some((channel, request)) = self.requests.try_send(request) {
             self.spawn("vmem-request", async move {
-                // Dropped unsent it is refused: whoever waits for its reply finds that nobody will.
+                // Dropped unsent, the request drops its reply, and its waiter learns that no answer
+                // will come.
                 drop(channel.send(request).await);
             });
         }
@@ -69,8 +70,8 @@ impl Shared {
         parcel
     }
 
-    /// As `spawn_for_caller`, for a value that keeps others from an object: the task takes it back
-    /// by itself.
+    /// As `spawn_for_caller`, for a value that keeps others from an object: the task itself takes
+    /// it back.
     pub(crate) fn spawn_for_caller_briefly<T, F>(
         self: &Arc<Self>,
         name: &'static str,
@@ -112,7 +113,7 @@ impl Shared {
     }
 }
 
-/// Runs `work` for as long as its caller is there, and sets its value aside: to be taken back if it
+/// Runs `work` until its caller has gone, and sets its value aside: to be taken back if it
 /// `is_shared`.
 async fn serve_caller<T: Send + 'static>(
     work: impl Future<Output = Result<T, VirtualMemoryError>>,

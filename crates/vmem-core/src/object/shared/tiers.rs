@@ -1,7 +1,7 @@
 //! The devices above host memory, and what holds objects in the tiers.
 //!
-//! Invariant: a device that is lost is no tier for anybody but those who still hold memory of it.
-//! Called by everything that names a tier.
+//! Invariant: a device that is lost is a tier only for what still holds memory of it. Called by
+//! everything that names a tier.
 
 use std::time::Duration;
 
@@ -41,7 +41,7 @@ impl Shared {
         self.devices.get(tier.device()?)
     }
 
-    /// Whether the tier is there.
+    /// Whether the store has this tier.
     ///
     /// # Errors
     ///

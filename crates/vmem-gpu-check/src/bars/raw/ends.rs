@@ -16,7 +16,7 @@ use vmem::gpu::DeviceTarget;
 
 use crate::user::{DeviceMemory, User};
 
-/// Told by the driver's thread when a stream has come so far.
+/// Signalled by the driver's thread when a stream has come this far.
 #[derive(Default)]
 pub(in crate::bars) struct Signal {
     fired: AtomicBool,

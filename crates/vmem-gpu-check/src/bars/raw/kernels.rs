@@ -1,6 +1,6 @@
 //! Kernels that read what was copied, so that it can be compared, and one that changes it.
 //!
-//! Invariant: a kernel has ended before anybody looks at what it wrote. Called by the bars.
+//! Invariant: a kernel has ended before what it wrote is read. Called by the bars.
 
 #![allow(unsafe_code)]
 
@@ -32,7 +32,7 @@ pub(in crate::bars) struct Sink {
 const SAMPLE: usize = 1024;
 
 impl Sink {
-    /// For objects of at most `len` bytes, of which `count` are read before anybody looks.
+    /// For objects of at most `len` bytes, of which `count` are read before they are compared.
     pub(in crate::bars) fn new(
         user: &User,
         len: usize,

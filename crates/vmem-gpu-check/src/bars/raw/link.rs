@@ -1,7 +1,7 @@
 //! Copies between pinned and device memory.
 //!
-//! Invariant: a link waits for its streams before anybody looks at its memory, and before it gives
-//! it back. Called by the bars.
+//! Invariant: a link waits for its streams before its memory is read, and before it frees it.
+//! Called by the bars.
 
 #![allow(unsafe_code)]
 

@@ -1,8 +1,8 @@
 //! What a user writes by hand on the driver: copies, kernels, and their ends.
 //!
 //! Invariant: whatever a copy or a kernel touches is owned here, or borrowed until it has ended:
-//! what owns memory waits before it lets anybody look at it, and before it gives it back. Called by
-//! the bars.
+//! the owner of memory waits before it lends it for reading, and before it frees it. Called by the
+//! bars.
 
 mod batch;
 mod ends;

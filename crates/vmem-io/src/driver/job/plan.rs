@@ -137,7 +137,7 @@ fn stretch(parts: &[Bytes]) -> Option<(Region, usize)> {
     Some((region, count))
 }
 
-/// Small or unaligned parts on their way into bounce buffers.
+/// Small or unaligned parts that go through bounce buffers.
 struct Gathered<'a> {
     ops: &'a mut Vec<Op>,
     offset: u64,

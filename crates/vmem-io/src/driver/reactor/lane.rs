@@ -107,7 +107,7 @@ impl Lane {
         if state.is_idle() { state.ring.take() } else { None }
     }
 
-    /// Waits for all jobs, blocking, with nobody's help; then drops the ring.
+    /// Waits for all jobs, blocking, without the runtime; then drops the ring.
     pub(super) fn drain(&self) {
         while !self.is_gone() {
             if let Some(ring) = self.take_idle_ring() {

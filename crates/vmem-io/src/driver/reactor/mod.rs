@@ -112,7 +112,7 @@ impl Reactor {
         Ok(reactor)
     }
 
-    /// A lane for this thread: its own, or the next one that nobody is at.
+    /// A lane for this thread: its own, or the next one that is not locked.
     fn lane(&self) -> (&Arc<Lane>, MutexGuard<'_, State>) {
         let own = own_number() % self.lanes.len();
         let from_own = self.lanes[own..].iter().chain(&self.lanes[..own]);
@@ -199,8 +199,8 @@ impl fmt::Debug for Reactor {
     }
 }
 
-/// A lane whose ring is drained by whoever has this. Dropped before the lane has closed, which is
-/// when the runtime goes, it sees to the rest.
+/// A lane whose ring is drained by the owner of this. If this is dropped before the lane has
+/// closed, because the runtime ends, its drop completes the rest.
 struct Attached {
     lane: Arc<Lane>,
     /// The ring, in the reactor. None while this is dropped.

@@ -272,7 +272,7 @@ impl Ring {
             let known =
                 self.slots.get(slot as usize).filter(|known| known.generation == generation);
             let Some(&Slot { job, op, .. }) = known else {
-                tracing::warn!(slot, generation, "a completion that nobody waits for");
+                tracing::warn!(slot, generation, "a completion without a waiter");
                 continue;
             };
             match self.jobs[job].complete(op, entry.result()) {

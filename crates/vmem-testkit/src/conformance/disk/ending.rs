@@ -1,6 +1,6 @@
 //! Checks of operations that end otherwise than by being awaited.
 //!
-//! Invariant: whatever becomes of a future or of the tier, the space comes back. Called by the
+//! Invariant: whatever happens to a future or to the tier, the space comes back. Called by the
 //! suite.
 
 use std::slice;
@@ -14,7 +14,7 @@ use crate::conformance::{POISON, assert_ok, assert_same, settle, within};
 use crate::{Pattern, Seed, poll_then_drop};
 
 /// Futures dropped after any number of polls: the tier stays usable, all space comes back, and no
-/// late write damages who has the space next.
+/// late write damages the next owner of the space.
 pub async fn dropped_futures(seed: Seed, disk: &dyn DiskBackend) {
     let mut rng = seed.fork("dropped futures").rng();
     let kept = store(disk, &[Pattern::new(seed.value(), 0).bytes(0, CHUNK_BYTES)]).await;

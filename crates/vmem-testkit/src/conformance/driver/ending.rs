@@ -67,7 +67,8 @@ pub async fn closes(seed: Seed, driver: &dyn Driver) {
     let watched = start_write(driver, vec![WriteRun { offset: 0, parts: vec![memory] }]);
     let writing = start_write(driver, vec![run(driver, 0, &data)]);
     assert_ok("close", within("close", driver.close()).await);
-    // A result that nobody took yet may hold the memory; an operation that goes on holds it longer.
+    // A result that was not taken yet may hold the memory; an operation that goes on holds it
+    // longer.
     drop(watched);
     let mut turns = 0..10_000;
     while watch.strong_count() > 0 && turns.next().is_some() {
@@ -93,8 +94,8 @@ pub async fn closes(seed: Seed, driver: &dyn Driver) {
     let _ok_or_not = within("a second close", driver.close()).await;
 }
 
-/// What an operation keeps comes back with its result, good or bad, and is let go where nobody
-/// waits for it.
+/// What an operation keeps comes back with its result, good or bad, and is dropped if its waiter
+/// has gone.
 pub async fn keeps_come_back(seed: Seed, driver: &dyn Driver) {
     let block = block(driver);
     let data = Pattern::new(seed.value(), 1).bytes(0, block);
