@@ -13,7 +13,9 @@ pub use crate::deadline::Clock;
 pub use crate::device::{
     DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, RangeLedger, RangeOwner,
 };
-pub use crate::disk::{DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, ReadChunk};
+pub use crate::disk::{
+    DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, ReadChunk, SharedOwner,
+};
 
 pub use crate::host::{InUse, ObjectSpace, Part, Registrar, StagingMemory};
 

@@ -113,15 +113,21 @@ fn unsupported(operation: &'static str) -> DiskError {
 /// A piece of the disk tier that holds, or will hold, one chunk. Dropping it frees the space,
 /// unless it is [kept](Self::keep).
 pub struct Extent {
-    first: Run,
-    /// The runs behind it; most extents are one.
-    more: Option<Box<Runs>>,
+    /// Of the first run. The two are no `Run`, whose padding would cost each extent eight bytes.
+    offset: u64,
+    footprint: u32,
     len: u32,
     sum: u32,
     sealed: bool,
     kept: AtomicBool,
-    owner: Arc<dyn ExtentOwner>,
+    /// The runs behind the first; most extents have none.
+    more: Option<Box<Runs>>,
+    owner: SharedOwner,
 }
+
+// A store has one of these for each chunk on disk.
+#[cfg(target_pointer_width = "64")]
+const _: () = assert!(size_of::<Extent>() <= 40, "an extent takes more memory than it did");
 
 /// One chunk to read.
 #[derive(Clone, Debug)]
@@ -150,21 +156,40 @@ pub trait ExtentOwner: fmt::Debug + Send + Sync + 'static {
     fn release(&self, offset: u64, footprint: u32);
 }
 
+/// The owner of extents as each of them holds it: one pointer. A backend makes one.
+#[derive(Clone, Debug)]
+pub struct SharedOwner(Arc<Box<dyn ExtentOwner>>);
+
+impl SharedOwner {
+    /// Shares `owner` between extents.
+    pub fn new(owner: impl ExtentOwner) -> Self {
+        SharedOwner(Arc::new(Box::new(owner)))
+    }
+}
+
+impl<T: ExtentOwner> ExtentOwner for Arc<T> {
+    fn release(&self, offset: u64, footprint: u32) {
+        T::release(self, offset, footprint);
+    }
+}
+
 impl Extent {
     /// An unwritten extent of one run; for backends.
-    pub fn new(offset: u64, len: u32, footprint: u32, owner: Arc<dyn ExtentOwner>) -> Self {
+    pub fn new(offset: u64, len: u32, footprint: u32, owner: SharedOwner) -> Self {
         Self::in_runs(&[Run { offset, footprint }], len, owner)
     }
 
     /// An unwritten extent of these runs, which the chunk fills in this order; for backends.
-    pub fn in_runs(runs: &[Run], len: u32, owner: Arc<dyn ExtentOwner>) -> Self {
+    pub fn in_runs(runs: &[Run], len: u32, owner: SharedOwner) -> Self {
         let footprint: u64 = runs.iter().map(|run| u64::from(run.footprint)).sum();
         let fits = len as usize <= CHUNK_BYTES && u64::from(len) <= footprint;
         assert!(fits && u32::try_from(footprint).is_ok(), "a chunk fits its extent");
-        let first = runs.first().copied().unwrap_or(Run { offset: 0, footprint: 0 });
+        let Run { offset, footprint } =
+            runs.first().copied().unwrap_or(Run { offset: 0, footprint: 0 });
         let more = runs.get(1..).filter(|more| !more.is_empty());
         let more = more.map(|more| Box::new(Runs::from_slice(more)));
-        Extent { first, more, len, sum: 0, sealed: false, kept: AtomicBool::new(false), owner }
+        let kept = AtomicBool::new(false);
+        Extent { offset, footprint, len, sum: 0, sealed: false, kept, more, owner }
     }
 
     /// Marks the chunk as written, with the CRC-32C of its bytes; for backends.
@@ -196,12 +221,13 @@ impl Extent {
 
     /// Where its first run starts, in bytes.
     pub fn offset(&self) -> u64 {
-        self.first.offset
+        self.offset
     }
 
     /// Its runs, in the order in which the chunk fills them.
     pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
-        std::iter::once(self.first).chain(self.more.iter().flat_map(|more| more.iter().copied()))
+        let first = Run { offset: self.offset, footprint: self.footprint };
+        std::iter::once(first).chain(self.more.iter().flat_map(|more| more.iter().copied()))
     }
 
     /// Payload, in bytes.
@@ -229,7 +255,7 @@ impl Drop for Extent {
     fn drop(&mut self) {
         if !*self.kept.get_mut() {
             for Run { offset, footprint } in self.runs() {
-                self.owner.release(offset, footprint);
+                self.owner.0.release(offset, footprint);
             }
         }
     }

@@ -85,7 +85,7 @@ pub(crate) fn read_pieces(chunks: &[ReadChunk]) -> Vec<ReadPiece> {
 mod tests {
     use std::sync::Arc;
 
-    use vmem_core::backend::ExtentOwner;
+    use vmem_core::backend::{ExtentOwner, SharedOwner};
 
     use super::*;
 
@@ -98,7 +98,7 @@ mod tests {
 
     fn extent(offset: u64, len: u32, sealed: bool) -> Extent {
         let footprint = len.next_multiple_of(512);
-        let mut extent = Extent::new(offset, len, footprint, Arc::new(Nobody));
+        let mut extent = Extent::new(offset, len, footprint, SharedOwner::new(Nobody));
         if sealed {
             extent.seal(0);
         }

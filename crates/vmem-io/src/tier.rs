@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use vmem_core::VirtualMemoryError;
 use vmem_core::backend::{
-    CHUNK_BYTES, Clock, DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf, ReadChunk,
+    CHUNK_BYTES, Clock, DiskBackend, DiskError, DiskUsage, Extent, IoBuf, ReadChunk, SharedOwner,
     StagingMemory, StoredChunk,
 };
 
@@ -59,6 +59,8 @@ use crate::sync_gate::SyncGate;
 #[derive(Debug)]
 pub struct DiskTier {
     inner: Arc<Inner>,
+    /// The same, as its extents hold it.
+    owner: SharedOwner,
 }
 
 /// Space of a data file that a catalog leads to.
@@ -149,7 +151,8 @@ impl DiskTier {
             directory: Mutex::new(directory),
             me: Weak::clone(me),
         });
-        Arc::new(DiskTier { inner })
+        let owner = SharedOwner::new(inner.clone());
+        Arc::new(DiskTier { inner, owner })
     }
 }
 
@@ -168,9 +171,8 @@ impl DiskBackend for DiskTier {
             return Err(invalid("reserve", "a chunk is longer than 64 KiB"));
         }
         let placed = self.inner.ledger.lock().reserve(lens)?;
-        let owner = || Arc::clone(&self.inner) as Arc<dyn ExtentOwner>;
         let extents = placed.iter().zip(lens);
-        Ok(extents.map(|(runs, &len)| Extent::in_runs(runs, len, owner())).collect())
+        Ok(extents.map(|(runs, &len)| Extent::in_runs(runs, len, self.owner.clone())).collect())
     }
 
     fn write(
@@ -262,8 +264,7 @@ impl DiskBackend for DiskTier {
         if footprint != self.footprint(len) || len as usize > CHUNK_BYTES {
             return Err(invalid("adopt", "an extent of another length than its chunk"));
         }
-        let owner = Arc::clone(&self.inner) as Arc<dyn ExtentOwner>;
-        let mut extent = Extent::in_runs(&runs, len, owner);
+        let mut extent = Extent::in_runs(&runs, len, self.owner.clone());
         extent.seal(sum);
         extent.keep();
         Ok(extent)

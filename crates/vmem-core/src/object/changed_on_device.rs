@@ -42,7 +42,7 @@ impl Object {
         };
         let flight = {
             let mut inner = self.inner.lock();
-            inner.pending = Some(device);
+            inner.rare.change(|rare| rare.pending = Some(device));
             if !crate::planted!("lease-pending") {
                 self.copy.detach(&self.shared.copies);
             }
@@ -61,12 +61,12 @@ impl Object {
     /// What a kernel wrote is the current version: in device memory, and here in host memory.
     pub(crate) fn publish_changed(self: &Arc<Self>, pass: &GatePass, copy: OwnedCopy) {
         self.publish(pass, Some(copy), DiskMap::clear);
-        self.inner.lock().pending = None;
+        self.inner.lock().rare.change(|rare| rare.pending = None);
     }
 
     /// Whether a kernel has written a version that is not published yet.
     pub(crate) fn is_pending(&self) -> bool {
-        self.inner.lock().pending.is_some()
+        self.inner.lock().rare.pending.is_some()
     }
 
     /// Makes the previous version the current one again; `old` is its host copy if it had one.
@@ -74,6 +74,6 @@ impl Object {
         if let Some(old) = old {
             self.publish_fetched(pass, old, false);
         }
-        self.inner.lock().pending = None;
+        self.inner.lock().rare.change(|rare| rare.pending = None);
     }
 }

@@ -263,7 +263,7 @@ impl DiskMap {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::ExtentOwner;
+    use crate::disk::{ExtentOwner, SharedOwner};
 
     #[derive(Debug)]
     struct Disk;
@@ -277,7 +277,8 @@ mod tests {
         let len = CHUNK_BYTES + 7;
         let extent = |index| {
             let len = chunk_len(len, index);
-            Extent::new((index * CHUNK_BYTES) as u64, len, CHUNK_BYTES as u32, Arc::new(Disk))
+            let owner = SharedOwner::new(Disk);
+            Extent::new((index * CHUNK_BYTES) as u64, len, CHUNK_BYTES as u32, owner)
         };
         let mut map = DiskMap::of(vec![extent(0), extent(1)]);
         let identity = map.identity();

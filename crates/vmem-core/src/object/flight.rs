@@ -3,6 +3,8 @@
 //! Invariant: one read of an object from a slower tier is under way for all readers that want it
 //! whole. Called by the reads.
 
+use std::sync::atomic::Ordering;
+
 use super::{DiskMap, Flight, Object, WeakFlight};
 use crate::error::VirtualMemoryError;
 use crate::parcel::WeakParcel;
@@ -37,22 +39,22 @@ impl Object {
     /// before.
     pub(crate) fn count_moved(&self, chunks: usize) -> u32 {
         let chunks = u32::try_from(chunks).unwrap_or(u32::MAX);
-        let mut inner = self.inner.lock();
-        let before = inner.chunks_moved;
-        inner.chunks_moved = before.saturating_add(chunks);
+        let add = |before: u32| Some(before.saturating_add(chunks));
+        let (Ok(before) | Err(before)) =
+            self.chunks_moved.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
         before
     }
 
     /// The damage that was found before, if any.
     pub(crate) fn damage(&self) -> Option<VirtualMemoryError> {
-        self.inner.lock().corrupt.as_deref().cloned()
+        self.inner.lock().rare.corrupt.as_deref().cloned()
     }
 
     /// Remembers that this map leads to damage, if it is still the current one.
     pub(crate) fn set_damage(&self, disk: &DiskMap, error: VirtualMemoryError) {
         let mut inner = self.inner.lock();
         if inner.disk.is_same(disk) {
-            inner.corrupt = Some(Box::new(error));
+            inner.rare.change(|rare| rare.corrupt = Some(Box::new(error)));
         }
     }
 }

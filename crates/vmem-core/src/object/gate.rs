@@ -12,6 +12,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use tokio::sync::{Notify, oneshot};
 
@@ -77,12 +78,12 @@ impl Object {
 
     /// The pass, if it is free.
     pub(super) fn try_gate_dead_or_alive(self: &Arc<Self>) -> Option<GatePass> {
-        let mut inner = self.inner.lock();
-        if inner.gate_taken {
+        let inner = self.inner.lock();
+        if self.is_changing() {
             return None;
         }
-        assert!(inner.line.is_none(), "nobody stands in line for an open gate");
-        inner.gate_taken = true;
+        assert!(inner.rare.line.is_none(), "nobody stands in line for an open gate");
+        self.gate_taken.store(true, Ordering::Relaxed);
         drop(inner);
         Some(GatePass::to(self))
     }
@@ -110,12 +111,14 @@ impl Object {
             if self.is_dead() {
                 return Err(self.not_found());
             }
-            if !inner.gate_taken {
+            if !self.is_changing() {
                 return Ok(());
             }
-            let opened = &mut inner.line.get_or_insert_default().opened;
+            let opened = inner.rare.change(|rare| {
+                rare.line.get_or_insert_default().opened.get_or_insert_default().clone()
+            });
             // Under the lock: no opening after this one is missed.
-            opened.get_or_insert_default().clone().notified_owned()
+            opened.notified_owned()
         };
         deadline.bound(opened).await.map_err(|Late| gate_late(deadline))
     }
@@ -134,13 +137,13 @@ impl Object {
             if self.is_dead() {
                 return Err(self.not_found());
             }
-            if !inner.gate_taken {
-                assert!(inner.line.is_none(), "nobody stands in line for an open gate");
-                inner.gate_taken = true;
+            if !self.is_changing() {
+                assert!(inner.rare.line.is_none(), "nobody stands in line for an open gate");
+                self.gate_taken.store(true, Ordering::Relaxed);
                 return Ok(GatePass::to(self));
             }
             let (sender, turn) = oneshot::channel();
-            inner.line.get_or_insert_default().tasks.push_back(sender);
+            inner.rare.change(|rare| rare.line.get_or_insert_default().tasks.push_back(sender));
             turn
         };
         match deadline.bound(turn).await {
@@ -182,16 +185,17 @@ impl Object {
         offers: bool,
     ) -> Option<oneshot::Sender<GatePass>> {
         let mut inner = self.inner.lock();
-        assert!(inner.gate_taken, "only its holder hands the gate on");
-        if let Some(next) = inner.line.as_mut().and_then(|line| line.tasks.pop_front()) {
+        assert!(self.is_changing(), "only its holder hands the gate on");
+        let line = inner.rare.get_mut().and_then(|rare| rare.line.as_mut());
+        if let Some(next) = line.and_then(|line| line.tasks.pop_front()) {
             return Some(next);
         }
-        let opened = inner.line.take().and_then(|line| line.opened);
+        let opened = inner.rare.change(|rare| rare.line.take()).and_then(|line| line.opened);
         if self.is_dead() {
             drop(inner);
             self.reclaim();
         } else {
-            inner.gate_taken = false;
+            self.gate_taken.store(false, Ordering::Relaxed);
             drop(inner);
             if rings {
                 // What was being changed can be evicted now.

@@ -54,9 +54,9 @@ impl Object {
         }
         let inner = self.inner.lock();
         let resident = self.copy.is_some()
-            || inner.spare.is_some()
-            || inner.devices.is_some()
-            || inner.pending.is_some()
+            || inner.rare.spare.is_some()
+            || !inner.rare.devices.is_empty()
+            || inner.rare.pending.is_some()
             || self.pins() > 0;
         if resident || !inner.disk.is_stored_as(durable, self.len) {
             return Leave::Stays;
@@ -102,7 +102,7 @@ impl DiskMap {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::{Extent, ExtentOwner};
+    use crate::disk::{Extent, ExtentOwner, SharedOwner};
 
     #[derive(Debug)]
     struct Nobody;
@@ -112,7 +112,7 @@ mod tests {
     }
 
     fn extent(len: u32) -> Extent {
-        let mut extent = Extent::new(0, len, 512, Arc::new(Nobody));
+        let mut extent = Extent::new(0, len, 512, SharedOwner::new(Nobody));
         extent.seal(7);
         extent
     }
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn space_that_was_taken_and_never_written_is_not_stored() {
-        let reserved = Extent::new(0, 300, 512, Arc::new(Nobody));
+        let reserved = Extent::new(0, 300, 512, SharedOwner::new(Nobody));
         let map = DiskMap::of(vec![reserved]);
         assert!(!map.is_stored_as(&map.clone(), 300), "a restart would not find the space");
     }

@@ -15,13 +15,15 @@ mod holds;
 mod leave;
 mod named;
 mod on_devices;
+mod rare;
 mod shared;
 mod versions;
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use bytes::Bytes;
+use once_cell::race::OnceBox;
 use parking_lot::Mutex;
 
 pub(crate) use disk_map::{
@@ -33,7 +35,7 @@ pub(crate) use named::{Claim, Named};
 pub use shared::Backends;
 pub(crate) use shared::{FREE_BYTES, Limits, Shared};
 
-use crate::copy::{CopyCell, OwnedCopy};
+use crate::copy::CopyCell;
 use crate::device::DeviceRange;
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
@@ -107,31 +109,29 @@ pub(crate) struct Object {
     pins: AtomicU32,
     /// What the policy of the host tier calls this object; written under the policy's lock.
     token: AtomicU32,
+    /// Chunks that reads moved for it since it last left host memory.
+    chunks_moved: AtomicU32,
     pub(crate) home: MemoryTier,
+    /// Whether a `GatePass` exists; written under the lock of `inner`.
+    gate_taken: AtomicBool,
     inner: Mutex<Inner>,
     /// What it knows of its name, if it ever had one.
-    pub(crate) named: OnceLock<Box<Named>>,
+    pub(crate) named: OnceBox<Named>,
 }
 
 /// What changes rarely; the lock is held for a few instructions and never across an await.
 #[derive(Default)]
 struct Inner {
-    gate_taken: bool,
-    line: Option<Box<gate::Line>>,
-    /// Chunks that reads moved for it since it last left host memory.
-    chunks_moved: u32,
-    /// Host memory that was taken for an object that was never written.
-    spare: Option<OwnedCopy>,
     disk: DiskMap,
-    devices: Option<Box<on_devices::OnDevices>>,
-    /// The device where a kernel has written a new version that is not published yet: reads wait
-    /// for it.
-    pending: Option<usize>,
     /// The read in flight that a new reader may join.
     flight: Option<WeakFlight>,
-    /// The damage that was found, until the next write of the whole object.
-    corrupt: Option<Box<VirtualMemoryError>>,
+    rare: rare::Rare,
 }
+
+// A store has as many of these as it has objects: with the counts of its `Arc` it is what
+// allocators give for 136 bytes.
+#[cfg(target_pointer_width = "64")]
+const _: () = assert!(size_of::<Object>() <= 120, "an object takes more memory than it did");
 
 impl Object {
     /// An object of zeros that owns nothing yet, with one handle.
@@ -148,8 +148,10 @@ impl Object {
             seen: AtomicU32::new(0),
             home,
             token: AtomicU32::new(NO_TOKEN),
+            chunks_moved: AtomicU32::new(0),
+            gate_taken: AtomicBool::new(false),
             inner: Mutex::default(),
-            named: OnceLock::new(),
+            named: OnceBox::new(),
         })
     }
 
@@ -274,9 +276,13 @@ impl Object {
         let before = self.standing();
         let (owned, left) = {
             let mut inner = self.inner.lock();
-            inner.corrupt = None;
-            let owned = (inner.spare.take(), std::mem::take(&mut inner.disk), inner.flight.take());
-            (owned, inner.take_devices())
+            let left = inner.take_devices();
+            let spare = inner.rare.change(|rare| {
+                rare.corrupt = None;
+                rare.spare.take()
+            });
+            let owned = (spare, std::mem::take(&mut inner.disk), inner.flight.take());
+            (owned, left)
         };
         self.left_devices(left);
         self.copy.detach(&self.shared.copies);
@@ -287,7 +293,7 @@ impl Object {
 
     /// Whether the object is being changed; a hint.
     pub(crate) fn is_changing(&self) -> bool {
-        self.inner.lock().gate_taken
+        self.gate_taken.load(Ordering::Relaxed)
     }
 }
 

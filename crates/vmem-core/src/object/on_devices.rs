@@ -14,9 +14,6 @@ use crate::policy::{Entry, Probe, Token};
 use crate::stats;
 use crate::tier::{Device, Hold};
 
-/// What it has on each device where it has anything; most objects have at most one.
-pub(super) type OnDevices = SmallVec<[OnDevice; 1]>;
-
 /// What an object has on one device: a range, holds, or both.
 #[derive(Debug)]
 pub(super) struct OnDevice {
@@ -44,20 +41,22 @@ pub(super) struct Left(SmallVec<[(usize, Place); 1]>);
 
 impl Inner {
     fn on(&self, device: usize) -> Option<&OnDevice> {
-        self.devices.as_ref()?.iter().find(|on| on.device == device)
+        self.rare.devices.iter().find(|on| on.device == device)
     }
 
     fn on_mut(&mut self, device: usize) -> Option<&mut OnDevice> {
-        self.devices.as_mut()?.iter_mut().find(|on| on.device == device)
+        self.rare.get_mut()?.devices.iter_mut().find(|on| on.device == device)
     }
 
-    fn on_or_new(&mut self, device: usize) -> &mut OnDevice {
-        let devices = self.devices.get_or_insert_default();
-        let at = devices.iter().position(|on| on.device == device).unwrap_or_else(|| {
-            devices.push(OnDevice { device, place: None, holds: 0, charged_as: Hold::Pin });
-            devices.len() - 1
-        });
-        &mut devices[at]
+    fn change_on<T>(&mut self, device: usize, change: impl FnOnce(&mut OnDevice) -> T) -> T {
+        self.rare.change(|rare| {
+            let devices = &mut rare.devices;
+            let at = devices.iter().position(|on| on.device == device).unwrap_or_else(|| {
+                devices.push(OnDevice { device, place: None, holds: 0, charged_as: Hold::Pin });
+                devices.len() - 1
+            });
+            change(&mut devices[at])
+        })
     }
 
     pub(super) fn place(&self, device: usize) -> Option<&Place> {
@@ -76,11 +75,7 @@ impl Inner {
 
     /// Nothing is kept of devices where the object has nothing.
     fn forget_empty(&mut self) {
-        let Some(devices) = &mut self.devices else { return };
-        devices.retain(|on| on.place.is_some() || on.holds > 0);
-        if devices.is_empty() {
-            self.devices = None;
-        }
+        self.rare.change(|rare| rare.devices.retain(|on| on.place.is_some() || on.holds > 0));
     }
 
     /// Outdates the copies, since the version has changed. A range stays as space where the object
@@ -89,9 +84,9 @@ impl Inner {
     pub(super) fn outdate_devices(&mut self, home: MemoryTier) -> Left {
         let mut left = Left::default();
         // What a kernel wrote is what is being published.
-        let written = self.pending;
-        let Some(devices) = &mut self.devices else { return left };
-        for on in devices.iter_mut() {
+        let written = self.rare.pending;
+        let Some(rare) = self.rare.get_mut() else { return left };
+        for on in &mut rare.devices {
             let Some(place) = &mut on.place else { continue };
             let stays_valid = crate::planted!("vram-stale") && place.is_valid;
             place.is_valid = stays_valid || written == Some(on.device);
@@ -107,7 +102,7 @@ impl Inner {
 
     /// Everything, of an object that is freed.
     pub(super) fn take_devices(&mut self) -> Left {
-        let devices = self.devices.iter_mut().flat_map(|devices| devices.iter_mut());
+        let devices = self.rare.get_mut().into_iter().flat_map(|rare| rare.devices.iter_mut());
         let places = devices.filter_map(|on| Some((on.device, on.place.take()?)));
         let left = Left(places.collect());
         self.forget_empty();
@@ -116,10 +111,10 @@ impl Inner {
 
     /// A share of the current version on a device that serves, and which that is.
     pub(super) fn device_share(&self, devices: &[Device]) -> Option<(usize, DeviceRange)> {
-        if self.pending.is_some() {
+        if self.rare.pending.is_some() {
             return None;
         }
-        self.devices.as_ref()?.iter().find_map(|on| {
+        self.rare.devices.iter().find_map(|on| {
             let place = on.place.as_ref().filter(|place| place.is_valid)?;
             let serves = devices[on.device].backend.lost().is_none();
             serves.then(|| (on.device, place.range.share()))
@@ -132,7 +127,7 @@ impl Object {
     pub(crate) fn is_on(&self, device: usize) -> bool {
         let inner = self.inner.lock();
         let is_valid = inner.place(device).is_some_and(|place| place.is_valid);
-        let is_current = is_valid && inner.pending.is_none();
+        let is_current = is_valid && inner.rare.pending.is_none();
         drop(inner);
         is_current && self.shared.device(device).is_ok()
     }
@@ -146,7 +141,7 @@ impl Object {
     pub(crate) fn share_on(&self, device: usize) -> Option<DeviceRange> {
         self.shared.device(device).ok()?;
         let inner = self.inner.lock();
-        if inner.pending.is_some() && !crate::planted!("sibling-stale") {
+        if inner.rare.pending.is_some() && !crate::planted!("sibling-stale") {
             // A kernel has written a new version that is not published yet: this is the previous
             // one.
             return None;
@@ -162,16 +157,14 @@ impl Object {
     /// The devices where it has memory.
     pub(crate) fn devices_with_space(&self) -> SmallVec<[usize; 4]> {
         let inner = self.inner.lock();
-        let devices = inner.devices.iter().flat_map(|devices| devices.iter());
-        devices.filter(|on| on.place.is_some()).map(|on| on.device).collect()
+        inner.rare.devices.iter().filter(|on| on.place.is_some()).map(|on| on.device).collect()
     }
 
     /// The devices to which a change of the object is to come again: it lives there, or is held
     /// there.
     pub(crate) fn devices_to_refresh(&self) -> SmallVec<[usize; 1]> {
         let inner = self.inner.lock();
-        let devices = inner.devices.iter().flat_map(|devices| devices.iter());
-        let held = devices.filter(|on| on.holds > 0).map(|on| on.device);
+        let held = inner.rare.devices.iter().filter(|on| on.holds > 0).map(|on| on.device);
         let mut all: SmallVec<[usize; 1]> = held.collect();
         all.extend(self.home.device().filter(|home| !all.contains(home)));
         all
@@ -195,7 +188,7 @@ impl Object {
         let prefetched = prefetched && !crate::planted!("prefetch-unprotected");
         let token = tier.enter(Entry { id, stamp, footprint, prefetched }, &range);
         let place = Place { range, is_valid: false, token, seen: self.touches() };
-        self.inner.lock().on_or_new(device).place = Some(place);
+        self.inner.lock().change_on(device, |on| on.place = Some(place));
         stats::add(&tier.state.objects, 1);
     }
 
@@ -262,14 +255,14 @@ impl Object {
         let is_free = |on: &OnDevice| {
             on.holds == 0 && on.place.as_ref().is_some_and(|place| place.range.is_idle())
         };
-        !inner.gate_taken && inner.on(device).is_some_and(is_free)
+        !self.is_changing() && inner.on(device).is_some_and(is_free)
     }
 
     /// How it stands on this device, for the policy. What was used at `spared_since` or later is
     /// not to go.
     pub(crate) fn probe_on(&self, device: usize, spared_since: u64) -> Probe {
         let mut inner = self.inner.lock();
-        if inner.gate_taken {
+        if self.is_changing() {
             // Its place may be half way in or out; to say that it is gone would be for ever.
             return Probe::Busy { stamp: self.shared.recency.fresh_stamp() };
         }
@@ -301,13 +294,13 @@ impl Object {
     }
 
     pub(super) fn add_hold_on(&self, device: usize, charged_as: Hold) -> bool {
-        let mut inner = self.inner.lock();
-        let on = inner.on_or_new(device);
-        on.holds += 1;
-        if on.holds == 1 {
-            on.charged_as = charged_as;
-        }
-        on.holds == 1
+        self.inner.lock().change_on(device, |on| {
+            on.holds += 1;
+            if on.holds == 1 {
+                on.charged_as = charged_as;
+            }
+            on.holds == 1
+        })
     }
 
     /// One more hold, unless it were the first.

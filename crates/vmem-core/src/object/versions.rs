@@ -5,7 +5,7 @@
 //! where no lock is held. Called by the migrations, the writes and the evictor.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{
     DiskMap, GatePass, MapIdentity, Object, Replaced, Standing, Version, chunks_of, on_devices,
@@ -42,7 +42,8 @@ impl Object {
     /// of a dead object either: its map may have been given back, and an empty one reads as zeros.
     pub(crate) fn cold_version(&self) -> Option<Version> {
         let inner = self.inner.lock();
-        let held = self.copy.is_some() || inner.spare.is_some() || inner.pending.is_some();
+        let held =
+            self.copy.is_some() || inner.rare.spare.is_some() || inner.rare.pending.is_some();
         let cold = !held && !self.is_dead();
         cold.then(|| {
             let device = inner.device_share(self.shared.devices());
@@ -62,7 +63,7 @@ impl Object {
 
     /// Whether host memory is set apart for an object of zeros.
     pub(crate) fn has_spare(&self) -> bool {
-        self.inner.lock().spare.is_some()
+        self.inner.lock().rare.spare.is_some()
     }
 
     /// Sets host memory apart for the first write.
@@ -70,7 +71,7 @@ impl Object {
         let before = self.standing();
         let unwritten = !before.in_host && !before.on_disk;
         assert!(unwritten, "space is set apart for an object that has bytes nowhere");
-        self.inner.lock().spare = Some(spare);
+        self.inner.lock().rare.change(|rare| rare.spare = Some(spare));
         self.count_change(before);
         self.enter_order(false);
     }
@@ -86,7 +87,7 @@ impl Object {
     /// The space that was set apart.
     pub(crate) fn take_spare(&self, _pass: &GatePass) -> Option<OwnedCopy> {
         let before = self.standing();
-        let spare = self.inner.lock().spare.take()?;
+        let spare = self.inner.lock().rare.change(|rare| rare.spare.take())?;
         self.leave_order();
         self.count_change(before);
         Some(spare)
@@ -120,13 +121,16 @@ impl Object {
             let mut inner = self.inner.lock();
             // Together under the lock: a reader that finds no copy sees the map of this version.
             change(&mut inner.disk, &mut old);
-            inner.corrupt = None;
             left = inner.outdate_devices(self.home);
             match copy {
                 Some(copy) => self.copy.publish(copy, &self.shared.copies),
                 None => self.copy.detach(&self.shared.copies),
             }
-            (inner.flight.take(), inner.spare.take())
+            let spare = inner.rare.change(|rare| {
+                rare.corrupt = None;
+                rare.spare.take()
+            });
+            (inner.flight.take(), spare)
         };
         drop((old, leftover));
         self.left_devices(left);
@@ -147,9 +151,9 @@ impl Object {
         let before = self.standing();
         let spare = {
             let mut inner = self.inner.lock();
-            inner.chunks_moved = 0;
+            self.chunks_moved.store(0, Ordering::Relaxed);
             self.copy.publish(copy, &self.shared.copies);
-            inner.spare.take()
+            inner.rare.change(|rare| rare.spare.take())
         };
         drop(spare);
         self.leave_order();
@@ -162,7 +166,9 @@ impl Object {
     pub(crate) fn lies_in(&self, _pass: &GatePass, is_there: impl Fn(&HostSlot) -> bool) -> bool {
         match self.copy.peek(&is_there) {
             Some(is_there) => is_there,
-            None => self.inner.lock().spare.as_ref().is_some_and(|spare| is_there(spare.slot())),
+            None => {
+                self.inner.lock().rare.spare.as_ref().is_some_and(|spare| is_there(spare.slot()))
+            }
         }
     }
 
@@ -173,7 +179,7 @@ impl Object {
             Found::Locked => return false,
             Found::Nothing => {
                 // Space that was never written.
-                let before = self.inner.lock().spare.replace(to);
+                let before = self.inner.lock().rare.change(|rare| rare.spare.replace(to));
                 drop(before);
                 return true;
             }
@@ -239,7 +245,7 @@ impl Object {
         let in_copy = self.copy.is_some();
         let inner = self.inner.lock();
         Standing {
-            in_host: in_copy || inner.spare.is_some(),
+            in_host: in_copy || inner.rare.spare.is_some(),
             on_disk: !inner.disk.is_empty(),
             dirty: in_copy && !inner.disk.is_whole(self.len),
             map_bytes: inner.disk.memory_bytes(),

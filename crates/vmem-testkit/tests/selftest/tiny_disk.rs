@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use vmem_core::backend::{
-    DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf, ReadChunk,
+    DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf, ReadChunk, SharedOwner,
 };
 use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun};
 
@@ -118,7 +118,7 @@ impl TinyDisk {
         state.usage.used_bytes += counted;
         state.usage.peak_bytes = state.usage.peak_bytes.max(state.usage.used_bytes);
         state.usage.extents += 1;
-        Some(Extent::new(offset, len, footprint as u32, self.space.clone()))
+        Some(Extent::new(offset, len, footprint as u32, SharedOwner::new(self.space.clone())))
     }
 }
 
