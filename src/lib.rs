@@ -80,7 +80,7 @@ use vmem_core::backend::{Backends, DeviceBackend};
 /// store; `TierNotAvailable` if a driver or a GPU was asked for that is unavailable; `Io` with what
 /// was attempted.
 pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
-    let runtime = vmem_io::current_runtime()?;
+    let runtime = vmem_core::backend::current_runtime()?;
     let (reply, answer) = tokio::sync::oneshot::channel();
     // Opening makes files, tries drivers and registers memory, which blocks for a moment. It does
     // not run on the runtime's blocking threads, since those may all be busy, for any time.
@@ -98,7 +98,7 @@ pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
 }
 
 fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
-    vmem_io::check_runtime()?;
+    vmem_core::backend::check_runtime()?;
     let (devices, no_device) = open_devices(config)?;
     let host_capacity_bytes = host_capacity_bytes(config)?;
     let disk = vmem_io::open_disk_with(vmem_io::DiskOptions {

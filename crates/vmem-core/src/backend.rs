@@ -23,4 +23,6 @@ pub use crate::ranges::{End, Ranges};
 
 pub use crate::object::Backends;
 
+pub use crate::runtime::{check_runtime, current_runtime, quietly};
+
 pub use crate::vmem::{DeviceAccess, VramChange, VramHold, VramSet, VramShare};

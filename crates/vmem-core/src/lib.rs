@@ -45,6 +45,7 @@ mod promotion;
 mod ranges;
 mod recency;
 mod requests;
+mod runtime;
 mod stats;
 mod task;
 mod tier;

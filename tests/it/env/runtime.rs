@@ -8,12 +8,19 @@
 //! Invariant: each child prints to standard error nothing that speaks of a panic.
 #![cfg(target_os = "linux")]
 
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Runtime};
-use vmem::{GpuSelection, IoDriver, MemoryTier, VirtualMemoryConfig, VirtualMemoryError};
+use vmem::{
+    GpuSelection, IoDriver, MemoryTier, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError,
+};
+use vmem_core::Capabilities;
+use vmem_core::backend::Backends;
+use vmem_io::DiskTier;
+use vmem_testkit::SimDevice;
 
+use crate::support::MemDriver;
 use crate::support::process::{again, alone};
 
 const CASE: &str = "VMEM_TEST_RUNTIME";
@@ -157,4 +164,23 @@ fn open_does_not_wait_for_the_blocking_pool() {
     drop(let_go);
     opened.expect("it waits for a thread").unwrap();
     let _ = runtime.block_on(taken);
+}
+
+/// A program that brings its own backends gets the same answer as one that opens a directory.
+#[test]
+fn backends_outside_of_a_suitable_runtime_are_refused() {
+    let make = || {
+        let device = Arc::new(SimDevice::new(1 << 20)) as Arc<_>;
+        let backends = Backends {
+            host_capacity_bytes: 4 << 20,
+            disk: DiskTier::new(MemDriver::new(), 1 << 20),
+            catalog: None,
+            devices: vec![device],
+            capabilities: Capabilities::new("memory".into(), "".into()),
+        };
+        VirtualMemory::with_backends(&config(IoDriver::Auto), backends).map(drop)
+    };
+    assert_unsuitable(make(), "not inside of a tokio runtime", "block_on");
+    let untimed = runtime(|builder| builder.enable_io());
+    assert_unsuitable(untimed.block_on(async { make() }), "has no timer", "enable_time");
 }

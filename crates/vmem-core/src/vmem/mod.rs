@@ -46,6 +46,7 @@ use crate::memory_tier::MemoryTier;
 use crate::names::Names;
 use crate::object::{Backends, DiskMap, Limits, Object, Shared, chunk_count, chunk_lens};
 use crate::requests;
+use crate::runtime;
 use crate::stats::{TierStats, VirtualMemoryStats};
 use crate::tier::{Class, Need, Refused};
 
@@ -90,14 +91,11 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// `InvalidConfig` if fields of the configuration contradict each other on this machine; `Io`
-    /// if
-    /// the address space for host memory is refused.
-    ///
-    /// # Panics
-    ///
-    /// Outside of a tokio runtime with its timer enabled.
+    /// `UnsuitableRuntime` outside of a tokio runtime, and in one without a timer; `InvalidConfig`
+    /// if the parts of the configuration do not fit each other here; `Io` if the address space for
+    /// host memory is refused.
     pub fn with_backends(config: &VirtualMemoryConfig, backends: Backends) -> Result<Self> {
+        runtime::check_runtime()?;
         let limits = Limits::of(config, backends.host_capacity_bytes)?;
         let (requests, inbox) = requests::channels();
         let mut capabilities = backends.capabilities.clone();

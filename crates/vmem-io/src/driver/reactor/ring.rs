@@ -23,11 +23,10 @@ use rustix::io::Errno;
 use slab::Slab;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use vmem_core::backend::StagingMemory;
+use vmem_core::backend::{StagingMemory, quietly};
 
 use crate::driver::job::{Job, Kind, Step, Submission};
 use crate::driver::memory::Region;
-use crate::runtime::quietly;
 
 /// Entries of the submission queue; the completion queue has twice as many.
 const ENTRIES: u32 = 256;
@@ -101,8 +100,8 @@ impl Ring {
         };
         // The runtime may have no reactor, of which tokio tells by a panic alone.
         match quietly(register) {
-            Ok(registered) => Ok(registered?),
-            Err(()) => {
+            Some(registered) => Ok(registered?),
+            None => {
                 let why = "this tokio runtime has no I/O driver: build it with `enable_io` or \
                            `enable_all`";
                 Err(io::Error::new(io::ErrorKind::Unsupported, why))

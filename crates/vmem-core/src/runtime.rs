@@ -1,7 +1,7 @@
 //! What the current tokio runtime offers to a store.
 //!
 //! Invariant: what is missing is a typed error with the remedy, and nothing is printed. Called when
-//! a store opens, on a thread of its own.
+//! a store opens, and by drivers that try what the runtime has.
 //!
 //! tokio says by a panic alone that a runtime has no timer or no I/O driver (there is a request for
 //! a question that can be asked, tokio-rs/tokio#8361). The panic is caught here, and for that
@@ -17,7 +17,8 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
-use vmem_core::VirtualMemoryError;
+
+use crate::error::VirtualMemoryError;
 
 /// The runtime to which the caller belongs.
 ///
@@ -26,7 +27,7 @@ use vmem_core::VirtualMemoryError;
 /// [`UnsuitableRuntime`](VirtualMemoryError::UnsuitableRuntime) outside of a runtime.
 ///
 /// ```
-/// assert!(vmem_io::current_runtime().is_err());
+/// assert!(vmem_core::backend::current_runtime().is_err());
 /// ```
 pub fn current_runtime() -> Result<Handle, VirtualMemoryError> {
     Handle::try_current().map_err(|_| VirtualMemoryError::UnsuitableRuntime {
@@ -47,7 +48,7 @@ pub fn check_runtime() -> Result<(), VirtualMemoryError> {
     }
     // It is bound to the timer when it is made, and never polled.
     let probed = quietly(|| drop(tokio::time::sleep(Duration::ZERO)));
-    probed.map_err(|()| VirtualMemoryError::UnsuitableRuntime {
+    probed.ok_or(VirtualMemoryError::UnsuitableRuntime {
         missing: "the tokio runtime has no timer",
         remedy: "build it with `enable_time` or `enable_all`",
     })
@@ -59,7 +60,8 @@ thread_local! {
 }
 
 /// Does something that tells by a panic that it cannot be done. Afterwards the hook is what it was.
-pub(crate) fn quietly<T>(work: impl FnOnce() -> T) -> Result<T, ()> {
+/// None if `work` panicked, which is not printed.
+pub fn quietly<T>(work: impl FnOnce() -> T) -> Option<T> {
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock();
     // A thread that unwinds may not change the hook, and is not silenced then.
@@ -70,7 +72,7 @@ pub(crate) fn quietly<T>(work: impl FnOnce() -> T) -> Result<T, ()> {
     if let Some(filter) = filter {
         filter.take_away();
     }
-    outcome.map_err(drop)
+    outcome.ok()
 }
 
 type Hook = Box<dyn Fn(&PanicHookInfo<'_>) + Send + Sync>;
