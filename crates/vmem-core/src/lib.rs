@@ -16,6 +16,7 @@
 //! - `disk`, `buffer`: what a tier below host memory implements.
 //! - `device`, `vram`: what a tier above it implements, and the objects in it.
 //! - `config`, `options`, `error`, `events`, `stats`, `capabilities`: what goes in and comes out.
+//! - `locks`: the order in which locks are taken, asserted in debug builds.
 //! - `planted`: the bugs that tests are seen to find; none in an ordinary build.
 
 mod actor;
@@ -33,6 +34,7 @@ mod error;
 mod events;
 mod handle;
 mod host;
+mod locks;
 mod memory_tier;
 mod migrate;
 mod names;

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use crate::locks::{self, Lock};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -56,7 +56,7 @@ enum State<T> {
 }
 
 struct Inner<T> {
-    state: Mutex<State<T>>,
+    state: Lock<State<T>, { locks::PARCEL }>,
     /// Parcels that exist; once there is none there never is one again.
     receivers: AtomicUsize,
     changed: Notify,
@@ -74,7 +74,7 @@ pub(crate) struct WeakParcel<T>(Weak<Inner<T>>);
 /// The two ends.
 pub(crate) fn parcel<T>() -> (Delivery<T>, Parcel<T>) {
     let inner = Arc::new(Inner {
-        state: Mutex::new(State::Awaited),
+        state: Lock::new(State::Awaited),
         receivers: AtomicUsize::new(1),
         changed: Notify::new(),
     });
@@ -148,7 +148,7 @@ impl<T> Parcel<T> {
     /// A value that its caller works on a piece a poll, and that can be taken back in between.
     pub(crate) fn lend(value: T) -> Self {
         Parcel(Arc::new(Inner {
-            state: Mutex::new(State::Ready(value, None)),
+            state: Lock::new(State::Ready(value, None)),
             receivers: AtomicUsize::new(1),
             changed: Notify::new(),
         }))
@@ -322,7 +322,7 @@ impl<T: Send> Recall for Inner<T> {
 /// The values that lie in parcels and that others could use, oldest first.
 #[derive(Default)]
 pub(crate) struct Unclaimed {
-    entries: Mutex<Entries>,
+    entries: Lock<Entries, { locks::UNCLAIMED }>,
     /// Wakes the actor, which takes back what others wait for.
     wake: Option<Arc<Wake>>,
 }
@@ -345,7 +345,7 @@ impl Drop for Ticket {
 impl Unclaimed {
     /// Values for which `wake` is called while there is a waiter.
     pub(crate) fn new(wake: Arc<Wake>) -> Self {
-        Unclaimed { entries: Mutex::default(), wake: Some(wake) }
+        Unclaimed { entries: Lock::default(), wake: Some(wake) }
     }
 
     fn enter(self: &Arc<Self>, value: Weak<dyn Recall>) -> Ticket {

@@ -9,8 +9,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::locks::{self, Lock};
 use aligned_vec::{AVec, ConstAlign};
-use parking_lot::Mutex;
 
 /// One window gets at most this share of what is free, so that later streams get some.
 const SHARE: u64 = 4;
@@ -25,7 +25,7 @@ pub(crate) struct Windows {
     capacity_bytes: u64,
     /// Changed under the lock of `spare`: both together keep to the reserve.
     used_bytes: AtomicU64,
-    spare: Mutex<Spare>,
+    spare: Lock<Spare, { locks::WINDOWS }>,
 }
 
 /// Memory that windows have left for the next ones: fresh pages cost more than a copy does.
@@ -38,7 +38,7 @@ struct Spare {
 impl Windows {
     pub(crate) fn new(capacity_bytes: u64) -> Arc<Self> {
         let used_bytes = AtomicU64::new(0);
-        Arc::new(Windows { capacity_bytes, used_bytes, spare: Mutex::default() })
+        Arc::new(Windows { capacity_bytes, used_bytes, spare: Lock::default() })
     }
 
     /// Memory for `wanted` bytes, or fewer, but `least` in any case.

@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 
-use parking_lot::Mutex;
+use crate::locks::{self, Lock};
 
 use super::HostCopy;
 use crate::wake::Wake;
@@ -24,7 +24,7 @@ const ANCHORS: usize = 16;
 
 /// All descriptors of one store.
 pub(crate) struct CopyPool {
-    free: Mutex<Free>,
+    free: Lock<Free, { locks::COPIES }>,
     wake: Arc<Wake>,
 }
 
@@ -127,7 +127,7 @@ pub(crate) struct Copies {
 impl Copies {
     /// An empty pool; `wake` is called when the last reader of a copy releases it.
     pub(crate) fn new(wake: Arc<Wake>) -> Self {
-        let free = Mutex::new(Free { list: Vec::new(), chunks: Vec::new() });
+        let free = Lock::new(Free { list: Vec::new(), chunks: Vec::new() });
         let pool = Arc::new(CopyPool { free, wake });
         let anchor = || {
             Arc::new(Anchor {

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use parking_lot::Mutex;
+use crate::locks::{self, Lock};
 
 use super::classes::{slot_bytes, slots, span_pages};
 use super::mapping::PAGE_BYTES;
@@ -20,7 +20,7 @@ const LOOKED_AT: usize = 64;
 #[derive(Debug)]
 pub(super) struct Spans {
     class: usize,
-    state: Mutex<State>,
+    state: Lock<State, { locks::SPANS }>,
 }
 
 #[derive(Debug, Default)]
@@ -74,7 +74,7 @@ pub(super) struct Leaving {
 
 impl Spans {
     pub(super) fn new(class: usize) -> Self {
-        Spans { class, state: Mutex::default() }
+        Spans { class, state: Lock::default() }
     }
 
     /// A free slot, in a new span if need be.

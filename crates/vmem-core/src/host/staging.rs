@@ -11,7 +11,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use crate::locks::{self, Lock};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::mapping::Mapping;
@@ -27,7 +27,7 @@ pub(crate) struct StagingPool {
     mapping: Mapping,
     piece_bytes: usize,
     pieces: usize,
-    free: Mutex<Vec<u32>>,
+    free: Lock<Vec<u32>, { locks::STAGING }>,
     permits: Arc<Semaphore>,
 }
 
@@ -47,7 +47,7 @@ impl StagingPool {
             mapping: Mapping::reserve(pieces * piece_bytes)?,
             piece_bytes,
             pieces,
-            free: Mutex::new((0..pieces as u32).rev().collect()),
+            free: Lock::new((0..pieces as u32).rev().collect()),
             permits: Arc::new(Semaphore::new(pieces)),
         }))
     }

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
+use crate::locks::{self, Lock};
 
 use super::{Commits, Names};
 use crate::object::{Leave, Object};
@@ -22,7 +22,7 @@ const LOOKS: usize = 2;
 
 /// The line. It keeps nothing alive.
 #[derive(Debug, Default)]
-pub(super) struct Closed(Mutex<VecDeque<Weak<Object>>>);
+pub(super) struct Closed(Lock<VecDeque<Weak<Object>>, { locks::CLOSED }>);
 
 impl Closed {
     fn push(&self, object: &Arc<Object>) {

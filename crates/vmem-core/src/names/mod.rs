@@ -19,9 +19,9 @@ mod turns;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::locks::{self, Lock};
 use bytes::Bytes;
 use dashmap::DashMap;
-use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 pub(crate) use changes::{
@@ -60,7 +60,7 @@ pub(crate) struct Names {
     turns: turns::Turns,
     next_id: AtomicU64,
     tasks: Arc<Semaphore>,
-    frozen: Mutex<Frozen>,
+    frozen: Lock<Frozen, { locks::FROZEN }>,
     /// The table was cleared, for good.
     cleared: AtomicBool,
 }
@@ -89,7 +89,7 @@ impl Names {
             closed: closed::Closed::default(),
             turns: turns::Turns::default(),
             tasks: Arc::new(Semaphore::new(TASKS_MAX)),
-            frozen: Mutex::default(),
+            frozen: Lock::default(),
             cleared: AtomicBool::new(false),
         });
         let weak = Arc::downgrade(&names);

@@ -22,9 +22,9 @@ mod versions;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
+use crate::locks::{self, Lock};
 use bytes::Bytes;
 use once_cell::race::OnceBox;
-use parking_lot::Mutex;
 
 pub(crate) use disk_map::{
     DiskMap, MapIdentity, Replaced, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
@@ -75,9 +75,8 @@ impl Version {
 
 /// What an object and its entry in the table take, in bytes, with the counts of its share and the
 /// part of the table that stands empty.
-pub(crate) const OBJECT_BYTES: u64 = (size_of::<Object>()
-    + 2 * size_of::<usize>()
-    + (size_of::<(u64, Arc<Object>)>() + 1) * 3 / 2) as u64;
+pub(crate) const OBJECT_BYTES: u64 =
+    (size_of::<Object>() + 2 * size_of::<usize>() + (size_of::<Arc<Object>>() + 1) * 3 / 2) as u64;
 
 /// Where an object stands, as the gauges count it.
 #[derive(Clone, Copy, Debug)]
@@ -114,7 +113,7 @@ pub(crate) struct Object {
     pub(crate) home: MemoryTier,
     /// Whether a `GatePass` exists; written under the lock of `inner`.
     gate_taken: AtomicBool,
-    inner: Mutex<Inner>,
+    inner: Lock<Inner, { locks::OBJECT }>,
     /// What it knows of its name, if it ever had one.
     pub(crate) named: OnceBox<Named>,
 }
@@ -150,7 +149,7 @@ impl Object {
             token: AtomicU32::new(NO_TOKEN),
             chunks_moved: AtomicU32::new(0),
             gate_taken: AtomicBool::new(false),
-            inner: Mutex::default(),
+            inner: Lock::default(),
             named: OnceBox::new(),
         })
     }

@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
+use crate::locks::{self, Lock};
 
 use super::{DiskMap, GatePass, Leave, Object};
 use crate::catalog::CatalogRecord;
@@ -19,7 +19,7 @@ use crate::error::VirtualMemoryError;
 pub(crate) struct Named {
     /// The name with which it came into memory: handles lend it out, so it stays.
     first: OnceLock<Arc<str>>,
-    state: Mutex<Option<State>>,
+    state: Lock<Option<State>, { locks::NAMED }>,
     /// Whether it stands in the line of those that may leave memory.
     in_line: AtomicBool,
 }

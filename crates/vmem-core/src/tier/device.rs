@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use parking_lot::Mutex;
+use crate::locks::{self, Lock};
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
@@ -54,7 +54,7 @@ impl Device {
         // Dropping copies is cheap: nothing is evicted early.
         let all = backend.usage().capacity_bytes;
         let marks = Watermarks { low_bytes: all, high_bytes: all };
-        let residents = Mutex::default();
+        let residents = Lock::default();
         let space = DeviceSpace { backend: backend.clone(), watcher, residents };
         let queue = Queue::new(space, all, wake.clone(), unclaimed.clone());
         let tier = MemoryTier::of_device(number);
@@ -215,7 +215,7 @@ fn window(
 pub(crate) struct DeviceSpace {
     backend: Arc<dyn DeviceBackend>,
     watcher: ShareWatcher,
-    residents: Mutex<Residents>,
+    residents: Lock<Residents, { locks::RESIDENTS }>,
 }
 
 impl DeviceSpace {

@@ -5,7 +5,7 @@
 //! object is counted twice. Charged by the pins and leases of `vmem`; read by the evictor, and by
 //! errors that say why there is no space.
 
-use parking_lot::Mutex;
+use crate::locks::{self, Lock};
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
@@ -40,14 +40,14 @@ impl HeldBytes {
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Holds {
-    bytes: Mutex<HeldBytes>,
+    bytes: Lock<HeldBytes, { locks::HOLDS }>,
     max: u64,
     gone: Notify,
 }
 
 impl Holds {
     pub(crate) fn new(max: u64) -> Self {
-        Holds { bytes: Mutex::default(), max, gone: Notify::new() }
+        Holds { bytes: Lock::default(), max, gone: Notify::new() }
     }
 
     pub(crate) fn bytes(&self) -> HeldBytes {

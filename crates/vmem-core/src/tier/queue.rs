@@ -16,8 +16,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::locks::{self, Lock};
 use futures::FutureExt;
-use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::need::{Answer, Served};
@@ -31,7 +31,7 @@ use crate::wake::Wake;
 /// The space of one tier with its queue.
 pub(crate) struct Queue<S: Space> {
     space: S,
-    waiters: Mutex<Waiters<S>>,
+    waiters: Lock<Waiters<S>, { locks::WAITERS }>,
     /// A prefetch gets no space beyond this, in bytes used: it must not cause evictions.
     prefetch_limit_bytes: u64,
     /// Length of the queue, to be read without the lock.
@@ -52,7 +52,7 @@ impl<S: Space> Queue<S> {
     ) -> Self {
         let demand = VecDeque::new();
         let prefetch = VecDeque::new();
-        let waiters = Mutex::new(Waiters { next_ticket: 0, demand, prefetch, closed: false });
+        let waiters = Lock::new(Waiters { next_ticket: 0, demand, prefetch, closed: false });
         Queue { space, waiters, prefetch_limit_bytes, len: AtomicUsize::new(0), wake, unclaimed }
     }
 

@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use crate::locks::{self, Lock};
 
 use super::{Grant, Holds, Need, Queue, Refused, Space};
 use crate::deadline::Deadline;
@@ -28,7 +28,7 @@ pub(crate) struct Watermarks {
 pub(crate) struct TierState<S: Space> {
     pub(crate) tier: MemoryTier,
     pub(crate) queue: Queue<S>,
-    pub(crate) order: Mutex<Box<dyn Policy>>,
+    pub(crate) order: Lock<Box<dyn Policy>, { locks::ORDER }>,
     pub(crate) holds: Holds,
     pub(crate) marks: Watermarks,
     /// Objects with a copy, or with space set apart, in this tier.
@@ -48,7 +48,7 @@ impl<S: Space> TierState<S> {
         let max_held_bytes = queue.space().capacity_bytes() as f64 * max_held;
         TierState {
             tier,
-            order: Mutex::new(order),
+            order: Lock::new(order),
             holds: Holds::new(max_held_bytes as u64),
             marks,
             objects: AtomicU64::new(0),

@@ -1,23 +1,21 @@
 //! What the handles, the actor and the migrations of one store have in common.
 //!
 //! Invariant: object space, staging, disk and the order of eviction each keep their own ledger
-//! behind their own lock, and no lock is taken while another one is held, but for those of
-//! the allocators inside of them. Made by `VirtualMemory::with_backends`.
+//! behind their own lock, and locks are taken in the order of `locks.rs`. Made by `VirtualMemory::with_backends`.
 
 mod figures;
 mod held;
 mod space;
+mod table;
 mod tasks;
 mod tiers;
 
 pub(crate) use held::FREE_BYTES;
+use table::Table;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-
-use dashmap::DashMap;
-use foldhash::fast::FixedState;
 
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
@@ -114,7 +112,7 @@ impl Limits {
 /// See the module's documentation.
 pub(crate) struct Shared {
     pub(crate) limits: Limits,
-    table: DashMap<u64, Arc<Object>, FixedState>,
+    table: Table,
     next_id: AtomicU64,
     pub(crate) recency: Recency,
     pub(crate) timing: Timing,
@@ -187,7 +185,7 @@ impl Shared {
         };
         let devices = (0..).zip(devices).map(device).collect();
         Ok(Arc::new(Shared {
-            table: DashMap::with_hasher(FixedState::default()),
+            table: Table::new(),
             next_id: AtomicU64::new(1),
             recency: Recency::new(),
             timing: Timing { clock: disk.clock(), runtime: runtime.id() },
@@ -235,20 +233,20 @@ impl Shared {
 
     /// Puts a new object, which has its space, into the table.
     pub(crate) fn announce(&self, object: &Arc<Object>) {
-        self.table.insert(object.id, object.clone());
+        self.table.insert(object.clone());
     }
 
     pub(crate) fn find(&self, id: u64) -> Option<Arc<Object>> {
-        self.table.get(&id).map(|object| object.clone())
+        self.table.get(id)
     }
 
     /// Every object that is alive now.
     pub(crate) fn all(&self) -> Vec<Arc<Object>> {
-        self.table.iter().map(|object| object.clone()).collect()
+        self.table.all()
     }
 
     pub(crate) fn forget(&self, id: u64) {
-        self.table.remove(&id);
+        self.table.remove(id);
     }
 
     /// Sets the hook for objects that are closed. Once.
