@@ -68,18 +68,24 @@ verdict() {
     esac
 }
 
-# Nothing is planted.
-while read -r tests; do
-    status=0
-    # shellcheck disable=SC2086
-    run $tests || status=$?
+# try ARGUMENT...: runs these tests, and leaves in $found what they say.
+try() {
+    local status=0
+    run "$@" || status=$?
     found=$(verdict "$status")
-    if [ "$found" != UNSEEN ]; then
-        tail -40 "$output"
-        echo "without a bug these must pass: $tests: $found" >&2
-        exit 1
-    fi
-    echo "passes without a bug: $tests"
+}
+
+# Nothing is planted. Once more where that fails: the machine may have been busy.
+declare -A broken
+while read -r tests; do
+    for attempt in 1 2; do
+        # shellcheck disable=SC2086
+        try $tests
+        if [ "$found" = UNSEEN ]; then break; fi
+        grep -A 2 panicked "$output" || tail -20 "$output"
+        echo "without a bug, at attempt $attempt: $found: $tests"
+    done
+    if [ "$found" = UNSEEN ]; then echo "passes without a bug: $tests"; else broken[$tests]=$found; fi
 done < <(printf '%s\n' "${chosen[@]}" | cut -d' ' -f2- | sort -u)
 
 table=()
@@ -87,11 +93,10 @@ unseen=0
 for entry in "${chosen[@]}"; do
     read -r name tests <<<"$entry"
     export VMEM_PLANTED=$name
-    status=0
     began=$SECONDS
     # shellcheck disable=SC2086
-    run $tests || status=$?
-    found=$(verdict "$status")
+    try $tests
+    if [ -n "${broken[$tests]:-}" ]; then found="FAILS WITHOUT IT TOO"; fi
     if [[ $found != seen* ]]; then unseen=$((unseen + 1)); fi
     table+=("$(printf '%-20s  %-22s %4d s  %s' "$name" "$found" $((SECONDS - began)) "$tests")")
     echo "${table[-1]}"

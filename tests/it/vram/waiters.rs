@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vmem::backend::{Backends, DeviceAccess};
-use vmem::{Capabilities, MemoryTier, VirtualMemory};
+use vmem::{Capabilities, MemoryTier, VirtualMemory, VirtualMemoryError};
 use vmem_io::DiskTier;
 use vmem_testkit::SimDevice;
 
@@ -65,4 +65,23 @@ async fn last_drop_of_a_share_wakes_the_waiter_on_whatever_thread() {
     }
     drop((used, other));
     vmem.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lease_that_waits_for_space_is_refused_by_the_close() {
+    let vmem = open(128 * KIB);
+    let used = vmem.put(bytes(1, 1, 100 * KIB), HOST).await.unwrap();
+    let other = vmem.put(bytes(2, 1, 100 * KIB), HOST).await.unwrap();
+    vmem.promote(&used, VRAM).await.unwrap();
+    let device = DeviceAccess::all(&vmem).next().unwrap();
+    let share = device.share(&used).unwrap().expect("it is in device memory");
+    let waiter = tokio::spawn(async move { device.hold(&other).await.map(drop) });
+    while vmem.stats().waiters == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let closing = tokio::spawn(vmem.close());
+    let refused = tokio::time::timeout(HANG, waiter).await.expect("it learns of the close");
+    assert!(matches!(refused.unwrap(), Err(VirtualMemoryError::Closed)));
+    drop((share, used));
+    closing.await.unwrap().unwrap();
 }

@@ -247,9 +247,6 @@ impl DeviceError {
             DeviceError::Lost(message) => {
                 VirtualMemoryError::Device { operation: "using the device", code: 0, message }
             }
-            DeviceError::Closed if crate::planted!("closed-untold") => {
-                DeviceError::Lost("closed".into()).public()
-            }
             DeviceError::Closed => VirtualMemoryError::Closed,
         }
     }

@@ -234,11 +234,18 @@ pub(super) fn slabs(env: &Env) -> Result<Outcome> {
         let rounds = env.scaled(400, 120);
         let set = |set: vmem::VirtualMemoryConfigBuilder| set.staging_capacity((host / 16) as u64);
         let vmem = env.store(env.scaled(512 * MIB, 32 * MIB), host, set).await?;
-        // Whole slabs have memory now, and are registered as it passes.
-        let large = vmem.put(bytes(4_000_000, 0, host / 3), HOST).await?;
-        vmem.promote(&large, VRAM).await?;
+        // Slabs have memory, and are registered as it passes. The holes in them are too short for
+        // much of what follows, which has their pages given back.
+        let mut between = Vec::new();
+        for object in 0..12 {
+            let handle = vmem.put(bytes(4_000_000 + object, 0, host / 16), HOST).await?;
+            vmem.promote(&handle, VRAM).await?;
+            between.push(handle);
+        }
         let mut most = vmem.stats().registered_bytes;
-        vmem.free(large).await?;
+        for hole in (0..6).rev() {
+            vmem.free(between.remove(2 * hole)).await?;
+        }
         let mut tasks = Vec::new();
         for task in 0..4_u64 {
             let vmem = vmem.clone();
@@ -284,7 +291,7 @@ pub(super) fn slabs(env: &Env) -> Result<Outcome> {
         }
         ensure!(most > 0, "nothing was registered at any time");
         ensure!(most <= host as u64, "{most} registered of {host}");
-        end(env, vmem, Vec::new()).await?;
+        end(env, vmem, between).await?;
         passed(json!({"rounds": 4 * rounds, "most_registered_bytes": most}))
     })
 }
