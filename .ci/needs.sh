@@ -1,0 +1,60 @@
+# shellcheck shell=bash
+# What some steps need of a machine beyond the pinned Rust. Sourced by `.ci/run`, which has `skip`.
+
+# The lowest Rust that the dependencies allow.
+lowest=$(sed -n 's/^rust-version = "\(.*\)"$/\1.0/p' Cargo.toml)
+host=$(rustc -vV | sed -n 's/^host: //p')
+
+# No `grep -q` here: it stops at the first match, and rustup fails when nobody reads the rest.
+has_toolchain() {
+    rustup toolchain list 2>/dev/null | grep "^$1-" >/dev/null
+}
+
+has_nightly() {
+    cargo +nightly --version >/dev/null 2>&1
+}
+
+has_target() {
+    rustup target list --installed 2>/dev/null | grep -x "$1" >/dev/null
+}
+
+has_nightly_component() {
+    rustup +nightly component list --installed 2>/dev/null | grep "^$1" >/dev/null
+}
+
+# lack WHAT: prints why it cannot be had here and what to do; nothing where it can.
+lack() {
+    case $1 in
+    lowest-rust)
+        has_toolchain "$lowest" || echo "install it by \`rustup toolchain install $lowest --profile minimal\`"
+        ;;
+    macos-target)
+        has_target aarch64-apple-darwin || echo "install it by \`rustup target add aarch64-apple-darwin\`"
+        ;;
+    miri)
+        if ! has_nightly || ! has_nightly_component miri || ! has_nightly_component rust-src; then
+            echo "install it by \`rustup toolchain install nightly --component miri --component rust-src\`"
+        fi
+        ;;
+    address-sanitizer)
+        case $host in
+        x86_64-unknown-linux-gnu | aarch64-unknown-linux-gnu)
+            has_nightly || echo "install it by \`rustup toolchain install nightly\`"
+            ;;
+        *) echo "there is none for $host" ;;
+        esac
+        ;;
+    *)
+        echo "nothing is known about $1" >&2
+        return 1
+        ;;
+    esac
+}
+
+# needs WHAT COMMAND...: runs the command where this machine has WHAT, and skips the step where not.
+needs() {
+    local why
+    why=$(lack "$1")
+    shift
+    if [ -n "$why" ]; then skip "$why"; else "$@"; fi
+}

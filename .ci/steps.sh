@@ -1,0 +1,83 @@
+# shellcheck shell=bash
+# The steps of `.ci/run`, in the order in which they run. Sourced by it; `step`, `needs` and the rest are there and in `.ci/needs.sh`.
+# shellcheck disable=SC2154 # what those set
+
+# The address sanitizer catches every use of freed or foreign memory, and every leak. Not instrumented: doctests, and the
+# model-checked tests (`model_*`), whose checker leaks by itself when a model is meant to fail.
+asan() {
+    # The emulated driver is a library that is loaded: it takes the sanitizer's functions from the program.
+    env RUSTFLAGS="-Zsanitizer=address -Clink-arg=-rdynamic" CARGO_TARGET_DIR="$built/asan" \
+        cargo +nightly test --target "$host" "$@"
+}
+
+# under_miri FILTER: those tests of the core, under the interpreter that knows undefined behaviour.
+under_miri() {
+    ran_some env MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p vmem-core --lib "$1"
+}
+
+# fresh_seeds COUNT COMMAND...: runs tests with seeds that nobody has tried, and names each.
+fresh_seeds() {
+    local count=$1 first seed
+    shift
+    first=$(date +%s)
+    for ((seed = first; seed < first + count; seed++)); do
+        echo "VMEM_SEED=$seed"
+        ran_some env VMEM_SEED="$seed" "$@"
+    done
+}
+
+# --- fast
+
+# The tests are those of the whole workspace, in part: for one package alone, everything would be built once more, with fewer features.
+step fast "formatting" cargo fmt --all --check
+step fast "modules of the core point one way" scripts/core-modules.sh
+step fast "clippy" cargo clippy --workspace --all-targets -- -D warnings
+step fast-only "tidy" cargo test --workspace --test tidy
+step fast "rustdoc" env RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --workspace --features vmem/dlpack
+step fast-only "unit tests" cargo test --workspace --lib
+# One test opens a hundred thousand names, for two fifths of the time of all.
+step fast-only "integration tests" cargo test --workspace --test it -- --skip a_hundred_thousand_names
+
+# --- full
+
+step full "cudarc with the features of candle and cubecl" \
+    cargo check --locked --manifest-path checks/cudarc-union/Cargo.toml --target-dir "$built/union"
+step full "with tokio_unstable: named tasks" env RUSTFLAGS="--cfg tokio_unstable" \
+    CARGO_TARGET_DIR="$built/unstable" cargo check -p vmem --features tokio-console
+step full "features" scripts/check-features.sh
+step full "packages" scripts/package.sh --no-verify --offline
+# For the library alone; its tests may need more.
+step full "the lowest Rust" needs lowest-rust env CARGO_TARGET_DIR="$built/lowest" \
+    cargo "+$lowest" check --package vmem --all-features
+step full "tests and doctests" env VMEM_STRESS_SECONDS=60 cargo test --workspace
+step full "build the examples" cargo build --release --examples
+step full "gpu-check, for machines with a card and no Rust" scripts/build-gpu-check.sh
+step full "example hello" bounded 60 cargo run --release --example hello
+step full "example gpu_kernel" bounded 120 cargo run --release --example gpu_kernel -- --emulated
+step full "example quickstart" bounded 300 cargo run --release --example quickstart -- --seconds 5
+# A job that is dropped in flight leaks, which one test looks at.
+step full-only "address sanitizer: everything dropped while the kernel has it" \
+    needs address-sanitizer asan -p vmem-io --lib --test rings -- --skip on_purpose
+
+# --- nightly
+
+step nightly "macOS compiles" needs macos-target env CARGO_TARGET_DIR="$built/macos" RUSTFLAGS=-Dwarnings \
+    cargo check --package vmem --all-features --target aarch64-apple-darwin
+# The files with unsafe code.
+step nightly "miri: copy" needs miri under_miri copy::
+step nightly "miri: host" needs miri under_miri host::arena
+step nightly "address sanitizer: core" needs address-sanitizer asan -p vmem-core --lib
+step nightly "address sanitizer: disk tier" needs address-sanitizer asan -p vmem-io --lib --tests -- --skip on_purpose
+# Not the suite over each driver, which is everything four times more.
+step nightly "address sanitizer: scenarios" needs address-sanitizer asan -p vmem --lib --tests -- \
+    --skip the_suite_passes_on_every_driver
+# What `tests and doctests` does for seconds, for minutes.
+step nightly "long: every operation at random" ran_some env VMEM_STRESS_SECONDS=600 \
+    cargo test --workspace --test stress -- every_operation_at_random
+step nightly "long: kills, power cuts and damage" ran_some env VMEM_KILLS=500 VMEM_IMAGES=6000 VMEM_FLIPS=20000 \
+    cargo test --workspace --test it -- names::kills names::power_cuts names::damage
+step nightly "long: resident memory" ran_some env VMEM_BUDGET_SECONDS=60 \
+    cargo test --workspace --test it -- process::budget
+step nightly "fresh seeds: the model" fresh_seeds 20 cargo test --workspace --test it -- model::
+step nightly "fresh seeds: everything random" fresh_seeds 3 cargo test --workspace --lib --test it --test policy
+step nightly "planted bugs are seen" scripts/planted.sh
