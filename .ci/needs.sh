@@ -44,6 +44,9 @@ lack() {
         *) echo "there is none for $host" ;;
         esac
         ;;
+    typos-cli)
+        command -v typos >/dev/null || echo "install it by \`cargo install --locked $1\`"
+        ;;
     *)
         echo "nothing is known about $1" >&2
         return 1

@@ -40,6 +40,7 @@ step fast-only "integration tests" cargo test --workspace --test it -- --skip a_
 
 # --- full
 
+step full "typos" needs typos-cli typos
 step full "cudarc with the features of candle and cubecl" \
     cargo check --locked --manifest-path checks/cudarc-union/Cargo.toml --target-dir "$built/union"
 step full "with tokio_unstable: named tasks" env RUSTFLAGS="--cfg tokio_unstable" \
