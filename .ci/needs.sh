@@ -44,8 +44,15 @@ lack() {
         *) echo "there is none for $host" ;;
         esac
         ;;
-    typos-cli)
-        command -v typos >/dev/null || echo "install it by \`cargo install --locked $1\`"
+    cargo-deny | typos-cli)
+        command -v "${1%-cli}" >/dev/null || echo "install it by \`cargo install --locked $1\`"
+        ;;
+    advisories)
+        if [ -n "$(lack cargo-deny)" ]; then
+            lack cargo-deny
+        elif ! cargo deny fetch db >&2; then
+            echo "the advisory database cannot be fetched from here"
+        fi
         ;;
     *)
         echo "nothing is known about $1" >&2

@@ -15,6 +15,20 @@ under_miri() {
     ran_some env MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p vmem-core --lib "$1"
 }
 
+# deny MANIFEST CHECK...: what `deny.toml` forbids, in everything that a package stands on.
+deny() {
+    local manifest=$1
+    shift
+    cargo deny --locked --config deny.toml --manifest-path "$manifest" --workspace check --hide-inclusion-graph "$@"
+}
+
+deny_advisories() {
+    local manifest
+    for manifest in Cargo.toml checks/*/Cargo.toml; do
+        deny "$manifest" advisories
+    done
+}
+
 # fresh_seeds COUNT COMMAND...: runs tests with seeds that nobody has tried, and names each.
 fresh_seeds() {
     local count=$1 first seed
@@ -41,6 +55,9 @@ step fast-only "integration tests" cargo test --workspace --test it -- --skip a_
 # --- full
 
 step full "typos" needs typos-cli typos
+step full "licences, bans and sources" needs cargo-deny deny Cargo.toml bans licenses sources
+step full "licences, bans and sources of cudarc-union" \
+    needs cargo-deny deny checks/cudarc-union/Cargo.toml bans licenses sources
 step full "cudarc with the features of candle and cubecl" \
     cargo check --locked --manifest-path checks/cudarc-union/Cargo.toml --target-dir "$built/union"
 step full "with tokio_unstable: named tasks" env RUSTFLAGS="--cfg tokio_unstable" \
@@ -64,6 +81,9 @@ step full-only "address sanitizer: everything dropped while the kernel has it" \
 
 step nightly "macOS compiles" needs macos-target env CARGO_TARGET_DIR="$built/macos" RUSTFLAGS=-Dwarnings \
     cargo check --package vmem --all-features --target aarch64-apple-darwin
+step nightly "licences, bans and sources of datafusion" \
+    needs cargo-deny deny checks/datafusion/Cargo.toml bans licenses sources
+step nightly "advisories" needs advisories deny_advisories
 # The files with unsafe code.
 step nightly "miri: copy" needs miri under_miri copy::
 step nightly "miri: host" needs miri under_miri host::arena
