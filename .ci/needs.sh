@@ -22,6 +22,11 @@ has_nightly_component() {
     rustup +nightly component list --installed 2>/dev/null | grep "^$1" >/dev/null
 }
 
+# The last release before this commit, by its tag.
+last_release() {
+    git describe --tags --abbrev=0 --match 'v[0-9]*' 2>/dev/null
+}
+
 # lack WHAT: prints why it cannot be had here and what to do; nothing where it can.
 lack() {
     case $1 in
@@ -52,6 +57,13 @@ lack() {
             lack cargo-deny
         elif ! cargo deny fetch db >&2; then
             echo "the advisory database cannot be fetched from here"
+        fi
+        ;;
+    release)
+        if ! last_release >/dev/null; then
+            echo "no release is tagged yet, so there is nothing to compare with"
+        elif ! command -v cargo-semver-checks >/dev/null; then
+            echo "install it by \`cargo install --locked cargo-semver-checks\`"
         fi
         ;;
     *)

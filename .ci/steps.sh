@@ -29,6 +29,11 @@ deny_advisories() {
     done
 }
 
+# Whether the public items still keep what the last release promised by its version.
+semver() {
+    cargo semver-checks --workspace --baseline-rev "$(last_release)"
+}
+
 # fresh_seeds COUNT COMMAND...: runs tests with seeds that nobody has tried, and names each.
 fresh_seeds() {
     local count=$1 first seed
@@ -84,6 +89,7 @@ step nightly "macOS compiles" needs macos-target env CARGO_TARGET_DIR="$built/ma
 step nightly "licences, bans and sources of datafusion" \
     needs cargo-deny deny checks/datafusion/Cargo.toml bans licenses sources
 step nightly "advisories" needs advisories deny_advisories
+step nightly "versions keep their promise" needs release semver
 # The files with unsafe code.
 step nightly "miri: copy" needs miri under_miri copy::
 step nightly "miri: host" needs miri under_miri host::arena
@@ -99,6 +105,6 @@ step nightly "long: kills, power cuts and damage" ran_some env VMEM_KILLS=500 VM
     cargo test --workspace --test it -- names::kills names::power_cuts names::damage
 step nightly "long: resident memory" ran_some env VMEM_BUDGET_SECONDS=60 \
     cargo test --workspace --test it -- process::budget
-step nightly "fresh seeds: the model" fresh_seeds 20 cargo test --workspace --test it -- model::
+step nightly "fresh seeds: the model" fresh_seeds 100 cargo test --workspace --test it -- model::
 step nightly "fresh seeds: everything random" fresh_seeds 3 cargo test --workspace --lib --test it --test policy
 step nightly "planted bugs are seen" scripts/planted.sh
