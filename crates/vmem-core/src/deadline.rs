@@ -70,6 +70,11 @@ impl Deadline {
         Deadline::after((left / parts).min(at_most), self.timing)
     }
 
+    /// The deadline of the next wait of a request that has made progress: as long, from now.
+    pub(crate) fn renewed(&self) -> Self {
+        Deadline::after(self.wait, self.timing)
+    }
+
     /// When the request was made, in the runtime's time.
     pub(crate) fn asked(&self) -> Instant {
         self.asked

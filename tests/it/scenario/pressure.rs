@@ -55,6 +55,27 @@ async fn demand_time(vmem: &VirtualMemory, objects: &[VMemHandle], hot: &[VMemHa
     began.elapsed()
 }
 
+/// Mechanism: one deadline for all pieces of a `read_into`. Effect: an object that takes the disk
+/// longer than `wait_timeout` could never be read, however often. Fix: each piece that makes
+/// progress has the deadline anew.
+#[tokio::test(start_paused = true)]
+async fn slow_read_into_goes_on_as_long_as_it_makes_progress() {
+    const LEN: usize = 64 * MIB;
+    let (vmem, _) = open(4 * MIB, 96 * MIB, disk_of(1));
+    let handle = vmem.allocate(LEN, DISK).await.unwrap();
+    let expected = bytes(1, 1, LEN);
+    for start in (0..LEN).step_by(MIB) {
+        vmem.write_at(&handle, start, &expected[start..start + MIB]).await.unwrap();
+    }
+    let began = Instant::now();
+    let mut read = vec![0; LEN];
+    vmem.read_into(&handle, 0..LEN, &mut read).await.unwrap();
+    assert!(read == expected);
+    let waits = support::config(MIB, |builder| builder).wait_timeout();
+    assert!(began.elapsed() > waits, "it was slower than one wait: {:?}", began.elapsed());
+    vmem.close().await.unwrap();
+}
+
 /// Excluded: prefetches that take the link from demand reads, and that evict what is in use.
 /// Noticed by the simulated time of the same reads alone and under the storm.
 #[tokio::test(start_paused = true)]

@@ -137,7 +137,10 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
-    /// How long a request waits for space before it fails, more than zero. Default: 30 s.
+    /// How long a request waits before it fails, more than zero; default: 30 s. Waits for space,
+    /// for another change of the object, for the disk and for a device count together, but those
+    /// of [`read_into`](crate::VirtualMemory::read_into) and of streams, which have it for each
+    /// piece. So a promotion or a write of very many GiB may need more.
     pub fn wait_timeout(mut self, timeout: Duration) -> Self {
         self.wait_timeout = timeout;
         self

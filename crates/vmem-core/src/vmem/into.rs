@@ -21,6 +21,8 @@ pub(super) const PIECE: usize = 256 * 1024;
 #[derive(Debug)]
 struct Progress {
     done: usize,
+    /// The most that was ever done.
+    furthest: usize,
     /// What tells the version; none if only host memory has all of it.
     map: Option<MapIdentity>,
     /// What is copied from host memory within one poll, in bytes.
@@ -31,7 +33,7 @@ struct Progress {
 
 impl Progress {
     fn new() -> Self {
-        Progress { done: 0, map: None, step: PIECE, recalled: false }
+        Progress { done: 0, furthest: 0, map: None, step: PIECE, recalled: false }
     }
 
     /// Goes on in this version: from the front, unless the pieces so far are of the same. True if
@@ -55,13 +57,14 @@ enum Ended {
 }
 
 impl VirtualMemory {
-    /// Copies a part of one version into memory of the caller.
+    /// Copies a part of one version into memory of the caller. It may take as long as it takes:
+    /// the deadline is that of each piece, so a request that starts again and again still ends.
     pub(super) async fn copy_in_pieces(
         &self,
         object: &Arc<Object>,
         range: Range<usize>,
         buf: &mut [u8],
-        how: Asked,
+        mut how: Asked,
     ) -> Result<()> {
         let mut progress = Progress::new();
         let mut missed = false;
@@ -73,7 +76,7 @@ impl VirtualMemory {
                 {
                     continue;
                 }
-                ended = self.copy_from_below(object, &range, buf, &how, &mut progress).await?;
+                ended = self.copy_from_below(object, &range, buf, &mut how, &mut progress).await?;
             }
             if matches!(ended, Ended::Done) {
                 return Ok(());
@@ -127,7 +130,7 @@ impl VirtualMemory {
         object: &Arc<Object>,
         range: &Range<usize>,
         buf: &mut [u8],
-        how: &Asked,
+        how: &mut Asked,
         progress: &mut Progress,
     ) -> Result<Ended> {
         let mut version = None;
@@ -153,6 +156,10 @@ impl VirtualMemory {
                         let end = before + at.len();
                         buf[before..end].copy_from_slice(&bytes[at]);
                         progress.done = end;
+                    }
+                    if progress.done > progress.furthest {
+                        progress.furthest = progress.done;
+                        how.deadline = how.deadline.renewed();
                     }
                 }
                 Piece::Resident => return Ok(Ended::Elsewhere),

@@ -1,7 +1,8 @@
 //! What the handles, the actor and the migrations of one store have in common.
 //!
 //! Invariant: object space, staging, disk and the order of eviction each keep their own ledger
-//! behind their own lock, and locks are taken in the order of `locks.rs`. Made by `VirtualMemory::with_backends`.
+//! behind their own lock, and locks are taken in the order of `locks.rs`. Made by
+//! `VirtualMemory::with_backends`.
 
 mod figures;
 mod held;
