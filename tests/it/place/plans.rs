@@ -188,7 +188,7 @@ async fn a_prefetch_evicts_no_neighbours_that_are_in_use() {
 /// nothing moves, or leaves, for them.
 #[tokio::test]
 async fn old_versions_that_are_held_move_nothing() {
-    let timeout = std::time::Duration::from_millis(500);
+    let timeout = std::time::Duration::from_secs(2);
     let (vmem, _driver) = support::open(MIB, 64 * MIB, |b| b.max_pinned(1.0).wait_timeout(timeout));
     let mut kept = Vec::new();
     let mut held = Vec::new();
