@@ -4,7 +4,7 @@
 #   scripts/planted.sh            all of them
 #   scripts/planted.sh NAME...    some, by name
 #
-# One build has them all, by `--cfg planted`, and VMEM_PLANTED chooses one when a test runs. First the tests run with
+# One build has them all, by `--cfg vmem_planted`, and VMEM_PLANTED chooses one when a test runs. First the tests run with
 # none planted, and must pass. Only a failed test, or one that hangs, is a bug seen: a filter without a test is an error.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,7 +32,7 @@ done <<<"$all"
 # All packages at once, whichever bugs are chosen: with others their dependencies would have other features.
 read -ra selection < <(grep -oE -- '-p [^ ]+|--test [^ ]+|--lib' <<<"$all" | sort -u | paste -sd' ')
 declare -A folders binaries
-built=$(RUSTFLAGS="${RUSTFLAGS:-} --cfg planted" CARGO_TARGET_DIR=$target \
+built=$(RUSTFLAGS="${RUSTFLAGS:-} --cfg vmem_planted" CARGO_TARGET_DIR=$target \
     cargo test --no-run --message-format=json-render-diagnostics "${selection[@]}")
 while read -r folder kind binary executable; do
     package=${folder##*/}

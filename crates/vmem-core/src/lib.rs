@@ -66,7 +66,7 @@ pub use events::{MigrationCause, MigrationEvent};
 pub use handle::VMemHandle;
 pub use memory_tier::MemoryTier;
 pub use options::{ReadClass, ReadOptions};
-#[cfg(planted)]
+#[cfg(vmem_planted)]
 #[doc(hidden)]
 pub use planted::is_planted;
 pub use policy::{PolicyChoice, PolicyKind};

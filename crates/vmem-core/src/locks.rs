@@ -16,13 +16,15 @@
 //! | `SPANS` | small slots of host memory, and under it the pages | `OBJECT`, `WAITERS` |
 //! | `COPIES`, `STAGING`, `WINDOWS` | free descriptors, pieces and windows | `OBJECT` |
 //!
-//! Not ranked: the pages of host memory, whose lock a condition variable needs as it is, and the
-//! shards of the two tables. Nothing of the above is taken under the pages or under the table of
-//! objects; a shard of names comes first of all. Locks of backends are taken under any of these,
-//! and take none of them.
+//! Not ranked: the pages of host memory, whose lock a condition variable needs as it is; the
+//! listeners of events and the check of a runtime, under which nothing is locked; and the shards of
+//! the tables of objects, names and turns. Nothing of the above is taken under the pages or under
+//! the table of objects; a shard of names comes first of all. Locks of backends are taken under any
+//! of these, and take none of them; under the lock of a device's card the pages are.
 //!
-//! Invariant: `HELD` has a bit for each ranked lock that its thread holds; guards do not move
-//! between threads. Used in place of `parking_lot::Mutex` by every module that has a lock.
+//! Invariant: `HELD` has a bit for each rank of which its thread holds a lock, but where it tried
+//! two of one rank and gave one back: then a violation goes unseen, and none is made up. Guards do
+//! not move between threads. Used in place of `parking_lot::Mutex` by the other modules.
 
 #![allow(unsafe_code)]
 

@@ -60,7 +60,8 @@ thread_local! {
 }
 
 /// Does something that tells by a panic that it cannot be done. Afterwards the hook is what it was.
-/// None if `work` panicked, which is not printed.
+/// None if `work` panicked, which is not printed. Not to be nested: one at a time in a process.
+#[doc(hidden)]
 pub fn quietly<T>(work: impl FnOnce() -> T) -> Option<T> {
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock();

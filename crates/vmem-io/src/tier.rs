@@ -157,7 +157,7 @@ impl DiskTier {
 }
 
 impl Drop for DiskTier {
-    /// Operations in flight and extents with an owner keep the rest; the drop does not wait for
+    /// Operations in flight and extents in use keep the rest; the drop does not wait for
     /// them.
     fn drop(&mut self) {
         self.leave();

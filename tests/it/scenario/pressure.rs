@@ -55,6 +55,26 @@ async fn demand_time(vmem: &VirtualMemory, objects: &[VMemHandle], hot: &[VMemHa
     began.elapsed()
 }
 
+/// Mechanism: only `read` looked at the clock of accesses, each eighth time. Effect: what was hit by
+/// other calls alone had stamps as old as the last look, and made way for a prefetch. Fix: hits
+/// count, whichever call they serve.
+#[tokio::test(start_paused = true)]
+async fn objects_hit_without_a_wait_make_no_way_for_a_prefetch() {
+    let (vmem, _) = open(MIB, 16 * MIB, disk_of(100));
+    let cold = vmem.put(bytes(1, 1, 512 * KIB), DISK).await.unwrap();
+    vmem.demote(&cold, DISK).await.unwrap();
+    let hot = support::put_all(&vmem, 14, 64 * KIB, HOST).await;
+    for _ in 0..100 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(hot.iter().all(|handle| vmem.try_read(handle).is_some()));
+    }
+    let soon = Duration::from_millis(50);
+    let prefetched = tokio::time::timeout(soon, vmem.prefetch(&cold, HOST)).await;
+    assert!(prefetched.is_err(), "it waits for what is hot to cool: {prefetched:?}");
+    assert!(hot.iter().all(|handle| vmem.residency(handle).unwrap().host));
+    vmem.close().await.unwrap();
+}
+
 /// Mechanism: one deadline for all pieces of a `read_into`. Effect: an object that takes the disk
 /// longer than `wait_timeout` could never be read, however often. Fix: each piece that makes
 /// progress has the deadline anew.

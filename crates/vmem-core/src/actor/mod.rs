@@ -2,8 +2,9 @@
 //!
 //! Invariant: the actor itself never waits for I/O or for space; it decides, and each migration
 //! that it decides on is a task of its own. When there is nothing to decide it sleeps. What wakes
-//! it is a request, a release while a waiter waits for one, the end of a migration, or, while a
-//! prefetch waits for objects in use to cool, a timer.
+//! it is a request, a release while a waiter waits for one, the end of a migration, or a
+//! timer: while a prefetch waits for objects in use to cool, a queue for its turn to block, or
+//! callers for what they have not taken.
 //!
 //! ```text
 //!   readers, promote, demote ---> demand ----+

@@ -83,7 +83,7 @@ impl Object {
             return None;
         }
         assert!(inner.rare.line.is_none(), "nobody stands in line for an open gate");
-        self.gate_taken.store(true, Ordering::Relaxed);
+        self.gate_taken.store(true, Ordering::SeqCst);
         drop(inner);
         Some(GatePass::to(self))
     }
@@ -139,7 +139,7 @@ impl Object {
             }
             if !self.is_changing() {
                 assert!(inner.rare.line.is_none(), "nobody stands in line for an open gate");
-                self.gate_taken.store(true, Ordering::Relaxed);
+                self.gate_taken.store(true, Ordering::SeqCst);
                 return Ok(GatePass::to(self));
             }
             let (sender, turn) = oneshot::channel();
@@ -195,7 +195,7 @@ impl Object {
             drop(inner);
             self.reclaim();
         } else {
-            self.gate_taken.store(false, Ordering::Relaxed);
+            self.gate_taken.store(false, Ordering::SeqCst);
             drop(inner);
             if rings {
                 // What was being changed can be evicted now.

@@ -78,6 +78,9 @@ impl Version {
 pub(crate) const OBJECT_BYTES: u64 =
     (size_of::<Object>() + 2 * size_of::<usize>() + (size_of::<Arc<Object>>() + 1) * 3 / 2) as u64;
 
+/// What an object takes besides while it is in device memory, in bytes.
+pub(crate) const RARE_BYTES: u64 = size_of::<rare::Fields>() as u64;
+
 /// Where an object stands, as the gauges count it.
 #[derive(Clone, Copy, Debug)]
 struct Standing {
@@ -111,7 +114,8 @@ pub(crate) struct Object {
     /// Chunks that reads moved for it since it last left host memory.
     chunks_moved: AtomicU32,
     pub(crate) home: MemoryTier,
-    /// Whether a `GatePass` exists; written under the lock of `inner`.
+    /// Whether the gate is shut: a `GatePass` exists, or the object was given back. Written under
+    /// the lock of `inner`.
     gate_taken: AtomicBool,
     inner: Lock<Inner, { locks::OBJECT }>,
     /// What it knows of its name, if it ever had one.
@@ -158,13 +162,17 @@ impl Object {
 
     /// Marks an access.
     pub(crate) fn touch(&self) {
-        self.shared.recency.now();
-        self.touch_by_hit();
+        self.mark(self.shared.recency.fresh_stamp());
+        self.count_touch();
     }
 
-    /// Marks an access, without a look at the clock.
+    /// Marks a hit, mostly without a look at the clock.
     pub(crate) fn touch_by_hit(&self) {
-        self.mark(self.shared.recency.stamp());
+        self.mark(self.shared.recency.stamp_of_hit());
+        self.count_touch();
+    }
+
+    fn count_touch(&self) {
         // A count that is lost to another thread makes the object no colder: no need for more than
         // this.
         let touches = self.touches.load(Ordering::Relaxed);
@@ -175,6 +183,14 @@ impl Object {
     /// that leaves.
     fn mark_arrival(&self) {
         self.mark(self.shared.recency.fresh_stamp());
+    }
+
+    /// It is in use, which counts as an access, so that the policy and the object agree on when it
+    /// was used last.
+    fn mark_use(&self) -> u64 {
+        let stamp = self.shared.recency.fresh_stamp();
+        self.mark(stamp);
+        stamp
     }
 
     /// As above: the stamp that is lost where two threads meet here is as good as the other.
@@ -199,7 +215,7 @@ impl Object {
         if self.pins() > 0 {
             Probe::Pinned
         } else if self.copy.readers() > 0 || self.is_changing() {
-            Probe::Busy { stamp: self.shared.recency.fresh_stamp() }
+            Probe::Busy { stamp: self.mark_use() }
         } else if stamp >= spared_since {
             Probe::Unfit
         } else {
@@ -292,7 +308,7 @@ impl Object {
 
     /// Whether the object is being changed; a hint.
     pub(crate) fn is_changing(&self) -> bool {
-        self.gate_taken.load(Ordering::Relaxed)
+        self.gate_taken.load(Ordering::SeqCst)
     }
 }
 

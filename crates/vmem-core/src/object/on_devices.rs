@@ -264,7 +264,7 @@ impl Object {
         let mut inner = self.inner.lock();
         if self.is_changing() {
             // Its place may be half way in or out; to say that it is gone would be for ever.
-            return Probe::Busy { stamp: self.shared.recency.fresh_stamp() };
+            return Probe::Busy { stamp: self.mark_use() };
         }
         let Some(on) = inner.on_mut(device) else { return Probe::Gone };
         let Some(place) = &mut on.place else { return Probe::Gone };
@@ -272,7 +272,7 @@ impl Object {
         if on.holds > 0 && !crate::planted!("vram-pins") {
             Probe::Pinned
         } else if !place.range.is_idle() {
-            Probe::Busy { stamp: self.shared.recency.fresh_stamp() }
+            Probe::Busy { stamp: self.mark_use() }
         } else if stamp >= spared_since {
             Probe::Unfit
         } else {

@@ -1,7 +1,7 @@
 //! The order of eviction.
 //!
 //! Invariant: a policy is a pure data structure: no I/O, no clock, no lock, and accesses do not
-//! call it. An object marks its own accesses (a stamp that never goes back, and a count); the
+//! call it. An object marks its own accesses (a stamp, and a count); the
 //! policy asks for them when it looks for a victim, through a *probe*. So an access costs nothing
 //! here, and a look costs a bounded number of steps however many objects there are. Called by
 //! objects that enter and leave host memory, and by the evictor, under one lock.
@@ -77,7 +77,8 @@ impl Entry {
 pub enum Probe {
     /// It could go.
     Evictable {
-        /// The last access, in nanoseconds of the store's clock; never goes back.
+        /// The last access, in nanoseconds of the store's clock; goes back only
+        /// where two threads mark one at once.
         stamp: u64,
         /// Accesses since the last probe that was answered so: the answer clears the count, which
         /// may stop counting at 3 or above.

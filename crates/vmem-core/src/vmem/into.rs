@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::miss::Asked;
 use super::{Result, VirtualMemory};
+use crate::deadline::Deadline;
 use crate::migrate::{self, Copied, Piece};
 use crate::object::{MapIdentity, Object};
 use crate::parcel::Parcel;
@@ -34,6 +35,14 @@ struct Progress {
 impl Progress {
     fn new() -> Self {
         Progress { done: 0, furthest: 0, map: None, step: PIECE, recalled: false }
+    }
+
+    /// Gives a request that got further than ever before the deadline anew.
+    fn renew(&mut self, deadline: &mut Deadline) {
+        if self.done > self.furthest {
+            self.furthest = self.done;
+            *deadline = deadline.renewed();
+        }
     }
 
     /// Goes on in this version: from the front, unless the pieces so far are of the same. True if
@@ -82,6 +91,7 @@ impl VirtualMemory {
                 return Ok(());
             }
             self.check_open()?;
+            progress.renew(&mut how.deadline);
             if how.deadline.is_past() {
                 return Err(how.deadline.error("reading a part"));
             }
@@ -157,10 +167,7 @@ impl VirtualMemory {
                         buf[before..end].copy_from_slice(&bytes[at]);
                         progress.done = end;
                     }
-                    if progress.done > progress.furthest {
-                        progress.furthest = progress.done;
-                        how.deadline = how.deadline.renewed();
-                    }
+                    progress.renew(&mut how.deadline);
                 }
                 Piece::Resident => return Ok(Ended::Elsewhere),
                 Piece::Zeros => {

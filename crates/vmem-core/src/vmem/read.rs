@@ -17,6 +17,7 @@ use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::object::{FREE_BYTES, Object};
 use crate::options::{ReadClass, ReadOptions};
+use crate::recency;
 use crate::tier::Class;
 
 /// A part of at most this many bytes, and of at most this share of its object, is copied rather
@@ -51,8 +52,8 @@ impl VirtualMemory {
     /// readers hold all that [`max_held`](crate::VirtualMemoryConfigBuilder::max_held) allows, and
     /// the object is larger than 64 KiB.
     pub async fn read(&self, handle: &VMemHandle) -> Result<Bytes> {
-        if self.shared.recency.is_due() {
-            self.give_way().await;
+        if recency::is_turn() {
+            tokio::task::coop::consume_budget().await;
         }
         let object = self.check(handle)?;
         match self.hit_to_keep(object) {
@@ -70,8 +71,8 @@ impl VirtualMemory {
     /// Those of [`read`](Self::read), and `OutOfRange`. A part of an object that is larger than
     /// host memory needs space for itself only.
     pub async fn read_at(&self, handle: &VMemHandle, range: Range<usize>) -> Result<Bytes> {
-        if self.shared.recency.is_due() {
-            self.give_way().await;
+        if recency::is_turn() {
+            tokio::task::coop::consume_budget().await;
         }
         let object = self.check(handle)?;
         check_range(object, &range)?;
@@ -237,12 +238,6 @@ impl VirtualMemory {
         }
         let may_copy = is_copied || range.len() <= FREE_BYTES;
         may_copy.then(|| Bytes::copy_from_slice(&guard.as_ref()[range.clone()]))
-    }
-
-    /// Looks at the clock, and lets others of the runtime go on if this task has had its share.
-    async fn give_way(&self) {
-        self.shared.recency.now();
-        tokio::task::coop::consume_budget().await;
     }
 
     fn ordinary(&self) -> Asked {

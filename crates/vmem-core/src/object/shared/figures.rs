@@ -7,7 +7,7 @@ use super::Shared;
 use crate::disk::DiskError;
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
-use crate::object::OBJECT_BYTES;
+use crate::object::{OBJECT_BYTES, RARE_BYTES};
 use crate::stats::{TierStats, VirtualMemoryStats, get};
 use crate::tier::Device;
 
@@ -65,7 +65,10 @@ impl Shared {
             host: self.tier_stats(MemoryTier::Host),
             disk: self.tier_stats(MemoryTier::Disk),
             objects,
-            metadata_bytes: objects * OBJECT_BYTES + get(&counters.map_bytes),
+            metadata_bytes: objects * OBJECT_BYTES
+                + self.devices.iter().map(|device| get(&device.state.objects)).sum::<u64>()
+                    * RARE_BYTES
+                + get(&counters.map_bytes),
             staging_bytes: self.limits.staging_capacity,
             stream_bytes: self.windows.used_bytes(),
             registered_bytes: self.host.space().arena.registered_bytes(),
