@@ -40,8 +40,9 @@ pub struct VirtualMemoryStats {
     /// Memory of objects and names beside their payload, in bytes: computed from their number, the
     /// sizes of their entries, and their chunks on disk. Not counted: the order of eviction (about
     /// 32 bytes for each object in host memory or VRAM), what the allocator rounds up, some 128
-    /// bytes for each object in host memory that was never written, and the catalog's cache. A name that no handle leads to leaves memory when its object is on disk
-    /// alone and durable; the last 1,024 of them stay.
+    /// bytes for each object in host memory that was never written, and the catalog's cache. A
+    /// name that no handle leads to leaves memory when its object is on disk alone and durable; the
+    /// last 1,024 of them stay.
     pub metadata_bytes: u64,
     /// Names whose objects are in memory.
     pub names_in_memory: u64,

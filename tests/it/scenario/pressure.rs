@@ -55,8 +55,8 @@ async fn demand_time(vmem: &VirtualMemory, objects: &[VMemHandle], hot: &[VMemHa
     began.elapsed()
 }
 
-/// Mechanism: only `read` looked at the clock of accesses, each eighth time. Effect: what was hit by
-/// other calls alone had stamps as old as the last look, and made way for a prefetch. Fix: hits
+/// Mechanism: only `read` looked at the clock of accesses, each eighth time. Effect: what was hit
+/// by other calls alone had stamps as old as the last look, and made way for a prefetch. Fix: hits
 /// count, whichever call they serve.
 #[tokio::test(start_paused = true)]
 async fn objects_hit_without_a_wait_make_no_way_for_a_prefetch() {
