@@ -2,8 +2,8 @@
 //!
 //! Invariant: only a build with `--cfg vmem_planted` has any, and there `VMEM_PLANTED` chooses at
 //! most one for the process; in every other build the macro is the literal `false`, of which
-//! nothing is left. The list, `tests/planted.toml`, says of each what is wrong and which tests must fail.
-//! Used where the bug would be, in this crate and in those above it.
+//! nothing is left. The list, `tests/planted.toml`, says of each what is wrong and which tests must
+//! fail. Used where the bug would be, in this crate and in those above it.
 
 /// Whether the bug of this name is planted: `false`, but for `scripts/planted.sh`.
 #[cfg(not(vmem_planted))]
