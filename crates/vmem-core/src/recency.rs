@@ -72,9 +72,7 @@ impl Recency {
     /// The stamp of a hit now, mostly without a look at the clock.
     pub(crate) fn stamp_of_hit(&self) -> u64 {
         MINE.with(|mine| {
-            let hits = mine.hits.get().wrapping_add(1);
-            mine.hits.set(hits);
-            if hits.is_multiple_of(HITS_A_LOOK) || mine.number.get() != self.number {
+            if is_nth(HITS_A_LOOK, &mine.hits) || mine.number.get() != self.number {
                 self.now();
             }
             self.next(mine)
@@ -99,12 +97,13 @@ impl Recency {
 /// Counts a call of this thread, and says whether it is the turn to let others of its runtime go
 /// on: tokio's budget is 128 at each poll, so a loop of hits goes on for a thousand at most.
 pub(crate) fn is_turn() -> bool {
-    let calls = MINE.with(|mine| {
-        let calls = mine.calls.get().wrapping_add(1);
-        mine.calls.set(calls);
-        calls
-    });
-    calls.is_multiple_of(CALLS_A_TURN)
+    MINE.with(|mine| is_nth(CALLS_A_TURN, &mine.calls))
+}
+
+/// Counts one more, and says whether it is the last of `n`.
+fn is_nth(n: u32, count: &Cell<u32>) -> bool {
+    count.set(count.get().wrapping_add(1));
+    count.get().is_multiple_of(n)
 }
 
 #[cfg(test)]

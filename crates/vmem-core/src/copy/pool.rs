@@ -149,13 +149,13 @@ impl Copies {
     pub(super) fn anchor(&self) -> &Arc<Anchor> {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         thread_local! {
-            /// One more than the number of this thread's anchor, once it has one. Without a
+            /// One more than the number of this thread, once it has one. Without a
             /// destructor, so that the destructors of other thread-locals may read.
             static MINE: Cell<usize> = const { Cell::new(0) };
         }
         let mine = MINE.with(|mine| {
             if mine.get() == 0 {
-                mine.set(NEXT.fetch_add(1, Ordering::Relaxed) % ANCHORS + 1);
+                mine.set(NEXT.fetch_add(1, Ordering::Relaxed) + 1);
             }
             mine.get() - 1
         });

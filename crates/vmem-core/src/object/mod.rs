@@ -162,7 +162,7 @@ impl Object {
 
     /// Marks an access.
     pub(crate) fn touch(&self) {
-        self.mark(self.shared.recency.fresh_stamp());
+        self.mark_now();
         self.count_touch();
     }
 
@@ -179,21 +179,14 @@ impl Object {
         self.touches.store(touches.wrapping_add(1), Ordering::Relaxed);
     }
 
-    /// Its bytes have arrived for a caller that has not used them yet: it is not to be the next
-    /// that leaves.
-    fn mark_arrival(&self) {
-        self.mark(self.shared.recency.fresh_stamp());
-    }
-
-    /// It is in use, which counts as an access, so that the policy and the object agree on when it
-    /// was used last.
-    fn mark_use(&self) -> u64 {
+    /// Stamps the object, after a look at the clock.
+    fn mark_now(&self) -> u64 {
         let stamp = self.shared.recency.fresh_stamp();
         self.mark(stamp);
         stamp
     }
 
-    /// As above: the stamp that is lost where two threads meet here is as good as the other.
+    /// A stamp that is lost where two threads meet here is as good as the other.
     fn mark(&self, stamp: u64) {
         if stamp > self.stamp() {
             self.stamp.store(stamp, Ordering::Relaxed);
@@ -215,7 +208,8 @@ impl Object {
         if self.pins() > 0 {
             Probe::Pinned
         } else if self.copy.readers() > 0 || self.is_changing() {
-            Probe::Busy { stamp: self.mark_use() }
+            // In use counts as an access: the policy and the object agree on the last one.
+            Probe::Busy { stamp: self.mark_now() }
         } else if stamp >= spared_since {
             Probe::Unfit
         } else {

@@ -205,7 +205,9 @@ impl Object {
         if let Some(place) = self.inner.lock().place_mut(device) {
             place.is_valid = true;
         }
-        self.mark_arrival();
+        // Its bytes have arrived for a caller that has not used them yet: it is not to be the next
+        // that leaves.
+        self.mark_now();
     }
 
     /// Takes it out of device memory, unless it is held or used there. False if it stays.
@@ -264,7 +266,7 @@ impl Object {
         let mut inner = self.inner.lock();
         if self.is_changing() {
             // Its place may be half way in or out; to say that it is gone would be for ever.
-            return Probe::Busy { stamp: self.mark_use() };
+            return Probe::Busy { stamp: self.mark_now() };
         }
         let Some(on) = inner.on_mut(device) else { return Probe::Gone };
         let Some(place) = &mut on.place else { return Probe::Gone };
@@ -272,7 +274,7 @@ impl Object {
         if on.holds > 0 && !crate::planted!("vram-pins") {
             Probe::Pinned
         } else if !place.range.is_idle() {
-            Probe::Busy { stamp: self.mark_use() }
+            Probe::Busy { stamp: self.mark_now() }
         } else if stamp >= spared_since {
             Probe::Unfit
         } else {

@@ -14,7 +14,7 @@ use crate::error::VirtualMemoryError;
 #[derive(Default)]
 pub(super) struct Rare(Option<Box<Fields>>);
 
-#[derive(Default)]
+/// The fields, each of which is empty in most objects.
 pub(super) struct Fields {
     /// The waiters for the gate.
     pub(super) line: Option<Line>,

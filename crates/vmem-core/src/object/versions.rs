@@ -158,7 +158,9 @@ impl Object {
         drop(spare);
         self.leave_order();
         self.count_change(before);
-        self.mark_arrival();
+        // Its bytes have arrived for a caller that has not used them yet: it is not to be the next
+        // that leaves.
+        self.mark_now();
         self.enter_order(prefetched);
     }
 
