@@ -117,6 +117,7 @@ fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
     VirtualMemory::with_backends(
         config,
         Backends {
+            remote: None,
             host_capacity_bytes,
             disk: disk.backend,
             catalog: Some(disk.catalog),

@@ -83,6 +83,7 @@ async fn resident(len: usize) -> (VirtualMemory, VMemHandle) {
     let config = VirtualMemoryConfig::builder().host_capacity(host);
     let config = config.staging_capacity(128 << 10).build().unwrap();
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: host,
         disk: DiskTier::new(SimDriver::new(SimConfig::default()), 64 * MIB as u64),
         catalog: None,

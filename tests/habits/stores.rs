@@ -105,6 +105,7 @@ fn open_simulated(config: &VirtualMemoryConfig, bytes: usize) -> (VirtualMemory,
     let disk = SimDriver::new(SimConfig::default());
     let (catalog, taken) = NameCatalog::over(Arc::new(InMemoryBackend::new()), 512).unwrap();
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: config.host_capacity().unwrap(),
         disk: DiskTier::with_taken(disk.clone(), bytes as u64, &taken, None).unwrap(),
         catalog: Some(Arc::new(catalog)),

@@ -12,6 +12,7 @@
 //! - [`scenario`]: the numbered scenarios of many users on little space.
 //! - [`place`]: objects of any size, and where plans of eviction put them.
 //! - [`cancel`]: calls that are dropped at any point.
+//! - [`chain`]: a tier below the disk.
 //! - [`names`]: what is durable, after restarts, kills, power cuts and damage.
 //! - [`streams`]: objects as readers and writers.
 //! - [`vram`]: the VRAM tier over simulated devices.
@@ -25,6 +26,7 @@
 mod support;
 
 mod cancel;
+mod chain;
 mod documents;
 mod env;
 mod model;

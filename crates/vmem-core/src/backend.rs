@@ -13,8 +13,8 @@ pub use crate::deadline::Clock;
 pub use crate::device::{
     DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, RangeLedger, RangeOwner,
 };
-pub use crate::disk::{
-    DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, ReadChunk, SharedOwner,
+pub use crate::storage::{
+    Durable, Extent, ExtentOwner, ReadChunk, SharedOwner, Tier, TierError, TierUsage,
 };
 
 pub use crate::host::{InUse, ObjectSpace, Part, Registrar, StagingMemory};

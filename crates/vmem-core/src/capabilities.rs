@@ -30,6 +30,8 @@ pub struct Capabilities {
     /// Whether that directory lies in memory (tmpfs): then the disk tier takes RAM that no budget
     /// here counts.
     pub disk_is_tmpfs: bool,
+    /// What serves the tier below the disk, if there is one.
+    pub remote: Option<Arc<str>>,
     /// What serves the VRAM tier.
     pub vram: Option<Arc<str>>,
     /// Every device, in words, by its number; `vram` is the first.
@@ -50,6 +52,7 @@ impl Capabilities {
             disk_notes: Vec::new(),
             disk_path: None,
             disk_is_tmpfs: false,
+            remote: None,
             vram: None,
             devices: Vec::new(),
             vram_reason,
@@ -68,6 +71,9 @@ impl fmt::Display for Capabilities {
         }
         if self.disk_is_tmpfs {
             writeln!(f, "warning: the directory is a tmpfs; its files take memory, not disk")?;
+        }
+        if let Some(remote) = &self.remote {
+            writeln!(f, "remote: {remote}")?;
         }
         match &self.vram {
             None => write!(f, "vram: none: {}", self.vram_reason),

@@ -13,7 +13,7 @@
 //! - `names/`, `catalog`: named objects, and what a catalog of them implements.
 //! - `policy/`: the order of eviction.
 //! - `ranges`: the set of ranges that every allocator stands on.
-//! - `disk`, `buffer`: what a tier below host memory implements.
+//! - `storage`, `buffer`: what a tier below host memory implements.
 //! - `device`, `vram`: what a tier above it implements, and the objects in it.
 //! - `config`, `options`, `error`, `events`, `stats`, `capabilities`: what goes in and comes out.
 //! - `locks`: the order in which locks are taken, asserted in debug builds.
@@ -29,7 +29,6 @@ mod config;
 mod copy;
 mod deadline;
 mod device;
-mod disk;
 mod error;
 mod events;
 mod handle;
@@ -49,6 +48,7 @@ mod recency;
 mod requests;
 mod runtime;
 mod stats;
+mod storage;
 mod task;
 mod tier;
 mod vmem;

@@ -15,7 +15,7 @@ use std::num::NonZeroU8;
 /// ```
 /// use vmem::MemoryTier;
 ///
-/// for word in ["vram", "vram:1", "host", "disk"] {
+/// for word in ["vram", "vram:1", "host", "disk", "remote"] {
 ///     assert_eq!(word.parse::<MemoryTier>().unwrap().to_string(), word);
 /// }
 /// assert!(MemoryTier::Vram.is_faster_than(MemoryTier::Host));
@@ -39,6 +39,19 @@ pub enum MemoryTier {
     Host,
     /// The data file in the store's directory.
     Disk,
+    /// What lies below the disk, on another machine say. A store has it if it was opened over a
+    /// backend for it.
+    Remote,
+}
+
+/// The place of a tier in the chain whose middle is host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Position {
+    /// The memory of this device.
+    Device(usize),
+    Host,
+    /// So far below host memory, from 0.
+    Below(usize),
 }
 
 impl MemoryTier {
@@ -49,11 +62,34 @@ impl MemoryTier {
 
     /// Which GPU of the store it belongs to, from 0; none for the other tiers.
     pub fn device(self) -> Option<usize> {
-        match self {
-            MemoryTier::Vram => Some(0),
-            MemoryTier::OtherVram(device) => Some(usize::from(device.get())),
-            MemoryTier::Host | MemoryTier::Disk => None,
+        match self.position() {
+            Position::Device(device) => Some(device),
+            Position::Host | Position::Below(_) => None,
         }
+    }
+
+    /// Where it stands in the chain.
+    pub(crate) fn position(self) -> Position {
+        match self {
+            MemoryTier::Vram => Position::Device(0),
+            MemoryTier::OtherVram(device) => Position::Device(usize::from(device.get())),
+            MemoryTier::Host => Position::Host,
+            MemoryTier::Disk => Position::Below(0),
+            MemoryTier::Remote => Position::Below(1),
+        }
+    }
+
+    /// Its place among the tiers below host memory, from 0; none for the others.
+    pub(crate) fn level(self) -> Option<usize> {
+        match self.position() {
+            Position::Below(level) => Some(level),
+            Position::Device(_) | Position::Host => None,
+        }
+    }
+
+    /// The tier at this place below host memory.
+    pub(crate) fn of_level(level: usize) -> Self {
+        if level == 0 { MemoryTier::Disk } else { MemoryTier::Remote }
     }
 
     /// The rank of the tier: 0 is the fastest, larger is slower. Siblings have the same.
@@ -62,6 +98,7 @@ impl MemoryTier {
             MemoryTier::Vram | MemoryTier::OtherVram(_) => 0,
             MemoryTier::Host => 1,
             MemoryTier::Disk => 2,
+            MemoryTier::Remote => 3,
         }
     }
 
@@ -78,6 +115,7 @@ impl fmt::Display for MemoryTier {
             MemoryTier::OtherVram(device) => write!(f, "vram:{device}"),
             MemoryTier::Host => f.write_str("host"),
             MemoryTier::Disk => f.write_str("disk"),
+            MemoryTier::Remote => f.write_str("remote"),
         }
     }
 }

@@ -34,6 +34,8 @@ pub struct VirtualMemoryStats {
     pub host: TierStats,
     /// The data file.
     pub disk: TierStats,
+    /// The tier below the disk; all zero without one.
+    pub remote: TierStats,
     /// Objects in memory: those that have a handle, and named ones that were opened and have not
     /// left memory yet.
     pub objects: u64,
@@ -61,7 +63,7 @@ pub struct VirtualMemoryStats {
     pub pinned_bytes: u64,
     /// Payload in host memory without an equal copy below, in bytes.
     pub dirty_bytes: u64,
-    /// Requests that wait for space in host or device memory.
+    /// Requests that wait for space in a tier.
     pub waiters: u64,
     /// Migrations that have started and not ended.
     pub migrations_in_flight: u64,
@@ -83,6 +85,10 @@ pub struct VirtualMemoryStats {
     pub disk_to_host_bytes: u64,
     /// Payload written to disk, in bytes.
     pub host_to_disk_bytes: u64,
+    /// Payload read from the tier below the disk, in bytes.
+    pub remote_to_host_bytes: u64,
+    /// Payload written to the tier below the disk, in bytes; what comes from the disk too.
+    pub host_to_remote_bytes: u64,
     /// Changes of named objects that were made durable.
     pub named_changes: u64,
     /// Commits of these changes; each commits all changes that waited, after one sync of the data.
@@ -102,7 +108,6 @@ impl VirtualMemoryStats {
 /// The counters that are not part of a ledger.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
-    pub(crate) disk_objects: AtomicU64,
     /// Memory of the disk maps of objects, in bytes.
     pub(crate) map_bytes: AtomicU64,
     pub(crate) host_to_vram_bytes: AtomicU64,
@@ -110,13 +115,10 @@ pub(crate) struct Counters {
     pub(crate) dirty_bytes: AtomicU64,
     pub(crate) in_flight: AtomicU64,
     pub(crate) misses: AtomicU64,
-    pub(crate) disk_hits: AtomicU64,
     pub(crate) evictions: AtomicU64,
     pub(crate) promotions: AtomicU64,
     pub(crate) clean_drops: AtomicU64,
     pub(crate) relocated_bytes: AtomicU64,
-    pub(crate) disk_to_host_bytes: AtomicU64,
-    pub(crate) host_to_disk_bytes: AtomicU64,
     pub(crate) errors: AtomicU64,
 }
 

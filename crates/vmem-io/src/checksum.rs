@@ -4,7 +4,7 @@
 //! what was never written is zeros. Called by the disk tier; the sum alone by the catalog too.
 
 use bytes::Bytes;
-use vmem_core::backend::{DiskError, IoBuf, ReadChunk};
+use vmem_core::backend::{IoBuf, ReadChunk, TierError};
 
 /// After this many bytes of checksums, other tasks get their turn.
 const YIELD_BYTES: usize = 256 * 1024;
@@ -32,7 +32,7 @@ pub(crate) async fn settle(
     chunks: Vec<ReadChunk>,
     mut buf: IoBuf,
     cut: bool,
-) -> (IoBuf, Result<(), DiskError>) {
+) -> (IoBuf, Result<(), TierError>) {
     let mut turn = Turn::default();
     for (chunk, ReadChunk { extent, at }) in chunks.iter().enumerate() {
         let bytes = &mut buf[*at..at + extent.len() as usize];
@@ -43,7 +43,7 @@ pub(crate) async fn settle(
                 let actual = crc32c(bytes);
                 if actual != expected {
                     let actual = if cut { 0 } else { actual };
-                    let corrupt = DiskError::Corrupt { chunk, expected, actual };
+                    let corrupt = TierError::Corrupt { chunk, expected, actual };
                     return (buf, Err(corrupt));
                 }
             }

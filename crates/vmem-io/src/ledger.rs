@@ -13,7 +13,7 @@ use std::sync::{Arc, Weak};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, ready};
-use vmem_core::backend::{DiskError, Run, Runs};
+use vmem_core::backend::{Run, Runs, TierError};
 
 use crate::driver::{Keep, WriteRun};
 use crate::plan;
@@ -44,8 +44,8 @@ impl Ledger {
         Ledger { space, stale, punching: None, pumping: false }
     }
 
-    pub(crate) fn reserve(&mut self, lens: &[u32]) -> Result<Vec<Runs>, DiskError> {
-        let placed = self.space.reserve(lens).map_err(|no_space| DiskError::Full {
+    pub(crate) fn reserve(&mut self, lens: &[u32]) -> Result<Vec<Runs>, TierError> {
+        let placed = self.space.reserve(lens).map_err(|no_space| TierError::Full {
             requested_bytes: no_space.requested_bytes,
             free_bytes: no_space.free_bytes,
             source: None,

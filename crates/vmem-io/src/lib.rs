@@ -2,7 +2,7 @@
 //!
 //! Invariant: what an operation owns, memory and space, is free only after it has completed. Called
 //! by the facade, which hands the tier to core as a
-//! [`DiskBackend`](vmem_core::backend::DiskBackend).
+//! [`Tier`](vmem_core::backend::Tier).
 //!
 //! In the order in which data flows: [`open_disk`] takes a [`StoreDirectory`] and makes a
 //! [`DiskTier`]; the tier finds space, plans transfers, and verifies what comes back; a

@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vmem_core::backend::{CHUNK_BYTES, Catalog, DiskBackend};
+use vmem_core::backend::{CHUNK_BYTES, Catalog, Durable};
 use vmem_core::{Budget, IoDriver, VirtualMemoryError};
 
 use crate::catalog::NameCatalog;
@@ -22,7 +22,7 @@ use crate::tier::DiskTier;
 #[derive(Clone, Debug)]
 pub struct OpenedDisk {
     /// The tier.
-    pub backend: Arc<dyn DiskBackend>,
+    pub backend: Arc<dyn Durable>,
     /// The catalog of its named objects; closed before the tier, it too has a share of the
     /// directory's lock.
     pub catalog: Arc<dyn Catalog>,

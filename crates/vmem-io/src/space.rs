@@ -12,7 +12,7 @@
 //! so, because free runs are shorter than chunks, goes in pieces, the longest first.
 
 use smallvec::smallvec;
-use vmem_core::backend::{CHUNK_BYTES, DiskUsage, End, Ranges, Run, Runs};
+use vmem_core::backend::{CHUNK_BYTES, End, Ranges, Run, Runs, TierUsage};
 
 /// The free runs and the ledger of one data file. Counts in blocks, speaks bytes.
 #[derive(Debug)]
@@ -164,8 +164,8 @@ impl Space {
     }
 
     /// The numbers of the tier.
-    pub(crate) fn usage(&self) -> DiskUsage {
-        DiskUsage {
+    pub(crate) fn usage(&self) -> TierUsage {
+        TierUsage {
             capacity_bytes: self.capacity * self.block,
             used_bytes: self.used() * self.block,
             peak_bytes: self.peak * self.block,

@@ -1,11 +1,11 @@
 //! The disk tier: extents of one data file, moved by a driver.
 //!
 //! Invariant, the ownership rule: neither the buffers nor the extents of an operation are free
-//! before the driver has completed it, even if the future of [`DiskBackend::read`] or
-//! [`DiskBackend::write`] was dropped. No task is spawned for that: the extents travel with the
+//! before the driver has completed it, even if the future of [`Tier::read`] or
+//! [`Tier::write`] was dropped. No task is spawned for that: the extents travel with the
 //! operation as its [`Keep`], which the driver hands back with the result or drops at the end. And
 //! no range is punched while an extent that was written owns it: a write into a range that is
-//! being punched starts when the punch has ended. Called by core through [`DiskBackend`].
+//! being punched starts when the punch has ended. Called by core through [`Tier`].
 
 mod inner;
 
@@ -20,8 +20,8 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use vmem_core::VirtualMemoryError;
 use vmem_core::backend::{
-    CHUNK_BYTES, Clock, DiskBackend, DiskError, DiskUsage, Extent, IoBuf, ReadChunk, SharedOwner,
-    StagingMemory, StoredChunk,
+    CHUNK_BYTES, Clock, Durable, Extent, IoBuf, ReadChunk, SharedOwner, StagingMemory, StoredChunk,
+    Tier, TierError, TierUsage,
 };
 
 pub(crate) use self::inner::Inner;
@@ -35,11 +35,11 @@ use crate::plan;
 use crate::space::Space;
 use crate::sync_gate::SyncGate;
 
-/// A [`DiskBackend`] over any [`Driver`].
+/// A [`Tier`] over any [`Driver`].
 ///
 /// ```
 /// use std::sync::Arc;
-/// use vmem_core::backend::{DiskBackend, IoBuf, ReadChunk};
+/// use vmem_core::backend::{Tier, IoBuf, ReadChunk};
 /// use vmem_io::DiskTier;
 /// use vmem_io::driver::{BlockingDriver, BlockingOptions};
 ///
@@ -91,7 +91,7 @@ impl DiskTier {
         Self::build(driver, Space::new(capacity_bytes, driver_block), &[], None)
     }
 
-    /// The same, with extents in the file already, to be [adopted](DiskBackend::adopt); and in a
+    /// The same, with extents in the file already, to be [adopted](Tier::adopt); and in a
     /// directory, if one is given, that is given back when the tier is closed or its last extent
     /// and the tier itself are dropped. What the extents leave free of the file goes back to the
     /// file system.
@@ -164,8 +164,8 @@ impl Drop for DiskTier {
     }
 }
 
-impl DiskBackend for DiskTier {
-    fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
+impl Tier for DiskTier {
+    fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, TierError> {
         self.inner.check_open()?;
         if lens.iter().any(|&len| len as usize > CHUNK_BYTES) {
             return Err(invalid("reserve", "a chunk is longer than 64 KiB"));
@@ -178,7 +178,7 @@ impl DiskBackend for DiskTier {
     fn write(
         &self,
         pieces: Vec<(Extent, Bytes)>,
-    ) -> BoxFuture<'static, Result<Vec<Extent>, DiskError>> {
+    ) -> BoxFuture<'static, Result<Vec<Extent>, TierError>> {
         if let Err(error) = self.inner.check_write(&pieces) {
             return ready(Err(error)).boxed();
         }
@@ -217,7 +217,7 @@ impl DiskBackend for DiskTier {
         &self,
         chunks: Vec<ReadChunk>,
         buf: IoBuf,
-    ) -> BoxFuture<'static, (IoBuf, Result<(), DiskError>)> {
+    ) -> BoxFuture<'static, (IoBuf, Result<(), TierError>)> {
         if let Err(error) = self.inner.check_read(&chunks, &buf) {
             return ready((buf, Err(error))).boxed();
         }
@@ -249,33 +249,12 @@ impl DiskBackend for DiskTier {
         self.inner.driver.register(memory)
     }
 
-    fn sync(&self) -> BoxFuture<'static, Result<(), DiskError>> {
-        // Through the page cache a write is not reported before it was synced.
-        if self.inner.driver.buffers_writes() {
-            return ready(Ok(())).boxed();
-        }
-        let sync = self.inner.driver.sync();
-        async move { sync.await.map_err(|error| failure("sync", Arc::new(error))) }.boxed()
-    }
-
-    fn adopt(&self, len: u32, chunk: StoredChunk) -> Result<Extent, DiskError> {
-        let StoredChunk { runs, sum } = chunk;
-        let footprint: u64 = runs.iter().map(|run| u64::from(run.footprint)).sum();
-        if footprint != self.footprint(len) || len as usize > CHUNK_BYTES {
-            return Err(invalid("adopt", "an extent of another length than its chunk"));
-        }
-        let mut extent = Extent::in_runs(&runs, len, self.owner.clone());
-        extent.seal(sum);
-        extent.keep();
-        Ok(extent)
-    }
-
     fn footprint(&self, len: u32) -> u64 {
         let block = u64::from(self.inner.driver.block_bytes());
         u64::from(len).next_multiple_of(block)
     }
 
-    fn usage(&self) -> DiskUsage {
+    fn usage(&self) -> TierUsage {
         self.inner.ledger.lock().space.usage()
     }
 
@@ -293,7 +272,7 @@ impl DiskBackend for DiskTier {
         }
     }
 
-    fn close(&self) -> BoxFuture<'static, Result<(), DiskError>> {
+    fn close(&self) -> BoxFuture<'static, Result<(), TierError>> {
         self.inner.closed.store(true, Ordering::Release);
         // The name goes before the file is closed, so that its blocks are freed where the driver
         // closes it, and not on this task.
@@ -314,5 +293,28 @@ impl DiskBackend for DiskTier {
             closed.and(unnamed).and(given_back).map_err(|error| failure("close", Arc::new(error)))
         }
         .boxed()
+    }
+}
+
+impl Durable for DiskTier {
+    fn sync(&self) -> BoxFuture<'static, Result<(), TierError>> {
+        // Through the page cache a write is not reported before it was synced.
+        if self.inner.driver.buffers_writes() {
+            return ready(Ok(())).boxed();
+        }
+        let sync = self.inner.driver.sync();
+        async move { sync.await.map_err(|error| failure("sync", Arc::new(error))) }.boxed()
+    }
+
+    fn adopt(&self, len: u32, chunk: StoredChunk) -> Result<Extent, TierError> {
+        let StoredChunk { runs, sum } = chunk;
+        let footprint: u64 = runs.iter().map(|run| u64::from(run.footprint)).sum();
+        if footprint != self.footprint(len) || len as usize > CHUNK_BYTES {
+            return Err(invalid("adopt", "an extent of another length than its chunk"));
+        }
+        let mut extent = Extent::in_runs(&runs, len, self.owner.clone());
+        extent.seal(sum);
+        extent.keep();
+        Ok(extent)
     }
 }

@@ -16,7 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use common::{Fault, FaultyFile, SharedFile};
 use futures::executor::block_on;
-use vmem_core::backend::DiskBackend;
+use vmem_core::backend::Tier;
 use vmem_core::{IoDriver, VirtualMemoryError};
 use vmem_io::driver::{BlockingDriver, BlockingOptions};
 use vmem_io::{

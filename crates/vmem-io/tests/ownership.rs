@@ -13,7 +13,7 @@ use futures::FutureExt;
 use futures::executor::block_on;
 use futures::future::BoxFuture;
 use rand::Rng;
-use vmem_core::backend::{DiskBackend, DiskError, Extent, IoBuf, ReadChunk};
+use vmem_core::backend::{Extent, IoBuf, ReadChunk, Tier, TierError};
 use vmem_io::DiskTier;
 
 const CHUNK: u32 = 65536;
@@ -24,10 +24,10 @@ fn tier(capacity: u64, buffered: bool) -> (Arc<DiskTier>, Arc<ManualDriver>) {
     (DiskTier::new(Arc::clone(&driver) as _, capacity), driver)
 }
 
-type Read = BoxFuture<'static, (IoBuf, Result<(), DiskError>)>;
-type Write = BoxFuture<'static, Result<Vec<Extent>, DiskError>>;
+type Read = BoxFuture<'static, (IoBuf, Result<(), TierError>)>;
+type Write = BoxFuture<'static, Result<Vec<Extent>, TierError>>;
 
-fn write(tier: &DiskTier, payloads: &[Bytes]) -> Result<Write, DiskError> {
+fn write(tier: &DiskTier, payloads: &[Bytes]) -> Result<Write, TierError> {
     let lens: Vec<u32> = payloads.iter().map(|bytes| bytes.len() as u32).collect();
     let extents = tier.reserve(&lens)?;
     let pieces = extents.into_iter().zip(payloads.iter().cloned());
@@ -79,7 +79,7 @@ fn a_failed_write_gives_back_after_the_completion_and_not_before() {
     assert_eq!((tier.usage().used_bytes, tier.usage().extents), (1024, 2));
     driver.complete("write", Err(io::Error::from_raw_os_error(5)));
     let error = block_on(future).unwrap_err();
-    let DiskError::Io { operation, source } = error else {
+    let TierError::Io { operation, source } = error else {
         panic!("{error:?}");
     };
     assert_eq!((operation, source.raw_os_error()), ("write", Some(5)));
@@ -93,7 +93,7 @@ fn no_space_left_is_full_with_its_cause() {
         let future = write(&tier, &[vec![1; 600].into()]).unwrap();
         driver.complete("write", Err(io::Error::from_raw_os_error(errno)));
         let error = block_on(future).unwrap_err();
-        let DiskError::Full { requested_bytes, free_bytes, source } = error else {
+        let TierError::Full { requested_bytes, free_bytes, source } = error else {
             panic!("{error:?}");
         };
         assert_eq!((requested_bytes, free_bytes), (1024, 4 * MIB));
@@ -111,7 +111,7 @@ fn a_full_file_system_gets_back_what_is_stale_before_the_error() {
     assert!((&mut future).now_or_never().is_none(), "it waits for the punch");
     assert_eq!(driver.pending(), ["punch"]);
     driver.complete("punch", Ok(()));
-    assert!(matches!(block_on(future), Err(DiskError::Full { source: Some(_), .. })));
+    assert!(matches!(block_on(future), Err(TierError::Full { source: Some(_), .. })));
 }
 
 #[test]
@@ -193,7 +193,7 @@ fn a_failed_sync_fails_every_write_that_it_may_have_swallowed() {
         let _ = (&mut flying).now_or_never();
     }
     let error = block_on(joined).unwrap_err();
-    assert!(matches!(error, DiskError::Io { operation: "sync", .. }), "{error:?}");
+    assert!(matches!(error, TierError::Io { operation: "sync", .. }), "{error:?}");
     // What comes after is unharmed.
     let mut after = write(&tier, &payload).unwrap();
     driver.complete("write", Ok(()));
@@ -250,7 +250,7 @@ impl World {
             Some((buf, result)) => {
                 match result {
                     Ok(()) => assert!(buf[..] == content[..], "wrong bytes"),
-                    Err(DiskError::Io { .. }) if io_fails => {}
+                    Err(TierError::Io { .. }) if io_fails => {}
                     Err(error) => panic!("{error:?}"),
                 }
                 false

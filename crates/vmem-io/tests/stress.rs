@@ -13,26 +13,23 @@ use futures::FutureExt;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use vmem_core::IoDriver;
-use vmem_core::backend::{DiskBackend, DiskError, Extent, IoBuf, ReadChunk};
+use vmem_core::backend::{Durable, Extent, IoBuf, ReadChunk, Tier, TierError};
 use vmem_io::driver::{BlockingDriver, BlockingOptions};
 use vmem_io::{DiskTier, open_disk};
 
 type Object = (Vec<Arc<Extent>>, Vec<u8>);
 
 async fn put(
-    backend: &Arc<dyn DiskBackend>,
+    backend: &Arc<dyn Durable>,
     payloads: Vec<Bytes>,
-) -> Result<Vec<Arc<Extent>>, DiskError> {
+) -> Result<Vec<Arc<Extent>>, TierError> {
     let lens: Vec<u32> = payloads.iter().map(|bytes| bytes.len() as u32).collect();
     let extents = backend.reserve(&lens)?;
     let pieces = extents.into_iter().zip(payloads).collect();
     Ok(backend.write(pieces).await?.into_iter().map(Arc::new).collect())
 }
 
-async fn check(
-    backend: &Arc<dyn DiskBackend>,
-    (extents, content): &Object,
-) -> Result<(), DiskError> {
+async fn check(backend: &Arc<dyn Durable>, (extents, content): &Object) -> Result<(), TierError> {
     let buf = IoBuf::from_vec(vec![0xaa; content.len()]);
     let (buf, result) = backend.read(ReadChunk::in_sequence(extents.clone()), buf).await;
     result.map(|()| assert!(buf[..] == content[..], "wrong bytes"))
@@ -47,7 +44,7 @@ async fn perhaps<T>(rng: &mut SmallRng, future: impl Future<Output = T>) -> Opti
     tokio::time::timeout(moment, future).await.ok()
 }
 
-async fn work(backend: Arc<dyn DiskBackend>, mut rng: SmallRng, rounds: u32) -> u32 {
+async fn work(backend: Arc<dyn Durable>, mut rng: SmallRng, rounds: u32) -> u32 {
     let mut objects: Vec<Object> = Vec::new();
     let mut dropped = 0;
     for _ in 0..rounds {
@@ -72,10 +69,10 @@ async fn work(backend: Arc<dyn DiskBackend>, mut rng: SmallRng, rounds: u32) -> 
         match result {
             None => dropped += 1,
             Some(Ok(())) => {}
-            Some(Err(DiskError::Full { source: None, .. })) => {
+            Some(Err(TierError::Full { source: None, .. })) => {
                 objects.pop();
             }
-            Some(Err(DiskError::Closed)) => break,
+            Some(Err(TierError::Closed)) => break,
             Some(Err(error)) => panic!("{error:?}"),
         }
     }

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use common::{eventually, random_bytes, rng};
 use rand::Rng;
 use vmem_core::IoDriver;
-use vmem_core::backend::{DiskBackend, DiskError, Extent, IoBuf, ReadChunk};
+use vmem_core::backend::{Durable, Extent, IoBuf, ReadChunk, TierError};
 use vmem_io::{DATA_FILE, OpenedDisk, open_disk};
 
 const CHUNK: u32 = 65536;
@@ -34,9 +34,9 @@ fn store(capacity: u64) -> Store {
 }
 
 async fn write(
-    backend: &Arc<dyn DiskBackend>,
+    backend: &Arc<dyn Durable>,
     payloads: &[Bytes],
-) -> Result<Vec<Arc<Extent>>, DiskError> {
+) -> Result<Vec<Arc<Extent>>, TierError> {
     let lens: Vec<u32> = payloads.iter().map(|bytes| bytes.len() as u32).collect();
     let extents = backend.reserve(&lens)?;
     let pieces = extents.into_iter().zip(payloads.iter().cloned());
@@ -44,10 +44,7 @@ async fn write(
     Ok(written.into_iter().map(Arc::new).collect())
 }
 
-async fn read(
-    backend: &Arc<dyn DiskBackend>,
-    extents: &[Arc<Extent>],
-) -> Result<Vec<u8>, DiskError> {
+async fn read(backend: &Arc<dyn Durable>, extents: &[Arc<Extent>]) -> Result<Vec<u8>, TierError> {
     let len: usize = extents.iter().map(|extent| extent.len() as usize).sum();
     let buf = IoBuf::from_vec(vec![0xaa; len]);
     let (buf, result) = backend.read(ReadChunk::in_sequence(extents.to_vec()), buf).await;
@@ -110,7 +107,7 @@ async fn every_flipped_bit_is_found_and_its_chunk_named() {
         store.file.read_exact_at(&mut byte, at).unwrap();
         store.file.write_all_at(&[byte[0] ^ (1 << (bit % 8))], at).unwrap();
         match read(backend, &extents).await {
-            Err(DiskError::Corrupt { chunk: 1, expected, actual }) => {
+            Err(TierError::Corrupt { chunk: 1, expected, actual }) => {
                 assert_eq!(Some(expected), extents[1].sum());
                 assert_ne!(expected, actual);
             }
@@ -132,7 +129,7 @@ async fn a_truncated_file_damages_what_it_lost_and_nothing_else() {
     let extents = write(backend, &payloads).await.unwrap();
     store.file.set_len(extents[2].offset() + 100).unwrap();
     match read(backend, &extents).await {
-        Err(DiskError::Corrupt { chunk, expected, actual }) => {
+        Err(TierError::Corrupt { chunk, expected, actual }) => {
             assert_eq!((chunk, Some(expected), actual), (2, extents[2].sum(), 0));
         }
         other => panic!("{:?}", other.map(|_| ())),
@@ -145,8 +142,8 @@ async fn a_truncated_file_damages_what_it_lost_and_nothing_else() {
 async fn bad_calls_are_refused() {
     let store = store(MIB);
     let backend = &store.disk.backend;
-    let invalid = |error: DiskError| {
-        let DiskError::Io { source, .. } = error else {
+    let invalid = |error: TierError| {
+        let TierError::Io { source, .. } = error else {
             panic!("{error:?}");
         };
         assert_eq!(source.kind(), std::io::ErrorKind::InvalidInput);
@@ -162,7 +159,7 @@ async fn bad_calls_are_refused() {
     assert_eq!(buf.len(), 2);
     invalid(result.unwrap_err());
     let full = backend.reserve(&[CHUNK; 17]).unwrap_err();
-    assert!(matches!(full, DiskError::Full { free_bytes: 1_048_576, source: None, .. }));
+    assert!(matches!(full, TierError::Full { free_bytes: 1_048_576, source: None, .. }));
     backend.close().await.unwrap();
 }
 
@@ -174,10 +171,10 @@ async fn after_close_everything_is_closed_and_the_files_are_gone() {
     let reserved = backend.reserve(&[3]).unwrap().remove(0);
     backend.close().await.unwrap();
     backend.close().await.unwrap();
-    assert!(matches!(read(backend, &extents).await, Err(DiskError::Closed)));
-    assert!(matches!(backend.reserve(&[1]), Err(DiskError::Closed)));
+    assert!(matches!(read(backend, &extents).await, Err(TierError::Closed)));
+    assert!(matches!(backend.reserve(&[1]), Err(TierError::Closed)));
     let late = backend.write(vec![(reserved, Bytes::from_static(b"abc"))]).await;
-    assert!(matches!(late, Err(DiskError::Closed)));
+    assert!(matches!(late, Err(TierError::Closed)));
     assert!(!store.disk.path.join(DATA_FILE).exists());
     drop(extents);
     assert_eq!(backend.usage().used_bytes, 0);
@@ -208,7 +205,7 @@ async fn ten_times_the_capacity_goes_through() {
                 live.push((extents, payloads.concat()));
                 written += live.last().unwrap().1.len() as u64;
             }
-            Err(DiskError::Full { source: None, .. }) => {
+            Err(TierError::Full { source: None, .. }) => {
                 let (extents, content) = live.swap_remove(rng.random_range(0..live.len()));
                 assert!(read(backend, &extents).await.unwrap() == content);
             }
@@ -285,7 +282,7 @@ async fn a_full_file_system_is_reported_and_recovers() {
         }
         assert!(live.len() < 32, "what is left holds no more");
     };
-    let DiskError::Full { free_bytes, source, .. } = error else {
+    let TierError::Full { free_bytes, source, .. } = error else {
         panic!("{error:?}");
     };
     assert_eq!(source.unwrap().raw_os_error(), Some(28));
@@ -301,7 +298,7 @@ async fn a_full_file_system_is_reported_and_recovers() {
     for _ in 0..freed {
         match write(backend, &payload).await {
             Ok(extents) => live.push(extents),
-            Err(DiskError::Full { .. }) => {
+            Err(TierError::Full { .. }) => {
                 live.push(write(backend, &payload).await.expect("the retry finds space"));
             }
             Err(error) => panic!("{error:?}"),

@@ -4,4 +4,5 @@
 
 mod drop_order;
 mod every_poll;
+mod late;
 mod random;

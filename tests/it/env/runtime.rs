@@ -172,6 +172,7 @@ fn backends_outside_of_a_suitable_runtime_are_refused() {
     let make = || {
         let device = Arc::new(SimDevice::new(1 << 20)) as Arc<_>;
         let backends = Backends {
+            remote: None,
             host_capacity_bytes: 4 << 20,
             disk: DiskTier::new(MemDriver::new(), 1 << 20),
             catalog: None,

@@ -113,6 +113,12 @@ impl Task {
     }
 
     /// Host memory, or, where there is some, device memory.
+    /// The disk, or the tier below it.
+    fn below_host(&mut self) -> MemoryTier {
+        let remote = self.world.has_remote && self.rng.random_bool(0.4);
+        if remote { MemoryTier::Remote } else { MemoryTier::Disk }
+    }
+
     fn memory(&mut self) -> MemoryTier {
         let vram = self.world.has_vram && self.rng.random_bool(0.5);
         if vram { MemoryTier::Vram } else { MemoryTier::Host }
@@ -131,7 +137,7 @@ impl Task {
             14..19 => self.rng.random_range(65_537..=300_000),
             _ => self.rng.random_range(300_000..=1_600_000),
         };
-        let home = if self.rng.random_bool(0.5) { MemoryTier::Disk } else { self.memory() };
+        let home = if self.rng.random_bool(0.5) { self.below_host() } else { self.memory() };
         let ending = self.ending();
         let world = self.world.clone();
         let call = Call::new(self.number, "create", &[], &(len, home));
@@ -300,16 +306,20 @@ impl Task {
         let host = self.memory();
         let below = match host {
             MemoryTier::Vram if self.rng.random_bool(0.3) => MemoryTier::Host,
-            _ => MemoryTier::Disk,
+            _ => self.below_host(),
+        };
+        let above = match below {
+            MemoryTier::Remote => MemoryTier::Disk,
+            _ => host,
         };
         let (name, moved) = match self.rng.random_range(0..12) {
-            0..2 => ("promote", ending.of(vmem.promote(&handle, host)).await),
+            0..2 => ("promote", ending.of(vmem.promote(&handle, above)).await),
             2..7 => ("demote", ending.of(vmem.demote(&handle, below)).await),
             7 => {
-                vmem.prefetch(&handle, host).detach();
+                vmem.prefetch(&handle, above).detach();
                 ("prefetch", None)
             }
-            8 | 9 => ("prefetch", ending.of(vmem.prefetch(&handle, host)).await),
+            8 | 9 => ("prefetch", ending.of(vmem.prefetch(&handle, above)).await),
             10 => ("flush", ending.of(vmem.flush(&handle)).await),
             _ => {
                 let flushed = ending.of(vmem.flush_all()).await;
@@ -325,7 +335,10 @@ impl Task {
         let ending = self.ending();
         let world = self.world.clone();
         let call = self.call("pin", &handle, &"");
-        let tier = self.memory();
+        let tier = match self.below_host() {
+            MemoryTier::Remote => MemoryTier::Disk,
+            _ => self.memory(),
+        };
         let pinned = ending.of(world.vmem.pin(&handle, tier)).await;
         let Some(guard) = world.judge(&call, pinned, |_| 0) else { return };
         self.pins.push(guard);
@@ -335,7 +348,7 @@ impl Task {
                 Ok(residency) => {
                     // What is written while it is pinned in VRAM is promoted again behind the
                     // write.
-                    let there = handle.is_empty() || residency.host || tier == MemoryTier::Vram;
+                    let there = handle.is_empty() || residency.host || tier != MemoryTier::Host;
                     assert!((there || left > 0) && residency.pins > 0, "{call}: {residency:?}");
                     if there {
                         break;

@@ -12,14 +12,14 @@ use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::SmallRng;
 use tokio::time::{Instant, sleep};
-use vmem::backend::{Backends, DeviceBackend};
+use vmem::backend::{Backends, DeviceBackend, Tier};
 use vmem::{
     Capabilities, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError,
     VirtualMemoryStats,
 };
 use vmem_io::DiskTier;
 use vmem_testkit::model::Settles;
-use vmem_testkit::{Errno, FaultDriver, Model, Seed, SimDevice, SimDriver, Violation};
+use vmem_testkit::{Errno, FaultDriver, Model, Seed, SimConfig, SimDevice, SimDriver, Violation};
 
 use super::{STAGING, Trouble};
 
@@ -49,8 +49,10 @@ pub(crate) struct World {
     pub(crate) sim: Option<Arc<SimDriver>>,
     /// Whether there is a tier above host memory.
     pub(crate) has_vram: bool,
+    /// Whether there is one below the disk.
+    pub(crate) has_remote: bool,
     pub(crate) trouble: Trouble,
-    faults: Arc<FaultDriver>,
+    faults: Vec<Arc<FaultDriver>>,
     trace: Mutex<Trace>,
     start: Instant,
 }
@@ -71,7 +73,16 @@ impl World {
             let fails = if trouble.has(Trouble::Errors) { 0.03 } else { 0.0 };
             device.misbehave(seed.fork("device").rng(), slowest, fails);
         }
+        // It fails as the disk does, and has a file of its own.
+        let remote = rng.random_bool(0.5).then(|| {
+            let medium = SimDriver::new(SimConfig::default());
+            let faults = FaultDriver::new(medium, seed.fork("remote"));
+            let tier = DiskTier::new(faults.clone(), rng.random_range(1 << 20..4 << 20));
+            (faults, tier)
+        });
+        let (remote_faults, remote) = remote.unzip();
         let backends = Backends {
+            remote: remote.map(|tier| tier as Arc<dyn Tier>),
             host_capacity_bytes: STAGING + rng.random_range(512 << 10..1536 << 10),
             disk: DiskTier::new(faults.clone(), rng.random_range(2 << 20..6 << 20)),
             catalog: None,
@@ -82,7 +93,9 @@ impl World {
             capabilities: Capabilities::new("sim".into(), "no gpu".into()),
         };
         let vmem = VirtualMemory::with_backends(config, backends).unwrap();
-        faults.set(trouble.plan());
+        let has_remote = remote_faults.is_some();
+        let faults: Vec<_> = std::iter::once(faults).chain(remote_faults).collect();
+        faults.iter().for_each(|faults| faults.set(trouble.plan()));
         World {
             vmem,
             // A write runs in the future that is dropped: it was done by then or never will be.
@@ -90,6 +103,7 @@ impl World {
             objects: Mutex::default(),
             sim,
             has_vram: device.is_some(),
+            has_remote,
             trouble,
             faults,
             trace: Mutex::default(),
@@ -170,7 +184,7 @@ impl World {
     /// Nothing goes wrong any more: every object is right or known to be damaged. Then all goes,
     /// and nothing is left.
     pub(crate) async fn finish(&self) -> Trace {
-        self.faults.clear();
+        self.faults.iter().for_each(|faults| faults.clear());
         let objects = std::mem::take(&mut *self.objects.lock());
         for handle in &objects {
             let call = Call::new(99, "the last look", &[handle.id()], &"");
@@ -206,6 +220,8 @@ impl World {
             let left = [
                 stats.host.used_bytes,
                 stats.disk.used_bytes,
+                stats.remote.used_bytes,
+                stats.remote.objects,
                 stats.vram.used_bytes,
                 stats.host.objects,
                 stats.disk.objects,
@@ -226,7 +242,7 @@ impl World {
 }
 
 fn assert_within_budget(stats: &VirtualMemoryStats) {
-    for tier in [stats.host, stats.disk, stats.vram] {
+    for tier in [stats.host, stats.disk, stats.vram, stats.remote] {
         assert!(tier.used_bytes <= tier.capacity_bytes, "above the budget: {stats:#?}");
         assert!(tier.peak_bytes <= tier.capacity_bytes, "was above the budget: {stats:#?}");
     }

@@ -91,6 +91,7 @@ pub(super) fn open_where(image: Image, buffered: bool, all_writes: bool) -> Plac
         .build()
         .unwrap();
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: 2 << 20,
         disk: DiskTier::with_taken(disk.clone(), 8 << 20, &taken, None).unwrap(),
         catalog: Some(Arc::new(catalog)),

@@ -280,6 +280,7 @@ async fn damage_of_one_name_is_the_matter_of_one() {
     let (catalog, taken) = NameCatalog::over(storage, 512).unwrap();
     let disk = TapeDriver::new(&tape, false);
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: 4 << 20,
         disk: DiskTier::with_taken(disk, 8 << 20, &taken, None).unwrap(),
         catalog: Some(Arc::new(Picky(catalog, None))),
@@ -309,6 +310,7 @@ async fn changes_that_wait_in_line_do_not_add_up() {
     let (catalog, taken) = NameCatalog::over(Arc::new(TapeStorage(tape.clone())), 512).unwrap();
     let held = Arc::new(tokio::sync::Semaphore::new(1));
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: 4 << 20,
         disk: DiskTier::with_taken(TapeDriver::new(&tape, false), 8 << 20, &taken, None).unwrap(),
         catalog: Some(Arc::new(Picky(catalog, Some(held.clone())))),

@@ -62,6 +62,7 @@ fn open(tape: &Arc<Tape>, buffered: bool) -> Result<VirtualMemory, VirtualMemory
         .wait_timeout(Duration::from_secs(20))
         .build()?;
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: 1 << 20,
         disk: DiskTier::with_taken(TapeDriver::new(tape, buffered), DISK, &taken, None)?,
         // Closed names leave memory at once, and are found again by the next change.

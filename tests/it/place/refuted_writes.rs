@@ -25,6 +25,7 @@ const LEN: usize = 300 * KIB;
 
 fn open() -> VirtualMemory {
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: (4 * MIB + STAGING) as u64,
         disk: DiskTier::new(MemDriver::new(), 64 * MIB as u64),
         catalog: None,

@@ -18,6 +18,7 @@ use crate::support::{self, DISK, HOST, KIB, MIB, bytes};
 fn open(space: usize, disk: usize, speed: Speed) -> (VirtualMemory, Arc<SimDriver>) {
     let driver = SimDriver::new(SimConfig { speed, ..SimConfig::default() });
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: (space + support::STAGING) as u64,
         disk: DiskTier::new(driver.clone(), disk as u64),
         catalog: None,

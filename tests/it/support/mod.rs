@@ -71,6 +71,7 @@ pub(crate) fn open_below(
 ) -> (VirtualMemory, Arc<MemDriver>) {
     let driver = MemDriver::new();
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(driver.clone(), disk as u64),
         catalog: None,
@@ -89,6 +90,7 @@ pub(crate) fn over(
     set: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
 ) -> VirtualMemory {
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(driver, disk),
         catalog: None,

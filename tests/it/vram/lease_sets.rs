@@ -186,6 +186,7 @@ async fn an_empty_object_takes_nothing_of_a_full_budget() {
 async fn more_devices_than_can_be_told_apart_are_refused() {
     let devices = [4 * KIB; 33].map(|bytes| Arc::new(SimDevice::new(bytes as u64)) as Arc<_>);
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: (MIB + STAGING) as u64,
         disk: DiskTier::new(MemDriver::new(), MIB as u64),
         catalog: None,

@@ -22,6 +22,7 @@ const HANG: Duration = Duration::from_secs(30);
 
 fn open(vram: usize) -> VirtualMemory {
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: (4 * MIB + STAGING) as u64,
         disk: DiskTier::new(MemDriver::new(), 64 * MIB as u64),
         catalog: None,

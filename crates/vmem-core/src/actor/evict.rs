@@ -16,13 +16,13 @@ use super::look::Look;
 use super::plan::{Plan, Situation, Stop, Victim, plan};
 use super::tiers::Evicting;
 use super::{Ended, Took, spawn_into};
-use crate::disk::DiskError;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
-use crate::migrate::{CopyFate, Leaving, demote_unwritten, write_back};
+use crate::migrate::CopyFate;
 use crate::object::{GatePass, Object, Shared};
 use crate::policy::Probe;
 use crate::stats::add;
+use crate::storage::TierError;
 use crate::tier::{Class, Refused, Space, TierState, Wanted};
 
 /// Batches that are written at once.
@@ -65,10 +65,10 @@ pub(super) struct Evictor<T> {
 }
 
 /// The outcome of one attempt to evict an object.
-enum Step {
+enum Step<L> {
     Freed,
     /// It has to be written first.
-    Write(Leaving),
+    Write(L),
     /// It is held, read or being changed.
     Busy,
     /// The disk has no space for it.
@@ -255,17 +255,17 @@ impl<T: Evicting> Evictor<T> {
     }
 
     /// Takes one object out, as far as that goes without waiting.
-    fn take(&self, shared: &Shared, pass: GatePass) -> Step {
-        let object = pass.object().clone();
+    fn take(&self, shared: &Shared, pass: GatePass) -> Step<T::Leaving> {
+        let object = pass.object();
         // The plan is a moment old.
-        if !self.tier.may_leave(&object) {
+        if !self.tier.may_leave(object) {
             return Step::Busy;
         }
-        if self.tier.needs_space_below(&object) {
+        if self.tier.needs_space_below(object) {
             if self.disk_rests_until.is_some_and(|until| Instant::now() < until) {
                 return Step::NoDisk;
             }
-            return take_dirty(&object, pass);
+            return self.take_dirty(pass);
         }
         if !self.tier.drop_clean(&pass) {
             return Step::Busy;
@@ -275,11 +275,25 @@ impl<T: Evicting> Evictor<T> {
         Step::Freed
     }
 
+    /// An object that the tier below does not have.
+    fn take_dirty(&self, pass: GatePass) -> Step<T::Leaving> {
+        match self.tier.prepare(pass) {
+            Ok(Some(leaving)) => Step::Write(leaving),
+            Ok(None) => Step::Freed,
+            Err(error) => {
+                if !matches!(error, TierError::Full { .. }) {
+                    tracing::warn!(target: "vmem::actor", ?error, "the tier below refuses space");
+                }
+                Step::NoDisk
+            }
+        }
+    }
+
     fn launch(
         &mut self,
         shared: &Shared,
         tasks: &mut JoinSet<Ended>,
-        batch: Vec<Leaving>,
+        batch: Vec<T::Leaving>,
         leaves_bytes: u64,
         fate: CopyFate,
     ) {
@@ -293,13 +307,11 @@ impl<T: Evicting> Evictor<T> {
             CopyFate::Keep => ("vmem-write-back", MigrationCause::WriteBack),
             CopyFate::Drop | CopyFate::Detach => ("vmem-evict", MigrationCause::Evict),
         };
+        let tier = self.tier.state(shared).tier;
+        let written = T::write(batch, fate, cause, deadline);
         spawn_into(tasks, name, async move {
-            let took = match write_back(batch, fate, cause, &deadline).await {
-                Ok(()) => Took::All,
-                Err(DiskError::Full { .. }) => Took::NoSpace,
-                Err(_) => Took::Failed,
-            };
-            Ended::Evicted { leaves_bytes, took }
+            let took = written.await;
+            Ended::Evicted { tier, leaves_bytes, took }
         });
     }
 
@@ -338,6 +350,9 @@ impl<T: Evicting> Evictor<T> {
 
     /// Writes what is dirty at the cold end, so that most victims are clean when space is needed.
     fn write_back_early(&mut self, shared: &Shared, tasks: &mut JoinSet<Ended>) {
+        if !T::CLEANS_EARLY {
+            return;
+        }
         let state = self.tier.state(shared);
         let is_resting = self.disk_rests_until.is_some_and(|until| Instant::now() < until);
         if self.batches > 0 || is_resting || state.space().used_bytes() <= state.marks.low_bytes {
@@ -353,16 +368,17 @@ impl<T: Evicting> Evictor<T> {
             if seen >= band || payload >= BATCH_BYTES {
                 break;
             }
-            seen += self.tier.victim(&object).footprint;
-            if !object.is_dirty() {
+            let victim = self.tier.victim(&object);
+            seen += victim.footprint;
+            if victim.payload.is_none() {
                 continue;
             }
             let Some(pass) = object.try_gate_quietly() else { continue };
-            if !object.is_dirty() {
+            if self.tier.victim(&object).payload.is_none() {
                 continue;
             }
-            let Ok(leaving) = Leaving::prepare(pass) else { break };
-            payload += leaving.payload();
+            let Ok(Some(leaving)) = self.tier.prepare(pass) else { break };
+            payload += T::payload(&leaving);
             batch.push(leaving);
         }
         self.launch(shared, tasks, batch, 0, CopyFate::Keep);
@@ -379,22 +395,4 @@ impl<T: Evicting> Evictor<T> {
         }
         self.unsettled
     }
-}
-
-/// An object that the level below does not have.
-fn take_dirty(object: &Object, pass: GatePass) -> Step {
-    let refused = if object.has_spare() {
-        demote_unwritten(&pass).map(|()| Step::Freed)
-    } else {
-        match Leaving::prepare(pass) {
-            Ok(leaving) => Ok(Step::Write(leaving)),
-            Err((_pass, error)) => Err(error),
-        }
-    };
-    refused.unwrap_or_else(|error| {
-        if !matches!(error, DiskError::Full { .. }) {
-            tracing::warn!(target: "vmem::actor", ?error, "the disk refuses space");
-        }
-        Step::NoDisk
-    })
 }

@@ -30,10 +30,11 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use evict::Evictor;
-use tiers::{InHost, OnDevice};
+use tiers::{InHost, InStorage, OnDevice};
 
 use crate::device::DeviceError;
 use crate::error::VirtualMemoryError;
+use crate::memory_tier::{MemoryTier, Position};
 use crate::names::{self, Names};
 use crate::object::Shared;
 use crate::requests::{Inbox, Line, Request};
@@ -44,7 +45,7 @@ const DEMAND_MAX: usize = 1024;
 /// Prefetch requests that are started at once.
 const BACKGROUND_MAX: usize = 64;
 
-/// Whether the disk took a batch.
+/// Whether the tier below took a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Took {
     All,
@@ -61,8 +62,10 @@ pub(super) enum Ended {
     Background,
     /// One that waits for a kernel of a user.
     Kernel,
-    /// A batch that was written, the bytes that it was to free, and whether the disk took it.
+    /// A batch that was written: the tier that it leaves, the bytes that it was to free there, and
+    /// whether the tier below took it.
     Evicted {
+        tier: MemoryTier,
         leaves_bytes: u64,
         took: Took,
     },
@@ -77,6 +80,8 @@ pub(crate) fn start(names: Arc<Names>, inbox: Inbox) -> watch::Receiver<Outcome>
     let shared = names.shared.clone();
     let devices =
         (0..shared.devices().len()).map(|device| Evictor::new(OnDevice(device))).collect();
+    let levels = (0..shared.storage().len()).filter(|&level| shared.evicts_from(level));
+    let storage = levels.map(|level| Evictor::new(InStorage(level))).collect();
     let actor = Actor {
         shared,
         names,
@@ -88,6 +93,7 @@ pub(crate) fn start(names: Arc<Names>, inbox: Inbox) -> watch::Receiver<Outcome>
         batch_failed: false,
         host: Evictor::new(InHost),
         devices,
+        storage,
     };
     let runtime = actor.shared.runtime.clone();
     spawn_named(&runtime, "vmem-actor", actor.run(done));
@@ -107,6 +113,8 @@ struct Actor {
     batch_failed: bool,
     host: Evictor<InHost>,
     devices: Vec<Evictor<OnDevice>>,
+    /// Of the tiers below host memory, but for the last.
+    storage: Vec<Evictor<InStorage>>,
 }
 
 /// However the actor ends, with its runtime too, no caller is left waiting for what only the actor
@@ -136,7 +144,9 @@ impl Actor {
                 continue;
             }
             let of_devices = self.devices.iter().filter_map(Evictor::wakes_at);
-            let wakes_at = of_devices.chain(self.host.wakes_at()).chain(recall_at).min();
+            let of_storage = self.storage.iter().filter_map(Evictor::wakes_at);
+            let wakes_at = of_devices.chain(of_storage).chain(self.host.wakes_at());
+            let wakes_at = wakes_at.chain(recall_at).min();
             tokio::select! {
                 biased;
                 () = self.shared.wake.asleep() => {}
@@ -165,7 +175,7 @@ impl Actor {
 
     /// One turn of every evictor. True if there is more to do at once.
     fn turn(&mut self, woken: bool) -> bool {
-        let Actor { shared, tasks, host, devices, .. } = self;
+        let Actor { shared, tasks, host, devices, storage, .. } = self;
         let mut more = host.turn(shared, tasks, woken);
         for (device, evictor) in shared.devices().iter().zip(devices) {
             match device.lost() {
@@ -173,15 +183,19 @@ impl Actor {
                 Some(error) => evictor.refuse_all(shared, &error),
             }
         }
+        for evictor in storage {
+            more |= evictor.turn(shared, tasks, woken);
+        }
         more
     }
 
     /// While a waiter waits for space, takes back granted space that its callers have not claimed.
     /// Returns when there may be more of that.
     fn recall_unclaimed(&self) -> Option<Instant> {
-        let waiting: usize =
-            self.shared.devices().iter().map(|device| device.state.queue.len()).sum();
-        if self.shared.host.queue.len() + waiting == 0 {
+        let shared = &self.shared;
+        let on_devices = shared.devices().iter().map(|device| device.state.queue.len());
+        let below = shared.storage().iter().map(|storage| storage.state.queue.len());
+        if shared.host.queue.len() + on_devices.chain(below).sum::<usize>() == 0 {
             return None;
         }
         self.shared.unclaimed.recall()
@@ -233,9 +247,13 @@ impl Actor {
             Ok(Ended::Demand) => self.demand -= 1,
             Ok(Ended::Background) => self.background -= 1,
             Ok(Ended::Kernel) => {}
-            Ok(Ended::Evicted { leaves_bytes, took }) => {
+            Ok(Ended::Evicted { tier, leaves_bytes, took }) => {
                 self.batch_failed |= took != Took::All;
-                self.host.ended(leaves_bytes, took);
+                match tier.position() {
+                    Position::Host => self.host.ended(leaves_bytes, took),
+                    Position::Device(device) => self.devices[device].ended(leaves_bytes, took),
+                    Position::Below(level) => self.storage[level].ended(leaves_bytes, took),
+                }
             }
             Err(error) if error.is_cancelled() => {}
             Err(error) => {
@@ -269,12 +287,16 @@ impl Actor {
             Ok(catalog) => catalog.close().await,
             Err(_) => Ok(()),
         };
-        let closed = self.shared.disk.close().await;
+        let mut closed = Ok(());
+        // The disk last: with it goes the lock of the directory.
+        for one in self.shared.storage().iter().rev() {
+            let error = |error| self.shared.tier_error(0, error);
+            closed = one.backend.close().await.map_err(error).and(closed);
+        }
         let mut device = Ok(());
         for one in self.shared.devices() {
             device = device.and(one.backend.close().await.map_err(DeviceError::public));
         }
-        let closed = closed.map_err(|error| self.shared.disk_error(0, error));
         flushed.and(unnamed).and(closed).and(device)
     }
 

@@ -5,17 +5,27 @@
 //! its gate, so never one that is held, read, in flight or being written. Called by the evictor of
 //! the tier.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio::time::Instant;
 
+use super::Took;
 use super::plan::Victim;
+use crate::deadline::Deadline;
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
 use crate::host::HostArena;
-use crate::migrate::relocate;
+use crate::migrate::{
+    CopyFate, Demotion, Leaving, demote_between, demote_unwritten, relocate, write_back,
+};
 use crate::object::{GatePass, Object, Shared};
 use crate::policy::Probe;
 use crate::stats::add;
-use crate::tier::{DeviceSpace, HostSpace, Space, TierState, Wanted};
+use crate::storage::TierError;
+use crate::tier::{DeviceSpace, HostSpace, Space, StorageSpace, TierState, Wanted};
 
 /// An object that was used within this time never makes way for a prefetch in host memory, in
 /// nanoseconds.
@@ -26,6 +36,12 @@ const SEEDS_MAX: usize = 32;
 /// A tier that evicts.
 pub(super) trait Evicting {
     type Space: Space;
+
+    /// An object that is to be written before it can leave, with its gate.
+    type Leaving: Send + 'static;
+
+    /// Whether what is dirty at the cold end is written before its space is needed.
+    const CLEANS_EARLY: bool;
 
     fn state<'a>(&self, shared: &'a Shared) -> &'a TierState<Self::Space>;
 
@@ -51,6 +67,24 @@ pub(super) trait Evicting {
     /// Takes an object out that needs nothing written. False if it is held, read or being changed.
     fn drop_clean(&self, pass: &GatePass) -> bool;
 
+    /// Takes space below for an object; none if it needs nothing written, and has left already.
+    ///
+    /// # Errors
+    ///
+    /// What the tier below says.
+    fn prepare(&self, pass: GatePass) -> Result<Option<Self::Leaving>, TierError>;
+
+    /// What is to be written of an object, in bytes.
+    fn payload(leaving: &Self::Leaving) -> u64;
+
+    /// Writes a batch, and lets its objects leave unless the copies here are kept.
+    fn write(
+        batch: Vec<Self::Leaving>,
+        fate: CopyFate,
+        cause: MigrationCause,
+        deadline: Deadline,
+    ) -> BoxFuture<'static, Took>;
+
     /// Objects whose leaving makes one piece of free space of what the first request needs.
     fn neighbours(&self, shared: &Shared, wanted: &Wanted) -> Vec<u64>;
 
@@ -64,6 +98,9 @@ pub(super) struct InHost;
 
 impl Evicting for InHost {
     type Space = HostSpace;
+    type Leaving = Leaving;
+
+    const CLEANS_EARLY: bool = true;
 
     fn state<'a>(&self, shared: &'a Shared) -> &'a TierState<HostSpace> {
         &shared.host
@@ -96,6 +133,33 @@ impl Evicting for InHost {
 
     fn drop_clean(&self, pass: &GatePass) -> bool {
         pass.object().drop_clean_copy(pass).is_some()
+    }
+
+    fn prepare(&self, pass: GatePass) -> Result<Option<Leaving>, TierError> {
+        if pass.object().has_spare() {
+            return demote_unwritten(&pass, 0).map(|()| None);
+        }
+        Leaving::prepare(pass, 0).map(Some).map_err(|(_pass, error)| error)
+    }
+
+    fn payload(leaving: &Leaving) -> u64 {
+        leaving.payload()
+    }
+
+    fn write(
+        batch: Vec<Leaving>,
+        fate: CopyFate,
+        cause: MigrationCause,
+        deadline: Deadline,
+    ) -> BoxFuture<'static, Took> {
+        let written = async move {
+            match write_back(batch, fate, cause, &deadline).await {
+                Ok(()) => Took::All,
+                Err(TierError::Full { .. }) => Took::NoSpace,
+                Err(_) => Took::Failed,
+            }
+        };
+        written.boxed()
     }
 
     /// The owners of a span whose pages it needs.
@@ -134,11 +198,20 @@ fn is_movable(shared: &Shared, id: u64) -> bool {
         .is_some_and(|object| object.pins() == 0 && is_idle(&object) && object.has_host_space())
 }
 
+/// When the first prefetch that waits was asked for, in nanoseconds of the store's clock.
+fn since_asked(shared: &Shared, wanted: &Wanted) -> u64 {
+    let ago = |asked: Instant| asked.elapsed().as_nanos() as u64;
+    shared.recency.now().saturating_sub(wanted.prefetch_asked.map_or(0, ago))
+}
+
 /// The memory of the device with this number.
 pub(super) struct OnDevice(pub(super) usize);
 
 impl Evicting for OnDevice {
     type Space = DeviceSpace;
+    type Leaving = Infallible;
+
+    const CLEANS_EARLY: bool = false;
 
     fn state<'a>(&self, shared: &'a Shared) -> &'a TierState<DeviceSpace> {
         &shared.devices()[self.0].state
@@ -154,8 +227,7 @@ impl Evicting for OnDevice {
 
     /// A prefetch makes nothing leave that was used after it was asked for.
     fn spared_since(&self, shared: &Shared, wanted: &Wanted) -> u64 {
-        let ago = |asked: Instant| asked.elapsed().as_nanos() as u64;
-        shared.recency.now().saturating_sub(wanted.prefetch_asked.map_or(0, ago))
+        since_asked(shared, wanted)
     }
 
     fn cools_in(&self, _shared: &Shared, _stamp: u64) -> Option<Duration> {
@@ -176,6 +248,23 @@ impl Evicting for OnDevice {
         pass.object().leave_device(pass, self.0)
     }
 
+    fn prepare(&self, _pass: GatePass) -> Result<Option<Infallible>, TierError> {
+        Ok(None)
+    }
+
+    fn payload(leaving: &Infallible) -> u64 {
+        match *leaving {}
+    }
+
+    fn write(
+        _batch: Vec<Infallible>,
+        _fate: CopyFate,
+        _cause: MigrationCause,
+        _deadline: Deadline,
+    ) -> BoxFuture<'static, Took> {
+        std::future::ready(Took::All).boxed()
+    }
+
     /// The coldest copies that lie beside each other, with what is free between them.
     fn neighbours(&self, shared: &Shared, wanted: &Wanted) -> Vec<u64> {
         let state = self.state(shared);
@@ -190,6 +279,87 @@ impl Evicting for OnDevice {
             is_evictable.then(|| object.stamp())
         };
         state.space().coldest_window(&addresses, wanted.first(), &stamp)
+    }
+
+    fn compact(&self, _shared: &Shared) -> bool {
+        false
+    }
+}
+
+/// The tier so far below host memory, if there is a slower one.
+pub(super) struct InStorage(pub(super) usize);
+
+impl Evicting for InStorage {
+    type Space = StorageSpace;
+    type Leaving = Demotion;
+
+    /// What is written to a slower tier early may change before it has to leave.
+    const CLEANS_EARLY: bool = false;
+
+    fn state<'a>(&self, shared: &'a Shared) -> &'a TierState<StorageSpace> {
+        &shared.storage()[self.0].state
+    }
+
+    fn probe(&self, object: &Object, spared_since: u64) -> Probe {
+        object.probe_in_storage(self.0, spared_since)
+    }
+
+    fn may_leave(&self, object: &Object) -> bool {
+        object.may_leave_storage(self.0)
+    }
+
+    /// As of a device: a prefetch makes nothing leave that was used after it was asked for.
+    fn spared_since(&self, shared: &Shared, wanted: &Wanted) -> u64 {
+        since_asked(shared, wanted)
+    }
+
+    fn cools_in(&self, _shared: &Shared, _stamp: u64) -> Option<Duration> {
+        None
+    }
+
+    fn needs_space_below(&self, object: &Object) -> bool {
+        object.is_dirty_in(self.0)
+    }
+
+    fn victim(&self, object: &Object) -> Victim {
+        let footprint = self.state(&object.shared).space().footprint(object.len);
+        let payload = object.is_dirty_in(self.0).then_some(object.len as u64);
+        Victim { id: object.id, footprint, payload }
+    }
+
+    fn drop_clean(&self, pass: &GatePass) -> bool {
+        let object = pass.object();
+        object.with_extents(pass, |map, old| map.drop_from(object.len, self.0, old))
+    }
+
+    fn prepare(&self, pass: GatePass) -> Result<Option<Demotion>, TierError> {
+        Demotion::prepare(pass, self.0 + 1).map(Some).map_err(|(_pass, error)| error)
+    }
+
+    fn payload(leaving: &Demotion) -> u64 {
+        leaving.payload()
+    }
+
+    fn write(
+        batch: Vec<Demotion>,
+        fate: CopyFate,
+        cause: MigrationCause,
+        deadline: Deadline,
+    ) -> BoxFuture<'static, Took> {
+        let written = async move {
+            match demote_between(batch, fate, cause, &deadline).await {
+                // Damage is that of an object, which is not asked to leave again.
+                Ok(()) | Err(VirtualMemoryError::Corrupt { .. }) => Took::All,
+                Err(VirtualMemoryError::TierFull { .. }) => Took::NoSpace,
+                Err(_) => Took::Failed,
+            }
+        };
+        written.boxed()
+    }
+
+    /// A chunk goes into pieces, so that free space is never in the wrong place.
+    fn neighbours(&self, _shared: &Shared, _wanted: &Wanted) -> Vec<u64> {
+        Vec::new()
     }
 
     fn compact(&self, _shared: &Shared) -> bool {

@@ -174,8 +174,8 @@ impl FromStr for Promotion {
 impl FromStr for MemoryTier {
     type Err = VirtualMemoryError;
 
-    /// Parses `vram`, `host` or `disk`, in upper or lower case, and `vram:1` for the memory of the
-    /// second GPU.
+    /// Parses `vram`, `host`, `disk` or `remote`, in upper or lower case, and `vram:1` for the
+    /// memory of the second GPU.
     ///
     /// # Errors
     ///
@@ -186,13 +186,15 @@ impl FromStr for MemoryTier {
         if let Some(device) = numbered {
             return Ok(MemoryTier::of_device(device));
         }
-        [MemoryTier::Vram, MemoryTier::Host, MemoryTier::Disk]
+        [MemoryTier::Vram, MemoryTier::Host, MemoryTier::Disk, MemoryTier::Remote]
             .into_iter()
             .find(|tier| tier.to_string() == lower)
             .ok_or_else(|| VirtualMemoryError::InvalidConfig {
                 field: "tier",
-                reason: format!("unknown tier {word:?}: expected vram, vram:N, host or disk")
-                    .into(),
+                reason: format!(
+                    "unknown tier {word:?}: expected vram, vram:N, host, disk or remote"
+                )
+                .into(),
             })
     }
 }

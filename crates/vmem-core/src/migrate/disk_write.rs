@@ -14,16 +14,17 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::edges::{Edge, Written, account, write_edges, write_rest};
+use super::transfer::write_chunks;
 use crate::buffer::IoBuf;
 use crate::chunk::CHUNK_BYTES;
 use crate::copy::Found;
 use crate::deadline::{Deadline, Late};
-use crate::disk::{DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::object::{
-    DiskMap, GatePass, Object, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
+    ExtentMap, GatePass, Object, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
 };
 use crate::parcel::{Delivery, Parcel, SetAside};
+use crate::storage::{Extent, TierError};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -107,18 +108,18 @@ impl DiskWrite {
             return Ok(());
         }
         let lens = chunk_lens(object.len, self.next.clone());
-        let extents = object.shared.reserve_soon(&lens).await;
+        let extents = object.shared.reserve_soon(object.home_level(), &lens).await;
         // A write that was taken back has given the reservation back, or is about to, with the
         // gate.
         if extents.is_err()
             && !object.has_host_space()
-            && object.disk().is_unwritten()
+            && object.extents().is_unwritten()
             && let Ok(pass) = object.gate(deadline).await
             && self.take_reserved(&pass)
         {
             return Ok(());
         }
-        let public = |error| object.shared.disk_error(object.id, error);
+        let public = |error| object.shared.tier_error(object.id, error);
         self.extents = extents.map_err(public)?.into();
         Ok(())
     }
@@ -128,7 +129,7 @@ impl DiskWrite {
         if self.range.len() < len {
             return false;
         }
-        let reserved = self.object.with_disk(pass, |disk, _| disk.take_reserved(len));
+        let reserved = self.object.with_extents(pass, |map, _| map.take_reserved(len));
         let Some(reserved) = reserved else { return false };
         (self.extents, self.was_reserved) = (reserved.into(), true);
         true
@@ -165,7 +166,7 @@ impl DiskWrite {
         let shared = self.object.shared.clone();
         self.object.shared.spawn("vmem-write", async move {
             // The write begins here, so that it runs on the runtime of the store.
-            drop(reply.send(shared.disk.write(pieces).await));
+            drop(reply.send(write_chunks(&shared, pieces).await));
         });
         self.in_flight.push_back((chunks, answer));
     }
@@ -185,7 +186,7 @@ impl DiskWrite {
     /// Waits for the oldest piece that is in flight.
     async fn settle_oldest(&mut self) -> Result<()> {
         let Some((_, answer)) = self.in_flight.front_mut() else { return Ok(()) };
-        let outcome = answer.await.unwrap_or(Err(DiskError::Closed));
+        let outcome = answer.await.unwrap_or(Err(TierError::Closed));
         let Some((chunks, _)) = self.in_flight.pop_front() else { return Ok(()) };
         let written = account(&self.object.shared, self.object.id, outcome)?;
         self.written.extend(chunks.zip(written));
@@ -231,7 +232,7 @@ impl Drop for DiskWrite {
 /// bytes by now.
 fn return_reserved(pass: &GatePass, extents: Vec<(usize, Extent)>) {
     let object = pass.object();
-    if object.is_dead() || object.has_host_space() || !object.disk().is_empty() {
+    if object.is_dead() || object.has_host_space() || !object.extents().is_empty() {
         return;
     }
     let mut all: Vec<Option<Extent>> = (0..chunk_count(object.len)).map(|_| None).collect();
@@ -240,13 +241,13 @@ fn return_reserved(pass: &GatePass, extents: Vec<(usize, Extent)>) {
     }
     // After an error these were freed, and may be another object's by now.
     let missing: Vec<_> = (0..all.len()).filter(|&index| all[index].is_none()).collect();
-    let Ok(more) = object.shared.disk.reserve(&chunk_lens(object.len, missing.iter().copied()))
-    else {
+    let lens = chunk_lens(object.len, missing.iter().copied());
+    let Ok(more) = object.shared.reserve(object.home_level(), &lens) else {
         tracing::warn!(target: "vmem::migration", handle = object.id, "a reservation is lost");
         return;
     };
     missing.into_iter().zip(more).for_each(|(index, extent)| all[index] = Some(extent));
-    object.with_disk(pass, |disk, _| *disk = DiskMap::of_some(all));
+    object.with_extents(pass, |map, _| *map = ExtentMap::of_some(all));
 }
 
 /// Begins a write, and sets it aside with memory for its first piece. For a task.
@@ -332,8 +333,8 @@ async fn try_finish(mut write: DiskWrite, deadline: &Deadline, reply: &Reply) ->
     }
     let written = std::mem::take(&mut write.written);
     write.was_reserved = false;
-    object.publish(&pass, None, |disk, old| {
-        disk.put(object.len, written.into_iter().chain(edges).chain(rest), old);
+    object.publish(&pass, None, |map, old| {
+        map.put(object.len, written.into_iter().chain(edges).chain(rest), old);
     });
     Ok(Finished::Published)
 }

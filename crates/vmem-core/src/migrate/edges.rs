@@ -1,27 +1,28 @@
-//! The chunks that a write to disk covers only in part, and the figures of such writes.
+//! The chunks that a write to disk covers only in part.
 //!
 //! Invariant: called with the gate held, so that the bytes around the new ones are those of the
 //! previous version; space is taken if there is some, and never waited for. Called by
-//! `disk_write.rs`; the figures by `stream.rs` too.
+//! `disk_write.rs`.
 
 use std::ops::Range;
 
 use bytes::Bytes;
 
 use super::load;
+use super::transfer::write_chunks;
 use crate::chunk::CHUNK_BYTES;
 use crate::copy::Found;
 use crate::deadline::Deadline;
-use crate::disk::{DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::object::{GatePass, Object, Shared, Version, chunk_lens, chunks_of, range_of};
 use crate::stats::add;
+use crate::storage::{Extent, TierError};
 use crate::tier::Class;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
 /// The outcome of one write that is in flight.
-pub(super) type Written = std::result::Result<Vec<Extent>, DiskError>;
+pub(super) type Written = std::result::Result<Vec<Extent>, TierError>;
 
 /// The data in a chunk that it covers in part, and where in the object that is.
 pub(super) type Edge = (Range<usize>, Bytes);
@@ -59,7 +60,8 @@ pub(super) async fn write_edges(
         let bytes = piece.freeze().slice(..chunk.len());
         let pieces = extent.into_iter().map(|extent| (extent, bytes.clone())).collect();
         drop(bytes);
-        let extents = account(&object.shared, object.id, object.shared.disk.write(pieces).await)?;
+        let outcome = write_chunks(&object.shared, pieces).await;
+        let extents = account(&object.shared, object.id, outcome)?;
         written.extend(extents.into_iter().map(|extent| (index, extent)));
     }
     Ok(written)
@@ -73,7 +75,7 @@ pub(super) async fn write_rest(
 ) -> Result<Vec<(usize, Extent)>> {
     let object = pass.object();
     let touched = chunks_of(range);
-    let missing = object.disk().missing(object.len);
+    let missing = object.extents().missing(object.len);
     let rest: Vec<_> = missing.into_iter().filter(|index| !touched.contains(index)).collect();
     if rest.is_empty() {
         return Ok(Vec::new());
@@ -82,28 +84,22 @@ pub(super) async fn write_rest(
     let slice = |(&index, extent)| (extent, host.slice(range_of(object.len, index)));
     let pieces = rest.iter().zip(extents).map(slice).collect();
     drop(host);
-    let extents = account(&object.shared, object.id, object.shared.disk.write(pieces).await)?;
+    let written = write_chunks(&object.shared, pieces).await;
+    let extents = account(&object.shared, object.id, written)?;
     Ok(rest.into_iter().zip(extents).collect())
 }
 
 /// Space for these chunks, for the holder of the gate: what may come back soon is not waited for.
 fn reserve(object: &Object, chunks: impl IntoIterator<Item = usize>) -> Result<Vec<Extent>> {
-    let reserved = object.shared.reserve(&chunk_lens(object.len, chunks));
-    reserved.map_err(|error| object.shared.disk_error(object.id, error))
+    let lens = chunk_lens(object.len, chunks);
+    let reserved = object.shared.reserve(object.home_level(), &lens);
+    reserved.map_err(|error| object.shared.tier_error(object.id, error))
 }
 
-/// Counts a write of chunks of this object, in the terms of callers.
+/// The outcome of a write of chunks of this object, in the terms of callers.
 pub(super) fn account(shared: &Shared, handle: u64, outcome: Written) -> Result<Vec<Extent>> {
-    let counters = &shared.counters;
-    match outcome {
-        Ok(extents) => {
-            let bytes = extents.iter().map(|extent| u64::from(extent.len())).sum();
-            add(&counters.host_to_disk_bytes, bytes);
-            Ok(extents)
-        }
-        Err(error) => {
-            add(&counters.errors, 1);
-            Err(shared.disk_error(handle, error))
-        }
-    }
+    outcome.map_err(|error| {
+        add(&shared.counters.errors, 1);
+        shared.tier_error(handle, error)
+    })
 }

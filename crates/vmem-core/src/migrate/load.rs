@@ -1,4 +1,4 @@
-//! Reading chunks of one version from device memory, or from disk, verified.
+//! Reading chunks of one version from device memory, or from the tiers below, verified.
 //!
 //! Invariant: the bytes are those of the version that was handed in, or an error; its shares keep
 //! range and extents from being reused until the last of them was read. Used by fetches, range
@@ -7,13 +7,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::transfer::read_chunks;
 use crate::buffer::IoBuf;
 use crate::chunk::CHUNK_BYTES;
 use crate::device::{DeviceError, DeviceRange};
-use crate::disk::{DiskError, ReadChunk};
 use crate::error::VirtualMemoryError;
-use crate::object::{DiskMap, Object, Version, chunk_len};
+use crate::object::{ExtentMap, Object, Version, chunk_len};
 use crate::stats;
+use crate::storage::{ReadChunk, TierError};
 use crate::tier::Class;
 
 /// Chunks that a prefetch takes at a time: small, since demand waits behind it.
@@ -40,7 +41,7 @@ pub(crate) async fn load(
             }
         }
     }
-    load_from_disk(object, &version.disk, chunks, buf, front, class).await
+    load_from_storage(object, &version.extents, chunks, buf, front, class).await
 }
 
 async fn load_from_device(
@@ -62,9 +63,9 @@ async fn load_from_device(
     (buf, outcome)
 }
 
-async fn load_from_disk(
+async fn load_from_storage(
     object: &Object,
-    disk: &DiskMap,
+    disk: &ExtentMap,
     chunks: Range<usize>,
     mut buf: IoBuf,
     front: usize,
@@ -95,7 +96,7 @@ async fn load_from_disk(
             continue;
         }
         let outcome;
-        (buf, outcome) = read_piece(object, reads, buf, class).await;
+        (buf, outcome) = read_chunks(&object.shared, reads, buf, Some(class)).await;
         if let Err(error) = outcome {
             return (buf, Err(in_object(object, disk, piece, error)));
         }
@@ -103,41 +104,22 @@ async fn load_from_disk(
     (buf, Ok(()))
 }
 
-async fn read_piece(
-    object: &Object,
-    reads: Vec<ReadChunk>,
-    buf: IoBuf,
-    class: Class,
-) -> (IoBuf, Result<(), DiskError>) {
-    let shared = &object.shared;
-    let bytes: u64 = reads.iter().map(|read| u64::from(read.extent.len())).sum();
-    let _place = match class {
-        Class::Demand => shared.disk_link.demand().await,
-        Class::Prefetch => shared.disk_link.background().await,
-    };
-    let (buf, outcome) = shared.disk.read(reads, buf).await;
-    if outcome.is_ok() {
-        stats::add(&shared.counters.disk_to_host_bytes, bytes);
-    }
-    (buf, outcome)
-}
-
 /// The error of a read of `piece`, in terms of the object; damage is remembered.
 fn in_object(
     object: &Object,
-    disk: &DiskMap,
+    disk: &ExtentMap,
     piece: Range<usize>,
-    error: DiskError,
+    error: TierError,
 ) -> VirtualMemoryError {
     let error = match error {
-        DiskError::Corrupt { chunk: nth, expected, actual } => {
+        TierError::Corrupt { chunk: nth, expected, actual } => {
             let sealed = |&index: &usize| disk.chunk(index).is_some_and(|e| e.sum().is_some());
             let chunk = piece.filter(sealed).nth(nth).unwrap_or(nth);
-            DiskError::Corrupt { chunk, expected, actual }
+            TierError::Corrupt { chunk, expected, actual }
         }
         other => other,
     };
-    let error = object.shared.disk_error(object.id, error);
+    let error = object.shared.tier_error(object.id, error);
     if matches!(error, VirtualMemoryError::Corrupt { .. }) {
         object.set_damage(disk, error.clone());
     }

@@ -5,6 +5,7 @@
 //! before
 //! the one step that publishes. Spawned by the actor alone.
 
+mod between;
 mod disk_write;
 mod edges;
 mod kernel;
@@ -17,6 +18,7 @@ mod stream;
 mod to_device;
 mod to_disk;
 mod to_host;
+mod transfer;
 mod write;
 
 use std::future::Future;
@@ -27,6 +29,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::Span;
 
+pub(crate) use between::{Demotion, demote_between, promote_between};
 pub(crate) use disk_write::{
     DiskWrite, Finished, Turn, begin_disk_write, finish_disk_write, next_turn,
 };
@@ -35,7 +38,7 @@ pub(crate) use load::load;
 pub(crate) use part::{Copied, Piece, read_part, read_piece};
 pub(crate) use relocate::relocate;
 pub(crate) use request::{
-    Move, PrefetchEnd, request_fetch, request_finish, request_move, request_prefetch,
+    Move, PrefetchEnd, refresh_below, request_fetch, request_finish, request_move, request_prefetch,
 };
 pub(crate) use set::read_set;
 pub(crate) use stream::{Filled, Sent, Source, fill_window, send_window};

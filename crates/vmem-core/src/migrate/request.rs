@@ -15,9 +15,9 @@ use crate::deadline::Deadline;
 use crate::device::{DeviceAnswer, DeviceError};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
-use crate::memory_tier::MemoryTier;
+use crate::memory_tier::{MemoryTier, Position};
 use crate::object::{Object, Shared, WeakFlight};
-use crate::parcel::Delivery;
+use crate::parcel::{Delivery, parcel};
 use crate::requests::{Line, Request};
 use crate::tier::Class;
 
@@ -31,15 +31,17 @@ const PREFETCHED_AT_ONCE: usize = 32;
 pub(crate) enum Move {
     /// To the memory of this device.
     ToDevice(usize),
-    /// Loaded again after a write, with or without a waiter.
-    Refresh(usize),
+    /// Promoted again to this tier after a change, with or without a waiter.
+    Refresh(MemoryTier),
     /// Out of the memory of devices, to host memory if it has space.
     OffDevices,
     /// To host memory, to stay.
     ToHost,
-    /// To disk, out of host memory.
-    ToDisk,
-    /// To disk too.
+    /// So far up among the tiers below host memory; it stays in the slower ones too.
+    UpTo(usize),
+    /// So far down among the tiers below host memory, out of the faster tiers.
+    DownTo(usize),
+    /// To its home below host memory too.
     Flush,
 }
 
@@ -87,8 +89,8 @@ pub(crate) fn request_move(
     reply: Delivery<Result<()>>,
 ) {
     let name = match what {
-        Move::ToHost | Move::ToDevice(_) | Move::Refresh(_) => "vmem-promote",
-        Move::OffDevices | Move::ToDisk => "vmem-demote",
+        Move::ToHost | Move::ToDevice(_) | Move::Refresh(_) | Move::UpTo(_) => "vmem-promote",
+        Move::OffDevices | Move::DownTo(_) => "vmem-demote",
         Move::Flush => "vmem-flush",
     };
     let work = serve_move(object.clone(), what, deadline, reply);
@@ -110,12 +112,30 @@ async fn serve_move(
             let promote = async |job: &Job| super::promote_to_device(job, device).await;
             while_wanted(job, &reply, promote).await
         }
-        Move::Refresh(device) => super::promote_to_device(&job, device).await,
+        Move::Refresh(tier) => match tier.position() {
+            Position::Device(device) => super::promote_to_device(&job, device).await,
+            Position::Host => Ok(()),
+            Position::Below(level) => super::promote_between(&job, level).await,
+        },
         Move::OffDevices => super::leave_devices(&object, &deadline).await,
-        Move::ToDisk => super::demote(&object, &deadline).await,
+        Move::UpTo(level) => {
+            let promote = async |job: &Job| super::promote_between(job, level).await;
+            while_wanted(job, &reply, promote).await
+        }
+        Move::DownTo(level) => super::demote(&object, level, &deadline).await,
         Move::Flush => super::flush(&object, &deadline).await,
     };
     drop(reply.deliver(outcome, None));
+}
+
+/// Promotes an object, in the background, to the tier below host memory where it is held, if a
+/// change has put it into a slower one.
+pub(crate) fn refresh_below(object: &Arc<Object>) {
+    if let Some(level) = object.level_to_refresh() {
+        let (reply, _nobody_waits) = parcel();
+        let what = Move::Refresh(MemoryTier::of_level(level));
+        request_move(object, what, object.shared.deadline(), reply);
+    }
 }
 
 /// What a kernel wrote becomes the current version, once it is `ready`.
@@ -183,9 +203,11 @@ async fn prefetch(objects: Vec<Arc<Object>>, to: MemoryTier, deadline: Deadline)
     let one = |object| async move {
         let mut job = Job::new(object, MigrationCause::Prefetch, deadline);
         job.class = Class::Prefetch;
-        match to.device() {
-            Some(device) => super::promote_to_device(&job, device).await,
-            None => super::fetch(&job).await.map(drop),
+        match to.position() {
+            Position::Device(device) => super::promote_to_device(&job, device).await,
+            Position::Host => super::fetch(&job).await.map(drop),
+            Position::Below(_) if job.object.has_host_space() => Ok(()),
+            Position::Below(level) => super::promote_between(&job, level).await,
         }
     };
     let mut ended = futures::stream::iter(objects).map(one).buffered(PREFETCHED_AT_ONCE);

@@ -13,15 +13,16 @@ use bytes::Bytes;
 use super::edges::account;
 use super::part::copy_all;
 use super::to_disk::settle_copy;
+use super::transfer::write_chunks;
 use super::{count_hit, load};
 use crate::buffer::IoBuf;
 use crate::chunk::CHUNK_BYTES;
 use crate::copy::ReadGuard;
 use crate::deadline::{Deadline, Late};
-use crate::disk::Extent;
 use crate::error::VirtualMemoryError;
-use crate::object::{DiskMap, Object, Shared, Version, chunk_lens, chunks_of};
+use crate::object::{ExtentMap, Object, Shared, Version, chunk_lens, chunks_of};
 use crate::parcel::SetAside;
+use crate::storage::Extent;
 use crate::tier::Class;
 use crate::windows::Window;
 
@@ -118,7 +119,7 @@ async fn read(
 /// The host copy, if it is of this version.
 fn host_copy_of(object: &Object, version: &Version) -> Option<ReadGuard> {
     let (guard, map) = object.host_version()?;
-    map.is_some_and(|map| map.is_same(&version.disk.identity())).then_some(guard)
+    map.is_some_and(|map| map.is_same(&version.extents.identity())).then_some(guard)
 }
 
 async fn copy(from: &[u8], to: &mut [u8]) {
@@ -140,10 +141,10 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
             return Err(object.not_found());
         }
         if let Some(mut version) = object.cold_version() {
-            if version.disk.is_unwritten() {
+            if version.extents.is_unwritten() {
                 // Zeros need no extents: the first write takes those that were reserved for it.
-                version = Version { disk: DiskMap::default(), device: None };
-            } else if version.disk.is_whole(object.len) {
+                version = Version { extents: ExtentMap::default(), device: None };
+            } else if version.extents.is_whole(object.len) {
                 // A slow reader keeps no device memory.
                 version.device = None;
             }
@@ -151,9 +152,9 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
         }
         match object.host_version() {
             Some((_, Some(map))) => {
-                let disk = object.disk();
-                if disk.identity().is_same(&map) {
-                    return Ok(Source::Below(Version { disk, device: None }));
+                let extents = object.extents();
+                if extents.identity().is_same(&map) {
+                    return Ok(Source::Below(Version { extents, device: None }));
                 }
             }
             Some((guard, None)) if may_hold => return Ok(Source::Host(guard.into_bytes())),
@@ -166,7 +167,7 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                 // The extents are read under the gate: a write that follows at once
                 // makes another version.
                 match settle_copy(pass, deadline).await {
-                    Ok(disk) => return Ok(Source::Below(Version { disk, device: None })),
+                    Ok(extents) => return Ok(Source::Below(Version { extents, device: None })),
                     Err(error) => {
                         let id = object.id;
                         tracing::debug!(
@@ -180,8 +181,8 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                 let pass = object.gate(deadline).await?;
                 // Space that was set apart holds no bytes: the object is zeros.
                 if object.has_spare() {
-                    let disk = DiskMap::default();
-                    return Ok(Source::Below(Version { disk, device: None }));
+                    let extents = ExtentMap::default();
+                    return Ok(Source::Below(Version { extents, device: None }));
                 }
                 drop(pass);
             }
@@ -202,24 +203,26 @@ impl SetAside for Sent {
     }
 }
 
-/// Puts the bytes of a window on disk, chunk by chunk: the last one may be short. For a task.
+/// Puts the bytes of a window into the tier `level`, or below it, chunk by chunk: the last one may
+/// be short. For a task.
 ///
 /// # Errors
 ///
 /// `TierFull`, `TimedOut`, `Io`.
 pub(crate) async fn send_window(
     shared: Arc<Shared>,
+    level: usize,
     window: Window,
     deadline: Deadline,
 ) -> Result<Sent> {
     let len = window.as_slice().len();
     let lens = chunk_lens(len, 0..len.div_ceil(CHUNK_BYTES));
-    let extents = shared.reserve_soon(&lens).await;
-    let extents = extents.map_err(|error| shared.disk_error(NO_OBJECT, error))?;
+    let extents = shared.reserve_soon(level, &lens).await;
+    let extents = extents.map_err(|error| shared.tier_error(NO_OBJECT, error))?;
     let bytes = IoBuf::from_window(window).freeze();
     let chunk = |start: usize| bytes.slice(start..len.min(start + CHUNK_BYTES));
     let chunks = extents.into_iter().zip((0..len).step_by(CHUNK_BYTES).map(chunk));
-    let written = shared.disk.write(chunks.collect());
+    let written = write_chunks(&shared, chunks.collect());
     drop(bytes);
     let written = deadline.bound(written).await;
     let written = written.map_err(|Late| deadline.error("writing a stream"))?;

@@ -131,7 +131,8 @@ async fn fill(job: &Job, device: &Device, pass: &GatePass, range: &DeviceRange) 
         Found::Copy(guard) => Some(guard.into_bytes()),
         Found::Locked | Found::Nothing => None,
     };
-    let from = if host.is_some() { MemoryTier::Host } else { MemoryTier::Disk };
+    let below = || MemoryTier::of_level(object.extents().slowest_level());
+    let from = if host.is_some() { MemoryTier::Host } else { below() };
     let route = (from, device.tier());
     let record = Record::start(shared, object.id, route, job.cause, &job.deadline);
     let outcome = match host {
@@ -140,7 +141,7 @@ async fn fill(job: &Job, device: &Device, pass: &GatePass, range: &DeviceRange) 
             .upload(Arc::new(range.share()), 0, bytes)
             .await
             .map_err(DeviceError::public),
-        None => fill_from_disk(job, device, pass, range).await,
+        None => fill_from_below(job, device, pass, range).await,
     };
     match &outcome {
         Ok(()) => {
@@ -153,7 +154,7 @@ async fn fill(job: &Job, device: &Device, pass: &GatePass, range: &DeviceRange) 
 }
 
 /// Copies piece by piece through staging, without space in host memory.
-async fn fill_from_disk(
+async fn fill_from_below(
     job: &Job,
     device: &Device,
     pass: &GatePass,
@@ -165,7 +166,7 @@ async fn fill_from_disk(
         return Err(damage);
     }
     let version = object.version();
-    let written = |index| version.disk.chunk(index).is_some_and(|extent| extent.sum().is_some());
+    let written = |index| version.extents.chunk(index).is_some_and(|extent| extent.sum().is_some());
     if !(0..chunk_count(object.len)).any(written) {
         return device.backend.zero(Arc::new(range.share())).await.map_err(DeviceError::public);
     }

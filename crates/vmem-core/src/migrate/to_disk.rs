@@ -1,25 +1,28 @@
-//! Writes objects back from host to disk, one alone or many small ones in one run.
+//! Writes objects back from host memory, to disk or to a tier below it, one alone or many small
+//! ones in one run.
 //!
 //! Ownership: the backend owns the bytes, by a reader count on the host copy, and the reserved
 //! extents until the write has completed. The host copy is dropped only after the map says that the
-//! disk has all of it, and only once it has no reader.
+//! tiers below have all of it, and only once it has no reader.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt;
 
-use super::Record;
+use super::between::{demote_one, promote_between};
 use super::to_device::check_unheld;
+use super::transfer::write_chunks;
+use super::{Job, Record, refresh_below};
 use crate::chunk::CHUNK_BYTES;
 use crate::copy::Found;
 use crate::deadline::Deadline;
-use crate::disk::{DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
-use crate::object::{DiskMap, GatePass, Object, Shared, chunk_count, chunk_lens};
+use crate::object::{ExtentMap, GatePass, Object, Shared, chunk_count, chunk_lens};
 use crate::stats::{self, add};
+use crate::storage::{Extent, TierError};
 
 /// Payload of one batch of a flush, in bytes, unless one object alone has more.
 const BATCH_BYTES: u64 = 1024 * 1024;
@@ -28,10 +31,12 @@ const BATCH_OBJECTS: usize = 256;
 /// Batches of a flush that are in flight at once.
 const BATCHES_MAX: usize = 8;
 
-/// An object being written back, with the extents for the chunks that the disk lacks.
+/// An object being written back, with the extents for the chunks that no tier below host memory
+/// has.
 #[derive(Debug)]
 pub(crate) struct Leaving {
     pass: GatePass,
+    level: usize,
     missing: Vec<usize>,
     extents: Vec<Extent>,
     bytes: Bytes,
@@ -49,12 +54,14 @@ pub(crate) enum CopyFate {
 }
 
 impl Leaving {
-    /// Reserves extents for what the disk does not have. An error returns the pass.
-    pub(crate) fn prepare(pass: GatePass) -> Result<Self, (GatePass, DiskError)> {
+    /// Reserves extents for what no tier below host memory has: in the tier `level` or below it. An
+    /// error returns the pass.
+    pub(crate) fn prepare(pass: GatePass, level: usize) -> Result<Self, (GatePass, TierError)> {
         let object = pass.object();
         let shared = &object.shared;
-        let missing = object.disk().missing(object.len);
-        let extents = match shared.reserve(&chunk_lens(object.len, missing.iter().copied())) {
+        let missing = object.extents().missing(object.len);
+        let lens = chunk_lens(object.len, missing.iter().copied());
+        let extents = match shared.reserve(level, &lens) {
             Ok(extents) => extents,
             Err(error) => return Err((pass, error)),
         };
@@ -62,7 +69,7 @@ impl Leaving {
             unreachable!("the holder of the gate found a host copy, and alone takes it away")
         };
         let bytes = guard.into_bytes();
-        Ok(Leaving { pass, missing, extents, bytes })
+        Ok(Leaving { pass, level, missing, extents, bytes })
     }
 
     /// Payload that will be written, in bytes.
@@ -83,13 +90,13 @@ impl Leaving {
 
     /// Publishes that the disk has all of it, and treats the host copy as asked. Returns the new
     /// disk map.
-    fn publish(self, written: Vec<Extent>, fate: CopyFate) -> DiskMap {
+    fn publish(self, written: Vec<Extent>, fate: CopyFate) -> ExtentMap {
         let Leaving { pass, missing, bytes, .. } = self;
         let object = pass.object();
         let extents = missing.into_iter().zip(written);
-        let map = object.with_disk(&pass, |disk, old| {
-            disk.put(object.len, extents, old);
-            disk.clone()
+        let map = object.with_extents(&pass, |map, old| {
+            map.put(object.len, extents, old);
+            map.clone()
         });
         drop(bytes);
         let gone = match fate {
@@ -102,6 +109,9 @@ impl Leaving {
         };
         if gone {
             add(&object.shared.counters.evictions, 1);
+            let object = object.clone();
+            drop(pass);
+            refresh_below(&object);
         }
         map
     }
@@ -114,16 +124,16 @@ pub(crate) async fn write_back(
     fate: CopyFate,
     cause: MigrationCause,
     deadline: &Deadline,
-) -> Result<(), DiskError> {
+) -> Result<(), TierError> {
     let Err(error) = write_batch(&mut batch, fate, cause, deadline).await else { return Ok(()) };
-    if batch.len() < 2 || matches!(error, DiskError::Closed) {
+    if batch.len() < 2 || matches!(error, TierError::Closed) {
         return Err(error);
     }
     let mut first_error = None;
-    for Leaving { pass, bytes, .. } in batch {
+    for Leaving { pass, level, bytes, .. } in batch {
         // This counts as a reader, and would keep the copy from being dropped.
         drop(bytes);
-        let alone = match Leaving::prepare(pass) {
+        let alone = match Leaving::prepare(pass, level) {
             Ok(victim) => write_batch(&mut vec![victim], fate, cause, deadline).await.map(drop),
             Err((_pass, error)) => Err(error),
         };
@@ -141,19 +151,19 @@ async fn write_batch(
     fate: CopyFate,
     cause: MigrationCause,
     deadline: &Deadline,
-) -> Result<Vec<DiskMap>, DiskError> {
+) -> Result<Vec<ExtentMap>, TierError> {
     let Some(first) = batch.first() else { return Ok(Vec::new()) };
     let shared = first.pass.object().shared.clone();
-    let route = (MemoryTier::Host, MemoryTier::Disk);
-    let start =
-        |victim: &Leaving| Record::start(&shared, victim.pass.object().id, route, cause, deadline);
+    let start = |victim: &Leaving| {
+        let level = victim.extents.first().map_or(victim.level, Extent::level);
+        let route = (MemoryTier::Host, MemoryTier::of_level(level));
+        Record::start(&shared, victim.pass.object().id, route, cause, deadline)
+    };
     let records: Vec<_> = batch.iter().map(start).collect();
     let counts: Vec<_> = batch.iter().map(|victim| victim.missing.len()).collect();
-    let payload: u64 = batch.iter().map(Leaving::payload).sum();
     let pieces = batch.iter_mut().flat_map(Leaving::pieces).collect();
-    match shared.disk.write(pieces).await {
+    match write_chunks(&shared, pieces).await {
         Ok(written) => {
-            add(&shared.counters.host_to_disk_bytes, payload);
             let mut written = written.into_iter();
             let mut maps = Vec::with_capacity(counts.len());
             for ((leaving, count), record) in batch.drain(..).zip(counts).zip(records) {
@@ -168,53 +178,72 @@ async fn write_batch(
         Err(error) => {
             for (victim, record) in batch.iter().zip(records) {
                 let id = victim.pass.object().id;
-                record.end(Err(&shared.disk_error(id, error.clone())));
+                record.end(Err(&shared.tier_error(id, error.clone())));
             }
             Err(error)
         }
     }
 }
 
-/// Demotes one object to disk, out of device and host memory.
+/// Demotes one object to the tier `level` below host memory, out of device and host memory.
 ///
 /// # Errors
 ///
-/// `Pinned`, or those of the disk; the object then stays where it was.
+/// `Pinned`, or those of the tier; the object then stays where it was.
 pub(crate) async fn demote(
     object: &Arc<Object>,
+    level: usize,
     deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
     check_unheld(object)?;
-    if object.pins() > 0 {
-        return Err(VirtualMemoryError::Pinned {
-            handle: object.id,
-            tier: MemoryTier::Host,
-            pins: object.pins(),
-        });
-    }
+    check_unpinned(object, level)?;
     object.detach_from_devices(&pass);
     if object.has_spare() {
-        return demote_unwritten(&pass).map_err(|error| object.shared.disk_error(object.id, error));
+        let demoted = demote_unwritten(&pass, level);
+        return demoted.map_err(|error| object.shared.tier_error(object.id, error));
     }
-    write_one(pass, CopyFate::Detach, MigrationCause::Demote, deadline).await
+    write_one(pass, level, CopyFate::Detach, MigrationCause::Demote, deadline).await?;
+    if level == 0 {
+        return Ok(());
+    }
+    demote_one(object, level, CopyFate::Drop, MigrationCause::Demote, deadline).await
 }
 
-/// Writes the chunks of one object that the disk does not have; its host copy stays.
+/// Whether an object may leave host memory and what is below it for the tier `level`.
 ///
 /// # Errors
 ///
-/// What the disk says.
+/// `Pinned`.
+pub(super) fn check_unpinned(object: &Object, level: usize) -> Result<(), VirtualMemoryError> {
+    let mut tiers = std::iter::once(MemoryTier::Host).chain((0..level).map(MemoryTier::of_level));
+    let held = tiers.find_map(|tier| Some((tier, object.holds_in(tier))).filter(|(_, n)| *n > 0));
+    held.map_or(Ok(()), |(tier, pins)| {
+        Err(VirtualMemoryError::Pinned { handle: object.id, tier, pins })
+    })
+}
+
+/// Writes the chunks of one object that no tier below host memory has, to its home tier; its host
+/// copy stays.
+///
+/// # Errors
+///
+/// What the tier says.
 pub(crate) async fn flush(
     object: &Arc<Object>,
     deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
-    write_one(pass, CopyFate::Keep, MigrationCause::Flush, deadline).await
+    let level = object.home_level();
+    write_one(pass, level, CopyFate::Keep, MigrationCause::Flush, deadline).await?;
+    if level == 0 {
+        return Ok(());
+    }
+    demote_one(object, level, CopyFate::Keep, MigrationCause::Flush, deadline).await
 }
 
-/// Writes the chunks of these objects that the disk does not have, many in one run; their host
-/// copies stay. All objects are tried. Returns how many failed, and the first error.
+/// Writes the chunks of these objects that no tier below host memory has, many in one run; their
+/// host copies stay. All objects are tried. Returns how many failed, and the first error.
 pub(crate) async fn flush_many(
     shared: &Arc<Shared>,
     objects: Vec<Arc<Object>>,
@@ -251,7 +280,7 @@ async fn flush_batch(
     let mut alone = Vec::new();
     for object in objects {
         match object.try_gate() {
-            Some(pass) if object.is_dirty() => match Leaving::prepare(pass) {
+            Some(pass) if object.is_dirty() => match Leaving::prepare(pass, object.home_level()) {
                 Ok(victim) => batch.push(victim),
                 Err(_) => alone.push(object),
             },
@@ -272,7 +301,7 @@ async fn flush_batch(
         }
     };
     let written = write_back(batch, CopyFate::Keep, MigrationCause::Flush, deadline).await;
-    note(written.map_err(|error| shared.disk_error(0, error)));
+    note(written.map_err(|error| shared.tier_error(0, error)));
     for object in alone {
         note(flush(&object, deadline).await);
     }
@@ -288,12 +317,26 @@ async fn flush_batch(
 pub(crate) async fn settle(
     object: &Arc<Object>,
     deadline: &Deadline,
-) -> Result<DiskMap, VirtualMemoryError> {
-    let pass = object.gate(deadline).await?;
-    if !object.copy.is_some() {
-        return Ok(object.disk());
+) -> Result<ExtentMap, VirtualMemoryError> {
+    loop {
+        let pass = object.gate(deadline).await?;
+        let map = if object.copy.is_some() {
+            settle_copy(pass, deadline).await?
+        } else {
+            let map = object.extents();
+            drop(pass);
+            map
+        };
+        if !object.shared.evicts_from(0) || map.slowest_level() == 0 {
+            return Ok(map);
+        }
+        if deadline.is_past() {
+            return Err(deadline.error("writing to disk"));
+        }
+        drop(map);
+        let job = Job::new(object.clone(), MigrationCause::Flush, *deadline);
+        promote_between(&job, 0).await?;
     }
-    settle_copy(pass, deadline).await
 }
 
 /// As [`settle`], of an object that has a host copy.
@@ -304,10 +347,10 @@ pub(crate) async fn settle(
 pub(crate) async fn settle_copy(
     pass: GatePass,
     deadline: &Deadline,
-) -> Result<DiskMap, VirtualMemoryError> {
+) -> Result<ExtentMap, VirtualMemoryError> {
     let object = pass.object().clone();
-    let public = |error| object.shared.disk_error(object.id, error);
-    let victim = Leaving::prepare(pass).map_err(|(_pass, error)| public(error))?;
+    let public = |error| object.shared.tier_error(object.id, error);
+    let victim = Leaving::prepare(pass, 0).map_err(|(_pass, error)| public(error))?;
     let mut batch = vec![victim];
     let written = write_batch(&mut batch, CopyFate::Keep, MigrationCause::Flush, deadline).await;
     let map = written.map_err(public)?.pop();
@@ -316,6 +359,7 @@ pub(crate) async fn settle_copy(
 
 async fn write_one(
     pass: GatePass,
+    level: usize,
     fate: CopyFate,
     cause: MigrationCause,
     deadline: &Deadline,
@@ -324,19 +368,19 @@ async fn write_one(
     if !object.copy.is_some() {
         return Ok(());
     }
-    let public = |error| object.shared.disk_error(object.id, error);
-    let victim = Leaving::prepare(pass).map_err(|(_pass, error)| public(error))?;
+    let public = |error| object.shared.tier_error(object.id, error);
+    let victim = Leaving::prepare(pass, level).map_err(|(_pass, error)| public(error))?;
     write_back(vec![victim], fate, cause, deadline).await.map_err(public)
 }
 
-/// Exchanges the host space of an object that was never written for extents on disk: zeros need no
-/// copy.
-pub(crate) fn demote_unwritten(pass: &GatePass) -> Result<(), DiskError> {
+/// Exchanges the host space of an object that was never written for extents in the tier `level`:
+/// zeros need no copy.
+pub(crate) fn demote_unwritten(pass: &GatePass, level: usize) -> Result<(), TierError> {
     let object = pass.object();
     let chunks = 0..chunk_count(object.len);
-    let extents = object.shared.reserve(&chunk_lens(object.len, chunks.clone()))?;
+    let extents = object.shared.reserve(level, &chunk_lens(object.len, chunks.clone()))?;
     let Some(spare) = object.take_spare(pass) else { return Ok(()) };
-    object.with_disk(pass, |disk, old| disk.put(object.len, chunks.zip(extents), old));
+    object.with_extents(pass, |map, old| map.put(object.len, chunks.zip(extents), old));
     drop(spare);
     add(&object.shared.counters.evictions, 1);
     stats::add(&object.shared.counters.clean_drops, 1);

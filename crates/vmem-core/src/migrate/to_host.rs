@@ -107,7 +107,7 @@ pub(crate) fn count_hit(object: &Object, version: &Version) {
     let shared = &object.shared;
     let hits = match &version.device {
         Some((device, _)) => &shared.devices()[*device].hits,
-        None => &shared.counters.disk_hits,
+        None => &shared.storage()[version.extents.slowest_level()].hits,
     };
     stats::add(hits, 1);
 }

@@ -13,7 +13,7 @@ use crate::chunk::CHUNK_BYTES;
 use crate::copy::{Found, OwnedCopy};
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
-use crate::object::{DiskMap, GatePass, Object, chunk_len, chunks_of};
+use crate::object::{ExtentMap, GatePass, Object, chunk_len, chunks_of};
 use crate::parcel::Delivery;
 use crate::tier::Class;
 
@@ -49,7 +49,7 @@ impl NewVersion {
     /// All bytes are those of the new version.
     pub(crate) fn publish_whole(mut self, pass: &GatePass) {
         let copy = self.copy.take();
-        self.object.publish(pass, copy, DiskMap::clear);
+        self.object.publish(pass, copy, ExtentMap::clear);
     }
 }
 
@@ -126,7 +126,7 @@ async fn try_publish(
     }
     let chunks = chunks_of(&range);
     let copy = version.copy.take();
-    object.publish(&pass, copy, |disk, old| disk.forget(object.len, chunks, old));
+    object.publish(&pass, copy, |map, old| map.forget(object.len, chunks, old));
     Ok(())
 }
 

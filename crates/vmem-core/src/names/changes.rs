@@ -11,11 +11,11 @@ use bytes::Bytes;
 
 use super::{Names, NotCommitted, Result, Turn, persist};
 use crate::catalog::{CatalogChange, CatalogObject, CatalogRecord};
-use crate::disk::DiskError;
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
-use crate::object::{Claim, DiskMap, Object, chunk_len};
+use crate::object::{Claim, ExtentMap, Object, chunk_len};
+use crate::storage::TierError;
 
 /// What a name must stand for before it is replaced.
 #[derive(Clone, Copy, Debug)]
@@ -116,17 +116,17 @@ async fn bring_in(
     })?;
     let adopt = |(index, chunk): (usize, Option<_>)| match chunk {
         None => Ok(None),
-        Some(chunk) => names.shared.disk.adopt(chunk_len(len, index), chunk).map(Some),
+        Some(chunk) => names.shared.disk().adopt(chunk_len(len, index), chunk).map(Some),
     };
     let adopted = chunks.into_iter().enumerate().map(adopt).collect::<std::result::Result<_, _>>();
-    let map = DiskMap::of_some(
-        adopted.map_err(|error: DiskError| names.shared.disk_error(record.id, error))?,
+    let map = ExtentMap::of_some(
+        adopted.map_err(|error: TierError| names.shared.tier_error(record.id, error))?,
     );
     let handle = VMemHandle::adopt(names.shared.create(len, record.home));
     let object = handle.object();
     let pass = object.gate(&names.shared.deadline()).await?;
     Claim::of(object, name, record.clone())?.keep(record, Some(map.clone()));
-    object.with_disk(&pass, |disk, _| *disk = map);
+    object.with_extents(&pass, |current, _| *current = map);
     drop(pass);
     names.shared.announce(object);
     drop(names.insert(name, handle.clone()));
@@ -281,6 +281,6 @@ async fn commit(names: &Names, change: CatalogChange) -> Result<()> {
 fn lose_name(names: &Names, object: &Arc<Object>) {
     let Some(named) = object.named.get() else { return };
     if let Some(durable) = named.lose() {
-        names.retire(durable, object.len, &DiskMap::Empty);
+        names.retire(durable, object.len, &ExtentMap::Empty);
     }
 }

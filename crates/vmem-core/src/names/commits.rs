@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::catalog::{Catalog, CatalogChange};
-use crate::disk::{DiskBackend, DiskError};
 use crate::error::VirtualMemoryError;
 use crate::stats::{add, get};
+use crate::storage::{Durable, TierError};
 use crate::task::spawn_named;
 
 /// The most callers whose changes go into one commit, and the most that wait.
@@ -66,7 +66,7 @@ impl NotCommitted {
 }
 
 impl Commits {
-    pub(super) fn start(catalog: Arc<dyn Catalog>, disk: Arc<dyn DiskBackend>) -> Self {
+    pub(super) fn start(catalog: Arc<dyn Catalog>, disk: Arc<dyn Durable>) -> Self {
         let (queue, inbox) = mpsc::channel(BATCH_MAX);
         let runtime = tokio::runtime::Handle::current();
         let counts = Arc::new(Counts::default());
@@ -103,7 +103,7 @@ impl Commits {
 async fn commit_in_turn(
     mut inbox: mpsc::Receiver<Commit>,
     catalog: Arc<dyn Catalog>,
-    disk: Arc<dyn DiskBackend>,
+    disk: Arc<dyn Durable>,
     counts: Arc<Counts>,
 ) {
     let mut poisoned: Option<NotCommitted> = None;
@@ -133,15 +133,15 @@ type Outcome = Result<(), NotCommitted>;
 async fn commit_all(
     batch: &[Commit],
     catalog: &dyn Catalog,
-    disk: &dyn DiskBackend,
+    disk: &dyn Durable,
     counts: &Counts,
 ) -> Vec<Outcome> {
     if batch.iter().any(|commit| commit.new_data)
         && let Err(error) = disk.sync().await
     {
         let error = match error {
-            DiskError::Closed => VirtualMemoryError::Closed,
-            DiskError::Io { operation, source } => VirtualMemoryError::Io { operation, source },
+            TierError::Closed => VirtualMemoryError::Closed,
+            TierError::Io { operation, source } => VirtualMemoryError::Io { operation, source },
             other => VirtualMemoryError::io("sync", std::io::Error::other(format!("{other:?}"))),
         };
         return vec![Err(NotCommitted::perhaps(error)); batch.len()];

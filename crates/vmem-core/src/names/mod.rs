@@ -36,7 +36,7 @@ use crate::catalog::{Catalog, CatalogChange, CatalogRecord, METADATA_LEN_MAX, NA
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
-use crate::object::{DiskMap, Object, Shared};
+use crate::object::{ExtentMap, Object, Shared};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -69,14 +69,14 @@ pub(crate) struct Names {
 #[derive(Debug, Default)]
 struct Frozen {
     snapshots: usize,
-    limbo: Vec<DiskMap>,
+    limbo: Vec<ExtentMap>,
 }
 
 impl Names {
     /// Starts what commits, if there is a catalog, on the current runtime.
     pub(crate) fn start(shared: &Arc<Shared>, catalog: Option<Arc<dyn Catalog>>) -> Arc<Self> {
         let start =
-            |catalog: &Arc<dyn Catalog>| Commits::start(catalog.clone(), shared.disk.clone());
+            |catalog: &Arc<dyn Catalog>| Commits::start(catalog.clone(), shared.disk().clone());
         let commits = catalog.as_ref().map(start);
         let names = Arc::new(Names {
             shared: shared.clone(),
@@ -155,7 +155,7 @@ impl Names {
     }
 
     /// A version that the catalog named no longer, or one that it names without these chunks.
-    fn retire(&self, old: DiskMap, len: usize, new: &DiskMap) {
+    fn retire(&self, old: ExtentMap, len: usize, new: &ExtentMap) {
         persist::let_go(&old, len, new);
         let mut frozen = self.frozen.lock();
         if frozen.snapshots > 0 {

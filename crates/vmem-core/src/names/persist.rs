@@ -14,7 +14,7 @@ use crate::chunk::StoredChunk;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::migrate;
-use crate::object::{DiskMap, Object, chunk_count};
+use crate::object::{ExtentMap, Object, chunk_count};
 
 /// Names that `flush_all` makes durable at once: as many as share a commit.
 const AT_ONCE: usize = 1024;
@@ -92,8 +92,8 @@ pub(super) async fn store(
     turn: &Turn,
     object: &Arc<Object>,
     record: CatalogRecord,
-    before: Option<DiskMap>,
-) -> Result<(CatalogRecord, DiskMap)> {
+    before: Option<ExtentMap>,
+) -> Result<(CatalogRecord, ExtentMap)> {
     let map = migrate::settle(object, turn.deadline()).await?;
     let mut changes = segments(record.id, object.len, &map, before.as_ref());
     if changes.is_empty() {
@@ -117,7 +117,7 @@ pub(super) async fn store(
 }
 
 /// Notes that the catalog no longer leads to the extents of `map` that are not in `other`.
-pub(super) fn let_go(map: &DiskMap, len: usize, other: &DiskMap) {
+pub(super) fn let_go(map: &ExtentMap, len: usize, other: &ExtentMap) {
     for index in 0..chunk_count(len) {
         let Some(extent) = map.chunk(index) else { continue };
         if other.chunk(index).is_none_or(|other| !Arc::ptr_eq(extent, other)) {
@@ -128,16 +128,23 @@ pub(super) fn let_go(map: &DiskMap, len: usize, other: &DiskMap) {
 
 /// The segments that differ from those of the previous map; all of them where there is none. An
 /// object of no bytes has one too.
-fn segments(id: u64, len: usize, map: &DiskMap, before: Option<&DiskMap>) -> Vec<CatalogChange> {
+fn segments(
+    id: u64,
+    len: usize,
+    map: &ExtentMap,
+    before: Option<&ExtentMap>,
+) -> Vec<CatalogChange> {
     let count = chunk_count(len);
-    let stored = |map: &DiskMap, index: usize| map.chunk(index).and_then(|extent| extent.stored());
+    let stored =
+        |map: &ExtentMap, index: usize| map.chunk(index).and_then(|extent| extent.stored());
     let mut changes = Vec::new();
     for segment in 0..count.div_ceil(SEGMENT_CHUNKS).max(1) {
         let range = segment * SEGMENT_CHUNKS..count.min((segment + 1) * SEGMENT_CHUNKS);
         let chunks: Vec<Option<StoredChunk>> =
             range.clone().map(|index| stored(map, index)).collect();
-        let same =
-            |before: &DiskMap| range.clone().map(|i| stored(before, i)).eq(chunks.iter().cloned());
+        let same = |before: &ExtentMap| {
+            range.clone().map(|i| stored(before, i)).eq(chunks.iter().cloned())
+        };
         if before.is_none_or(|before| !same(before)) {
             changes.push(CatalogChange::Segment { id, segment: segment as u32, chunks });
         }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{DiskMap, GatePass, Object};
+use super::{ExtentMap, GatePass, Object};
 use crate::copy::{Found, OwnedCopy};
 use crate::device::DeviceRange;
 
@@ -60,7 +60,7 @@ impl Object {
 
     /// What a kernel wrote is the current version: in device memory, and here in host memory.
     pub(crate) fn publish_changed(self: &Arc<Self>, pass: &GatePass, copy: OwnedCopy) {
-        self.publish(pass, Some(copy), DiskMap::clear);
+        self.publish(pass, Some(copy), ExtentMap::clear);
         self.inner.lock().rare.change(|rare| rare.pending = None);
     }
 

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::{DiskMap, Flight, Object, WeakFlight};
+use super::{ExtentMap, Flight, Object, WeakFlight};
 use crate::error::VirtualMemoryError;
 use crate::parcel::WeakParcel;
 
@@ -51,9 +51,9 @@ impl Object {
     }
 
     /// Remembers that this map leads to damage, if it is still the current one.
-    pub(crate) fn set_damage(&self, disk: &DiskMap, error: VirtualMemoryError) {
+    pub(crate) fn set_damage(&self, disk: &ExtentMap, error: VirtualMemoryError) {
         let mut inner = self.inner.lock();
-        if inner.disk.is_same(disk) {
+        if inner.extents.is_same(disk) {
             inner.rare.change(|rare| rare.corrupt = Some(Box::new(error)));
         }
     }

@@ -7,7 +7,7 @@
 use std::sync::atomic::Ordering;
 
 use super::{GatePass, NO_TOKEN, Object};
-use crate::memory_tier::MemoryTier;
+use crate::memory_tier::{MemoryTier, Position};
 use crate::policy::{Entry, Token};
 use crate::tier::Hold;
 
@@ -16,45 +16,50 @@ impl Object {
         self.pins.load(Ordering::SeqCst)
     }
 
-    /// How many pins and leases hold it in this tier; below disk there is nothing, so that nothing
-    /// is held there.
+    /// How many pins and leases hold it in this tier.
     pub(crate) fn holds_in(&self, tier: MemoryTier) -> u32 {
-        match tier.device() {
-            Some(device) => self.holds_on(device),
-            None => self.pins(),
+        match tier.position() {
+            Position::Device(device) => self.holds_on(device),
+            Position::Host => self.pins(),
+            Position::Below(level) => self.holds_in_storage(level),
         }
     }
 
     /// One more hold, charged to the tier as this kind; true if it is the first.
     pub(crate) fn add_hold(&self, tier: MemoryTier, charged_as: Hold, _pass: &GatePass) -> bool {
-        match tier.device() {
-            Some(device) => self.add_hold_on(device, charged_as),
-            None => self.pins.fetch_add(1, Ordering::SeqCst) == 0,
+        match tier.position() {
+            Position::Device(device) => self.add_hold_on(device, charged_as),
+            Position::Host => self.pins.fetch_add(1, Ordering::SeqCst) == 0,
+            Position::Below(level) => self.add_hold_in_storage(level, charged_as),
         }
     }
 
     /// One more hold, unless it were the first: holds go without the gate.
     pub(crate) fn try_add_hold(&self, tier: MemoryTier, _pass: &GatePass) -> bool {
         let more = |pins: u32| (pins > 0).then(|| pins + 1);
-        match tier.device() {
-            Some(device) => self.try_add_hold_on(device),
-            None => self.pins.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok(),
+        match tier.position() {
+            Position::Device(device) => self.try_add_hold_on(device),
+            Position::Host => {
+                self.pins.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
+            }
+            Position::Below(level) => self.try_add_hold_in_storage(level),
         }
     }
 
     /// One hold less; after the last one the policy asks about the object again, and the tier is
     /// uncharged.
     pub(crate) fn remove_hold(&self, tier: MemoryTier) {
-        let last = match tier.device() {
-            Some(device) => self.remove_hold_on(device),
-            None => {
+        let last = match tier.position() {
+            Position::Device(device) => self.remove_hold_on(device),
+            Position::Host => {
                 let before = self.pins.fetch_sub(1, Ordering::SeqCst);
                 assert!(before > 0, "unpinned more often than pinned");
                 (before == 1).then_some(Hold::Pin)
             }
+            Position::Below(level) => self.remove_hold_in_storage(level),
         };
         let Some(charged_as) = last else { return };
-        if tier.device().is_none() {
+        if tier.position() == Position::Host {
             self.unpark();
         }
         let footprint = self.shared.footprint_in(tier, self.len);

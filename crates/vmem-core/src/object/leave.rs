@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use super::{DEAD, DiskMap, GatePass, Object, chunk_count};
+use super::{DEAD, ExtentMap, GatePass, Object, chunk_count};
 use crate::parcel::WeakParcel;
 
 /// The outcome of an attempt to let an object leave memory.
@@ -48,7 +48,7 @@ impl Object {
     ///
     /// The caller holds the lock of the name's entry, so that no call gets a handle from the table,
     /// and the one lock under which `durable` can be cloned.
-    pub(crate) fn try_leave(&self, _pass: &GatePass, durable: &DiskMap) -> Leave {
+    pub(crate) fn try_leave(&self, _pass: &GatePass, durable: &ExtentMap) -> Leave {
         if !self.is_closed() {
             return Leave::Stays;
         }
@@ -58,11 +58,11 @@ impl Object {
             || !inner.rare.devices.is_empty()
             || inner.rare.pending.is_some()
             || self.pins() > 0;
-        if resident || !inner.disk.is_stored_as(durable, self.len) {
+        if resident || !inner.extents.is_stored_as(durable, self.len) {
             return Leave::Stays;
         }
         let flight = inner.flight.as_ref().and_then(WeakParcel::upgrade);
-        if flight.is_some() || !inner.disk.is_shared_only_with(durable) {
+        if flight.is_some() || !inner.extents.is_shared_only_with(durable) {
             return Leave::InUse;
         }
         // Under the object's lock: no reader takes a share of the version between the look and
@@ -72,9 +72,9 @@ impl Object {
     }
 }
 
-impl DiskMap {
+impl ExtentMap {
     /// Whether both have the same extents, all of them written.
-    fn is_stored_as(&self, other: &DiskMap, len: usize) -> bool {
+    fn is_stored_as(&self, other: &ExtentMap, len: usize) -> bool {
         (0..chunk_count(len)).all(|index| match (self.chunk(index), other.chunk(index)) {
             (None, None) => true,
             (Some(one), Some(other)) => Arc::ptr_eq(one, other) && one.sum().is_some(),
@@ -83,10 +83,10 @@ impl DiskMap {
     }
 
     /// Whether the two maps, which have the same extents, have all shares of them.
-    fn is_shared_only_with(&self, other: &DiskMap) -> bool {
+    fn is_shared_only_with(&self, other: &ExtentMap) -> bool {
         match (self, other) {
-            (DiskMap::One(extent), DiskMap::One(_)) => Arc::strong_count(extent) == 2,
-            (DiskMap::Many(one), DiskMap::Many(other)) => {
+            (ExtentMap::One(extent), ExtentMap::One(_)) => Arc::strong_count(extent) == 2,
+            (ExtentMap::Many(one), ExtentMap::Many(other)) => {
                 let same = Arc::ptr_eq(one, other);
                 let (maps, shares) = if same { (2, 1) } else { (1, 2) };
                 let mine = |extents: &Arc<Vec<_>>| Arc::strong_count(extents) == maps;
@@ -102,7 +102,7 @@ impl DiskMap {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::{Extent, ExtentOwner, SharedOwner};
+    use crate::storage::{Extent, ExtentOwner, SharedOwner};
 
     #[derive(Debug)]
     struct Nobody;
@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn shares_of_others_are_seen_in_maps_of_every_form() {
         let len = 300;
-        let one = DiskMap::of(vec![extent(len)]);
+        let one = ExtentMap::of(vec![extent(len)]);
         let same = one.clone();
         assert!(one.is_stored_as(&same, len as usize) && one.is_shared_only_with(&same));
         let version = one.clone();
@@ -133,7 +133,7 @@ mod tests {
 
         let len = 2 * crate::chunk::CHUNK_BYTES + 300;
         let extents = || vec![Some(extent(300)), None, Some(extent(300))];
-        let many = DiskMap::of_some(extents());
+        let many = ExtentMap::of_some(extents());
         let same = many.clone();
         assert!(many.is_stored_as(&same, len) && many.is_shared_only_with(&same));
         let version = many.clone();
@@ -144,21 +144,21 @@ mod tests {
         drop((read, same));
         // Another map of the same extents, as after a write to what was put back.
         let other = match &many {
-            DiskMap::Many(extents) => DiskMap::Many(Arc::new(extents.to_vec())),
-            DiskMap::Empty | DiskMap::One(_) => unreachable!("it has three chunks"),
+            ExtentMap::Many(extents) => ExtentMap::Many(Arc::new(extents.to_vec())),
+            ExtentMap::Empty | ExtentMap::One(_) => unreachable!("it has three chunks"),
         };
         assert!(many.is_stored_as(&other, len) && many.is_shared_only_with(&other));
         let read = many.chunk(0).cloned();
         assert!(!many.is_shared_only_with(&other), "a read has an extent");
         drop(read);
-        assert!(!many.is_stored_as(&DiskMap::of_some(extents()), len), "other extents");
-        assert!(DiskMap::Empty.is_shared_only_with(&DiskMap::Empty));
+        assert!(!many.is_stored_as(&ExtentMap::of_some(extents()), len), "other extents");
+        assert!(ExtentMap::Empty.is_shared_only_with(&ExtentMap::Empty));
     }
 
     #[test]
     fn space_that_was_taken_and_never_written_is_not_stored() {
         let reserved = Extent::new(0, 300, 512, SharedOwner::new(Nobody));
-        let map = DiskMap::of(vec![reserved]);
+        let map = ExtentMap::of(vec![reserved]);
         assert!(!map.is_stored_as(&map.clone(), 300), "a restart would not find the space");
     }
 }

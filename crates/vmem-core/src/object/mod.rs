@@ -8,13 +8,14 @@
 //! Handles hold objects; the table, the actor and the migrations borrow them.
 
 mod changed_on_device;
-mod disk_map;
+mod extent_map;
 mod flight;
 mod gate;
 mod holds;
 mod leave;
 mod named;
 mod on_devices;
+mod on_storage;
 mod rare;
 mod shared;
 mod versions;
@@ -26,8 +27,8 @@ use crate::locks::{self, Lock};
 use bytes::Bytes;
 use once_cell::race::OnceBox;
 
-pub(crate) use disk_map::{
-    DiskMap, MapIdentity, Replaced, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
+pub(crate) use extent_map::{
+    ExtentMap, MapIdentity, Replaced, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
 };
 pub(crate) use gate::GatePass;
 pub(crate) use leave::Leave;
@@ -58,7 +59,7 @@ pub(crate) type WeakFlight = WeakParcel<Result<Bytes, VirtualMemoryError>>;
 #[derive(Debug)]
 pub(crate) struct Version {
     /// The clone keeps the extents alive.
-    pub(crate) disk: DiskMap,
+    pub(crate) extents: ExtentMap,
     /// The whole of it, in the memory of this device.
     pub(crate) device: Option<(usize, DeviceRange)>,
 }
@@ -68,7 +69,7 @@ impl Version {
     pub(crate) fn tier(&self) -> MemoryTier {
         match &self.device {
             Some((device, _)) => MemoryTier::of_device(*device as u8),
-            None => MemoryTier::Disk,
+            None => MemoryTier::of_level(self.extents.slowest_level()),
         }
     }
 }
@@ -85,7 +86,8 @@ pub(crate) const RARE_BYTES: u64 = size_of::<rare::Fields>() as u64;
 #[derive(Clone, Copy, Debug)]
 struct Standing {
     in_host: bool,
-    on_disk: bool,
+    /// The tiers below host memory that have something of it, one bit each.
+    levels: u8,
     dirty: bool,
     /// What saying where it is on disk takes in memory, in bytes.
     map_bytes: u64,
@@ -125,7 +127,7 @@ pub(crate) struct Object {
 /// What changes rarely; the lock is held for a few instructions and never across an await.
 #[derive(Default)]
 struct Inner {
-    disk: DiskMap,
+    extents: ExtentMap,
     /// The read in flight that a new reader may join.
     flight: Option<WeakFlight>,
     rare: rare::Rare,
@@ -290,7 +292,7 @@ impl Object {
                 rare.corrupt = None;
                 rare.spare.take()
             });
-            let owned = (spare, std::mem::take(&mut inner.disk), inner.flight.take());
+            let owned = (spare, std::mem::take(&mut inner.extents), inner.flight.take());
             (owned, left)
         };
         self.left_devices(left);

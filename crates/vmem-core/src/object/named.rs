@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::locks::{self, Lock};
 
-use super::{DiskMap, GatePass, Leave, Object};
+use super::{ExtentMap, GatePass, Leave, Object};
 use crate::catalog::CatalogRecord;
 use crate::error::VirtualMemoryError;
 
@@ -30,7 +30,7 @@ struct State {
     current: Arc<str>,
     record: CatalogRecord,
     /// Where the version is to which the catalog leads. None before the first flush.
-    durable: Option<DiskMap>,
+    durable: Option<ExtentMap>,
 }
 
 /// The right to give a name to an object that has none. Dropped, it still has none.
@@ -63,7 +63,7 @@ impl<'a> Claim<'a> {
     }
 
     /// Gives the object the name; the catalog leads to `durable`, if it is given.
-    pub(crate) fn keep(mut self, record: CatalogRecord, durable: Option<DiskMap>) {
+    pub(crate) fn keep(mut self, record: CatalogRecord, durable: Option<ExtentMap>) {
         self.kept = true;
         if let Some(state) = &mut *self.named.state.lock() {
             let _ = self.named.first.set(state.current.clone());
@@ -107,7 +107,7 @@ impl Named {
     }
 
     /// Record and durable map; none of an object that has lost its name.
-    pub(crate) fn state(&self) -> Option<(CatalogRecord, Option<DiskMap>)> {
+    pub(crate) fn state(&self) -> Option<(CatalogRecord, Option<ExtentMap>)> {
         let state = self.state.lock();
         state.as_ref().map(|state| (state.record.clone(), state.durable.clone()))
     }
@@ -119,12 +119,12 @@ impl Named {
     }
 
     /// Takes the name from this object. Returns the durable map.
-    pub(crate) fn lose(&self) -> Option<DiskMap> {
+    pub(crate) fn lose(&self) -> Option<ExtentMap> {
         self.state.lock().take().and_then(|state| state.durable)
     }
 
     /// Notes that the catalog leads to this version now. Returns the map of the previous one.
-    pub(crate) fn set_durable(&self, record: CatalogRecord, map: DiskMap) -> Option<DiskMap> {
+    pub(crate) fn set_durable(&self, record: CatalogRecord, map: ExtentMap) -> Option<ExtentMap> {
         let mut state = self.state.lock();
         let state = state.as_mut()?;
         state.record = record;

@@ -7,6 +7,7 @@ use smallvec::SmallVec;
 
 use super::gate::Line;
 use super::on_devices::OnDevice;
+use super::on_storage::InStorages;
 use crate::copy::OwnedCopy;
 use crate::error::VirtualMemoryError;
 
@@ -25,6 +26,8 @@ pub(super) struct Fields {
     /// A kernel on this device has written a new version that is not published yet: readers wait
     /// for it.
     pub(super) pending: Option<usize>,
+    /// What it has to do with the evictors of the tiers below host memory.
+    pub(super) storage: InStorages,
     /// The damage that was found, until the next write of the whole object.
     pub(super) corrupt: Option<Box<VirtualMemoryError>>,
 }
@@ -35,15 +38,17 @@ impl Fields {
         spare: None,
         devices: SmallVec::new_const(),
         pending: None,
+        storage: InStorages::new_const(),
         corrupt: None,
     };
 
     fn is_empty(&self) -> bool {
-        let Fields { line, spare, devices, pending, corrupt } = self;
+        let Fields { line, spare, devices, pending, storage, corrupt } = self;
         line.is_none()
             && spare.is_none()
             && devices.is_empty()
             && pending.is_none()
+            && storage.is_empty()
             && corrupt.is_none()
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{
-    DiskMap, GatePass, MapIdentity, Object, Replaced, Standing, Version, chunks_of, on_devices,
+    ExtentMap, GatePass, MapIdentity, Object, Replaced, Standing, Version, chunks_of, on_devices,
 };
 use crate::copy::{Found, OwnedCopy, ReadGuard};
 use crate::host::HostSlot;
@@ -16,8 +16,8 @@ use crate::stats;
 
 impl Object {
     /// A clone of the disk map: it keeps the extents alive.
-    pub(crate) fn disk(&self) -> DiskMap {
-        self.inner.lock().disk.clone()
+    pub(crate) fn extents(&self) -> ExtentMap {
+        self.inner.lock().extents.clone()
     }
 
     /// The current version without its host copy; for the holder of the gate, or a caller that
@@ -25,16 +25,16 @@ impl Object {
     pub(crate) fn version(&self) -> Version {
         let inner = self.inner.lock();
         let device = inner.device_share(self.shared.devices());
-        Version { disk: inner.disk.clone(), device }
+        Version { extents: inner.extents.clone(), device }
     }
 
     /// The current host copy, and what tells its version, if the disk has all of it too.
     pub(crate) fn host_version(&self) -> Option<(ReadGuard, Option<MapIdentity>)> {
-        let map = self.disk();
+        let map = self.extents();
         let Found::Copy(guard) = self.copy.acquire(&self.shared.copies) else { return None };
         // Every change of the bytes takes chunks out of the map: one that is whole and the same
         // before and after has been that of the copy.
-        let is_its = map.is_whole(self.len) && self.disk().is_same(&map);
+        let is_its = map.is_whole(self.len) && self.extents().is_same(&map);
         Some((guard, is_its.then(|| map.identity())))
     }
 
@@ -47,7 +47,7 @@ impl Object {
         let cold = !held && !self.is_dead();
         cold.then(|| {
             let device = inner.device_share(self.shared.devices());
-            Version { disk: inner.disk.clone(), device }
+            Version { extents: inner.extents.clone(), device }
         })
     }
 
@@ -69,7 +69,7 @@ impl Object {
     /// Sets host memory apart for the first write.
     pub(crate) fn set_spare(self: &Arc<Self>, _pass: &GatePass, spare: OwnedCopy) {
         let before = self.standing();
-        let unwritten = !before.in_host && !before.on_disk;
+        let unwritten = !before.in_host && before.levels == 0;
         assert!(unwritten, "space is set apart for an object that has bytes nowhere");
         self.inner.lock().rare.change(|rare| rare.spare = Some(spare));
         self.count_change(before);
@@ -79,7 +79,7 @@ impl Object {
     /// Sets space apart again that was taken for a first write, unless the object has bytes by now.
     pub(crate) fn return_spare(self: &Arc<Self>, pass: &GatePass, spare: OwnedCopy) {
         let standing = self.standing();
-        if !standing.in_host && !standing.on_disk && !self.is_dead() {
+        if !standing.in_host && standing.levels == 0 && !self.is_dead() {
             self.set_spare(pass, spare);
         }
     }
@@ -94,14 +94,14 @@ impl Object {
     }
 
     /// Changes the disk map; what it replaces goes into the vector.
-    pub(crate) fn with_disk<T>(
+    pub(crate) fn with_extents<T>(
         &self,
         _pass: &GatePass,
-        change: impl FnOnce(&mut DiskMap, &mut Replaced) -> T,
+        change: impl FnOnce(&mut ExtentMap, &mut Replaced) -> T,
     ) -> T {
         let before = self.standing();
         let mut old = Replaced::new();
-        let result = change(&mut self.inner.lock().disk, &mut old);
+        let result = change(&mut self.inner.lock().extents, &mut old);
         self.count_change(before);
         result
     }
@@ -112,7 +112,7 @@ impl Object {
         self: &Arc<Self>,
         _pass: &GatePass,
         copy: Option<OwnedCopy>,
-        change: impl FnOnce(&mut DiskMap, &mut Replaced),
+        change: impl FnOnce(&mut ExtentMap, &mut Replaced),
     ) {
         let before = self.standing();
         let mut old = Replaced::new();
@@ -120,7 +120,7 @@ impl Object {
         let leftover = {
             let mut inner = self.inner.lock();
             // Together under the lock: a reader that finds no copy sees the map of this version.
-            change(&mut inner.disk, &mut old);
+            change(&mut inner.extents, &mut old);
             left = inner.outdate_devices(self.home);
             match copy {
                 Some(copy) => self.copy.publish(copy, &self.shared.copies),
@@ -209,7 +209,7 @@ impl Object {
         let written = self.copy.write_in_place(|bytes| {
             // Under the copy's own lock: no reader sees new bytes with an old map.
             let mut inner = self.inner.lock();
-            inner.disk.forget(self.len, chunks_of(&range), &mut old);
+            inner.extents.forget(self.len, chunks_of(&range), &mut old);
             left = inner.outdate_devices(self.home);
             flight = inner.flight.take();
             drop(inner);
@@ -248,9 +248,9 @@ impl Object {
         let inner = self.inner.lock();
         Standing {
             in_host: in_copy || inner.rare.spare.is_some(),
-            on_disk: !inner.disk.is_empty(),
-            dirty: in_copy && !inner.disk.is_whole(self.len),
-            map_bytes: inner.disk.memory_bytes(),
+            levels: self.levels_of(&inner.extents),
+            dirty: in_copy && !inner.extents.is_whole(self.len),
+            map_bytes: inner.extents.memory_bytes(),
         }
     }
 
@@ -265,8 +265,25 @@ impl Object {
                 _ => {}
             };
         gauge(&self.shared.host.objects, before.in_host, after.in_host, 1);
-        gauge(&counters.disk_objects, before.on_disk, after.on_disk, 1);
         gauge(&counters.dirty_bytes, before.dirty, after.dirty, self.len as u64);
         stats::shift(&counters.map_bytes, before.map_bytes, after.map_bytes);
+        for (level, storage) in self.shared.storage().iter().enumerate() {
+            let is_in = |standing: &Standing| standing.levels >> level & 1 == 1;
+            gauge(&storage.state.objects, is_in(&before), is_in(&after), 1);
+            match (is_in(&before), is_in(&after)) {
+                (false, true) => self.enter_order_in(level),
+                (true, false) => self.leave_order_in(level),
+                _ => {}
+            }
+        }
+    }
+
+    /// The tiers below host memory that have something of a map, one bit each.
+    fn levels_of(&self, map: &ExtentMap) -> u8 {
+        match self.shared.evicts_from(0) {
+            true => map.levels(),
+            // All of it is on disk: no extent has to be asked.
+            false => u8::from(!map.is_empty()),
+        }
     }
 }

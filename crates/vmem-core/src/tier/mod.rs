@@ -11,6 +11,7 @@ mod link;
 mod need;
 mod queue;
 mod state;
+mod storage;
 mod waiters;
 
 pub(crate) use device::{Device, DeviceSpace};
@@ -20,3 +21,4 @@ pub(crate) use link::Link;
 pub(crate) use need::{Class, Grant, Need, NoSpace, Refused, Space, Wanted};
 pub(crate) use queue::Queue;
 pub(crate) use state::{TierState, Watermarks};
+pub(crate) use storage::{Storage, StorageSpace};

@@ -113,7 +113,8 @@ impl<S: Space> TierState<S> {
         if self.unevictable_bytes() == 0 || !is_blocked {
             let operation = match self.tier {
                 MemoryTier::Host => "making space in host",
-                _ => "making space in vram",
+                MemoryTier::Disk | MemoryTier::Remote => "making space on disk",
+                MemoryTier::Vram | MemoryTier::OtherVram(_) => "making space in vram",
             };
             return VirtualMemoryError::TimedOut { operation, waited };
         }

@@ -37,18 +37,18 @@ pub use writer::ObjectWriter;
 use crate::actor::{self, Outcome};
 use crate::capabilities::Capabilities;
 use crate::config::{Effective, VirtualMemoryConfig};
-use crate::disk::Extent;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationEvent;
 use crate::handle::VMemHandle;
 use crate::host::{HostArena, ObjectSpace, StagingMemory};
 use crate::memory_tier::MemoryTier;
 use crate::names::Names;
-use crate::object::{Backends, DiskMap, Limits, Object, Shared, chunk_count, chunk_lens};
+use crate::object::{Backends, ExtentMap, Limits, Object, Shared, chunk_count, chunk_lens};
 use crate::requests;
 use crate::runtime;
 use crate::stats::{TierStats, VirtualMemoryStats};
-use crate::tier::{Class, Need, Refused};
+use crate::storage::Extent;
+use crate::tier::{Class, Need, Refused, Space, Storage};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -80,7 +80,7 @@ struct Lifetime {
 impl Drop for Lifetime {
     fn drop(&mut self) {
         if self.shared.set_closed() {
-            self.shared.disk.leave();
+            self.shared.storage().iter().for_each(|storage| storage.backend.leave());
         }
     }
 }
@@ -113,7 +113,9 @@ impl VirtualMemory {
             }
         }
         capabilities.vram = capabilities.devices.first().cloned();
-        match shared.disk.register(StagingMemory::new(shared.staging.clone())) {
+        let remote = shared.storage_of(MemoryTier::Remote);
+        capabilities.remote = remote.map(|remote| remote.backend.describe());
+        match shared.disk().register(StagingMemory::new(shared.staging.clone())) {
             Ok(()) => capabilities.staging_registered = true,
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
             Err(error) => {
@@ -126,7 +128,7 @@ impl VirtualMemory {
             host_bytes: shared.limits.host_capacity,
             staging_bytes: shared.limits.staging_capacity,
             stream_bytes: shared.limits.stream_capacity,
-            disk_bytes: shared.disk.usage().capacity_bytes,
+            disk_bytes: shared.disk().usage().capacity_bytes,
             vram_bytes: vram.collect(),
             driver: capabilities.disk_driver,
         });
@@ -264,16 +266,19 @@ impl VirtualMemory {
     }
 
     fn check_fits_somewhere(&self, len: usize, home: MemoryTier) -> Result<()> {
-        let on_disk = self.shared.disk.usage().capacity_bytes.min(OBJECT_LEN_MAX);
-        let in_host = if home != MemoryTier::Disk { self.shared.host_capacity_bytes() } else { 0 };
+        let home_level = home.level();
+        let in_host = if home_level.is_none() { self.shared.host_capacity_bytes() } else { 0 };
         let in_host = in_host.min(OBJECT_LEN_MAX);
+        let storage = &self.shared.storage()[home_level.unwrap_or(0)..];
+        let capacity = |one: &Storage| one.state.space().capacity_bytes().min(OBJECT_LEN_MAX);
+        let below = storage.iter().map(|one| (one.tier(), capacity(one)));
         let fits_host = HostArena::footprint(len) <= in_host;
-        if fits_host || len as u64 <= on_disk {
+        if fits_host || below.clone().any(|(_, capacity_bytes)| len as u64 <= capacity_bytes) {
             return Ok(());
         }
-        let (tier, capacity_bytes) = [(MemoryTier::Host, in_host), (MemoryTier::Disk, on_disk)]
-            .into_iter()
-            .max_by_key(|&(_, capacity)| capacity)
+        let (tier, capacity_bytes) = std::iter::once((MemoryTier::Host, in_host))
+            .chain(below)
+            .max_by_key(|&(_, capacity_bytes)| capacity_bytes)
             .unwrap_or((home, 0));
         let requested_bytes = len as u64;
         Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
@@ -304,7 +309,7 @@ impl VirtualMemory {
 
     /// Takes the footprint of a new object, in its home tier or below it.
     async fn take_home_space(&self, object: &Arc<Object>, home: MemoryTier) -> Result<()> {
-        if home != MemoryTier::Disk && self.shared.fits_host(object.len) {
+        if home.level().is_none() && self.shared.fits_host(object.len) {
             let need = Need::one(object.len, object.id, Class::Demand).or_spill();
             match self.shared.host_space(&need, &self.shared.deadline()).await {
                 Ok(space) => {
@@ -321,8 +326,8 @@ impl VirtualMemory {
             }
         }
         let lens = chunk_lens(object.len, 0..chunk_count(object.len));
-        let reserved = self.shared.reserve_soon(&lens).await;
-        let extents = reserved.map_err(|error| self.shared.disk_error(object.id, error))?;
+        let reserved = self.shared.reserve_soon(object.home_level(), &lens).await;
+        let extents = reserved.map_err(|error| self.shared.tier_error(object.id, error))?;
         self.announce_on_disk(object, extents);
         Ok(())
     }
@@ -331,6 +336,6 @@ impl VirtualMemory {
     fn announce_on_disk(&self, object: &Arc<Object>, extents: Vec<Extent>) {
         let pass = object.try_gate().expect(NEW);
         self.shared.announce(object);
-        object.with_disk(&pass, |disk, _| *disk = DiskMap::of(extents));
+        object.with_extents(&pass, |map, _| *map = ExtentMap::of(extents));
     }
 }

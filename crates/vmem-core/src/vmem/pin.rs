@@ -13,7 +13,7 @@ use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
-use crate::memory_tier::MemoryTier;
+use crate::memory_tier::{MemoryTier, Position};
 use crate::migrate::{Job, Move, fetch_into};
 use crate::object::{GatePass, Object, Shared};
 use crate::tier::{Class, Hold, Need};
@@ -103,8 +103,7 @@ impl HoldGuard {
     pub(super) fn now(handle: &VMemHandle, tier: MemoryTier, hold: Hold) -> Result<Option<Self>> {
         let object = handle.object();
         let Some(pass) = object.gate_if_open()? else { return Ok(None) };
-        let is_there = tier.device().map_or_else(|| object.copy.is_some(), |d| object.is_on(d));
-        if object.len > 0 && !is_there {
+        if !is_in(object, tier) {
             return Ok(None);
         }
         HoldGuard::try_count(&pass, tier, hold)
@@ -121,9 +120,15 @@ impl HoldGuard {
         hold: Hold,
         deadline: &Deadline,
     ) -> Result<Self> {
-        match tier.device() {
-            Some(device) => hold_on_device(object, (device, tier), hold, deadline).await,
-            None => pin_in_host(object, deadline).await,
+        match tier.position() {
+            Position::Device(device) => {
+                object.shared.device(device)?;
+                hold_by(object, tier, Move::ToDevice(device), hold, deadline).await
+            }
+            Position::Host => pin_in_host(object, deadline).await,
+            Position::Below(level) => {
+                hold_by(object, tier, Move::UpTo(level), hold, deadline).await
+            }
         }
     }
 }
@@ -211,23 +216,35 @@ async fn pin_in_host(object: &Arc<Object>, deadline: &Deadline) -> Result<HoldGu
     }
 }
 
-async fn hold_on_device(
+/// Whether an object is where a hold in this tier keeps it.
+fn is_in(object: &Object, tier: MemoryTier) -> bool {
+    object.len == 0
+        || match tier.position() {
+            Position::Device(device) => object.is_on(device),
+            Position::Host => object.copy.is_some(),
+            // Or in a faster one.
+            Position::Below(level) => !object.is_below(level),
+        }
+}
+
+/// Moves an object to the tier by this request, and holds it there.
+async fn hold_by(
     object: &Arc<Object>,
-    (device, tier): (usize, MemoryTier),
+    tier: MemoryTier,
+    promote: Move,
     hold: Hold,
     deadline: &Deadline,
 ) -> Result<HoldGuard> {
-    object.shared.device(device)?;
     loop {
-        if object.len > 0 && !object.is_on(device) {
-            ask(&object.shared, object, Move::ToDevice(device), deadline).await?;
+        if !is_in(object, tier) {
+            ask(&object.shared, object, promote, deadline).await?;
         }
         let pass = object.gate(deadline).await?;
-        if object.len > 0 && !object.is_on(device) {
+        if !is_in(object, tier) {
             // It left again at once, or was written.
             drop(pass);
             if deadline.is_past() {
-                return Err(deadline.error("holding an object in vram"));
+                return Err(deadline.error("holding an object"));
             }
             continue;
         }

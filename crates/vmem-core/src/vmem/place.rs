@@ -18,8 +18,8 @@ use super::{Result, VirtualMemory};
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
-use crate::memory_tier::MemoryTier;
-use crate::migrate::{self, Move, PrefetchEnd, request_move, request_prefetch};
+use crate::memory_tier::{MemoryTier, Position};
+use crate::migrate::{self, Move, PrefetchEnd, refresh_below, request_move, request_prefetch};
 use crate::object::{Object, Shared};
 use crate::parcel::parcel;
 use crate::tier::Hold;
@@ -36,34 +36,44 @@ impl VirtualMemory {
     pub async fn promote(&self, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
         let object = self.check(handle)?;
         self.shared.check_tier(to)?;
-        match (to, to.device()) {
-            (_, Some(device)) => {
+        match to.position() {
+            Position::Device(device) => {
                 object.touch();
                 self.ask(object, Move::ToDevice(device)).await
             }
-            (MemoryTier::Host, None) if !object.is_on_any_device() => {
+            Position::Host if !object.is_on_any_device() => {
                 self.shared.check_fits_host(object.len)?;
                 object.touch();
                 self.ask(object, Move::ToHost).await
             }
-            _ => Ok(()),
+            Position::Below(level) if !object.has_host_space() && object.is_below(level) => {
+                object.touch();
+                self.ask(object, Move::UpTo(level)).await
+            }
+            Position::Host | Position::Below(_) => Ok(()),
         }
     }
 
     /// Demotes the object to `to`. `Ok` at once if it is there already, or in a slower tier.
-    /// Readers keep their bytes.
+    /// Readers keep their bytes. An object with a name goes to disk at most.
     ///
     /// # Errors
     ///
     /// `Pinned`, `TierFull` if the tier has no space, `Io`; the object is then where it was.
+    /// `TierNotAvailable` for a tier that the store has not.
     pub async fn demote(&self, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
         let object = self.check(handle)?;
-        match to {
-            MemoryTier::Disk => self.ask(object, Move::ToDisk).await,
-            MemoryTier::Host if !object.devices_with_space().is_empty() => {
+        self.shared.check_tier(to)?;
+        match to.position() {
+            Position::Below(level) => {
+                // Where it has its name, the disk, it stays.
+                let level = if object.was_named() { 0 } else { level };
+                self.ask(object, Move::DownTo(level)).await
+            }
+            Position::Host if !object.devices_with_space().is_empty() => {
                 self.ask(object, Move::OffDevices).await
             }
-            _ => Ok(()),
+            Position::Host | Position::Device(_) => Ok(()),
         }
     }
 
@@ -81,10 +91,10 @@ impl VirtualMemory {
         if object.has_name() {
             return self.flush_named(object.clone()).await;
         }
-        match (object.home, object.home.device()) {
-            (_, Some(device)) => self.ask(object, Move::ToDevice(device)).await,
-            (MemoryTier::Disk, None) => self.ask(object, Move::Flush).await,
-            _ => Ok(()),
+        match object.home.position() {
+            Position::Device(device) => self.ask(object, Move::ToDevice(device)).await,
+            Position::Below(_) => self.ask(object, Move::Flush).await,
+            Position::Host => Ok(()),
         }
     }
 
@@ -130,7 +140,6 @@ impl VirtualMemory {
             .collect::<Result<Vec<_>>>();
         match objects {
             Err(error) => Prefetch::ended(Err(error)),
-            Ok(_) if to == MemoryTier::Disk => Prefetch::ended(Ok(())),
             Ok(objects) => Prefetch::start(&self.shared, objects, to),
         }
     }
@@ -161,11 +170,13 @@ impl VirtualMemory {
     pub async fn pin(&self, handle: &VMemHandle, tier: MemoryTier) -> Result<PinGuard> {
         let object = self.check(handle)?;
         self.shared.check_tier(tier)?;
-        match tier {
-            // Disk is the lowest tier, so there is nothing to prevent.
-            MemoryTier::Disk => return Ok(PinGuard::of_nothing(handle)),
-            MemoryTier::Host => self.shared.check_fits_host(object.len)?,
-            _ => {}
+        match tier.position() {
+            // Nothing leaves the last tier, and what the catalog leads to stays on disk.
+            Position::Below(level) if !self.shared.evicts_from(level) || object.was_named() => {
+                return Ok(PinGuard::of_nothing(handle));
+            }
+            Position::Host => self.shared.check_fits_host(object.len)?,
+            Position::Below(_) | Position::Device(_) => {}
         }
         object.touch();
         if let Some(held) = HoldGuard::now(handle, tier, Hold::Pin)? {
@@ -196,9 +207,11 @@ pub(super) fn refresh(shared: &Arc<Shared>, object: &Arc<Object>) {
     if object.len == 0 {
         return;
     }
+    refresh_below(object);
     for device in object.devices_to_refresh() {
         let (reply, _nobody_waits) = parcel();
-        request_move(object, Move::Refresh(device), shared.deadline(), reply);
+        let tier = MemoryTier::of_device(device as u8);
+        request_move(object, Move::Refresh(tier), shared.deadline(), reply);
     }
 }
 
@@ -217,23 +230,26 @@ pub(super) async fn ask(
 /// Flushes every object without a name that is not where its home is; all are tried.
 async fn flush_unnamed(shared: Arc<Shared>, deadline: Deadline) -> Result<()> {
     let mut to_disk = Vec::new();
-    let mut to_device = Vec::new();
+    let mut to_home = Vec::new();
     for object in shared.all().into_iter().filter(|object| !object.has_name()) {
-        match object.home.device() {
-            None if object.home == MemoryTier::Disk && object.is_dirty() => to_disk.push(object),
-            Some(device) if object.len > 0 && !object.is_on(device) => {
-                to_device.push((object, device));
+        match object.home.position() {
+            Position::Below(0) if object.is_dirty() => to_disk.push(object),
+            Position::Below(level) if object.len > 0 && !object.is_stored_in(level) => {
+                to_home.push((object, Move::Flush));
+            }
+            Position::Device(device) if object.len > 0 && !object.is_on(device) => {
+                to_home.push((object, Move::ToDevice(device)));
             }
             _ => {}
         }
     }
     let (mut failed, mut first_error) = migrate::flush_many(&shared, to_disk, &deadline).await;
-    let moves = to_device.into_iter().map(|(object, device)| {
+    let moves = to_home.into_iter().map(|(object, what)| {
         let shared = shared.clone();
         async move {
             // Each deadline starts when the flush of its object does.
             let deadline = shared.deadline();
-            ask(&shared, &object, Move::ToDevice(device), &deadline).await
+            ask(&shared, &object, what, &deadline).await
         }
     });
     let mut moves = futures::stream::iter(moves).buffer_unordered(FLUSHES_MAX);

@@ -6,6 +6,7 @@
 use super::{Result, VirtualMemory};
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
+use crate::tier::Storage;
 
 /// Where an object is, at one moment.
 #[non_exhaustive]
@@ -17,7 +18,9 @@ pub struct Residency {
     pub host: bool,
     /// The disk has a valid copy.
     pub disk: bool,
-    /// Host memory has bytes that the disk does not have.
+    /// The tier below the disk has a valid copy.
+    pub remote: bool,
+    /// Host memory has bytes that no tier below it has.
     pub dirty: bool,
     /// Pins and leases that hold it, in all tiers.
     pub pins: u32,
@@ -29,12 +32,13 @@ pub struct Residency {
 
 impl Residency {
     /// The fastest tier with a valid copy; `None` for an object that was never written and has no
-    /// copy anywhere.
+    /// copy anywhere, and for one of which each tier has a part only.
     pub fn current_tier(&self) -> Option<MemoryTier> {
         if self.devices != 0 {
             return Some(MemoryTier::of_device(self.devices.trailing_zeros() as u8));
         }
-        [MemoryTier::Host, MemoryTier::Disk].into_iter().find(|&tier| self.is_in(tier))
+        let tiers = [MemoryTier::Host, MemoryTier::Disk, MemoryTier::Remote];
+        tiers.into_iter().find(|&tier| self.is_in(tier))
     }
 
     /// Whether this tier has a valid copy.
@@ -44,6 +48,7 @@ impl Residency {
             MemoryTier::OtherVram(device) => self.devices & (1 << (device.get() % 32)) != 0,
             MemoryTier::Host => self.host,
             MemoryTier::Disk => self.disk,
+            MemoryTier::Remote => self.remote,
         }
     }
 }
@@ -57,8 +62,10 @@ impl VirtualMemory {
     /// `HandleNotFound`, `Closed`.
     pub fn residency(&self, handle: &VMemHandle) -> Result<Residency> {
         let object = self.check(handle)?;
+        let shared = &self.shared;
+        let below = |tier: &Storage| object.holds_in(tier.tier());
         let mut devices = 0;
-        let mut holds = object.pins();
+        let mut holds = object.pins() + shared.storage().iter().map(below).sum::<u32>();
         for (number, device) in self.shared.devices().iter().enumerate() {
             devices |= u32::from(object.is_on(number)) << number;
             holds += object.holds_in(device.tier());
@@ -67,7 +74,8 @@ impl VirtualMemory {
             vram: devices & 1 != 0,
             devices,
             host: object.has_host_space(),
-            disk: object.len > 0 && object.disk().is_whole(object.len),
+            disk: object.len > 0 && object.is_stored_in(0),
+            remote: object.len > 0 && shared.evicts_from(0) && object.is_stored_in(1),
             dirty: object.is_dirty(),
             pins: holds,
             held: object.copy.readers() > 0,

@@ -19,7 +19,6 @@ use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
-use crate::memory_tier::MemoryTier;
 use crate::migrate::{self, DiskWrite, Finished, Job, NewVersion, Turn};
 use crate::object::{GatePass, Object};
 use crate::parcel::{Parcel, parcel};
@@ -233,7 +232,7 @@ impl VirtualMemory {
             return Look::Spare(version);
         }
         let whole = range.len() == object.len;
-        if object.home == MemoryTier::Disk || !fits {
+        if object.home.level().is_some() || !fits {
             return Look::Disk;
         }
         match (whole, object.len <= IN_PLACE_MAX && !promoted) {

@@ -18,12 +18,13 @@ use tokio::io::AsyncWrite;
 use super::entries::PutOptions;
 use super::{OBJECT_LEN_MAX, Result, VirtualMemory};
 use crate::chunk::CHUNK_BYTES;
-use crate::disk::Extent;
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
 use crate::migrate::{Sent, send_window};
 use crate::names::{self, Expected};
+use crate::storage::Extent;
+use crate::tier::Space;
 use crate::windows::Window;
 
 /// What a writer asks the reserve for at a time, in bytes, unless the caller says otherwise.
@@ -220,21 +221,21 @@ impl ObjectWriter {
             return Ok(());
         }
         let requested_bytes = self.len + bytes;
-        let on_disk = self.vmem.shared.disk.usage().capacity_bytes;
-        let capacity_bytes = on_disk.min(OBJECT_LEN_MAX);
+        // What gets a name is on disk in the end.
+        let level = if self.name.is_some() { 0 } else { self.home.level().unwrap_or(0) };
+        let storage = &self.vmem.shared.storage()[level];
+        let capacity_bytes = storage.state.space().capacity_bytes().min(OBJECT_LEN_MAX);
         if requested_bytes > capacity_bytes {
-            let error = VirtualMemoryError::ExceedsCapacity {
-                tier: MemoryTier::Disk,
-                requested_bytes,
-                capacity_bytes,
-            };
+            let tier = storage.tier();
+            let error =
+                VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes };
             return self.fail(error);
         }
         self.len = requested_bytes;
         let shared = self.vmem.shared.clone();
         let full = std::mem::replace(&mut self.front, shared.windows.grant(0, 0));
         let deadline = shared.deadline();
-        let sending = send_window(shared.clone(), full, deadline);
+        let sending = send_window(shared.clone(), level, full, deadline);
         let parcel = shared.spawn_for_caller("vmem-stream", sending);
         let sent = async move {
             let sent = shared.answer(&parcel, &deadline, "writing a stream").await?;

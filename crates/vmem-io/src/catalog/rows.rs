@@ -72,6 +72,7 @@ pub(super) fn encode_record(name: &[u8], record: &CatalogRecord) -> Vec<u8> {
     row.put_u8(match record.home {
         MemoryTier::Vram => 0,
         MemoryTier::Host => 1,
+        MemoryTier::Remote => 3,
         _ => 2,
     });
     row.put_u64_le(record.id);
@@ -89,6 +90,7 @@ pub(super) fn decode_record(name: &[u8], row: &[u8]) -> Result<CatalogRecord, Fl
         0 => MemoryTier::Vram,
         1 => MemoryTier::Host,
         2 => MemoryTier::Disk,
+        3 => MemoryTier::Remote,
         _ => return Err("a tier that is none"),
     };
     let id = body.try_get_u64_le().map_err(|_| SHORT)?;

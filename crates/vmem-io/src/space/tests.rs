@@ -209,7 +209,7 @@ fn a_double_release_is_caught() {
 
 #[test]
 fn odd_capacities_are_rounded_to_blocks() {
-    assert_eq!(Space::new(511, 512).usage(), DiskUsage::default());
+    assert_eq!(Space::new(511, 512).usage(), TierUsage::default());
     assert!(Space::new(0, 512).reserve(&[1]).is_err());
     assert_eq!(Space::new(1023, 512).usage().capacity_bytes, 512);
     let huge = starts_of(&mut Space::new(u64::MAX, 4096), &[CHUNK; 3]).unwrap();

@@ -11,7 +11,7 @@ use std::sync::{Arc, Weak};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
-use vmem_core::backend::{DiskError, Extent, ExtentOwner, IoBuf, ReadChunk};
+use vmem_core::backend::{Extent, ExtentOwner, IoBuf, ReadChunk, TierError};
 
 use crate::directory::StoreDirectory;
 use crate::driver::{Driver, is_closed};
@@ -33,14 +33,14 @@ pub(crate) struct Inner {
 }
 
 impl Inner {
-    pub(super) fn check_open(&self) -> Result<(), DiskError> {
+    pub(super) fn check_open(&self) -> Result<(), TierError> {
         match self.closed.load(Ordering::Acquire) {
-            true => Err(DiskError::Closed),
+            true => Err(TierError::Closed),
             false => Ok(()),
         }
     }
 
-    pub(super) fn check_write(&self, pieces: &[(Extent, Bytes)]) -> Result<(), DiskError> {
+    pub(super) fn check_write(&self, pieces: &[(Extent, Bytes)]) -> Result<(), TierError> {
         self.check_open()?;
         let end = self.ledger.lock().space.end_bytes();
         for (extent, payload) in pieces {
@@ -54,7 +54,7 @@ impl Inner {
         Ok(())
     }
 
-    pub(super) fn check_read(&self, chunks: &[ReadChunk], buf: &IoBuf) -> Result<(), DiskError> {
+    pub(super) fn check_read(&self, chunks: &[ReadChunk], buf: &IoBuf) -> Result<(), TierError> {
         self.check_open()?;
         let fits = |chunk: &ReadChunk| {
             let end = chunk.at.checked_add(chunk.extent.len() as usize);
@@ -71,14 +71,14 @@ impl Inner {
         operation: &'static str,
         source: Arc<io::Error>,
         requested: u64,
-    ) -> DiskError {
+    ) -> TierError {
         use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
         if !matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge) {
             return failure(operation, source);
         }
         self.reclaim().await;
         let usage = self.ledger.lock().space.usage();
-        DiskError::Full {
+        TierError::Full {
             requested_bytes: requested,
             free_bytes: usage.capacity_bytes - usage.used_bytes,
             source: Some(source),
@@ -98,14 +98,14 @@ impl ExtentOwner for Inner {
     }
 }
 
-pub(super) fn failure(operation: &'static str, source: Arc<io::Error>) -> DiskError {
+pub(super) fn failure(operation: &'static str, source: Arc<io::Error>) -> TierError {
     match is_closed(&source) {
-        true => DiskError::Closed,
-        false => DiskError::Io { operation, source },
+        true => TierError::Closed,
+        false => TierError::Io { operation, source },
     }
 }
 
-pub(super) fn invalid(operation: &'static str, why: &'static str) -> DiskError {
+pub(super) fn invalid(operation: &'static str, why: &'static str) -> TierError {
     failure(operation, Arc::new(io::Error::new(io::ErrorKind::InvalidInput, why)))
 }
 

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::{Instant, sleep, timeout};
-use vmem_core::backend::{DiskBackend, IoBuf};
+use vmem_core::backend::{IoBuf, Tier};
 use vmem_io::driver::Driver;
 
 /// How long, on tokio's clock, one step may take before it counts as hung.
@@ -48,17 +48,17 @@ impl IntoDriver for Arc<dyn Driver> {
 /// A disk tier as a factory gives it to the suite: of a known type, or behind the trait.
 pub trait IntoDisk {
     /// The disk tier behind the trait.
-    fn into_disk(self) -> Arc<dyn DiskBackend>;
+    fn into_disk(self) -> Arc<dyn Tier>;
 }
 
-impl<D: DiskBackend> IntoDisk for Arc<D> {
-    fn into_disk(self) -> Arc<dyn DiskBackend> {
+impl<D: Tier> IntoDisk for Arc<D> {
+    fn into_disk(self) -> Arc<dyn Tier> {
         self
     }
 }
 
-impl IntoDisk for Arc<dyn DiskBackend> {
-    fn into_disk(self) -> Arc<dyn DiskBackend> {
+impl IntoDisk for Arc<dyn Tier> {
+    fn into_disk(self) -> Arc<dyn Tier> {
         self
     }
 }

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use vmem_core::backend::{
-    DiskBackend, DiskError, DiskUsage, Extent, ExtentOwner, IoBuf, ReadChunk, SharedOwner,
+    Extent, ExtentOwner, IoBuf, ReadChunk, SharedOwner, Tier, TierError, TierUsage,
 };
 use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun};
 
@@ -60,7 +60,7 @@ struct Space {
 #[derive(Debug)]
 struct State {
     free: BTreeMap<u64, u64>,
-    usage: DiskUsage,
+    usage: TierUsage,
 }
 
 impl TinyDisk {
@@ -68,7 +68,7 @@ impl TinyDisk {
     pub(crate) fn new(driver: Arc<dyn Driver>, capacity: u64, bug: Bug) -> Arc<Self> {
         let state = State {
             free: BTreeMap::from([(0, capacity)]),
-            usage: DiskUsage { capacity_bytes: capacity, ..DiskUsage::default() },
+            usage: TierUsage { capacity_bytes: capacity, ..TierUsage::default() },
         };
         Arc::new(TinyDisk {
             driver,
@@ -86,7 +86,7 @@ impl TinyDisk {
         &self,
         chunks: Vec<ReadChunk>,
         buf: IoBuf,
-    ) -> BoxFuture<'static, (IoBuf, Result<(), DiskError>)> {
+    ) -> BoxFuture<'static, (IoBuf, Result<(), TierError>)> {
         let pieces = pieces_of(&chunks, self.bug != Bug::ShowsOldBytes);
         let reading = self.driver.read(buf, pieces, Keep::none());
         let trusts = self.bug == Bug::TrustsTheDisk;
@@ -154,8 +154,8 @@ impl ExtentOwner for Space {
     }
 }
 
-fn failed(operation: &'static str, error: std::io::Error) -> DiskError {
-    DiskError::Io { operation, source: Arc::new(error) }
+fn failed(operation: &'static str, error: std::io::Error) -> TierError {
+    TierError::Io { operation, source: Arc::new(error) }
 }
 
 fn place(chunk: &ReadChunk) -> std::ops::Range<usize> {
@@ -169,10 +169,10 @@ fn pieces_of(chunks: &[ReadChunk], sealed_only: bool) -> Vec<ReadPiece> {
     wanted.map(piece).collect()
 }
 
-impl DiskBackend for TinyDisk {
-    fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
+impl Tier for TinyDisk {
+    fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, TierError> {
         if self.is_closed() {
-            return Err(DiskError::Closed);
+            return Err(TierError::Closed);
         }
         let usage = self.usage();
         let mut extents = Vec::new();
@@ -183,7 +183,7 @@ impl DiskBackend for TinyDisk {
                     if self.bug == Bug::KeepsHalf {
                         std::mem::forget(extents);
                     }
-                    return Err(DiskError::Full {
+                    return Err(TierError::Full {
                         requested_bytes: lens.iter().map(|len| self.footprint(*len)).sum(),
                         free_bytes: usage.capacity_bytes - usage.used_bytes,
                         source: None,
@@ -197,9 +197,9 @@ impl DiskBackend for TinyDisk {
     fn write(
         &self,
         pieces: Vec<(Extent, Bytes)>,
-    ) -> BoxFuture<'static, Result<Vec<Extent>, DiskError>> {
+    ) -> BoxFuture<'static, Result<Vec<Extent>, TierError>> {
         if self.is_closed() {
-            return Box::pin(ready(Err(DiskError::Closed)));
+            return Box::pin(ready(Err(TierError::Closed)));
         }
         let runs = pieces.iter().map(|(extent, chunk)| WriteRun {
             offset: extent.offset(),
@@ -229,9 +229,9 @@ impl DiskBackend for TinyDisk {
         &self,
         chunks: Vec<ReadChunk>,
         mut buf: IoBuf,
-    ) -> BoxFuture<'static, (IoBuf, Result<(), DiskError>)> {
+    ) -> BoxFuture<'static, (IoBuf, Result<(), TierError>)> {
         if self.is_closed() {
-            return Box::pin(ready((buf, Err(DiskError::Closed))));
+            return Box::pin(ready((buf, Err(TierError::Closed))));
         }
         for chunk in &chunks {
             match buf.get_mut(place(chunk)) {
@@ -253,7 +253,7 @@ impl DiskBackend for TinyDisk {
         u64::from(len).next_multiple_of(BLOCK)
     }
 
-    fn usage(&self) -> DiskUsage {
+    fn usage(&self) -> TierUsage {
         let state = self.space.state.lock();
         let mut usage = state.usage;
         usage.largest_free_bytes = match self.bug {
@@ -267,7 +267,7 @@ impl DiskBackend for TinyDisk {
         "tiny".into()
     }
 
-    fn close(&self) -> BoxFuture<'static, Result<(), DiskError>> {
+    fn close(&self) -> BoxFuture<'static, Result<(), TierError>> {
         self.closed.store(true, Ordering::Release);
         if self.bug == Bug::NeverCloses {
             return Box::pin(ready(Ok(())));
@@ -289,11 +289,11 @@ fn seal(pieces: Vec<(Extent, Bytes)>, bug: Bug) -> Vec<Extent> {
     sealed.collect()
 }
 
-fn verify(chunks: &[ReadChunk], buf: &[u8]) -> Result<(), DiskError> {
+fn verify(chunks: &[ReadChunk], buf: &[u8]) -> Result<(), TierError> {
     for (chunk, read) in chunks.iter().enumerate() {
         let actual = crc32c::crc32c(&buf[place(read)]);
         if let Some(expected) = read.extent.sum().filter(|expected| *expected != actual) {
-            return Err(DiskError::Corrupt { chunk, expected, actual });
+            return Err(TierError::Corrupt { chunk, expected, actual });
         }
     }
     Ok(())

@@ -43,6 +43,7 @@ async fn open_below(
         .staging_capacity(128 << 10)
         .wait_timeout(Duration::from_secs(60));
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: 384 << 10,
         disk: disk.backend,
         catalog: Some(Arc::new(ClosedNames(catalog, closed_names_max))),

@@ -167,6 +167,7 @@ fn open(
     let driver = MemDriver::new();
     let gpu = Arc::new(Gpu::new(which, vram as u64));
     let backends = Backends {
+        remote: None,
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(driver.clone(), 64 * MIB as u64),
         catalog: None,

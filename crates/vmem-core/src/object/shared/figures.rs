@@ -4,35 +4,35 @@
 //! methods.
 
 use super::Shared;
-use crate::disk::DiskError;
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
 use crate::object::{OBJECT_BYTES, RARE_BYTES};
 use crate::stats::{TierStats, VirtualMemoryStats, get};
-use crate::tier::Device;
+use crate::storage::TierError;
+use crate::tier::{Device, Space, Storage};
 
 impl Shared {
     /// The public form of what the disk said of this object.
-    pub(crate) fn disk_error(&self, handle: u64, error: DiskError) -> VirtualMemoryError {
+    pub(crate) fn tier_error(&self, handle: u64, error: TierError) -> VirtualMemoryError {
         match error {
-            DiskError::Full { requested_bytes, free_bytes, .. } => VirtualMemoryError::TierFull {
-                tier: MemoryTier::Disk,
-                requested_bytes,
-                free_bytes,
-                capacity_bytes: self.disk.usage().capacity_bytes,
-            },
-            DiskError::Corrupt { chunk, expected, actual } => {
+            // It is the last tier that is full: what the others lack space for goes there.
+            TierError::Full { requested_bytes, free_bytes, .. } => {
+                let last = self.storage().last().expect("invariant: there is a disk");
+                let capacity_bytes = last.state.space().capacity_bytes();
+                let tier = last.tier();
+                VirtualMemoryError::TierFull { tier, requested_bytes, free_bytes, capacity_bytes }
+            }
+            TierError::Corrupt { chunk, expected, actual } => {
                 VirtualMemoryError::Corrupt { handle, chunk: chunk as u64, expected, actual }
             }
-            DiskError::Io { operation, source } => VirtualMemoryError::Io { operation, source },
-            DiskError::Closed => VirtualMemoryError::Closed,
+            TierError::Io { operation, source } => VirtualMemoryError::Io { operation, source },
+            TierError::Closed => VirtualMemoryError::Closed,
         }
     }
 
     /// One tier, now.
     pub(crate) fn tier_stats(&self, tier: MemoryTier) -> TierStats {
         let arena = &self.host.space().arena;
-        let disk = self.disk.usage();
         match tier {
             MemoryTier::Host => TierStats {
                 used_bytes: arena.used_bytes(),
@@ -42,32 +42,36 @@ impl Shared {
                 hits: self.copies.hits(),
                 largest_free_bytes: arena.largest_free_bytes(),
             },
-            MemoryTier::Disk => TierStats {
-                used_bytes: disk.used_bytes,
-                capacity_bytes: disk.capacity_bytes,
-                peak_bytes: disk.peak_bytes,
-                objects: get(&self.counters.disk_objects),
-                hits: get(&self.counters.disk_hits),
-                largest_free_bytes: disk.largest_free_bytes,
-            },
+            MemoryTier::Disk | MemoryTier::Remote => {
+                self.storage_of(tier).map_or_else(TierStats::default, Storage::stats)
+            }
             MemoryTier::Vram | MemoryTier::OtherVram(_) => {
                 self.device_of(tier).map_or_else(TierStats::default, Device::stats)
             }
         }
     }
 
+    /// Objects on devices, and in tiers below host memory that others lie below.
+    fn objects_with_rare_fields(&self) -> u64 {
+        let on_devices = self.devices.iter().map(|device| get(&device.state.objects));
+        let evicting = self.storage().split_last().map_or(&[][..], |(_, evicting)| evicting);
+        on_devices.chain(evicting.iter().map(|storage| get(&storage.state.objects))).sum()
+    }
+
     pub(crate) fn stats(&self) -> VirtualMemoryStats {
         let counters = &self.counters;
         let waiting = |device: &Device| device.state.queue.len() as u64;
         let objects = self.table.len() as u64;
+        let read = |tier| self.storage_of(tier).map_or(0, |storage| get(&storage.read_bytes));
+        let written = |tier| self.storage_of(tier).map_or(0, |storage| get(&storage.written_bytes));
         VirtualMemoryStats {
             vram: self.tier_stats(MemoryTier::Vram),
             host: self.tier_stats(MemoryTier::Host),
             disk: self.tier_stats(MemoryTier::Disk),
+            remote: self.tier_stats(MemoryTier::Remote),
             objects,
             metadata_bytes: objects * OBJECT_BYTES
-                + self.devices.iter().map(|device| get(&device.state.objects)).sum::<u64>()
-                    * RARE_BYTES
+                + self.objects_with_rare_fields() * RARE_BYTES
                 + get(&counters.map_bytes),
             staging_bytes: self.limits.staging_capacity,
             stream_bytes: self.windows.used_bytes(),
@@ -75,7 +79,9 @@ impl Shared {
             held_bytes: self.copies.held_bytes(),
             pinned_bytes: self.host.holds.bytes().total(),
             dirty_bytes: get(&counters.dirty_bytes),
-            waiters: self.host.queue.len() as u64 + self.devices.iter().map(waiting).sum::<u64>(),
+            waiters: self.host.queue.len() as u64
+                + self.devices.iter().map(waiting).sum::<u64>()
+                + self.storage().iter().map(|one| one.state.queue.len() as u64).sum::<u64>(),
             migrations_in_flight: get(&counters.in_flight),
             misses: get(&counters.misses),
             evictions: get(&counters.evictions),
@@ -84,8 +90,10 @@ impl Shared {
             relocated_bytes: get(&counters.relocated_bytes),
             host_to_vram_bytes: get(&counters.host_to_vram_bytes),
             vram_to_host_bytes: get(&counters.vram_to_host_bytes),
-            disk_to_host_bytes: get(&counters.disk_to_host_bytes),
-            host_to_disk_bytes: get(&counters.host_to_disk_bytes),
+            disk_to_host_bytes: read(MemoryTier::Disk),
+            host_to_disk_bytes: written(MemoryTier::Disk),
+            remote_to_host_bytes: read(MemoryTier::Remote),
+            host_to_remote_bytes: written(MemoryTier::Remote),
             errors: get(&counters.errors),
             // The figures of the names are added by the owner of the names.
             ..VirtualMemoryStats::default()

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use smallvec::SmallVec;
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
@@ -27,18 +28,18 @@ use crate::config::{self, GPUS_MAX, Promotion, VirtualMemoryConfig};
 use crate::copy::Copies;
 use crate::deadline::{Deadline, Timing};
 use crate::device::DeviceBackend;
-use crate::disk::DiskBackend;
 use crate::error::VirtualMemoryError;
 use crate::events::Events;
 use crate::host::{HostArena, StagingPool};
 use crate::memory_tier::MemoryTier;
+use crate::storage::{Durable, Tier};
 
 use crate::object::Object;
 use crate::parcel::Unclaimed;
 use crate::recency::Recency;
 use crate::requests::Requests;
 use crate::stats::Counters;
-use crate::tier::{Device, HostSpace, Link, Queue, TierState, Watermarks};
+use crate::tier::{Device, HostSpace, Queue, Storage, TierState, Watermarks};
 use crate::wake::Wake;
 use crate::windows::Windows;
 
@@ -51,7 +52,9 @@ pub struct Backends {
     /// Host memory that the store may use, staging included, in bytes.
     pub host_capacity_bytes: u64,
     /// The tier below it.
-    pub disk: Arc<dyn DiskBackend>,
+    pub disk: Arc<dyn Durable>,
+    /// The tier below the disk, `MemoryTier::Remote`, if there is one.
+    pub remote: Option<Arc<dyn Tier>>,
     /// Where names are stored; without one there are no named objects.
     pub catalog: Option<Arc<dyn Catalog>>,
     /// The tiers above it, in the order of their numbers: `MemoryTier::Vram` is the first.
@@ -127,8 +130,10 @@ pub(crate) struct Shared {
     promised_bytes: AtomicU64,
     pub(crate) staging: Arc<StagingPool>,
     pub(crate) windows: Arc<Windows>,
-    pub(crate) disk: Arc<dyn DiskBackend>,
-    pub(crate) disk_link: Link,
+    /// The tiers below host memory, the disk first.
+    storage: SmallVec<[Storage; 2]>,
+    /// The first of them, which keeps names.
+    disk: Arc<dyn Durable>,
     /// Called with named objects that no handle leads to any more.
     closed_hook: OnceLock<ClosedHook>,
     requests: Requests,
@@ -157,7 +162,7 @@ impl Shared {
         requests: Requests,
         no_device: Arc<str>,
     ) -> Result<Arc<Self>, VirtualMemoryError> {
-        let Backends { disk, devices, .. } = backends;
+        let Backends { disk, remote, devices, .. } = backends;
         if devices.len() > GPUS_MAX {
             let reason = format!("at most {GPUS_MAX}, not {}", devices.len()).into();
             return Err(VirtualMemoryError::InvalidConfig { field: "gpus", reason });
@@ -185,11 +190,22 @@ impl Shared {
             Device::new(number, backend, order, config.max_pinned(), &wake, &unclaimed)
         };
         let devices = (0..).zip(devices).map(device).collect();
+        let clock = disk.clock();
+        let first: Arc<dyn Tier> = disk.clone();
+        let below: SmallVec<[_; 2]> = [first].into_iter().chain(remote).collect();
+        let last = below.len() - 1;
+        let storage = |(level, backend): (usize, Arc<dyn Tier>)| {
+            let order = order(backend.usage().capacity_bytes);
+            let place = (level, level == last);
+            let marks = config.watermarks();
+            Storage::new(place, backend, order, config.max_pinned(), marks, &wake, &unclaimed)
+        };
+        let storage = below.into_iter().enumerate().map(storage).collect();
         Ok(Arc::new(Shared {
             table: Table::new(),
             next_id: AtomicU64::new(1),
             recency: Recency::new(),
-            timing: Timing { clock: disk.clock(), runtime: runtime.id() },
+            timing: Timing { clock, runtime: runtime.id() },
             host,
             devices,
             no_device,
@@ -198,8 +214,8 @@ impl Shared {
             staging,
             windows: Windows::new(limits.stream_capacity),
             closed_hook: OnceLock::new(),
+            storage,
             disk,
-            disk_link: Link::default(),
             requests,
             runtime,
             wake,
@@ -275,6 +291,7 @@ impl Shared {
         self.wake.now();
         self.wake.if_waiting();
         self.host.holds.ring();
+        self.storage.iter().for_each(|storage| storage.state.holds.ring());
         for device in &self.devices {
             device.state.holds.ring();
             device.ring();
@@ -285,6 +302,7 @@ impl Shared {
     /// Closes the queues: no space is made any more.
     pub(crate) fn close_queues(&self) {
         self.host.queue.close();
+        self.storage.iter().for_each(|storage| storage.state.queue.close());
         self.devices.iter().for_each(|device| device.state.queue.close());
     }
 }

@@ -7,11 +7,11 @@ use super::Shared;
 use crate::buffer::IoBuf;
 use crate::copy::OwnedCopy;
 use crate::deadline::{Deadline, Late};
-use crate::disk::{DiskError, Extent};
 use crate::error::VirtualMemoryError;
 use crate::host::HostArena;
 use crate::parcel::GRACE;
-use crate::tier::{Device, Grant, HostSpace, Need, Refused};
+use crate::storage::{Extent, TierError};
+use crate::tier::{Device, Grant, HostSpace, Need, Refused, Space};
 
 impl Shared {
     /// A piece of staging; for a task. Pieces that their callers do not claim are taken back.
@@ -109,26 +109,53 @@ impl Shared {
         self.devices.iter().for_each(Device::ring);
     }
 
-    // ---- On disk -----------------------------------------------------------------------------
+    // ---- Below host memory -------------------------------------------------------------------
 
-    /// Space on disk, at once or not at all. If there is none, extents that callers do not claim
-    /// are taken back first.
-    pub(crate) fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
-        match self.disk.reserve(lens) {
-            Err(DiskError::Full { .. }) => {
+    /// Space in the tier `level` or, where that is full, in a slower one; at once or not at all. If
+    /// there is none, extents that callers do not claim are taken back first.
+    pub(crate) fn reserve(&self, level: usize, lens: &[u32]) -> Result<Vec<Extent>, TierError> {
+        match self.try_reserve(level, lens) {
+            Err(TierError::Full { .. }) => {
                 self.recall_extents();
-                self.disk.reserve(lens)
+                self.try_reserve(level, lens)
             }
             outcome => outcome,
         }
     }
 
     /// As `reserve`, but before it fails it waits for what may come back within the grace.
-    pub(crate) async fn reserve_soon(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError> {
-        match self.reserve(lens) {
-            Err(DiskError::Full { .. }) if self.extents_come_back().await => self.reserve(lens),
+    pub(crate) async fn reserve_soon(
+        &self,
+        level: usize,
+        lens: &[u32],
+    ) -> Result<Vec<Extent>, TierError> {
+        match self.reserve(level, lens) {
+            Err(TierError::Full { .. }) if self.extents_come_back().await => {
+                self.reserve(level, lens)
+            }
             outcome => outcome,
         }
+    }
+
+    fn try_reserve(&self, level: usize, lens: &[u32]) -> Result<Vec<Extent>, TierError> {
+        let (last, others) = self.storage().split_last().expect("invariant: there is a disk");
+        for storage in others.get(level..).unwrap_or_default() {
+            let state = &storage.state;
+            // Where requests wait for space, it is theirs: the next tier is left to this one.
+            if state.queue.len() > 0 {
+                continue;
+            }
+            match state.space().reserve(lens) {
+                Err(TierError::Full { .. }) => {}
+                outcome => {
+                    if state.space().used_bytes() > state.marks.high_bytes {
+                        self.wake.now();
+                    }
+                    return outcome;
+                }
+            }
+        }
+        last.state.space().reserve(lens)
     }
 
     /// Takes back what has lain for the grace with extents on disk, or with versions that keep

@@ -1,15 +1,17 @@
-//! The devices above host memory, and what holds objects in the tiers.
+//! The devices above host memory, the tiers below it, and what holds objects in the tiers.
 //!
 //! Invariant: a device that is lost is a tier only for what still holds memory of it. Called by
 //! everything that names a tier.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::Shared;
 use crate::error::VirtualMemoryError;
 use crate::host::HostArena;
 use crate::memory_tier::MemoryTier;
-use crate::tier::{Device, Hold, Holds};
+use crate::storage::Durable;
+use crate::tier::{Device, Hold, Holds, Space, Storage};
 
 impl Shared {
     /// All devices, in use or lost.
@@ -41,13 +43,40 @@ impl Shared {
         self.devices.get(tier.device()?)
     }
 
+    /// The tiers below host memory, the disk first.
+    pub(crate) fn storage(&self) -> &[Storage] {
+        &self.storage
+    }
+
+    /// The tier below host memory that keeps names.
+    pub(crate) fn disk(&self) -> &Arc<dyn Durable> {
+        &self.disk
+    }
+
+    /// Whether objects leave this one of the tiers below host memory, for the next.
+    pub(crate) fn evicts_from(&self, level: usize) -> bool {
+        level + 1 < self.storage.len()
+    }
+
+    /// The tier of this name that is below host memory.
+    pub(crate) fn storage_of(&self, tier: MemoryTier) -> Option<&Storage> {
+        self.storage.get(tier.level()?)
+    }
+
     /// Whether the store has this tier.
     ///
     /// # Errors
     ///
     /// `TierNotAvailable` with the reason.
     pub(crate) fn check_tier(&self, tier: MemoryTier) -> Result<(), VirtualMemoryError> {
-        tier.device().map_or(Ok(()), |device| self.device(device).map(drop))
+        if let Some(device) = tier.device() {
+            return self.device(device).map(drop);
+        }
+        if tier.level().is_some_and(|level| level >= self.storage.len()) {
+            let reason = "the store has no tier below the disk".into();
+            return Err(VirtualMemoryError::TierNotAvailable { tier, reason });
+        }
+        Ok(())
     }
 
     // ---- Holds -------------------------------------------------------------------------------
@@ -58,6 +87,9 @@ impl Shared {
     ///
     /// `TierNotAvailable` with the reason.
     pub(crate) fn holds(&self, tier: MemoryTier) -> Result<&Holds, VirtualMemoryError> {
+        if let Some(storage) = self.storage_of(tier) {
+            return Ok(&storage.state.holds);
+        }
         match tier.device() {
             Some(device) => Ok(&self.device(device)?.state.holds),
             None => Ok(&self.host.holds),
@@ -102,6 +134,9 @@ impl Shared {
             // It has no memory anywhere.
             return 0;
         }
+        if let Some(storage) = self.storage_of(tier) {
+            return storage.state.space().footprint(len);
+        }
         match self.device_of(tier) {
             Some(device) => device.backend.footprint(len),
             None => HostArena::footprint(len),
@@ -110,9 +145,9 @@ impl Shared {
 
     /// Gives back what was charged for holds, in bytes of footprint.
     pub(crate) fn uncharge(&self, tier: MemoryTier, hold: Hold, footprint: u64) {
-        self.device_of(tier)
-            .map_or(&self.host.holds, |device| &device.state.holds)
-            .uncharge(hold, footprint);
+        let above = || self.device_of(tier).map_or(&self.host.holds, |device| &device.state.holds);
+        let holds = self.storage_of(tier).map_or_else(above, |storage| &storage.state.holds);
+        holds.uncharge(hold, footprint);
         self.space_was_freed();
     }
 
@@ -123,6 +158,9 @@ impl Shared {
         requested_bytes: u64,
         waited: Duration,
     ) -> VirtualMemoryError {
+        if let Some(storage) = self.storage_of(tier) {
+            return storage.state.all_held(requested_bytes, waited);
+        }
         match self.device_of(tier) {
             Some(device) => device.state.all_held(requested_bytes, waited),
             None => self.host.all_held(requested_bytes, waited),

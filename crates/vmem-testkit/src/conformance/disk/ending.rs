@@ -7,7 +7,7 @@ use std::slice;
 
 use futures::future::join_all;
 use rand::Rng;
-use vmem_core::backend::{CHUNK_BYTES, DiskBackend, DiskError, Extent, IoBuf};
+use vmem_core::backend::{CHUNK_BYTES, Extent, IoBuf, Tier, TierError};
 
 use super::tools::{empty, fetch, in_sequence, reserve, store, verify, write};
 use crate::conformance::{POISON, assert_ok, assert_same, settle, within};
@@ -15,7 +15,7 @@ use crate::{Pattern, Seed, poll_then_drop};
 
 /// Futures dropped after any number of polls: the tier stays usable, all space comes back, and no
 /// late write damages the next owner of the space.
-pub async fn dropped_futures(seed: Seed, disk: &dyn DiskBackend) {
+pub async fn dropped_futures(seed: Seed, disk: &dyn Tier) {
     let mut rng = seed.fork("dropped futures").rng();
     let kept = store(disk, &[Pattern::new(seed.value(), 0).bytes(0, CHUNK_BYTES)]).await;
     let used = disk.usage().used_bytes;
@@ -50,14 +50,14 @@ pub async fn dropped_futures(seed: Seed, disk: &dyn DiskBackend) {
 const SPACE_COMES_BACK: &str = "the space of dropped futures comes back";
 
 /// What dropped futures left in flight may fill the tier for a while.
-async fn reserve_in_time(disk: &dyn DiskBackend, lens: &[u32]) -> Vec<Extent> {
+async fn reserve_in_time(disk: &dyn Tier, lens: &[u32]) -> Vec<Extent> {
     let mut extents = Vec::new();
     settle(SPACE_COMES_BACK, async || match disk.reserve(lens) {
         Ok(reserved) => {
             extents = reserved;
             true
         }
-        Err(DiskError::Full { .. }) => false,
+        Err(TierError::Full { .. }) => false,
         Err(error) => panic!("chunks of {lens:?} bytes: {error:?}"),
     })
     .await;
@@ -65,18 +65,18 @@ async fn reserve_in_time(disk: &dyn DiskBackend, lens: &[u32]) -> Vec<Extent> {
 }
 
 /// After `close` everything is `Closed`, and extents may still be dropped.
-pub async fn closes(seed: Seed, disk: &dyn DiskBackend) {
+pub async fn closes(seed: Seed, disk: &dyn Tier) {
     let data = Pattern::new(seed.value(), 0).bytes(0, 5000);
     let written = store(disk, slice::from_ref(&data)).await;
     let reserved = reserve(disk, &[5000]);
     assert_ok("close", within("close", disk.close()).await);
     let late = disk.reserve(&[1]);
-    assert!(matches!(late, Err(DiskError::Closed)), "reserve after close: {late:?}");
+    assert!(matches!(late, Err(TierError::Closed)), "reserve after close: {late:?}");
     let pieces = reserved.into_iter().map(|extent| (extent, data.clone())).collect();
     let late = within("a write after close", disk.write(pieces)).await;
-    assert!(matches!(late, Err(DiskError::Closed)), "write after close: {late:?}");
+    assert!(matches!(late, Err(TierError::Closed)), "write after close: {late:?}");
     let (buf, late) = fetch(disk, &written, 5000).await;
-    assert!(matches!(late, Err(DiskError::Closed)), "read after close: {late:?}");
+    assert!(matches!(late, Err(TierError::Closed)), "read after close: {late:?}");
     assert_eq!(buf.len(), 5001, "another buffer came back");
     let _ok_or_closed = within("a second close", disk.close()).await;
     drop(written);
@@ -84,7 +84,7 @@ pub async fn closes(seed: Seed, disk: &dyn DiskBackend) {
 }
 
 /// `close` with operations in flight: each ends, well or as `Closed`, and gives its space back.
-pub async fn closes_in_flight(seed: Seed, disk: &dyn DiskBackend) {
+pub async fn closes_in_flight(seed: Seed, disk: &dyn Tier) {
     let data = Pattern::new(seed.value(), 0).bytes(0, CHUNK_BYTES);
     let written = store(disk, slice::from_ref(&data)).await;
     let lens = vec![CHUNK_BYTES as u32; 4];
@@ -102,12 +102,12 @@ pub async fn closes_in_flight(seed: Seed, disk: &dyn DiskBackend) {
     .await;
     assert_ok("close", closed);
     for result in writes {
-        let ends = matches!(result, Ok(_) | Err(DiskError::Closed));
+        let ends = matches!(result, Ok(_) | Err(TierError::Closed));
         assert!(ends, "a write during close: {result:?}");
     }
     match read {
         Ok(()) => assert_same("a read during close", &buf, &data),
-        Err(error) => assert!(matches!(error, DiskError::Closed), "a read: {error:?}"),
+        Err(error) => assert!(matches!(error, TierError::Closed), "a read: {error:?}"),
     }
     drop(written);
     empty(disk, "a tier closed in flight").await;

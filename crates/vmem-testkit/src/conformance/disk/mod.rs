@@ -1,4 +1,4 @@
-//! What every [`DiskBackend`] has to pass.
+//! What every [`Tier`] has to pass.
 //!
 //! Invariant: at the end of each check the ledger is where it was, because every extent was
 //! dropped; what is compared is `usage`, the contents and the checksums. Called by the tests of
@@ -15,7 +15,7 @@ use bytes::Bytes;
 use futures::future::join_all;
 use rand::Rng;
 use rand::seq::SliceRandom;
-use vmem_core::backend::{CHUNK_BYTES, DiskBackend, DiskError, Extent, IoBuf, ReadChunk};
+use vmem_core::backend::{CHUNK_BYTES, Extent, IoBuf, ReadChunk, Tier, TierError};
 
 use super::{IntoDisk, ODD_SIZES, POISON, assert_ok, assert_same, within};
 use crate::{Pattern, Seed};
@@ -50,7 +50,7 @@ pub async fn all<D: IntoDisk>(seed: Seed, make: impl AsyncFn() -> D) {
 }
 
 /// Chunks of every awkward length, one by one.
-pub async fn round_trips(seed: Seed, disk: &dyn DiskBackend) {
+pub async fn round_trips(seed: Seed, disk: &dyn Tier) {
     for (n, size) in ODD_SIZES.into_iter().enumerate() {
         let data = Pattern::new(seed.value(), n as u64).bytes(0, size);
         let extents = store(disk, &[data]).await;
@@ -60,7 +60,7 @@ pub async fn round_trips(seed: Seed, disk: &dyn DiskBackend) {
 }
 
 /// Many chunks in one call: adjacent ones, then scattered ones, read in another order.
-pub async fn many_chunks(seed: Seed, disk: &dyn DiskBackend) {
+pub async fn many_chunks(seed: Seed, disk: &dyn Tier) {
     let key = seed.value();
     let sizes: Vec<usize> = ODD_SIZES.into_iter().cycle().take(60).collect();
     let data: Vec<Bytes> = sizes
@@ -94,7 +94,7 @@ pub async fn many_chunks(seed: Seed, disk: &dyn DiskBackend) {
 }
 
 /// Chunks go to the places that the call names, in any order, and nothing between is touched.
-pub async fn places(seed: Seed, disk: &dyn DiskBackend) {
+pub async fn places(seed: Seed, disk: &dyn Tier) {
     const GAP: usize = 37;
     let mut rng = seed.fork("places").rng();
     let pattern = |n: usize| Pattern::new(seed.value(), n as u64);
@@ -125,7 +125,7 @@ pub async fn places(seed: Seed, disk: &dyn DiskBackend) {
 }
 
 /// A reserved extent reads as zeros, also where another chunk was before.
-pub async fn unwritten_is_zero(seed: Seed, disk: &dyn DiskBackend) {
+pub async fn unwritten_is_zero(seed: Seed, disk: &dyn Tier) {
     let capacity = disk.usage().capacity_bytes;
     for round in 0..2 {
         let len = 8 * CHUNK_BYTES;
@@ -143,7 +143,7 @@ pub async fn unwritten_is_zero(seed: Seed, disk: &dyn DiskBackend) {
 }
 
 /// A buffer that cannot hold the chunks is an error.
-pub async fn short_buffer(seed: Seed, disk: &dyn DiskBackend) {
+pub async fn short_buffer(seed: Seed, disk: &dyn Tier) {
     let data = Pattern::new(seed.value(), 0).bytes(0, 5000);
     let extents = store(disk, &[data]).await;
     let buf = IoBuf::from_vec(vec![POISON; 4999]);
@@ -154,7 +154,7 @@ pub async fn short_buffer(seed: Seed, disk: &dyn DiskBackend) {
 }
 
 /// 64 tasks at once: contents are right, extents disjoint, and usage is below the capacity.
-pub async fn concurrent(seed: Seed, disk: Arc<dyn DiskBackend>) {
+pub async fn concurrent(seed: Seed, disk: Arc<dyn Tier>) {
     let space = Arc::new(Space::default());
     let tasks = (0..64).map(|n| mixture(seed.fork_nth("task", n), disk.clone(), space.clone()));
     let tasks: Vec<_> = tasks.map(tokio::spawn).collect();
@@ -166,7 +166,7 @@ pub async fn concurrent(seed: Seed, disk: Arc<dyn DiskBackend>) {
     empty(&*disk, "64 tasks").await;
 }
 
-async fn mixture(seed: Seed, disk: Arc<dyn DiskBackend>, space: Arc<Space>) {
+async fn mixture(seed: Seed, disk: Arc<dyn Tier>, space: Arc<Space>) {
     let mut rng = seed.rng();
     let mut held: Vec<(Arc<Extent>, (u64, usize))> = Vec::new();
     for n in 0..30 {
@@ -181,7 +181,7 @@ async fn mixture(seed: Seed, disk: Arc<dyn DiskBackend>, space: Arc<Space>) {
         let size = ODD_SIZES[rng.random_range(0..ODD_SIZES.len())];
         let extents = match disk.reserve(&[size as u32]) {
             Ok(extents) => extents,
-            Err(DiskError::Full { .. }) => {
+            Err(TierError::Full { .. }) => {
                 tokio::task::yield_now().await;
                 continue;
             }
@@ -200,7 +200,7 @@ async fn mixture(seed: Seed, disk: Arc<dyn DiskBackend>, space: Arc<Space>) {
 /// Every bit of a chunk, flipped by `flip(byte of the chunk's extent on the medium, bit)`, is
 /// reported as `Corrupt` in that chunk, and only while it is flipped. Not part of [`all`], since it
 /// needs a way past the tier.
-pub async fn sees_every_flip(seed: Seed, disk: &dyn DiskBackend, flip: impl Fn(u64, u8)) {
+pub async fn sees_every_flip(seed: Seed, disk: &dyn Tier, flip: impl Fn(u64, u8)) {
     let sizes = [700, 64];
     let data = [0, 1].map(|n| Pattern::new(seed.value(), n).bytes(0, sizes[n as usize]));
     let names = [(0, sizes[0]), (1, sizes[1])];
@@ -211,7 +211,7 @@ pub async fn sees_every_flip(seed: Seed, disk: &dyn DiskBackend, flip: impl Fn(u
         flip(byte, bit);
         let (_, result) = fetch(disk, &extents, sizes[0] + sizes[1]).await;
         match result {
-            Err(DiskError::Corrupt { chunk: 1, expected, actual }) => {
+            Err(TierError::Corrupt { chunk: 1, expected, actual }) => {
                 assert_eq!(Some(expected), extents[1].sum(), "the expected checksum");
                 assert_ne!(expected, actual, "the checksums that should differ");
             }

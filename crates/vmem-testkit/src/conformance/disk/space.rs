@@ -3,14 +3,14 @@
 //! Invariant: every number of `usage` follows from the extents that exist. Called by the suite.
 
 use rand::Rng;
-use vmem_core::backend::{CHUNK_BYTES, DiskBackend, DiskError, Extent};
+use vmem_core::backend::{CHUNK_BYTES, Extent, Tier, TierError};
 
 use super::tools::{assert_disjoint, assert_full, empty, reserve, store, verify};
 use crate::conformance::ODD_SIZES;
 use crate::{Pattern, Seed};
 
 /// Rounding: at least the payload, never less for more, and what is taken is what was said.
-pub fn footprints(disk: &dyn DiskBackend) {
+pub fn footprints(disk: &dyn Tier) {
     let mut sizes: Vec<u32> = ODD_SIZES.map(|size| size as u32).to_vec();
     sizes.sort_unstable();
     let mut last = 0;
@@ -39,7 +39,7 @@ pub fn footprints(disk: &dyn DiskBackend) {
 
 /// More than there is: `Full` with the numbers, and nothing has changed; exactly what there is:
 /// fits.
-pub async fn full(seed: Seed, disk: &dyn DiskBackend) {
+pub async fn full(seed: Seed, disk: &dyn Tier) {
     let chunk = CHUNK_BYTES as u32;
     let footprint = disk.footprint(chunk);
     let fits = (disk.usage().capacity_bytes / footprint) as usize;
@@ -61,14 +61,14 @@ pub async fn full(seed: Seed, disk: &dyn DiskBackend) {
 }
 
 /// With the free space in pieces: what the largest of them holds fits.
-pub fn fragmented(seed: Seed, disk: &dyn DiskBackend) {
+pub fn fragmented(seed: Seed, disk: &dyn Tier) {
     let mut rng = seed.fork("fragmented").rng();
     let mut held: Vec<Extent> = Vec::new();
     loop {
         let len = rng.random_range(1..=16_384);
         match disk.reserve(&[len]) {
             Ok(extents) => held.extend(extents),
-            Err(DiskError::Full { .. }) => break,
+            Err(TierError::Full { .. }) => break,
             Err(error) => panic!("a chunk of {len} bytes: {error:?}"),
         }
     }

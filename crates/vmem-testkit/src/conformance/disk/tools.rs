@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use vmem_core::backend::{DiskBackend, DiskError, Extent, IoBuf, ReadChunk};
+use vmem_core::backend::{Extent, IoBuf, ReadChunk, Tier, TierError};
 
 use crate::conformance::{POISON, assert_ok, assert_same, settle, within};
 use crate::{Pattern, Seed};
@@ -47,7 +47,7 @@ pub(super) fn assert_disjoint(extents: &[Extent]) {
     extents.iter().for_each(|extent| space.enter(extent));
 }
 
-pub(super) fn reserve(disk: &dyn DiskBackend, lens: &[u32]) -> Vec<Extent> {
+pub(super) fn reserve(disk: &dyn Tier, lens: &[u32]) -> Vec<Extent> {
     let extents = assert_ok(&format!("{} chunks", lens.len()), disk.reserve(lens));
     let actual: Vec<u32> = extents.iter().map(Extent::len).collect();
     assert_eq!(actual, lens, "lengths of the extents");
@@ -55,11 +55,11 @@ pub(super) fn reserve(disk: &dyn DiskBackend, lens: &[u32]) -> Vec<Extent> {
     extents
 }
 
-pub(super) fn assert_full(disk: &dyn DiskBackend, lens: &[u32]) {
+pub(super) fn assert_full(disk: &dyn Tier, lens: &[u32]) {
     let usage = disk.usage();
     let requested: u64 = lens.iter().map(|len| disk.footprint(*len)).sum();
     match disk.reserve(lens) {
-        Err(DiskError::Full { requested_bytes, free_bytes, .. }) => {
+        Err(TierError::Full { requested_bytes, free_bytes, .. }) => {
             assert_eq!(requested_bytes, requested, "requested_bytes of Full");
             assert_eq!(free_bytes, usage.capacity_bytes - usage.used_bytes, "free_bytes of Full");
         }
@@ -67,13 +67,13 @@ pub(super) fn assert_full(disk: &dyn DiskBackend, lens: &[u32]) {
     }
 }
 
-pub(super) async fn store(disk: &dyn DiskBackend, data: &[Bytes]) -> Vec<Arc<Extent>> {
+pub(super) async fn store(disk: &dyn Tier, data: &[Bytes]) -> Vec<Arc<Extent>> {
     let lens: Vec<u32> = data.iter().map(|chunk| chunk.len() as u32).collect();
     write(disk, reserve(disk, &lens), data).await
 }
 
 pub(super) async fn write(
-    disk: &dyn DiskBackend,
+    disk: &dyn Tier,
     extents: Vec<Extent>,
     data: &[Bytes],
 ) -> Vec<Arc<Extent>> {
@@ -95,10 +95,10 @@ pub(super) fn in_sequence(extents: &[Arc<Extent>]) -> Vec<ReadChunk> {
 
 /// Reads into a buffer that is one byte longer than the chunks.
 pub(super) async fn fetch(
-    disk: &dyn DiskBackend,
+    disk: &dyn Tier,
     extents: &[Arc<Extent>],
     len: usize,
-) -> (IoBuf, Result<(), DiskError>) {
+) -> (IoBuf, Result<(), TierError>) {
     let buf = IoBuf::from_vec(vec![POISON; len + 1]);
     within("a read", disk.read(in_sequence(extents), buf)).await
 }
@@ -106,7 +106,7 @@ pub(super) async fn fetch(
 /// The chunks are those of these names: (number of the pattern, length).
 pub(super) async fn verify(
     seed: Seed,
-    disk: &dyn DiskBackend,
+    disk: &dyn Tier,
     extents: &[Arc<Extent>],
     names: &[(u64, usize)],
 ) {
@@ -122,7 +122,7 @@ pub(super) async fn verify(
     assert_eq!(buf[len], POISON, "the byte behind the chunks was changed");
 }
 
-pub(super) async fn empty(disk: &dyn DiskBackend, what: &str) {
+pub(super) async fn empty(disk: &dyn Tier, what: &str) {
     let what = format!("the tier is empty after: {what}");
     settle(&what, async || {
         let usage = disk.usage();

@@ -1,4 +1,5 @@
-//! What core needs of the disk tier: chunks of bytes in extents, owned buffers in and out.
+//! What core needs of a tier below host memory: chunks of bytes in extents, owned buffers in and
+//! out; and of the disk, which keeps names, that what was written lasts.
 //!
 //! Invariant: the space of an [`Extent`] is its own until the extent is dropped, and an extent
 //! is dropped only after the last operation that touches it has completed; so a reader of an old
@@ -8,30 +9,31 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use once_cell::race::OnceBox;
 
 use crate::buffer::IoBuf;
 use crate::chunk::{CHUNK_BYTES, Run, Runs, StoredChunk};
 use crate::deadline::Clock;
 use crate::host::StagingMemory;
 
-/// A tier below host memory that stores chunks.
+/// A tier below host memory: it stores chunks.
 ///
 /// Every method may be called from any task. Futures may be dropped at any point: the operation
 /// then goes on, and what it owns is released when it ends.
-pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
+pub trait Tier: fmt::Debug + Send + Sync + 'static {
     /// Takes space for chunks of these lengths (each at most [`CHUNK_BYTES`], in bytes), all or
     /// none. Contiguous and in this order where the free space allows it, so that they can be
     /// written in one run; chunks in pieces only where it allows nothing else. Never blocks on I/O.
     ///
     /// # Errors
     ///
-    /// [`DiskError::Full`] with what is free.
-    fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, DiskError>;
+    /// [`TierError::Full`] with what is free.
+    fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, TierError>;
 
     /// Writes each chunk into its extent and seals the extent with the chunk's checksum. Chunks
     /// whose extents are adjacent are written in one transfer. All or none: after an error every
@@ -39,7 +41,7 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
     fn write(
         &self,
         pieces: Vec<(Extent, Bytes)>,
-    ) -> BoxFuture<'static, Result<Vec<Extent>, DiskError>>;
+    ) -> BoxFuture<'static, Result<Vec<Extent>, TierError>>;
 
     /// Reads whole chunks, each to its place in `buf`, and verifies it against its checksum.
     /// Chunks that were reserved and never written are zeros. What lies between the places is
@@ -48,7 +50,7 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
         &self,
         chunks: Vec<ReadChunk>,
         buf: IoBuf,
-    ) -> BoxFuture<'static, (IoBuf, Result<(), DiskError>)>;
+    ) -> BoxFuture<'static, (IoBuf, Result<(), TierError>)>;
 
     /// Registers memory through which much will pass with whatever moves the bytes. Called once,
     /// before anything else; the backend keeps `memory` until it is unregistered.
@@ -62,32 +64,11 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Waits until every write that completed before the call is on stable storage.
-    ///
-    /// # Errors
-    ///
-    /// [`DiskError::Io`]: nothing that was written since the sync before can be trusted to be
-    /// there.
-    fn sync(&self) -> BoxFuture<'static, Result<(), DiskError>> {
-        Box::pin(std::future::ready(Err(unsupported("sync"))))
-    }
-
-    /// An extent that this backend was opened with, because a catalog names it: written with this
-    /// checksum, and [kept](Extent::keep).
-    ///
-    /// # Errors
-    ///
-    /// [`DiskError::Io`] if no such space was taken when the backend was opened.
-    fn adopt(&self, len: u32, chunk: StoredChunk) -> Result<Extent, DiskError> {
-        let _ = (len, chunk);
-        Err(unsupported("adopt"))
-    }
-
     /// The space that a chunk of `len` bytes takes, in bytes, rounding included.
     fn footprint(&self, len: u32) -> u64;
 
     /// Space taken and free, now.
-    fn usage(&self) -> DiskUsage;
+    fn usage(&self) -> TierUsage;
 
     /// What serves, and why, in words.
     fn describe(&self) -> Arc<str>;
@@ -102,16 +83,40 @@ pub trait DiskBackend: fmt::Debug + Send + Sync + 'static {
 
     /// Ends the backend: waits for what is in flight, refuses what comes after, gives back files
     /// and, last, the lock of the directory.
-    fn close(&self) -> BoxFuture<'static, Result<(), DiskError>>;
+    fn close(&self) -> BoxFuture<'static, Result<(), TierError>>;
+}
+
+/// A tier that keeps names: what was written there lasts.
+pub trait Durable: Tier {
+    /// Waits until every write that completed before the call is on stable storage.
+    ///
+    /// # Errors
+    ///
+    /// [`TierError::Io`]: nothing that was written since the sync before can be trusted to be
+    /// there.
+    fn sync(&self) -> BoxFuture<'static, Result<(), TierError>> {
+        Box::pin(std::future::ready(Err(unsupported("sync"))))
+    }
+
+    /// An extent that this backend was opened with, because a catalog names it: written with this
+    /// checksum, and [kept](Extent::keep).
+    ///
+    /// # Errors
+    ///
+    /// [`TierError::Io`] if no such space was taken when the backend was opened.
+    fn adopt(&self, len: u32, chunk: StoredChunk) -> Result<Extent, TierError> {
+        let _ = (len, chunk);
+        Err(unsupported("adopt"))
+    }
 }
 
 /// Of a backend that serves no catalog.
-fn unsupported(operation: &'static str) -> DiskError {
-    DiskError::Io { operation, source: Arc::new(io::ErrorKind::Unsupported.into()) }
+fn unsupported(operation: &'static str) -> TierError {
+    TierError::Io { operation, source: Arc::new(io::ErrorKind::Unsupported.into()) }
 }
 
-/// A piece of the disk tier that holds, or will hold, one chunk. Dropping it frees the space,
-/// unless it is [kept](Self::keep).
+/// A piece of a tier that holds, or will hold, one chunk. Dropping it frees the space, unless it is
+/// [kept](Self::keep).
 pub struct Extent {
     /// Of the first run. The two are no `Run`, whose padding would cost each extent eight bytes.
     offset: u64,
@@ -120,9 +125,18 @@ pub struct Extent {
     sum: u32,
     sealed: bool,
     kept: AtomicBool,
-    /// The runs behind the first; most extents have none.
-    more: Option<Box<Runs>>,
+    /// Which of the tiers below host memory it is in.
+    level: u8,
+    more: OnceBox<More>,
     owner: SharedOwner,
+}
+
+/// What few extents have.
+struct More {
+    /// The runs behind the first.
+    runs: Runs,
+    /// The same chunk in a slower tier.
+    below: OnceBox<Arc<Extent>>,
 }
 
 // A store has one of these for each chunk on disk.
@@ -158,12 +172,24 @@ pub trait ExtentOwner: fmt::Debug + Send + Sync + 'static {
 
 /// The owner of extents as each of them holds it: one pointer. A backend makes one.
 #[derive(Clone, Debug)]
-pub struct SharedOwner(Arc<Box<dyn ExtentOwner>>);
+pub struct SharedOwner(Arc<Owner>);
+
+struct Owner {
+    backend: Box<dyn ExtentOwner>,
+    /// Called after an extent was released.
+    freed: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
 
 impl SharedOwner {
     /// Shares `owner` between extents.
     pub fn new(owner: impl ExtentOwner) -> Self {
-        SharedOwner(Arc::new(Box::new(owner)))
+        SharedOwner(Arc::new(Owner { backend: Box::new(owner), freed: OnceLock::new() }))
+    }
+}
+
+impl fmt::Debug for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.backend.fmt(f)
     }
 }
 
@@ -186,10 +212,41 @@ impl Extent {
         assert!(fits && u32::try_from(footprint).is_ok(), "a chunk fits its extent");
         let Run { offset, footprint } =
             runs.first().copied().unwrap_or(Run { offset: 0, footprint: 0 });
-        let more = runs.get(1..).filter(|more| !more.is_empty());
-        let more = more.map(|more| Box::new(Runs::from_slice(more)));
+        let more = OnceBox::new();
+        if let Some(behind) = runs.get(1..).filter(|behind| !behind.is_empty()) {
+            let runs = Runs::from_slice(behind);
+            let _ = more.set(Box::new(More { runs, below: OnceBox::new() }));
+        }
         let kept = AtomicBool::new(false);
-        Extent { offset, footprint, len, sum: 0, sealed: false, kept, more, owner }
+        Extent { offset, footprint, len, sum: 0, sealed: false, kept, level: 0, more, owner }
+    }
+
+    /// It is in this one of the tiers below host memory.
+    pub(crate) fn set_level(&mut self, level: usize) {
+        self.level = level as u8;
+    }
+
+    /// `hook` is called whenever an extent of this one's owner was released, from now on; the first
+    /// hook counts.
+    pub(crate) fn on_release(&self, hook: impl FnOnce() -> Box<dyn Fn() + Send + Sync>) {
+        self.owner.0.freed.get_or_init(hook);
+    }
+
+    pub(crate) fn level(&self) -> usize {
+        usize::from(self.level)
+    }
+
+    /// The same chunk in a slower tier, if that has it too.
+    pub(crate) fn below(&self) -> Option<&Arc<Extent>> {
+        self.more.get()?.below.get()
+    }
+
+    /// A slower tier has the chunk too, from now on. Once.
+    pub(crate) fn set_below(&self, below: Arc<Extent>) {
+        assert!(below.level > self.level, "what is below is in a slower tier");
+        let none = || Box::new(More { runs: Runs::new(), below: OnceBox::new() });
+        let is_first = self.more.get_or_init(none).below.set(Box::new(below)).is_ok();
+        assert!(is_first, "a chunk has one copy in a slower tier");
     }
 
     /// Marks the chunk as written, with the CRC-32C of its bytes; for backends.
@@ -198,9 +255,16 @@ impl Extent {
         self.sealed = true;
     }
 
-    /// The same space for a chunk of the same length, as if nothing had been written to it.
+    /// The same space for a chunk of the same length, as if nothing had been written to it. A copy
+    /// in a slower tier is no longer one.
     pub(crate) fn into_unwritten(mut self) -> Self {
         (self.sum, self.sealed) = (0, false);
+        if let Some(More { runs, .. }) = self.more.get()
+            && !crate::planted!("below-outdated")
+        {
+            let more = More { runs: runs.clone(), below: OnceBox::new() };
+            self.more = OnceBox::with_value(Box::new(more));
+        }
         self
     }
 
@@ -227,7 +291,8 @@ impl Extent {
     /// Its runs, in the order in which the chunk fills them.
     pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
         let first = Run { offset: self.offset, footprint: self.footprint };
-        std::iter::once(first).chain(self.more.iter().flat_map(|more| more.iter().copied()))
+        let behind = self.more.get().into_iter().flat_map(|more| more.runs.iter().copied());
+        std::iter::once(first).chain(behind)
     }
 
     /// Payload, in bytes.
@@ -255,7 +320,12 @@ impl Drop for Extent {
     fn drop(&mut self) {
         if !*self.kept.get_mut() {
             for Run { offset, footprint } in self.runs() {
-                self.owner.0.release(offset, footprint);
+                self.owner.0.backend.release(offset, footprint);
+            }
+            if let Some(freed) = self.owner.0.freed.get()
+                && !crate::planted!("below-silent")
+            {
+                freed();
             }
         }
     }
@@ -271,9 +341,9 @@ impl fmt::Debug for Extent {
     }
 }
 
-/// Space of a disk tier, in bytes.
+/// Space of a tier below host memory, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DiskUsage {
+pub struct TierUsage {
     /// The budget.
     pub capacity_bytes: u64,
     /// Footprint of all extents that exist.
@@ -286,9 +356,9 @@ pub struct DiskUsage {
     pub extents: u64,
 }
 
-/// Why a disk operation failed.
+/// Why an operation of such a tier failed.
 #[derive(Clone, Debug)]
-pub enum DiskError {
+pub enum TierError {
     /// No space: the budget is used up, or the file system is (then with the cause).
     Full {
         /// Bytes asked for, rounding included.

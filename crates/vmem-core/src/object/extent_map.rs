@@ -1,20 +1,21 @@
-//! Which chunks of an object are on disk, and where.
+//! Which chunks of an object are on disk, or in a tier below it, and where.
 //!
 //! Invariant: an entry is the extent of a chunk whose bytes equal the object's current version, or
 //! that was reserved for a chunk of zeros and never written; no entry means that the current bytes
-//! of the chunk are in host memory alone, or, without a host copy, that they are zeros. Changed
-//! only by the holder of the object's gate; readers work on a clone, which keeps the extents
-//! alive.
+//! of the chunk are in host memory alone, or, without a host copy, that they are zeros. The entry
+//! is the chunk in the fastest of the tiers below host memory that have it; that extent leads to
+//! the next slower one, if there is one. Changed only by the holder of the object's gate; readers
+//! work on a clone, which keeps the extents alive.
 
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use crate::chunk::CHUNK_BYTES;
-use crate::disk::Extent;
+use crate::storage::Extent;
 
 /// The chunks of one object.
 #[derive(Clone, Debug, Default)]
-pub(crate) enum DiskMap {
+pub(crate) enum ExtentMap {
     /// No chunk is on disk.
     #[default]
     Empty,
@@ -77,15 +78,25 @@ pub(crate) fn chunks_of(range: &Range<usize>) -> Range<usize> {
     range.start / CHUNK_BYTES..range.end.div_ceil(CHUNK_BYTES)
 }
 
-impl DiskMap {
+/// An extent and those of the same chunk in slower tiers.
+fn chain(extent: &Arc<Extent>) -> impl Iterator<Item = &Arc<Extent>> {
+    std::iter::successors(Some(extent), |extent| extent.below())
+}
+
+/// The extent of the same chunk in the tier `level`.
+fn in_chain(extent: &Arc<Extent>, level: usize) -> Option<&Arc<Extent>> {
+    chain(extent).find(|extent| extent.level() == level)
+}
+
+impl ExtentMap {
     /// A map of all chunks, in order.
     pub(crate) fn of(extents: Vec<Extent>) -> Self {
         let mut extents: Vec<_> =
             extents.into_iter().map(|extent| Some(Arc::new(extent))).collect();
         match extents.len() {
-            0 => DiskMap::Empty,
-            1 => extents.pop().flatten().map_or(DiskMap::Empty, DiskMap::One),
-            _ => DiskMap::Many(Arc::new(extents)),
+            0 => ExtentMap::Empty,
+            1 => extents.pop().flatten().map_or(ExtentMap::Empty, ExtentMap::One),
+            _ => ExtentMap::Many(Arc::new(extents)),
         }
     }
 
@@ -93,25 +104,25 @@ impl DiskMap {
     pub(crate) fn of_some(extents: Vec<Option<Extent>>) -> Self {
         let mut extents: Vec<_> = extents.into_iter().map(|extent| extent.map(Arc::new)).collect();
         match extents.len() {
-            0 | 1 => extents.pop().flatten().map_or(DiskMap::Empty, DiskMap::One),
-            _ => DiskMap::Many(Arc::new(extents)),
+            0 | 1 => extents.pop().flatten().map_or(ExtentMap::Empty, ExtentMap::One),
+            _ => ExtentMap::Many(Arc::new(extents)),
         }
     }
 
     /// The extent of chunk `index`.
     pub(crate) fn chunk(&self, index: usize) -> Option<&Arc<Extent>> {
         match self {
-            DiskMap::Empty => None,
-            DiskMap::One(extent) => (index == 0).then_some(extent),
-            DiskMap::Many(extents) => extents.get(index)?.as_ref(),
+            ExtentMap::Empty => None,
+            ExtentMap::One(extent) => (index == 0).then_some(extent),
+            ExtentMap::Many(extents) => extents.get(index)?.as_ref(),
         }
     }
 
     /// Whether this is a clone of the same map.
-    pub(crate) fn is_same(&self, other: &DiskMap) -> bool {
+    pub(crate) fn is_same(&self, other: &ExtentMap) -> bool {
         match (self, other) {
-            (DiskMap::One(a), DiskMap::One(b)) => Arc::ptr_eq(a, b),
-            (DiskMap::Many(a), DiskMap::Many(b)) => Arc::ptr_eq(a, b),
+            (ExtentMap::One(a), ExtentMap::One(b)) => Arc::ptr_eq(a, b),
+            (ExtentMap::Many(a), ExtentMap::Many(b)) => Arc::ptr_eq(a, b),
             _ => false,
         }
     }
@@ -119,18 +130,18 @@ impl DiskMap {
     /// What tells this map from every other one, and keeps nothing of it.
     pub(crate) fn identity(&self) -> MapIdentity {
         match self {
-            DiskMap::Empty => MapIdentity::Empty,
-            DiskMap::One(extent) => MapIdentity::One(Arc::downgrade(extent)),
-            DiskMap::Many(extents) => MapIdentity::Many(Arc::downgrade(extents)),
+            ExtentMap::Empty => MapIdentity::Empty,
+            ExtentMap::One(extent) => MapIdentity::One(Arc::downgrade(extent)),
+            ExtentMap::Many(extents) => MapIdentity::Many(Arc::downgrade(extents)),
         }
     }
 
     /// Whether no chunk has an extent.
     pub(crate) fn is_empty(&self) -> bool {
         match self {
-            DiskMap::Empty => true,
-            DiskMap::One(_) => false,
-            DiskMap::Many(extents) => extents.iter().all(Option::is_none),
+            ExtentMap::Empty => true,
+            ExtentMap::One(_) => false,
+            ExtentMap::Many(extents) => extents.iter().all(Option::is_none),
         }
     }
 
@@ -138,9 +149,9 @@ impl DiskMap {
     pub(crate) fn is_unwritten(&self) -> bool {
         let unwritten = |extent: &Arc<Extent>| extent.sum().is_none();
         match self {
-            DiskMap::Empty => true,
-            DiskMap::One(extent) => unwritten(extent),
-            DiskMap::Many(extents) => extents.iter().flatten().all(unwritten),
+            ExtentMap::Empty => true,
+            ExtentMap::One(extent) => unwritten(extent),
+            ExtentMap::Many(extents) => extents.iter().flatten().all(unwritten),
         }
     }
 
@@ -153,9 +164,9 @@ impl DiskMap {
     pub(super) fn memory_bytes(&self) -> u64 {
         const EXTENT: usize = size_of::<Extent>() + 2 * size_of::<usize>();
         let bytes = match self {
-            DiskMap::Empty => 0,
-            DiskMap::One(_) => EXTENT,
-            DiskMap::Many(extents) => extents.len() * (EXTENT + size_of::<usize>()),
+            ExtentMap::Empty => 0,
+            ExtentMap::One(_) => EXTENT,
+            ExtentMap::Many(extents) => extents.len() * (EXTENT + size_of::<usize>()),
         };
         bytes as u64
     }
@@ -163,9 +174,9 @@ impl DiskMap {
     /// Whether every chunk of an object of `len` bytes has an extent.
     pub(crate) fn is_whole(&self, len: usize) -> bool {
         match self {
-            DiskMap::Empty => len == 0,
-            DiskMap::One(_) => true,
-            DiskMap::Many(extents) => extents.iter().all(Option::is_some),
+            ExtentMap::Empty => len == 0,
+            ExtentMap::One(_) => true,
+            ExtentMap::Many(extents) => extents.iter().all(Option::is_some),
         }
     }
 
@@ -176,10 +187,87 @@ impl DiskMap {
         extents: impl IntoIterator<Item = (usize, Extent)>,
         old: &mut Replaced,
     ) {
+        let shared = extents.into_iter().map(|(index, extent)| (index, Arc::new(extent)));
+        self.put_shared(len, shared, old);
+    }
+
+    /// As [`put`](Self::put), of extents that others know already.
+    pub(crate) fn put_shared(
+        &mut self,
+        len: usize,
+        extents: impl IntoIterator<Item = (usize, Arc<Extent>)>,
+        old: &mut Replaced,
+    ) {
         for (index, extent) in extents {
-            old.extend(self.slot(len, index).replace(Arc::new(extent)));
+            old.extend(self.slot(len, index).replace(extent));
         }
         self.settle(len);
+    }
+
+    // ---- The tiers below host memory ---------------------------------------------------------
+
+    fn entries(&self) -> impl Iterator<Item = &Arc<Extent>> {
+        let (one, many) = match self {
+            ExtentMap::Empty => (None, &[][..]),
+            ExtentMap::One(extent) => (Some(extent), &[][..]),
+            ExtentMap::Many(extents) => (None, &extents[..]),
+        };
+        one.into_iter().chain(many.iter().flatten())
+    }
+
+    /// The tiers that have any of it, one bit each.
+    pub(crate) fn levels(&self) -> u8 {
+        self.entries().flat_map(chain).fold(0, |levels, extent| levels | 1 << extent.level())
+    }
+
+    /// The slowest tier that a read of all of it needs.
+    pub(crate) fn slowest_level(&self) -> usize {
+        self.entries().map(|extent| extent.level()).max().unwrap_or(0)
+    }
+
+    /// Whether the tier `level` has every chunk of an object of `len` bytes.
+    pub(crate) fn is_whole_in(&self, len: usize, level: usize) -> bool {
+        self.is_whole(len) && self.entries().all(|extent| in_chain(extent, level).is_some())
+    }
+
+    /// Whether the tier `level` has chunks that no slower one has.
+    pub(crate) fn is_dirty_in(&self, level: usize) -> bool {
+        let is_dirty = |extent: &Arc<Extent>| extent.level() == level && extent.below().is_none();
+        self.entries().any(|extent| chain(extent).any(is_dirty))
+    }
+
+    /// The chunks that neither the tier `level` nor a slower one has, and the slowest extent of
+    /// each.
+    pub(crate) fn missing_in(&self, level: usize) -> Vec<(usize, Arc<Extent>)> {
+        let count = if let ExtentMap::Many(extents) = self { extents.len() } else { 1 };
+        let slowest = |index| {
+            let extent = chain(self.chunk(index)?).last()?;
+            (extent.level() < level).then(|| (index, extent.clone()))
+        };
+        (0..count).filter_map(slowest).collect()
+    }
+
+    /// Whether a reader has the map.
+    pub(crate) fn is_shared(&self) -> bool {
+        match self {
+            ExtentMap::Empty => false,
+            ExtentMap::One(extent) => Arc::strong_count(extent) > 1,
+            ExtentMap::Many(extents) => Arc::strong_count(extents) > 1,
+        }
+    }
+
+    /// Takes the extents of an object of `len` bytes out of the tier `level`, where a slower one
+    /// has the chunk too. True if there were any.
+    pub(crate) fn drop_from(&mut self, len: usize, level: usize, old: &mut Replaced) -> bool {
+        let leaves = |index| {
+            let extent = self.chunk(index)?;
+            let below = extent.below().filter(|_| extent.level() == level)?;
+            Some((index, below.clone()))
+        };
+        let stays: Vec<_> = (0..chunk_count(len)).filter_map(leaves).collect();
+        let any = !stays.is_empty();
+        self.put_shared(len, stays, old);
+        any
     }
 
     /// Forgets these chunks of an object of `len` bytes: their bytes changed in host memory.
@@ -187,7 +275,7 @@ impl DiskMap {
         if chunks.len() >= chunk_count(len) {
             return self.clear(old);
         }
-        if matches!(self, DiskMap::Empty) {
+        if matches!(self, ExtentMap::Empty) {
             return;
         }
         for index in chunks {
@@ -198,9 +286,9 @@ impl DiskMap {
     /// Forgets every chunk.
     pub(crate) fn clear(&mut self, old: &mut Replaced) {
         match std::mem::take(self) {
-            DiskMap::Empty => {}
-            DiskMap::One(extent) => old.push(extent),
-            DiskMap::Many(extents) => match Arc::try_unwrap(extents) {
+            ExtentMap::Empty => {}
+            ExtentMap::One(extent) => old.push(extent),
+            ExtentMap::Many(extents) => match Arc::try_unwrap(extents) {
                 Ok(extents) => old.extend(extents.into_iter().flatten()),
                 // A reader has the map, and drops it.
                 Err(_shared) => {}
@@ -211,14 +299,14 @@ impl DiskMap {
     /// The entry of chunk `index`, in the form of several.
     fn slot(&mut self, len: usize, index: usize) -> &mut Option<Arc<Extent>> {
         let extents = match std::mem::take(self) {
-            DiskMap::Empty => Arc::new(vec![None; chunk_count(len)]),
-            DiskMap::One(extent) => Arc::new(vec![Some(extent)]),
-            DiskMap::Many(extents) => extents,
+            ExtentMap::Empty => Arc::new(vec![None; chunk_count(len)]),
+            ExtentMap::One(extent) => Arc::new(vec![Some(extent)]),
+            ExtentMap::Many(extents) => extents,
         };
-        *self = DiskMap::Many(extents);
+        *self = ExtentMap::Many(extents);
         match self {
-            DiskMap::Many(extents) => &mut Arc::make_mut(extents)[index],
-            DiskMap::Empty | DiskMap::One(_) => unreachable!("made of several just above"),
+            ExtentMap::Many(extents) => &mut Arc::make_mut(extents)[index],
+            ExtentMap::Empty | ExtentMap::One(_) => unreachable!("made of several just above"),
         }
     }
 
@@ -227,7 +315,7 @@ impl DiskMap {
         if chunk_count(len) == 1
             && let Some(extent) = self.chunk(0).cloned()
         {
-            *self = DiskMap::One(extent);
+            *self = ExtentMap::One(extent);
         }
     }
 
@@ -238,9 +326,9 @@ impl DiskMap {
         let unwritten =
             |extent: &Arc<Extent>| extent.sum().is_none() && Arc::strong_count(extent) == 1;
         let mine = match &*self {
-            DiskMap::Empty => false,
-            DiskMap::One(extent) => unwritten(extent),
-            DiskMap::Many(extents) => {
+            ExtentMap::Empty => false,
+            ExtentMap::One(extent) => unwritten(extent),
+            ExtentMap::Many(extents) => {
                 let unwritten =
                     |extent: &Option<Arc<Extent>>| extent.as_ref().is_some_and(unwritten);
                 let whole = extents.len() == chunk_count(len);
@@ -251,53 +339,15 @@ impl DiskMap {
             return None;
         }
         let extents = match std::mem::take(self) {
-            DiskMap::Empty => Vec::new(),
-            DiskMap::One(extent) => vec![Some(extent)],
-            DiskMap::Many(extents) => Arc::try_unwrap(extents).unwrap_or_default(),
+            ExtentMap::Empty => Vec::new(),
+            ExtentMap::One(extent) => vec![Some(extent)],
+            ExtentMap::Many(extents) => Arc::try_unwrap(extents).unwrap_or_default(),
         };
         // No reader had any of them just now, and a reader gets them only through the map.
-        extents.into_iter().map(|extent| Arc::try_unwrap(extent?).ok()).collect()
+        let unwrap = |extent: Option<Arc<Extent>>| Arc::try_unwrap(extent?).ok();
+        extents.into_iter().map(|extent| unwrap(extent).map(Extent::into_unwritten)).collect()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::disk::{ExtentOwner, SharedOwner};
-
-    #[derive(Debug)]
-    struct Disk;
-
-    impl ExtentOwner for Disk {
-        fn release(&self, _offset: u64, _footprint: u32) {}
-    }
-
-    #[test]
-    fn reserved_extents_are_taken_from_a_map_that_others_only_know() {
-        let len = CHUNK_BYTES + 7;
-        let extent = |index| {
-            let len = chunk_len(len, index);
-            let owner = SharedOwner::new(Disk);
-            Extent::new((index * CHUNK_BYTES) as u64, len, CHUNK_BYTES as u32, owner)
-        };
-        let mut map = DiskMap::of(vec![extent(0), extent(1)]);
-        let identity = map.identity();
-        let clone = map.clone();
-        assert!(map.take_reserved(len).is_none(), "a reader has it");
-        drop(clone);
-        let taken = map.take_reserved(len).map(|extents| extents.len());
-        assert_eq!(taken, Some(2));
-        assert!(!map.identity().is_same(&identity));
-    }
-
-    #[test]
-    fn empty_maps_are_the_same_version_and_no_other_map_is() {
-        let one = DiskMap::Empty.identity();
-        let other = DiskMap::Empty.identity();
-        assert!(one.is_same(&other));
-        let chunks = DiskMap::of_some(vec![None, None]);
-        assert!(!one.is_same(&chunks.identity()));
-        assert!(chunks.identity().is_same(&chunks.clone().identity()));
-        assert!(!chunks.identity().is_same(&DiskMap::of_some(vec![None, None]).identity()));
-    }
-}
+mod tests;

@@ -1,0 +1,364 @@
+//! Moves objects between the tiers below host memory, through staging.
+//!
+//! Ownership: an object that moves, with its gate, belongs to its [`Demotion`], or to the task that
+//! promotes it, until the new extents are published. A piece of staging belongs to one copy, and
+//! the backend owns it until its part has completed. The task never waits for space while it has
+//! the gate. Called by the evictor, by public calls, and before an object gets a name.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+
+use super::to_disk::check_unpinned;
+use super::transfer::{read_chunks, write_chunks};
+use super::{CopyFate, Job, Record};
+use crate::deadline::Deadline;
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
+use crate::memory_tier::MemoryTier;
+use crate::object::{GatePass, Object, Shared, chunk_lens};
+use crate::stats::add;
+use crate::storage::{Extent, ReadChunk, TierError};
+use crate::tier::Class;
+
+type Result<T> = std::result::Result<T, VirtualMemoryError>;
+
+/// Pieces of one batch that are in flight at once.
+const PIECES_MAX: usize = 4;
+/// Where the chunks in a piece of staging start, in bytes: what every disk can read to directly.
+const ALIGNMENT: usize = 4096;
+
+/// A chunk that is copied: of which object of the batch, which one, from where and to where.
+struct Copying {
+    object: usize,
+    index: usize,
+    from: Arc<Extent>,
+    to: Extent,
+}
+
+/// A chunk that was copied.
+struct Moved {
+    object: usize,
+    index: usize,
+    from: Arc<Extent>,
+    to: Arc<Extent>,
+}
+
+/// An object that is copied to a slower tier, with the extents for what that lacks.
+pub(crate) struct Demotion {
+    pass: GatePass,
+    level: usize,
+    chunks: Vec<(usize, Arc<Extent>, Extent)>,
+}
+
+impl Demotion {
+    /// Reserves extents for what neither the tier `level` nor a slower one has. An error returns
+    /// the pass.
+    pub(crate) fn prepare(
+        pass: GatePass,
+        level: usize,
+    ) -> std::result::Result<Self, (GatePass, TierError)> {
+        let object = pass.object();
+        let missing = object.extents().missing_in(level);
+        let lens = chunk_lens(object.len, missing.iter().map(|&(index, _)| index));
+        match object.shared.reserve(level, &lens) {
+            Ok(extents) => {
+                let chunks = missing.into_iter().zip(extents);
+                let chunks = chunks.map(|((index, from), to)| (index, from, to)).collect();
+                Ok(Demotion { pass, level, chunks })
+            }
+            Err(error) => Err((pass, error)),
+        }
+    }
+
+    /// Payload that will be written, in bytes.
+    pub(crate) fn payload(&self) -> u64 {
+        let written = self.chunks.iter().filter(|(_, from, _)| from.sum().is_some());
+        written.map(|(_, _, to)| u64::from(to.len())).sum()
+    }
+
+    /// Publishes what was copied; unless the copies of the faster tiers are kept, these leave.
+    fn publish(self, moved: Vec<Moved>, fate: CopyFate) {
+        let Demotion { pass, level, .. } = self;
+        let object = pass.object();
+        let left = object.with_extents(&pass, |map, old| {
+            for Moved { from, to, .. } in moved {
+                from.set_below(to);
+            }
+            let levels = if fate == CopyFate::Keep { 0..0 } else { 0..level };
+            levels.map(|level| map.drop_from(object.len, level, old)).filter(|left| *left).count()
+        });
+        add(&object.shared.counters.evictions, left as u64);
+    }
+}
+
+/// Demotes a batch of objects. If it fails, each object is tried alone. Returns the first error; an
+/// object that failed stays where it was.
+///
+/// # Errors
+///
+/// Those of reading and of writing; `TimedOut`.
+pub(crate) async fn demote_between(
+    mut batch: Vec<Demotion>,
+    fate: CopyFate,
+    cause: MigrationCause,
+    deadline: &Deadline,
+) -> Result<()> {
+    let Err(error) = demote_batch(&mut batch, fate, cause, deadline).await else { return Ok(()) };
+    let is_over = batch.len() < 2 || crate::planted!("below-all-or-none");
+    if is_over || matches!(error, VirtualMemoryError::Closed) {
+        return Err(error);
+    }
+    let mut outcome = Ok(());
+    for Demotion { pass, level, .. } in batch {
+        let object = pass.object().clone();
+        let alone = match Demotion::prepare(pass, level) {
+            Ok(one) => demote_batch(&mut vec![one], fate, cause, deadline).await,
+            Err((_pass, error)) => Err(object.shared.tier_error(object.id, error)),
+        };
+        outcome = outcome.and(alone);
+    }
+    outcome
+}
+
+/// Demotes a batch, all or none. After an error the batch still has its passes.
+async fn demote_batch(
+    batch: &mut Vec<Demotion>,
+    fate: CopyFate,
+    cause: MigrationCause,
+    deadline: &Deadline,
+) -> Result<()> {
+    let Some(first) = batch.first() else { return Ok(()) };
+    let shared = first.pass.object().shared.clone();
+    let start = |one: &Demotion| {
+        let from = one.chunks.first().map_or(0, |(_, from, _)| from.level());
+        let route = (MemoryTier::of_level(from), MemoryTier::of_level(one.level));
+        let record = Record::start(&shared, one.pass.object().id, route, cause, deadline);
+        (record, one.payload())
+    };
+    let records: Vec<_> = batch.iter().map(start).collect();
+    let mut all = Vec::new();
+    for (object, one) in batch.iter_mut().enumerate() {
+        let chunks = std::mem::take(&mut one.chunks).into_iter();
+        all.extend(chunks.map(|(index, from, to)| Copying { object, index, from, to }));
+    }
+    match copy(&shared, all, None, deadline).await {
+        Ok(moved) => {
+            let mut of_object: Vec<Vec<_>> = batch.iter().map(|_| Vec::new()).collect();
+            moved.into_iter().for_each(|one| of_object[one.object].push(one));
+            for ((one, moved), (record, bytes)) in batch.drain(..).zip(of_object).zip(records) {
+                one.publish(moved, fate);
+                record.end(Ok(bytes));
+            }
+            shared.space_was_freed();
+            Ok(())
+        }
+        Err((failed, error)) => {
+            let id = batch.get(failed).map_or(0, |one| one.pass.object().id);
+            let error = error.public(&shared, id);
+            if let ([one], VirtualMemoryError::Corrupt { .. }) = (&batch[..], &error) {
+                let object = one.pass.object();
+                object.set_damage(&object.extents(), error.clone());
+            }
+            records.into_iter().for_each(|(record, _)| record.end(Err(&error)));
+            Err(error)
+        }
+    }
+}
+
+/// Why chunks were not copied.
+enum NotCopied {
+    Storage(TierError),
+    Late(VirtualMemoryError),
+}
+
+impl NotCopied {
+    fn public(self, shared: &Shared, handle: u64) -> VirtualMemoryError {
+        match self {
+            NotCopied::Storage(error) => shared.tier_error(handle, error),
+            NotCopied::Late(error) => error,
+        }
+    }
+}
+
+/// Copies chunks, many in one run; in turn with other reads if there is a class. An error names the
+/// first object of the piece that failed.
+async fn copy(
+    shared: &Arc<Shared>,
+    chunks: Vec<Copying>,
+    class: Option<Class>,
+    deadline: &Deadline,
+) -> std::result::Result<Vec<Moved>, (usize, NotCopied)> {
+    let (written, unwritten): (Vec<_>, Vec<_>) =
+        chunks.into_iter().partition(|one| one.from.sum().is_some());
+    let copies = pieces(written, shared.staging.piece_bytes())
+        .into_iter()
+        .map(|piece| copy_piece(shared, piece, class, deadline));
+    let copies = futures::stream::iter(copies).buffer_unordered(PIECES_MAX);
+    let copied: Vec<Vec<Moved>> = copies.try_collect().await?;
+    // What was never written is zeros there too.
+    let unwritten = unwritten.into_iter().map(|Copying { object, index, from, to }| Moved {
+        object,
+        index,
+        from,
+        to: Arc::new(to),
+    });
+    Ok(copied.into_iter().flatten().chain(unwritten).collect())
+}
+
+/// Chunks in portions that fit a piece of staging.
+fn pieces(chunks: Vec<Copying>, piece_bytes: usize) -> Vec<Vec<Copying>> {
+    let mut pieces: Vec<Vec<Copying>> = Vec::new();
+    let mut used = piece_bytes;
+    for chunk in chunks {
+        let bytes = (chunk.to.len() as usize).next_multiple_of(ALIGNMENT);
+        if used + bytes > piece_bytes {
+            pieces.push(Vec::new());
+            used = 0;
+        }
+        used += bytes;
+        pieces.last_mut().expect("a piece was begun above").push(chunk);
+    }
+    pieces
+}
+
+async fn copy_piece(
+    shared: &Arc<Shared>,
+    chunks: Vec<Copying>,
+    class: Option<Class>,
+    deadline: &Deadline,
+) -> std::result::Result<Vec<Moved>, (usize, NotCopied)> {
+    let first = chunks.first().map_or(0, |one| one.object);
+    let piece = shared.staging(deadline).await.map_err(|late| (first, NotCopied::Late(late)))?;
+    let mut at = 0;
+    let mut reads = Vec::with_capacity(chunks.len());
+    for one in &chunks {
+        reads.push(ReadChunk { extent: one.from.clone(), at });
+        at += (one.to.len() as usize).next_multiple_of(ALIGNMENT);
+    }
+    let places: Vec<_> = reads.iter().map(|read| read.at).collect();
+    let (piece, outcome) = read_chunks(shared, reads, piece, class).await;
+    outcome.map_err(|error| {
+        (damaged(&chunks, &error), NotCopied::Storage(of_chunk(&chunks, error)))
+    })?;
+    let bytes: Bytes = piece.freeze();
+    let mut known = Vec::with_capacity(chunks.len());
+    let mut writes = Vec::with_capacity(chunks.len());
+    for (Copying { object, index, from, to }, at) in chunks.into_iter().zip(places) {
+        let len = to.len() as usize;
+        writes.push((to, bytes.slice(at..at + len)));
+        known.push((object, index, from));
+    }
+    drop(bytes);
+    let written = write_chunks(shared, writes).await;
+    let written = written.map_err(|error| (first, NotCopied::Storage(error)))?;
+    let moved = known.into_iter().zip(written).map(|((object, index, from), to)| Moved {
+        object,
+        index,
+        from,
+        to: Arc::new(to),
+    });
+    Ok(moved.collect())
+}
+
+/// The object that an error of a read concerns.
+fn damaged(chunks: &[Copying], error: &TierError) -> usize {
+    let nth = match error {
+        TierError::Corrupt { chunk, .. } => *chunk,
+        TierError::Full { .. } | TierError::Io { .. } | TierError::Closed => 0,
+    };
+    chunks.get(nth).map_or(0, |one| one.object)
+}
+
+/// The error with the number that a damaged chunk has in its object.
+fn of_chunk(chunks: &[Copying], error: TierError) -> TierError {
+    match error {
+        TierError::Corrupt { chunk, expected, actual } => {
+            let chunk = chunks.get(chunk).map_or(chunk, |one| one.index);
+            TierError::Corrupt { chunk, expected, actual }
+        }
+        other => other,
+    }
+}
+
+/// Demotes one object from faster tiers below host memory to the tier `level`, or copies it there
+/// if these keep it.
+///
+/// # Errors
+///
+/// `TierFull`, those of reading and of writing; the object is then where it was.
+pub(crate) async fn demote_one(
+    object: &Arc<Object>,
+    level: usize,
+    fate: CopyFate,
+    cause: MigrationCause,
+    deadline: &Deadline,
+) -> Result<()> {
+    let pass = object.gate(deadline).await?;
+    if fate != CopyFate::Keep {
+        check_unpinned(object, level)?;
+    }
+    let prepared = Demotion::prepare(pass, level);
+    let one = prepared.map_err(|(_pass, error)| object.shared.tier_error(object.id, error))?;
+    demote_between(vec![one], fate, cause, deadline).await
+}
+
+/// Copies an object from slower tiers to the tier `level` below host memory; it stays in them too.
+///
+/// # Errors
+///
+/// Those of making space, of reading and of writing; the object is then where it was.
+pub(crate) async fn promote_between(job: &Job, level: usize) -> Result<()> {
+    let object = &job.object;
+    let state = &object.shared.storage()[level].state;
+    if object.extents().slowest_level() <= level {
+        return Ok(());
+    }
+    // Space is never awaited under the gate.
+    let space = job.while_wanted(state.take(&job.need(), &job.deadline)).await?.pop();
+    let pass = object.gate(&job.deadline).await?;
+    if let Some(damage) = object.damage() {
+        return Err(damage);
+    }
+    promote_into(job, &pass, level, space.unwrap_or_default()).await
+}
+
+/// As `promote_between`, with space for the whole object.
+async fn promote_into(job: &Job, pass: &GatePass, level: usize, space: Vec<Extent>) -> Result<()> {
+    let object = &job.object;
+    let shared = &object.shared;
+    let map = object.extents();
+    let slower = |(index, to): (usize, Extent)| {
+        let from = map.chunk(index).filter(|from| from.level() > level)?.clone();
+        Some(Copying { object: 0, index, from, to })
+    };
+    let chunks: Vec<_> = space.into_iter().enumerate().filter_map(slower).collect();
+    let Some(first) = chunks.first() else { return Ok(()) };
+    let route = (MemoryTier::of_level(first.from.level()), MemoryTier::of_level(level));
+    let bytes = chunks.iter().map(|one| u64::from(one.to.len())).sum();
+    drop(map);
+    let record = Record::start(shared, object.id, route, job.cause, &job.deadline);
+    match copy(shared, chunks, Some(job.class), &job.deadline).await {
+        Ok(moved) => {
+            object.with_extents(pass, |map, old| {
+                let chunks = moved.into_iter().map(|Moved { index, from, to, .. }| {
+                    // What was only reserved there is not needed any more.
+                    if from.sum().is_some() {
+                        to.set_below(from);
+                    }
+                    (index, to)
+                });
+                map.put_shared(object.len, chunks, old);
+            });
+            record.end(Ok(bytes));
+            add(&shared.counters.promotions, 1);
+            Ok(())
+        }
+        Err((_, error)) => {
+            let error = error.public(shared, object.id);
+            record.end(Err(&error));
+            Err(error)
+        }
+    }
+}

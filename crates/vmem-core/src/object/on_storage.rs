@@ -1,0 +1,200 @@
+//! What an object has to do with the evictors of the tiers below host memory: its place in their
+//! order, and its holds.
+//!
+//! Invariant: an object is in the order of such a tier once, for as long as the tier has any of it,
+//! if objects leave that tier for a slower one. One that has, or had, a name stays on disk, since
+//! the catalog leads there. Changed by the holder of the gate; holds go without it.
+
+use smallvec::SmallVec;
+
+use super::{Inner, Object};
+use crate::policy::{Entry, Probe, Token};
+use crate::tier::{Hold, Space};
+
+/// What an object has to do with one such tier.
+#[derive(Debug)]
+pub(super) struct InStorage {
+    level: usize,
+    /// What the policy of the tier calls it.
+    token: Option<Token>,
+    /// The accesses that the policy has seen.
+    seen: u32,
+    holds: u32,
+    /// What the first of the holds was charged as.
+    charged_as: Hold,
+}
+
+/// One for each tier that the object has to do with.
+pub(super) type InStorages = SmallVec<[InStorage; 1]>;
+
+impl Inner {
+    fn storage(&self, level: usize) -> Option<&InStorage> {
+        self.rare.storage.iter().find(|one| one.level == level)
+    }
+
+    fn change_storage<T>(&mut self, level: usize, change: impl FnOnce(&mut InStorage) -> T) -> T {
+        self.rare.change(|rare| {
+            let all = &mut rare.storage;
+            let at = all.iter().position(|one| one.level == level).unwrap_or_else(|| {
+                let charged_as = Hold::Pin;
+                all.push(InStorage { level, token: None, seen: 0, holds: 0, charged_as });
+                all.len() - 1
+            });
+            let result = change(&mut all[at]);
+            all.retain(|one| one.token.is_some() || one.holds > 0);
+            result
+        })
+    }
+}
+
+impl Object {
+    /// Whether it has a name, or had one.
+    pub(crate) fn was_named(&self) -> bool {
+        self.named.get().is_some()
+    }
+
+    /// The tier below host memory that new bytes of it go to.
+    pub(crate) fn home_level(&self) -> usize {
+        match self.home.level() {
+            Some(level) if !self.was_named() => level,
+            // The catalog leads to the disk.
+            _ => 0,
+        }
+    }
+
+    /// Whether this tier below host memory has all of it.
+    pub(crate) fn is_stored_in(&self, level: usize) -> bool {
+        let inner = self.inner.lock();
+        match self.shared.evicts_from(0) {
+            true => inner.extents.is_whole_in(self.len, level),
+            false => inner.extents.is_whole(self.len),
+        }
+    }
+
+    /// Whether any of it is only in a tier below host memory that is slower than this one.
+    pub(crate) fn is_below(&self, level: usize) -> bool {
+        self.shared.evicts_from(level) && self.inner.lock().extents.slowest_level() > level
+    }
+
+    /// The tier below host memory to which a change of the object is to come again, since it is
+    /// held there.
+    pub(crate) fn level_to_refresh(&self) -> Option<usize> {
+        if !self.shared.evicts_from(0) {
+            return None;
+        }
+        let inner = self.inner.lock();
+        let held = inner.rare.storage.iter().filter(|one| one.holds > 0).map(|one| one.level);
+        held.min().filter(|&level| inner.extents.slowest_level() > level)
+    }
+
+    // ---- The order of eviction ---------------------------------------------------------------
+
+    /// Enters the order of a tier that has some of it now.
+    pub(super) fn enter_order_in(&self, level: usize) {
+        if !self.shared.evicts_from(level) || self.was_named() {
+            return;
+        }
+        let state = &self.shared.storage()[level].state;
+        let footprint = state.space().footprint(self.len);
+        let entry = Entry { id: self.id, stamp: self.stamp(), footprint, prefetched: false };
+        let token = state.enter(entry);
+        let seen = self.touches();
+        self.inner.lock().change_storage(level, |one| {
+            assert!(one.token.is_none(), "an object is in the order of a tier once");
+            (one.token, one.seen) = (Some(token), seen);
+        });
+    }
+
+    /// Leaves the order of a tier that has nothing of it any more.
+    pub(super) fn leave_order_in(&self, level: usize) {
+        if !self.shared.evicts_from(level) {
+            return;
+        }
+        let token = self.inner.lock().change_storage(level, |one| one.token.take());
+        // One that came into memory with its name was never in it.
+        if let Some(token) = token {
+            self.shared.storage()[level].state.leave(token);
+        }
+    }
+
+    /// Whether the holder of its gate can take it out of this tier.
+    pub(crate) fn may_leave_storage(&self, level: usize) -> bool {
+        let inner = self.inner.lock();
+        let holds = inner.storage(level).map_or(0, |one| one.holds);
+        let is_there = inner.extents.levels() >> level & 1 == 1;
+        is_there && holds == 0 && !self.was_named() && inner.rare.corrupt.is_none()
+    }
+
+    /// How it stands in this tier, for the policy. What was used at `spared_since` or later is not
+    /// to go.
+    pub(crate) fn probe_in_storage(&self, level: usize, spared_since: u64) -> Probe {
+        if self.was_named() {
+            return Probe::Pinned;
+        }
+        if self.is_changing() {
+            return Probe::Busy { stamp: self.mark_now() };
+        }
+        let mut inner = self.inner.lock();
+        let is_shared = inner.extents.is_shared();
+        let is_damaged = inner.rare.corrupt.is_some();
+        let all = inner.rare.get_mut().map(|rare| &mut rare.storage);
+        let found = all.and_then(|all| all.iter_mut().find(|one| one.level == level));
+        let Some(one) = found.filter(|one| one.token.is_some()) else { return Probe::Gone };
+        let stamp = self.stamp();
+        if one.holds > 0 {
+            Probe::Pinned
+        } else if is_shared {
+            // A reader keeps its extents, which would not be free.
+            Probe::Busy { stamp: self.mark_now() }
+        } else if is_damaged || stamp >= spared_since {
+            Probe::Unfit
+        } else {
+            let now = self.touches();
+            let touches = now.wrapping_sub(std::mem::replace(&mut one.seen, now));
+            Probe::Evictable { stamp, touches }
+        }
+    }
+
+    /// Whether a slower tier lacks something that this one has.
+    pub(crate) fn is_dirty_in(&self, level: usize) -> bool {
+        self.inner.lock().extents.is_dirty_in(level)
+    }
+
+    // ---- Holds -----------------------------------------------------------------------------
+
+    pub(super) fn holds_in_storage(&self, level: usize) -> u32 {
+        self.inner.lock().storage(level).map_or(0, |one| one.holds)
+    }
+
+    pub(super) fn add_hold_in_storage(&self, level: usize, charged_as: Hold) -> bool {
+        self.inner.lock().change_storage(level, |one| {
+            one.holds += 1;
+            if one.holds == 1 {
+                one.charged_as = charged_as;
+            }
+            one.holds == 1
+        })
+    }
+
+    /// One more hold, unless it were the first.
+    pub(super) fn try_add_hold_in_storage(&self, level: usize) -> bool {
+        self.inner.lock().change_storage(level, |one| {
+            let is_held = one.holds > 0;
+            one.holds += u32::from(is_held);
+            is_held
+        })
+    }
+
+    /// One hold less. Returns what to uncharge if it was the last.
+    pub(super) fn remove_hold_in_storage(&self, level: usize) -> Option<Hold> {
+        let last = self.inner.lock().change_storage(level, |one| {
+            one.holds = one.holds.checked_sub(1).expect("invariant: a hold is counted once");
+            (one.holds == 0).then_some(one.charged_as)
+        });
+        if last.is_some() {
+            let token = || self.inner.lock().storage(level).and_then(|one| one.token);
+            self.shared.storage()[level].state.unpark(token);
+        }
+        last
+    }
+}

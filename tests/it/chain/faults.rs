@@ -1,0 +1,104 @@
+//! Tiers that fail, each on its own.
+
+use std::io;
+
+use vmem::VirtualMemoryError;
+
+use super::{REMOTE, open};
+use crate::support::{DISK, HOST, KIB, MIB, Op, bytes};
+
+const LEN: usize = 200 * KIB;
+
+fn broken() -> io::Error {
+    io::Error::from_raw_os_error(5)
+}
+
+#[tokio::test(start_paused = true)]
+async fn object_stays_on_disk_while_the_tier_below_fails() {
+    let chain = open((MIB, 4 * MIB, 16 * MIB), |builder| builder);
+    let vmem = &chain.vmem;
+    let handle = vmem.put(bytes(1, 1, LEN), DISK).await.unwrap();
+    chain.remote.fail(|_, _| Some(broken()));
+    let refused = vmem.demote(&handle, REMOTE).await;
+    assert!(matches!(refused, Err(VirtualMemoryError::Io { .. })), "{refused:?}");
+    assert_eq!(chain.places(&handle), [false, true, false]);
+    assert!(vmem.read(&handle).await.unwrap() == bytes(1, 1, LEN));
+    assert_eq!(chain.settle().await.remote.used_bytes, 0, "what was reserved went back");
+    chain.remote.heal();
+    vmem.demote(&handle, REMOTE).await.unwrap();
+    assert_eq!(chain.places(&handle), [false, false, true]);
+    assert!(vmem.read(&handle).await.unwrap() == bytes(1, 1, LEN));
+}
+
+#[tokio::test(start_paused = true)]
+async fn tier_that_cannot_be_read_concerns_its_objects_alone() {
+    let chain = open((MIB, 4 * MIB, 16 * MIB), |builder| builder);
+    let vmem = &chain.vmem;
+    let near = vmem.put(bytes(1, 1, LEN), DISK).await.unwrap();
+    let far = vmem.put(bytes(2, 1, LEN), REMOTE).await.unwrap();
+    chain.remote.fail(|op, _| (op == Op::Read).then(broken));
+    let refused = vmem.read(&far).await;
+    assert!(matches!(refused, Err(VirtualMemoryError::Io { .. })), "{refused:?}");
+    assert!(vmem.read(&near).await.unwrap() == bytes(1, 1, LEN));
+    chain.remote.heal();
+    assert!(vmem.read(&far).await.unwrap() == bytes(2, 1, LEN));
+}
+
+#[tokio::test(start_paused = true)]
+async fn copy_in_a_slower_tier_serves_where_the_faster_one_fails() {
+    let chain = open((MIB, 4 * MIB, 16 * MIB), |builder| builder);
+    let vmem = &chain.vmem;
+    let handle = vmem.put(bytes(1, 1, LEN), REMOTE).await.unwrap();
+    vmem.promote(&handle, DISK).await.unwrap();
+    chain.disk.fail(|op, _| (op == Op::Read).then(broken));
+    let errors = vmem.stats().errors;
+    assert!(vmem.read(&handle).await.unwrap() == bytes(1, 1, LEN));
+    assert!(vmem.stats().errors > errors, "it is counted");
+    // Damage is found by its checksum, and read past as well.
+    chain.disk.heal();
+    let at = chain.disk.find(&bytes(1, 1, LEN)[..100]).expect("it is on disk");
+    chain.disk.flip(at + 17);
+    assert!(vmem.read(&handle).await.unwrap() == bytes(1, 1, LEN));
+    // What is on disk alone is reported.
+    let alone = vmem.put(bytes(2, 1, LEN), DISK).await.unwrap();
+    let at = chain.disk.find(&bytes(2, 1, LEN)[..100]).expect("it is on disk");
+    chain.disk.flip(at + 17);
+    let refused = vmem.demote(&alone, REMOTE).await;
+    assert!(matches!(refused, Err(VirtualMemoryError::Corrupt { chunk: 0, .. })), "{refused:?}");
+}
+
+/// Excluded: one damaged object on disk that keeps all others from leaving it.
+#[tokio::test(start_paused = true)]
+async fn damaged_object_keeps_no_other_on_disk() {
+    let len = 16 * KIB;
+    let chain = open((MIB, MIB, 16 * MIB), |builder| builder.watermarks(0.5, 0.8));
+    let vmem = &chain.vmem;
+    let damaged = vmem.put(bytes(1, 1, len), DISK).await.unwrap();
+    let at = chain.disk.find(&bytes(1, 1, len)[..100]).expect("it is on disk");
+    chain.disk.flip(at);
+    let mut handles = Vec::new();
+    for object in 2..=200 {
+        handles.push(vmem.put(bytes(object, 1, len), DISK).await.unwrap());
+    }
+    let stats = chain.settle().await;
+    assert!(stats.remote.objects > 100, "{stats:#?}");
+    assert!(stats.disk.used_bytes <= (MIB * 8 / 10) as u64, "{stats:#?}");
+    for (object, handle) in (2..).zip(&handles) {
+        assert!(vmem.read(handle).await.unwrap() == bytes(object, 1, len));
+    }
+    let refused = vmem.read(&damaged).await;
+    assert!(matches!(refused, Err(VirtualMemoryError::Corrupt { .. })), "{refused:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn host_memory_is_emptied_past_a_disk_that_fails() {
+    let chain = open((MIB, 4 * MIB, 16 * MIB), |builder| builder);
+    let vmem = &chain.vmem;
+    let handle = vmem.put(bytes(1, 1, LEN), HOST).await.unwrap();
+    chain.disk.fail(|_, _| Some(broken()));
+    let refused = vmem.demote(&handle, DISK).await;
+    assert!(matches!(refused, Err(VirtualMemoryError::Io { .. })), "{refused:?}");
+    vmem.demote(&handle, REMOTE).await.unwrap();
+    assert_eq!(chain.places(&handle), [false, false, true]);
+    assert!(vmem.read(&handle).await.unwrap() == bytes(1, 1, LEN));
+}

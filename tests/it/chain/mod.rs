@@ -1,0 +1,81 @@
+//! A store over a chain of tiers: host memory, a disk, and a tier below it. The last one is
+//! simulated: the same traits over another disk in memory.
+//!
+//! Invariant: no test names anything of the store that is only for the last tier; what holds of
+//! one step of the chain holds of the next. Run in `it`.
+
+mod faults;
+mod moves;
+mod names;
+mod pressure;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmem::backend::Backends;
+use vmem::{
+    Capabilities, MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfigBuilder,
+    VirtualMemoryStats,
+};
+use vmem_io::DiskTier;
+
+use crate::support::{self, MemDriver, STAGING};
+
+const REMOTE: MemoryTier = MemoryTier::Remote;
+
+/// A store, and the two media below its host memory.
+pub(crate) struct Chain {
+    pub(crate) vmem: VirtualMemory,
+    pub(crate) disk: Arc<MemDriver>,
+    pub(crate) remote: Arc<MemDriver>,
+}
+
+/// A store with these bytes of object space, on disk and below that.
+pub(crate) fn open(
+    (space, disk, remote): (usize, usize, usize),
+    set: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
+) -> Chain {
+    let drivers = (MemDriver::new(), MemDriver::new());
+    let backends = Backends {
+        host_capacity_bytes: (space + STAGING) as u64,
+        disk: DiskTier::new(drivers.0.clone(), disk as u64),
+        remote: Some(DiskTier::new(drivers.1.clone(), remote as u64)),
+        catalog: None,
+        devices: Vec::new(),
+        capabilities: Capabilities::new("memory".into(), "not in this test".into()),
+    };
+    let vmem = VirtualMemory::with_backends(&support::config(space, set), backends);
+    Chain { vmem: vmem.expect("opens"), disk: drivers.0, remote: drivers.1 }
+}
+
+impl Chain {
+    /// Waits until nothing is in flight and there is no waiter.
+    async fn settle(&self) -> VirtualMemoryStats {
+        let mut quiet = 0;
+        for _ in 0..20_000 {
+            let stats = self.vmem.stats();
+            let in_flight = self.disk.in_flight() + self.remote.in_flight();
+            let busy = in_flight > 0 || stats.migrations_in_flight > 0 || stats.waiters > 0;
+            quiet = if busy { 0 } else { quiet + 1 };
+            if quiet == 3 {
+                return stats;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        panic!("does not settle: {:#?}", self.vmem.stats());
+    }
+
+    /// Which tiers have an object: host memory, disk, the one below.
+    fn places(&self, handle: &VMemHandle) -> [bool; 3] {
+        let residency = self.vmem.residency(handle).expect("alive");
+        [residency.host, residency.disk, residency.remote]
+    }
+
+    /// All objects were freed: nothing is left in any tier.
+    async fn assert_empty(&self) {
+        let stats = self.settle().await;
+        support::assert_empty(&stats, "the chain");
+        let below = [stats.remote.used_bytes, stats.remote.objects, stats.disk.objects];
+        assert_eq!(below, [0; 3], "{stats:#?}");
+    }
+}

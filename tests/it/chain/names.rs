@@ -1,0 +1,104 @@
+//! Objects with names: the catalog leads to the disk, so that is where they stay.
+
+use std::sync::Arc;
+
+use vmem::backend::Backends;
+use vmem::{Capabilities, MemoryTier, VirtualMemory, VirtualMemoryError};
+use vmem_io::DiskTier;
+use vmem_io::catalog::NameCatalog;
+use vmem_testkit::tape::Image;
+use vmem_testkit::{Tape, TapeDriver, TapeStorage};
+
+use super::REMOTE;
+use crate::support::{self, DISK, HOST, KIB, MIB, MemDriver, STAGING, bytes};
+
+const LEN: usize = 64 * KIB;
+
+/// A store whose disk and catalog outlive it, with or without a tier below.
+fn open(tape: &Arc<Tape>, disk: usize, has_remote: bool) -> VirtualMemory {
+    let storage = TapeStorage(tape.clone());
+    let (catalog, taken) = NameCatalog::over(Arc::new(storage), 512).unwrap();
+    let driver = TapeDriver::new(tape, false);
+    let backends = Backends {
+        host_capacity_bytes: (MIB + STAGING) as u64,
+        disk: DiskTier::with_taken(driver, disk as u64, &taken, None).unwrap(),
+        remote: has_remote.then(|| DiskTier::new(MemDriver::new(), 64 << 20) as _),
+        catalog: Some(Arc::new(catalog)),
+        devices: Vec::new(),
+        capabilities: Capabilities::new("a tape".into(), "not in this test".into()),
+    };
+    VirtualMemory::with_backends(&support::config(MIB, |builder| builder), backends).unwrap()
+}
+
+fn is_on(vmem: &VirtualMemory, handle: &vmem::VMemHandle, tier: MemoryTier) -> bool {
+    vmem.residency(handle).unwrap().is_in(tier)
+}
+
+#[tokio::test]
+async fn object_that_gets_a_name_comes_to_the_disk_and_stays_there() {
+    let tape = Tape::of(Image::default());
+    let vmem = open(&tape, 4 * MIB, true);
+    let handle = vmem.put(bytes(1, 1, 200_000), DISK).await.unwrap();
+    vmem.demote(&handle, REMOTE).await.unwrap();
+    vmem.adopt(&handle, "one").await.unwrap();
+    assert!(is_on(&vmem, &handle, DISK));
+    vmem.demote(&handle, REMOTE).await.unwrap();
+    assert!(is_on(&vmem, &handle, DISK), "the catalog leads there");
+    for home in [HOST, DISK, REMOTE] {
+        let name = format!("at home in {home}");
+        vmem.put_named(&name, bytes(2, 1, 100_000), home).await.unwrap();
+    }
+    drop(handle);
+    vmem.close().await.unwrap();
+    let again = open(&Tape::of(tape.image()), 4 * MIB, true);
+    let handle = again.open_named("one").await.unwrap();
+    assert!(again.read(&handle).await.unwrap() == bytes(1, 1, 200_000));
+    for home in [HOST, DISK, REMOTE] {
+        let handle = again.open_named(&format!("at home in {home}")).await.unwrap();
+        assert_eq!(handle.home_tier(), home);
+        assert!(again.read(&handle).await.unwrap() == bytes(2, 1, 100_000));
+    }
+    drop(handle);
+    again.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn name_at_home_in_a_tier_that_is_gone_is_refused() {
+    let tape = Tape::of(Image::default());
+    let vmem = open(&tape, 4 * MIB, true);
+    vmem.put_named("far", [1; 1000], REMOTE).await.unwrap();
+    vmem.close().await.unwrap();
+    let again = open(&Tape::of(tape.image()), 4 * MIB, false);
+    let refused = again.open_named("far").await;
+    let is_it = matches!(refused, Err(VirtualMemoryError::TierNotAvailable { tier: REMOTE, .. }));
+    assert!(is_it, "{refused:?}");
+    again.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn objects_without_a_name_make_way_on_disk_for_those_that_have_one() {
+    let tape = Tape::of(Image::default());
+    let vmem = open(&tape, 32 * LEN, true);
+    let mut unnamed = Vec::new();
+    for object in 1..=40 {
+        unnamed.push(vmem.put(bytes(object, 1, LEN), DISK).await.unwrap());
+    }
+    for object in 1..=24 {
+        let name = format!("{object}");
+        drop(vmem.put_named(&name, bytes(object, 2, LEN), DISK).await.unwrap());
+    }
+    let stats = support::quiet(&vmem).await;
+    assert!(stats.disk.peak_bytes <= stats.disk.capacity_bytes, "{stats:#?}");
+    for object in 1..=24 {
+        let handle = vmem.open_named(&format!("{object}")).await.unwrap();
+        assert!(is_on(&vmem, &handle, DISK), "{object}");
+        assert!(vmem.read(&handle).await.unwrap() == bytes(object, 2, LEN));
+    }
+    for (object, handle) in (1..).zip(&unnamed) {
+        let mut read = vec![0; LEN];
+        vmem.read_into(handle, 0..LEN, &mut read).await.unwrap();
+        assert!(read == bytes(object, 1, LEN), "{object}");
+    }
+    drop(unnamed);
+    vmem.close().await.unwrap();
+}
