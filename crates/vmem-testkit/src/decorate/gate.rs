@@ -7,8 +7,9 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use futures::channel::oneshot;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
 use vmem_io::driver::Driver;
 
 use super::{After, Around, Hook, OpKind, Span};

@@ -16,11 +16,12 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use futures::channel::oneshot;
 use futures::future::BoxFuture;
 use parking_lot::{Mutex, MutexGuard};
 use rand::Rng;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use vmem_core::backend::{Clock, IoBuf};
 use vmem_io::driver::{Driver, Keep, ReadPiece, WriteRun, closed_error};

@@ -10,8 +10,8 @@ use std::io;
 use std::ops::Range;
 use std::time::Duration;
 
+use futures::channel::oneshot;
 use rustix::io::Errno;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 use vmem_core::backend::IoBuf;
 use vmem_io::driver::{Keep, ReadPiece, WriteRun};
