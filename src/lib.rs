@@ -136,8 +136,7 @@ fn host_capacity_bytes(config: &VirtualMemoryConfig) -> Result<u64, VirtualMemor
     let bytes = budget.resolve("host_capacity", limit, || (limit / 4).max(HOST_CAPACITY_MIN))?;
     if bytes < HOST_CAPACITY_MIN {
         let reason = format!("at least {HOST_CAPACITY_MIN}, and {budget} of {limit} are {bytes}");
-        let field = "host_capacity";
-        return Err(VirtualMemoryError::InvalidConfig { field, reason: reason.into() });
+        return Err(VirtualMemoryError::invalid_config("host_capacity", reason));
     }
     Ok(bytes)
 }
@@ -164,7 +163,7 @@ fn open_devices(config: &VirtualMemoryConfig) -> Result<Devices, VirtualMemoryEr
     match config.gpus() {
         [GpuSelection::Off] => Ok((Vec::new(), "switched off by the configuration".into())),
         [GpuSelection::Auto] => Ok((Vec::new(), reason)),
-        _ => Err(VirtualMemoryError::TierNotAvailable { tier: MemoryTier::Vram, reason }),
+        _ => Err(VirtualMemoryError::tier_not_available(MemoryTier::Vram, reason)),
     }
 }
 

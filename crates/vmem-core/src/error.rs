@@ -266,6 +266,32 @@ impl VirtualMemoryError {
     pub fn io(operation: &'static str, source: io::Error) -> Self {
         VirtualMemoryError::Io { operation, source: Arc::new(source) }
     }
+
+    /// An [`InvalidConfig`](Self::InvalidConfig) error of a field, by the name of its setter.
+    pub fn invalid_config(field: &'static str, reason: impl Into<Arc<str>>) -> Self {
+        VirtualMemoryError::InvalidConfig { field, reason: reason.into() }
+    }
+
+    /// A [`TierNotAvailable`](Self::TierNotAvailable) error of a tier.
+    pub fn tier_not_available(tier: MemoryTier, reason: impl Into<Arc<str>>) -> Self {
+        VirtualMemoryError::TierNotAvailable { tier, reason: reason.into() }
+    }
+}
+
+/// Whether a tier of this capacity could ever serve this many bytes.
+///
+/// # Errors
+///
+/// `ExceedsCapacity`.
+pub(crate) fn check_capacity(
+    tier: MemoryTier,
+    requested_bytes: u64,
+    capacity_bytes: u64,
+) -> Result<(), VirtualMemoryError> {
+    if requested_bytes <= capacity_bytes {
+        return Ok(());
+    }
+    Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
 }
 
 /// For the traits of streams and files; the error itself is the source.

@@ -180,8 +180,8 @@ async fn change(
 pub(crate) fn tier(access: &DeviceAccess) -> Result<&CudaTier> {
     let device = &**access.backend() as &dyn Any;
     device.downcast_ref().ok_or_else(|| {
-        let reason = "it is no device of this crate".into();
-        VirtualMemoryError::TierNotAvailable { tier: access.tier(), reason }
+        let reason = "it is no device of this crate";
+        VirtualMemoryError::tier_not_available(access.tier(), reason)
     })
 }
 
@@ -192,9 +192,7 @@ pub(crate) fn tier(access: &DeviceAccess) -> Result<&CudaTier> {
 /// `TierNotAvailable` if there is none or it is lost; `InvalidConfig` for a stream of another
 /// context, and for one that will not do.
 pub(crate) fn device_of(vmem: &VirtualMemory, stream: &Arc<CudaStream>) -> Result<DeviceAccess> {
-    let invalid = |reason: &str| {
-        Err(VirtualMemoryError::InvalidConfig { field: "stream", reason: reason.into() })
-    };
+    let invalid = |reason: &str| Err(VirtualMemoryError::invalid_config("stream", reason));
     let mut lost = None;
     for access in DeviceAccess::all(vmem) {
         match tier(&access).and_then(CudaTier::card) {
@@ -210,16 +208,14 @@ pub(crate) fn device_of(vmem: &VirtualMemory, stream: &Arc<CudaStream>) -> Resul
         Some(error) => Err(error),
         None if DeviceAccess::all(vmem).len() == 0 => {
             let reason = vmem.capabilities().vram_reason.clone();
-            Err(VirtualMemoryError::TierNotAvailable { tier: MemoryTier::Vram, reason })
+            Err(VirtualMemoryError::tier_not_available(MemoryTier::Vram, reason))
         }
         None => invalid("it belongs to another context than that of the store's device"),
     }
 }
 
 fn check_stream(card: &Card, stream: &Arc<CudaStream>) -> Result<()> {
-    let invalid = |reason: &str| {
-        Err(VirtualMemoryError::InvalidConfig { field: "stream", reason: reason.into() })
-    };
+    let invalid = |reason: &str| Err(VirtualMemoryError::invalid_config("stream", reason));
     if is_per_thread(stream) {
         return invalid("it is another one on each thread, and a future may move between threads");
     }

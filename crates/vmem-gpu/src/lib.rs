@@ -110,10 +110,7 @@ pub fn open_device_within(
     match (opened, selection) {
         (Ok(tier), _) => Ok(Opened { device: Some(tier), reason: "".into() }),
         (Err(reason), GpuSelection::Auto) => Ok(Opened { device: None, reason: reason.into() }),
-        (Err(reason), _) => Err(VirtualMemoryError::TierNotAvailable {
-            tier: MemoryTier::Vram,
-            reason: reason.into(),
-        }),
+        (Err(reason), _) => Err(VirtualMemoryError::tier_not_available(MemoryTier::Vram, reason)),
     }
 }
 

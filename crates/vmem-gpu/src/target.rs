@@ -186,5 +186,5 @@ pub(crate) fn check_range(handle: &VMemHandle, range: &std::ops::Range<usize>) -
 }
 
 pub(crate) fn invalid(reason: String) -> VirtualMemoryError {
-    VirtualMemoryError::InvalidConfig { field: "target", reason: reason.into() }
+    VirtualMemoryError::invalid_config("target", reason)
 }

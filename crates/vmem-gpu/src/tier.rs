@@ -120,10 +120,8 @@ impl CudaTier {
     /// `Closed`; `TierNotAvailable` if the device is lost.
     pub(crate) fn card(&self) -> Result<Arc<Card>, VirtualMemoryError> {
         if let Some(reason) = self.lost.get() {
-            return Err(VirtualMemoryError::TierNotAvailable {
-                tier: MemoryTier::Vram,
-                reason: reason.clone(),
-            });
+            let reason = reason.clone();
+            return Err(VirtualMemoryError::tier_not_available(MemoryTier::Vram, reason));
         }
         self.card.lock().clone().ok_or(VirtualMemoryError::Closed)
     }

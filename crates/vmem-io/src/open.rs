@@ -111,10 +111,8 @@ pub fn open_disk_with(options: DiskOptions<'_>) -> Result<OpenedDisk, VirtualMem
         }
     };
     if capacity_bytes < CHUNK_BYTES as u64 {
-        return Err(VirtualMemoryError::InvalidConfig {
-            field: "disk_capacity",
-            reason: format!("{capacity_bytes} bytes hold not one chunk of {CHUNK_BYTES}").into(),
-        });
+        let reason = format!("{capacity_bytes} bytes hold not one chunk of {CHUNK_BYTES}");
+        return Err(VirtualMemoryError::invalid_config("disk_capacity", reason));
     }
     if directory.is_tmpfs() {
         let path = directory.path().display();

@@ -106,10 +106,7 @@ impl DiskTier {
         taken: &Taken,
         directory: Option<StoreDirectory>,
     ) -> Result<Arc<Self>, VirtualMemoryError> {
-        let invalid = |field, reason: String| VirtualMemoryError::InvalidConfig {
-            field,
-            reason: reason.into(),
-        };
+        let invalid = VirtualMemoryError::invalid_config;
         let block = driver.block_bytes();
         if taken.block_bytes.is_some_and(|bytes| bytes != block) {
             let reason = format!("it works in blocks of {block} bytes, the store in others");

@@ -43,8 +43,8 @@ pub struct Verified {
 /// ```
 pub fn verify(path: &Path) -> Result<Verified, VirtualMemoryError> {
     if !path.join(crate::LOCK_FILE).is_file() {
-        let reason = format!("{} holds no store", path.display()).into();
-        return Err(VirtualMemoryError::InvalidConfig { field: "disk_path", reason });
+        let reason = format!("{} holds no store", path.display());
+        return Err(VirtualMemoryError::invalid_config("disk_path", reason));
     }
     let (directory, data) = StoreDirectory::open(Some(path))?;
     directory.tally().store(UNKNOWN, Ordering::Release);

@@ -173,8 +173,8 @@ impl Catalog for SimCatalog {
     }
 
     fn snapshot(&self, directory: PathBuf) -> Answer<()> {
-        let reason = format!("{}: a simulated catalog has no files", directory.display()).into();
-        let refused = VirtualMemoryError::InvalidConfig { field: "directory", reason };
+        let reason = format!("{}: a simulated catalog has no files", directory.display());
+        let refused = VirtualMemoryError::invalid_config("directory", reason);
         Box::pin(std::future::ready(Err(refused)))
     }
 

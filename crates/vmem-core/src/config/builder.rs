@@ -224,5 +224,5 @@ pub(super) fn at_least(
 }
 
 pub(super) fn refuse<T>(field: &'static str, reason: String) -> Result<T, VirtualMemoryError> {
-    Err(VirtualMemoryError::InvalidConfig { field, reason: reason.into() })
+    Err(VirtualMemoryError::invalid_config(field, reason))
 }

@@ -68,8 +68,7 @@ impl FromStr for GpuSelection {
 
 /// The error for a word that is none of those expected for this field.
 fn unknown(field: &'static str, word: &str, expected: &str) -> VirtualMemoryError {
-    let reason = format!("{word:?} is none of {expected}").into();
-    VirtualMemoryError::InvalidConfig { field, reason }
+    VirtualMemoryError::invalid_config(field, format!("{word:?} is none of {expected}"))
 }
 
 /// How the disk tier reaches its file.
@@ -189,12 +188,10 @@ impl FromStr for MemoryTier {
         [MemoryTier::Vram, MemoryTier::Host, MemoryTier::Disk, MemoryTier::Remote]
             .into_iter()
             .find(|tier| tier.to_string() == lower)
-            .ok_or_else(|| VirtualMemoryError::InvalidConfig {
-                field: "tier",
-                reason: format!(
-                    "unknown tier {word:?}: expected vram, vram:N, host, disk or remote"
-                )
-                .into(),
+            .ok_or_else(|| {
+                let expected = "vram, vram:N, host, disk or remote";
+                let reason = format!("unknown tier {word:?}: expected {expected}");
+                VirtualMemoryError::invalid_config("tier", reason)
             })
     }
 }

@@ -108,9 +108,9 @@ impl Names {
     ///
     /// `TierNotAvailable` for a store over backends that have none.
     pub(crate) fn catalog(&self) -> Result<&Arc<dyn Catalog>> {
-        self.catalog.as_ref().ok_or_else(|| VirtualMemoryError::TierNotAvailable {
-            tier: MemoryTier::Disk,
-            reason: "these backends have no catalog of names".into(),
+        self.catalog.as_ref().ok_or_else(|| {
+            let reason = "these backends have no catalog of names";
+            VirtualMemoryError::tier_not_available(MemoryTier::Disk, reason)
         })
     }
 
@@ -194,13 +194,13 @@ impl Drop for Freeze {
 /// `InvalidConfig` for a name that is empty or too long.
 pub(crate) fn check_name(name: &str) -> Result<()> {
     let reason = match name.len() {
-        0 => "a name has at least one byte".into(),
+        0 => "a name has at least one byte".to_owned(),
         len if len > NAME_LEN_MAX => {
-            format!("a name has at most {NAME_LEN_MAX} bytes, this one has {len}").into()
+            format!("a name has at most {NAME_LEN_MAX} bytes, this one has {len}")
         }
         _ => return Ok(()),
     };
-    Err(VirtualMemoryError::InvalidConfig { field: "name", reason })
+    Err(VirtualMemoryError::invalid_config("name", reason))
 }
 
 /// # Errors
@@ -211,6 +211,6 @@ pub(crate) fn check_metadata(metadata: &[u8]) -> Result<()> {
         return Ok(());
     }
     let len = metadata.len();
-    let reason = format!("at most {METADATA_LEN_MAX} bytes, not {len}").into();
-    Err(VirtualMemoryError::InvalidConfig { field: "metadata", reason })
+    let reason = format!("at most {METADATA_LEN_MAX} bytes, not {len}");
+    Err(VirtualMemoryError::invalid_config("metadata", reason))
 }

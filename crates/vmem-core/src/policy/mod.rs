@@ -231,9 +231,9 @@ impl FromStr for PolicyKind {
                 let names = [name.replace('-', ""), name];
                 names.iter().any(|name| name.eq_ignore_ascii_case(word))
             })
-            .ok_or_else(|| VirtualMemoryError::InvalidConfig {
-                field: "policy",
-                reason: format!("unknown policy {word:?}: expected lru, sieve or s3-fifo").into(),
+            .ok_or_else(|| {
+                let reason = format!("unknown policy {word:?}: expected lru, sieve or s3-fifo");
+                VirtualMemoryError::invalid_config("policy", reason)
             })
     }
 }

@@ -106,7 +106,7 @@ impl Device {
     /// The error for the waiters of a device that is lost.
     pub(crate) fn lost(&self) -> Option<VirtualMemoryError> {
         let reason = self.backend.lost()?;
-        Some(VirtualMemoryError::TierNotAvailable { tier: self.tier(), reason })
+        Some(VirtualMemoryError::tier_not_available(self.tier(), reason))
     }
 }
 

@@ -11,7 +11,7 @@ use crate::locks::{self, Lock};
 
 use super::{Grant, Holds, Need, Queue, Refused, Space};
 use crate::deadline::Deadline;
-use crate::error::VirtualMemoryError;
+use crate::error::{VirtualMemoryError, check_capacity};
 use crate::memory_tier::MemoryTier;
 use crate::policy::{Entry, Policy, Token};
 
@@ -85,15 +85,7 @@ impl<S: Space> TierState<S> {
     ///
     /// `ExceedsCapacity`.
     pub(crate) fn check_fits(&self, requested_bytes: u64) -> Result<(), VirtualMemoryError> {
-        let capacity_bytes = self.space().capacity_bytes();
-        if requested_bytes <= capacity_bytes {
-            return Ok(());
-        }
-        Err(VirtualMemoryError::ExceedsCapacity {
-            tier: self.tier,
-            requested_bytes,
-            capacity_bytes,
-        })
+        check_capacity(self.tier, requested_bytes, self.space().capacity_bytes())
     }
 
     /// The public form of a refusal.

@@ -72,8 +72,8 @@ impl LeaseRequest {
         if is_once {
             return Ok(());
         }
-        let reason = "an object that a set writes to is in it more than once".into();
-        Err(VirtualMemoryError::InvalidConfig { field: "device_set", reason })
+        let reason = "an object that a set writes to is in it more than once";
+        Err(VirtualMemoryError::invalid_config("device_set", reason))
     }
 
     /// Whether all of it could ever be on the device at once.

@@ -54,8 +54,8 @@ impl Listing {
     /// The next item.
     pub(super) async fn next(&mut self) -> Result<Option<Listed>> {
         if self.options.delimiter.as_deref() == Some("") {
-            let reason = "it has at least one byte".into();
-            return Err(VirtualMemoryError::InvalidConfig { field: "delimiter", reason });
+            let reason = "it has at least one byte";
+            return Err(VirtualMemoryError::invalid_config("delimiter", reason));
         }
         while self.left > 0 {
             let Some((name, record)) = self.next_name().await? else { break };

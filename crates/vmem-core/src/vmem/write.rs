@@ -13,6 +13,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::read::check_range;
 use super::{Result, VirtualMemory};
 use crate::buffer::IoBuf;
 use crate::deadline::Deadline;
@@ -82,14 +83,7 @@ impl VirtualMemory {
         let object = self.check(handle)?;
         let data = data.as_ref();
         let end = offset.saturating_add(data.len());
-        if end > object.len || offset > object.len {
-            return Err(VirtualMemoryError::OutOfRange {
-                handle: object.id,
-                start: offset,
-                end,
-                len: object.len,
-            });
-        }
+        check_range(object, &(offset..end))?;
         Box::pin(self.write_range(object, offset..end, data)).await?;
         self.bring_home(object);
         Ok(())

@@ -18,7 +18,7 @@ use tokio::io::AsyncWrite;
 use super::entries::PutOptions;
 use super::{OBJECT_LEN_MAX, Result, VirtualMemory};
 use crate::chunk::CHUNK_BYTES;
-use crate::error::VirtualMemoryError;
+use crate::error::{VirtualMemoryError, check_capacity};
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
 use crate::migrate::{Sent, send_window};
@@ -225,10 +225,7 @@ impl ObjectWriter {
         let level = if self.name.is_some() { 0 } else { self.home.level().unwrap_or(0) };
         let storage = &self.vmem.shared.storage()[level];
         let capacity_bytes = storage.state.space().capacity_bytes().min(OBJECT_LEN_MAX);
-        if requested_bytes > capacity_bytes {
-            let tier = storage.tier();
-            let error =
-                VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes };
+        if let Err(error) = check_capacity(storage.tier(), requested_bytes, capacity_bytes) {
             return self.fail(error);
         }
         self.len = requested_bytes;

@@ -69,7 +69,7 @@ impl Inner {
 fn of_the_target(error: VirtualMemoryError) -> VirtualMemoryError {
     match error {
         VirtualMemoryError::InvalidConfig { field: "disk_path", reason } => {
-            VirtualMemoryError::InvalidConfig { field: "directory", reason }
+            VirtualMemoryError::invalid_config("directory", reason)
         }
         other => other,
     }

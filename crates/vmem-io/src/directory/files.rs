@@ -205,10 +205,7 @@ pub(super) fn open_own(
 
 /// The path is at fault.
 pub(super) fn unusable(path: &Path, why: &str) -> VirtualMemoryError {
-    VirtualMemoryError::InvalidConfig {
-        field: "disk_path",
-        reason: format!("{} {why}", path.display()).into(),
-    }
+    VirtualMemoryError::invalid_config("disk_path", format!("{} {why}", path.display()))
 }
 
 /// The operating system refused something at the path.

@@ -80,10 +80,7 @@ pub(crate) fn choose(
                     "the {kind} driver: {}; `IoDriver::Auto` takes what works",
                     explained(&error)
                 );
-                return Err(VirtualMemoryError::TierNotAvailable {
-                    tier: MemoryTier::Disk,
-                    reason: reason.into(),
-                });
+                return Err(VirtualMemoryError::tier_not_available(MemoryTier::Disk, reason));
             }
         }
     }

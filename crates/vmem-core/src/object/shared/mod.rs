@@ -91,8 +91,7 @@ impl Limits {
         let staging = config.staging_capacity().unwrap_or(config::default_staging(host_capacity));
         if staging >= host_capacity {
             let reason = format!("{staging} leaves nothing of host_capacity {host_capacity}");
-            let field = "staging_capacity";
-            return Err(VirtualMemoryError::InvalidConfig { field, reason: reason.into() });
+            return Err(VirtualMemoryError::invalid_config("staging_capacity", reason));
         }
         let space = (host_capacity - staging) as f64;
         let (low, high) = config.watermarks();
@@ -164,8 +163,8 @@ impl Shared {
     ) -> Result<Arc<Self>, VirtualMemoryError> {
         let Backends { disk, remote, devices, .. } = backends;
         if devices.len() > GPUS_MAX {
-            let reason = format!("at most {GPUS_MAX}, not {}", devices.len()).into();
-            return Err(VirtualMemoryError::InvalidConfig { field: "gpus", reason });
+            let reason = format!("at most {GPUS_MAX}, not {}", devices.len());
+            return Err(VirtualMemoryError::invalid_config("gpus", reason));
         }
         let reserve = |e| VirtualMemoryError::io("reserving host memory", e);
         let arena =

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Shared;
-use crate::error::VirtualMemoryError;
+use crate::error::{VirtualMemoryError, check_capacity};
 use crate::host::HostArena;
 use crate::memory_tier::MemoryTier;
 use crate::storage::Durable;
@@ -33,7 +33,7 @@ impl Shared {
                     count => format!("the store has {count} devices").into(),
                 };
                 let tier = MemoryTier::of_device(u8::try_from(number).unwrap_or(u8::MAX));
-                Err(VirtualMemoryError::TierNotAvailable { tier, reason })
+                Err(VirtualMemoryError::tier_not_available(tier, reason))
             }
         }
     }
@@ -106,11 +106,7 @@ impl Shared {
         tier: MemoryTier,
         requested_bytes: u64,
     ) -> Result<(), VirtualMemoryError> {
-        let capacity_bytes = self.holds(tier)?.max();
-        if requested_bytes <= capacity_bytes {
-            return Ok(());
-        }
-        Err(VirtualMemoryError::ExceedsCapacity { tier, requested_bytes, capacity_bytes })
+        check_capacity(tier, requested_bytes, self.holds(tier)?.max())
     }
 
     /// Charges holds, if the budget has a place for this many bytes of footprint now.
