@@ -80,6 +80,7 @@ unsafe impl<const RANK: u32> lock_api::RawMutex for Ranked<RANK> {
     type GuardMarker = <parking_lot::RawMutex as lock_api::RawMutex>::GuardMarker;
 
     fn lock(&self) {
+        const { assert!(RANK < u32::BITS, "each rank has a bit") };
         // First, so that an order that could hang fails also where it does not.
         take(RANK, true);
         self.0.lock();

@@ -108,7 +108,8 @@ impl<T: Send + 'static> Delivery<T> {
             let weak: Weak<Inner<T>> = Arc::downgrade(&self.0);
             unclaimed.enter(weak)
         });
-        drop(self.0.replace(State::Ready(value, ticket)));
+        let before = self.0.replace(State::Ready(value, ticket));
+        assert!(!matches!(before, State::Ready(..)), "a parcel has one delivery");
         // The last caller may have gone in between.
         if self.0.is_unwanted() {
             drop(self.0.replace(State::Gone(Unkept::Recalled)));
@@ -246,14 +247,17 @@ impl<T> Parcel<T> {
 
 impl<T> Clone for Parcel<T> {
     fn clone(&self) -> Self {
-        self.0.receivers.fetch_add(1, Ordering::SeqCst);
+        let before = self.0.receivers.fetch_add(1, Ordering::SeqCst);
+        assert!(before > 0, "once there is no parcel there never is one again");
         Parcel(self.0.clone())
     }
 }
 
 impl<T> Drop for Parcel<T> {
     fn drop(&mut self) {
-        if self.0.receivers.fetch_sub(1, Ordering::SeqCst) == 1 {
+        let before = self.0.receivers.fetch_sub(1, Ordering::SeqCst);
+        assert!(before > 0, "a parcel is dropped once");
+        if before == 1 {
             let mut state = self.0.state.lock();
             let value = match &*state {
                 State::Ready(..) => std::mem::replace(&mut *state, State::Gone(Unkept::Recalled)),
@@ -352,7 +356,8 @@ impl Unclaimed {
         let mut entries = self.entries.lock();
         let number = entries.next;
         entries.next += 1;
-        entries.by_age.insert(number, (Instant::now(), value));
+        let before = entries.by_age.insert(number, (Instant::now(), value));
+        assert!(before.is_none(), "a ticket has its number alone");
         drop(entries);
         if let Some(wake) = &self.wake {
             wake.if_waiting();

@@ -146,6 +146,7 @@ impl Ranges {
 
     /// Takes `part` of a range `whole` of the set.
     fn cut(&mut self, whole: Range<u64>, part: Range<u64>) -> Range<u64> {
+        assert!(whole.start <= part.start && part.end <= whole.end, "{part:?} is of {whole:?}");
         self.unlink(whole.start, whole.end);
         self.link(whole.start, part.start);
         self.link(part.end, whole.end);

@@ -90,7 +90,9 @@ impl Stale {
                 }
             }
         }
+        let before = self.ranges.total();
         batch.iter().for_each(|range| self.ranges.remove(range));
+        assert!(before - self.ranges.total() == bytes, "a batch leaves the set, and no more");
         self.trigger = BATCH_BYTES;
         if end_reached {
             // What a complete search left behind are edges; they must not start the next one.

@@ -69,7 +69,10 @@ impl CopyPool {
 
     /// Takes a descriptor back that the caller owned and emptied.
     pub(super) fn put(&self, copy: NonNull<HostCopy>) {
-        self.free.lock().list.push(copy);
+        let mut free = self.free.lock();
+        let made = free.chunks.len() * CHUNK;
+        assert!(free.list.len() < made, "a descriptor is given back once: {made} were made");
+        free.list.push(copy);
     }
 }
 

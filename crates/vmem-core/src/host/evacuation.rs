@@ -47,6 +47,7 @@ impl HostArena {
             let span = leaving.span;
             let ticket = leaving.ticket;
             let pages = leaving.sparse.pages;
+            assert!(pages > 0, "a span has pages");
             let evacuation = Evacuation { arena, class, span, ticket, owners, pages };
             if !evacuation.owners.iter().any(|&owner| skip(owner)) {
                 return Some(evacuation);
@@ -85,6 +86,7 @@ impl Evacuation {
         let is_of_class =
             len > 0 && len <= super::classes::SMALL_MAX && class_of(len) == self.class;
         let place = is_of_class.then(|| self.arena.spans(self.class).take_beside(owner))??;
+        assert!(place.span != self.span, "a span that is being emptied gives no slot");
         Some(self.arena.charged(len, place.at, place.span, place.slot))
     }
 }

@@ -99,9 +99,12 @@ impl ObjectSpace {
         let Some(at) = inside.filter(|at| len > 0 && len <= mapping.len() - at) else {
             return vec![Part { range: 0..len, direct: false, in_use: None }];
         };
-        let parts = self.0.pages().enter(at..at + len).into_iter();
+        let parts = self.0.pages().enter(at..at + len);
         self.0.tell_if_settled();
+        let covered: usize = parts.iter().map(|(bytes, ..)| bytes.len()).sum();
+        assert!(covered == len, "the parts of a copy of {len} bytes have {covered}");
         parts
+            .into_iter()
             .map(|(bytes, slab, direct)| Part {
                 range: bytes.start - at..bytes.end - at,
                 direct,

@@ -129,7 +129,8 @@ async fn bring_in(
     object.with_extents(&pass, |current, _| *current = map);
     drop(pass);
     names.shared.announce(object);
-    drop(names.insert(name, handle.clone()));
+    let before = names.insert(name, handle.clone());
+    assert!(before.is_none(), "an object that is in memory is not loaded again");
     Ok(handle)
 }
 
@@ -144,7 +145,8 @@ pub(crate) async fn allocate(names: &Arc<Names>, turn: &Turn, handle: &VMemHandl
     }
     let record = names.new_record(handle.object(), Bytes::new())?;
     Claim::of(handle.object(), turn.name(), record.clone())?.keep(record, None);
-    drop(names.insert(turn.name(), handle.clone()));
+    let before = names.insert(turn.name(), handle.clone());
+    assert!(before.is_none(), "a free name is nobody's");
     Ok(())
 }
 
@@ -212,8 +214,11 @@ pub(crate) async fn rename(
     let change = CatalogChange::Rename { from: from.name().clone(), to: to.name().clone() };
     commit(names, change).await?;
     moved.object().named().rename(to.name().clone());
-    drop(names.take(from.name()));
+    let taken = names.take(from.name());
+    assert!(is_none_or_of(taken.as_ref(), Some(&moved)), "what moves had the name");
+    drop(taken);
     let replaced = names.insert(to.name(), moved.clone());
+    assert!(is_none_or_of(replaced.as_ref(), before.as_ref()), "what is replaced was found");
     if let Some(before) = before {
         lose_name(names, before.object());
     }
@@ -249,7 +254,9 @@ pub(crate) async fn remove(names: &Arc<Names>, turn: &Turn) -> Result<()> {
     if handle.object().named().is_durable() {
         commit(names, CatalogChange::Remove { name: turn.name().clone() }).await?;
     }
-    drop(names.take(turn.name()));
+    let taken = names.take(turn.name());
+    assert!(is_none_or_of(taken.as_ref(), Some(&handle)), "what is removed had the name");
+    drop(taken);
     lose_name(names, handle.object());
     Ok(())
 }
@@ -274,6 +281,12 @@ pub(crate) async fn set_metadata(names: &Arc<Names>, turn: &Turn, metadata: Byte
 async fn commit(names: &Names, change: CatalogChange) -> Result<()> {
     let committed = names.commit(vec![change], false).await;
     committed.map_err(|NotCommitted { error, .. }| error)
+}
+
+/// Whether what was in the table is the object that was found before, in the same turn. Nothing is
+/// there once the store has ended.
+fn is_none_or_of(in_table: Option<&VMemHandle>, found: Option<&VMemHandle>) -> bool {
+    in_table.is_none_or(|one| found.is_some_and(|other| Arc::ptr_eq(one.object(), other.object())))
 }
 
 /// Notes that the catalog does not lead to this object any more: its space is freed with its last

@@ -88,6 +88,8 @@ fn leave(names: &Names, object: &Arc<Object>) -> Leave {
         outcome == Leave::Left
     });
     if let Some((name, handle)) = entry {
+        assert!(Arc::ptr_eq(handle.object(), object), "an object takes its own entry along");
+        assert!(object.is_dead(), "what has left is not found again");
         names.forget_bytes(&name);
         names.shared.forget(object.id);
         drop(handle);

@@ -113,6 +113,7 @@ async fn commit_in_turn(
             Some(why) => vec![Err(why.clone()); batch.len()],
             None => commit_all(&batch, &*catalog, &*disk, &counts).await,
         };
+        assert!(outcomes.len() == batch.len(), "each change has its outcome");
         let mut failures = outcomes.iter().filter_map(|outcome| outcome.as_ref().err());
         if let (None, Some(failed)) = (&poisoned, failures.find(|failed| failed.poison)) {
             let error = &failed.error;
@@ -162,6 +163,7 @@ async fn commit_all(
 }
 
 async fn commit(batch: &[Commit], catalog: &dyn Catalog, counts: &Counts) -> Outcome {
+    assert!((1..=BATCH_MAX).contains(&batch.len()), "a commit of {} changes", batch.len());
     let changes = batch.iter().flat_map(|commit| commit.changes.iter().cloned()).collect();
     let before = catalog.attempts();
     match catalog.commit(changes).await {

@@ -146,7 +146,9 @@ impl Names {
     /// The record of the next version of an object.
     fn new_version(&self, record: CatalogRecord) -> Result<CatalogRecord> {
         let modified = self.catalog()?.time();
-        Ok(CatalogRecord { version: self.next_id(), modified, ..record })
+        let version = self.next_id();
+        assert!(version > record.version, "version {version} follows {}", record.version);
+        Ok(CatalogRecord { version, modified, ..record })
     }
 
     /// The right to run one change.
@@ -158,6 +160,8 @@ impl Names {
     fn retire(&self, old: ExtentMap, len: usize, new: &ExtentMap) {
         persist::let_go(&old, len, new);
         let mut frozen = self.frozen.lock();
+        let is_in_use = frozen.limbo.is_empty() || frozen.snapshots > 0;
+        assert!(is_in_use, "no version stays for a snapshot that has ended");
         if frozen.snapshots > 0 {
             frozen.limbo.push(old);
         } else {
@@ -179,6 +183,7 @@ pub(crate) struct Freeze(Arc<Names>);
 impl Drop for Freeze {
     fn drop(&mut self) {
         let mut frozen = self.0.frozen.lock();
+        assert!(frozen.snapshots > 0, "a snapshot ends once");
         frozen.snapshots -= 1;
         let limbo = match frozen.snapshots {
             0 => std::mem::take(&mut frozen.limbo),

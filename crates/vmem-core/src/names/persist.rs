@@ -28,7 +28,10 @@ const AT_ONCE: usize = 1024;
 pub(crate) async fn persist(names: &Arc<Names>, turn: &Turn, object: &Arc<Object>) -> Result<()> {
     let Some(named) = object.named.get() else { return Ok(()) };
     let Some((record, before)) = named.state() else { return Ok(()) };
+    assert!(named.current().as_ref() == Some(turn.name()), "the turn is that of the name");
+    let version = record.version;
     let (record, map) = store(names, turn, object, record, before).await?;
+    assert!(record.version >= version, "version {} follows {version}", record.version);
     let old = named.set_durable(record, map.clone());
     if let Some(old) = old {
         names.retire(old, object.len, &map);

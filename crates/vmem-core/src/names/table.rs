@@ -69,9 +69,13 @@ impl Names {
 
     /// Puts an object into the table; returns what had the name there.
     pub(super) fn insert(&self, name: &Arc<str>, handle: VMemHandle) -> Option<VMemHandle> {
+        let current = handle.object().named.get().and_then(|named| named.current());
+        assert!(current.as_ref() == Some(name), "an object stands under the name that it has");
+        // Before the entry, so that it cannot be taken out uncounted.
+        self.name_bytes.fetch_add(name.len() as u64, Ordering::Relaxed);
         let before = self.table.insert(name.clone(), handle);
-        if before.is_none() {
-            self.name_bytes.fetch_add(name.len() as u64, Ordering::Relaxed);
+        if before.is_some() {
+            self.forget_bytes(name);
         }
         if self.cleared.load(Ordering::SeqCst) {
             // The store has ended meanwhile, so nothing else would take it out again.
@@ -89,7 +93,8 @@ impl Names {
 
     /// An entry was taken out.
     pub(super) fn forget_bytes(&self, name: &str) {
-        self.name_bytes.fetch_sub(name.len() as u64, Ordering::Relaxed);
+        let before = self.name_bytes.fetch_sub(name.len() as u64, Ordering::Relaxed);
+        assert!(before >= name.len() as u64, "the bytes of names never fall below zero");
     }
 
     /// How many names are in memory.

@@ -59,6 +59,7 @@ impl Turn {
         other: Arc<str>,
         deadline: &Deadline,
     ) -> Result<(Turn, Turn), VirtualMemoryError> {
+        assert!(one != other, "a change waits for its own turn");
         if one < other {
             let first = Turn::of(names, one, deadline).await?;
             Ok((first, Turn::of(names, other, deadline).await?))
@@ -79,8 +80,10 @@ impl Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.guard = None;
         let turns = &self.names.turns.0;
+        let has_entry = self.guard.is_none() || turns.contains_key(&self.name);
+        assert!(has_entry, "a name whose turn is taken has an entry");
+        self.guard = None;
         // Under the lock of the entry no other task can get a share of it.
         turns.remove_if(&self.name, |_, mutex| Arc::strong_count(mutex) == 1);
     }

@@ -150,7 +150,9 @@ impl Residents {
     fn remove(&mut self, address: u64) {
         let resident =
             self.by_address.remove(&address).expect("invariant: a copy that leaves had entered");
+        assert!(self.bytes >= resident.footprint, "copies take what they took");
         self.bytes -= resident.footprint;
+        assert!(self.bytes == 0 || !self.by_address.is_empty(), "bytes that are no copy's");
     }
 }
 
@@ -268,6 +270,8 @@ impl Space for DeviceSpace {
     fn try_take(&self, len: usize, _owner: u64) -> Result<DeviceRange, NoSpace> {
         match self.backend.reserve(len) {
             Some(range) => {
+                let footprint = self.backend.footprint(len);
+                assert!(range.footprint() == footprint, "{len} bytes took {}", range.footprint());
                 range.watch(self.watcher.clone());
                 Ok(range)
             }

@@ -74,7 +74,8 @@ impl Drop for DemandMark<'_> {
         let usual = link.service_ns.load(Ordering::Relaxed);
         link.service_ns.store(usual - usual / 8 + took / 8, Ordering::Relaxed);
         link.last_ns.store(link.origin.elapsed().as_nanos() as u64, Ordering::Relaxed);
-        link.demand.fetch_sub(1, Ordering::Relaxed);
+        let before = link.demand.fetch_sub(1, Ordering::Relaxed);
+        assert!(before > 0, "a read of demand ends once");
     }
 }
 

@@ -301,6 +301,7 @@ impl<S: Space> Queue<S> {
         self.waiters.lock().closed = true;
         if !crate::planted!("closed-untold") {
             self.refuse(|_, _| Some(Refused::Error(VirtualMemoryError::Closed)));
+            assert!(self.len() == 0, "nothing waits in a closed queue");
         }
     }
 

@@ -45,6 +45,7 @@ impl<S: Space> TierState<S> {
         max_held: f64,
         marks: Watermarks,
     ) -> Self {
+        assert!(marks.low_bytes <= marks.high_bytes, "{marks:?}");
         let max_held_bytes = queue.space().capacity_bytes() as f64 * max_held;
         TierState {
             tier,

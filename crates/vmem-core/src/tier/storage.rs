@@ -66,6 +66,7 @@ impl Storage {
     /// Its figures, now.
     pub(crate) fn stats(&self) -> TierStats {
         let usage = self.backend.usage();
+        assert!(usage.used_bytes <= usage.capacity_bytes, "{usage:?}");
         TierStats {
             used_bytes: usage.used_bytes,
             capacity_bytes: usage.capacity_bytes,

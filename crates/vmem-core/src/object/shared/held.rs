@@ -65,6 +65,7 @@ impl Shared {
     }
 
     fn try_promise(&self, bytes: u64, max: u64) -> Option<Promise<'_>> {
+        assert!(bytes > FREE_BYTES as u64, "{bytes} bytes wait for no other reader");
         self.promised_bytes
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |before| {
                 let promised = if crate::planted!("held-unpromised") { 0 } else { before };

@@ -95,6 +95,7 @@ impl Limits {
         }
         let space = (host_capacity - staging) as f64;
         let (low, high) = config.watermarks();
+        assert!(0.0 < low && low < high && high <= 1.0, "watermarks {low} and {high}");
         Ok(Limits {
             host_capacity,
             staging_capacity: staging,
@@ -249,6 +250,7 @@ impl Shared {
 
     /// Puts a new object, which has its space, into the table.
     pub(crate) fn announce(&self, object: &Arc<Object>) {
+        assert!(!object.is_dead(), "what nobody has found cannot be freed");
         self.table.insert(object.clone());
     }
 
@@ -300,6 +302,7 @@ impl Shared {
 
     /// Closes the queues: no space is made any more.
     pub(crate) fn close_queues(&self) {
+        assert!(self.is_closed(), "the queues close after the store");
         self.host.queue.close();
         self.storage.iter().for_each(|storage| storage.state.queue.close());
         self.devices.iter().for_each(|device| device.state.queue.close());

@@ -93,13 +93,16 @@ impl Shared {
 
     /// What was granted, with descriptors. The evictor is woken if that crossed the high watermark.
     fn copies_in(&self, grant: Grant<HostSpace>) -> Vec<OwnedCopy> {
-        if self.host.space().arena.used_bytes() > self.limits.marks.high_bytes {
+        let used = self.host.space().arena.used_bytes();
+        assert!(used <= self.host_capacity_bytes(), "{used} bytes of host memory");
+        if used > self.limits.marks.high_bytes {
             self.wake.now();
         }
         grant.into_iter().map(|slot| OwnedCopy::new(&self.copies, slot)).collect()
     }
 
     fn only_copy_in(&self, grant: Grant<HostSpace>) -> OwnedCopy {
+        assert!(grant.len() == 1, "space for {} objects was asked for as one's", grant.len());
         self.copies_in(grant).pop().expect("invariant: a grant has space for each object")
     }
 
@@ -114,13 +117,16 @@ impl Shared {
     /// Space in the tier `level` or, where that is full, in a slower one; at once or not at all. If
     /// there is none, extents that callers do not claim are taken back first.
     pub(crate) fn reserve(&self, level: usize, lens: &[u32]) -> Result<Vec<Extent>, TierError> {
-        match self.try_reserve(level, lens) {
+        let reserved = match self.try_reserve(level, lens) {
             Err(TierError::Full { .. }) => {
                 self.recall_extents();
                 self.try_reserve(level, lens)
             }
             outcome => outcome,
-        }
+        };
+        let is_whole = reserved.as_ref().map_or(true, |extents| extents.len() == lens.len());
+        assert!(is_whole, "an extent is reserved for each length, or none");
+        reserved
     }
 
     /// As `reserve`, but before it fails it waits for what may come back within the grace.

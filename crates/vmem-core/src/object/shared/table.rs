@@ -51,7 +51,9 @@ impl Table {
     }
 
     pub(super) fn get(&self, id: u64) -> Option<Arc<Object>> {
-        self.0.get(&id).map(|entry| entry.key().0.clone())
+        let found = self.0.get(&id).map(|entry| entry.key().0.clone());
+        debug_assert!(found.as_ref().is_none_or(|object| object.id == id), "a key is a number");
+        found
     }
 
     pub(super) fn remove(&self, id: u64) {

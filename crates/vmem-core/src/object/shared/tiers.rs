@@ -133,10 +133,12 @@ impl Shared {
         if let Some(storage) = self.storage_of(tier) {
             return storage.state.space().footprint(len);
         }
-        match self.device_of(tier) {
+        let footprint = match self.device_of(tier) {
             Some(device) => device.backend.footprint(len),
             None => HostArena::footprint(len),
-        }
+        };
+        assert!(footprint >= len as u64, "{len} bytes take {footprint} in {tier}");
+        footprint
     }
 
     /// Gives back what was charged for holds, in bytes of footprint.
