@@ -1,7 +1,8 @@
 //! What documents name exists: files, modules, tests, scenarios, bars, invariants.
 //!
 //! Invariant: a name is what stands in backquotes outside of fenced code, a link's target, a
-//! number behind "scenario", or a letter with a number.
+//! number behind "scenario", or a letter with a number. A name without a path is that of a file if
+//! it ends as one, and that of a test or function if it has three words.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -13,9 +14,14 @@ use crate::{Finding, expect_none};
 /// Where numbers are explained.
 const LEGEND: &str = "docs/legend.md";
 
+/// Names that documents give as examples of what not to write.
+const EXAMPLES: &[&str] = &["take_what_is_ready"];
+
 /// Every file, and what is in it.
 struct Repository<'a> {
     files: &'a [File],
+    /// The words of all files that are no documents.
+    words: HashSet<&'a str>,
     /// Numbers of scenarios, `P7`, `I5`, that the legend explains.
     explained: HashSet<&'a str>,
 }
@@ -24,7 +30,10 @@ impl<'a> Repository<'a> {
     fn new(files: &'a [File]) -> Self {
         let legend = files.iter().filter(|file| file.path == LEGEND);
         let rows = legend.flat_map(File::lines).filter_map(|(_, line)| line.strip_prefix("| "));
-        Repository { files, explained: rows.filter_map(|row| row.split(' ').next()).collect() }
+        let explained = rows.filter_map(|row| row.split(' ').next()).collect();
+        let sources = files.iter().filter(|file| file.kind != Kind::Markdown);
+        let words = sources.flat_map(|file| file.text.split(|letter| !is_word(letter))).collect();
+        Repository { files, words, explained }
     }
 
     /// Whether there is a file or folder of this path. What is not text exists on disk alone.
@@ -36,6 +45,12 @@ impl<'a> Repository<'a> {
                 .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
         };
         self.files.iter().any(is_below) || root().join(path).exists()
+    }
+
+    /// Whether there is a file of this name in some folder.
+    fn has_named(&self, name: &str) -> bool {
+        let is_it = |file: &File| file.path.rsplit('/').next() == Some(name);
+        self.files.iter().any(is_it) || root().join(name).exists()
     }
 
     /// The files in this path, which may be one.
@@ -70,6 +85,9 @@ fn fault(repository: &Repository<'_>, name: &str) -> Option<String> {
         None => (name, None),
     };
     let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "/_-.".contains(letter);
+    if path == name && !path.contains('/') {
+        return bare_fault(repository, name);
+    }
     if !path.contains('/') || !path.chars().all(is_plain) {
         return None;
     }
@@ -91,14 +109,32 @@ fn fault(repository: &Repository<'_>, name: &str) -> Option<String> {
     (!is_there).then(|| format!("no {inside} in {at}"))
 }
 
+/// What is wrong with a name that has no path.
+fn bare_fault(repository: &Repository<'_>, name: &str) -> Option<String> {
+    let is_of_file = |letter: char| is_word(letter) || "-.".contains(letter);
+    let is_file = [".rs", ".sh", ".md"].iter().any(|end| {
+        name.strip_suffix(end).is_some_and(|stem| !stem.is_empty() && stem.chars().all(is_of_file))
+    });
+    if is_file {
+        return (!repository.has_named(name)).then(|| format!("no file is named {name}"));
+    }
+    let is_small =
+        |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_';
+    let words = name.split('_').filter(|word| !word.is_empty()).count();
+    let is_function = words > 2 && name.chars().all(is_small);
+    let is_there = repository.words.contains(name) || EXAMPLES.contains(&name);
+    (is_function && !is_there).then(|| format!("nothing is named {name}"))
+}
+
+fn is_word(letter: char) -> bool {
+    letter.is_alphanumeric() || letter == '_'
+}
+
 /// Whether a text declares this function or type.
 fn declares(text: &str, name: &str) -> bool {
     ["fn ", "struct ", "enum ", "trait ", "const ", "mod "].iter().any(|word| {
         let declaration = format!("{word}{name}");
-        let ends = |at: usize| {
-            let behind = text[at + declaration.len()..].chars().next();
-            !behind.is_some_and(|letter| letter.is_alphanumeric() || letter == '_')
-        };
+        let ends = |at: usize| !text[at + declaration.len()..].chars().next().is_some_and(is_word);
         text.match_indices(&declaration).any(|(at, _)| ends(at))
     })
 }
@@ -167,7 +203,6 @@ fn behind<'a>(line: &'a str, option: &str) -> impl Iterator<Item = &'a str> {
 
 /// What a line calls by a number: `P7`, `G1`, `I5`, or "scenario 12", which gives `12`.
 fn numbers(line: &str) -> impl Iterator<Item = String> {
-    let is_word = |letter: char| letter.is_alphanumeric() || letter == '_';
     let words: Vec<_> =
         line.split(|letter| !is_word(letter)).filter(|word| !word.is_empty()).collect();
     let is_number =
@@ -226,19 +261,21 @@ fn small() -> [File; 3] {
 #[test]
 fn missing_names_are_found_by_their_lines() {
     let text = "`tests/some.rs::reads_share_nothing`\n`tests/gone.rs`\n[a](gone.md)\n\
-                scenario 13, I4\n`object/some_gate::gone`\n`cargo test --test gone`\n";
+                scenario 13, I4\n`object/some_gate::gone`\n`cargo test --test gone`\n\
+                `reads_share_nothing` in `nowhere.rs`\n";
     let document = sample("docs/a.md", text);
     let lines: Vec<_> = missing(&Repository::new(&small()), &document)
         .into_iter()
         .map(|found| found.line)
         .collect();
-    assert_eq!(lines, [1, 2, 3, 4, 4, 5, 6]);
+    assert_eq!(lines, [1, 2, 3, 4, 4, 5, 6, 7, 7]);
 }
 
 #[test]
 fn names_that_exist_are_not_found() {
     let text = "`tests/some.rs::reads_share_fetch`, `object/some_gate::pass`, scenario 12, P7\n\
-                `a/b`, `n / 2`, `scenario_12_all`, `cargo test --test some`\n\n\
+                `a/b`, `n / 2`, `scenario_12`, `cargo test --test some`\n\
+                `reads_share_fetch` in `some_gate.rs`, `two_words`, `.rs`\n\n\
                 ```\n`tests/gone.rs`\n```\n";
     let found = missing(&Repository::new(&small()), &sample("docs/a.md", text));
     assert!(found.is_empty(), "{found:?}");

@@ -11,6 +11,7 @@
 
 mod documents;
 mod files;
+mod glossary;
 mod lets;
 mod names;
 mod planted;

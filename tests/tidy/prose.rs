@@ -131,7 +131,7 @@ fn segments(words: &[Word]) -> Vec<Word> {
     found
 }
 
-fn banned(file: &File) -> Vec<Finding> {
+pub(crate) fn banned(file: &File) -> Vec<Finding> {
     // The table of words, and the samples of rules.
     if file.path.starts_with("tests/tidy/") {
         return Vec::new();

@@ -10,7 +10,13 @@ use crate::rust::code_of;
 use crate::{Finding, expect_none};
 
 /// The crates that are looked through.
-const CRATES: &[&str] = &["crates/vmem-core/src/", "crates/vmem-io/src/", "crates/vmem-gpu/src/"];
+const CRATES: &[&str] = &[
+    "crates/vmem-core/src/",
+    "crates/vmem-io/src/",
+    "crates/vmem-gpu/src/",
+    "crates/vmem-object-store/src/",
+    "crates/vmem-cuda-emulator/src/",
+];
 
 /// What is shown for users, and that nothing here calls: the name, and the reason.
 const KEPT: &[(&str, &str)] =

@@ -30,7 +30,9 @@ fn long_files(file: &File) -> Vec<Finding> {
 }
 
 fn without_page(file: &File) -> Vec<Finding> {
-    if file.kind != Kind::Rust || file.text.starts_with("//!") {
+    let page = file.text.lines().next().and_then(|line| line.strip_prefix("//!"));
+    let has_words = page.is_some_and(|page| !page.trim().is_empty());
+    if file.kind != Kind::Rust || has_words {
         return Vec::new();
     }
     vec![Finding::new(file, 1, "no page")]
@@ -71,5 +73,6 @@ fn long_file_is_found_by_its_length() {
 #[test]
 fn missing_page_is_found_behind_a_comment() {
     assert_eq!(without_page(&sample("a.rs", "// What it is.\nmod a;\n")).len(), 1);
+    assert_eq!(without_page(&sample("a.rs", "//!\nmod a;\n")).len(), 1);
     assert_eq!(without_page(&sample("a.rs", "//! What it is.\nmod a;\n")).len(), 0);
 }

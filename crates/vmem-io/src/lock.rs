@@ -15,8 +15,8 @@ use parking_lot::{Condvar, Mutex};
 use crate::directory::Identity;
 use crate::process::Origin;
 
-/// Operations that take longer than this hang.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long an opener waits for a store of this process that is leaving.
+const LEAVING_WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// Device and inode of the lock files whose stores have been dropped.
 static LEAVING: Mutex<Vec<Identity>> = Mutex::new(Vec::new());
@@ -40,7 +40,7 @@ impl Lock {
     ///
     /// As `File::try_lock`, with the file.
     pub(crate) fn take(file: File) -> Result<Self, (File, TryLockError)> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + LEAVING_WAIT_MAX;
         let id = identity(&file);
         let mut leaving = LEAVING.lock();
         loop {

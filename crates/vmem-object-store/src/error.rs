@@ -7,7 +7,7 @@ use object_store::path::Path;
 use vmem_core::VirtualMemoryError;
 
 /// The name of the store, in errors of `object_store`.
-pub(crate) const STORE: &str = "vmem";
+const STORE: &str = "vmem";
 
 /// What was asked for and cannot be, found out before the store was asked: the source of an
 /// [`object_store::Error`].

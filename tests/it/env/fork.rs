@@ -16,8 +16,8 @@ use vmem::{GpuSelection, IoDriver, MemoryTier, VirtualMemoryConfig, VirtualMemor
 use crate::support::process::again;
 
 const CASE: &str = "VMEM_TEST_FORK";
-/// Generous: a child that hangs would do so for ever.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Generous, since a child that hangs does so for ever.
+const HANGS_AFTER: Duration = Duration::from_secs(60);
 
 fn config(driver: IoDriver, path: &Path) -> VirtualMemoryConfig {
     let builder = VirtualMemoryConfig::builder().host_capacity(4 << 20).disk_capacity(16 << 20);
@@ -42,7 +42,7 @@ fn in_a_fork(work: impl FnOnce()) -> Result<(), String> {
         match ended {
             _ if ended == pid && status == 0 => return Ok(()),
             _ if ended == pid => return Err(format!("it ended with status {status:#x}")),
-            0 if started.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(5)),
+            0 if started.elapsed() < HANGS_AFTER => std::thread::sleep(Duration::from_millis(5)),
             _ => {
                 // SAFETY: the child is ours and has not been waited for.
                 unsafe { libc::kill(pid, libc::SIGKILL) };

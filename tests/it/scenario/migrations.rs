@@ -29,8 +29,8 @@ async fn migrations_are_told() {
     }
     let mut seen = 0;
     let mut missed = 0;
-    let patience = Duration::from_millis(200);
-    while let Ok(Some(event)) = tokio::time::timeout(patience, events.next()).await {
+    let quiet = Duration::from_millis(200);
+    while let Ok(Some(event)) = tokio::time::timeout(quiet, events.next()).await {
         seen += 1;
         missed += event.missed;
     }

@@ -296,7 +296,7 @@ async fn scenario_23_a_write_burst() {
 
 /// One read from disk for sixty-four tasks that ask at once, and one failure for all of them.
 #[tokio::test(start_paused = true)]
-async fn a_flight_has_many_passengers() {
+async fn concurrent_cold_reads_share_one_fetch() {
     let (vmem, driver) = open(4 * MIB, 64 * MIB, disk_of(50));
     let handle = vmem.put(bytes(1, 1, MIB), DISK).await.unwrap();
     let ask = || {

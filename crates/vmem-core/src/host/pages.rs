@@ -32,7 +32,7 @@ const GIVE_BACK_TRIES: usize = 8;
 
 /// How long an allocation waits for registered slabs to be given back; if the device is idle they
 /// take a fraction of that.
-const UNREGISTER_PATIENCE: Duration = Duration::from_millis(2);
+const UNREGISTER_WAIT_MAX: Duration = Duration::from_millis(2);
 
 /// The pages of object space.
 #[derive(Debug)]
@@ -88,7 +88,7 @@ impl Pages {
             self.unregister_now(unsent.0);
             return true;
         }
-        let until = Instant::now() + UNREGISTER_PATIENCE;
+        let until = Instant::now() + UNREGISTER_WAIT_MAX;
         let mut state = self.state.lock();
         while state.unregistering > 0 && !state.slow {
             state.slow = self.changed.wait_until(&mut state, until).timed_out();

@@ -34,7 +34,7 @@ pub const STEPS_MAX: usize = 64;
 
 /// Entries that the queue-based policies look at for one victim, over several calls, before the
 /// next best has to do: a lap of a thousand entries costs what a lap of millions costs.
-pub const PATIENCE_STEPS: usize = 16 * STEPS_MAX;
+pub const VICTIM_STEPS_MAX: usize = 16 * STEPS_MAX;
 
 /// Names an entry of a policy, from `insert` to `remove`; it never changes in between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -11,8 +11,8 @@
 //! an entry from it to the main queue and clears its count; the count ends at three; a turn in
 //! the main queue costs one. The share is one of the bytes that are in the queues, since a store
 //! evicts at a watermark and knows no size of a cache. Where the queues would turn more than
-//! [`PATIENCE_STEPS`](super::PATIENCE_STEPS) entries for one victim, the least used among the last
-//! of those has to do (*hurried*).
+//! [`VICTIM_STEPS_MAX`](super::VICTIM_STEPS_MAX) entries for one victim, the least used among the
+//! last of those has to do (*hurried*).
 
 use std::fmt;
 
@@ -20,7 +20,7 @@ use super::ghosts::Ghosts;
 use super::least::Least;
 use super::order::{KEY_BYTES_MAX, Key, Order};
 use super::table::{Slot, Table};
-use super::{Entry, PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
+use super::{Entry, Pass, Pick, Policy, Probe, STEPS_MAX, Token, VICTIM_STEPS_MAX};
 
 /// The small queue has one byte in this many.
 const SMALL_PART: u128 = 10;
@@ -209,7 +209,7 @@ impl Policy for S3Fifo {
             }
         }
         match least.id() {
-            Some(id) if pass.steps >= PATIENCE_STEPS => {
+            Some(id) if pass.steps >= VICTIM_STEPS_MAX => {
                 pass.found();
                 Pick::Victim { id, hurried: true }
             }

@@ -7,15 +7,15 @@
 //! The algorithm is that of Zhang, Yang, Yue, Vigfusson and Rashmi, "SIEVE is Simpler than LRU"
 //! (NSDI 2024). Its *visited* bit is the object's touch counter: a probe that clears it is the
 //! hand that clears the bit. Where the paper's hand would pass more than
-//! [`PATIENCE_STEPS`](super::PATIENCE_STEPS) entries for one victim, the oldest access among the
-//! last of those has to do (*hurried*).
+//! [`VICTIM_STEPS_MAX`](super::VICTIM_STEPS_MAX) entries for one victim, the oldest access among
+//! the last of those has to do (*hurried*).
 
 use std::fmt;
 
 use super::least::Least;
 use super::order::{Key, Order};
 use super::table::Table;
-use super::{Entry, PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token};
+use super::{Entry, Pass, Pick, Policy, Probe, STEPS_MAX, Token, VICTIM_STEPS_MAX};
 
 /// A queue with a hand that spares what was used since it last came by (NSDI 2024).
 ///
@@ -161,7 +161,7 @@ impl Policy for Sieve {
             }
         }
         match oldest.id() {
-            Some(id) if lap.steps >= PATIENCE_STEPS => {
+            Some(id) if lap.steps >= VICTIM_STEPS_MAX => {
                 (lap.found, lap.steps) = (true, 0);
                 Pick::Victim { id, hurried: true }
             }

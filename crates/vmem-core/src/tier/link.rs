@@ -17,7 +17,7 @@ const BACKGROUND_MAX: usize = 32;
 /// A prefetch waits at least this long after the last read of demand.
 const QUIET_MIN: Duration = Duration::from_micros(200);
 /// A prefetch that found no quiet moment for this long takes a turn anyway.
-const PATIENCE: Duration = Duration::from_millis(100);
+const QUIET_WAIT_MAX: Duration = Duration::from_millis(100);
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -97,7 +97,7 @@ impl Link {
         }
         let turn = self.quiet.lock().await;
         let asked = Instant::now();
-        while asked.elapsed() < PATIENCE {
+        while asked.elapsed() < QUIET_WAIT_MAX {
             let Some(wait) = self.until_quiet() else { break };
             tokio::time::sleep(wait).await;
         }
@@ -107,7 +107,7 @@ impl Link {
     /// The time left until the link counts as quiet, as far as known now.
     fn until_quiet(&self) -> Option<Duration> {
         let service = Duration::from_nanos(self.service_ns.load(Ordering::Relaxed));
-        let quiet = (2 * service).clamp(QUIET_MIN, PATIENCE / 4);
+        let quiet = (2 * service).clamp(QUIET_MIN, QUIET_WAIT_MAX / 4);
         if self.demand.load(Ordering::Relaxed) > 0 {
             return Some(quiet);
         }

@@ -8,7 +8,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use vmem_core::PolicyKind;
 use vmem_core::policy::{
-    Entry, PATIENCE_STEPS, Pass, Pick, Policy, Probe, STEPS_MAX, Token, build,
+    Entry, Pass, Pick, Policy, Probe, STEPS_MAX, Token, VICTIM_STEPS_MAX, build,
 };
 
 use crate::{KINDS, seeds};
@@ -83,7 +83,7 @@ fn a_look_is_bounded_however_many_were_used_again() {
                 let (pick, steps) = objects.victim_of(&mut pass);
                 assert!(steps <= STEPS_MAX, "{kind}: {steps} steps among {count}");
                 since += steps;
-                let bound = if kind == PolicyKind::Lru { STEPS_MAX } else { PATIENCE_STEPS };
+                let bound = if kind == PolicyKind::Lru { STEPS_MAX } else { VICTIM_STEPS_MAX };
                 assert!(since <= bound, "{kind}: {since} steps for one victim among {count}");
                 if let Pick::Victim { id, .. } = pick {
                     objects.remove(id);

@@ -189,7 +189,7 @@ impl Lru {
         held: usize,
         count: usize,
     ) -> Result<Self> {
-        ensure!(held > 2 * EARLY, "what is copied early would push out what is to be read");
+        ensure!(held > 2 * EARLY, "what is copied early would evict what is to be read");
         let mut link = Link::new(env, user, count * len, (held + EARLY) * len, 1)?;
         for (object, bytes) in link.host()?.chunks_mut(len).enumerate() {
             bytes.copy_from_slice(data.of(object, len));

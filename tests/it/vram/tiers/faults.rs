@@ -135,7 +135,7 @@ pub(super) async fn every_tier_at_random(which: Which) {
                 let id = handle.id();
                 let len = handle.len();
                 let tier = [VRAM, HOST, DISK][rng.random_range(0..3)];
-                let patience = match rng.random_range(0..4) {
+                let timeout = match rng.random_range(0..4) {
                     0 => Duration::from_micros(rng.random_range(0..2000)),
                     _ => Duration::from_secs(20),
                 };
@@ -145,7 +145,7 @@ pub(super) async fn every_tier_at_random(which: Which) {
                 }
                 let outcome = match rng.random_range(0..9) {
                     0..=2 => {
-                        let read = tokio::time::timeout(patience, vmem.read(handle)).await;
+                        let read = tokio::time::timeout(timeout, vmem.read(handle)).await;
                         if let Ok(Ok(read)) = &read {
                             let right = (*done..=*begun)
                                 .any(|version| read[..] == bytes(id, version, len)[..]);
@@ -156,16 +156,16 @@ pub(super) async fn every_tier_at_random(which: Which) {
                     3 => {
                         *begun += 1;
                         let new = bytes(id, *begun, len);
-                        let write = tokio::time::timeout(patience, vmem.write(handle, new)).await;
+                        let write = tokio::time::timeout(timeout, vmem.write(handle, new)).await;
                         if let Ok(Ok(())) = write {
                             *done = *begun;
                         }
                         write
                     }
-                    4 | 5 => tokio::time::timeout(patience, vmem.promote(handle, tier)).await,
-                    6 => tokio::time::timeout(patience, vmem.demote(handle, tier)).await,
+                    4 | 5 => tokio::time::timeout(timeout, vmem.promote(handle, tier)).await,
+                    6 => tokio::time::timeout(timeout, vmem.demote(handle, tier)).await,
                     7 => {
-                        let pin = tokio::time::timeout(patience, vmem.pin(handle, tier)).await;
+                        let pin = tokio::time::timeout(timeout, vmem.pin(handle, tier)).await;
                         tokio::task::yield_now().await;
                         if let Ok(Ok(_guard)) = &pin
                             && tier == VRAM
