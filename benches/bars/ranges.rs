@@ -1,7 +1,7 @@
 //! P15: random ranges of one hot object, large beside small.
 //!
 //! Both objects are in host memory once they are warm; what is read is checked. The cost is CPU
-//! time of the reading thread. `read_at` returns a copy of a part as small as this.
+//! time of the reading thread. A part is so small that `read_at` returns a copy.
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -24,7 +24,7 @@ pub(crate) fn p15(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
         let mut objects = Vec::new();
         for len in [8 << 20, 48 << 10] {
             let handle = vmem.put(bytes(len), MemoryTier::Disk).await?;
-            // By the rule, not by `promote`: ranges are to warm it.
+            // Reads of ranges must warm it, so nothing here calls `promote`.
             for seed in 0..20 {
                 into(&vmem, &handle, seed, 1000).await?;
             }
@@ -64,7 +64,7 @@ pub(crate) fn p15(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
     })
 }
 
-/// What memory alone makes of it: the same ranges of two plain vectors.
+/// What memory alone costs: the same ranges of two plain vectors.
 fn floor(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
     let vectors = [bytes(8 << 20), bytes(48 << 10)];
     let mut sides = [Rounds::default(), Rounds::default()];
@@ -95,7 +95,7 @@ fn floor(report: &mut Report, rounds: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Each word tells where it is.
+/// Bytes whose words of eight each have their own index.
 fn bytes(len: usize) -> Vec<u8> {
     (0..len as u64 / 8).flat_map(u64::to_le_bytes).collect()
 }

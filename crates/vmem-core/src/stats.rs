@@ -43,19 +43,19 @@ pub struct VirtualMemoryStats {
     /// sizes of their entries, and their chunks on disk. Not counted: the order of eviction (about
     /// 32 bytes for each object in host memory or VRAM), what the allocator rounds up, some 128
     /// bytes for each object in host memory that was never written, and the catalog's cache. A
-    /// name that no handle leads to leaves memory when its object is on disk alone and durable; the
-    /// last 1,024 of them stay.
+    /// name without a handle leaves memory once its object is durable and on disk alone; the last
+    /// 1,024 such names stay.
     pub metadata_bytes: u64,
     /// Names whose objects are in memory.
     pub names_in_memory: u64,
     /// Host memory set apart for staging, in bytes.
     pub staging_bytes: u64,
-    /// Memory that streams may hold now, in bytes: beside `host_capacity`, and above
-    /// `stream_capacity` only by 4 KiB for each reader, 64 KiB for each writer, and as much again
-    /// for each `Bytes` of a reader's stream that is kept.
+    /// Memory that streams may hold now, in bytes. It is not part of `host_capacity`. It exceeds
+    /// `stream_capacity` only by 64 KiB for each writer, and by 4 KiB for each reader and for each
+    /// `Bytes` of its stream that is kept.
     pub stream_bytes: u64,
-    /// Object space that the device reaches directly, in bytes; the rest goes by a detour of the
-    /// driver.
+    /// Object space that the device reaches directly, in bytes. The driver copies the rest by a
+    /// detour.
     pub registered_bytes: u64,
     /// Footprint that `Bytes` given to callers keep in host memory, in bytes.
     pub held_bytes: u64,

@@ -68,7 +68,7 @@ fn play(driver: IoDriver, runtime: Runtime) {
         (named, object)
     });
     let copy = (vmem.clone(), named.clone(), object.clone());
-    // What the child drops are its copies of the last owners: the runtime has the store's tasks.
+    // The child drops its copies of the last owners. The runtime is one: it has the store's tasks.
     let outcome = {
         let mine = Some((vmem, named, object, runtime));
         let mut child = Some(mine);

@@ -30,8 +30,8 @@ pub(crate) struct CopyPool {
 
 struct Free {
     list: Vec<NonNull<HostCopy>>,
-    /// What `list` and every copy in use point into: boxes, taken apart so that moving one does not
-    /// claim what others point into.
+    /// The memory into which `list` and every copy in use point. Each was a `Box`, and is kept as a
+    /// pointer: a `Box` that is moved claims to be the only way to its memory.
     chunks: Vec<NonNull<[HostCopy]>>,
 }
 
@@ -92,7 +92,7 @@ impl fmt::Debug for CopyPool {
 pub(crate) struct Anchor {
     pool: Arc<CopyPool>,
     /// Footprint of the copies that got their first reader here, less that of those that lost
-    /// their last one here; only the sum over all anchors means something.
+    /// their last reader here. It may be negative; the sum over all anchors is what readers hold.
     held_bytes: AtomicI64,
     hits: AtomicU64,
     /// Keeps two anchors off one pair of cache lines.
@@ -114,7 +114,7 @@ impl Anchor {
 
     /// The last reader of a copy let go.
     pub(super) fn released(&self, footprint: u64) {
-        // Before the question whether there is a waiter.
+        // Before the look for a waiter, so that none is missed.
         self.held_bytes.fetch_sub(footprint as i64, Ordering::SeqCst);
         self.pool.wake.if_waiting();
     }
@@ -152,8 +152,8 @@ impl Copies {
     pub(super) fn anchor(&self) -> &Arc<Anchor> {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         thread_local! {
-            /// One more than the number of this thread, once it has one. Without a
-            /// destructor, so that the destructors of other thread-locals may read.
+            /// The number of this thread plus one; 0 before it has a number. There is no
+            /// destructor, so that the destructors of other thread-locals can still read.
             static MINE: Cell<usize> = const { Cell::new(0) };
         }
         let mine = MINE.with(|mine| {

@@ -14,9 +14,9 @@
 //!
 //! Invariant: memory is written or given back only in a state without readers, and a state without
 //! readers that is not `VALID` belongs to exactly one thread: the one that made the transition into
-//! it. Readers may call `try_acquire` and `release` at any time, on a word that by then serves
-//! another object too (copies are type-stable, see `pool.rs`); every other transition is made by
-//! the holder of the object's gate. All orderings that pair "I wait, is it held?" with "I released,
+//! it. Readers may call `try_acquire` and `release` at any time, even on a word that serves another
+//! object by then (copies are type-stable, see `pool.rs`); every other transition is made by the
+//! holder of the object's gate. All orderings that pair "I wait, is it held?" with "I released,
 //! is there a waiter?" are `SeqCst`.
 //!
 //! Called by `copy/mod.rs` alone. Model-checked by `tests/model_word.rs`, which includes this file
@@ -88,8 +88,8 @@ impl CopyWord {
 
     /// Takes a reader count, if this is a current copy: check and hold in one step.
     pub(crate) fn try_acquire(&self) -> Acquire {
-        // Acquire even where it only says no: the caller looks at the object's cell next, and must
-        // not find there what was before this word changed.
+        // `Acquire` even where the answer is no: the caller looks at the object's cell next, and
+        // must not find the value from before this word changed.
         let mut word = self.0.load(Ordering::Acquire);
         loop {
             if word & VALID == 0 {

@@ -22,7 +22,7 @@ use crate::host::{ObjectSpace, StagingMemory};
 
 pub use ledger::RangeLedger;
 
-/// What an operation of the device comes to, later.
+/// The outcome of a device operation, once it has ended.
 pub type DeviceAnswer<T> = BoxFuture<'static, T>;
 
 /// A tier above host memory that holds whole objects.
@@ -31,7 +31,7 @@ pub type DeviceAnswer<T> = BoxFuture<'static, T>;
 /// point: the operation then goes on, and what it owns is released when it ends.
 pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
     /// Takes memory for `len` bytes, within the budget; none if there is none in one piece now.
-    /// What was in it before is still there: it is for the caller never to show it.
+    /// The memory keeps its old bytes, which the caller must never show.
     fn reserve(&self, len: usize) -> Option<DeviceRange>;
 
     /// What an object of `len` bytes takes of the budget, rounding included, in bytes.
@@ -59,8 +59,8 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
         at: usize,
     ) -> DeviceAnswer<(IoBuf, Result<(), DeviceError>)>;
 
-    /// Makes memory through which much will pass fit for direct access by the device. Called once,
-    /// before anything else; the backend keeps `memory` until it is unregistered.
+    /// Registers staging memory, so that the device reaches it directly. Called once, before
+    /// anything else; the backend keeps `memory` until it is unregistered.
     ///
     /// # Errors
     ///
@@ -68,19 +68,18 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
     fn register(&self, memory: StagingMemory) -> io::Result<()>;
 
     /// Object space, parts of which the device may register as copies pass through them. Called
-    /// once, before any copy from or to it. A device to which all memory is the same does nothing.
+    /// once, before any copy from or to it. A device that gains nothing by that does nothing.
     fn register_space(&self, space: ObjectSpace) {
         drop(space);
     }
 
-    /// Calls `hook`, which is quick, whenever memory became free other than by the last share of a
-    /// range, and when the device is lost. It is not called when a range is released: a caller that
-    /// took one on trial would wake itself for ever.
+    /// Sets the hook, which is quick. The backend calls it when the device is lost, and when memory
+    /// becomes free in another way than by the drop of a range. A dropped range does not count: a
+    /// caller that took one on trial would wake itself for ever.
     fn set_freed_hook(&self, hook: Box<dyn Fn() + Send + Sync>);
 
-    /// How many bytes from this address on belong to no range, up to the next range. 0 where that
-    /// is not known: then free memory between two ranges does not count as part of a stretch that
-    /// could be emptied.
+    /// The free bytes from this address to the next range. A backend that does not know returns 0:
+    /// then no stretch of memory that is to be emptied has free memory in it.
     fn free_from(&self, address: u64) -> u64 {
         let _ = address;
         0
@@ -89,18 +88,18 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
     /// The ledger, now.
     fn usage(&self) -> DeviceUsage;
 
-    /// Why the device serves no more, once it does not. It never comes back.
+    /// Why the device is lost; none while it serves. A lost device never comes back.
     fn lost(&self) -> Option<Arc<str>>;
 
     /// The device, in words.
     fn describe(&self) -> Arc<str>;
 
-    /// Waits for what is in flight, and gives the device back. What will not end is
-    /// reported, and its memory never freed.
+    /// Waits for what is in flight, and gives the device back. An operation that does not end is
+    /// reported, and its memory is never freed.
     fn close(&self) -> DeviceAnswer<Result<(), DeviceError>>;
 }
 
-/// Where ranges go back to.
+/// The owner of ranges, which takes them back.
 pub trait RangeOwner: fmt::Debug + Send + Sync {
     /// The range at this address is free.
     fn release(&self, address: u64, footprint: u64);
@@ -124,7 +123,7 @@ struct Owned {
 }
 
 impl DeviceRange {
-    /// For backends: this memory, which goes back to `owner`.
+    /// A range of this memory, which goes back to `owner`; for backends.
     pub fn new(address: u64, len: usize, footprint: u64, owner: Arc<dyn RangeOwner>) -> Self {
         let watcher = OnceLock::new();
         DeviceRange { range: Some(Arc::new(Owned { address, len, footprint, owner, watcher })) }
@@ -160,12 +159,12 @@ impl DeviceRange {
         self.owned().address
     }
 
-    /// What it was reserved for, in bytes.
+    /// The length for which it was reserved, in bytes.
     pub fn len(&self) -> usize {
         self.owned().len
     }
 
-    /// Whether it holds nothing.
+    /// Whether its length is zero.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -216,7 +215,7 @@ pub struct DeviceUsage {
     pub largest_free_bytes: u64,
 }
 
-/// What a device said.
+/// Why a device operation failed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum DeviceError {
     /// An operation failed; others may succeed.
@@ -238,7 +237,7 @@ pub enum DeviceError {
 }
 
 impl DeviceError {
-    /// As the user sees it.
+    /// The public form of this error.
     pub fn public(self) -> VirtualMemoryError {
         match self {
             DeviceError::Failed { operation, code, message } => {
