@@ -52,13 +52,13 @@ pub trait Tier: fmt::Debug + Send + Sync + 'static {
         buf: IoBuf,
     ) -> BoxFuture<'static, (IoBuf, Result<(), TierError>)>;
 
-    /// Registers memory through which much will pass with whatever moves the bytes. Called once,
-    /// before anything else; the backend keeps `memory` until it is unregistered.
+    /// Registers staging memory with the driver that moves the bytes. Called once, before anything
+    /// else; the backend keeps `memory` until it is unregistered.
     ///
     /// # Errors
     ///
-    /// Why it was not, [`Unsupported`](io::ErrorKind::Unsupported) where there is nothing to
-    /// register with; everything works without it.
+    /// The refusal of the driver; [`Unsupported`](io::ErrorKind::Unsupported) from a backend that
+    /// registers nothing. Everything works without it.
     fn register(&self, memory: StagingMemory) -> io::Result<()> {
         drop(memory);
         Err(io::ErrorKind::Unsupported.into())
@@ -70,7 +70,7 @@ pub trait Tier: fmt::Debug + Send + Sync + 'static {
     /// Space taken and free, now.
     fn usage(&self) -> TierUsage;
 
-    /// What serves, and why, in words.
+    /// The driver that serves, and why, in words.
     fn describe(&self) -> Arc<str>;
 
     /// The time in which its operations take place; deadlines are measured by it.
@@ -110,7 +110,7 @@ pub trait Durable: Tier {
     }
 }
 
-/// Of a backend that serves no catalog.
+/// The error of a backend that serves no catalog.
 fn unsupported(operation: &'static str) -> TierError {
     TierError::Io { operation, source: Arc::new(io::ErrorKind::Unsupported.into()) }
 }
@@ -118,7 +118,8 @@ fn unsupported(operation: &'static str) -> TierError {
 /// A piece of a tier that holds, or will hold, one chunk. Dropping it frees the space, unless it is
 /// [kept](Self::keep).
 pub struct Extent {
-    /// Of the first run. The two are no `Run`, whose padding would cost each extent eight bytes.
+    /// Where the first run starts; its length is `footprint`. As one `Run` the two would have
+    /// padding, of eight bytes for each extent.
     offset: u64,
     footprint: u32,
     len: u32,
@@ -359,7 +360,7 @@ pub struct TierUsage {
 /// Why an operation of such a tier failed.
 #[derive(Clone, Debug)]
 pub enum TierError {
-    /// No space: the budget is used up, or the file system is (then with the cause).
+    /// No space: the budget is used up, or the file system is full and `source` says so.
     Full {
         /// Bytes asked for, rounding included.
         requested_bytes: u64,
