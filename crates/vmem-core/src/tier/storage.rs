@@ -94,6 +94,7 @@ impl StorageSpace {
     /// What the backend says.
     pub(crate) fn reserve(&self, lens: &[u32]) -> Result<Vec<Extent>, TierError> {
         let mut extents = self.backend.reserve(lens)?;
+        assert!(extents.len() == lens.len(), "a backend takes space for each chunk, or for none");
         extents.iter_mut().for_each(|extent| extent.set_level(self.level));
         if let (Some(wake), Some(extent)) = (&self.freed, extents.first()) {
             extent.on_release(|| {
