@@ -53,7 +53,7 @@ pub const GPUS_MAX: usize = 32;
 /// - `watermarks`: two numbers, low and high. `max_pinned`, `max_held`: a number.
 /// - `policy`: `"lru"`, `"sieve"`, or `"s3-fifo"`, also written `"s3fifo"`.
 /// - `promotion`: the number of the read, from 1 on, or `"never"`.
-/// - `wait_timeout`: text such as `"30s"`, `"1m 30s"` or `"250ms"`.
+/// - `wait_timeout`, `slow_read_threshold`: text such as `"30s"`, `"1m 30s"` or `"250ms"`.
 ///
 /// ```
 /// use vmem::{MemoryTier, VirtualMemoryConfig};
@@ -158,6 +158,11 @@ impl VirtualMemoryConfig {
     pub fn wait_timeout(&self) -> Duration {
         self.fields.wait_timeout
     }
+
+    /// From when on an event tells of a read.
+    pub fn slow_read_threshold(&self) -> Duration {
+        self.fields.slow_read_threshold
+    }
 }
 
 /// Sets the fields of a [`VirtualMemoryConfig`], by value.
@@ -179,6 +184,7 @@ pub struct VirtualMemoryConfigBuilder {
     promotion: Promotion,
     catalog_cache: u64,
     wait_timeout: Duration,
+    slow_read_threshold: Duration,
 }
 
 impl Default for VirtualMemoryConfigBuilder {
@@ -200,6 +206,7 @@ impl Default for VirtualMemoryConfigBuilder {
             promotion: Promotion::default(),
             catalog_cache: 8 << 20,
             wait_timeout: Duration::from_secs(30),
+            slow_read_threshold: Duration::from_secs(1),
         }
     }
 }

@@ -15,6 +15,7 @@
 //! - `ranges`: the set of ranges that every allocator stands on.
 //! - `storage`, `buffer`: what a tier below host memory implements.
 //! - `device`, `vram`: what a tier above it implements, and the objects in it.
+//! - `latency`: how long reads take that are not hits, and what they wait for.
 //! - `config`, `options`, `error`, `events`, `stats`, `capabilities`: what goes in and comes out.
 //! - `locks`: the order in which locks are taken, asserted in debug builds.
 //! - `planted`: the bugs that tests are seen to find; none in an ordinary build.
@@ -33,6 +34,7 @@ mod error;
 mod events;
 mod handle;
 mod host;
+mod latency;
 mod locks;
 mod memory_tier;
 mod migrate;
@@ -64,6 +66,7 @@ pub use config::{
 pub use error::VirtualMemoryError;
 pub use events::{MigrationCause, MigrationEvent};
 pub use handle::VMemHandle;
+pub use latency::{LatencySnapshot, ReadOp, ReadOutcome, ReadStage, ReadTimes, SlowRead};
 pub use memory_tier::MemoryTier;
 pub use options::{ReadClass, ReadOptions};
 #[cfg(vmem_planted)]

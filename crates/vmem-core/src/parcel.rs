@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use crate::latency::StageClock;
 use crate::locks::{self, Lock};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -60,6 +61,8 @@ struct Inner<T> {
     /// Parcels that exist; once there is none there never is one again.
     receivers: AtomicUsize,
     changed: Notify,
+    /// That of the read which it serves first.
+    clock: Option<Arc<StageClock>>,
 }
 
 /// The receiving end. Several callers may share the value of one delivery.
@@ -73,15 +76,21 @@ pub(crate) struct WeakParcel<T>(Weak<Inner<T>>);
 
 /// The two ends.
 pub(crate) fn parcel<T>() -> (Delivery<T>, Parcel<T>) {
-    let inner = Arc::new(Inner {
-        state: Lock::new(State::Awaited),
-        receivers: AtomicUsize::new(1),
-        changed: Notify::new(),
-    });
+    parcel_on(None)
+}
+
+/// The two ends, where this clock measures what is delivered.
+pub(crate) fn parcel_on<T>(clock: Option<Arc<StageClock>>) -> (Delivery<T>, Parcel<T>) {
+    let inner = Arc::new(Inner::new(State::Awaited, clock));
     (Delivery(inner.clone()), Parcel(inner))
 }
 
 impl<T> Inner<T> {
+    fn new(state: State<T>, clock: Option<Arc<StageClock>>) -> Self {
+        let receivers = AtomicUsize::new(1);
+        Inner { state: Lock::new(state), receivers, changed: Notify::new(), clock }
+    }
+
     /// Replaces the state, and drops the previous one where no lock is held.
     fn replace(&self, state: State<T>) -> State<T> {
         let before = std::mem::replace(&mut *self.state.lock(), state);
@@ -148,11 +157,7 @@ impl<T> Drop for Delivery<T> {
 impl<T> Parcel<T> {
     /// A value that its caller works on a piece a poll, and that can be taken back in between.
     pub(crate) fn lend(value: T) -> Self {
-        Parcel(Arc::new(Inner {
-            state: Lock::new(State::Ready(value, None)),
-            receivers: AtomicUsize::new(1),
-            changed: Notify::new(),
-        }))
+        Parcel(Arc::new(Inner::new(State::Ready(value, None), None)))
     }
 
     /// As `lend`, and it can be taken back from now on.
@@ -238,6 +243,10 @@ impl<T> Parcel<T> {
             }
             changed.await;
         }
+    }
+
+    pub(crate) fn clock(&self) -> Option<&Arc<StageClock>> {
+        self.0.clock.as_ref()
     }
 
     pub(crate) fn downgrade(&self) -> WeakParcel<T> {

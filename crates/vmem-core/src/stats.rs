@@ -3,7 +3,11 @@
 //! Invariant: the bytes of a tier come from its ledger, so they never exceed its capacity;
 //! counters only grow and may lag. Filled in by `Shared`, read by users.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::latency::{Latencies, LatencySnapshot, ReadOp, ReadStage, SlowRead};
+use crate::memory_tier::MemoryTier;
 
 /// One tier, now. Bytes are footprints: rounding included.
 #[non_exhaustive]
@@ -25,7 +29,7 @@ pub struct TierStats {
 
 /// The store, now. See each field for its unit.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct VirtualMemoryStats {
     /// Memory of the first device; all zero without a GPU. See
     /// [`VirtualMemory::tier_stats`](crate::VirtualMemory::tier_stats) for the others.
@@ -69,6 +73,10 @@ pub struct VirtualMemoryStats {
     pub migrations_in_flight: u64,
     /// Reads that host memory did not serve.
     pub misses: u64,
+    /// Reads that were no hits and ended with an error.
+    pub reads_failed: u64,
+    /// Reads that were no hits and whose callers dropped them.
+    pub reads_cancelled: u64,
     /// Copies that left a tier to make space.
     pub evictions: u64,
     /// Copies that a promotion made.
@@ -95,6 +103,8 @@ pub struct VirtualMemoryStats {
     pub commits: u64,
     /// Operations of a backend that failed.
     pub errors: u64,
+    /// Of the store that these figures are of.
+    pub(crate) latencies: Option<Arc<Latencies>>,
 }
 
 impl VirtualMemoryStats {
@@ -102,6 +112,70 @@ impl VirtualMemoryStats {
     pub fn hit_ratio(&self) -> f64 {
         let reads = self.host.hits + self.misses;
         if reads == 0 { 0.0 } else { self.host.hits as f64 / reads as f64 }
+    }
+
+    /// How long the reads of this kind took that this tier served, up to now. Hits are not
+    /// measured: those that host memory served, but not at once, are under
+    /// [`MemoryTier::Host`]. Reads that failed or were dropped are not among them.
+    ///
+    /// ```
+    /// use vmem::{MemoryTier, ReadOp};
+    /// # use vmem::VirtualMemoryConfig;
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+    /// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
+    /// # let vmem = vmem::open(config.build()?).await?;
+    /// let handle = vmem.put([1, 2, 3], MemoryTier::Disk).await?;
+    /// vmem.read(&handle).await?;
+    /// let from_disk = vmem.stats().latency(ReadOp::Whole, MemoryTier::Disk);
+    /// assert_eq!(from_disk.count(), 1);
+    /// println!("half of them took at most {:?}", from_disk.quantile(0.5));
+    /// # vmem.close().await
+    /// # }
+    /// ```
+    pub fn latency(&self, op: ReadOp, tier: MemoryTier) -> LatencySnapshot {
+        self.latencies.as_ref().map_or_else(LatencySnapshot::default, |all| all.snapshot(op, tier))
+    }
+
+    /// The slowest reads of the last five minutes, 32 at most, the slowest first: what each waited
+    /// for, and how it ended. Hits are never among them.
+    ///
+    /// ```
+    /// # use vmem::{MemoryTier, VirtualMemoryConfig};
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+    /// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
+    /// # let vmem = vmem::open(config.build()?).await?;
+    /// let handle = vmem.put([1, 2, 3], MemoryTier::Disk).await?;
+    /// vmem.read(&handle).await?;
+    /// for slow in vmem.stats().slow_reads() {
+    ///     // object 1, 3 bytes from disk (whole), served: 210.0us, io 180.0us, runtime 30.0us
+    ///     println!("{slow}: mostly {}", slow.cause());
+    /// }
+    /// # assert_eq!(vmem.stats().slow_reads()[0].handle, handle.id());
+    /// # vmem.close().await
+    /// # }
+    /// ```
+    pub fn slow_reads(&self) -> Vec<SlowRead> {
+        self.latencies.as_ref().map_or_else(Vec::new, |all| all.slow_reads())
+    }
+
+    /// The number of reads that are under way and in this stage, at this moment.
+    ///
+    /// ```
+    /// # use vmem::VirtualMemoryConfig;
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+    /// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
+    /// # let vmem = vmem::open(config.build()?).await?;
+    /// for stage in vmem::ReadStage::ALL {
+    ///     println!("{stage}: {}", vmem.stats().reads_in(stage));
+    /// }
+    /// # vmem.close().await
+    /// # }
+    /// ```
+    pub fn reads_in(&self, stage: ReadStage) -> u64 {
+        self.latencies.as_ref().map_or(0, |all| all.in_stage(stage))
     }
 }
 

@@ -26,6 +26,7 @@ fn every_field_is_read() {
         promotion = "never"
         catalog_cache = "32MiB"
         wait_timeout = "1m 30s"
+        slow_read_threshold = "250ms"
         "#,
     )
     .unwrap();
@@ -42,6 +43,7 @@ fn every_field_is_read() {
     assert_eq!(config.promotion(), Promotion::Never);
     assert_eq!(config.catalog_cache(), 32 << 20);
     assert_eq!(config.wait_timeout(), Duration::from_secs(90));
+    assert_eq!(config.slow_read_threshold(), Duration::from_millis(250));
 }
 
 #[test]
@@ -70,6 +72,7 @@ fn unworkable_value_is_refused_with_its_field() {
         ("promotion = 0", "promotion"),
         ("wait_timeout = \"soon\"", "wait_timeout"),
         ("wait_timeout = \"0s\"", "wait_timeout"),
+        ("slow_read_threshold = 1", "slow_read_threshold"),
         ("host_capacity = \"0%\"", "host_capacity"),
         ("host_capacity = \"100.5%\"", "host_capacity"),
         ("disk_capacity = \"-1%\"", "disk_capacity"),
@@ -156,7 +159,8 @@ fn written_configuration_is_read_as_the_same() {
         .watermarks(0.1, 1.0 - f64::EPSILON)
         .max_pinned(1.0 / 7.0)
         .catalog_cache(65_537)
-        .wait_timeout(Duration::new(400 * 86_400 + 3_661, 1_000_007));
+        .wait_timeout(Duration::new(400 * 86_400 + 3_661, 1_000_007))
+        .slow_read_threshold(Duration::MAX);
     there_and_back(&set.build().unwrap());
     for gpu in ["auto", "off", "0", "GPU-6d0f3c9e-0000-4000-8000-000000000000"] {
         there_and_back(&builder().gpu(gpu.parse().unwrap()).build().unwrap());

@@ -14,4 +14,6 @@ mod migrations;
 mod order;
 mod pressure;
 mod residency;
+mod slow_reads;
 mod space;
+mod spans;

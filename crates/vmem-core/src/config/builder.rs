@@ -146,6 +146,13 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
+    /// A read that is not a hit and takes this long, or longer, causes an event of the target
+    /// `vmem::read`, with what it waited for. [`Duration::MAX`]: none does. Default: 1 s.
+    pub fn slow_read_threshold(mut self, threshold: Duration) -> Self {
+        self.slow_read_threshold = threshold;
+        self
+    }
+
     /// Checks every field.
     ///
     /// # Errors

@@ -36,6 +36,8 @@ struct Fields {
     catalog_cache: Option<Size>,
     #[serde(with = "humantime_serde")]
     wait_timeout: Option<Duration>,
+    #[serde(with = "humantime_serde")]
+    slow_read_threshold: Option<Duration>,
 }
 
 /// A value that is a whole number or a word.
@@ -186,5 +188,6 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
     builder.max_held = fields.max_held.unwrap_or(builder.max_held);
     builder.catalog_cache = bytes(fields.catalog_cache).unwrap_or(builder.catalog_cache);
     builder.wait_timeout = fields.wait_timeout.unwrap_or(builder.wait_timeout);
+    builder.slow_read_threshold = fields.slow_read_threshold.unwrap_or(builder.slow_read_threshold);
     Ok(builder)
 }

@@ -41,6 +41,8 @@ struct Fields<'a> {
     catalog_cache: u64,
     #[serde(with = "humantime_serde")]
     wait_timeout: Duration,
+    #[serde(with = "humantime_serde")]
+    slow_read_threshold: Duration,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -77,6 +79,7 @@ impl Serialize for VirtualMemoryConfig {
             promotion: fields.promotion,
             catalog_cache: fields.catalog_cache,
             wait_timeout: fields.wait_timeout,
+            slow_read_threshold: fields.slow_read_threshold,
         };
         written.serialize(serializer)
     }

@@ -55,6 +55,7 @@ async fn load_from_device(
     let device = &shared.devices()[*device];
     let start = chunks.start * CHUNK_BYTES;
     let len = object.len.min(chunks.end * CHUNK_BYTES) - start;
+    let _stage = latency::enter(ReadStage::Io);
     let (buf, outcome) = device.backend.download(Arc::new(copy.share()), start, len, buf, at).await;
     match &outcome {
         Ok(()) => stats::add(&shared.counters.vram_to_host_bytes, len as u64),

@@ -52,6 +52,7 @@ pub(crate) use write::{NewVersion, publish_version};
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::{MigrationCause, MigrationEvent};
+use crate::latency;
 use crate::memory_tier::MemoryTier;
 use crate::object::{Object, Shared};
 use crate::stats;
@@ -141,6 +142,9 @@ impl<'a> Record<'a> {
             waited_us = tracing::field::Empty,
             copied_us = tracing::field::Empty,
         );
+        if let Some(read) = latency::span_of_read() {
+            span.follows_from(&read);
+        }
         let event = MigrationEvent {
             handle,
             from,

@@ -14,6 +14,7 @@ use crate::chunk::CHUNK_BYTES;
 use crate::copy::Found;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
+use crate::latency::{self, ReadStage};
 use crate::object::{MapIdentity, Object, Shared, Version, chunk_count, chunks_of};
 use crate::parcel::{Parcel, SetAside};
 use crate::tier::{Class, Need};
@@ -130,7 +131,10 @@ pub(crate) async fn read_part(
             count_hit(&object, &version);
             copy_all(&object, &version, &range, to, class, &deadline).await?;
         }
-        Below::Resident(bytes) => to.copy_from_slice(&bytes[range]),
+        Below::Resident(bytes) => {
+            let _stage = latency::enter(ReadStage::Copy);
+            to.copy_from_slice(&bytes[range]);
+        }
         Below::Zeros => to.fill(0),
     }
     Ok(match space {
@@ -152,7 +156,9 @@ pub(super) async fn copy_all(
     while done < range.len() {
         let rest = range.start + done..range.end;
         let (bytes, at) = staged(object, version, &rest, class, deadline).await?;
+        let stage = latency::enter(ReadStage::Copy);
         to[done..done + at.len()].copy_from_slice(&bytes[at.clone()]);
+        drop(stage);
         done += at.len();
     }
     Ok(())

@@ -15,6 +15,7 @@ use crate::deadline::Deadline;
 use crate::device::{DeviceAnswer, DeviceError};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
+use crate::latency::{self, ReadStage};
 use crate::memory_tier::{MemoryTier, Position};
 use crate::object::{Object, Shared, WeakFlight};
 use crate::parcel::{Delivery, parcel};
@@ -63,10 +64,15 @@ pub(crate) fn request_fetch(job: Job, flight: WeakFlight, reply: Delivery<Result
         Class::Demand => Line::Demand,
         Class::Prefetch => Line::Background,
     };
-    let work = serve_fetch(job, flight, reply);
+    let work = latency::inherit(serve_fetch(job, flight, reply));
     if is_read && shared.takes_reads() {
         shared.spawn("vmem-read", work);
     } else {
+        let turn = latency::enter(ReadStage::Turn);
+        let work = async move {
+            drop(turn);
+            work.await;
+        };
         shared.request(Request::new("vmem-fetch", line, work));
     }
 }

@@ -14,8 +14,9 @@ use crate::copy::{Found, OwnedCopy};
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
+use crate::latency;
 use crate::object::{Object, Shared};
-use crate::parcel::{SetAside, parcel};
+use crate::parcel::{SetAside, parcel_on};
 use crate::tier::Need;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
@@ -104,7 +105,7 @@ async fn read_one(
     }
     // Others may join this read. It joins no other, since that may wait for space, and this one
     // does not.
-    let (delivery, flight) = parcel();
+    let (delivery, flight) = parcel_on(latency::current());
     let mut delivery = Some(delivery);
     let (_, started) = object.join_or_start(|| flight.clone());
     if !started {

@@ -20,6 +20,7 @@ use crate::chunk::CHUNK_BYTES;
 use crate::copy::ReadGuard;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
+use crate::latency::{self, ReadStage};
 use crate::object::{ExtentMap, Object, Shared, Version, chunk_lens, chunks_of};
 use crate::parcel::SetAside;
 use crate::storage::Extent;
@@ -166,7 +167,10 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                 }
                 // The extents are read under the gate: a write that follows at once
                 // makes another version.
-                match settle_copy(pass, deadline).await {
+                let stage = latency::enter(ReadStage::Io);
+                let settled = settle_copy(pass, deadline).await;
+                drop(stage);
+                match settled {
                     Ok(extents) => return Ok(Source::Below(Version { extents, device: None })),
                     Err(error) => {
                         let id = object.id;

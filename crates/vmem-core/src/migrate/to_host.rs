@@ -12,6 +12,7 @@ use crate::buffer::IoBuf;
 use crate::copy::{Found, OwnedCopy};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
+use crate::latency;
 use crate::memory_tier::MemoryTier;
 use crate::object::{GatePass, Object, Version, chunk_count};
 use crate::stats;
@@ -104,6 +105,7 @@ pub(crate) async fn fetch_into(
 
 /// Counts a read that the tier of this version served.
 pub(crate) fn count_hit(object: &Object, version: &Version) {
+    latency::served_by(version.tier());
     let shared = &object.shared;
     let hits = match &version.device {
         Some((device, _)) => &shared.devices()[*device].hits,

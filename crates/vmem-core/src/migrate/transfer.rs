@@ -11,6 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::buffer::IoBuf;
+use crate::latency::{self, ReadStage};
 use crate::object::Shared;
 use crate::stats::add;
 use crate::storage::{Extent, ReadChunk, TierError};
@@ -116,11 +117,14 @@ async fn read_in(
 ) -> (IoBuf, Result<(), TierError>) {
     let storage = &shared.storage()[level];
     let bytes: u64 = reads.iter().map(|read| u64::from(read.extent.len())).sum();
+    let turn = latency::enter(ReadStage::Turn);
     let _place = match class {
         Some(Class::Demand) => Some(storage.link.demand().await),
         Some(Class::Prefetch) => Some(storage.link.background().await),
         None => None,
     };
+    drop(turn);
+    let _stage = latency::enter(ReadStage::Io);
     let (buf, outcome) = storage.backend.read(reads, buf).await;
     if outcome.is_ok() {
         add(&storage.read_bytes, bytes);

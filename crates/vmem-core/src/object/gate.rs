@@ -19,6 +19,7 @@ use tokio::sync::{Notify, oneshot};
 use super::Object;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
+use crate::latency::{self, ReadStage};
 
 /// The waiters for the gate.
 #[derive(Default)]
@@ -120,6 +121,7 @@ impl Object {
             // Under the lock: no opening after this one is missed.
             opened.notified_owned()
         };
+        let _stage = latency::enter(ReadStage::Gate);
         deadline.bound(opened).await.map_err(|Late| gate_late(deadline))
     }
 
@@ -146,6 +148,7 @@ impl Object {
             inner.rare.change(|rare| rare.line.get_or_insert_default().tasks.push_back(sender));
             turn
         };
+        let _stage = latency::enter(ReadStage::Gate);
         match deadline.bound(turn).await {
             Ok(Ok(pass)) if self.is_dead() => {
                 drop(pass);

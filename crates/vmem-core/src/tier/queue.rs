@@ -25,6 +25,7 @@ use super::waiters::{BLOCK_MAX, Waiter, Waiters};
 use super::{Class, Grant, Need, NoSpace, Refused, Space, Wanted};
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
+use crate::latency::{self, ReadStage};
 use crate::parcel::{Delivery, Parcel, Unclaimed, Unkept, parcel};
 use crate::wake::Wake;
 
@@ -141,6 +142,7 @@ impl<S: Space> Queue<S> {
         if let Some(grant) = self.try_take(need) {
             return Ok(grant);
         }
+        let _stage = latency::enter(ReadStage::Space);
         let mut ticket = None;
         loop {
             let (reply, parcel) = parcel();

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::miss::Asked;
 use super::{Result, VirtualMemory};
 use crate::deadline::Deadline;
+use crate::latency::{self, ReadStage};
 use crate::migrate::{self, Copied, Piece};
 use crate::object::{MapIdentity, Object};
 use crate::parcel::Parcel;
@@ -115,10 +116,12 @@ impl VirtualMemory {
         loop {
             let start = progress.done;
             let end = range.len().min(start + progress.step);
+            let stage = latency::enter(ReadStage::Copy);
             let copied = lent.with(&self.shared.unclaimed, |guard| {
                 let from = &guard.as_ref()[range.start + start..range.start + end];
                 buf[start..end].copy_from_slice(from);
             });
+            drop(stage);
             if copied.is_none() {
                 if progress.map.is_none() {
                     progress.step = progress.step.saturating_mul(2);
@@ -164,7 +167,9 @@ impl VirtualMemory {
                     // A piece from the front is of any version.
                     if progress.go_on(Some(map)) || before == 0 {
                         let end = before + at.len();
+                        let stage = latency::enter(ReadStage::Copy);
                         buf[before..end].copy_from_slice(&bytes[at]);
+                        drop(stage);
                         progress.done = end;
                     }
                     progress.renew(&mut how.deadline);

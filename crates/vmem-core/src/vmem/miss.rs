@@ -12,15 +12,17 @@ use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 
 use super::read::is_copied;
+use super::timed::{Read, timed_unless};
 use super::{Result, VirtualMemory};
 use crate::copy::{Found, ReadGuard};
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::host::HostArena;
+use crate::latency::{self, ReadOp};
 use crate::migrate::{self, Job, request_fetch};
 use crate::object::{FREE_BYTES, Object, Shared, chunk_count, chunks_of};
-use crate::parcel::{Unkept, parcel};
+use crate::parcel::{Unkept, parcel_on};
 use crate::promotion;
 use crate::stats::add;
 use crate::tier::Class;
@@ -60,46 +62,48 @@ impl VirtualMemory {
         object: &'a Arc<Object>,
         how: Asked,
     ) -> BoxFuture<'a, Result<Bytes>> {
-        async move {
-            if object.len == 0 {
-                return Ok(Bytes::new());
-            }
-            self.shared.check_fits_host(object.len)?;
-            let mut stay = how.promote;
-            let mut counted = false;
-            let mut locked = 0;
-            loop {
-                match object.copy.acquire(&self.shared.copies) {
-                    Found::Copy(guard) => {
-                        let guard = if !how.keeps || self.shared.may_keep(&guard) {
-                            Some(guard)
-                        } else {
-                            drop(guard);
-                            self.kept(object, &how).await?
-                        };
-                        if let Some(guard) = guard {
-                            object.touch();
-                            return Ok(guard.into_bytes());
-                        }
+        let read = Read::of(ReadOp::Whole, object, object.len);
+        timed_unless(read, self.whole(object, how), Bytes::is_empty).boxed()
+    }
+
+    async fn whole(&self, object: &Arc<Object>, how: Asked) -> Result<Bytes> {
+        if object.len == 0 {
+            return Ok(Bytes::new());
+        }
+        self.shared.check_fits_host(object.len)?;
+        let mut stay = how.promote;
+        let mut counted = false;
+        let mut locked = 0;
+        loop {
+            match object.copy.acquire(&self.shared.copies) {
+                Found::Copy(guard) => {
+                    let guard = if !how.keeps || self.shared.may_keep(&guard) {
+                        Some(guard)
+                    } else {
+                        drop(guard);
+                        self.kept(object, &how).await?
+                    };
+                    if let Some(guard) = guard {
+                        object.touch();
+                        return Ok(guard.into_bytes());
                     }
-                    Found::Locked => self.wait_for_lock(object, &mut locked, &how).await?,
-                    Found::Nothing => {
-                        if !std::mem::replace(&mut counted, true) {
-                            let by_rule = self.miss(object, chunk_count(object.len));
-                            stay = stay.or(Some(by_rule));
-                        }
-                        // Here rather than in the task, which others would join and wait for.
-                        drop(self.shared.promise(how.to_hold(object), &how.deadline).await?);
-                        let outcome = self.join_flight(object, &how, stay == Some(true)).await;
-                        if let Some(outcome) = outcome {
-                            return outcome;
-                        }
-                        self.check_open()?;
+                }
+                Found::Locked => self.wait_for_lock(object, &mut locked, &how).await?,
+                Found::Nothing => {
+                    if !std::mem::replace(&mut counted, true) {
+                        let by_rule = self.miss(object, chunk_count(object.len));
+                        stay = stay.or(Some(by_rule));
                     }
+                    // Here rather than in the task, which others would join and wait for.
+                    drop(self.shared.promise(how.to_hold(object), &how.deadline).await?);
+                    let outcome = self.join_flight(object, &how, stay == Some(true)).await;
+                    if let Some(outcome) = outcome {
+                        return outcome;
+                    }
+                    self.check_open()?;
                 }
             }
         }
-        .boxed()
     }
 
     /// Counts a read that host memory did not serve; says whether it promotes the object.
@@ -140,7 +144,7 @@ impl VirtualMemory {
         }
         let mut reply = None;
         let (flight, started) = object.join_or_start(|| {
-            let (delivery, flight) = parcel();
+            let (delivery, flight) = parcel_on(latency::current());
             reply = Some(delivery);
             flight
         });
@@ -151,6 +155,7 @@ impl VirtualMemory {
             request_fetch(job, flight.downgrade(), reply);
         }
         let late = || how.deadline.error("reading from a slower tier");
+        let _following = latency::follow(flight.clock());
         let again = match how.deadline.bound_answer(flight.share()).await {
             // It was asked for with an earlier deadline, or with another way to go.
             Ok(Ok(Err(
@@ -188,40 +193,47 @@ impl VirtualMemory {
         how: Asked,
         copy_small: Option<usize>,
     ) -> BoxFuture<'a, Result<Bytes>> {
-        async move {
-            if range.is_empty() {
-                return Ok(Bytes::new());
-            }
-            let is_small = range.len() <= FREE_BYTES;
-            let how = Asked { keeps: !is_small, ..how };
-            let copied = is_copied(range.len(), object.len, copy_small);
-            let copied = || copied || (is_small && self.shared.readers_hold_all());
-            if object.copy.is_some()
-                && how.keeps
-                && let Some(guard) = self.kept(object, &how).await?
-            {
-                object.touch();
-                return Ok(guard.into_bytes().slice(range));
-            }
-            if let Some(whole) = self.promoted(object, &range, &how).await? {
-                let part = whole.slice(range);
-                return Ok(if copied() { Bytes::copy_from_slice(&part) } else { part });
-            }
-            loop {
-                let shared = &self.shared;
-                let class = how.class;
-                let deadline = how.deadline;
-                let part =
-                    migrate::read_part(object.clone(), range.clone(), copied(), class, deadline);
-                let parcel = shared.spawn_for_caller("vmem-read", part);
-                let answer = shared.answer(&parcel, &deadline, "reading a part").await?;
-                if let Some(part) = answer {
-                    return Ok(part.into_bytes());
-                }
-                self.check_open()?;
-            }
+        let read = Read::of(ReadOp::Part, object, range.len());
+        timed_unless(read, self.part(object, range, how, copy_small), Bytes::is_empty).boxed()
+    }
+
+    async fn part(
+        &self,
+        object: &Arc<Object>,
+        range: Range<usize>,
+        how: Asked,
+        copy_small: Option<usize>,
+    ) -> Result<Bytes> {
+        if range.is_empty() {
+            return Ok(Bytes::new());
         }
-        .boxed()
+        let is_small = range.len() <= FREE_BYTES;
+        let how = Asked { keeps: !is_small, ..how };
+        let copied = is_copied(range.len(), object.len, copy_small);
+        let copied = || copied || (is_small && self.shared.readers_hold_all());
+        if object.copy.is_some()
+            && how.keeps
+            && let Some(guard) = self.kept(object, &how).await?
+        {
+            object.touch();
+            return Ok(guard.into_bytes().slice(range));
+        }
+        if let Some(whole) = self.promoted(object, &range, &how).await? {
+            let part = whole.slice(range);
+            return Ok(if copied() { Bytes::copy_from_slice(&part) } else { part });
+        }
+        loop {
+            let shared = &self.shared;
+            let class = how.class;
+            let deadline = how.deadline;
+            let part = migrate::read_part(object.clone(), range.clone(), copied(), class, deadline);
+            let parcel = shared.spawn_for_caller("vmem-read", part);
+            let answer = shared.answer(&parcel, &deadline, "reading a part").await?;
+            if let Some(part) = answer {
+                return Ok(part.into_bytes());
+            }
+            self.check_open()?;
+        }
     }
 
     /// All bytes of an object of which a part is to be read, if the rule, or the caller, promotes
@@ -241,7 +253,7 @@ impl VirtualMemory {
         if !explicit {
             how.deadline = how.deadline.share(PROMOTION_SHARE, PROMOTION_MAX);
         }
-        match self.read_slowly(object, how).await {
+        match self.whole(object, how).await {
             Ok(whole) => Ok(Some(whole)),
             // The part needs less.
             Err(

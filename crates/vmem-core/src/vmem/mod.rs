@@ -17,6 +17,7 @@ mod place;
 mod read;
 mod reader;
 mod residency;
+mod timed;
 mod write;
 mod writer;
 

@@ -11,10 +11,12 @@ use bytes::Bytes;
 
 use super::into::PIECE;
 use super::miss::Asked;
+use super::timed::{Read, timed};
 use super::{Result, VirtualMemory};
 use crate::copy::{Found, ReadGuard};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
+use crate::latency::ReadOp;
 use crate::object::{FREE_BYTES, Object};
 use crate::options::{ReadClass, ReadOptions};
 use crate::recency;
@@ -144,7 +146,8 @@ impl VirtualMemory {
         }
         // More than that is copied in several polls, between which this holds no reader count.
         let how = Asked { keeps: false, ..self.ordinary() };
-        Box::pin(self.copy_in_pieces(object, range, buf, how)).await
+        let read = Read::of(ReadOp::Into, object, range.len());
+        Box::pin(timed(read, self.copy_in_pieces(object, range, buf, how))).await
     }
 
     /// The bytes of the object if they are in host memory right now; no wait, no I/O. `None` also
@@ -190,8 +193,9 @@ impl VirtualMemory {
         if let Some(hits) = self.hits(&objects) {
             return Ok(hits);
         }
-        let objects = objects.into_iter().cloned().collect();
-        Box::pin(self.many_slowly(objects)).await
+        let objects: Vec<_> = objects.into_iter().cloned().collect();
+        let read = Read::of_many(&objects);
+        Box::pin(timed(read, self.many_slowly(objects))).await
     }
 
     /// The current host copies, if there is one of each.

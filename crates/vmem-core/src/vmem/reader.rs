@@ -18,10 +18,12 @@ use futures::stream::{Stream, poll_fn};
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncSeek, ReadBuf};
 
 use super::read::check_range;
+use super::timed::{Read, timed_unless};
 use super::{Result, VirtualMemory};
 use crate::chunk::CHUNK_BYTES;
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
+use crate::latency::ReadOp;
 use crate::migrate::{Filled, Move, Source, fill_window, request_move};
 use crate::object::chunks_of;
 use crate::parcel::parcel;
@@ -268,7 +270,9 @@ impl ObjectReader {
         let object = self.handle.object().clone();
         let source = self.source.clone();
         let all = self.range.as_ref().is_ok_and(|all| *all == range);
+        let read = Read::of(ReadOp::Stream, &object, range.len());
         let filling = fill_window(object, source, range, all, window, deadline);
+        let filling = timed_unless(read, filling, |filled| !filled.missed);
         let parcel = shared.spawn_for_caller("vmem-stream", filling);
         async move {
             let filled = shared.answer(&parcel, &deadline, "reading a stream").await?;

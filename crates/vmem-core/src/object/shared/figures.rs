@@ -84,6 +84,8 @@ impl Shared {
                 + self.storage().iter().map(|one| one.state.queue.len() as u64).sum::<u64>(),
             migrations_in_flight: get(&counters.in_flight),
             misses: get(&counters.misses),
+            reads_failed: self.latencies.failed(),
+            reads_cancelled: self.latencies.cancelled(),
             evictions: get(&counters.evictions),
             promotions: get(&counters.promotions),
             clean_drops: get(&counters.clean_drops),
@@ -95,6 +97,7 @@ impl Shared {
             remote_to_host_bytes: read(MemoryTier::Remote),
             host_to_remote_bytes: written(MemoryTier::Remote),
             errors: get(&counters.errors),
+            latencies: Some(self.latencies.clone()),
             // The figures of the names are added by the owner of the names.
             ..VirtualMemoryStats::default()
         }

@@ -16,6 +16,7 @@ use crate::copy::ReadGuard;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::host::HostArena;
+use crate::latency::{self, ReadStage};
 use crate::parcel::GRACE;
 
 /// Reads of this many bytes and fewer wait for no other reader.
@@ -90,6 +91,7 @@ impl Shared {
             return Ok(None);
         };
         let _waiting = self.wake.waiting();
+        let _stage = latency::enter(ReadStage::Space);
         loop {
             let mut released = pin!(self.wake.released());
             released.as_mut().enable();

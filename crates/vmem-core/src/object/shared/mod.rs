@@ -31,6 +31,7 @@ use crate::device::DeviceBackend;
 use crate::error::VirtualMemoryError;
 use crate::events::Events;
 use crate::host::{HostArena, StagingPool};
+use crate::latency::Latencies;
 use crate::memory_tier::MemoryTier;
 use crate::storage::{Durable, Tier};
 
@@ -142,6 +143,7 @@ pub(crate) struct Shared {
     pub(crate) wake: Arc<Wake>,
     pub(crate) events: Events,
     pub(crate) counters: Counters,
+    pub(crate) latencies: Arc<Latencies>,
     /// What the runtime has set aside for callers.
     pub(crate) unclaimed: Arc<Unclaimed>,
     /// Writes to disk, which lie aside for their callers with the extents that they have taken so
@@ -221,6 +223,7 @@ impl Shared {
             wake,
             events: Events::new(),
             counters: Counters::default(),
+            latencies: Latencies::new(config.slow_read_threshold()),
             unclaimed,
             unfinished: Arc::default(),
             tasks: TaskTracker::new(),

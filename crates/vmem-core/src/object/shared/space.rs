@@ -9,6 +9,7 @@ use crate::copy::OwnedCopy;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::host::HostArena;
+use crate::latency::{self, ReadStage};
 use crate::parcel::GRACE;
 use crate::storage::{Extent, TierError};
 use crate::tier::{Device, Grant, HostSpace, Need, Refused, Space};
@@ -32,6 +33,7 @@ impl Shared {
             }
         };
         let late = |Late| deadline.error("waiting for staging memory");
+        let _stage = latency::enter(ReadStage::Space);
         deadline.bound(acquired).await.map_err(late)
     }
 

@@ -12,6 +12,7 @@ use futures::FutureExt;
 use super::{READS_MAX, Shared};
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
+use crate::latency;
 use crate::parcel::{Delivery, Parcel, SetAside, Unclaimed, Unkept};
 use crate::requests::Request;
 use crate::task::spawn_named;
@@ -63,6 +64,7 @@ impl Shared {
     {
         let (delivery, parcel) = crate::parcel::parcel();
         let unclaimed = self.unclaimed.clone();
+        let work = latency::inherit(work);
         self.spawn(
             name,
             async move { serve_caller(work, delivery, &unclaimed, T::is_shared).await },

@@ -1,0 +1,152 @@
+//! Reads that are not hits, measured from their callers' side.
+//!
+//! Invariant: each such read is recorded once, however it ends: with its bytes, with an error, or
+//! with the drop of its future. Called by the slow paths of `read.rs`, `miss.rs` and `reader.rs`.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use tracing::field::Empty;
+use tracing::{Instrument, Span};
+
+use super::Result;
+use crate::latency::{self, ReadOp, ReadOutcome, ReadStage, SlowRead, StageClock};
+use crate::memory_tier::MemoryTier;
+use crate::object::Object;
+
+/// What is read.
+#[derive(Debug)]
+pub(super) struct Read {
+    op: ReadOp,
+    /// The first one of several.
+    object: Arc<Object>,
+    objects: usize,
+    bytes: usize,
+}
+
+impl Read {
+    /// A read of this many bytes of one object.
+    pub(super) fn of(op: ReadOp, object: &Arc<Object>, bytes: usize) -> Self {
+        Read { op, object: object.clone(), objects: 1, bytes }
+    }
+
+    /// A read of several objects, of one at least.
+    pub(super) fn of_many(objects: &[Arc<Object>]) -> Self {
+        let bytes = objects.iter().fold(0_usize, |sum, object| sum.saturating_add(object.len));
+        let object = objects.first().expect("invariant: none is a hit").clone();
+        Read { op: ReadOp::Many, object, objects: objects.len(), bytes }
+    }
+
+    fn name(&self) -> Option<&str> {
+        self.object.named.get().and_then(|named| named.first())
+    }
+
+    fn span(&self) -> Span {
+        let span = tracing::debug_span!(
+            target: "vmem::read",
+            "read",
+            op = self.op.as_str(),
+            handle = self.object.id,
+            name = Empty,
+            objects = self.objects,
+            bytes = self.bytes,
+            tier = Empty,
+            outcome = Empty,
+            joined = Empty,
+            cause = Empty,
+            total_us = Empty,
+            space_us = Empty,
+            turn_us = Empty,
+            io_us = Empty,
+            copy_us = Empty,
+            gate_us = Empty,
+            runtime_us = Empty,
+        );
+        if let Some(name) = self.name().filter(|_| !span.is_disabled()) {
+            span.record("name", name);
+        }
+        span
+    }
+}
+
+/// A read that is under way. Dropped before its end it was given up by its caller.
+struct Reading {
+    read: Read,
+    clock: Arc<StageClock>,
+    span: Span,
+    /// None once it was recorded, or is not to be.
+    outcome: Option<ReadOutcome>,
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        let told = self.clock.end();
+        let Some(outcome) = self.outcome.take() else { return };
+        let Read { op, ref object, objects, bytes } = self.read;
+        let latencies = &object.shared.latencies;
+        let tier = told.tier.unwrap_or(MemoryTier::Host);
+        let times = told.times;
+        let total = times.total();
+        let us = |stage| times.of(stage).as_micros() as u64;
+        let span = &self.span;
+        if !span.is_disabled() {
+            span.record("tier", tracing::field::display(tier));
+            span.record("outcome", outcome.as_str());
+            span.record("joined", told.joined);
+            span.record("cause", times.longest().as_str());
+            span.record("total_us", total.as_micros() as u64);
+            span.record("space_us", us(ReadStage::Space));
+            span.record("turn_us", us(ReadStage::Turn));
+            span.record("io_us", us(ReadStage::Io));
+            span.record("copy_us", us(ReadStage::Copy));
+            span.record("gate_us", us(ReadStage::Gate));
+            span.record("runtime_us", us(ReadStage::Runtime));
+        }
+        let slow = || SlowRead {
+            handle: object.id,
+            name: self.read.name().map(Arc::from),
+            objects,
+            bytes,
+            op,
+            tier,
+            times,
+            outcome: outcome.clone(),
+            joined: told.joined,
+            ended: SystemTime::now(),
+        };
+        if total >= latencies.threshold {
+            let read = slow();
+            span.in_scope(|| {
+                let cause = times.longest().as_str();
+                tracing::warn!(target: "vmem::read", handle = object.id, cause, "slow: {read}");
+            });
+        }
+        latencies.record(op, tier, &outcome, total, slow);
+    }
+}
+
+/// Carries a read out, and records it.
+pub(super) async fn timed<T>(read: Read, work: impl Future<Output = Result<T>>) -> Result<T> {
+    timed_unless(read, work, |_| false).await
+}
+
+/// Carries a read out, and records it unless it turns out to be a hit.
+pub(super) async fn timed_unless<T>(
+    read: Read,
+    work: impl Future<Output = Result<T>>,
+    is_hit: impl FnOnce(&T) -> bool,
+) -> Result<T> {
+    let span = read.span();
+    let clock = StageClock::start(&read.object.shared.latencies, span.clone());
+    let outcome = Some(ReadOutcome::Cancelled);
+    let mut reading = Reading { read, clock: clock.clone(), span: span.clone(), outcome };
+    let result = latency::on_clock(Some(clock), work).instrument(span).await;
+    reading.outcome = match &result {
+        Ok(value) if is_hit(value) => None,
+        Ok(_) => Some(ReadOutcome::Served),
+        Err(error) => Some(ReadOutcome::Failed(error.clone())),
+    };
+    drop(reading);
+    result
+}
