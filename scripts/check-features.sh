@@ -11,7 +11,7 @@ check() {
     cargo clippy --quiet "$@" -- -D warnings
 }
 
-for features in "" gpu tokio-uring serde dlpack tokio-console gpu,serde tokio-uring,serde; do
+for features in "" gpu tokio-uring serde metrics dlpack tokio-console gpu,serde metrics,serde tokio-uring,serde; do
     check --package vmem --no-default-features --features "$features"
 done
 check --package vmem --all-features
@@ -29,9 +29,9 @@ lacks() {
         return 1
     fi
 }
-lacks 'cudarc|vmem-gpu|libloading|dlpack-rs|tokio-uring|serde' ""
+lacks 'cudarc|vmem-gpu|libloading|dlpack-rs|tokio-uring|serde|metrics' ""
 lacks 'cudarc|vmem-gpu|libloading|dlpack-rs' tokio-uring,serde
-lacks 'tokio-uring' gpu,dlpack,serde
+lacks 'tokio-uring|metrics' gpu,dlpack,serde
 
 # The tests of what the smallest build offers, and the largest one.
 cargo test --package vmem --no-default-features --test it

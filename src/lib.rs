@@ -34,6 +34,7 @@
 //! - `tokio-uring` (default): the disk driver [`IoDriver::TokioUring`], on Linux. Without it that
 //!   driver is `TierNotAvailable`; [`IoDriver::Auto`] has the reactor driver, also io_uring, and
 //!   blocking calls.
+//! - `metrics`: `VirtualMemory::publish_metrics`, and `metrics`, what it publishes.
 //! - `serde`: a [`VirtualMemoryConfig`] is read from a file.
 //! - `dlpack`: leases become tensors for PyTorch and others; implies `gpu`.
 //! - `tokio-console`: names the tasks of migrations where `--cfg tokio_unstable` is set too.

@@ -10,6 +10,7 @@ mod evict;
 mod full_disk;
 mod hits;
 mod life;
+mod metrics;
 mod migrations;
 mod order;
 mod pressure;

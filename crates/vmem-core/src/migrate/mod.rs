@@ -178,6 +178,8 @@ impl<'a> Record<'a> {
             None => tracing::trace!(target: "vmem::migration", "published"),
             Some(error) => tracing::debug!(target: "vmem::migration", %error, "failed"),
         }
+        #[cfg(feature = "metrics")]
+        crate::metrics::migrated(&self.event);
         self.shared.events.send(|| self.event.clone());
     }
 }

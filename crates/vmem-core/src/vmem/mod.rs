@@ -14,6 +14,8 @@ mod miss;
 mod named;
 mod pin;
 mod place;
+#[cfg(feature = "metrics")]
+mod publish;
 mod read;
 mod reader;
 mod residency;

@@ -122,6 +122,8 @@ impl Drop for Reading {
                 tracing::warn!(target: "vmem::read", handle = object.id, cause, "slow: {read}");
             });
         }
+        #[cfg(feature = "metrics")]
+        crate::metrics::read_ended(op, tier, &outcome, &times);
         latencies.record(op, tier, &outcome, total, slow);
     }
 }

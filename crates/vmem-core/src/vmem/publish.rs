@@ -1,0 +1,103 @@
+//! The current figures to the recorder of the process, with the feature `metrics`.
+//!
+//! Invariant: each metric of [`ALL`](crate::metrics::ALL) that is a counter or a gauge is set here,
+//! or counted where it occurs. Called by services, when they are scraped.
+
+use metrics::{counter, gauge};
+
+use super::VirtualMemory;
+use crate::latency::ReadStage;
+use crate::memory_tier::MemoryTier;
+use crate::metrics::{label, set, set_total};
+use crate::stats::VirtualMemoryStats;
+
+impl VirtualMemory {
+    /// Publishes the current figures to the recorder of the `metrics` crate; for a service to call
+    /// when it is scraped. Histograms are recorded as they occur, and need no call.
+    ///
+    /// The metrics are those of [`metrics::ALL`](crate::metrics::ALL). They have no label for the
+    /// store: of several in one process, one publishes.
+    ///
+    /// ```
+    /// # use vmem::VirtualMemoryConfig;
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+    /// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
+    /// # let vmem = vmem::open(config.build()?).await?;
+    /// // Once, after the recorder of the service was installed.
+    /// vmem::metrics::describe();
+    /// // In the handler of `GET /metrics`, before the recorder renders.
+    /// vmem.publish_metrics();
+    /// # vmem.close().await
+    /// # }
+    /// ```
+    pub fn publish_metrics(&self) {
+        let stats = self.stats();
+        let devices = (0..self.shared.devices().len() as u8).map(MemoryTier::of_device);
+        for tier in devices.chain([MemoryTier::Host, MemoryTier::Disk]) {
+            self.publish_tier(tier);
+        }
+        let ended = |outcome, reads| {
+            counter!("vmem_reads_total", "tier" => "none", "outcome" => outcome).absolute(reads);
+        };
+        ended("failed", stats.reads_failed);
+        ended("cancelled", stats.reads_cancelled);
+        for stage in ReadStage::ALL {
+            let reads = gauge!("vmem_reads_in_stage", "stage" => stage.as_str());
+            reads.set(stats.reads_in(stage) as f64);
+        }
+        publish_links(&stats);
+        publish_store(&stats);
+    }
+
+    fn publish_tier(&self, tier: MemoryTier) {
+        let stats = self.tier_stats(tier);
+        let tier = label(tier);
+        let gauges = [
+            ("vmem_tier_used_bytes", stats.used_bytes),
+            ("vmem_tier_capacity_bytes", stats.capacity_bytes),
+            ("vmem_tier_peak_bytes", stats.peak_bytes),
+            ("vmem_tier_largest_free_bytes", stats.largest_free_bytes),
+            ("vmem_tier_objects", stats.objects),
+        ];
+        for (name, value) in gauges {
+            gauge!(name, "tier" => tier.clone()).set(value as f64);
+        }
+        let reads = counter!("vmem_reads_total", "tier" => tier, "outcome" => "served");
+        reads.absolute(stats.hits);
+    }
+}
+
+fn publish_links(stats: &VirtualMemoryStats) {
+    let links = [
+        ("host", "vram", stats.host_to_vram_bytes),
+        ("vram", "host", stats.vram_to_host_bytes),
+        ("disk", "host", stats.disk_to_host_bytes),
+        ("host", "disk", stats.host_to_disk_bytes),
+    ];
+    for (from, to, bytes) in links {
+        counter!("vmem_link_bytes_total", "from" => from, "to" => to).absolute(bytes);
+    }
+}
+
+fn publish_store(stats: &VirtualMemoryStats) {
+    set("vmem_held_bytes", stats.held_bytes);
+    set("vmem_pinned_bytes", stats.pinned_bytes);
+    set("vmem_dirty_bytes", stats.dirty_bytes);
+    set("vmem_staging_bytes", stats.staging_bytes);
+    set("vmem_stream_bytes", stats.stream_bytes);
+    set("vmem_registered_bytes", stats.registered_bytes);
+    set("vmem_metadata_bytes", stats.metadata_bytes);
+    set("vmem_objects", stats.objects);
+    set("vmem_names_in_memory", stats.names_in_memory);
+    set("vmem_waiters", stats.waiters);
+    set("vmem_migrations_in_flight", stats.migrations_in_flight);
+    set_total("vmem_misses_total", stats.misses);
+    set_total("vmem_evictions_total", stats.evictions);
+    set_total("vmem_promotions_total", stats.promotions);
+    set_total("vmem_clean_drops_total", stats.clean_drops);
+    set_total("vmem_relocated_bytes_total", stats.relocated_bytes);
+    set_total("vmem_named_changes_total", stats.named_changes);
+    set_total("vmem_commits_total", stats.commits);
+    set_total("vmem_errors_total", stats.errors);
+}
