@@ -1,12 +1,10 @@
-//! Values that the runtime sets aside for callers, and takes back from those that do not claim
-//! them.
+//! Values that tasks set aside for callers, and that are taken back from those that do not come.
 //!
 //! A task that serves a caller holds a [`Delivery`], the caller's future a [`Parcel`]. What is
 //! delivered lies in the parcel until the caller's future is polled, which may be never. Where the
 //! value is shared and counted (bytes in object space, a piece of staging, granted space), the
 //! delivery enters it into [`Unclaimed`], and a waiter for such things takes back what has lain
-//! there for longer than [`GRACE`]. The caller finds it [`Unkept::Recalled`] at its next poll, and
-//! asks again.
+//! there for longer than [`GRACE`]. The caller then finds [`Unkept::Recalled`], and asks again.
 //!
 //! Invariant: a value leaves a parcel exactly once: by a claim, by a recall, or with the last
 //! parcel. So a future that is left alone keeps nothing from others for longer than the grace. Used
@@ -18,11 +16,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use crate::latency::StageClock;
-use crate::locks::{self, Lock};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::latency::StageClock;
+use crate::locks::{self, Lock};
 use crate::wake::Wake;
 
 /// How long a value waits for its caller while others wait for what it takes.
@@ -264,9 +262,7 @@ impl<T> Clone for Parcel<T> {
 
 impl<T> Drop for Parcel<T> {
     fn drop(&mut self) {
-        let before = self.0.receivers.fetch_sub(1, Ordering::SeqCst);
-        assert!(before > 0, "a parcel is dropped once");
-        if before == 1 {
+        if self.0.receivers.fetch_sub(1, Ordering::SeqCst) == 1 {
             let mut state = self.0.state.lock();
             let value = match &*state {
                 State::Ready(..) => std::mem::replace(&mut *state, State::Gone(Unkept::Recalled)),

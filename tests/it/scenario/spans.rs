@@ -50,9 +50,12 @@ struct Span {
     fields: Fields,
 }
 
+/// Events by their messages, and their fields.
+type Events = Vec<(String, Fields)>;
+
 /// Everything that was seen.
 #[derive(Clone, Debug, Default)]
-struct Seen(Arc<Mutex<(Vec<Span>, Vec<(String, Fields)>)>>);
+struct Seen(Arc<Mutex<(Vec<Span>, Events)>>);
 
 impl Seen {
     fn spans(&self, name: &str) -> Vec<Span> {

@@ -21,9 +21,9 @@ const GROUPING_POWER: u8 = 5;
 const MAX_POWER: u8 = 42;
 
 /// One for each tier; memory of devices is numbered from the last on.
-const BELOW: usize = 2;
+const OTHERS: usize = 3;
 /// All devices that a store may have.
-const TIERS: usize = BELOW + 256;
+const TIERS: usize = OTHERS + 256;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -41,8 +41,9 @@ impl Histograms {
         let tier = match tier {
             MemoryTier::Host => 0,
             MemoryTier::Disk => 1,
-            MemoryTier::Vram => BELOW,
-            MemoryTier::OtherVram(device) => BELOW + usize::from(device.get()),
+            MemoryTier::Remote => 2,
+            MemoryTier::Vram => OTHERS,
+            MemoryTier::OtherVram(device) => OTHERS + usize::from(device.get()),
         };
         &self.0[op as usize * TIERS + tier]
     }

@@ -12,6 +12,7 @@ use crate::buffer::IoBuf;
 use crate::chunk::CHUNK_BYTES;
 use crate::device::{DeviceError, DeviceRange};
 use crate::error::VirtualMemoryError;
+use crate::latency::{self, ReadStage};
 use crate::object::{ExtentMap, Object, Version, chunk_len};
 use crate::stats;
 use crate::storage::{ReadChunk, TierError};

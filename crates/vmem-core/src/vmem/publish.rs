@@ -10,6 +10,7 @@ use crate::latency::ReadStage;
 use crate::memory_tier::MemoryTier;
 use crate::metrics::{label, set, set_total};
 use crate::stats::VirtualMemoryStats;
+use crate::tier::Storage;
 
 impl VirtualMemory {
     /// Publishes the current figures to the recorder of the `metrics` crate; for a service to call
@@ -34,7 +35,8 @@ impl VirtualMemory {
     pub fn publish_metrics(&self) {
         let stats = self.stats();
         let devices = (0..self.shared.devices().len() as u8).map(MemoryTier::of_device);
-        for tier in devices.chain([MemoryTier::Host, MemoryTier::Disk]) {
+        let below = self.shared.storage().iter().map(Storage::tier);
+        for tier in devices.chain([MemoryTier::Host]).chain(below) {
             self.publish_tier(tier);
         }
         let ended = |outcome, reads| {
@@ -74,6 +76,8 @@ fn publish_links(stats: &VirtualMemoryStats) {
         ("vram", "host", stats.vram_to_host_bytes),
         ("disk", "host", stats.disk_to_host_bytes),
         ("host", "disk", stats.host_to_disk_bytes),
+        ("remote", "host", stats.remote_to_host_bytes),
+        ("host", "remote", stats.host_to_remote_bytes),
     ];
     for (from, to, bytes) in links {
         counter!("vmem_link_bytes_total", "from" => from, "to" => to).absolute(bytes);
