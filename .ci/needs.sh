@@ -52,6 +52,15 @@ lack() {
     cargo-deny | typos-cli)
         command -v "${1%-cli}" >/dev/null || echo "install it by \`cargo install --locked $1\`"
         ;;
+    browser)
+        # In CI it is installed; a machine of somebody's own is left as it is.
+        if [ "${CI:-}" = true ] && ! scripts/install-browser.sh >&2; then
+            echo "it could not be installed"
+        elif [ ! -x "${VMEM_CHROMIUM:-/usr/bin/chromium}" ] ||
+            [ ! -d "${CARGO_TARGET_DIR:-target}/browser/node_modules/playwright-core" ]; then
+            echo "install it by \`scripts/install-browser.sh\`"
+        fi
+        ;;
     advisories)
         if [ -n "$(lack cargo-deny)" ]; then
             lack cargo-deny

@@ -72,6 +72,8 @@ step full "packages" scripts/package.sh --no-verify --offline
 # For the library alone; its tests may need more.
 step full "the lowest Rust" needs lowest-rust env CARGO_TARGET_DIR="$built/lowest" \
     cargo "+$lowest" check --package vmem --all-features
+step full "the dashboard in a browser" needs browser env VMEM_BROWSER=required \
+    cargo test --workspace --test browser
 step full "tests and doctests" env VMEM_STRESS_SECONDS=60 cargo test --workspace
 step full "build the examples" cargo build --release --examples
 step full "gpu-check, for machines with a card and no Rust" scripts/build-gpu-check.sh
