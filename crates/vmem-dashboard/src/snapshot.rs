@@ -195,7 +195,8 @@ pub(crate) type Histograms = Vec<(MemoryTier, LatencySnapshot)>;
 fn tiers(vmem: &VirtualMemory) -> impl Iterator<Item = MemoryTier> {
     let devices = vmem.capabilities().devices.len();
     let devices = (0..u8::try_from(devices).unwrap_or(u8::MAX)).map(MemoryTier::of_device);
-    devices.chain([MemoryTier::Host, MemoryTier::Disk])
+    let remote = vmem.capabilities().remote.as_ref().map(|_| MemoryTier::Remote);
+    devices.chain([MemoryTier::Host, MemoryTier::Disk]).chain(remote)
 }
 
 pub(crate) fn histograms(vmem: &VirtualMemory, stats: &VirtualMemoryStats) -> Histograms {
@@ -284,6 +285,8 @@ fn links(stats: &VirtualMemoryStats) -> Vec<Link> {
         Link { from: "host", to: "vram", bytes: stats.host_to_vram_bytes },
         Link { from: "disk", to: "host", bytes: stats.disk_to_host_bytes },
         Link { from: "host", to: "disk", bytes: stats.host_to_disk_bytes },
+        Link { from: "remote", to: "host", bytes: stats.remote_to_host_bytes },
+        Link { from: "host", to: "remote", bytes: stats.host_to_remote_bytes },
     ]
 }
 

@@ -125,12 +125,13 @@ async fn promotion_waits_for_space_that_a_reader_gives_back() {
     let vmem = &chain.vmem;
     let pinned = vmem.put(bytes(1, 1, 2 * LEN), DISK).await.unwrap();
     let _pin = vmem.pin(&pinned, DISK).await.unwrap();
-    let read = vmem.put(bytes(2, 1, 2 * LEN), DISK).await.unwrap();
-    // A reader keeps the version that it began with, by its extents.
+    let read = vmem.put(bytes(2, 1, LEN), DISK).await.unwrap();
+    let _other_pin = vmem.pin(&read, DISK).await.unwrap();
+    // A reader keeps the version that it began with, by its extents; the object has another.
     use tokio::io::AsyncReadExt;
-    let mut reader = vmem.reader(&read, 0..2 * LEN);
+    let mut reader = vmem.reader(&read, 0..LEN);
     reader.read_exact(&mut [0; 10]).await.unwrap();
-    drop(read);
+    vmem.write(&read, bytes(2, 2, LEN)).await.unwrap();
     let cold = vmem.put(bytes(3, 1, LEN), REMOTE).await.unwrap();
     let promoting = tokio::spawn({
         let vmem = vmem.clone();

@@ -159,6 +159,7 @@
     for (const tier of snapshot.tiers) {
       if (tier.tier === "host" && devices.length) rows.push(show_flow("vram", "host"));
       if (tier.tier === "disk") rows.push(show_flow("host", "disk"));
+      if (tier.tier === "remote") rows.push(show_flow("host", "remote"));
       rows.push(show_tier(snapshot, tier));
     }
     put(find("tiers"), ...rows);
