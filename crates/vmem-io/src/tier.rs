@@ -91,7 +91,7 @@ impl DiskTier {
         Self::build(driver, Space::new(capacity_bytes, driver_block), &[], None)
     }
 
-    /// The same, with extents in the file already, to be [adopted](Tier::adopt); and in a
+    /// The same, with extents in the file already, to be [adopted](Durable::adopt); and in a
     /// directory, if one is given, that is given back when the tier is closed or its last extent
     /// and the tier itself are dropped. What the extents leave free of the file goes back to the
     /// file system.
