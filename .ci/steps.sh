@@ -80,6 +80,7 @@ step full "gpu-check, for machines with a card and no Rust" scripts/build-gpu-ch
 step full "example hello" bounded 60 cargo run --release --example hello
 step full "example gpu_kernel" bounded 120 cargo run --release --example gpu_kernel -- --emulated
 step full "example quickstart" bounded 300 cargo run --release --example quickstart -- --seconds 5
+step full "example service" bounded 900 examples/service/load.sh --seconds 10 --stalled 50
 # A job that is dropped in flight leaks, which one test looks at.
 step full-only "address sanitizer: everything dropped while the kernel has it" \
     needs address-sanitizer asan -p vmem-io --lib --test rings -- --skip on_purpose

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Starts the service over a directory of its own, loads it, and stops it: `load.sh --seconds 60 --stalled 400`.
+# Fails if a body was wrong, an answer was lost, or the service did not end as it should.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+cargo build --release --package vmem-service
+built=${CARGO_TARGET_DIR:-target}/release
+data=$(mktemp -d)
+service=
+cleanup() {
+    [ -z "$service" ] || kill -KILL "$service" 2>/dev/null || true
+    rm -rf "$data"
+}
+trap cleanup EXIT
+
+VMEM_SERVICE_LISTEN=127.0.0.1:0 VMEM_SERVICE_STORE__DISK_PATH=$data/store VMEM_SERVICE_STORE__GPU=off \
+    VMEM_SERVICE_STORE__HOST_CAPACITY=${HOST_CAPACITY:-64MiB} VMEM_SERVICE_STORE__DISK_CAPACITY=4GiB \
+    RUST_LOG=${RUST_LOG:-warn} "$built/vmem-service" >"$data/address" &
+service=$!
+until grep -q '^listening on ' "$data/address"; do
+    kill -0 "$service"
+    sleep 0.1
+done
+url=$(sed -n 's/^listening on //p' "$data/address")
+
+"$built/vmem-load" "$url" "$@"
+kill -TERM "$service"
+wait "$service"
+service=
+echo "the service ended, and all was durable"

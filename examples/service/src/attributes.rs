@@ -1,0 +1,96 @@
+//! What is kept with the bytes of an object: its content type, and what its user says of it.
+//!
+//! Invariant: it is committed with the bytes, in the metadata of the name, and read as one version
+//! with them. Called by the handlers.
+
+use std::collections::BTreeMap;
+
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use headers::{ETag, HeaderMapExt, LastModified};
+use mime::Mime;
+use serde::{Deserialize, Serialize};
+use vmem::NamedEntry;
+
+use crate::error::{ApiError, metadata_too_large};
+
+/// What begins the headers that a client keeps with an object.
+pub(crate) const META_PREFIX: &str = "x-object-meta-";
+/// What the store keeps beside a name, in bytes.
+const METADATA_LEN_MAX: usize = 4096;
+
+/// Content type and metadata of an object.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(default)]
+pub(crate) struct Attributes {
+    /// The content type, as it was sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) content_type: Option<String>,
+    /// The headers `x-object-meta-*`, without that.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) metadata: BTreeMap<String, String>,
+}
+
+impl Attributes {
+    /// Those that a request brings.
+    ///
+    /// # Errors
+    ///
+    /// 400 for what no response could carry, 431 if they are too long.
+    pub(crate) fn of_request(headers: &HeaderMap) -> Result<Attributes, ApiError> {
+        let mut attributes = Attributes::default();
+        if let Some(value) = headers.get(CONTENT_TYPE) {
+            let text = value.to_str().ok().filter(|text| text.parse::<Mime>().is_ok());
+            let why = "Content-Type is a type and a subtype, such as text/plain";
+            let text = text.ok_or_else(|| ApiError::bad_request("invalid_content_type", why))?;
+            attributes.content_type = Some(text.to_owned());
+        }
+        for (name, value) in headers {
+            let Some(name) = name.as_str().strip_prefix(META_PREFIX) else { continue };
+            let why = "metadata are of visible ASCII characters";
+            let value =
+                value.to_str().map_err(|_| ApiError::bad_request("invalid_metadata", why))?;
+            let others = attributes.metadata.insert(name.to_owned(), value.to_owned());
+            if others.is_some() {
+                let why = format!("{META_PREFIX}{name} is given twice");
+                return Err(ApiError::bad_request("invalid_metadata", why));
+            }
+        }
+        if attributes.to_bytes().len() > METADATA_LEN_MAX {
+            return Err(metadata_too_large());
+        }
+        Ok(attributes)
+    }
+
+    /// Those of an object. An object that another program named has none of ours.
+    pub(crate) fn of_entry(entry: &NamedEntry) -> Attributes {
+        serde_json::from_slice(&entry.metadata).unwrap_or_default()
+    }
+
+    /// As the store keeps them.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("strings are JSON")
+    }
+
+    /// Adds what a response carries.
+    pub(crate) fn add_to(&self, headers: &mut HeaderMap) {
+        let kind = self.content_type.as_deref().unwrap_or("application/octet-stream");
+        headers.extend(HeaderValue::try_from(kind).ok().map(|value| (CONTENT_TYPE, value)));
+        for (name, value) in &self.metadata {
+            let name = HeaderName::try_from(format!("{META_PREFIX}{name}"));
+            let Ok(name) = name else { continue };
+            headers.extend(HeaderValue::try_from(value).ok().map(|value| (name, value)));
+        }
+    }
+}
+
+/// The strong validator of an entry: its version, which no other state of any name has.
+pub(crate) fn etag(entry: &NamedEntry) -> ETag {
+    format!("\"{}\"", entry.version).parse().expect("a number in quotes is an ETag")
+}
+
+/// Adds the validators of an entry.
+pub(crate) fn add_validators(entry: &NamedEntry, headers: &mut HeaderMap) {
+    headers.typed_insert(etag(entry));
+    headers.typed_insert(LastModified::from(entry.modified));
+}

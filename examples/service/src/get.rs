@@ -1,0 +1,78 @@
+//! GET and HEAD: bodies as streams.
+//!
+//! Invariant: validators, metadata and bytes of a response are of one version. A client that reads
+//! slowly holds windows of the reserve for streams and no object space. Called by `routes`.
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use futures::{StreamExt, TryStreamExt};
+use vmem::NamedEntry;
+
+use crate::attributes::{Attributes, add_validators};
+use crate::conditions::{Verdict, of_read, range};
+use crate::error::ApiError;
+use crate::name::Name;
+use crate::state::App;
+
+/// Sends an object, or a range of it.
+pub(crate) async fn get(
+    State(app): State<App>,
+    name: Name,
+    request: HeaderMap,
+) -> Result<Response, ApiError> {
+    let (handle, entry) = app.vmem.open_entry(name.as_str()).await?;
+    if of_read(&request, &entry)? == Verdict::NotModified {
+        return Ok(not_modified(&entry));
+    }
+    let range = range(&request, &entry)?;
+    let mut headers = describe(&entry);
+    let (status, part) = match range {
+        None => (StatusCode::OK, 0..entry.len),
+        Some(part) => {
+            let text = format!("bytes {}-{}/{}", part.start, part.end - 1, entry.len);
+            headers.extend(HeaderValue::try_from(text).ok().map(|value| (CONTENT_RANGE, value)));
+            (StatusCode::PARTIAL_CONTENT, part)
+        }
+    };
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(part.end - part.start));
+    let mut stream = app.vmem.reader(&handle, part.start as usize..part.end as usize).into_stream();
+    // Before the status is sent, since an error has another one.
+    let first = stream.next().await.transpose()?;
+    let rest = stream.inspect_err(move |error| {
+        tracing::warn!(%error, name = name.as_str(), "a response was cut off");
+    });
+    let body = Body::from_stream(futures::stream::iter(first.map(Ok)).chain(rest));
+    Ok((status, headers, body).into_response())
+}
+
+/// Tells of an object. It costs the same whatever its length.
+pub(crate) async fn head(
+    State(app): State<App>,
+    name: Name,
+    request: HeaderMap,
+) -> Result<Response, ApiError> {
+    let entry = app.vmem.entry(name.as_str()).await?;
+    if of_read(&request, &entry)? == Verdict::NotModified {
+        return Ok(not_modified(&entry));
+    }
+    let mut headers = describe(&entry);
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(entry.len));
+    Ok((StatusCode::OK, headers).into_response())
+}
+
+fn describe(entry: &NamedEntry) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    Attributes::of_entry(entry).add_to(&mut headers);
+    add_validators(entry, &mut headers);
+    headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+    headers
+}
+
+fn not_modified(entry: &NamedEntry) -> Response {
+    let mut headers = HeaderMap::new();
+    add_validators(entry, &mut headers);
+    (StatusCode::NOT_MODIFIED, headers).into_response()
+}

@@ -1,0 +1,45 @@
+//! An object service over vmem: PUT, GET, HEAD, DELETE, listings, prefetch and pins over HTTP.
+//!
+//! In the order in which a request flows:
+//!
+//! - `config`: a file and the environment.
+//! - `server`: [`Service`], which accepts, serves, drains, and closes the store.
+//! - `routes`: what leads where, the ids and spans of requests; other routers are mounted here.
+//! - `limits`: how many requests are served at once, of all clients and of one.
+//! - `name`, `conditions`, `attributes`: what a request says of its object.
+//! - `put`, `get`, `list`, `pins`, `health`: the handlers.
+//! - `error`: what goes wrong, as HTTP says it.
+//! - `load`: a client that compares every body, for the load program and the tests.
+//!
+//! ```no_run
+//! # async fn example() -> anyhow::Result<()> {
+//! use vmem_service::{Config, Service};
+//!
+//! let config = Config::read(Some("service.toml".as_ref()), std::env::vars())?;
+//! let service = Service::start(config, |_store| axum::Router::new()).await?;
+//! println!("listening on http://{}", service.local_addr());
+//! tokio::signal::ctrl_c().await?;
+//! service.shutdown().await?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod attributes;
+mod conditions;
+mod config;
+mod error;
+mod get;
+mod health;
+mod limits;
+mod list;
+pub mod load;
+mod name;
+mod pins;
+mod put;
+mod routes;
+mod server;
+mod state;
+mod trace;
+
+pub use config::{Config, ConfigError, ENV_FILE, ENV_PREFIX, Limits};
+pub use server::Service;

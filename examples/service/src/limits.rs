@@ -1,0 +1,150 @@
+//! How many requests are served at once.
+//!
+//! Invariant: a request counts from its headers to the end of its response's body, so that clients
+//! that do not read count too. Called by `routes`.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use axum::body::{Body, HttpBody};
+use axum::extract::{Request, State};
+use axum::http::header::RETRY_AFTER;
+use axum::http::{HeaderValue, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use hyper::body::{Frame, SizeHint};
+use parking_lot::Mutex;
+use tokio::sync::OwnedSemaphorePermit;
+
+use crate::error::ApiError;
+use crate::state::App;
+
+/// Where a request comes from; `server` sets it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer(pub(crate) SocketAddr);
+
+/// The requests of each address.
+#[derive(Debug, Default)]
+pub(crate) struct Clients(Mutex<HashMap<IpAddr, usize>>);
+
+/// One request of one address, counted until this is dropped.
+#[derive(Debug)]
+struct Counted {
+    clients: Arc<Clients>,
+    address: IpAddr,
+}
+
+impl Clients {
+    /// Counts a request, unless there are `max` already.
+    fn count(self: &Arc<Self>, address: IpAddr, max: usize) -> Option<Counted> {
+        let mut table = self.0.lock();
+        let count = table.entry(address).or_default();
+        if *count >= max {
+            return None;
+        }
+        *count += 1;
+        Some(Counted { clients: self.clone(), address })
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut table = self.clients.0.lock();
+        if let Some(count) = table.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                table.remove(&self.address);
+            }
+        }
+    }
+}
+
+/// What a response gives back when its body has ended.
+type Slots = (OwnedSemaphorePermit, Option<Counted>);
+
+/// A body that keeps what its request counts as.
+struct Counting {
+    body: Body,
+    _slots: Slots,
+}
+
+impl HttpBody for Counting {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Serves a request if there is a place for it.
+pub(crate) async fn limit(State(app): State<App>, request: Request, next: Next) -> Response {
+    let mut response = match admit(&app, &request) {
+        Ok(slots) => {
+            let response = next.run(request).await;
+            response.map(|body| Counting { body, _slots: slots }.into_body())
+        }
+        Err(error) => refuse(request, error).await,
+    };
+    if response.headers().contains_key(RETRY_AFTER) {
+        let seconds = app.limits.retry_after.as_secs().max(1);
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    response
+}
+
+impl Counting {
+    fn into_body(self) -> Body {
+        Body::new(self)
+    }
+}
+
+/// # Errors
+///
+/// 429 if the client has too many requests, 503 if all have.
+fn admit(app: &App, request: &Request) -> Result<Slots, ApiError> {
+    app.check_open()?;
+    let full = |_| ApiError::unavailable("busy", "the service has all the requests that it may");
+    let all = app.requests.clone().try_acquire_owned().map_err(full)?;
+    let max = app.limits.max_requests_per_client;
+    let peer = request.extensions().get::<Peer>();
+    let counted = match peer.filter(|_| max > 0) {
+        None => None,
+        Some(peer) => Some(app.clients.count(peer.0.ip(), max).ok_or_else(|| {
+            let message = format!("a client has at most {max} requests at once");
+            ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too_many_requests", message)
+        })?),
+    };
+    Ok((all, counted))
+}
+
+async fn refuse(request: Request, error: ApiError) -> Response {
+    crate::put::linger(request.headers().clone(), request.into_body()).await;
+    error.into_response()
+}
+
+/// What is left of a body, up to `max` bytes.
+pub(crate) async fn discard(mut body: Body, max: usize) {
+    let mut seen = 0;
+    while seen <= max
+        && let Some(Ok(frame)) = body.frame().await
+    {
+        seen += frame.data_ref().map_or(0, Bytes::len);
+    }
+}

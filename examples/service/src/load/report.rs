@@ -1,0 +1,100 @@
+//! What a load saw.
+//!
+//! Invariant: a wrong answer is kept with its reason, and never averaged away.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use super::Lost;
+
+/// Reasons that are kept of lost answers.
+const LOST_MAX: usize = 3;
+
+/// What a load saw.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Requests that were answered, by status.
+    pub answers: BTreeMap<u16, u64>,
+    /// What was not as it must be: each is an error of the service.
+    pub wrong: Vec<String>,
+    /// Bodies that were compared.
+    pub compared: u64,
+    /// Requests without a whole answer.
+    pub lost: u64,
+    /// Why, of the first ones.
+    pub lost_because: Vec<String>,
+    /// How long the load ran, in seconds.
+    pub seconds: f64,
+    pub(crate) latencies_us: Vec<u32>,
+}
+
+impl Report {
+    /// Counts an answer.
+    pub(crate) fn answered(&mut self, status: u16, took: Duration) {
+        *self.answers.entry(status).or_default() += 1;
+        self.latencies_us.push(u32::try_from(took.as_micros()).unwrap_or(u32::MAX));
+    }
+
+    /// Counts a request without an answer.
+    pub fn lose(&mut self, lost: &Lost) {
+        self.lost += 1;
+        if self.lost_because.len() < LOST_MAX {
+            self.lost_because.push(lost.to_string());
+        }
+    }
+
+    /// Adds what another client saw.
+    pub fn add(&mut self, other: Report) {
+        for (status, count) in other.answers {
+            *self.answers.entry(status).or_default() += count;
+        }
+        self.wrong.extend(other.wrong);
+        self.compared += other.compared;
+        self.lost += other.lost;
+        self.lost_because.extend(other.lost_because);
+        self.lost_because.truncate(LOST_MAX);
+        self.seconds = self.seconds.max(other.seconds);
+        self.latencies_us.extend(other.latencies_us);
+    }
+
+    /// Requests that were answered.
+    pub fn requests(&self) -> u64 {
+        self.answers.values().sum()
+    }
+
+    /// The time, in microseconds, within which this fraction of the requests was answered.
+    pub fn quantile_us(&self, fraction: f64) -> u32 {
+        let mut sorted = self.latencies_us.clone();
+        sorted.sort_unstable();
+        let at = (sorted.len() as f64 * fraction) as usize;
+        sorted.get(at.min(sorted.len().saturating_sub(1))).copied().unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rate = self.requests() as f64 / self.seconds.max(1e-9);
+        writeln!(f, "{} requests, {rate:.0} a second", self.requests())?;
+        writeln!(
+            f,
+            "latency: half within {} us, 99 % within {} us",
+            self.quantile_us(0.5),
+            self.quantile_us(0.99)
+        )?;
+        writeln!(f, "by status: {:?}", self.answers)?;
+        for reason in &self.lost_because {
+            writeln!(f, "lost: {reason}")?;
+        }
+        for wrong in self.wrong.iter().take(10) {
+            writeln!(f, "WRONG: {wrong}")?;
+        }
+        write!(
+            f,
+            "{} bodies compared, {} wrong, {} answers lost",
+            self.compared,
+            self.wrong.len(),
+            self.lost
+        )
+    }
+}

@@ -1,0 +1,67 @@
+//! What the handlers share.
+//!
+//! Invariant: a change of a name that depends on what the name stood for before runs alone where
+//! the store cannot check that itself, which is a DELETE on a condition. Made by `server`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::sync::{RwLock, Semaphore};
+use vmem::VirtualMemory;
+
+use crate::config::Limits;
+use crate::error::ApiError;
+use crate::limits::Clients;
+use crate::pins::Pins;
+
+/// What the handlers share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) vmem: VirtualMemory,
+    pub(crate) limits: Limits,
+    pub(crate) requests: Arc<Semaphore>,
+    pub(crate) clients: Arc<Clients>,
+    pub(crate) pins: Arc<Pins>,
+    pub(crate) prefetches: Arc<Semaphore>,
+    /// Commits read it, and a DELETE on a condition writes it.
+    pub(crate) changes: Arc<RwLock<()>>,
+    closing: AtomicBool,
+}
+
+/// As handlers get it.
+pub(crate) type App = Arc<Shared>;
+
+impl Shared {
+    pub(crate) fn new(vmem: VirtualMemory, limits: Limits) -> App {
+        Arc::new(Shared {
+            requests: Arc::new(Semaphore::new(limits.max_requests)),
+            clients: Arc::default(),
+            pins: Arc::new(Pins::new(limits.max_pins)),
+            prefetches: Arc::new(Semaphore::new(limits.max_prefetches)),
+            changes: Arc::default(),
+            closing: AtomicBool::new(false),
+            vmem,
+            limits,
+        })
+    }
+
+    /// From now on the service is not ready.
+    pub(crate) fn close(&self) {
+        self.closing.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the service is about to end.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+
+    /// # Errors
+    ///
+    /// 503 once the service is about to end.
+    pub(crate) fn check_open(&self) -> Result<(), ApiError> {
+        if self.is_closing() {
+            return Err(ApiError::unavailable("closing", "the service is shutting down"));
+        }
+        Ok(())
+    }
+}

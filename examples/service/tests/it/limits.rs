@@ -1,0 +1,181 @@
+//! Sizes, times and counts; slow clients.
+//!
+//! No test asserts how long anything takes: a test that hangs is ended by `BOUND`.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::Method;
+use bytes::Bytes;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
+
+use crate::support::{Served, expect_error};
+
+const BOUND: Duration = Duration::from_secs(120);
+
+async fn connect(served: &Served, text: &str) -> TcpStream {
+    let mut raw = TcpStream::connect(served.service.local_addr()).await.unwrap();
+    raw.write_all(text.as_bytes()).await.unwrap();
+    raw
+}
+
+/// What comes before the connection ends.
+async fn rest(mut raw: TcpStream) -> String {
+    let mut answer = Vec::new();
+    let read = timeout(BOUND, raw.read_to_end(&mut answer)).await;
+    let _ = read.expect("the service ends the connection");
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[tokio::test]
+async fn objects_above_the_limit_are_refused() {
+    let served = Served::start(|config| config.limits.max_object = 100_000).await;
+    assert_eq!(served.put("/objects/a", &[], &[1; 100_000]).await.status, 201);
+    expect_error(&served.put("/objects/b", &[], &[1; 100_001]).await, 413, "too_large");
+    let pieces = (0..11).map(|_| Ok::<_, std::io::Error>(Bytes::from(vec![1; 10_000])));
+    let body = Body::from_stream(futures::stream::iter(pieces));
+    let put = served.http.send(Method::PUT, "/objects/b", &[], body).await.unwrap();
+    expect_error(&put, 413, "too_large");
+    assert_eq!(served.get("/objects/b", &[]).await.status, 404);
+    // It learns so before it sends anything.
+    let head = "PUT /objects/b HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\n";
+    let head = format!("{head}content-length: 999999\r\n\r\n");
+    let answer = rest(connect(&served, &head).await).await;
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn headers_above_the_limits_are_refused() {
+    let served = Served::start(|config| config.limits.max_headers = 8192).await;
+    let long = "a".repeat(5000);
+    let put = served.put("/objects/a", &[("x-object-meta-a", &long)], b"").await;
+    expect_error(&put, 431, "metadata_too_large");
+    let long = "a".repeat(20_000);
+    let get = format!("GET /objects/a HTTP/1.1\r\nhost: a\r\nx-long: {long}\r\n\r\n");
+    let answer = rest(connect(&served, &get).await).await;
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431 "), "{answer}");
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn requests_above_the_limits_get_503_and_429() {
+    for (per_client, status, code) in [(0, 503, "busy"), (1, 429, "too_many_requests")] {
+        let served = Served::start(|config| {
+            config.limits.max_requests = if per_client == 0 { 1 } else { 9 };
+            config.limits.max_requests_per_client = per_client;
+            config.limits.retry_after = Duration::from_secs(7);
+        })
+        .await;
+        let mut slow = served.unfinished_put().await;
+        let refused = served.put("/objects/a", &[], b"a").await;
+        expect_error(&refused, status, code);
+        assert_eq!(refused.header("retry-after"), "7");
+        assert_eq!(served.get("/readyz", &[]).await.status, 200);
+        slow.write_all(b"nine char").await.unwrap();
+        let mut answer = [0; 12];
+        slow.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 201");
+        drop(slow);
+        // Its place comes back with the end of its answer.
+        let free = async { while served.get("/objects/slow", &[]).await.status != 200 {} };
+        timeout(BOUND, free).await.expect("the place is free again");
+        served.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn bodies_without_progress_are_cut_off() {
+    let served = Served::start(|config| {
+        config.limits.body_timeout = Duration::from_secs(2);
+        config.limits.body_progress = 10;
+    })
+    .await;
+    // Ten bytes in a second are enough, however long it takes.
+    let steady = async {
+        let head = "PUT /objects/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n";
+        let head = format!("{head}content-length: 60\r\n\r\n");
+        let mut raw = connect(&served, &head).await;
+        for _ in 0..30 {
+            sleep(Duration::from_millis(100)).await;
+            raw.write_all(b"ab").await.unwrap();
+        }
+        rest(raw).await
+    };
+    // A byte now and then is not.
+    let drip = async {
+        let head = "PUT /objects/b HTTP/1.1\r\nhost: a\r\ncontent-length: 999\r\n\r\n";
+        let mut raw = connect(&served, head).await;
+        let (mut reading, mut writing) = raw.split();
+        let mut answer = [0; 12];
+        let drops = async {
+            while writing.write_all(b"a").await.is_ok() {
+                sleep(Duration::from_millis(400)).await;
+            }
+        };
+        tokio::select! {
+            read = timeout(BOUND, reading.read_exact(&mut answer)) => { read.unwrap().unwrap(); }
+            () = drops => panic!("it is closed without an answer"),
+        }
+        String::from_utf8_lossy(&answer).into_owned()
+    };
+    let (steady, drip) = futures::join!(steady, drip);
+    assert!(steady.starts_with("HTTP/1.1 201 "), "{steady}");
+    assert_eq!(drip, "HTTP/1.1 408");
+    assert_eq!(served.get("/objects/b", &[]).await.status, 404);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn headers_that_do_not_come_end_the_connection() {
+    let served =
+        Served::start(|config| config.limits.header_timeout = Duration::from_millis(200)).await;
+    let half = connect(&served, "GET /objects/a HTTP/1.1\r\nho").await;
+    let silent = connect(&served, "").await;
+    futures::join!(rest(half), rest(silent));
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn client_that_does_not_read_gives_its_place_back() {
+    let served = Served::start(|config| {
+        config.limits.max_requests = 1;
+        config.limits.write_timeout = Duration::from_millis(500);
+    })
+    .await;
+    served.stored("/objects/large", &vec![1; 32 << 20]).await;
+    let stalled = connect(&served, "GET /objects/large HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let taken = async { while served.get("/objects", &[]).await.status != 503 {} };
+    timeout(BOUND, taken).await.expect("it has the one place");
+    let free = async { while served.get("/objects", &[]).await.status != 200 {} };
+    timeout(BOUND, free).await.expect("it is cut off");
+    let cut = rest(stalled).await;
+    assert!(cut.len() < 32 << 20, "{} bytes", cut.len());
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn clients_that_do_not_read_keep_nothing_from_others() {
+    let served = Served::start(|_| {}).await;
+    served.stored("/objects/large", &vec![1; 16 << 20]).await;
+    let get = "GET /objects/large HTTP/1.1\r\nhost: a\r\n\r\n";
+    let stalled = futures::future::join_all((0..100).map(|_| connect(&served, get))).await;
+    // Twice what host memory has.
+    let others = async {
+        for n in 0..32_u8 {
+            let path = format!("/objects/{n}");
+            served.stored(&path, &vec![n; 500_000]).await;
+        }
+        for n in 0..32_u8 {
+            let answer = served.get(&format!("/objects/{n}"), &[]).await;
+            assert!(answer.status == 200 && answer.body == vec![n; 500_000], "{n}");
+        }
+    };
+    timeout(BOUND, others).await.expect("others are served");
+    let stats = served.service.store().stats();
+    assert!(stats.held_bytes < 1 << 20, "{} bytes held", stats.held_bytes);
+    drop(stalled);
+    served.stop().await;
+}

@@ -1,0 +1,21 @@
+//! The service over real HTTP.
+//!
+//! - `objects`: what each request answers, with its status.
+//! - `conditions`: ETags, dates and ranges.
+//! - `limits`: sizes, times and counts; slow clients.
+//! - `places`: pins and prefetches.
+//! - `life`: restart, shutdown, `kill -9`, over the real program.
+//! - `config`: the file, the environment, what is refused.
+//! - `load`: many clients that compare every body; a client in Python.
+//! - `support`: a service on a port of its own.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod conditions;
+mod config;
+mod life;
+mod limits;
+mod load;
+mod objects;
+mod places;
+mod support;

@@ -1,0 +1,107 @@
+//! A service on a port of its own, over a directory of its own.
+//!
+//! Invariant: no test shares either with another.
+
+use std::path::Path;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::{Method, StatusCode};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use vmem::VirtualMemoryConfig;
+use vmem_service::load::{Answer, Http};
+use vmem_service::{Config, Service};
+
+/// A service with a client of it.
+pub(crate) struct Served {
+    pub(crate) service: Service,
+    pub(crate) http: Http,
+    _directory: Option<TempDir>,
+}
+
+/// A configuration over this directory, small and on any port.
+pub(crate) fn config(directory: &Path) -> Config {
+    let store = VirtualMemoryConfig::builder()
+        .disk_path(directory.join("store"))
+        .host_capacity(8 << 20)
+        .disk_capacity(256 << 20)
+        .gpu(vmem::GpuSelection::Off);
+    let mut config = Config { store: store.build().unwrap(), ..Config::default() };
+    config.listen = ([127, 0, 0, 1], 0).into();
+    config
+}
+
+impl Served {
+    /// Starts one with the configuration that `change` leaves.
+    pub(crate) async fn start(change: impl FnOnce(&mut Config)) -> Served {
+        let directory = tempfile::tempdir().unwrap();
+        let mut config = config(directory.path());
+        change(&mut config);
+        Served { _directory: Some(directory), ..Served::over(config).await }
+    }
+
+    /// Starts one over a directory of the caller's.
+    pub(crate) async fn over(config: Config) -> Served {
+        let service = Service::start(config, |_| Router::new()).await.unwrap();
+        let http = Http::new(&format!("http://{}", service.local_addr()));
+        Served { service, http, _directory: None }
+    }
+
+    /// A request without a body.
+    pub(crate) async fn ask(&self, method: Method, path: &str, headers: &[(&str, &str)]) -> Answer {
+        self.http.send(method, path, headers, Body::empty()).await.unwrap()
+    }
+
+    pub(crate) async fn get(&self, path: &str, headers: &[(&str, &str)]) -> Answer {
+        self.ask(Method::GET, path, headers).await
+    }
+
+    pub(crate) async fn put(&self, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        // The client leaves it out where it is 0.
+        let len = body.len().to_string();
+        let headers = [headers, &[("content-length", &len)]].concat();
+        self.http.send(Method::PUT, path, &headers, Body::from(body.to_vec())).await.unwrap()
+    }
+
+    /// A PUT of nine bytes to `slow`, which is being served and of which none was sent.
+    pub(crate) async fn unfinished_put(&self) -> TcpStream {
+        let mut raw = TcpStream::connect(self.service.local_addr()).await.unwrap();
+        let head = "PUT /objects/slow HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\n";
+        let head = format!("{head}content-length: 9\r\n\r\n");
+        raw.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = [0; 25];
+        raw.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 100 Continue\r\n\r\n");
+        raw
+    }
+
+    /// Stores an object and returns its ETag.
+    pub(crate) async fn stored(&self, path: &str, body: &[u8]) -> String {
+        let answer = self.put(path, &[], body).await;
+        assert!(answer.status.is_success(), "{answer:?}");
+        answer.header("etag").to_owned()
+    }
+
+    /// Ends it; nothing may be left to flush.
+    pub(crate) async fn stop(self) {
+        self.service.shutdown().await.unwrap();
+    }
+}
+
+/// The body as JSON.
+pub(crate) fn json(answer: &Answer) -> Value {
+    serde_json::from_slice(&answer.body).unwrap_or_else(|error| panic!("{error}: {answer:?}"))
+}
+
+/// An error has its status, its code, and says why.
+pub(crate) fn expect_error(answer: &Answer, status: u16, code: &str) {
+    assert_eq!(answer.status, StatusCode::from_u16(status).unwrap(), "{answer:?}");
+    assert_eq!(answer.header("content-type"), "application/json");
+    let body = json(answer);
+    assert_eq!(body["code"], code);
+    assert!(body["message"].as_str().unwrap().len() > 10, "{body}");
+    assert!(!answer.header("x-request-id").is_empty());
+}
