@@ -62,6 +62,15 @@ pub struct Limits {
     /// How long a client may take no byte of a response. Default: 30 s.
     #[serde(with = "humantime_serde")]
     pub write_timeout: Duration,
+    /// What the kernel keeps of a response for a client that does not read, in bytes, up to what
+    /// the system allows; it counts against the memory limit of the process. 0 leaves it to the
+    /// kernel, which may take several MiB for each. Default: 256 KiB.
+    #[serde(deserialize_with = "size")]
+    pub send_buffer: u64,
+    /// Memory, in bytes, for responses of at most 256 KiB, which are read at once into memory of
+    /// their own; when it is used up they are streamed, as longer ones are. Default: 32 MiB.
+    #[serde(deserialize_with = "size")]
+    pub max_copied: u64,
     /// The longest pin. Default: 1 h.
     #[serde(with = "humantime_serde")]
     pub max_pin: Duration,
@@ -104,6 +113,8 @@ impl Default for Limits {
             body_timeout: seconds(30),
             body_progress: 1 << 10,
             write_timeout: seconds(30),
+            send_buffer: 256 << 10,
+            max_copied: 32 << 20,
             max_pin: seconds(3600),
             max_pins: 1024,
             max_prefetches: 64,
@@ -207,6 +218,7 @@ impl Config {
             ("limits.max_listed", limits.max_listed == 0, zero),
             ("limits.max_headers", limits.max_headers < 8192, "it has to be 8 KiB at least"),
             ("limits.max_headers", limits.max_headers > 1 << 20, "it may be 1 MiB at most"),
+            ("limits.max_copied", limits.max_copied > 1 << 40, "it may be 1 TiB at most"),
             ("limits.header_timeout", is_short(limits.header_timeout), zero),
             ("limits.body_timeout", is_short(limits.body_timeout), zero),
             ("limits.write_timeout", is_short(limits.write_timeout), zero),

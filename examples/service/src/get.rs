@@ -1,21 +1,29 @@
 //! GET and HEAD: bodies as streams.
 //!
 //! Invariant: validators, metadata and bytes of a response are of one version. A client that reads
-//! slowly holds windows of the reserve for streams and no object space. Called by `routes`.
+//! slowly holds windows of the reserve for streams, or a copy that is charged, and no object space.
+//! Called by `routes`.
+
+use std::ops::Range;
 
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use vmem::NamedEntry;
+use tokio::sync::OwnedSemaphorePermit;
+use vmem::{NamedEntry, VMemHandle};
 
 use crate::attributes::{Attributes, add_validators};
 use crate::conditions::{Verdict, of_read, range};
 use crate::error::ApiError;
 use crate::name::Name;
 use crate::state::App;
+
+/// The longest response that is copied, in bytes.
+const COPIED_MAX: usize = 256 << 10;
 
 /// Sends an object, or a range of it.
 pub(crate) async fn get(
@@ -38,14 +46,58 @@ pub(crate) async fn get(
         }
     };
     headers.insert(CONTENT_LENGTH, HeaderValue::from(part.end - part.start));
-    let mut stream = app.vmem.reader(&handle, part.start as usize..part.end as usize).into_stream();
+    let part = part.start as usize..part.end as usize;
+    let body = match copied(&app, &handle, part.clone()).await? {
+        Some(body) => body,
+        None => streamed(&app, &handle, part, name).await?,
+    };
+    Ok((status, headers, body).into_response())
+}
+
+/// A short part, read at once into memory of its own: a response that the kernel takes as a whole
+/// needs no window for as long as its client reads. None if it is long, or there is no such memory.
+async fn copied(
+    app: &App,
+    handle: &VMemHandle,
+    part: Range<usize>,
+) -> Result<Option<Body>, ApiError> {
+    if part.len() > COPIED_MAX {
+        return Ok(None);
+    }
+    let kib = part.len().div_ceil(1024) as u32;
+    let Ok(charged) = app.copied.clone().try_acquire_many_owned(kib) else { return Ok(None) };
+    let mut bytes = vec![0; part.len()];
+    app.vmem.read_into(handle, part, &mut bytes).await?;
+    let copied = Copied { bytes, _charged: charged };
+    Ok(Some(Body::from(Bytes::from_owner(copied))))
+}
+
+/// A part as a stream of windows.
+async fn streamed(
+    app: &App,
+    handle: &VMemHandle,
+    part: Range<usize>,
+    name: Name,
+) -> Result<Body, ApiError> {
+    let mut stream = app.vmem.reader(handle, part).into_stream();
     // Before the status is sent, since an error has another one.
     let first = stream.next().await.transpose()?;
     let rest = stream.inspect_err(move |error| {
         tracing::warn!(%error, name = name.as_str(), "a response was cut off");
     });
-    let body = Body::from_stream(futures::stream::iter(first.map(Ok)).chain(rest));
-    Ok((status, headers, body).into_response())
+    Ok(Body::from_stream(futures::stream::iter(first.map(Ok)).chain(rest)))
+}
+
+/// Bytes that are charged until they have gone.
+struct Copied {
+    bytes: Vec<u8>,
+    _charged: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for Copied {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 /// Tells of an object. It costs the same whatever its length.

@@ -16,7 +16,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_io_timeout::TimeoutStream;
@@ -30,6 +30,10 @@ use crate::state::{App, Shared};
 
 /// The pause after a connection that could not be accepted, such as for want of descriptors.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+/// Connections that wait to be accepted.
+const BACKLOG: u32 = 1024;
+/// What a connection buffers, in bytes.
+const BUFFER: usize = 64 << 10;
 /// Headers of one request.
 const HEADERS_MAX: usize = 128;
 
@@ -54,8 +58,7 @@ impl Service {
         mount: impl FnOnce(&VirtualMemory) -> Router,
     ) -> anyhow::Result<Service> {
         config.check()?;
-        let listener = TcpListener::bind(config.listen)
-            .await
+        let listener = listen(config.listen, &config.limits)
             .with_context(|| format!("listening on {}", config.listen))?;
         let address = listener.local_addr()?;
         let vmem = vmem::open(config.store).await.context("opening the store")?;
@@ -93,6 +96,18 @@ impl Service {
         self.app.pins.release_all();
         self.app.vmem.clone().close().await
     }
+}
+
+/// A listener whose connections have bounded send buffers.
+fn listen(address: SocketAddr, limits: &Limits) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    if limits.send_buffer > 0 {
+        // Connections inherit it.
+        socket.set_send_buffer_size(u32::try_from(limits.send_buffer).unwrap_or(u32::MAX))?;
+    }
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Accepts connections until it is to stop, then waits for their requests.
@@ -159,6 +174,8 @@ fn connection(
         .header_read_timeout(limits.header_timeout)
         .max_header_size(limits.max_headers as usize)
         .max_headers(HEADERS_MAX)
+        // Else it takes several windows of a stream before its client has read the first.
+        .max_buf_size(BUFFER.max(limits.max_headers as usize))
         .serve_connection(TokioIo::new(Box::pin(stream)), service)
 }
 

@@ -23,6 +23,8 @@ pub(crate) struct Shared {
     pub(crate) clients: Arc<Clients>,
     pub(crate) pins: Arc<Pins>,
     pub(crate) prefetches: Arc<Semaphore>,
+    /// KiB of memory for short responses.
+    pub(crate) copied: Arc<Semaphore>,
     /// Commits read it, and a DELETE on a condition writes it.
     pub(crate) changes: Arc<RwLock<()>>,
     closing: AtomicBool,
@@ -39,6 +41,7 @@ impl Shared {
             pins: Arc::new(Pins::new(limits.max_pins)),
             prefetches: Arc::new(Semaphore::new(limits.max_prefetches)),
             changes: Arc::default(),
+            copied: Arc::new(Semaphore::new((limits.max_copied / 1024) as usize)),
             closing: AtomicBool::new(false),
             vmem,
             limits,

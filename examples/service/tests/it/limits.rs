@@ -10,6 +10,7 @@ use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
+use vmem::VirtualMemoryConfig;
 
 use crate::support::{Served, expect_error};
 
@@ -19,6 +20,68 @@ async fn connect(served: &Served, text: &str) -> TcpStream {
     let mut raw = TcpStream::connect(served.service.local_addr()).await.unwrap();
     raw.write_all(text.as_bytes()).await.unwrap();
     raw
+}
+
+/// The store that `served` has, with this much space.
+fn store_of(config: &mut vmem_service::Config, host: u64, disk: u64) {
+    let store = VirtualMemoryConfig::builder()
+        .disk_path(config.store.disk_path().unwrap())
+        .host_capacity(host)
+        .disk_capacity(disk)
+        .wait_timeout(Duration::from_millis(500))
+        .gpu(vmem::GpuSelection::Off);
+    config.store = store.build().unwrap();
+}
+
+#[tokio::test]
+async fn full_disk_is_answered_with_503_until_there_is_space() {
+    let served = Served::start(|config| store_of(config, 8 << 20, 8 << 20)).await;
+    let object = vec![1; 1 << 20];
+    expect_error(&served.put("/objects/a", &[], &vec![1; 9 << 20]).await, 413, "too_large");
+    let mut stored = 0;
+    let refused = loop {
+        let answer = served.put(&format!("/objects/{stored}"), &[], &object).await;
+        if !answer.status.is_success() {
+            break answer;
+        }
+        stored += 1;
+        assert!(stored < 9, "{stored} MiB in 8");
+    };
+    expect_error(&refused, 503, "tier_full");
+    assert_eq!(refused.header("retry-after"), "1");
+    for n in 0..stored {
+        assert!(served.get(&format!("/objects/{n}"), &[]).await.body == object, "{n}");
+    }
+    for n in 0..2 {
+        let path = format!("/objects/{n}");
+        assert_eq!(served.ask(Method::DELETE, &path, &[]).await.status, 204);
+    }
+    // Space comes back a moment after the name has gone.
+    let accepted = async { while served.put("/objects/b", &[], &object).await.status != 201 {} };
+    timeout(BOUND, accepted).await.expect("there is space again");
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn pins_above_their_budget_are_answered_with_503() {
+    let served = Served::start(|config| store_of(config, 8 << 20, 64 << 20)).await;
+    let object = vec![1; 2 << 20];
+    let mut pinned = 0;
+    let refused = loop {
+        served.stored(&format!("/objects/{pinned}"), &object).await;
+        let answer = served.ask(Method::POST, &format!("/pins/{pinned}"), &[]).await;
+        if !answer.status.is_success() {
+            break answer;
+        }
+        pinned += 1;
+        assert!(pinned < 4, "{pinned} objects of 2 MiB pinned in 8 MiB");
+    };
+    assert!(pinned > 0);
+    expect_error(&refused, 503, "all_pinned");
+    assert_eq!(served.ask(Method::DELETE, "/pins/0", &[]).await.status, 204);
+    let again = served.ask(Method::POST, &format!("/pins/{pinned}"), &[]).await;
+    assert_eq!(again.status, 200, "{again:?}");
+    served.stop().await;
 }
 
 /// What comes before the connection ends.
