@@ -3,6 +3,8 @@
 //! Invariant: a chunk has one checksum, over all of its bytes. Used by everything that knows of
 //! places below host memory.
 
+use std::ops::Range;
+
 use smallvec::SmallVec;
 
 /// The unit of checksums and of partial rewrites, in bytes: objects up to this size are one chunk,
@@ -28,4 +30,33 @@ pub struct StoredChunk {
     pub runs: Runs,
     /// The CRC-32C of the chunk.
     pub sum: u32,
+}
+
+/// How many chunks an object of `len` bytes has.
+pub(crate) fn chunk_count(len: usize) -> usize {
+    len.div_ceil(CHUNK_BYTES)
+}
+
+/// The length of chunk `index` of an object of `len` bytes.
+pub(crate) fn chunk_len(len: usize, index: usize) -> u32 {
+    (len - index * CHUNK_BYTES).min(CHUNK_BYTES) as u32
+}
+
+/// The bytes of chunk `index` of an object of `len` bytes.
+pub(crate) fn range_of(len: usize, index: usize) -> Range<usize> {
+    let start = index * CHUNK_BYTES;
+    start..start + chunk_len(len, index) as usize
+}
+
+/// The lengths of these chunks of an object of `len` bytes.
+pub(crate) fn chunk_lens(len: usize, chunks: impl IntoIterator<Item = usize>) -> Vec<u32> {
+    chunks.into_iter().map(|index| chunk_len(len, index)).collect()
+}
+
+/// The chunks that a range of bytes touches.
+pub(crate) fn chunks_of(range: &Range<usize>) -> Range<usize> {
+    if range.is_empty() {
+        return 0..0;
+    }
+    range.start / CHUNK_BYTES..range.end.div_ceil(CHUNK_BYTES)
 }

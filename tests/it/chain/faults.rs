@@ -67,6 +67,70 @@ async fn copy_in_a_slower_tier_serves_where_the_faster_one_fails() {
     assert!(matches!(refused, Err(VirtualMemoryError::Corrupt { chunk: 0, .. })), "{refused:?}");
 }
 
+/// Excluded: a chunk that can be read from a slower tier and is not, since another chunk of the
+/// read is in none.
+#[tokio::test(start_paused = true)]
+async fn damaged_chunk_is_read_past_beside_one_that_only_the_disk_has() {
+    const CHUNK: usize = 64 * KIB;
+    let chain = open((MIB, 4 * MIB, 16 * MIB), |builder| builder);
+    let vmem = &chain.vmem;
+    let handle = vmem.put(bytes(1, 1, 3 * CHUNK), DISK).await.unwrap();
+    vmem.demote(&handle, REMOTE).await.unwrap();
+    vmem.promote(&handle, DISK).await.unwrap();
+    vmem.write_at(&handle, 2 * CHUNK, bytes(2, 1, CHUNK)).await.unwrap();
+    let at = chain.disk.find(&bytes(1, 1, 3 * CHUNK)[..100]).expect("it is on disk");
+    chain.disk.flip(at + 17);
+    let read = vmem.read(&handle).await.unwrap();
+    assert!(read[..2 * CHUNK] == bytes(1, 1, 3 * CHUNK)[..2 * CHUNK]);
+    assert!(read[2 * CHUNK..] == bytes(2, 1, CHUNK)[..]);
+}
+
+/// Excluded: bytes that host memory has and that are given up, since the disk has them damaged.
+#[tokio::test(start_paused = true)]
+async fn host_copy_outlives_damage_on_disk() {
+    let chain = open((MIB, 16 * LEN, 64 * LEN), |builder| builder.watermarks(0.98, 1.0));
+    let vmem = &chain.vmem;
+    let asked = vmem.put(bytes(1, 1, LEN), HOST).await.unwrap();
+    let evicted = vmem.put(bytes(2, 1, LEN), HOST).await.unwrap();
+    for (object, handle) in [(1, &asked), (2, &evicted)] {
+        vmem.demote(handle, DISK).await.unwrap();
+        vmem.promote(handle, HOST).await.unwrap();
+        assert_eq!(chain.places(handle), [true, true, false]);
+        let at = chain.disk.find(&bytes(object, 1, LEN)[..100]).expect("it is on disk");
+        chain.disk.flip(at + 17);
+    }
+    vmem.demote(&asked, REMOTE).await.unwrap();
+    assert_eq!(chain.places(&asked), [false, false, true]);
+    assert!(vmem.read(&asked).await.unwrap() == bytes(1, 1, LEN));
+    // Others take all of the disk, so that the second is to leave it, and cannot be read there.
+    let mut others = Vec::new();
+    for object in 3..40 {
+        others.push(vmem.put(bytes(object, 1, LEN), REMOTE).await.unwrap());
+        vmem.promote(others.last().unwrap(), DISK).await.unwrap();
+    }
+    chain.settle().await;
+    assert!(vmem.residency(&evicted).unwrap().host, "nothing wanted its space");
+    vmem.demote(&evicted, DISK).await.unwrap();
+    assert!(vmem.read(&evicted).await.unwrap() == bytes(2, 1, LEN));
+}
+
+#[tokio::test(start_paused = true)]
+async fn disk_that_has_less_space_than_it_says_is_passed_by() {
+    let chain = open((4 * LEN, 16 * MIB, 16 * MIB), |builder| builder);
+    let vmem = &chain.vmem;
+    let no_space = || io::Error::from_raw_os_error(28);
+    chain.disk.fail(move |op, _| (op == Op::Write).then(no_space));
+    let mut handles = Vec::new();
+    for object in 1..=16 {
+        handles.push(vmem.put(bytes(object, 1, LEN), HOST).await.unwrap());
+    }
+    for (object, handle) in (1..).zip(&handles) {
+        assert!(vmem.read(handle).await.unwrap() == bytes(object, 1, LEN));
+    }
+    let stats = chain.settle().await;
+    assert!(stats.remote.objects >= 12 && stats.disk.used_bytes == 0, "{stats:#?}");
+}
+
 /// Excluded: one damaged object on disk that keeps all others from leaving it.
 #[tokio::test(start_paused = true)]
 async fn damaged_object_keeps_no_other_on_disk() {

@@ -10,7 +10,6 @@ mod names;
 mod pressure;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use vmem::backend::Backends;
 use vmem::{
@@ -51,18 +50,8 @@ pub(crate) fn open(
 impl Chain {
     /// Waits until nothing is in flight and there is no waiter.
     async fn settle(&self) -> VirtualMemoryStats {
-        let mut quiet = 0;
-        for _ in 0..20_000 {
-            let stats = self.vmem.stats();
-            let in_flight = self.disk.in_flight() + self.remote.in_flight();
-            let busy = in_flight > 0 || stats.migrations_in_flight > 0 || stats.waiters > 0;
-            quiet = if busy { 0 } else { quiet + 1 };
-            if quiet == 3 {
-                return stats;
-            }
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        panic!("does not settle: {:#?}", self.vmem.stats());
+        let in_flight = || self.disk.in_flight() + self.remote.in_flight();
+        support::settle_with(&self.vmem, in_flight).await
     }
 
     /// Which tiers have an object: host memory, disk, the one below.

@@ -102,3 +102,44 @@ async fn objects_without_a_name_make_way_on_disk_for_those_that_have_one() {
     drop(unnamed);
     vmem.close().await.unwrap();
 }
+
+/// Excluded: bytes of a name that were written below a full disk, and are lost when the store
+/// closes.
+#[tokio::test]
+async fn name_whose_bytes_lie_below_the_disk_is_durable_when_the_store_closes() {
+    let tape = Tape::of(Image::default());
+    let vmem = open(&tape, 8 * LEN, true);
+    let named = vmem.put_named("named", bytes(1, 1, 4 * LEN), HOST).await.unwrap();
+    let mut others = Vec::new();
+    for object in 2..=5 {
+        others.push(vmem.put(bytes(object, 1, LEN), DISK).await.unwrap());
+    }
+    vmem.write(&named, bytes(1, 2, 4 * LEN)).await.unwrap();
+    vmem.demote(&named, DISK).await.unwrap();
+    assert!(is_on(&vmem, &named, REMOTE), "there is no space on disk");
+    drop(named);
+    vmem.close().await.unwrap();
+    let again = open(&Tape::of(tape.image()), 8 * LEN, true);
+    let named = again.open_named("named").await.unwrap();
+    assert!(again.read(&named).await.unwrap() == bytes(1, 2, 4 * LEN));
+    drop(named);
+    again.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn disk_that_is_full_of_names_is_said_to_be_full() {
+    let tape = Tape::of(Image::default());
+    let vmem = open(&tape, 8 * LEN, true);
+    let mut named = Vec::new();
+    for object in 1..=8 {
+        let name = format!("{object}");
+        named.push(vmem.put_named(&name, bytes(object, 1, LEN), DISK).await.unwrap());
+    }
+    let below = vmem.put(bytes(9, 1, LEN), REMOTE).await.unwrap();
+    let refused = vmem.promote(&below, DISK).await;
+    assert!(matches!(refused, Err(VirtualMemoryError::TierFull { tier: DISK, .. })), "{refused:?}");
+    // A name less, and there is space.
+    vmem.remove_named("1").await.unwrap();
+    drop(named.remove(0));
+    vmem.promote(&below, DISK).await.unwrap();
+}

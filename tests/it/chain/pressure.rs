@@ -144,3 +144,74 @@ async fn promotion_waits_for_space_that_a_reader_gives_back() {
     tokio::time::timeout(Duration::from_secs(1), promoting).await.unwrap().unwrap().unwrap();
     assert!(vmem.residency(&cold).unwrap().disk);
 }
+
+/// Excluded: one request that waits for space on disk, past which nothing gets any.
+#[tokio::test(start_paused = true)]
+async fn small_object_passes_a_promotion_that_waits_for_space() {
+    let chain = open((MIB, 8 * LEN, 16 * MIB), |builder| builder.watermarks(0.98, 1.0));
+    let vmem = &chain.vmem;
+    let pinned = vmem.put(bytes(1, 1, 4 * LEN), DISK).await.unwrap();
+    let pin = vmem.pin(&pinned, DISK).await.unwrap();
+    let large = vmem.put(bytes(2, 1, 6 * LEN), REMOTE).await.unwrap();
+    let promoting = tokio::spawn({
+        let vmem = vmem.clone();
+        let large = large.clone();
+        async move { vmem.promote(&large, DISK).await }
+    });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let small = vmem.put(bytes(3, 1, LEN), DISK).await.unwrap();
+    assert_eq!(chain.places(&small), [false, true, false]);
+    drop(pin);
+    tokio::time::timeout(Duration::from_secs(1), promoting).await.unwrap().unwrap().unwrap();
+    assert!(vmem.residency(&large).unwrap().disk);
+}
+
+/// Excluded: a refusal for lack of space while the disk has copies that are below it too.
+#[tokio::test(start_paused = true)]
+async fn copies_leave_a_full_disk_also_where_the_tier_below_is_full() {
+    let chain = open((MIB, 8 * LEN, 8 * LEN), |builder| builder.watermarks(0.98, 1.0));
+    let vmem = &chain.vmem;
+    let mut handles = Vec::new();
+    for object in 1..=8 {
+        let handle = vmem.put(bytes(object, 1, LEN), REMOTE).await.unwrap();
+        vmem.promote(&handle, DISK).await.unwrap();
+        handles.push(handle);
+    }
+    assert_eq!(vmem.stats().disk.used_bytes, (8 * LEN) as u64);
+    for object in 9..=16 {
+        handles.push(vmem.put(bytes(object, 1, LEN), DISK).await.unwrap());
+    }
+    let refused = vmem.put(bytes(17, 1, LEN), DISK).await;
+    assert!(matches!(refused, Err(VirtualMemoryError::TierFull { .. })), "{refused:?}");
+    for (object, handle) in (1..).zip(&handles) {
+        let mut read = vec![0; LEN];
+        vmem.read_into(handle, 0..LEN, &mut read).await.unwrap();
+        assert!(read == bytes(object, 1, LEN), "{object}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn promotion_of_one_chunk_takes_the_space_of_one() {
+    let chain = open((MIB, 8 * LEN, 64 * LEN), |builder| builder.watermarks(0.98, 1.0));
+    let vmem = &chain.vmem;
+    let large = vmem.put(bytes(1, 1, 5 * LEN), DISK).await.unwrap();
+    let pin = vmem.pin(&large, DISK).await.unwrap();
+    let mut others = Vec::new();
+    for object in 2..=4 {
+        others.push(vmem.put(bytes(object, 1, LEN), DISK).await.unwrap());
+    }
+    // The new chunk is written below the full disk, and comes back where the object is pinned.
+    vmem.write_at(&large, 2 * LEN, bytes(5, 1, LEN)).await.unwrap();
+    let whole = async {
+        while !vmem.residency(&large).unwrap().disk {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), whole).await.unwrap();
+    let has_left = |other| !vmem.residency(other).unwrap().disk;
+    assert!(!others.iter().any(has_left), "the chunk before it had the space of one");
+    let mut read = vec![0; 5 * LEN];
+    vmem.read_into(&large, 0..5 * LEN, &mut read).await.unwrap();
+    assert!(read[2 * LEN..3 * LEN] == bytes(5, 1, LEN));
+    drop(pin);
+}

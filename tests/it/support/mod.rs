@@ -114,14 +114,23 @@ pub(crate) fn real_config(dir: &Path, host: usize, disk: usize) -> VirtualMemory
 
 /// Waits until there is no migration in flight and no waiter, several times in a row.
 pub(crate) async fn quiet(vmem: &VirtualMemory) -> VirtualMemoryStats {
+    settle_with(vmem, || 0).await
+}
+
+/// As [`quiet`], and until drivers have nothing in flight either.
+pub(crate) async fn settle_with(
+    vmem: &VirtualMemory,
+    in_flight: impl Fn() -> usize,
+) -> VirtualMemoryStats {
     let mut quiet = 0;
     for _ in 0..20_000 {
         let stats = vmem.stats();
-        let busy = stats.migrations_in_flight > 0 || stats.waiters > 0;
+        let busy = in_flight() > 0 || stats.migrations_in_flight > 0 || stats.waiters > 0;
         quiet = if busy { 0 } else { quiet + 1 };
         if quiet == 3 {
             return stats;
         }
+        // On a paused clock this returns when everything else has come to a stand.
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     panic!("does not settle: {:#?}", vmem.stats());
@@ -162,18 +171,7 @@ pub(crate) async fn put_all(
 
 /// Waits until nothing is in flight and there is no waiter. Panics if that does not happen.
 pub(crate) async fn settle(vmem: &VirtualMemory, driver: &MemDriver) -> VirtualMemoryStats {
-    let mut quiet = 0;
-    for _ in 0..20_000 {
-        let stats = vmem.stats();
-        let busy = driver.in_flight() > 0 || stats.migrations_in_flight > 0 || stats.waiters > 0;
-        quiet = if busy { 0 } else { quiet + 1 };
-        if quiet == 3 {
-            return vmem.stats();
-        }
-        // On a paused clock this returns when everything else has come to a stand.
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    panic!("does not settle: {:#?}", vmem.stats());
+    settle_with(vmem, || driver.in_flight()).await
 }
 
 /// Asserts that no space is taken, since all objects of the store were freed.

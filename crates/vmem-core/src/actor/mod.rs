@@ -131,46 +131,48 @@ impl Actor {
     async fn run(mut self, done: watch::Sender<Outcome>) {
         let mut woken = true;
         while !self.shared.is_closed() {
-            let recall_at = self.recall_unclaimed();
-            // A batch that failed has freed nothing and notifies nothing, so the evictors look
-            // again.
-            woken |= std::mem::take(&mut self.batch_failed);
-            let more = self.turn(woken);
-            woken = !more;
-            if more {
-                // Background work in slices: others have their turn in between.
-                tokio::task::yield_now().await;
-                self.drain_ready();
-                continue;
-            }
-            let of_devices = self.devices.iter().filter_map(Evictor::wakes_at);
-            let of_storage = self.storage.iter().filter_map(Evictor::wakes_at);
-            let wakes_at = of_devices.chain(of_storage).chain(self.host.wakes_at());
-            let wakes_at = wakes_at.chain(recall_at).min();
-            tokio::select! {
-                biased;
-                () = self.shared.wake.asleep() => {}
-                () = sleep_until(wakes_at), if wakes_at.is_some() => {}
-                Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
-                    self.account(ended);
-                }
-                Some(ended) = self.kernels.join_next(), if !self.kernels.is_empty() => {
-                    self.account(ended);
-                }
-                Some(request) = self.inbox.kernels.recv() => self.start(request),
-                Some(request) = self.inbox.demand.recv(), if self.demand < DEMAND_MAX => {
-                    self.start(request);
-                }
-                Some(request) = self.inbox.background.recv(),
-                    if self.background < BACKGROUND_MAX =>
-                {
-                    self.start(request);
-                }
-            }
-            self.drain_ready();
+            woken = self.step(woken).await;
         }
         let outcome = self.end().await;
         done.send_replace(Some(outcome));
+    }
+
+    /// One turn, and then sleep if there is nothing to do; whether something has happened since.
+    /// Dropped at any point it loses nothing.
+    async fn step(&mut self, mut woken: bool) -> bool {
+        let recall_at = self.recall_unclaimed();
+        // A batch that failed has freed nothing and notifies nothing, so the evictors look again.
+        woken |= std::mem::take(&mut self.batch_failed);
+        if self.turn(woken) {
+            // Background work in slices: others have their turn in between.
+            tokio::task::yield_now().await;
+            self.drain_ready();
+            return false;
+        }
+        let of_devices = self.devices.iter().filter_map(Evictor::wakes_at);
+        let of_storage = self.storage.iter().filter_map(Evictor::wakes_at);
+        let wakes_at = of_devices.chain(of_storage).chain(self.host.wakes_at());
+        let wakes_at = wakes_at.chain(recall_at).min();
+        tokio::select! {
+            biased;
+            () = self.shared.wake.asleep() => {}
+            () = sleep_until(wakes_at), if wakes_at.is_some() => {}
+            Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
+                self.account(ended);
+            }
+            Some(ended) = self.kernels.join_next(), if !self.kernels.is_empty() => {
+                self.account(ended);
+            }
+            Some(request) = self.inbox.kernels.recv() => self.start(request),
+            Some(request) = self.inbox.demand.recv(), if self.demand < DEMAND_MAX => {
+                self.start(request);
+            }
+            Some(request) = self.inbox.background.recv(), if self.background < BACKGROUND_MAX => {
+                self.start(request);
+            }
+        }
+        self.drain_ready();
+        true
     }
 
     /// One turn of every evictor. True if there is more to do at once.
@@ -194,11 +196,14 @@ impl Actor {
     fn recall_unclaimed(&self) -> Option<Instant> {
         let shared = &self.shared;
         let on_devices = shared.devices().iter().map(|device| device.state.queue.len());
-        let below = shared.storage().iter().map(|storage| storage.state.queue.len());
-        if shared.host.queue.len() + on_devices.chain(below).sum::<usize>() == 0 {
+        let below: usize = shared.storage().iter().map(|storage| storage.state.queue.len()).sum();
+        if shared.host.queue.len() + on_devices.sum::<usize>() + below == 0 {
             return None;
         }
-        self.shared.unclaimed.recall()
+        let unclaimed = shared.unclaimed.recall();
+        // Writes that are not finished have space below host memory.
+        let unfinished = if below > 0 { shared.unfinished.recall() } else { None };
+        unclaimed.into_iter().chain(unfinished).min()
     }
 
     /// Takes everything that is ready, without sleeping.
@@ -279,7 +284,7 @@ impl Actor {
         self.end_kernels().await;
         self.shared.tasks.close();
         self.shared.tasks.wait().await;
-        let flushed = names::flush_all(&self.names).await;
+        let flushed = self.flush_names().await;
         self.names.clear();
         self.shared.events.end();
         // The catalog first: the disk gives the directory back.
@@ -298,6 +303,31 @@ impl Actor {
             device = device.and(one.backend.close().await.map_err(DeviceError::public));
         }
         flushed.and(unnamed).and(closed).and(device)
+    }
+
+    /// Makes the named objects durable. Their bytes come to the disk for that, also from below it,
+    /// which takes space: the evictors go on until then.
+    async fn flush_names(&mut self) -> Result<(), VirtualMemoryError> {
+        let names = self.names.clone();
+        let flush = names::flush_all(&names);
+        if self.storage.is_empty() || crate::planted!("below-unflushed") {
+            return flush.await;
+        }
+        tokio::pin!(flush);
+        self.shared.storage().iter().for_each(|storage| storage.state.queue.open_again());
+        let mut woken = true;
+        let flushed = loop {
+            tokio::select! {
+                biased;
+                flushed = &mut flush => break flushed,
+                after = self.step(woken) => woken = after,
+            }
+        };
+        self.shared.close_queues();
+        while let Some(ended) = self.tasks.join_next().await {
+            self.account(ended);
+        }
+        flushed
     }
 
     /// Waits for kernels as long as any request may wait, and as long again for copies to the host

@@ -49,11 +49,17 @@ pub(super) trait Evicting {
     /// to go.
     fn probe(&self, object: &Object, spared_since: u64) -> Probe;
 
-    /// Since when what is used is spared by a prefetch, in nanoseconds of the store's clock.
-    fn spared_since(&self, shared: &Shared, wanted: &Wanted) -> u64;
+    /// Since when what is used is spared by a prefetch, in nanoseconds of the store's clock: since
+    /// the prefetch was asked for.
+    fn spared_since(&self, shared: &Shared, wanted: &Wanted) -> u64 {
+        let ago = |asked: Instant| asked.elapsed().as_nanos() as u64;
+        shared.recency.now().saturating_sub(wanted.prefetch_asked.map_or(0, ago))
+    }
 
     /// In how long what was used at `stamp` makes way for a prefetch; none if it never does.
-    fn cools_in(&self, shared: &Shared, stamp: u64) -> Option<Duration>;
+    fn cools_in(&self, _shared: &Shared, _stamp: u64) -> Option<Duration> {
+        None
+    }
 
     /// Whether the holder of its gate can take an object out now.
     fn may_leave(&self, object: &Object) -> bool;
@@ -86,11 +92,15 @@ pub(super) trait Evicting {
     ) -> BoxFuture<'static, Took>;
 
     /// Objects whose leaving makes one piece of free space of what the first request needs.
-    fn neighbours(&self, shared: &Shared, wanted: &Wanted) -> Vec<u64>;
+    fn neighbours(&self, _shared: &Shared, _wanted: &Wanted) -> Vec<u64> {
+        Vec::new()
+    }
 
     /// Moves objects within the tier, so that free bytes become usable bytes. True if that freed
     /// some.
-    fn compact(&self, shared: &Shared) -> bool;
+    fn compact(&self, _shared: &Shared) -> bool {
+        false
+    }
 }
 
 /// Object space in host memory.
@@ -198,12 +208,6 @@ fn is_movable(shared: &Shared, id: u64) -> bool {
         .is_some_and(|object| object.pins() == 0 && is_idle(&object) && object.has_host_space())
 }
 
-/// When the first prefetch that waits was asked for, in nanoseconds of the store's clock.
-fn since_asked(shared: &Shared, wanted: &Wanted) -> u64 {
-    let ago = |asked: Instant| asked.elapsed().as_nanos() as u64;
-    shared.recency.now().saturating_sub(wanted.prefetch_asked.map_or(0, ago))
-}
-
 /// The memory of the device with this number.
 pub(super) struct OnDevice(pub(super) usize);
 
@@ -223,15 +227,6 @@ impl Evicting for OnDevice {
 
     fn may_leave(&self, object: &Object) -> bool {
         object.has_space_on(self.0)
-    }
-
-    /// A prefetch makes nothing leave that was used after it was asked for.
-    fn spared_since(&self, shared: &Shared, wanted: &Wanted) -> u64 {
-        since_asked(shared, wanted)
-    }
-
-    fn cools_in(&self, _shared: &Shared, _stamp: u64) -> Option<Duration> {
-        None
     }
 
     /// Whatever is here has its bytes below.
@@ -280,13 +275,9 @@ impl Evicting for OnDevice {
         };
         state.space().coldest_window(&addresses, wanted.first(), &stamp)
     }
-
-    fn compact(&self, _shared: &Shared) -> bool {
-        false
-    }
 }
 
-/// The tier so far below host memory, if there is a slower one.
+/// The tier at this place below host memory, if there is a slower one.
 pub(super) struct InStorage(pub(super) usize);
 
 impl Evicting for InStorage {
@@ -306,15 +297,6 @@ impl Evicting for InStorage {
 
     fn may_leave(&self, object: &Object) -> bool {
         object.may_leave_storage(self.0)
-    }
-
-    /// As of a device: a prefetch makes nothing leave that was used after it was asked for.
-    fn spared_since(&self, shared: &Shared, wanted: &Wanted) -> u64 {
-        since_asked(shared, wanted)
-    }
-
-    fn cools_in(&self, _shared: &Shared, _stamp: u64) -> Option<Duration> {
-        None
     }
 
     fn needs_space_below(&self, object: &Object) -> bool {
@@ -355,14 +337,5 @@ impl Evicting for InStorage {
             }
         };
         written.boxed()
-    }
-
-    /// A chunk goes into pieces, so that free space is never in the wrong place.
-    fn neighbours(&self, _shared: &Shared, _wanted: &Wanted) -> Vec<u64> {
-        Vec::new()
-    }
-
-    fn compact(&self, _shared: &Shared) -> bool {
-        false
     }
 }

@@ -10,17 +10,17 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 
-use super::to_disk::check_unpinned;
 use super::transfer::{read_chunks, write_chunks};
 use super::{CopyFate, Job, Record};
+use crate::chunk::{CHUNK_BYTES, chunk_len, chunk_lens};
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
-use crate::object::{GatePass, Object, Shared, chunk_lens};
+use crate::object::{GatePass, Shared};
 use crate::stats::add;
 use crate::storage::{Extent, ReadChunk, TierError};
-use crate::tier::Class;
+use crate::tier::{Class, Need};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -157,13 +157,23 @@ async fn demote_batch(
         Err((failed, error)) => {
             let id = batch.get(failed).map_or(0, |one| one.pass.object().id);
             let error = error.public(&shared, id);
-            if let ([one], VirtualMemoryError::Corrupt { .. }) = (&batch[..], &error) {
-                let object = one.pass.object();
-                object.set_damage(&object.extents(), error.clone());
+            if let ([one], VirtualMemoryError::Corrupt { chunk, .. }) = (&batch[..], &error) {
+                note_damage(&one.pass, *chunk as usize, &error);
             }
             records.into_iter().for_each(|(record, _)| record.end(Err(&error)));
             Err(error)
         }
+    }
+}
+
+/// A chunk cannot be read. What host memory has as well is to be written again; else the object is
+/// damaged.
+fn note_damage(pass: &GatePass, chunk: usize, error: &VirtualMemoryError) {
+    let object = pass.object();
+    if object.copy.is_some() && !crate::planted!("below-damage") {
+        object.with_extents(pass, |map, old| map.forget(object.len, chunk..chunk + 1, old));
+    } else {
+        object.set_damage(&object.extents(), error.clone());
     }
 }
 
@@ -289,16 +299,16 @@ fn of_chunk(chunks: &[Copying], error: TierError) -> TierError {
 ///
 /// `TierFull`, those of reading and of writing; the object is then where it was.
 pub(crate) async fn demote_one(
-    object: &Arc<Object>,
+    pass: GatePass,
     level: usize,
     fate: CopyFate,
     cause: MigrationCause,
     deadline: &Deadline,
 ) -> Result<()> {
-    let pass = object.gate(deadline).await?;
-    if fate != CopyFate::Keep {
-        check_unpinned(object, level)?;
+    if level == 0 {
+        return Ok(());
     }
+    let object = pass.object().clone();
     let prepared = Demotion::prepare(pass, level);
     let one = prepared.map_err(|(_pass, error)| object.shared.tier_error(object.id, error))?;
     demote_between(vec![one], fate, cause, deadline).await
@@ -312,28 +322,39 @@ pub(crate) async fn demote_one(
 pub(crate) async fn promote_between(job: &Job, level: usize) -> Result<()> {
     let object = &job.object;
     let state = &object.shared.storage()[level].state;
-    if object.extents().slowest_level() <= level {
-        return Ok(());
+    loop {
+        let slower = object.extents().slower_than(level);
+        if slower.is_empty() {
+            return Ok(());
+        }
+        // Space is never awaited under the gate, and only for what is to move.
+        let lens = chunk_lens(object.len, slower);
+        let len = lens.into_iter().map(|len| len as usize).sum();
+        let need = Need::one(len, object.id, job.class);
+        let space = job.while_wanted(state.take(&need, &job.deadline)).await?.pop();
+        let pass = object.gate(&job.deadline).await?;
+        if let Some(damage) = object.damage() {
+            return Err(damage);
+        }
+        promote_into(job, &pass, level, space.unwrap_or_default()).await?;
     }
-    // Space is never awaited under the gate.
-    let space = job.while_wanted(state.take(&job.need(), &job.deadline)).await?.pop();
-    let pass = object.gate(&job.deadline).await?;
-    if let Some(damage) = object.damage() {
-        return Err(damage);
-    }
-    promote_into(job, &pass, level, space.unwrap_or_default()).await
 }
 
-/// As `promote_between`, with space for the whole object.
+/// As `promote_between`, of as much as there is space for.
 async fn promote_into(job: &Job, pass: &GatePass, level: usize, space: Vec<Extent>) -> Result<()> {
     let object = &job.object;
     let shared = &object.shared;
     let map = object.extents();
-    let slower = |(index, to): (usize, Extent)| {
-        let from = map.chunk(index).filter(|from| from.level() > level)?.clone();
-        Some(Copying { object: 0, index, from, to })
+    // The map may have changed since the space was asked for, so a chunk takes what is as long.
+    let is_whole = |extent: &Extent| extent.len() as usize == CHUNK_BYTES;
+    let (mut whole, mut last): (Vec<_>, Vec<_>) = space.into_iter().rev().partition(is_whole);
+    let into_space = |index| {
+        let from = map.chunk(index)?.clone();
+        let is_whole = chunk_len(object.len, index) as usize == CHUNK_BYTES;
+        let to = if is_whole { whole.pop() } else { last.pop() };
+        Some(Copying { object: 0, index, from, to: to? })
     };
-    let chunks: Vec<_> = space.into_iter().enumerate().filter_map(slower).collect();
+    let chunks: Vec<_> = map.slower_than(level).into_iter().filter_map(into_space).collect();
     let Some(first) = chunks.first() else { return Ok(()) };
     let route = (MemoryTier::of_level(first.from.level()), MemoryTier::of_level(level));
     let bytes = chunks.iter().map(|one| u64::from(one.to.len())).sum();

@@ -16,13 +16,11 @@ use tokio::sync::oneshot;
 use super::edges::{Edge, Written, account, write_edges, write_rest};
 use super::transfer::write_chunks;
 use crate::buffer::IoBuf;
-use crate::chunk::CHUNK_BYTES;
+use crate::chunk::{CHUNK_BYTES, chunk_count, chunk_len, chunk_lens, chunks_of, range_of};
 use crate::copy::Found;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
-use crate::object::{
-    ExtentMap, GatePass, Object, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
-};
+use crate::object::{ExtentMap, GatePass, Object};
 use crate::parcel::{Delivery, Parcel, SetAside};
 use crate::storage::{Extent, TierError};
 
@@ -108,7 +106,7 @@ impl DiskWrite {
             return Ok(());
         }
         let lens = chunk_lens(object.len, self.next.clone());
-        let extents = object.shared.reserve_soon(object.home_level(), &lens).await;
+        let extents = object.shared.reserve_soon(object.home_level(), &lens, deadline).await;
         // A write that was taken back has given the reservation back, or is about to, with the
         // gate.
         if extents.is_err()

@@ -10,11 +10,11 @@ use bytes::Bytes;
 
 use super::load;
 use super::transfer::write_chunks;
-use crate::chunk::CHUNK_BYTES;
+use crate::chunk::{CHUNK_BYTES, chunk_lens, chunks_of, range_of};
 use crate::copy::Found;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
-use crate::object::{GatePass, Object, Shared, Version, chunk_lens, chunks_of, range_of};
+use crate::object::{GatePass, Object, Shared, Version};
 use crate::stats::add;
 use crate::storage::{Extent, TierError};
 use crate::tier::Class;

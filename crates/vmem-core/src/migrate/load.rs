@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use super::transfer::read_chunks;
 use crate::buffer::IoBuf;
-use crate::chunk::CHUNK_BYTES;
+use crate::chunk::{CHUNK_BYTES, chunk_len};
 use crate::device::{DeviceError, DeviceRange};
 use crate::error::VirtualMemoryError;
 use crate::latency::{self, ReadStage};
-use crate::object::{ExtentMap, Object, Version, chunk_len};
+use crate::object::{ExtentMap, Object, Version};
 use crate::stats;
 use crate::storage::{ReadChunk, TierError};
 use crate::tier::Class;

@@ -10,12 +10,12 @@ use bytes::Bytes;
 
 use super::{count_hit, load};
 use crate::buffer::IoBuf;
-use crate::chunk::CHUNK_BYTES;
+use crate::chunk::{CHUNK_BYTES, chunk_count, chunks_of};
 use crate::copy::Found;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::latency::{self, ReadStage};
-use crate::object::{MapIdentity, Object, Shared, Version, chunk_count, chunks_of};
+use crate::object::{MapIdentity, Object, Shared, Version};
 use crate::parcel::{Parcel, SetAside};
 use crate::tier::{Class, Need};
 

@@ -38,10 +38,10 @@ pub(crate) enum Move {
     OffDevices,
     /// To host memory, to stay.
     ToHost,
-    /// So far up among the tiers below host memory; it stays in the slower ones too.
-    UpTo(usize),
-    /// So far down among the tiers below host memory, out of the faster tiers.
-    DownTo(usize),
+    /// To this tier below host memory; it stays in the slower ones too.
+    PromoteTo(usize),
+    /// To this tier below host memory, out of the faster ones.
+    DemoteTo(usize),
     /// To its home below host memory too.
     Flush,
 }
@@ -95,8 +95,8 @@ pub(crate) fn request_move(
     reply: Delivery<Result<()>>,
 ) {
     let name = match what {
-        Move::ToHost | Move::ToDevice(_) | Move::Refresh(_) | Move::UpTo(_) => "vmem-promote",
-        Move::OffDevices | Move::DownTo(_) => "vmem-demote",
+        Move::ToHost | Move::ToDevice(_) | Move::Refresh(_) | Move::PromoteTo(_) => "vmem-promote",
+        Move::OffDevices | Move::DemoteTo(_) => "vmem-demote",
         Move::Flush => "vmem-flush",
     };
     let work = serve_move(object.clone(), what, deadline, reply);
@@ -124,11 +124,11 @@ async fn serve_move(
             Position::Below(level) => super::promote_between(&job, level).await,
         },
         Move::OffDevices => super::leave_devices(&object, &deadline).await,
-        Move::UpTo(level) => {
+        Move::PromoteTo(level) => {
             let promote = async |job: &Job| super::promote_between(job, level).await;
             while_wanted(job, &reply, promote).await
         }
-        Move::DownTo(level) => super::demote(&object, level, &deadline).await,
+        Move::DemoteTo(level) => super::demote(&object, level, &deadline).await,
         Move::Flush => super::flush(&object, &deadline).await,
     };
     drop(reply.deliver(outcome, None));

@@ -16,12 +16,12 @@ use super::to_disk::settle_copy;
 use super::transfer::write_chunks;
 use super::{count_hit, load};
 use crate::buffer::IoBuf;
-use crate::chunk::CHUNK_BYTES;
+use crate::chunk::{CHUNK_BYTES, chunk_lens, chunks_of};
 use crate::copy::ReadGuard;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::latency::{self, ReadStage};
-use crate::object::{ExtentMap, Object, Shared, Version, chunk_lens, chunks_of};
+use crate::object::{ExtentMap, NO_OBJECT, Object, Shared, Version};
 use crate::parcel::SetAside;
 use crate::storage::Extent;
 use crate::tier::Class;
@@ -31,9 +31,6 @@ type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
 /// What is copied from host memory before others run.
 const STEP: usize = 256 * 1024;
-
-/// What errors call an object that does not exist yet: none has this number.
-const NO_OBJECT: u64 = 0;
 
 /// The version that a stream reads.
 pub(crate) enum Source {
@@ -221,7 +218,7 @@ pub(crate) async fn send_window(
 ) -> Result<Sent> {
     let len = window.as_slice().len();
     let lens = chunk_lens(len, 0..len.div_ceil(CHUNK_BYTES));
-    let extents = shared.reserve_soon(level, &lens).await;
+    let extents = shared.reserve_soon(level, &lens, &deadline).await;
     let extents = extents.map_err(|error| shared.tier_error(NO_OBJECT, error))?;
     let bytes = IoBuf::from_window(window).freeze();
     let chunk = |start: usize| bytes.slice(start..len.min(start + CHUNK_BYTES));

@@ -12,14 +12,14 @@ use futures::StreamExt;
 use futures::stream::FuturesOrdered;
 
 use super::{Job, Record, fetch_into, load};
-use crate::chunk::CHUNK_BYTES;
+use crate::chunk::{CHUNK_BYTES, chunk_count};
 use crate::copy::Found;
 use crate::deadline::Deadline;
 use crate::device::{DeviceAnswer, DeviceError, DeviceRange};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
-use crate::object::{GatePass, Object, chunk_count};
+use crate::object::{GatePass, Object};
 use crate::stats::add;
 use crate::tier::{Class, Device, Need};
 

@@ -14,13 +14,13 @@ use super::between::{demote_one, promote_between};
 use super::to_device::check_unheld;
 use super::transfer::write_chunks;
 use super::{Job, Record, refresh_below};
-use crate::chunk::CHUNK_BYTES;
+use crate::chunk::{CHUNK_BYTES, chunk_count, chunk_lens};
 use crate::copy::Found;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
-use crate::object::{ExtentMap, GatePass, Object, Shared, chunk_count, chunk_lens};
+use crate::object::{ExtentMap, GatePass, Object, Shared};
 use crate::stats::{self, add};
 use crate::storage::{Extent, TierError};
 
@@ -31,8 +31,8 @@ const BATCH_OBJECTS: usize = 256;
 /// Batches of a flush that are in flight at once.
 const BATCHES_MAX: usize = 8;
 
-/// An object being written back, with the extents for the chunks that no tier below host memory
-/// has.
+/// An object being written back to the tier `level`, with the extents for the chunks that neither
+/// this nor a slower one has.
 #[derive(Debug)]
 pub(crate) struct Leaving {
     pass: GatePass,
@@ -54,12 +54,12 @@ pub(crate) enum CopyFate {
 }
 
 impl Leaving {
-    /// Reserves extents for what no tier below host memory has: in the tier `level` or below it. An
+    /// Reserves extents for what neither the tier `level` nor a slower one has: there, or below. An
     /// error returns the pass.
     pub(crate) fn prepare(pass: GatePass, level: usize) -> Result<Self, (GatePass, TierError)> {
         let object = pass.object();
         let shared = &object.shared;
-        let missing = object.extents().missing(object.len);
+        let missing = object.extents().absent_from(object.len, level);
         let lens = chunk_lens(object.len, missing.iter().copied());
         let extents = match shared.reserve(level, &lens) {
             Ok(extents) => extents,
@@ -88,14 +88,22 @@ impl Leaving {
         self.missing.iter().zip(std::mem::take(&mut self.extents)).map(piece).collect()
     }
 
-    /// Publishes that the disk has all of it, and treats the host copy as asked. Returns the new
-    /// disk map.
+    /// Publishes that the tier has all of it, and treats the host copy, and those of the faster
+    /// tiers below host memory, as asked. Returns the new map.
     fn publish(self, written: Vec<Extent>, fate: CopyFate) -> ExtentMap {
-        let Leaving { pass, missing, bytes, .. } = self;
+        let Leaving { pass, level, missing, bytes, .. } = self;
         let object = pass.object();
         let extents = missing.into_iter().zip(written);
         let map = object.with_extents(&pass, |map, old| {
-            map.put(object.len, extents, old);
+            match fate {
+                CopyFate::Keep => map.put_below(object.len, extents),
+                CopyFate::Drop | CopyFate::Detach => {
+                    map.put(object.len, extents, old);
+                    for faster in 0..level {
+                        map.drop_from(object.len, faster, old);
+                    }
+                }
+            }
             map.clone()
         });
         drop(bytes);
@@ -109,16 +117,17 @@ impl Leaving {
         };
         if gone {
             add(&object.shared.counters.evictions, 1);
-            let object = object.clone();
-            drop(pass);
-            refresh_below(&object);
         }
+        let object = object.clone();
+        drop(pass);
+        refresh_below(&object);
         map
     }
 }
 
 /// Writes a batch of objects, in one run where the free space allows it. If the batch fails, each
-/// object is tried alone. Returns the first error; an object that failed stays where it was.
+/// object is tried alone, below a tier whose medium has no space left after all. Returns the first
+/// error; an object that failed stays where it was.
 pub(crate) async fn write_back(
     mut batch: Vec<Leaving>,
     fate: CopyFate,
@@ -126,11 +135,18 @@ pub(crate) async fn write_back(
     deadline: &Deadline,
 ) -> Result<(), TierError> {
     let Err(error) = write_batch(&mut batch, fate, cause, deadline).await else { return Ok(()) };
-    if batch.len() < 2 || matches!(error, TierError::Closed) {
+    let is_full = matches!(error, TierError::Full { .. });
+    let below = |one: &Leaving| {
+        (is_full && one.pass.object().shared.evicts_from(one.level)).then_some(one.level + 1)
+    };
+    let ends = batch.len() < 2 && batch.iter().all(|one| below(one).is_none());
+    if ends || matches!(error, TierError::Closed) {
         return Err(error);
     }
     let mut first_error = None;
-    for Leaving { pass, level, bytes, .. } in batch {
+    for leaving in batch {
+        let level = below(&leaving).unwrap_or(leaving.level);
+        let Leaving { pass, bytes, .. } = leaving;
         // This counts as a reader, and would keep the copy from being dropped.
         drop(bytes);
         let alone = match Leaving::prepare(pass, level) {
@@ -203,11 +219,7 @@ pub(crate) async fn demote(
         let demoted = demote_unwritten(&pass, level);
         return demoted.map_err(|error| object.shared.tier_error(object.id, error));
     }
-    write_one(pass, level, CopyFate::Detach, MigrationCause::Demote, deadline).await?;
-    if level == 0 {
-        return Ok(());
-    }
-    demote_one(object, level, CopyFate::Drop, MigrationCause::Demote, deadline).await
+    move_one(pass, level, CopyFate::Detach, MigrationCause::Demote, deadline).await
 }
 
 /// Whether an object may leave host memory and what is below it for the tier `level`.
@@ -215,7 +227,7 @@ pub(crate) async fn demote(
 /// # Errors
 ///
 /// `Pinned`.
-pub(super) fn check_unpinned(object: &Object, level: usize) -> Result<(), VirtualMemoryError> {
+fn check_unpinned(object: &Object, level: usize) -> Result<(), VirtualMemoryError> {
     let mut tiers = std::iter::once(MemoryTier::Host).chain((0..level).map(MemoryTier::of_level));
     let held = tiers.find_map(|tier| Some((tier, object.holds_in(tier))).filter(|(_, n)| *n > 0));
     held.map_or(Ok(()), |(tier, pins)| {
@@ -223,8 +235,7 @@ pub(super) fn check_unpinned(object: &Object, level: usize) -> Result<(), Virtua
     })
 }
 
-/// Writes the chunks of one object that no tier below host memory has, to its home tier; its host
-/// copy stays.
+/// Writes the chunks of one object that its home tier lacks; the other copies stay.
 ///
 /// # Errors
 ///
@@ -234,12 +245,7 @@ pub(crate) async fn flush(
     deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
-    let level = object.home_level();
-    write_one(pass, level, CopyFate::Keep, MigrationCause::Flush, deadline).await?;
-    if level == 0 {
-        return Ok(());
-    }
-    demote_one(object, level, CopyFate::Keep, MigrationCause::Flush, deadline).await
+    move_one(pass, object.home_level(), CopyFate::Keep, MigrationCause::Flush, deadline).await
 }
 
 /// Writes the chunks of these objects that no tier below host memory has, many in one run; their
@@ -357,7 +363,9 @@ pub(crate) async fn settle_copy(
     Ok(map.expect("invariant: one was written"))
 }
 
-async fn write_one(
+/// Moves one object to the tier `level`, or copies it there: from host memory if that has it, else
+/// from the faster tiers below.
+async fn move_one(
     pass: GatePass,
     level: usize,
     fate: CopyFate,
@@ -366,7 +374,7 @@ async fn write_one(
 ) -> Result<(), VirtualMemoryError> {
     let object = pass.object().clone();
     if !object.copy.is_some() {
-        return Ok(());
+        return demote_one(pass, level, fate, cause, deadline).await;
     }
     let public = |error| object.shared.tier_error(object.id, error);
     let victim = Leaving::prepare(pass, level).map_err(|(_pass, error)| public(error))?;

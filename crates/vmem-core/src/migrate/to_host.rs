@@ -9,12 +9,13 @@ use bytes::Bytes;
 
 use super::{Job, Record, load};
 use crate::buffer::IoBuf;
+use crate::chunk::chunk_count;
 use crate::copy::{Found, OwnedCopy};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::latency;
 use crate::memory_tier::MemoryTier;
-use crate::object::{GatePass, Object, Version, chunk_count};
+use crate::object::{GatePass, Object, Version};
 use crate::stats;
 use crate::tier::Class;
 

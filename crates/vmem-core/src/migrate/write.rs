@@ -9,11 +9,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::load;
-use crate::chunk::CHUNK_BYTES;
+use crate::chunk::{CHUNK_BYTES, chunk_len, chunks_of};
 use crate::copy::{Found, OwnedCopy};
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
-use crate::object::{ExtentMap, GatePass, Object, chunk_len, chunks_of};
+use crate::object::{ExtentMap, GatePass, Object};
 use crate::parcel::Delivery;
 use crate::tier::Class;
 

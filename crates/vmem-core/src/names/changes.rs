@@ -11,10 +11,11 @@ use bytes::Bytes;
 
 use super::{Names, NotCommitted, Result, Turn, persist};
 use crate::catalog::{CatalogChange, CatalogObject, CatalogRecord};
+use crate::chunk::chunk_len;
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
-use crate::object::{Claim, ExtentMap, Object, chunk_len};
+use crate::object::{Claim, ExtentMap, Object};
 use crate::storage::TierError;
 
 /// What a name must stand for before it is replaced.

@@ -10,11 +10,11 @@ use futures::StreamExt;
 
 use super::{Names, NotCommitted, Result, Turn};
 use crate::catalog::{CatalogChange, CatalogRecord, SEGMENT_CHUNKS};
-use crate::chunk::StoredChunk;
+use crate::chunk::{StoredChunk, chunk_count};
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::migrate;
-use crate::object::{ExtentMap, Object, chunk_count};
+use crate::object::{ExtentMap, Object};
 
 /// Names that `flush_all` makes durable at once: as many as share a commit.
 const AT_ONCE: usize = 1024;

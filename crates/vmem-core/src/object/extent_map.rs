@@ -10,7 +10,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
-use crate::chunk::CHUNK_BYTES;
+use crate::chunk::chunk_count;
 use crate::storage::Extent;
 
 /// The chunks of one object.
@@ -48,35 +48,6 @@ impl MapIdentity {
 
 /// Extents that a change replaced, to be dropped where no lock is held: that frees their space.
 pub(crate) type Replaced = Vec<Arc<Extent>>;
-
-/// How many chunks an object of `len` bytes has.
-pub(crate) fn chunk_count(len: usize) -> usize {
-    len.div_ceil(CHUNK_BYTES)
-}
-
-/// The length of chunk `index` of an object of `len` bytes.
-pub(crate) fn chunk_len(len: usize, index: usize) -> u32 {
-    (len - index * CHUNK_BYTES).min(CHUNK_BYTES) as u32
-}
-
-/// The bytes of chunk `index` of an object of `len` bytes.
-pub(crate) fn range_of(len: usize, index: usize) -> Range<usize> {
-    let start = index * CHUNK_BYTES;
-    start..start + chunk_len(len, index) as usize
-}
-
-/// The lengths of these chunks of an object of `len` bytes.
-pub(crate) fn chunk_lens(len: usize, chunks: impl IntoIterator<Item = usize>) -> Vec<u32> {
-    chunks.into_iter().map(|index| chunk_len(len, index)).collect()
-}
-
-/// The chunks that a range of bytes touches.
-pub(crate) fn chunks_of(range: &Range<usize>) -> Range<usize> {
-    if range.is_empty() {
-        return 0..0;
-    }
-    range.start / CHUNK_BYTES..range.end.div_ceil(CHUNK_BYTES)
-}
 
 /// An extent and those of the same chunk in slower tiers.
 fn chain(extent: &Arc<Extent>) -> impl Iterator<Item = &Arc<Extent>> {
@@ -160,6 +131,12 @@ impl ExtentMap {
         (0..chunk_count(len)).filter(|&index| self.chunk(index).is_none()).collect()
     }
 
+    /// The chunks of an object of `len` bytes that neither the tier `level` nor a slower one has.
+    pub(crate) fn absent_from(&self, len: usize, level: usize) -> Vec<usize> {
+        let has = |extent: &Arc<Extent>| chain(extent).any(|extent| extent.level() >= level);
+        (0..chunk_count(len)).filter(|&index| !self.chunk(index).is_some_and(has)).collect()
+    }
+
     /// What it takes in memory, in bytes; each chunk of several counts as if it had an extent.
     pub(super) fn memory_bytes(&self) -> u64 {
         const EXTENT: usize = size_of::<Extent>() + 2 * size_of::<usize>();
@@ -206,6 +183,23 @@ impl ExtentMap {
 
     // ---- The tiers below host memory ---------------------------------------------------------
 
+    /// As [`put`](Self::put), of extents in a slower tier than any that has the chunk now: those
+    /// stay.
+    pub(crate) fn put_below(
+        &mut self,
+        len: usize,
+        extents: impl IntoIterator<Item = (usize, Extent)>,
+    ) {
+        for (index, extent) in extents {
+            let extent = Arc::new(extent);
+            match self.chunk(index).and_then(|fastest| chain(fastest).last()) {
+                Some(slowest) => slowest.set_below(extent),
+                None => *self.slot(len, index) = Some(extent),
+            }
+        }
+        self.settle(len);
+    }
+
     fn entries(&self) -> impl Iterator<Item = &Arc<Extent>> {
         let (one, many) = match self {
             ExtentMap::Empty => (None, &[][..]),
@@ -218,6 +212,20 @@ impl ExtentMap {
     /// The tiers that have any of it, one bit each.
     pub(crate) fn levels(&self) -> u8 {
         self.entries().flat_map(chain).fold(0, |levels, extent| levels | 1 << extent.level())
+    }
+
+    /// The chunks that only tiers slower than `level` have.
+    pub(crate) fn slower_than(&self, level: usize) -> Vec<usize> {
+        let is_slower = |index: &usize| self.chunk(*index).is_some_and(|at| at.level() > level);
+        (0..self.entry_count()).filter(is_slower).collect()
+    }
+
+    fn entry_count(&self) -> usize {
+        match self {
+            ExtentMap::Empty => 0,
+            ExtentMap::One(_) => 1,
+            ExtentMap::Many(extents) => extents.len(),
+        }
     }
 
     /// The slowest tier that a read of all of it needs.
@@ -239,12 +247,11 @@ impl ExtentMap {
     /// The chunks that neither the tier `level` nor a slower one has, and the slowest extent of
     /// each.
     pub(crate) fn missing_in(&self, level: usize) -> Vec<(usize, Arc<Extent>)> {
-        let count = if let ExtentMap::Many(extents) = self { extents.len() } else { 1 };
         let slowest = |index| {
             let extent = chain(self.chunk(index)?).last()?;
             (extent.level() < level).then(|| (index, extent.clone()))
         };
-        (0..count).filter_map(slowest).collect()
+        (0..self.entry_count()).filter_map(slowest).collect()
     }
 
     /// Whether a reader has the map.

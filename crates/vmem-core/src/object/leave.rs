@@ -10,7 +10,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use super::{DEAD, ExtentMap, GatePass, Object, chunk_count};
+use super::{DEAD, ExtentMap, GatePass, Object};
+use crate::chunk::chunk_count;
 use crate::parcel::WeakParcel;
 
 /// The outcome of an attempt to let an object leave memory.

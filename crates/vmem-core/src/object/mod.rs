@@ -27,9 +27,7 @@ use crate::locks::{self, Lock};
 use bytes::Bytes;
 use once_cell::race::OnceBox;
 
-pub(crate) use extent_map::{
-    ExtentMap, MapIdentity, Replaced, chunk_count, chunk_len, chunk_lens, chunks_of, range_of,
-};
+pub(crate) use extent_map::{ExtentMap, MapIdentity, Replaced};
 pub(crate) use gate::GatePass;
 pub(crate) use leave::Leave;
 pub(crate) use named::{Claim, Named};
@@ -73,6 +71,9 @@ impl Version {
         }
     }
 }
+
+/// The number that stands for an object that does not exist yet: none has it.
+pub(crate) const NO_OBJECT: u64 = 0;
 
 /// What an object and its entry in the table take, in bytes, with the counts of its share and the
 /// part of the table that stands empty.

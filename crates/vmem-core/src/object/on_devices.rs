@@ -12,16 +12,14 @@ use crate::device::DeviceRange;
 use crate::memory_tier::MemoryTier;
 use crate::policy::{Entry, Probe, Token};
 use crate::stats;
-use crate::tier::{Device, Hold};
+use crate::tier::{Device, Hold, HoldCount};
 
 /// What an object has on one device: a range, holds, or both.
 #[derive(Debug)]
 pub(super) struct OnDevice {
     device: usize,
     place: Option<Place>,
-    holds: u32,
-    /// What the first of the holds was charged as.
-    charged_as: Hold,
+    holds: HoldCount,
 }
 
 /// A range of device memory, and what the policy of the tier calls it.
@@ -52,7 +50,7 @@ impl Inner {
         self.rare.change(|rare| {
             let devices = &mut rare.devices;
             let at = devices.iter().position(|on| on.device == device).unwrap_or_else(|| {
-                devices.push(OnDevice { device, place: None, holds: 0, charged_as: Hold::Pin });
+                devices.push(OnDevice { device, place: None, holds: HoldCount::NONE });
                 devices.len() - 1
             });
             change(&mut devices[at])
@@ -75,7 +73,7 @@ impl Inner {
 
     /// Nothing is kept of devices where the object has nothing.
     fn forget_empty(&mut self) {
-        self.rare.change(|rare| rare.devices.retain(|on| on.place.is_some() || on.holds > 0));
+        self.rare.change(|rare| rare.devices.retain(|on| on.place.is_some() || on.holds.any()));
     }
 
     /// Outdates the copies, since the version has changed. A range stays as space where the object
@@ -90,7 +88,7 @@ impl Inner {
             let Some(place) = &mut on.place else { continue };
             let stays_valid = crate::planted!("vram-stale") && place.is_valid;
             place.is_valid = stays_valid || written == Some(on.device);
-            let belongs = on.holds > 0 || home.device() == Some(on.device);
+            let belongs = on.holds.any() || home.device() == Some(on.device);
             let stays = place.is_valid || belongs && place.range.is_idle();
             if !stays {
                 left.0.extend(on.place.take().map(|place| (on.device, place)));
@@ -164,7 +162,7 @@ impl Object {
     /// there.
     pub(crate) fn devices_to_refresh(&self) -> SmallVec<[usize; 1]> {
         let inner = self.inner.lock();
-        let held = inner.rare.devices.iter().filter(|on| on.holds > 0).map(|on| on.device);
+        let held = inner.rare.devices.iter().filter(|on| on.holds.any()).map(|on| on.device);
         let mut all: SmallVec<[usize; 1]> = held.collect();
         all.extend(self.home.device().filter(|home| !all.contains(home)));
         all
@@ -214,7 +212,7 @@ impl Object {
     pub(crate) fn leave_device(&self, _pass: &GatePass, device: usize) -> bool {
         let mut inner = self.inner.lock();
         let leaves = inner.on(device).is_some_and(|on| {
-            (on.holds == 0 || crate::planted!("vram-pins"))
+            (!on.holds.any() || crate::planted!("vram-pins"))
                 && on.place.as_ref().is_some_and(|place| place.range.is_idle())
         });
         let place = if leaves { inner.take_place(device) } else { None };
@@ -255,7 +253,7 @@ impl Object {
     pub(crate) fn is_evictable_on(&self, device: usize) -> bool {
         let inner = self.inner.lock();
         let is_free = |on: &OnDevice| {
-            on.holds == 0 && on.place.as_ref().is_some_and(|place| place.range.is_idle())
+            !on.holds.any() && on.place.as_ref().is_some_and(|place| place.range.is_idle())
         };
         !self.is_changing() && inner.on(device).is_some_and(is_free)
     }
@@ -271,7 +269,7 @@ impl Object {
         let Some(on) = inner.on_mut(device) else { return Probe::Gone };
         let Some(place) = &mut on.place else { return Probe::Gone };
         let stamp = self.stamp();
-        if on.holds > 0 && !crate::planted!("vram-pins") {
+        if on.holds.any() && !crate::planted!("vram-pins") {
             Probe::Pinned
         } else if !place.range.is_idle() {
             Probe::Busy { stamp: self.mark_now() }
@@ -292,33 +290,23 @@ impl Object {
     // ---- Holds -----------------------------------------------------------------------------
 
     pub(super) fn holds_on(&self, device: usize) -> u32 {
-        self.inner.lock().on(device).map_or(0, |on| on.holds)
+        self.inner.lock().on(device).map_or(0, |on| on.holds.count())
     }
 
     pub(super) fn add_hold_on(&self, device: usize, charged_as: Hold) -> bool {
-        self.inner.lock().change_on(device, |on| {
-            on.holds += 1;
-            if on.holds == 1 {
-                on.charged_as = charged_as;
-            }
-            on.holds == 1
-        })
+        self.inner.lock().change_on(device, |on| on.holds.add(charged_as))
     }
 
     /// One more hold, unless it were the first.
     pub(super) fn try_add_hold_on(&self, device: usize) -> bool {
-        let mut inner = self.inner.lock();
-        let Some(on) = inner.on_mut(device).filter(|on| on.holds > 0) else { return false };
-        on.holds += 1;
-        true
+        self.inner.lock().on_mut(device).is_some_and(|on| on.holds.try_add())
     }
 
     /// One hold less. Returns what to uncharge if it was the last.
     pub(super) fn remove_hold_on(&self, device: usize) -> Option<Hold> {
         let mut inner = self.inner.lock();
         let on = inner.on_mut(device).expect("invariant: a hold is counted until it goes");
-        on.holds = on.holds.checked_sub(1).expect("invariant: a hold is counted until it goes");
-        let last = (on.holds == 0).then_some(on.charged_as);
+        let last = on.holds.remove();
         inner.forget_empty();
         drop(inner);
         if last.is_some() {

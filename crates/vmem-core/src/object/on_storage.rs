@@ -9,39 +9,36 @@ use smallvec::SmallVec;
 
 use super::{Inner, Object};
 use crate::policy::{Entry, Probe, Token};
-use crate::tier::{Hold, Space};
+use crate::tier::{Hold, HoldCount, Space};
 
 /// What an object has to do with one such tier.
 #[derive(Debug)]
-pub(super) struct InStorage {
+pub(super) struct OnStorage {
     level: usize,
     /// What the policy of the tier calls it.
     token: Option<Token>,
     /// The accesses that the policy has seen.
     seen: u32,
-    holds: u32,
-    /// What the first of the holds was charged as.
-    charged_as: Hold,
+    holds: HoldCount,
 }
 
 /// One for each tier that the object has to do with.
-pub(super) type InStorages = SmallVec<[InStorage; 1]>;
+pub(super) type OnStorages = SmallVec<[OnStorage; 1]>;
 
 impl Inner {
-    fn storage(&self, level: usize) -> Option<&InStorage> {
+    fn storage(&self, level: usize) -> Option<&OnStorage> {
         self.rare.storage.iter().find(|one| one.level == level)
     }
 
-    fn change_storage<T>(&mut self, level: usize, change: impl FnOnce(&mut InStorage) -> T) -> T {
+    fn change_storage<T>(&mut self, level: usize, change: impl FnOnce(&mut OnStorage) -> T) -> T {
         self.rare.change(|rare| {
             let all = &mut rare.storage;
             let at = all.iter().position(|one| one.level == level).unwrap_or_else(|| {
-                let charged_as = Hold::Pin;
-                all.push(InStorage { level, token: None, seen: 0, holds: 0, charged_as });
+                all.push(OnStorage { level, token: None, seen: 0, holds: HoldCount::NONE });
                 all.len() - 1
             });
             let result = change(&mut all[at]);
-            all.retain(|one| one.token.is_some() || one.holds > 0);
+            all.retain(|one| one.token.is_some() || one.holds.any());
             result
         })
     }
@@ -83,7 +80,7 @@ impl Object {
             return None;
         }
         let inner = self.inner.lock();
-        let held = inner.rare.storage.iter().filter(|one| one.holds > 0).map(|one| one.level);
+        let held = inner.rare.storage.iter().filter(|one| one.holds.any()).map(|one| one.level);
         held.min().filter(|&level| inner.extents.slowest_level() > level)
     }
 
@@ -120,9 +117,9 @@ impl Object {
     /// Whether the holder of its gate can take it out of this tier.
     pub(crate) fn may_leave_storage(&self, level: usize) -> bool {
         let inner = self.inner.lock();
-        let holds = inner.storage(level).map_or(0, |one| one.holds);
+        let is_held = inner.storage(level).is_some_and(|one| one.holds.any());
         let is_there = inner.extents.levels() >> level & 1 == 1;
-        is_there && holds == 0 && !self.was_named() && inner.rare.corrupt.is_none()
+        is_there && !is_held && !self.was_named() && inner.rare.corrupt.is_none()
     }
 
     /// How it stands in this tier, for the policy. What was used at `spared_since` or later is not
@@ -141,7 +138,7 @@ impl Object {
         let found = all.and_then(|all| all.iter_mut().find(|one| one.level == level));
         let Some(one) = found.filter(|one| one.token.is_some()) else { return Probe::Gone };
         let stamp = self.stamp();
-        if one.holds > 0 {
+        if one.holds.any() {
             Probe::Pinned
         } else if is_shared {
             // A reader keeps its extents, which would not be free.
@@ -163,34 +160,21 @@ impl Object {
     // ---- Holds -----------------------------------------------------------------------------
 
     pub(super) fn holds_in_storage(&self, level: usize) -> u32 {
-        self.inner.lock().storage(level).map_or(0, |one| one.holds)
+        self.inner.lock().storage(level).map_or(0, |one| one.holds.count())
     }
 
     pub(super) fn add_hold_in_storage(&self, level: usize, charged_as: Hold) -> bool {
-        self.inner.lock().change_storage(level, |one| {
-            one.holds += 1;
-            if one.holds == 1 {
-                one.charged_as = charged_as;
-            }
-            one.holds == 1
-        })
+        self.inner.lock().change_storage(level, |one| one.holds.add(charged_as))
     }
 
     /// One more hold, unless it were the first.
     pub(super) fn try_add_hold_in_storage(&self, level: usize) -> bool {
-        self.inner.lock().change_storage(level, |one| {
-            let is_held = one.holds > 0;
-            one.holds += u32::from(is_held);
-            is_held
-        })
+        self.inner.lock().change_storage(level, |one| one.holds.try_add())
     }
 
     /// One hold less. Returns what to uncharge if it was the last.
     pub(super) fn remove_hold_in_storage(&self, level: usize) -> Option<Hold> {
-        let last = self.inner.lock().change_storage(level, |one| {
-            one.holds = one.holds.checked_sub(1).expect("invariant: a hold is counted once");
-            (one.holds == 0).then_some(one.charged_as)
-        });
+        let last = self.inner.lock().change_storage(level, |one| one.holds.remove());
         if last.is_some() {
             let token = || self.inner.lock().storage(level).and_then(|one| one.token);
             self.shared.storage()[level].state.unpark(token);

@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 
 use super::gate::Line;
 use super::on_devices::OnDevice;
-use super::on_storage::InStorages;
+use super::on_storage::OnStorages;
 use crate::copy::OwnedCopy;
 use crate::error::VirtualMemoryError;
 
@@ -27,7 +27,7 @@ pub(super) struct Fields {
     /// for it.
     pub(super) pending: Option<usize>,
     /// What it has to do with the evictors of the tiers below host memory.
-    pub(super) storage: InStorages,
+    pub(super) storage: OnStorages,
     /// The damage that was found, until the next write of the whole object.
     pub(super) corrupt: Option<Box<VirtualMemoryError>>,
 }
@@ -38,7 +38,7 @@ impl Fields {
         spare: None,
         devices: SmallVec::new_const(),
         pending: None,
-        storage: InStorages::new_const(),
+        storage: OnStorages::new_const(),
         corrupt: None,
     };
 

@@ -7,9 +7,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{
-    ExtentMap, GatePass, MapIdentity, Object, Replaced, Standing, Version, chunks_of, on_devices,
-};
+use super::{ExtentMap, GatePass, MapIdentity, Object, Replaced, Standing, Version, on_devices};
+use crate::chunk::chunks_of;
 use crate::copy::{Found, OwnedCopy, ReadGuard};
 use crate::host::HostSlot;
 use crate::stats;

@@ -17,6 +17,48 @@ pub(crate) enum Hold {
     Lease,
 }
 
+/// How many holds an object has in one tier.
+#[derive(Debug)]
+pub(crate) struct HoldCount {
+    count: u32,
+    /// What the first of them was charged as.
+    charged_as: Hold,
+}
+
+impl HoldCount {
+    pub(crate) const NONE: HoldCount = HoldCount { count: 0, charged_as: Hold::Pin };
+
+    pub(crate) fn count(&self) -> u32 {
+        self.count
+    }
+
+    pub(crate) fn any(&self) -> bool {
+        self.count > 0
+    }
+
+    /// One more, charged as this if it is the first; true if it is.
+    pub(crate) fn add(&mut self, charged_as: Hold) -> bool {
+        let is_first = !self.try_add();
+        if is_first {
+            (self.count, self.charged_as) = (1, charged_as);
+        }
+        is_first
+    }
+
+    /// One more, unless it were the first.
+    pub(crate) fn try_add(&mut self) -> bool {
+        let is_held = self.any();
+        self.count += u32::from(is_held);
+        is_held
+    }
+
+    /// One less. Returns what to uncharge if it was the last.
+    pub(crate) fn remove(&mut self) -> Option<Hold> {
+        self.count = self.count.checked_sub(1).expect("invariant: a hold is counted until it goes");
+        (!self.any()).then_some(self.charged_as)
+    }
+}
+
 /// The holds of one tier, in bytes of footprint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct HeldBytes {

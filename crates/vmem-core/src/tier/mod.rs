@@ -15,7 +15,7 @@ mod storage;
 mod waiters;
 
 pub(crate) use device::{Device, DeviceSpace};
-pub(crate) use holds::{Hold, Holds};
+pub(crate) use holds::{Hold, HoldCount, Holds};
 pub(crate) use host::HostSpace;
 pub(crate) use link::Link;
 pub(crate) use need::{Class, Grant, Need, NoSpace, Refused, Space, Wanted};

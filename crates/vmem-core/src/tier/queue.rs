@@ -109,13 +109,26 @@ impl<S: Space> Queue<S> {
         Some(grant)
     }
 
+    /// Whether a newcomer that takes so much, in bytes, may pass those that wait, if any do; it is
+    /// counted.
+    pub(crate) fn lets_pass(&self, footprint: u64) -> bool {
+        if self.len.load(Ordering::SeqCst) == 0 {
+            return true;
+        }
+        let may_pass = self.may_pass_with(footprint);
+        if may_pass {
+            self.count_pass();
+        }
+        may_pass
+    }
+
     /// A newcomer passes the queue only where one that waits could be passed.
     fn may_pass(&self, need: &Need) -> bool {
-        let footprint = self.footprint(need);
+        need.class == Class::Demand && self.may_pass_with(self.footprint(need))
+    }
+
+    fn may_pass_with(&self, footprint: u64) -> bool {
         let mut waiters = self.waiters.lock();
-        if need.class == Class::Prefetch {
-            return false;
-        }
         let smallest = waiters.demand.iter().map(|waiter| waiter.footprint).min();
         let Some(front) = waiters.demand.front_mut() else { return true };
         smallest.is_some_and(|smallest| footprint < smallest) && front.may_be_passed()
@@ -305,6 +318,11 @@ impl<S: Space> Queue<S> {
             self.refuse(|_, _| Some(Refused::Error(VirtualMemoryError::Closed)));
             assert!(self.len() == 0, "nothing waits in a closed queue");
         }
+    }
+
+    /// Space is made again after [`close`](Self::close).
+    pub(crate) fn open_again(&self) {
+        self.waiters.lock().closed = false;
     }
 
     /// Fails the waiters for which `verdict` has an answer.

@@ -103,6 +103,10 @@ impl<S: Space> TierState<S> {
     fn why_no_space(&self, requested_bytes: u64, waited: Duration) -> VirtualMemoryError {
         let reach = self.space().capacity_bytes().saturating_sub(self.unevictable_bytes());
         let is_blocked = self.blocked_by_holds.load(Ordering::SeqCst) || requested_bytes > reach;
+        if is_blocked && self.unevictable_bytes() == 0 && self.tier.level().is_some() {
+            // Nothing that is there leaves by itself: it has names.
+            return self.full(requested_bytes);
+        }
         if self.unevictable_bytes() == 0 || !is_blocked {
             let operation = match self.tier {
                 MemoryTier::Host => "making space in host",

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use crate::chunk::CHUNK_BYTES;
+use crate::chunk::{CHUNK_BYTES, chunk_count, chunk_lens};
 use crate::memory_tier::MemoryTier;
 use crate::parcel::Unclaimed;
 use crate::policy::Policy;
@@ -106,6 +106,15 @@ impl StorageSpace {
     }
 }
 
+impl TierState<StorageSpace> {
+    /// Whether extents for chunks of these lengths may be taken before those for which requests
+    /// wait.
+    pub(crate) fn lets_pass(&self, lens: &[u32]) -> bool {
+        let footprint = lens.iter().map(|&len| self.space().backend.footprint(len)).sum();
+        self.queue.lets_pass(footprint)
+    }
+}
+
 impl Space for StorageSpace {
     type Slot = Vec<Extent>;
 
@@ -131,11 +140,7 @@ impl Space for StorageSpace {
     }
 
     fn try_take(&self, len: usize, _owner: u64) -> Result<Vec<Extent>, NoSpace> {
-        let chunks = len.div_ceil(CHUNK_BYTES);
-        let mut lens = vec![CHUNK_BYTES as u32; chunks];
-        if let Some(last) = lens.last_mut() {
-            *last = (len - (chunks - 1) * CHUNK_BYTES) as u32;
-        }
+        let lens = chunk_lens(len, 0..chunk_count(len));
         // A chunk goes into pieces where the free space is in pieces, so that is never in the way.
         self.reserve(&lens).map_err(|_| NoSpace { scattered: false })
     }

@@ -39,6 +39,7 @@ pub use writer::ObjectWriter;
 
 use crate::actor::{self, Outcome};
 use crate::capabilities::Capabilities;
+use crate::chunk::{chunk_count, chunk_lens};
 use crate::config::{Effective, VirtualMemoryConfig};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationEvent;
@@ -46,7 +47,7 @@ use crate::handle::VMemHandle;
 use crate::host::{HostArena, ObjectSpace, StagingMemory};
 use crate::memory_tier::MemoryTier;
 use crate::names::Names;
-use crate::object::{Backends, ExtentMap, Limits, Object, Shared, chunk_count, chunk_lens};
+use crate::object::{Backends, ExtentMap, Limits, Object, Shared};
 use crate::requests;
 use crate::runtime;
 use crate::stats::{TierStats, VirtualMemoryStats};
@@ -329,7 +330,8 @@ impl VirtualMemory {
             }
         }
         let lens = chunk_lens(object.len, 0..chunk_count(object.len));
-        let reserved = self.shared.reserve_soon(object.home_level(), &lens).await;
+        let deadline = self.shared.deadline();
+        let reserved = self.shared.reserve_soon(object.home_level(), &lens, &deadline).await;
         let extents = reserved.map_err(|error| self.shared.tier_error(object.id, error))?;
         self.announce_on_disk(object, extents);
         Ok(())

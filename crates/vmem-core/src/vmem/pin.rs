@@ -127,7 +127,7 @@ impl HoldGuard {
             }
             Position::Host => pin_in_host(object, deadline).await,
             Position::Below(level) => {
-                hold_by(object, tier, Move::UpTo(level), hold, deadline).await
+                hold_by(object, tier, Move::PromoteTo(level), hold, deadline).await
             }
         }
     }

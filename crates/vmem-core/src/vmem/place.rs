@@ -48,7 +48,7 @@ impl VirtualMemory {
             }
             Position::Below(level) if !object.has_host_space() && object.is_below(level) => {
                 object.touch();
-                self.ask(object, Move::UpTo(level)).await
+                self.ask(object, Move::PromoteTo(level)).await
             }
             Position::Host | Position::Below(_) => Ok(()),
         }
@@ -63,12 +63,12 @@ impl VirtualMemory {
     /// `TierNotAvailable` for a tier that the store has not.
     pub async fn demote(&self, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
         let object = self.check(handle)?;
-        self.shared.check_tier(to)?;
         match to.position() {
             Position::Below(level) => {
+                self.shared.check_tier(to)?;
                 // Where it has its name, the disk, it stays.
                 let level = if object.was_named() { 0 } else { level };
-                self.ask(object, Move::DownTo(level)).await
+                self.ask(object, Move::DemoteTo(level)).await
             }
             Position::Host if !object.devices_with_space().is_empty() => {
                 self.ask(object, Move::OffDevices).await
@@ -138,8 +138,11 @@ impl VirtualMemory {
                 Ok(object.clone())
             })
             .collect::<Result<Vec<_>>>();
+        let is_below = to.level().is_none_or(|level| self.shared.evicts_from(level));
         match objects {
             Err(error) => Prefetch::ended(Err(error)),
+            // Nothing is promoted to the last tier.
+            Ok(_) if !is_below => Prefetch::ended(Ok(())),
             Ok(objects) => Prefetch::start(&self.shared, objects, to),
         }
     }

@@ -20,12 +20,11 @@ use tokio::io::{AsyncBufRead, AsyncRead, AsyncSeek, ReadBuf};
 use super::read::check_range;
 use super::timed::{Read, timed_unless};
 use super::{Result, VirtualMemory};
-use crate::chunk::CHUNK_BYTES;
+use crate::chunk::{CHUNK_BYTES, chunks_of};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::latency::ReadOp;
 use crate::migrate::{Filled, Move, Source, fill_window, request_move};
-use crate::object::chunks_of;
 use crate::parcel::parcel;
 use crate::windows::Window;
 

@@ -3,6 +3,7 @@
 //! Invariant: nothing here reads or writes a byte. Run as the tests of the map.
 
 use super::*;
+use crate::chunk::{CHUNK_BYTES, chunk_len};
 use crate::storage::{ExtentOwner, SharedOwner};
 
 #[derive(Debug)]

@@ -177,6 +177,7 @@ impl Shared {
         let bell = wake.clone();
         arena.set_freed_hook(Box::new(move || bell.if_waiting()));
         let unclaimed = Arc::new(Unclaimed::new(wake.clone()));
+        let unfinished = Arc::new(Unclaimed::new(wake.clone()));
         let runtime = tokio::runtime::Handle::current();
         let copies = Copies::new(wake.clone());
         let order = |capacity_bytes| config.policy().build(capacity_bytes);
@@ -225,7 +226,7 @@ impl Shared {
             counters: Counters::default(),
             latencies: Latencies::new(config.slow_read_threshold()),
             unclaimed,
-            unfinished: Arc::default(),
+            unfinished,
             tasks: TaskTracker::new(),
             kernels_abandoned: Semaphore::const_new(0),
             closed: AtomicBool::new(false),

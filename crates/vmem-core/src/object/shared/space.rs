@@ -3,6 +3,8 @@
 //! Invariant: a request for space waits in the queue of its tier, with a deadline, and holds no
 //! space meanwhile. Called by migrations and writes.
 
+use smallvec::SmallVec;
+
 use super::Shared;
 use crate::buffer::IoBuf;
 use crate::copy::OwnedCopy;
@@ -10,9 +12,10 @@ use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::host::HostArena;
 use crate::latency::{self, ReadStage};
+use crate::object::NO_OBJECT;
 use crate::parcel::GRACE;
 use crate::storage::{Extent, TierError};
-use crate::tier::{Device, Grant, HostSpace, Need, Refused, Space};
+use crate::tier::{Class, Device, Grant, HostSpace, Need, Refused, Space, Storage};
 
 impl Shared {
     /// A piece of staging; for a task. Pieces that their callers do not claim are taken back.
@@ -131,39 +134,85 @@ impl Shared {
         reserved
     }
 
-    /// As `reserve`, but before it fails it waits for what may come back within the grace.
+    /// As `reserve`, but before it fails it waits for what may leave a tier, and for what may come
+    /// back within the grace. The lengths are those of chunks of one object, in order.
     pub(crate) async fn reserve_soon(
         &self,
         level: usize,
         lens: &[u32],
+        deadline: &Deadline,
     ) -> Result<Vec<Extent>, TierError> {
-        match self.reserve(level, lens) {
-            Err(TierError::Full { .. }) if self.extents_come_back().await => {
-                self.reserve(level, lens)
-            }
-            outcome => outcome,
+        let full = match self.reserve(level, lens) {
+            Err(full @ TierError::Full { .. }) => full,
+            outcome => return outcome,
+        };
+        if let Some(extents) = self.space_made_below(level, lens, deadline).await {
+            return Ok(extents);
+        }
+        match self.extents_come_back().await {
+            true => self.reserve(level, lens),
+            false => Err(full),
         }
     }
 
-    fn try_reserve(&self, level: usize, lens: &[u32]) -> Result<Vec<Extent>, TierError> {
-        let (last, others) = self.storage().split_last().expect("invariant: there is a disk");
-        for storage in others.get(level..).unwrap_or_default() {
+    /// What the tiers from `level` on make space for: what they leave to slower ones, which are
+    /// full, has a copy there already.
+    async fn space_made_below(
+        &self,
+        level: usize,
+        lens: &[u32],
+        deadline: &Deadline,
+    ) -> Option<Vec<Extent>> {
+        let len = lens.iter().map(|&len| len as usize).sum();
+        let need = Need::one(len, NO_OBJECT, Class::Demand).or_spill();
+        for storage in self.evicting(level) {
             let state = &storage.state;
-            // Where requests wait for space, it is theirs: the next tier is left to this one.
-            if state.queue.len() > 0 {
-                continue;
-            }
-            match state.space().reserve(lens) {
-                Err(TierError::Full { .. }) => {}
-                outcome => {
-                    if state.space().used_bytes() > state.marks.high_bytes {
-                        self.wake.now();
-                    }
-                    return outcome;
-                }
+            let fits = state.check_fits(state.queue.footprint(&need)).is_ok();
+            if fits && let Ok(mut grant) = state.queue.take(&need, deadline).await {
+                return grant.pop();
             }
         }
-        last.state.space().reserve(lens)
+        None
+    }
+
+    /// The tiers below host memory from `level` on that objects leave for slower ones.
+    fn evicting(&self, level: usize) -> &[Storage] {
+        let last = self.storage().len() - 1;
+        self.storage().get(level..last).unwrap_or_default()
+    }
+
+    fn try_reserve(&self, level: usize, lens: &[u32]) -> Result<Vec<Extent>, TierError> {
+        let mut is_waited_for = SmallVec::<[&Storage; 1]>::new();
+        for storage in self.evicting(level) {
+            // Requests that wait for space here come first: the next tier is left to this one.
+            if !storage.state.lets_pass(lens) {
+                is_waited_for.push(storage);
+                continue;
+            }
+            match self.reserve_in(storage, lens) {
+                Err(TierError::Full { .. }) => {}
+                outcome => return outcome,
+            }
+        }
+        let last = self.storage().last().expect("invariant: there is a disk");
+        let mut outcome = last.state.space().reserve(lens);
+        for storage in is_waited_for {
+            if !matches!(outcome, Err(TierError::Full { .. })) {
+                break;
+            }
+            // There is no other.
+            outcome = self.reserve_in(storage, lens);
+        }
+        outcome
+    }
+
+    fn reserve_in(&self, storage: &Storage, lens: &[u32]) -> Result<Vec<Extent>, TierError> {
+        let state = &storage.state;
+        let extents = state.space().reserve(lens)?;
+        if state.space().used_bytes() > state.marks.high_bytes {
+            self.wake.now();
+        }
+        Ok(extents)
     }
 
     /// Takes back what has lain for the grace with extents on disk, or with versions that keep
