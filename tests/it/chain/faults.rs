@@ -166,3 +166,23 @@ async fn host_memory_is_emptied_past_a_disk_that_fails() {
     assert_eq!(chain.places(&handle), [false, false, true]);
     assert!(vmem.read(&handle).await.unwrap() == bytes(1, 1, LEN));
 }
+
+/// Excluded: an object that a full file system drives from the disk, where it is pinned.
+#[tokio::test(start_paused = true)]
+async fn one_chunk_without_space_on_disk_takes_no_other_below_it() {
+    const CHUNK: usize = 64 * KIB;
+    let chain = open((MIB, 4 * MIB, 16 * MIB), |builder| builder);
+    let vmem = &chain.vmem;
+    let handle = vmem.put(bytes(1, 1, 6 * CHUNK), DISK).await.unwrap();
+    let _pin = vmem.pin(&handle, DISK).await.unwrap();
+    vmem.promote(&handle, HOST).await.unwrap();
+    vmem.write_at(&handle, 0, bytes(2, 1, CHUNK)).await.unwrap();
+    let no_space = || io::Error::from_raw_os_error(28);
+    chain.disk.fail(move |op, _| (op == Op::Write).then(no_space));
+    vmem.demote(&handle, DISK).await.unwrap();
+    let stats = chain.settle().await;
+    assert_eq!(stats.remote.used_bytes, CHUNK as u64, "{stats:#?}");
+    let read = vmem.read(&handle).await.unwrap();
+    assert!(read[..CHUNK] == bytes(2, 1, CHUNK)[..]);
+    assert!(read[CHUNK..] == bytes(1, 1, 6 * CHUNK)[CHUNK..]);
+}

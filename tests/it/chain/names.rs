@@ -1,5 +1,6 @@
 //! Objects with names: the catalog leads to the disk, so that is where they stay.
 
+use std::io;
 use std::sync::Arc;
 
 use vmem::backend::Backends;
@@ -10,19 +11,24 @@ use vmem_testkit::tape::Image;
 use vmem_testkit::{Tape, TapeDriver, TapeStorage};
 
 use super::REMOTE;
-use crate::support::{self, DISK, HOST, KIB, MIB, MemDriver, STAGING, bytes};
+use crate::support::{self, DISK, HOST, KIB, MIB, MemDriver, Op, STAGING, bytes};
 
 const LEN: usize = 64 * KIB;
 
 /// A store whose disk and catalog outlive it, with or without a tier below.
 fn open(tape: &Arc<Tape>, disk: usize, has_remote: bool) -> VirtualMemory {
+    let remote = has_remote.then(|| DiskTier::new(MemDriver::new(), 64 << 20));
+    open_over(tape, disk, remote)
+}
+
+fn open_over(tape: &Arc<Tape>, disk: usize, remote: Option<Arc<DiskTier>>) -> VirtualMemory {
     let storage = TapeStorage(tape.clone());
     let (catalog, taken) = NameCatalog::over(Arc::new(storage), 512).unwrap();
     let driver = TapeDriver::new(tape, false);
     let backends = Backends {
         host_capacity_bytes: (MIB + STAGING) as u64,
         disk: DiskTier::with_taken(driver, disk as u64, &taken, None).unwrap(),
-        remote: has_remote.then(|| DiskTier::new(MemDriver::new(), 64 << 20) as _),
+        remote: remote.map(|remote| remote as _),
         catalog: Some(Arc::new(catalog)),
         devices: Vec::new(),
         capabilities: Capabilities::new("a tape".into(), "not in this test".into()),
@@ -142,4 +148,45 @@ async fn disk_that_is_full_of_names_is_said_to_be_full() {
     vmem.remove_named("1").await.unwrap();
     drop(named.remove(0));
     vmem.promote(&below, DISK).await.unwrap();
+}
+
+/// Excluded: bytes that host memory has and that are lost, since they were written below the disk
+/// too and cannot be read there.
+#[tokio::test(start_paused = true)]
+async fn name_is_durable_from_host_memory_while_the_tier_below_fails() {
+    let tape = Tape::of(Image::default());
+    let remote = MemDriver::new();
+    let vmem = open_over(&tape, 8 * LEN, Some(DiskTier::new(remote.clone(), 64 << 20)));
+    let named = vmem.put_named("named", bytes(1, 1, 3 * LEN), HOST).await.unwrap();
+    let pinned = vmem.put(bytes(2, 1, 4 * LEN), DISK).await.unwrap();
+    let pin = vmem.pin(&pinned, DISK).await.unwrap();
+    vmem.write(&named, bytes(1, 2, 3 * LEN)).await.unwrap();
+    let refused = vmem.flush(&named).await;
+    assert!(matches!(refused, Err(VirtualMemoryError::AllPinned { .. })), "{refused:?}");
+    assert!(is_on(&vmem, &named, HOST) && is_on(&vmem, &named, REMOTE));
+    remote.fail(|op, _| (op == Op::Read).then(|| io::Error::other("gone")));
+    drop((pin, pinned, named));
+    vmem.close().await.unwrap();
+    let again = open(&Tape::of(tape.image()), 8 * LEN, true);
+    let named = again.open_named("named").await.unwrap();
+    assert!(again.read(&named).await.unwrap() == bytes(1, 2, 3 * LEN));
+}
+
+/// Excluded: a name that cannot be made durable for want of space, while the disk has copies that
+/// are below it too.
+#[tokio::test(start_paused = true)]
+async fn name_gets_the_space_of_copies_where_the_tier_below_is_full() {
+    let tape = Tape::of(Image::default());
+    let vmem = open_over(&tape, 8 * LEN, Some(DiskTier::new(MemDriver::new(), 6 << 16)));
+    let mut copied = Vec::new();
+    for object in 1..=6 {
+        let handle = vmem.put(bytes(object, 1, LEN), REMOTE).await.unwrap();
+        vmem.promote(&handle, DISK).await.unwrap();
+        copied.push(handle);
+    }
+    let named = vmem.put_named("named", bytes(7, 1, 3 * LEN), HOST).await.unwrap();
+    assert!(is_on(&vmem, &named, DISK));
+    for (object, handle) in (1..).zip(&copied) {
+        assert!(vmem.read(handle).await.unwrap() == bytes(object, 1, LEN), "{object}");
+    }
 }

@@ -215,3 +215,16 @@ async fn promotion_of_one_chunk_takes_the_space_of_one() {
     assert!(read[2 * LEN..3 * LEN] == bytes(5, 1, LEN));
     drop(pin);
 }
+
+/// Excluded: a write that waits for pins which keep it from ever having space.
+#[tokio::test(start_paused = true)]
+async fn write_beyond_what_pins_leave_is_refused_at_once() {
+    let chain = open((MIB, 8 * LEN, LEN), |builder| builder);
+    let vmem = &chain.vmem;
+    let pinned = vmem.put(bytes(1, 1, 5 * LEN), DISK).await.unwrap();
+    let _pin = vmem.pin(&pinned, DISK).await.unwrap();
+    let began = tokio::time::Instant::now();
+    let refused = vmem.put(bytes(2, 1, 4 * LEN), DISK).await;
+    assert!(matches!(refused, Err(VirtualMemoryError::TierFull { .. })), "{refused:?}");
+    assert!(began.elapsed() < Duration::from_secs(5), "no deadline was waited for");
+}

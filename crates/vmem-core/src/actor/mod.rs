@@ -144,7 +144,7 @@ impl Actor {
         // A batch that failed has freed nothing and notifies nothing, so the evictors look again.
         woken |= std::mem::take(&mut self.batch_failed);
         if self.turn(woken) {
-            // Background work in slices: others have their turn in between.
+            // In slices: others have their turn in between.
             tokio::task::yield_now().await;
             self.drain_ready();
             return false;
@@ -175,9 +175,14 @@ impl Actor {
         true
     }
 
-    /// One turn of every evictor. True if there is more to do at once.
+    /// A turn of each evictor, or, on closing, of those with waiters. True if there is more to do.
     fn turn(&mut self, woken: bool) -> bool {
         let Actor { shared, tasks, host, devices, storage, .. } = self;
+        if shared.is_closed() {
+            let mut levels = storage.iter_mut().zip(shared.storage());
+            let mut turn = |evictor: &mut Evictor<_>| evictor.turn(shared, tasks, woken);
+            return levels.any(|(evictor, level)| level.state.queue.len() > 0 && turn(evictor));
+        }
         let mut more = host.turn(shared, tasks, woken);
         for (device, evictor) in shared.devices().iter().zip(devices) {
             match device.lost() {
@@ -202,7 +207,7 @@ impl Actor {
         }
         let unclaimed = shared.unclaimed.recall();
         // Writes that are not finished have space below host memory.
-        let unfinished = if below > 0 { shared.unfinished.recall() } else { None };
+        let unfinished = (below > 0).then(|| shared.unfinished.recall()).flatten();
         unclaimed.into_iter().chain(unfinished).min()
     }
 

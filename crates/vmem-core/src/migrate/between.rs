@@ -1,49 +1,28 @@
-//! Moves objects between the tiers below host memory, through staging.
+//! Moves objects between the tiers below host memory.
 //!
 //! Ownership: an object that moves, with its gate, belongs to its [`Demotion`], or to the task that
-//! promotes it, until the new extents are published. A piece of staging belongs to one copy, and
-//! the backend owns it until its part has completed. The task never waits for space while it has
+//! promotes it, until the new extents are published. The task never waits for space while it has
 //! the gate. Called by the evictor, by public calls, and before an object gets a name.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
 
-use super::transfer::{read_chunks, write_chunks};
+use super::copying::{Copying, Moved, NotCopied, copy};
+use super::transfer::write_chunks;
 use super::{CopyFate, Job, Record};
-use crate::chunk::{CHUNK_BYTES, chunk_len, chunk_lens};
+use crate::chunk::{CHUNK_BYTES, chunk_len, chunk_lens, range_of};
+use crate::copy::Found;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
-use crate::object::{GatePass, Shared};
+use crate::object::{GatePass, Object};
 use crate::stats::add;
-use crate::storage::{Extent, ReadChunk, TierError};
-use crate::tier::{Class, Need};
+use crate::storage::{Extent, TierError};
+use crate::tier::Need;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
-
-/// Pieces of one batch that are in flight at once.
-const PIECES_MAX: usize = 4;
-/// Where the chunks in a piece of staging start, in bytes: what every disk can read to directly.
-const ALIGNMENT: usize = 4096;
-
-/// A chunk that is copied: of which object of the batch, which one, from where and to where.
-struct Copying {
-    object: usize,
-    index: usize,
-    from: Arc<Extent>,
-    to: Extent,
-}
-
-/// A chunk that was copied.
-struct Moved {
-    object: usize,
-    index: usize,
-    from: Arc<Extent>,
-    to: Arc<Extent>,
-}
 
 /// An object that is copied to a slower tier, with the extents for what that lacks.
 pub(crate) struct Demotion {
@@ -177,121 +156,6 @@ fn note_damage(pass: &GatePass, chunk: usize, error: &VirtualMemoryError) {
     }
 }
 
-/// Why chunks were not copied.
-enum NotCopied {
-    Storage(TierError),
-    Late(VirtualMemoryError),
-}
-
-impl NotCopied {
-    fn public(self, shared: &Shared, handle: u64) -> VirtualMemoryError {
-        match self {
-            NotCopied::Storage(error) => shared.tier_error(handle, error),
-            NotCopied::Late(error) => error,
-        }
-    }
-}
-
-/// Copies chunks, many in one run; in turn with other reads if there is a class. An error names the
-/// first object of the piece that failed.
-async fn copy(
-    shared: &Arc<Shared>,
-    chunks: Vec<Copying>,
-    class: Option<Class>,
-    deadline: &Deadline,
-) -> std::result::Result<Vec<Moved>, (usize, NotCopied)> {
-    let (written, unwritten): (Vec<_>, Vec<_>) =
-        chunks.into_iter().partition(|one| one.from.sum().is_some());
-    let copies = pieces(written, shared.staging.piece_bytes())
-        .into_iter()
-        .map(|piece| copy_piece(shared, piece, class, deadline));
-    let copies = futures::stream::iter(copies).buffer_unordered(PIECES_MAX);
-    let copied: Vec<Vec<Moved>> = copies.try_collect().await?;
-    // What was never written is zeros there too.
-    let unwritten = unwritten.into_iter().map(|Copying { object, index, from, to }| Moved {
-        object,
-        index,
-        from,
-        to: Arc::new(to),
-    });
-    Ok(copied.into_iter().flatten().chain(unwritten).collect())
-}
-
-/// Chunks in portions that fit a piece of staging.
-fn pieces(chunks: Vec<Copying>, piece_bytes: usize) -> Vec<Vec<Copying>> {
-    let mut pieces: Vec<Vec<Copying>> = Vec::new();
-    let mut used = piece_bytes;
-    for chunk in chunks {
-        let bytes = (chunk.to.len() as usize).next_multiple_of(ALIGNMENT);
-        if used + bytes > piece_bytes {
-            pieces.push(Vec::new());
-            used = 0;
-        }
-        used += bytes;
-        pieces.last_mut().expect("a piece was begun above").push(chunk);
-    }
-    pieces
-}
-
-async fn copy_piece(
-    shared: &Arc<Shared>,
-    chunks: Vec<Copying>,
-    class: Option<Class>,
-    deadline: &Deadline,
-) -> std::result::Result<Vec<Moved>, (usize, NotCopied)> {
-    let first = chunks.first().map_or(0, |one| one.object);
-    let piece = shared.staging(deadline).await.map_err(|late| (first, NotCopied::Late(late)))?;
-    let mut at = 0;
-    let mut reads = Vec::with_capacity(chunks.len());
-    for one in &chunks {
-        reads.push(ReadChunk { extent: one.from.clone(), at });
-        at += (one.to.len() as usize).next_multiple_of(ALIGNMENT);
-    }
-    let places: Vec<_> = reads.iter().map(|read| read.at).collect();
-    let (piece, outcome) = read_chunks(shared, reads, piece, class).await;
-    outcome.map_err(|error| {
-        (damaged(&chunks, &error), NotCopied::Storage(of_chunk(&chunks, error)))
-    })?;
-    let bytes: Bytes = piece.freeze();
-    let mut known = Vec::with_capacity(chunks.len());
-    let mut writes = Vec::with_capacity(chunks.len());
-    for (Copying { object, index, from, to }, at) in chunks.into_iter().zip(places) {
-        let len = to.len() as usize;
-        writes.push((to, bytes.slice(at..at + len)));
-        known.push((object, index, from));
-    }
-    drop(bytes);
-    let written = write_chunks(shared, writes).await;
-    let written = written.map_err(|error| (first, NotCopied::Storage(error)))?;
-    let moved = known.into_iter().zip(written).map(|((object, index, from), to)| Moved {
-        object,
-        index,
-        from,
-        to: Arc::new(to),
-    });
-    Ok(moved.collect())
-}
-
-/// The object that an error of a read concerns.
-fn damaged(chunks: &[Copying], error: &TierError) -> usize {
-    let nth = match error {
-        TierError::Corrupt { chunk, .. } => *chunk,
-        TierError::Full { .. } | TierError::Io { .. } | TierError::Closed => 0,
-    };
-    chunks.get(nth).map_or(0, |one| one.object)
-}
-
-/// The error with the number that a damaged chunk has in its object.
-fn of_chunk(chunks: &[Copying], error: TierError) -> TierError {
-    match error {
-        TierError::Corrupt { chunk, expected, actual } => {
-            let chunk = chunks.get(chunk).map_or(chunk, |one| one.index);
-            TierError::Corrupt { chunk, expected, actual }
-        }
-        other => other,
-    }
-}
-
 /// Demotes one object from faster tiers below host memory to the tier `level`, or copies it there
 /// if these keep it.
 ///
@@ -331,17 +195,27 @@ pub(crate) async fn promote_between(job: &Job, level: usize) -> Result<()> {
         let lens = chunk_lens(object.len, slower);
         let len = lens.into_iter().map(|len| len as usize).sum();
         let need = Need::one(len, object.id, job.class);
+        let need = if job.may_spill { need.or_spill() } else { need };
         let space = job.while_wanted(state.take(&need, &job.deadline)).await?.pop();
         let pass = object.gate(&job.deadline).await?;
         if let Some(damage) = object.damage() {
             return Err(damage);
         }
-        promote_into(job, &pass, level, space.unwrap_or_default()).await?;
+        let is_all = promote_into(job, &pass, level, space.unwrap_or_default()).await?;
+        // It may have left again by now, as others may.
+        if is_all {
+            return Ok(());
+        }
     }
 }
 
-/// As `promote_between`, of as much as there is space for.
-async fn promote_into(job: &Job, pass: &GatePass, level: usize, space: Vec<Extent>) -> Result<()> {
+/// As `promote_between`, of as much as there is space for; true if that was all.
+async fn promote_into(
+    job: &Job,
+    pass: &GatePass,
+    level: usize,
+    space: Vec<Extent>,
+) -> Result<bool> {
     let object = &job.object;
     let shared = &object.shared;
     let map = object.extents();
@@ -354,13 +228,23 @@ async fn promote_into(job: &Job, pass: &GatePass, level: usize, space: Vec<Exten
         let to = if is_whole { whole.pop() } else { last.pop() };
         Some(Copying { object: 0, index, from, to: to? })
     };
-    let chunks: Vec<_> = map.slower_than(level).into_iter().filter_map(into_space).collect();
-    let Some(first) = chunks.first() else { return Ok(()) };
+    let slower = map.slower_than(level);
+    let count = slower.len();
+    let chunks: Vec<_> = slower.into_iter().filter_map(into_space).collect();
+    let is_all = chunks.len() == count;
+    let Some(first) = chunks.first() else { return Ok(is_all) };
     let route = (MemoryTier::of_level(first.from.level()), MemoryTier::of_level(level));
     let bytes = chunks.iter().map(|one| u64::from(one.to.len())).sum();
     drop(map);
     let record = Record::start(shared, object.id, route, job.cause, &job.deadline);
-    match copy(shared, chunks, Some(job.class), &job.deadline).await {
+    let copied = match object.copy.acquire(&shared.copies) {
+        // Nothing is to be read that is at hand.
+        Found::Copy(host) if !crate::planted!("below-host-unused") => {
+            copy_from_host(object, chunks, host.into_bytes()).await
+        }
+        _ => copy(shared, chunks, Some(job.class), &job.deadline).await,
+    };
+    match copied {
         Ok(moved) => {
             object.with_extents(pass, |map, old| {
                 let chunks = moved.into_iter().map(|Moved { index, from, to, .. }| {
@@ -374,7 +258,7 @@ async fn promote_into(job: &Job, pass: &GatePass, level: usize, space: Vec<Exten
             });
             record.end(Ok(bytes));
             add(&shared.counters.promotions, 1);
-            Ok(())
+            Ok(is_all)
         }
         Err((_, error)) => {
             let error = error.public(shared, object.id);
@@ -382,4 +266,28 @@ async fn promote_into(job: &Job, pass: &GatePass, level: usize, space: Vec<Exten
             Err(error)
         }
     }
+}
+
+/// Writes chunks of one object from its host copy; as [`copy`].
+async fn copy_from_host(
+    object: &Object,
+    chunks: Vec<Copying>,
+    host: Bytes,
+) -> std::result::Result<Vec<Moved>, (usize, NotCopied)> {
+    let mut known = Vec::with_capacity(chunks.len());
+    let mut pieces = Vec::with_capacity(chunks.len());
+    for Copying { object: nth, index, from, to } in chunks {
+        pieces.push((to, host.slice(range_of(object.len, index))));
+        known.push((nth, index, from));
+    }
+    drop(host);
+    let written = write_chunks(&object.shared, pieces).await;
+    let written = written.map_err(|error| (0, NotCopied::Storage(error)))?;
+    let moved = known.into_iter().zip(written).map(|((object, index, from), to)| Moved {
+        object,
+        index,
+        from,
+        to: Arc::new(to),
+    });
+    Ok(moved.collect())
 }

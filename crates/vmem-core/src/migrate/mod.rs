@@ -6,6 +6,7 @@
 //! the one step that publishes. Spawned by the actor alone.
 
 mod between;
+mod copying;
 mod disk_write;
 mod edges;
 mod kernel;
@@ -14,6 +15,7 @@ mod part;
 mod relocate;
 mod request;
 mod set;
+mod settle;
 mod stream;
 mod to_device;
 mod to_disk;
@@ -41,10 +43,11 @@ pub(crate) use request::{
     Move, PrefetchEnd, refresh_below, request_fetch, request_finish, request_move, request_prefetch,
 };
 pub(crate) use set::read_set;
+pub(crate) use settle::settle;
 pub(crate) use stream::{Filled, Sent, Source, fill_window, send_window};
 pub(crate) use to_device::{fill_device, leave_devices, promote_to_device};
 pub(crate) use to_disk::{
-    CopyFate, Leaving, demote, demote_unwritten, flush, flush_many, settle, write_back,
+    CopyFate, Leaving, demote, demote_unwritten, flush, flush_many, write_back,
 };
 pub(crate) use to_host::{count_hit, fetch, fetch_into, fetch_with};
 pub(crate) use write::{NewVersion, publish_version};

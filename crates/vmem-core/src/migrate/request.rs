@@ -121,7 +121,11 @@ async fn serve_move(
         Move::Refresh(tier) => match tier.position() {
             Position::Device(device) => super::promote_to_device(&job, device).await,
             Position::Host => Ok(()),
-            Position::Below(level) => super::promote_between(&job, level).await,
+            Position::Below(level) => {
+                // Where there is no space for it, it stays below.
+                let job = Job { may_spill: true, ..job };
+                super::promote_between(&job, level).await
+            }
         },
         Move::OffDevices => super::leave_devices(&object, &deadline).await,
         Move::PromoteTo(level) => {

@@ -12,7 +12,7 @@ use bytes::Bytes;
 
 use super::edges::account;
 use super::part::copy_all;
-use super::to_disk::settle_copy;
+use super::settle::settle_copy;
 use super::transfer::write_chunks;
 use super::{count_hit, load};
 use crate::buffer::IoBuf;

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::StreamExt;
 
-use super::between::{demote_one, promote_between};
+use super::between::demote_one;
 use super::to_device::check_unheld;
 use super::transfer::write_chunks;
-use super::{Job, Record, refresh_below};
+use super::{Record, refresh_below};
 use crate::chunk::{CHUNK_BYTES, chunk_count, chunk_lens};
 use crate::copy::Found;
 use crate::deadline::Deadline;
@@ -57,11 +57,20 @@ impl Leaving {
     /// Reserves extents for what neither the tier `level` nor a slower one has: there, or below. An
     /// error returns the pass.
     pub(crate) fn prepare(pass: GatePass, level: usize) -> Result<Self, (GatePass, TierError)> {
+        Self::prepare_in(pass, level, level)
+    }
+
+    /// As `prepare`, with extents in the tier `reserved` or below it.
+    fn prepare_in(
+        pass: GatePass,
+        level: usize,
+        reserved: usize,
+    ) -> Result<Self, (GatePass, TierError)> {
         let object = pass.object();
         let shared = &object.shared;
         let missing = object.extents().absent_from(object.len, level);
         let lens = chunk_lens(object.len, missing.iter().copied());
-        let extents = match shared.reserve(level, &lens) {
+        let extents = match shared.reserve(reserved, &lens) {
             Ok(extents) => extents,
             Err(error) => return Err((pass, error)),
         };
@@ -145,11 +154,11 @@ pub(crate) async fn write_back(
     }
     let mut first_error = None;
     for leaving in batch {
-        let level = below(&leaving).unwrap_or(leaving.level);
-        let Leaving { pass, bytes, .. } = leaving;
+        let reserved = below(&leaving).unwrap_or(leaving.level);
+        let Leaving { pass, level, bytes, .. } = leaving;
         // This counts as a reader, and would keep the copy from being dropped.
         drop(bytes);
-        let alone = match Leaving::prepare(pass, level) {
+        let alone = match Leaving::prepare_in(pass, level, reserved) {
             Ok(victim) => write_batch(&mut vec![victim], fate, cause, deadline).await.map(drop),
             Err((_pass, error)) => Err(error),
         };
@@ -162,7 +171,7 @@ pub(crate) async fn write_back(
 
 /// Writes a batch, all or none, and returns the disk map of each object. After an error the batch
 /// still has its passes.
-async fn write_batch(
+pub(super) async fn write_batch(
     batch: &mut Vec<Leaving>,
     fate: CopyFate,
     cause: MigrationCause,
@@ -212,6 +221,8 @@ pub(crate) async fn demote(
     deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
+    // Where it has its name, the disk, it stays.
+    let level = if object.was_named() { 0 } else { level };
     check_unheld(object)?;
     check_unpinned(object, level)?;
     object.detach_from_devices(&pass);
@@ -312,55 +323,6 @@ async fn flush_batch(
         note(flush(&object, deadline).await);
     }
     (failed, first_error)
-}
-
-/// Writes the current bytes of one object to disk, keeps its host copy and returns the disk map. A
-/// chunk without an extent is zeros.
-///
-/// # Errors
-///
-/// What the disk says.
-pub(crate) async fn settle(
-    object: &Arc<Object>,
-    deadline: &Deadline,
-) -> Result<ExtentMap, VirtualMemoryError> {
-    loop {
-        let pass = object.gate(deadline).await?;
-        let map = if object.copy.is_some() {
-            settle_copy(pass, deadline).await?
-        } else {
-            let map = object.extents();
-            drop(pass);
-            map
-        };
-        if !object.shared.evicts_from(0) || map.slowest_level() == 0 {
-            return Ok(map);
-        }
-        if deadline.is_past() {
-            return Err(deadline.error("writing to disk"));
-        }
-        drop(map);
-        let job = Job::new(object.clone(), MigrationCause::Flush, *deadline);
-        promote_between(&job, 0).await?;
-    }
-}
-
-/// As [`settle`], of an object that has a host copy.
-///
-/// # Errors
-///
-/// As there.
-pub(crate) async fn settle_copy(
-    pass: GatePass,
-    deadline: &Deadline,
-) -> Result<ExtentMap, VirtualMemoryError> {
-    let object = pass.object().clone();
-    let public = |error| object.shared.tier_error(object.id, error);
-    let victim = Leaving::prepare(pass, 0).map_err(|(_pass, error)| public(error))?;
-    let mut batch = vec![victim];
-    let written = write_batch(&mut batch, CopyFate::Keep, MigrationCause::Flush, deadline).await;
-    let map = written.map_err(public)?.pop();
-    Ok(map.expect("invariant: one was written"))
 }
 
 /// Moves one object to the tier `level`, or copies it there: from host memory if that has it, else

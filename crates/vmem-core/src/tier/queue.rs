@@ -109,17 +109,10 @@ impl<S: Space> Queue<S> {
         Some(grant)
     }
 
-    /// Whether a newcomer that takes so much, in bytes, may pass those that wait, if any do; it is
-    /// counted.
+    /// Whether a newcomer that takes so much, in bytes, may pass those that wait, if any do; one
+    /// that does is counted with `count_pass`.
     pub(crate) fn lets_pass(&self, footprint: u64) -> bool {
-        if self.len.load(Ordering::SeqCst) == 0 {
-            return true;
-        }
-        let may_pass = self.may_pass_with(footprint);
-        if may_pass {
-            self.count_pass();
-        }
-        may_pass
+        self.len.load(Ordering::SeqCst) == 0 || self.may_pass_with(footprint)
     }
 
     /// A newcomer passes the queue only where one that waits could be passed.
@@ -135,7 +128,7 @@ impl<S: Space> Queue<S> {
     }
 
     /// Counts a new request that was granted space before the waiters.
-    fn count_pass(&self) {
+    pub(crate) fn count_pass(&self) {
         if self.len.load(Ordering::SeqCst) > 0
             && let Some(front) = self.waiters.lock().demand.front_mut()
         {

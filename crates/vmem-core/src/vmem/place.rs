@@ -60,14 +60,12 @@ impl VirtualMemory {
     /// # Errors
     ///
     /// `Pinned`, `TierFull` if the tier has no space, `Io`; the object is then where it was.
-    /// `TierNotAvailable` for a tier that the store has not.
+    /// `TierNotAvailable` for a tier below host memory that the store has not.
     pub async fn demote(&self, handle: &VMemHandle, to: MemoryTier) -> Result<()> {
         let object = self.check(handle)?;
         match to.position() {
             Position::Below(level) => {
                 self.shared.check_tier(to)?;
-                // Where it has its name, the disk, it stays.
-                let level = if object.was_named() { 0 } else { level };
                 self.ask(object, Move::DemoteTo(level)).await
             }
             Position::Host if !object.devices_with_space().is_empty() => {

@@ -146,7 +146,7 @@ impl Shared {
             Err(full @ TierError::Full { .. }) => full,
             outcome => return outcome,
         };
-        if let Some(extents) = self.space_made_below(level, lens, deadline).await {
+        if let Some(extents) = self.make_space_below(level, lens, deadline).await? {
             return Ok(extents);
         }
         match self.extents_come_back().await {
@@ -155,24 +155,33 @@ impl Shared {
         }
     }
 
-    /// What the tiers from `level` on make space for: what they leave to slower ones, which are
-    /// full, has a copy there already.
-    async fn space_made_below(
+    /// Space that the tiers from `level` on make by letting go what slower ones, which are full,
+    /// have already. None at once if there is nothing like that. For chunks of one object, in
+    /// order.
+    ///
+    /// # Errors
+    ///
+    /// `Closed`.
+    pub(crate) async fn make_space_below(
         &self,
         level: usize,
         lens: &[u32],
         deadline: &Deadline,
-    ) -> Option<Vec<Extent>> {
+    ) -> Result<Option<Vec<Extent>>, TierError> {
         let len = lens.iter().map(|&len| len as usize).sum();
         let need = Need::one(len, NO_OBJECT, Class::Demand).or_spill();
-        for storage in self.evicting(level) {
-            let state = &storage.state;
-            let fits = state.check_fits(state.queue.footprint(&need)).is_ok();
-            if fits && let Ok(mut grant) = state.queue.take(&need, deadline).await {
-                return grant.pop();
+        for Storage { state, .. } in self.evicting(level) {
+            let reach = state.space().capacity_bytes().saturating_sub(state.unevictable_bytes());
+            if state.queue.footprint(&need) > reach {
+                continue;
+            }
+            match state.queue.take(&need, deadline).await {
+                Ok(mut grant) => return Ok(grant.pop()),
+                Err(Refused::Error(VirtualMemoryError::Closed)) => return Err(TierError::Closed),
+                Err(_) => {}
             }
         }
-        None
+        Ok(None)
     }
 
     /// The tiers below host memory from `level` on that objects leave for slower ones.
@@ -209,6 +218,7 @@ impl Shared {
     fn reserve_in(&self, storage: &Storage, lens: &[u32]) -> Result<Vec<Extent>, TierError> {
         let state = &storage.state;
         let extents = state.space().reserve(lens)?;
+        state.queue.count_pass();
         if state.space().used_bytes() > state.marks.high_bytes {
             self.wake.now();
         }
