@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-crates=(vmem-core vmem-io vmem-gpu vmem vmem-object-store vmem-dashboard)
+crates=(vmem-core vmem-io vmem-gpu vmem vmem-object-store vmem-remote vmem-dashboard)
 packages=("${crates[@]/#/--package=}")
 # Packaged together they find each other, though no registry has them yet.
 cargo package --allow-dirty "$@" "${packages[@]}"

@@ -60,7 +60,16 @@ impl<'a> Repository<'a> {
 
     /// The path of a module that is named as `object/gate` or `vmem-gpu/lease`.
     fn module(&self, name: &str) -> Option<String> {
-        let crates = ["core", "io", "gpu", "testkit", "cuda-emulator", "object-store", "gpu-check"];
+        let crates = [
+            "core",
+            "io",
+            "gpu",
+            "testkit",
+            "cuda-emulator",
+            "object-store",
+            "remote",
+            "gpu-check",
+        ];
         let (of, inside) = match name.split_once('/') {
             Some((of, inside)) if of.starts_with("vmem-") => (Some(of.to_owned()), inside),
             _ => (None, name),

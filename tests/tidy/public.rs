@@ -15,6 +15,7 @@ const CRATES: &[&str] = &[
     "crates/vmem-io/src/",
     "crates/vmem-gpu/src/",
     "crates/vmem-object-store/src/",
+    "crates/vmem-remote/src/",
     "crates/vmem-cuda-emulator/src/",
 ];
 

@@ -1,0 +1,224 @@
+//! Why a request failed, in words that hold no secret.
+//!
+//! Invariant: no text of an object store passes. Its errors may quote requests, with keys and
+//! signatures in them; what passes is the kind of the error and a short code. Made by the client,
+//! given on by the tier.
+
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmem_core::backend::TierError;
+
+/// Why a request to the object store failed: the source of the [`io::Error`] in
+/// [`TierError::Io`].
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    /// There is no such object, or no such bucket.
+    #[error("the object store has no such object or bucket{}", shown(.code))]
+    NotFound {
+        /// What the store calls it.
+        code: Option<String>,
+    },
+    /// The credentials are wrong, have expired, or do not allow the request.
+    #[error("the object store refused the credentials{}", shown(.code))]
+    Denied {
+        /// What the store calls it.
+        code: Option<String>,
+    },
+    /// The object store cannot do what was asked.
+    #[error("the object store does not support the request{}", shown(.code))]
+    Unsupported {
+        /// What the store calls it.
+        code: Option<String>,
+    },
+    /// There was no answer in time.
+    #[error("no answer within {waited:?}")]
+    TimedOut {
+        /// How long the last try was waited for.
+        waited: Duration,
+    },
+    /// The request failed: there is no connection, or the object store reported an error of its
+    /// own.
+    #[error("the request failed: {kind}{}", shown(.code))]
+    Failed {
+        /// The kind of the error below, where it came from the operating system.
+        kind: io::ErrorKind,
+        /// What the store calls it.
+        code: Option<String>,
+    },
+    /// A body had another length than was asked for.
+    #[error("{actual_bytes} bytes arrived, {expected_bytes} were asked for")]
+    Length {
+        /// What was asked for, in bytes.
+        expected_bytes: u64,
+        /// What arrived, in bytes; where it was too much, up to there.
+        actual_bytes: u64,
+    },
+    /// The bytes are not those that were put.
+    #[error("a body differs from what was put: {actual:#010x} instead of {expected:#010x}")]
+    Altered {
+        /// CRC-32C of what was put.
+        expected: u32,
+        /// CRC-32C of what arrived.
+        actual: u32,
+        /// Index into the chunks of the call.
+        chunk: usize,
+    },
+    /// The object store has failed too often; nothing was sent.
+    #[error("the object store fails, and is asked again in {retry_after:?}")]
+    CircuitOpen {
+        /// When a request will be let through.
+        retry_after: Duration,
+    },
+    /// The task of the request ended early: its runtime was shut down, or the object store
+    /// panicked.
+    #[error("the task of the request ended early")]
+    Abandoned,
+}
+
+/// Why a remote tier was not opened.
+#[non_exhaustive]
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum OpenError {
+    /// An option that cannot work.
+    #[error("{field}: {expected}")]
+    InvalidOption {
+        /// The field of the options.
+        field: &'static str,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// The tier must be opened inside of a tokio runtime with a timer.
+    #[error("a remote tier needs a tokio runtime with a timer")]
+    UnsuitableRuntime,
+    /// The object store did not serve a small object under the prefix.
+    #[error("the object store cannot be used: {request}: {source}")]
+    Unavailable {
+        /// The request that failed: `put`, `get` or `delete`.
+        request: &'static str,
+        /// The cause.
+        source: RequestError,
+    },
+}
+
+fn shown(code: &Option<String>) -> String {
+    code.as_ref().map(|code| format!(" ({code})")).unwrap_or_default()
+}
+
+impl RequestError {
+    /// The error without what might be secret in it.
+    pub(crate) fn of(error: &object_store::Error) -> Self {
+        use object_store::Error as E;
+        let code = store_code(error);
+        match error {
+            E::NotFound { .. } => Self::NotFound { code },
+            E::PermissionDenied { .. } | E::Unauthenticated { .. } => Self::Denied { code },
+            E::NotSupported { .. }
+            | E::NotImplemented { .. }
+            | E::InvalidPath { .. }
+            | E::UnknownConfigurationKey { .. } => Self::Unsupported { code },
+            _ => Self::Failed { kind: io_kind(error), code },
+        }
+    }
+
+    /// Whether the same request may succeed later.
+    pub(crate) fn is_transient(&self) -> bool {
+        match self {
+            Self::TimedOut { .. }
+            | Self::Failed { .. }
+            | Self::Length { .. }
+            | Self::Altered { .. } => true,
+            Self::NotFound { .. }
+            | Self::Denied { .. }
+            | Self::Unsupported { .. }
+            | Self::CircuitOpen { .. }
+            | Self::Abandoned => false,
+        }
+    }
+
+    /// Whether it speaks of the object store as a whole, and not of one object.
+    pub(crate) fn is_of_store(&self) -> bool {
+        matches!(self, Self::TimedOut { .. } | Self::Failed { .. } | Self::Denied { .. })
+    }
+
+    /// Whether nothing was sent.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(self, Self::CircuitOpen { .. } | Self::Abandoned)
+    }
+
+    /// The error of a call of the tier.
+    pub(crate) fn of_tier(self, operation: &'static str) -> TierError {
+        if let Self::Altered { expected, actual, chunk } = self {
+            return TierError::Corrupt { chunk, expected, actual };
+        }
+        let kind = match &self {
+            Self::NotFound { .. } => io::ErrorKind::NotFound,
+            Self::Denied { .. } => io::ErrorKind::PermissionDenied,
+            Self::Unsupported { .. } => io::ErrorKind::Unsupported,
+            Self::TimedOut { .. } => io::ErrorKind::TimedOut,
+            Self::Failed { kind, .. } => *kind,
+            Self::Length { .. } => io::ErrorKind::UnexpectedEof,
+            Self::CircuitOpen { .. } => io::ErrorKind::NotConnected,
+            Self::Altered { .. } | Self::Abandoned => io::ErrorKind::Other,
+        };
+        TierError::Io { operation, source: Arc::new(io::Error::new(kind, self)) }
+    }
+}
+
+/// Input that no call may have.
+pub(crate) fn invalid(operation: &'static str, why: &'static str) -> TierError {
+    let source = Arc::new(io::Error::new(io::ErrorKind::InvalidInput, why));
+    TierError::Io { operation, source }
+}
+
+/// The kind of the first error of the operating system below this one.
+fn io_kind(error: &object_store::Error) -> io::ErrorKind {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return io.kind();
+        }
+        cause = error.source();
+    }
+    io::ErrorKind::Other
+}
+
+/// The code in the answer of the store, such as `SlowDown`: a short word, and nothing else.
+fn store_code(error: &object_store::Error) -> Option<String> {
+    let text = error.to_string();
+    let (_, rest) = text.split_once("<Code>")?;
+    let (code, _) = rest.split_once("</Code>")?;
+    let is_word = (1..=64).contains(&code.len()) && code.bytes().all(|b| b.is_ascii_alphabetic());
+    is_word.then(|| code.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(text: &str) -> object_store::Error {
+        object_store::Error::Unauthenticated { path: "a?sig=SECRET".into(), source: text.into() }
+    }
+
+    #[test]
+    fn texts_of_the_store_do_not_pass() {
+        let text = "<Error><Code>InvalidAccessKeyId</Code><Key>SECRET</Key></Error>";
+        let error = RequestError::of(&refused(text));
+        let shown = format!("{error} {error:?} {:?}", error.clone().of_tier("read"));
+        assert!(shown.contains("InvalidAccessKeyId"), "{shown}");
+        assert!(!shown.contains("SECRET"), "{shown}");
+        let error = RequestError::of(&refused("<Code>the SECRET is</Code>"));
+        assert_eq!(error, RequestError::Denied { code: None });
+    }
+
+    #[test]
+    fn kind_of_the_system_passes() {
+        let source = io::Error::from(io::ErrorKind::ConnectionRefused);
+        let error = object_store::Error::Generic { store: "S3", source: Box::new(source) };
+        let kind = io::ErrorKind::ConnectionRefused;
+        assert_eq!(RequestError::of(&error), RequestError::Failed { kind, code: None });
+    }
+}

@@ -1,0 +1,132 @@
+//! What the remote tier, its extents and its tasks have in common.
+//!
+//! Invariant: whatever runs for the tier is counted by the tracker, from the call on, so that a
+//! close can wait for it. The lock of the ledger is never held over an await, nor while an extent
+//! is dropped. Called by the tier and its tasks.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+
+use object_store::path::Path;
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio_util::task::TaskTracker;
+use vmem_core::backend::{Extent, ExtentOwner, IoBuf, ReadChunk, TierError};
+
+use crate::client::Client;
+use crate::error::invalid;
+use crate::gather::Gather;
+use crate::ledger::Ledger;
+
+/// What extents and tasks keep alive.
+pub(crate) struct Inner {
+    pub(crate) client: Client,
+    pub(crate) ledger: Mutex<Ledger>,
+    pub(crate) gather: Mutex<Gather>,
+    /// Whether a task does chores.
+    pub(crate) is_tidying: AtomicBool,
+    pub(crate) closed: AtomicBool,
+    /// Notified when the tier closes.
+    pub(crate) closing: Notify,
+    pub(crate) tracker: TaskTracker,
+    pub(crate) runtime: Handle,
+    /// Where the instance writes.
+    pub(crate) root: Path,
+    pub(crate) me: Weak<Inner>,
+}
+
+impl Inner {
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn check_open(&self) -> Result<(), TierError> {
+        if self.is_closed() { Err(TierError::Closed) } else { Ok(()) }
+    }
+
+    /// Where a segment is.
+    pub(crate) fn path(&self, segment: u64) -> Path {
+        self.root.clone().join(format!("{segment:016x}"))
+    }
+
+    pub(crate) fn me(&self) -> Arc<Inner> {
+        self.me.upgrade().expect("a method runs while its value is alive")
+    }
+
+    pub(crate) fn check_write(&self, pieces: &[(Extent, bytes::Bytes)]) -> Result<(), TierError> {
+        self.check_open()?;
+        let ledger = self.ledger.lock();
+        for (extent, payload) in pieces {
+            if payload.len() != extent.len() as usize {
+                return Err(invalid("write", "a chunk has not the length of its extent"));
+            }
+            if !ledger.has_given(extent.offset() + u64::from(extent.footprint())) {
+                return Err(invalid("write", "an extent of another tier"));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn check_read(&self, chunks: &[ReadChunk], buf: &IoBuf) -> Result<(), TierError> {
+        self.check_open()?;
+        let fits = |chunk: &ReadChunk| {
+            let end = chunk.at.checked_add(chunk.extent.len() as usize);
+            end.is_some_and(|end| end <= buf.len())
+        };
+        match chunks.iter().all(fits) {
+            true => Ok(()),
+            false => Err(invalid("read", "a chunk has no place in the buffer")),
+        }
+    }
+}
+
+impl ExtentOwner for Inner {
+    fn release(&self, offset: u64, footprint: u32) {
+        let has_chore = {
+            let mut ledger = self.ledger.lock();
+            ledger.release(offset, footprint);
+            ledger.has_chore()
+        };
+        if has_chore {
+            self.tidy();
+        }
+    }
+}
+
+/// Segments that stay in the bucket while this lives.
+pub(crate) struct Pins {
+    inner: Arc<Inner>,
+    segments: Vec<u64>,
+}
+
+impl Pins {
+    /// Of segments that were pinned in the ledger.
+    pub(crate) fn new(inner: Arc<Inner>, segments: Vec<u64>) -> Self {
+        Pins { inner, segments }
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let has_chore = {
+            let mut ledger = self.inner.ledger.lock();
+            self.segments.iter().for_each(|&id| ledger.unpin(id));
+            ledger.has_chore()
+        };
+        if has_chore {
+            self.inner.tidy();
+        }
+    }
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RemoteTier")
+            .field("root", &self.root.as_ref())
+            .field("usage", &self.ledger.lock().usage())
+            .field("closed", &self.closed)
+            .finish_non_exhaustive()
+    }
+}

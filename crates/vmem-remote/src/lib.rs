@@ -1,0 +1,39 @@
+//! An object store as the tier of vmem below the disk.
+//!
+//! [`RemoteTier`] is a [`Tier`](vmem_core::backend::Tier) over any
+//! [`ObjectStore`](object_store::ObjectStore): chunks that arrive together are put together, as
+//! *segments* of up to 16 MiB, and read by ranges. It keeps a budget, checks what comes back,
+//! deletes what is no longer used, and fails fast while the object store does.
+//!
+//! Not done: names and durability in the bucket. The tier holds objects without names, for as long
+//! as their store is open; `close` deletes them. What a process leaves behind that was killed stays
+//! in the bucket, below `<prefix>/<number of the instance>/`.
+//!
+//! # Layout
+//!
+//! In the order in which data flows. `tier`: the trait, and `open`, which tries the bucket first;
+//! `gather` and `write`: calls become segments; `plan` and `read`: chunks become requests;
+//! `ledger`: what is where; `tidy`: deletion and compaction; `client` and `circuit`: requests,
+//! bounded and tried again; `error`: what of their failures may be shown.
+
+mod checksum;
+mod circuit;
+mod client;
+mod error;
+mod gather;
+mod inner;
+mod ledger;
+mod open;
+mod options;
+mod plan;
+mod read;
+mod stats;
+mod tidy;
+mod tier;
+mod write;
+
+pub use error::{OpenError, RequestError};
+pub use object_store;
+pub use options::RemoteOptions;
+pub use stats::RemoteStats;
+pub use tier::RemoteTier;
