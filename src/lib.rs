@@ -81,13 +81,33 @@ use vmem_core::backend::{Backends, DeviceBackend};
 /// store; `TierNotAvailable` if a driver or a GPU was asked for that is unavailable; `Io` with what
 /// was attempted.
 pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
+    open_all(config, None).await
+}
+
+/// The same, with `remote` as the tier below the disk, [`MemoryTier::Remote`]: the crate
+/// `vmem-remote` makes one of an object store. [`VirtualMemory::close`] closes it.
+///
+/// # Errors
+///
+/// Those of [`open`]. The tier was not closed then.
+pub async fn open_over(
+    config: VirtualMemoryConfig,
+    remote: Arc<dyn vmem_core::backend::Tier>,
+) -> Result<VirtualMemory, VirtualMemoryError> {
+    open_all(config, Some(remote)).await
+}
+
+async fn open_all(
+    config: VirtualMemoryConfig,
+    remote: Option<Arc<dyn vmem_core::backend::Tier>>,
+) -> Result<VirtualMemory, VirtualMemoryError> {
     let runtime = vmem_core::backend::current_runtime()?;
     let (reply, answer) = tokio::sync::oneshot::channel();
     // Opening makes files, tries drivers and registers memory, which blocks for a moment. It does
     // not run on the runtime's blocking threads, since those may all be busy, for any time.
     let opening = move || {
         let _inside = runtime.enter();
-        let _ = reply.send(open_blocking(&config));
+        let _ = reply.send(open_blocking(&config, remote));
     };
     let started = std::thread::Builder::new().name("vmem-open".to_owned()).spawn(opening);
     started.map_err(|error| VirtualMemoryError::io("starting a thread", error))?;
@@ -98,7 +118,10 @@ pub async fn open(config: VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
     answer.await.unwrap_or_else(panicked)
 }
 
-fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualMemoryError> {
+fn open_blocking(
+    config: &VirtualMemoryConfig,
+    remote: Option<Arc<dyn vmem_core::backend::Tier>>,
+) -> Result<VirtualMemory, VirtualMemoryError> {
     vmem_core::backend::check_runtime()?;
     let (devices, no_device) = open_devices(config)?;
     let host_capacity_bytes = host_capacity_bytes(config)?;
@@ -118,7 +141,7 @@ fn open_blocking(config: &VirtualMemoryConfig) -> Result<VirtualMemory, VirtualM
     VirtualMemory::with_backends(
         config,
         Backends {
-            remote: None,
+            remote,
             host_capacity_bytes,
             disk: disk.backend,
             catalog: Some(disk.catalog),
