@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use vmem_core::backend::{Extent, TierError};
 
+use crate::buffers::Buffered;
 use crate::inner::Inner;
 use crate::write::put_segment;
 
@@ -20,6 +21,8 @@ pub(crate) struct Call {
     pub(crate) extents: Vec<Extent>,
     pub(crate) payloads: Vec<Bytes>,
     pub(crate) reply: oneshot::Sender<Result<Vec<Extent>, TierError>>,
+    /// Memory of the tier's own that the payloads are in.
+    pub(crate) buffered: Option<Buffered>,
     /// Counts it from the call on.
     pub(crate) token: TaskTrackerToken,
 }
@@ -148,7 +151,13 @@ mod tests {
     fn call(len: usize) -> Call {
         let token = tokio_util::task::TaskTracker::new().token();
         let reply = oneshot::channel().0;
-        Call { extents: Vec::new(), payloads: vec![vec![0; len].into()], reply, token }
+        Call {
+            extents: Vec::new(),
+            payloads: vec![vec![0; len].into()],
+            reply,
+            buffered: None,
+            token,
+        }
     }
 
     fn taken(gather: &mut Gather) -> Option<usize> {

@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 use vmem_core::backend::{Extent, ExtentOwner, IoBuf, ReadChunk, TierError};
 
+use crate::buffers::Buffers;
 use crate::client::Client;
 use crate::error::invalid;
 use crate::gather::Gather;
@@ -23,6 +24,7 @@ use crate::ledger::Ledger;
 /// What extents and tasks keep alive.
 pub(crate) struct Inner {
     pub(crate) client: Client,
+    pub(crate) buffers: Arc<Buffers>,
     pub(crate) ledger: Mutex<Ledger>,
     pub(crate) gather: Mutex<Gather>,
     /// Whether a task does chores.

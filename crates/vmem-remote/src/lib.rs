@@ -5,6 +5,27 @@
 //! *segments* of up to 16 MiB, and read by ranges. It keeps a budget, checks what comes back,
 //! deletes what is no longer used, and fails fast while the object store does.
 //!
+//! ```
+//! use std::sync::Arc;
+//! use object_store::memory::InMemory;
+//! use vmem::{MemoryTier, VirtualMemoryConfig};
+//! use vmem_remote::{RemoteOptions, RemoteTier};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let config = VirtualMemoryConfig::builder().host_capacity(16 << 20).disk_capacity(64 << 20);
+//! // Any object store: S3, Google Cloud Storage, Azure, a directory.
+//! let bucket = Arc::new(InMemory::new());
+//! let remote = RemoteTier::open(bucket, RemoteOptions::default()).await?;
+//! let vmem = vmem::open_over(config.build()?, remote).await?;
+//!
+//! let handle = vmem.put(b"an embedding", MemoryTier::Remote).await?;
+//! assert_eq!(&vmem.read(&handle).await?[..], b"an embedding");
+//! vmem.close().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Not done: names and durability in the bucket. The tier holds objects without names, for as long
 //! as their store is open; `close` deletes them. What a process leaves behind that was killed stays
 //! in the bucket, below `<prefix>/<number of the instance>/`.
@@ -12,10 +33,11 @@
 //! # Layout
 //!
 //! In the order in which data flows. `tier`: the trait, and `open`, which tries the bucket first;
-//! `gather` and `write`: calls become segments; `plan` and `read`: chunks become requests;
-//! `ledger`: what is where; `tidy`: deletion and compaction; `client` and `circuit`: requests,
-//! bounded and tried again; `error`: what of their failures may be shown.
+//! `buffers`, `gather` and `write`: calls become segments; `plan` and `read`: chunks become
+//! requests; `ledger`: what is where; `tidy`: deletion and compaction; `client` and `circuit`:
+//! requests, bounded and tried again; `error`: what of their failures may be shown.
 
+mod buffers;
 mod checksum;
 mod circuit;
 mod client;

@@ -34,6 +34,9 @@ pub struct RemoteOptions {
     pub part_bytes: u64,
     /// The most segments that are sent at once. Default: 4.
     pub puts: usize,
+    /// The most bytes of memory, beside the budget of the store, for what waits to be put; what
+    /// exceeds that waits in the store's staging memory, which all tiers need. Default: 64 MiB.
+    pub buffer_bytes: u64,
     /// The most requests at once, at least one. Default: 32.
     pub requests: usize,
     /// Two ranges of a segment are read by one request if no more bytes than this lie between
@@ -69,6 +72,7 @@ impl Default for RemoteOptions {
             segment_bytes: 16 << 20,
             part_bytes: 8 << 20,
             puts: 4,
+            buffer_bytes: 64 << 20,
             requests: 32,
             gap_bytes: 64 << 10,
             get_bytes: 4 << 20,

@@ -22,6 +22,8 @@ pub struct RemoteStats {
     pub segments: u64,
     /// What those take, in bytes, with what is no longer in use of them.
     pub stored_bytes: u64,
+    /// Memory that what waits to be put takes, in bytes.
+    pub buffered_bytes: u64,
     /// Whether requests fail at once, since too many have failed.
     pub is_circuit_open: bool,
 }
@@ -37,6 +39,7 @@ impl RemoteStats {
             failed: counts.failed.load(Ordering::Relaxed),
             segments,
             stored_bytes,
+            buffered_bytes: inner.buffers.bytes(),
             is_circuit_open: inner.client.is_circuit_open(),
         }
     }

@@ -21,6 +21,7 @@ use vmem_core::backend::{
     CHUNK_BYTES, Extent, IoBuf, ReadChunk, SharedOwner, Tier, TierError, TierUsage, check_runtime,
 };
 
+use crate::buffers::Buffers;
 use crate::client::Client;
 use crate::error::{OpenError, RequestError, invalid};
 use crate::gather::{Call, Gather};
@@ -87,10 +88,12 @@ impl RemoteTier {
         let capacity = options.capacity_bytes();
         let described = format!("{capacity} bytes of an object store, below {root}");
         let ledger = Ledger::new(capacity, options.segment_bytes, options.compact_below);
+        let buffers = Buffers::new(options.buffer_bytes);
         let client = Client::new(store, options, id.as_u64_pair().0);
         probe(&client, &root, id).await?;
         let inner = Arc::new_cyclic(|me| Inner {
             client,
+            buffers,
             ledger: Mutex::new(ledger),
             gather: Mutex::new(Gather::default()),
             is_tidying: AtomicBool::new(false),
@@ -134,10 +137,11 @@ impl Tier for RemoteTier {
         if let Err(error) = self.inner.check_write(&pieces) {
             return ready(Err(error)).boxed();
         }
-        let (extents, payloads): (Vec<_>, Vec<_>) = pieces.into_iter().unzip();
+        let (extents, mut payloads): (Vec<_>, Vec<_>) = pieces.into_iter().unzip();
+        let buffered = self.inner.buffers.copy(&mut payloads);
         let (reply, answer) = oneshot::channel();
         let token = self.inner.tracker.token();
-        self.inner.enqueue(Call { extents, payloads, reply, token });
+        self.inner.enqueue(Call { extents, payloads, reply, buffered, token });
         let abandoned = |_| Err(RequestError::Abandoned.of_tier("write"));
         async move { answer.await.unwrap_or_else(abandoned) }.boxed()
     }

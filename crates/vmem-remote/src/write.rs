@@ -41,6 +41,7 @@ pub(crate) async fn put_segment(inner: Arc<Inner>, calls: Vec<Call>, slot: Slot)
             }
         };
         drop(call.payloads);
+        drop(call.buffered);
         let _ = call.reply.send(answer);
         drop(call.token);
     }

@@ -9,11 +9,8 @@ use object_store::memory::InMemory;
 use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use tempfile::TempDir;
-use vmem::backend::{Backends, Tier};
-use vmem::{
-    Capabilities, MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError,
-};
-use vmem_io::{DiskOptions, open_disk_with};
+use vmem::backend::Tier;
+use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
 use vmem_remote::{RemoteOptions, RemoteTier};
 
 use super::faulty::{Fault, Faulty, Op};
@@ -45,26 +42,13 @@ async fn open(bucket: Arc<dyn ObjectStore>) -> Whole {
     let config = VirtualMemoryConfig::builder()
         .host_capacity(HOST)
         .disk_capacity(DISK)
+        .disk_path(directory.path().join("store"))
+        .io_driver(vmem_testkit::driver_under_test())
+        .gpu(vmem::GpuSelection::Off)
         .wait_timeout(Duration::from_secs(30))
         .build()
         .unwrap();
-    let disk = open_disk_with(DiskOptions {
-        path: Some(&directory.path().join("store")),
-        allow_foreign_files: false,
-        capacity: config.disk_budget(),
-        driver: vmem_testkit::driver_under_test(),
-        catalog_cache: 1 << 20,
-    })
-    .unwrap();
-    let backends = Backends {
-        host_capacity_bytes: HOST,
-        disk: disk.backend,
-        remote: Some(remote.clone()),
-        catalog: Some(disk.catalog),
-        devices: Vec::new(),
-        capabilities: Capabilities::new("a disk".into(), "not in this test".into()),
-    };
-    let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
+    let vmem = vmem::open_over(config, remote.clone()).await.unwrap();
     Whole { vmem, remote, _directory: directory }
 }
 
@@ -176,4 +160,41 @@ async fn bucket_that_fails_concerns_its_objects_alone() {
     drop((far, near, held));
     vmem.close().await.unwrap();
     emptied(&*bucket).await;
+}
+
+/// Excluded: demotions that wait for a bucket keep the staging memory that reads from disk need.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_from_disk_pass_demotions_without_an_answer() {
+    let bucket = Faulty::new(Arc::new(InMemory::new()));
+    let Whole { vmem, remote, _directory } = open(bucket.clone()).await;
+    let mut near = Vec::new();
+    for name in 0..40 {
+        near.push(vmem.put(bytes(name, LEN), MemoryTier::Disk).await.unwrap());
+    }
+    bucket.fail(|_| Some(Fault::Silent));
+    let demoting: Vec<_> = near[..20]
+        .iter()
+        .map(|handle| {
+            let vmem = vmem.clone();
+            let handle = handle.clone();
+            tokio::spawn(async move { vmem.demote(&handle, MemoryTier::Remote).await })
+        })
+        .collect();
+    while bucket.hit() == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    for (name, handle) in (20..).zip(&near[20..]) {
+        let mut buf = vec![0; LEN];
+        vmem.read_into(handle, 0..LEN, &mut buf).await.unwrap();
+        assert!(buf == bytes(name, LEN));
+    }
+    assert!(!demoting.iter().any(|demotion| demotion.is_finished()), "all wait for the bucket");
+    for demotion in demoting {
+        let refused = demotion.await.unwrap();
+        assert!(refused.is_err(), "{refused:?}");
+    }
+    for (name, handle) in (0..).zip(&near[..20]) {
+        assert!(vmem.read(handle).await.unwrap() == bytes(name, LEN));
+    }
+    assert_eq!(remote.stats().buffered_bytes, 0);
 }
