@@ -1,6 +1,7 @@
 //! Requests to the object store: bounded in number and time, and tried again.
 //!
-//! Invariant: each request ends within the total timeout, and no error of the object store leaves
+//! Invariant: each request ends within the total timeout once it has its turn, for which it
+//! waits no longer than that; and no error of the object store leaves
 //! this module but as a [`RequestError`]. Called by the tasks of the tier.
 
 use std::ops::Range;
@@ -200,15 +201,19 @@ impl Client {
         one: impl Fn(Duration) -> BoxFuture<'a, Result<T, RequestError>> + Sync,
         stalled: impl Fn() + Sync,
     ) -> Result<T, RequestError> {
-        let began = Instant::now();
+        let total = self.options.total_timeout;
+        let mut began = None;
         let mut backoff = self.options.backoff;
         let mut tries = 0;
         let mut last = RequestError::Abandoned;
         loop {
-            let permit = self.permits.acquire().await;
+            // A wait for others says nothing of the object store, and takes no time of the request.
+            let late = |_| RequestError::TimedOut { waited: total };
+            let permit = timeout(total, self.permits.acquire()).await.map_err(late)?;
+            let began = *began.get_or_insert_with(Instant::now);
             let open = |retry_after| RequestError::CircuitOpen { retry_after };
             let pass = self.circuit.admit().map_err(open)?;
-            let left = self.options.total_timeout.saturating_sub(began.elapsed());
+            let left = total.saturating_sub(began.elapsed());
             let error = match one(self.options.request_timeout.min(left)).await {
                 Ok(value) => {
                     pass.succeeded();
@@ -229,7 +234,7 @@ impl Client {
             // The same wrong bytes twice are damage in the bucket, and not on the way.
             let is_lasting = matches!(error, RequestError::Altered { .. }) && error == last;
             let is_last = tries >= self.options.tries || is_lasting;
-            let is_late = began.elapsed() + pause >= self.options.total_timeout;
+            let is_late = began.elapsed() + pause >= total;
             if !error.is_transient() || is_last || is_late {
                 return Err(error);
             }

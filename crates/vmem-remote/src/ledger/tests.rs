@@ -9,12 +9,31 @@ use super::*;
 #[derive(Default)]
 struct Model {
     extents: Vec<(u64, u32, Option<Placed>)>,
+    /// Segments that were put.
+    begun: usize,
 }
 
 impl Model {
     fn live(&self, id: u64) -> u64 {
         let placed = self.extents.iter().filter_map(|(_, _, placed)| *placed);
         placed.filter(|placed| placed.segment == id).map(|placed| u64::from(placed.len)).sum()
+    }
+
+    /// A segment of some extents, also of such that were written before.
+    fn put(&mut self, rng: &mut SmallRng, ledger: &mut Ledger) {
+        let segment = ledger.begin_segment();
+        self.begun += 1;
+        let mut at = 0;
+        let mut chunks = Vec::new();
+        for (offset, len, placed) in &mut self.extents {
+            if *len > 0 && rng.random_bool(0.2) {
+                let put = Placed { segment, at, len: *len, sum: rng.random() };
+                *placed = Some(put);
+                chunks.push((*offset, put));
+                at += u64::from(*len);
+            }
+        }
+        ledger.publish(segment, &chunks);
     }
 
     fn check(&self, ledger: &Ledger) {
@@ -47,7 +66,6 @@ fn figures_equal_a_model() {
     let mut ledger = Ledger::new(5000, 1000, 0.5);
     let mut model = Model::default();
     let mut pins: Vec<u64> = Vec::new();
-    let mut begun = 0;
     let mut dead = Vec::new();
     let mut compactions = 0;
     for _ in 0..20_000 {
@@ -69,22 +87,7 @@ fn figures_equal_a_model() {
                     Err(error) => panic!("{error:?}"),
                 }
             }
-            3..5 => {
-                // Extents that were written before, too.
-                let segment = ledger.begin_segment();
-                begun += 1;
-                let mut at = 0;
-                let mut chunks = Vec::new();
-                for (offset, len, placed) in &mut model.extents {
-                    if *len > 0 && rng.random_bool(0.2) {
-                        let put = Placed { segment, at, len: *len, sum: rng.random() };
-                        *placed = Some(put);
-                        chunks.push((*offset, put));
-                        at += u64::from(*len);
-                    }
-                }
-                ledger.publish(segment, &chunks);
-            }
+            3..5 => model.put(&mut rng, &mut ledger),
             5..8 if !model.extents.is_empty() => {
                 let gone = rng.random_range(0..model.extents.len());
                 let (offset, len, _) = model.extents.swap_remove(gone);
@@ -105,7 +108,7 @@ fn figures_equal_a_model() {
                 Some(Chore::Delete(ids)) => dead.extend(ids),
                 Some(Chore::Compact(compaction)) => {
                     compactions += 1;
-                    begun += usize::from(copy(&mut rng, &mut ledger, &mut model, compaction));
+                    copy(&mut rng, &mut ledger, &mut model, compaction);
                 }
                 None => assert!(!ledger.has_chore()),
             },
@@ -121,18 +124,13 @@ fn figures_equal_a_model() {
     }
     assert!(compactions > 20, "{compactions} compactions");
     assert_eq!(ledger.stored(), (0, 0));
-    assert_eq!(dead.len(), begun, "each segment dies once");
+    assert_eq!(dead.len(), model.begun, "each segment dies once");
     let distinct: BTreeSet<u64> = dead.iter().copied().collect();
     assert_eq!(distinct.len(), dead.len());
 }
 
-/// A compaction, during which some extents go. Whether it made a segment.
-fn copy(
-    rng: &mut SmallRng,
-    ledger: &mut Ledger,
-    model: &mut Model,
-    compaction: Compaction,
-) -> bool {
+/// A compaction, during which some extents go and others are written again.
+fn copy(rng: &mut SmallRng, ledger: &mut Ledger, model: &mut Model, compaction: Compaction) {
     let live: u64 = compaction.segments.iter().map(|&id| model.live(id)).sum();
     let found: u64 = compaction.chunks.iter().map(|(_, placed)| u64::from(placed.len)).sum();
     assert_eq!(found, live, "all that is alive is copied");
@@ -143,9 +141,12 @@ fn copy(
             ledger.release(offset, len);
         }
     }
-    let succeeds = rng.random_bool(0.8);
-    if succeeds {
+    if rng.random_bool(0.5) {
+        model.put(rng, ledger);
+    }
+    if rng.random_bool(0.8) {
         let segment = ledger.begin_segment();
+        model.begun += 1;
         let mut at = 0;
         let mut copies = Vec::new();
         for &(offset, placed) in &compaction.chunks {
@@ -162,7 +163,6 @@ fn copy(
     for id in compaction.segments {
         ledger.end_compaction(id, true);
     }
-    succeeds
 }
 
 #[test]

@@ -60,6 +60,25 @@ async fn wrong_bytes_after_another_fault_are_read_again() {
     assert_eq!(store.hit(), 3);
 }
 
+/// Excluded: a request that stood behind another has no time left when its turn comes.
+#[tokio::test(start_paused = true)]
+async fn wait_for_a_turn_takes_no_time_of_a_request() {
+    let options = RemoteOptions {
+        requests: 1,
+        tries: 1,
+        request_timeout: Duration::from_secs(4),
+        total_timeout: Duration::from_secs(5),
+        ..small()
+    };
+    let (tier, store) = open(options).await;
+    let extents = write(&*tier, &[bytes(1, 1000)]).await.unwrap();
+    let mut faults = [Fault::Silent, Fault::Slow(Duration::from_secs(2))].into_iter();
+    store.fail(move |_| faults.next());
+    let (silent, served) = futures::join!(read(&*tier, &extents), read(&*tier, &extents));
+    assert!(matches!(cause(&silent.unwrap_err()), RequestError::TimedOut { .. }));
+    assert_eq!(served.unwrap(), bytes(1, 1000));
+}
+
 #[tokio::test(start_paused = true)]
 async fn lasting_faults_are_typed_errors_within_the_total_time() {
     use RequestError as E;
