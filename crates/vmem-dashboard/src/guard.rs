@@ -11,16 +11,16 @@ use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
-/// Refuses what a page of another origin asks for.
-pub(crate) async fn same_origin(request: Request, next: Next) -> Response {
+/// Refuses what a page of another origin asks for; for `axum::middleware::from_fn`.
+pub async fn same_origin(request: Request, next: Next) -> Response {
     if is_foreign(request.headers(), host_of(&request)) {
         return (StatusCode::FORBIDDEN, "asked for by a page of another origin\n").into_response();
     }
     next.run(request).await
 }
 
-/// Refuses what is asked of a name that is not of this machine.
-pub(crate) async fn local_names(request: Request, next: Next) -> Response {
+/// Refuses what is asked of a name that is not of this machine; for `axum::middleware::from_fn`.
+pub async fn local_names(request: Request, next: Next) -> Response {
     if !host_of(&request).is_some_and(is_local) {
         return (StatusCode::FORBIDDEN, "not a name of this machine\n").into_response();
     }

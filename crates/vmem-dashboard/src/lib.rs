@@ -23,7 +23,8 @@
 //! It answers `GET` and changes nothing. It shows names of objects, sizes, times and errors, and no
 //! bytes of objects. It refuses requests that a page of another origin makes, and its own page may
 //! load nothing from elsewhere; whether a *person* may see it is up to the service that mounts it.
-//! [`serve`] answers to names of this machine alone unless it is bound to another address.
+//! [`serve`] answers to names of this machine alone unless it is bound to another address. A
+//! service has [`local_names`] for that, and [`same_origin`] for other routes that only read.
 //!
 //! # What it costs
 //!
@@ -57,6 +58,7 @@ use tokio::net::TcpListener;
 use vmem_core::VirtualMemory;
 
 use feed::Feed;
+pub use guard::{local_names, same_origin};
 
 /// Pages that listen at once; one more gets `503`.
 pub const LISTENERS_MAX: usize = 32;

@@ -25,10 +25,25 @@ pub const ENV_FILE: &str = "VMEM_SERVICE_CONFIG";
 pub struct Config {
     /// Where the service listens. Default: `127.0.0.1:8080`, which no other machine reaches.
     pub listen: SocketAddr,
+    /// To whom the live page below `/dashboard/` is shown. Default: `"loopback"`.
+    pub dashboard: DashboardAccess,
     /// What requests may take.
     pub limits: Limits,
     /// The store. `disk_path` has to be set, so that objects survive a restart.
     pub store: VirtualMemoryConfig,
+}
+
+/// To whom the dashboard is shown. It has names of objects, sizes, times and errors, and no bytes.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DashboardAccess {
+    /// To nobody: there is no such path.
+    Off,
+    /// To clients of this machine, under a name of this machine.
+    #[default]
+    Loopback,
+    /// To all that reach the service.
+    All,
 }
 
 /// What requests may take. Sizes are in bytes, or words such as `"64MiB"`.
@@ -93,6 +108,7 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            dashboard: DashboardAccess::default(),
             limits: Limits::default(),
             store: VirtualMemoryConfig::default(),
         }

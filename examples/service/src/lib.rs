@@ -5,6 +5,7 @@
 //! - `config`: a file and the environment.
 //! - `server`: [`Service`], which accepts, serves, drains, and closes the store.
 //! - `routes`: what leads where, the ids and spans of requests; other routers are mounted here.
+//! - `metrics`, `dashboard`: what the service and its store do, for Prometheus and for people.
 //! - `limits`: how many requests are served at once, of all clients and of one.
 //! - `name`, `conditions`, `attributes`: what a request says of its object.
 //! - `put`, `get`, `list`, `pins`, `health`: the handlers.
@@ -27,12 +28,14 @@
 mod attributes;
 mod conditions;
 mod config;
+mod dashboard;
 mod error;
 mod get;
 mod health;
 mod limits;
 mod list;
 pub mod load;
+mod metrics;
 mod name;
 mod pins;
 mod put;
@@ -41,5 +44,5 @@ mod server;
 mod state;
 mod trace;
 
-pub use config::{Config, ConfigError, ENV_FILE, ENV_PREFIX, Limits};
+pub use config::{Config, ConfigError, DashboardAccess, ENV_FILE, ENV_PREFIX, Limits};
 pub use server::Service;

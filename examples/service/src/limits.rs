@@ -64,16 +64,21 @@ impl Drop for Counted {
     }
 }
 
-/// What a response gives back when its body has ended.
+/// What a request counts as.
 type Slots = (OwnedSemaphorePermit, Option<Counted>);
 
-/// A body that keeps what its request counts as.
-struct Counting {
+/// A body that keeps something, such as what its request counts as, until it has ended.
+struct Keeping<T> {
     body: Body,
-    _slots: Slots,
+    _kept: T,
 }
 
-impl HttpBody for Counting {
+/// Keeps `kept` until this body has ended.
+pub(crate) fn keeping<T: Send + Unpin + 'static>(body: Body, kept: T) -> Body {
+    Body::new(Keeping { body, _kept: kept })
+}
+
+impl<T: Unpin> HttpBody for Keeping<T> {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -98,7 +103,7 @@ pub(crate) async fn limit(State(app): State<App>, request: Request, next: Next) 
     let mut response = match admit(&app, &request) {
         Ok(slots) => {
             let response = next.run(request).await;
-            response.map(|body| Counting { body, _slots: slots }.into_body())
+            response.map(|body| keeping(body, slots))
         }
         Err(error) => refuse(request, error).await,
     };
@@ -107,12 +112,6 @@ pub(crate) async fn limit(State(app): State<App>, request: Request, next: Next) 
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
     response
-}
-
-impl Counting {
-    fn into_body(self) -> Body {
-        Body::new(self)
-    }
 }
 
 /// # Errors

@@ -1,7 +1,8 @@
 //! What leads where.
 //!
 //! Invariant: every answer has the id of its request, and every error a body that says why. The
-//! limits hold for objects, listings, pins and prefetches, and not for health. Called by `server`.
+//! limits hold for objects, listings, pins and prefetches; metrics and the dashboard have limits of
+//! their own, and health has none. Called by `server`.
 
 use axum::Router;
 use axum::http::StatusCode;
@@ -14,6 +15,7 @@ use tracing::Level;
 
 use crate::error::ApiError;
 use crate::limits::limit;
+use crate::metrics::measure;
 use crate::state::App;
 use crate::trace::{REQUEST_ID, check_id, span};
 use crate::{get as read, health, list, pins, put};
@@ -40,6 +42,7 @@ pub(crate) fn router(app: App, mounted: Router) -> Router {
         // The last one is the first that a request meets.
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn(measure))
         .layer(
             TraceLayer::new_for_http()
                 .make_span_with(span)
@@ -57,7 +60,7 @@ async fn unknown_path() -> ApiError {
     ApiError::new(StatusCode::NOT_FOUND, "unknown_path", "nothing is at this path")
 }
 
-async fn wrong_method() -> ApiError {
+pub(crate) async fn wrong_method() -> ApiError {
     let why = "this path does not have this method";
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", why)
 }

@@ -17,7 +17,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
@@ -27,6 +27,7 @@ use crate::config::{Config, Limits};
 use crate::limits::Peer;
 use crate::routes::router;
 use crate::state::{App, Shared};
+use crate::{dashboard, metrics};
 
 /// The pause after a connection that could not be accepted, such as for want of descriptors.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
@@ -42,7 +43,6 @@ const HEADERS_MAX: usize = 128;
 pub struct Service {
     address: SocketAddr,
     app: App,
-    stop: watch::Sender<bool>,
     accepting: JoinHandle<()>,
 }
 
@@ -52,7 +52,8 @@ impl Service {
     ///
     /// # Errors
     ///
-    /// If the configuration cannot be used, the store does not open, or the address is taken.
+    /// If the configuration cannot be used, the store does not open, the address is taken, or the
+    /// process has another recorder of metrics.
     pub async fn start(
         config: Config,
         mount: impl FnOnce(&VirtualMemory) -> Router,
@@ -63,13 +64,17 @@ impl Service {
         let address = listener.local_addr()?;
         let vmem = vmem::open(config.store).await.context("opening the store")?;
         tracing::info!("{}", vmem.capabilities());
+        let recorder = metrics::recorder()?;
         let mounted = mount(&vmem);
         let app = Shared::new(vmem, config.limits);
+        let mounted = mounted
+            .merge(metrics::router(app.clone(), recorder.clone()))
+            .merge(dashboard::router(&app, config.dashboard));
         let router = router(app.clone(), mounted);
-        let (stop, stopped) = watch::channel(false);
-        let accepting = tokio::spawn(accept(listener, router, app.clone(), stopped));
+        tokio::spawn(metrics::upkeep(recorder, app.closing()));
+        let accepting = tokio::spawn(accept(listener, router, app.clone()));
         tracing::info!(%address, "ready");
-        Ok(Service { address, app, stop, accepting })
+        Ok(Service { address, app, accepting })
     }
 
     /// Where it listens.
@@ -89,7 +94,6 @@ impl Service {
     /// Those of closing the store: `NotFlushed` with the names of what may not survive.
     pub async fn shutdown(self) -> Result<(), VirtualMemoryError> {
         self.app.close();
-        let _ = self.stop.send(true);
         if let Err(error) = self.accepting.await {
             tracing::error!(%error, "the server ended badly");
         }
@@ -111,12 +115,8 @@ fn listen(address: SocketAddr, limits: &Limits) -> std::io::Result<TcpListener> 
 }
 
 /// Accepts connections until it is to stop, then waits for their requests.
-async fn accept(
-    listener: TcpListener,
-    router: Router,
-    app: App,
-    mut stopped: watch::Receiver<bool>,
-) {
+async fn accept(listener: TcpListener, router: Router, app: App) {
+    let mut closing = app.closing();
     let slots = Arc::new(Semaphore::new(app.limits.max_connections));
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
@@ -127,7 +127,7 @@ async fn accept(
         };
         let (slot, accepted) = tokio::select! {
             next = next => next,
-            _ = stopped.changed() => break,
+            _ = closing.wait_for(|closes| *closes) => break,
         };
         while connections.try_join_next().is_some() {}
         let (stream, peer) = match accepted {

@@ -4,14 +4,14 @@
 //! the store cannot check that itself, which is a DELETE on a condition. Made by `server`.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use tokio::sync::{RwLock, Semaphore};
+use tokio::sync::{RwLock, Semaphore, watch};
 use vmem::VirtualMemory;
 
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::limits::Clients;
+use crate::metrics::SCRAPES_MAX;
 use crate::pins::Pins;
 
 /// What the handlers share.
@@ -27,7 +27,8 @@ pub(crate) struct Shared {
     pub(crate) copied: Arc<Semaphore>,
     /// Commits read it, and a DELETE on a condition writes it.
     pub(crate) changes: Arc<RwLock<()>>,
-    closing: AtomicBool,
+    pub(crate) scrapes: Arc<Semaphore>,
+    closing: watch::Sender<bool>,
 }
 
 /// As handlers get it.
@@ -42,7 +43,8 @@ impl Shared {
             prefetches: Arc::new(Semaphore::new(limits.max_prefetches)),
             changes: Arc::default(),
             copied: Arc::new(Semaphore::new((limits.max_copied / 1024) as usize)),
-            closing: AtomicBool::new(false),
+            scrapes: Arc::new(Semaphore::new(SCRAPES_MAX)),
+            closing: watch::Sender::new(false),
             vmem,
             limits,
         })
@@ -50,12 +52,17 @@ impl Shared {
 
     /// From now on the service is not ready.
     pub(crate) fn close(&self) {
-        self.closing.store(true, Ordering::Relaxed);
+        self.closing.send_replace(true);
     }
 
     /// Whether the service is about to end.
     pub(crate) fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::Relaxed)
+        *self.closing.borrow()
+    }
+
+    /// Changes once, when the service is about to end.
+    pub(crate) fn closing(&self) -> watch::Receiver<bool> {
+        self.closing.subscribe()
     }
 
     /// # Errors

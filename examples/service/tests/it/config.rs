@@ -52,6 +52,8 @@ fn unknown_fields_are_refused_by_name() {
     for (file, variable, name) in [
         (format!("port = 1\n{store}"), None, "`port`"),
         (format!("[limits]\nmax_bodies = 1\n{store}"), None, "`max_bodies`"),
+        (format!("dashboards = \"all\"\n{store}"), None, "`dashboards`"),
+        (format!("dashboard = \"everyone\"\n{store}"), None, "`everyone`"),
         (format!("{store}host_size = 1\n"), None, "`host_size`"),
         (store.to_owned(), Some("VMEM_SERVICE_PORT"), "`port`"),
         (store.to_owned(), Some("VMEM_SERVICE_LIMITS__MAX_BODIES"), "`max_bodies`"),

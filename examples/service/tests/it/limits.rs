@@ -14,7 +14,7 @@ use vmem::VirtualMemoryConfig;
 
 use crate::support::{Served, expect_error};
 
-const BOUND: Duration = Duration::from_secs(120);
+pub(crate) const BOUND: Duration = Duration::from_secs(120);
 
 async fn connect(served: &Served, text: &str) -> TcpStream {
     let mut raw = TcpStream::connect(served.service.local_addr()).await.unwrap();

@@ -7,6 +7,7 @@
 //! - `life`: restart, shutdown, `kill -9`, over the real program.
 //! - `config`: the file, the environment, what is refused.
 //! - `load`: many clients that compare every body; a client in Python.
+//! - `seeing`: metrics and the dashboard.
 //! - `support`: a service on a port of its own.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
@@ -18,4 +19,5 @@ mod limits;
 mod load;
 mod objects;
 mod places;
+mod seeing;
 mod support;
