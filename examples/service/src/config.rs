@@ -25,7 +25,7 @@ pub const ENV_FILE: &str = "VMEM_SERVICE_CONFIG";
 pub struct Config {
     /// Where the service listens. Default: `127.0.0.1:8080`, which no other machine reaches.
     pub listen: SocketAddr,
-    /// To whom the live page below `/dashboard/` is shown. Default: `"loopback"`.
+    /// Which clients see the live page below `/dashboard/`. Default: `"loopback"`.
     pub dashboard: DashboardAccess,
     /// What requests may take.
     pub limits: Limits,
@@ -33,16 +33,16 @@ pub struct Config {
     pub store: VirtualMemoryConfig,
 }
 
-/// To whom the dashboard is shown. It has names of objects, sizes, times and errors, and no bytes.
+/// Which clients see the dashboard. It has names of objects, sizes, times and errors, and no bytes.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DashboardAccess {
-    /// To nobody: there is no such path.
+    /// None: there is no such path.
     Off,
-    /// To clients of this machine, under a name of this machine.
+    /// Those of this machine, under a name of this machine.
     #[default]
     Loopback,
-    /// To all that reach the service.
+    /// All that reach the service.
     All,
 }
 

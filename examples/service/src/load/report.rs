@@ -27,13 +27,17 @@ pub struct Report {
     /// How long the load ran, in seconds.
     pub seconds: f64,
     pub(crate) latencies_us: Vec<u32>,
+    /// Those of reads of objects alone.
+    pub(crate) gets_us: Vec<u32>,
 }
 
 impl Report {
-    /// Counts an answer.
-    pub(crate) fn answered(&mut self, status: u16, took: Duration) {
+    /// Counts an answer, which may be a read of an object.
+    pub(crate) fn answered(&mut self, status: u16, took: Duration, is_get: bool) {
         *self.answers.entry(status).or_default() += 1;
-        self.latencies_us.push(u32::try_from(took.as_micros()).unwrap_or(u32::MAX));
+        let took_us = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
+        self.latencies_us.push(took_us);
+        self.gets_us.extend(is_get.then_some(took_us));
     }
 
     /// Counts a request without an answer.
@@ -56,6 +60,7 @@ impl Report {
         self.lost_because.truncate(LOST_MAX);
         self.seconds = self.seconds.max(other.seconds);
         self.latencies_us.extend(other.latencies_us);
+        self.gets_us.extend(other.gets_us);
     }
 
     /// Requests that were answered.
@@ -65,11 +70,24 @@ impl Report {
 
     /// The time, in microseconds, within which this fraction of the requests was answered.
     pub fn quantile_us(&self, fraction: f64) -> u32 {
-        let mut sorted = self.latencies_us.clone();
-        sorted.sort_unstable();
-        let at = (sorted.len() as f64 * fraction) as usize;
-        sorted.get(at.min(sorted.len().saturating_sub(1))).copied().unwrap_or_default()
+        quantile(self.latencies_us.clone(), fraction)
     }
+
+    /// As [`quantile_us`](Self::quantile_us), of reads of objects alone.
+    pub fn gets_quantile_us(&self, fraction: f64) -> u32 {
+        quantile(self.gets_us.clone(), fraction)
+    }
+
+    /// Whether each answer came and was right.
+    pub fn is_right(&self) -> bool {
+        self.wrong.is_empty() && self.lost == 0 && self.requests() > 0
+    }
+}
+
+fn quantile(mut sorted: Vec<u32>, fraction: f64) -> u32 {
+    sorted.sort_unstable();
+    let at = (sorted.len() as f64 * fraction) as usize;
+    sorted.get(at.min(sorted.len().saturating_sub(1))).copied().unwrap_or_default()
 }
 
 impl fmt::Display for Report {

@@ -99,9 +99,10 @@ impl Worker {
         headers: &[(&str, &str)],
         body: Body,
     ) -> Result<Answer, Lost> {
+        let is_get = method == Method::GET && path.starts_with("/objects/");
         let began = Instant::now();
         let answer = self.http.send(method, path, headers, body).await?;
-        self.report.answered(answer.status.as_u16(), began.elapsed());
+        self.report.answered(answer.status.as_u16(), began.elapsed(), is_get);
         if answer.status.is_server_error() && !is_refusal(answer.status) {
             let text = String::from_utf8_lossy(&answer.body);
             self.report.wrong.push(format!("{path}: {} {text}", answer.status));

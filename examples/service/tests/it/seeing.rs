@@ -1,4 +1,4 @@
-//! Metrics and the dashboard: what they show, and to whom.
+//! Metrics and the dashboard: what they show, and which clients see it.
 //!
 //! Counters are those of the process, which other tests share: a test asserts that one grew.
 
