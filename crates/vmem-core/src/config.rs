@@ -17,7 +17,7 @@ use std::time::Duration;
 
 pub use budget::Budget;
 pub(crate) use budget::Effective;
-pub use choices::{GpuSelection, IoDriver, Promotion};
+pub use choices::{GpuSelection, IoDriver, Promotion, WriteBack};
 
 use crate::policy::PolicyChoice;
 
@@ -53,6 +53,7 @@ pub const GPUS_MAX: usize = 32;
 /// - `watermarks`: two numbers, low and high. `max_pinned`, `max_held`: a number.
 /// - `policy`: `"lru"`, `"sieve"`, or `"s3-fifo"`, also written `"s3fifo"`.
 /// - `promotion`: the number of the read, from 1 on, or `"never"`.
+/// - `write_back`: `"eager"`, `"on-evict"`, or after how long, such as `"250ms"`.
 /// - `wait_timeout`, `slow_read_threshold`: text such as `"30s"`, `"1m 30s"` or `"250ms"`.
 ///
 /// ```
@@ -149,6 +150,11 @@ impl VirtualMemoryConfig {
         self.fields.promotion
     }
 
+    /// When what kernels wrote in device memory is written back.
+    pub fn write_back(&self) -> WriteBack {
+        self.fields.write_back
+    }
+
     /// What the catalog of names keeps of itself in memory, in bytes.
     pub fn catalog_cache(&self) -> u64 {
         self.fields.catalog_cache
@@ -182,6 +188,7 @@ pub struct VirtualMemoryConfigBuilder {
     max_held: f64,
     policy: PolicyChoice,
     promotion: Promotion,
+    write_back: WriteBack,
     catalog_cache: u64,
     wait_timeout: Duration,
     slow_read_threshold: Duration,
@@ -204,6 +211,7 @@ impl Default for VirtualMemoryConfigBuilder {
             max_held: 1.0,
             policy: PolicyChoice::default(),
             promotion: Promotion::default(),
+            write_back: WriteBack::default(),
             catalog_cache: 8 << 20,
             wait_timeout: Duration::from_secs(30),
             slow_read_threshold: Duration::from_secs(1),

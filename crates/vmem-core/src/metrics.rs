@@ -132,6 +132,7 @@ pub const ALL: &[Metric] = &[
     bytes("vmem_held_bytes", "Footprint in host memory that readers hold."),
     bytes("vmem_pinned_bytes", "Footprint in host memory that pins hold."),
     bytes("vmem_dirty_bytes", "Payload in host memory without an equal copy below."),
+    bytes("vmem_vram_dirty_bytes", "Payload in device memory that no other tier has."),
     bytes("vmem_staging_bytes", "Host memory set apart for staging."),
     bytes("vmem_stream_bytes", "Memory that streams may hold now."),
     bytes("vmem_registered_bytes", "Object space that devices reach directly."),

@@ -67,6 +67,8 @@ pub struct VirtualMemoryStats {
     pub pinned_bytes: u64,
     /// Payload in host memory without an equal copy below, in bytes.
     pub dirty_bytes: u64,
+    /// Payload in device memory that kernels wrote and that no other tier has, in bytes.
+    pub vram_dirty_bytes: u64,
     /// Requests that wait for space in a tier.
     pub waiters: u64,
     /// Migrations that have started and not ended.
@@ -187,6 +189,7 @@ pub(crate) struct Counters {
     pub(crate) host_to_vram_bytes: AtomicU64,
     pub(crate) vram_to_host_bytes: AtomicU64,
     pub(crate) dirty_bytes: AtomicU64,
+    pub(crate) vram_dirty_bytes: AtomicU64,
     pub(crate) in_flight: AtomicU64,
     pub(crate) misses: AtomicU64,
     pub(crate) evictions: AtomicU64,

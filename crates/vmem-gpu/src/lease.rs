@@ -9,6 +9,7 @@
 mod leased;
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
@@ -254,12 +255,40 @@ impl DeviceLeaseMut {
         self.leased.address
     }
 
-    /// Ends the lease as the drop does, and says how that went.
+    /// Says that kernels write to this range of the object, in bytes, and to none that no such call
+    /// names: then no more than these ranges is copied to host memory, if that has the rest.
+    /// Without any call they may write to all of it.
+    ///
+    /// ```no_run
+    /// # use vmem::gpu::VramExt;
+    /// # async fn append(
+    /// #     vmem: vmem::VirtualMemory,
+    /// #     block: vmem::VMemHandle,
+    /// #     stream: std::sync::Arc<vmem::gpu::cudarc::driver::CudaStream>,
+    /// #     used: usize,
+    /// # ) -> Result<(), vmem::VirtualMemoryError> {
+    /// let mut lease = vmem.device_mut_on(&block, &stream).await?;
+    /// lease.touched(used..used + 4096)?;
+    /// // ... a kernel writes to these bytes ...
+    /// lease.finish().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`.
+    pub fn touched(&mut self, range: Range<usize>) -> Result<()> {
+        self.change.as_mut().map_or(Ok(()), |change| change.touched(range))
+    }
+
+    /// Ends the lease as the drop does, and says how that went. It waits for what was queued, and
+    /// for its copy, where the store writes back eagerly.
     ///
     /// # Errors
     ///
     /// `Device` if what was queued, or the copy of what it wrote, failed: then the previous version
-    /// stays.
+    /// stays, or is lost if the device alone had it (see [`WriteBack`](vmem_core::WriteBack)).
     pub async fn finish(self) -> Result<()> {
         self.end_now().await
     }
@@ -267,6 +296,10 @@ impl DeviceLeaseMut {
     /// Ends the lease without a new version: the object has the bytes that it had before, whatever
     /// kernels have written. Its device memory is not reused before they have ended. A lease that
     /// is dropped by a panic is abandoned too.
+    ///
+    /// If the device alone had the version before (see [`WriteBack`](vmem_core::WriteBack)), that
+    /// is lost with the change: reads of the object fail until it is written whole or
+    /// [reverted](vmem_core::VirtualMemory::revert).
     ///
     /// ```no_run
     /// # use vmem::gpu::VramExt;

@@ -4,6 +4,7 @@
 //! `tests/gpu`. Run in `it`.
 
 mod devices;
+mod dirty;
 mod lease_sets;
 mod tiers;
 mod waiters;

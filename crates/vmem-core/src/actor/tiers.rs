@@ -5,7 +5,6 @@
 //! its gate, so never one that is held, read, in flight or being written. Called by the evictor of
 //! the tier.
 
-use std::convert::Infallible;
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -19,7 +18,8 @@ use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::host::HostArena;
 use crate::migrate::{
-    CopyFate, Demotion, Leaving, demote_between, demote_unwritten, relocate, write_back,
+    CopyFate, Demotion, Leaving, LeavingDevice, demote_between, demote_unwritten, relocate,
+    write_back, write_back_from_devices,
 };
 use crate::object::{GatePass, Object, Shared};
 use crate::policy::Probe;
@@ -133,7 +133,7 @@ impl Evicting for InHost {
     }
 
     fn needs_space_below(&self, object: &Object) -> bool {
-        object.is_dirty() || object.has_spare()
+        object.is_dirty() || object.has_spare() || object.has_floor_in_host()
     }
 
     fn victim(&self, object: &Object) -> Victim {
@@ -148,6 +148,9 @@ impl Evicting for InHost {
     fn prepare(&self, pass: GatePass) -> Result<Option<Leaving>, TierError> {
         if pass.object().has_spare() {
             return demote_unwritten(&pass, 0).map(|()| None);
+        }
+        if pass.object().has_floor_in_host() {
+            return pass.object().lower_floor(&pass).map(|()| None);
         }
         Leaving::prepare(pass, 0).map(Some).map_err(|(_pass, error)| error)
     }
@@ -213,8 +216,9 @@ pub(super) struct OnDevice(pub(super) usize);
 
 impl Evicting for OnDevice {
     type Space = DeviceSpace;
-    type Leaving = Infallible;
+    type Leaving = LeavingDevice;
 
+    /// What a kernel wrote may be written again before its memory is needed.
     const CLEANS_EARLY: bool = false;
 
     fn state<'a>(&self, shared: &'a Shared) -> &'a TierState<DeviceSpace> {
@@ -229,35 +233,43 @@ impl Evicting for OnDevice {
         object.has_space_on(self.0)
     }
 
-    /// Whatever is here has its bytes below.
-    fn needs_space_below(&self, _object: &Object) -> bool {
-        false
+    /// What a kernel wrote may be here alone.
+    fn needs_space_below(&self, object: &Object) -> bool {
+        object.is_alone_on(self.0) && !crate::planted!("dirty-dropped")
     }
 
     fn victim(&self, object: &Object) -> Victim {
         let footprint = object.shared.devices()[self.0].backend.footprint(object.len);
-        Victim { id: object.id, footprint, payload: None }
+        let payload = object.is_alone_on(self.0).then_some(object.len as u64);
+        Victim { id: object.id, footprint, payload }
     }
 
     fn drop_clean(&self, pass: &GatePass) -> bool {
         pass.object().leave_device(pass, self.0)
     }
 
-    fn prepare(&self, _pass: GatePass) -> Result<Option<Infallible>, TierError> {
-        Ok(None)
+    fn prepare(&self, pass: GatePass) -> Result<Option<LeavingDevice>, TierError> {
+        Ok(Some(LeavingDevice { pass, device: self.0 }))
     }
 
-    fn payload(leaving: &Infallible) -> u64 {
-        match *leaving {}
+    fn payload(leaving: &LeavingDevice) -> u64 {
+        leaving.pass.object().len as u64
     }
 
     fn write(
-        _batch: Vec<Infallible>,
-        _fate: CopyFate,
-        _cause: MigrationCause,
-        _deadline: Deadline,
+        batch: Vec<LeavingDevice>,
+        fate: CopyFate,
+        cause: MigrationCause,
+        deadline: Deadline,
     ) -> BoxFuture<'static, Took> {
-        std::future::ready(Took::All).boxed()
+        let written = async move {
+            match write_back_from_devices(batch, fate, cause, &deadline).await {
+                Ok(()) => Took::All,
+                Err(VirtualMemoryError::TierFull { .. }) => Took::NoSpace,
+                Err(_) => Took::Failed,
+            }
+        };
+        written.boxed()
     }
 
     /// The coldest copies that lie beside each other, with what is free between them.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{
     Budget, GPUS_MAX, GpuSelection, HOST_CAPACITY_MIN, IoDriver, Promotion, STAGING_CAPACITY_MIN,
-    STREAM_CAPACITY_MIN, VirtualMemoryConfig, VirtualMemoryConfigBuilder,
+    STREAM_CAPACITY_MIN, VirtualMemoryConfig, VirtualMemoryConfigBuilder, WriteBack,
 };
 use crate::error::VirtualMemoryError;
 use crate::policy::PolicyChoice;
@@ -127,6 +127,13 @@ impl VirtualMemoryConfigBuilder {
     /// When a read promotes an object. Default: at the second read.
     pub fn promotion(mut self, promotion: Promotion) -> Self {
         self.promotion = promotion;
+        self
+    }
+
+    /// When what kernels wrote in device memory is written back to host memory. Default:
+    /// [`WriteBack::Eager`].
+    pub fn write_back(mut self, write_back: WriteBack) -> Self {
+        self.write_back = write_back;
         self
     }
 

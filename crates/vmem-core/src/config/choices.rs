@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
@@ -168,6 +169,25 @@ impl FromStr for Promotion {
             _ => Err(unknown("promotion", word, "never, or the number of a read from 1 on")),
         }
     }
+}
+
+/// When what kernels wrote in device memory is written back to host memory.
+///
+/// Until then the device alone has that version. It is written back earlier where a reader on the
+/// host, a flush of the object to a home that is no device, a demotion or the end of the store asks
+/// for it, and before its device memory goes to another object. If the device is lost first, reads
+/// of the object fail until it is written whole, or
+/// [reverted](crate::VirtualMemory::revert).
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WriteBack {
+    /// With the end of each lease that changes it, which the next lease of the object waits for.
+    #[default]
+    Eager,
+    /// Once it has been on the device alone for so long.
+    After(Duration),
+    /// Only where something asks for it.
+    OnEvict,
 }
 
 impl FromStr for MemoryTier {

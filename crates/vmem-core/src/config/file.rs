@@ -11,7 +11,9 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use serde::de::{Deserialize, Deserializer, Error, Unexpected, Visitor};
 
-use super::{Budget, GpuSelection, Promotion, VirtualMemoryConfig, VirtualMemoryConfigBuilder};
+use super::{
+    Budget, GpuSelection, Promotion, VirtualMemoryConfig, VirtualMemoryConfigBuilder, WriteBack,
+};
 use crate::policy::PolicyKind;
 
 /// The fields by the names of their setters; one that is missing has its default.
@@ -33,6 +35,7 @@ struct Fields {
     max_held: Option<f64>,
     policy: Option<String>,
     promotion: Option<Promotion>,
+    write_back: Option<String>,
     catalog_cache: Option<Size>,
     #[serde(with = "humantime_serde")]
     wait_timeout: Option<Duration>,
@@ -183,6 +186,9 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
         builder.policy = kind.into();
     }
     builder.promotion = fields.promotion.unwrap_or(builder.promotion);
+    if let Some(word) = fields.write_back {
+        builder.write_back = write_back(&word)?;
+    }
     builder.watermarks = fields.watermarks.unwrap_or(builder.watermarks);
     builder.max_pinned = fields.max_pinned.unwrap_or(builder.max_pinned);
     builder.max_held = fields.max_held.unwrap_or(builder.max_held);
@@ -190,4 +196,23 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
     builder.wait_timeout = fields.wait_timeout.unwrap_or(builder.wait_timeout);
     builder.slow_read_threshold = fields.slow_read_threshold.unwrap_or(builder.slow_read_threshold);
     Ok(builder)
+}
+
+/// The choice of this word.
+///
+/// # Errors
+///
+/// What is accepted, for any other word.
+fn write_back(word: &str) -> Result<WriteBack, String> {
+    match word {
+        "eager" => Ok(WriteBack::Eager),
+        "on-evict" => Ok(WriteBack::OnEvict),
+        after => match humantime_serde::re::humantime::parse_duration(after) {
+            Ok(after) => Ok(WriteBack::After(after)),
+            Err(_) => {
+                let expected = "\"eager\", \"on-evict\", and after how long, such as \"250ms\"";
+                Err(format!("write_back: {word:?} is none of {expected}"))
+            }
+        },
+    }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::ser::{Error, Serialize, Serializer};
 
-use super::{Budget, GpuSelection, Promotion, VirtualMemoryConfig};
+use super::{Budget, GpuSelection, Promotion, VirtualMemoryConfig, WriteBack};
 
 /// The fields by the names of their setters; those that are not set are left out.
 #[derive(serde::Serialize)]
@@ -38,6 +38,7 @@ struct Fields<'a> {
     max_held: f64,
     policy: String,
     promotion: Promotion,
+    write_back: String,
     catalog_cache: u64,
     #[serde(with = "humantime_serde")]
     wait_timeout: Duration,
@@ -77,6 +78,13 @@ impl Serialize for VirtualMemoryConfig {
             max_held: fields.max_held,
             policy,
             promotion: fields.promotion,
+            write_back: match fields.write_back {
+                WriteBack::Eager => "eager".to_owned(),
+                WriteBack::OnEvict => "on-evict".to_owned(),
+                WriteBack::After(after) => {
+                    humantime_serde::re::humantime::format_duration(after).to_string()
+                }
+            },
             catalog_cache: fields.catalog_cache,
             wait_timeout: fields.wait_timeout,
             slow_read_threshold: fields.slow_read_threshold,

@@ -15,11 +15,13 @@ use tokio::sync::oneshot;
 
 use super::edges::{Edge, Written, account, write_edges, write_rest};
 use super::transfer::write_chunks;
+use super::write_back_from_device;
 use crate::buffer::IoBuf;
 use crate::chunk::{CHUNK_BYTES, chunk_count, chunk_len, chunk_lens, chunks_of, range_of};
 use crate::copy::Found;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
 use crate::object::{ExtentMap, GatePass, Object};
 use crate::parcel::{Delivery, Parcel, SetAside};
 use crate::storage::{Extent, TierError};
@@ -230,7 +232,7 @@ impl Drop for DiskWrite {
 /// bytes by now.
 fn return_reserved(pass: &GatePass, extents: Vec<(usize, Extent)>) {
     let object = pass.object();
-    if object.is_dead() || object.has_host_space() || !object.extents().is_empty() {
+    if object.is_dead() || !object.has_nothing() {
         return;
     }
     let mut all: Vec<Option<Extent>> = (0..chunk_count(object.len)).map(|_| None).collect();
@@ -316,6 +318,10 @@ async fn try_finish(mut write: DiskWrite, deadline: &Deadline, reply: &Reply) ->
     // Pins are made under the gate, so none is added from here on.
     if object.pins() > 0 && !crate::planted!("disk-write-unpins") {
         return Ok(Finished::Pinned);
+    }
+    if write.range.len() < object.len {
+        // The rest of a version is to be where its chunks can be kept.
+        write_back_from_device(&pass, MigrationCause::WriteBack, deadline).await?;
     }
     let edges = write_edges(&pass, &write.edges, deadline).await?;
     let host = match object.copy.acquire(&object.shared.copies) {

@@ -2,16 +2,19 @@
 //!
 //! Ownership: the change holds the gate, a share of the range, the space in host memory that was
 //! taken before the kernel was admitted, and the previous version. However it ends, either the new
-//! version is published in both tiers or readers get the previous one again: nothing is lost, and
-//! no reader waits for ever.
+//! version is published or readers get the previous one again, and no reader waits for ever. Where
+//! it is written back with the lease nothing is lost. Where that is left for later, a kernel that
+//! fails over a version that the device alone had loses that, and readers get an error.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
-use super::Record;
+use super::{Record, write_back_after};
 use crate::buffer::IoBuf;
+use crate::config::WriteBack;
 use crate::copy::OwnedCopy;
 use crate::deadline::Deadline;
 use crate::device::{DeviceAnswer, DeviceError, DeviceRange};
@@ -21,13 +24,32 @@ use crate::memory_tier::MemoryTier;
 use crate::object::GatePass;
 use crate::stats::add;
 
+/// What is copied within host memory before others run, in bytes.
+const STEP: usize = 256 * 1024;
+
+/// Ranges in order, those that meet as one; without what is empty.
+fn joined(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    ranges.retain(|range| !range.is_empty());
+    ranges.sort_by_key(|range| range.start);
+    let mut joined: Vec<Range<usize>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
 /// A version that a kernel wrote, or is still writing, in device memory.
 pub(crate) struct Changed {
     pass: GatePass,
     device: usize,
     range: DeviceRange,
-    /// Space for the new version; `None` once the copy has it.
+    /// Space for the new version; `None` once the copy has it, and where the object has such space.
     space: Option<OwnedCopy>,
+    /// What the kernel writes; all of it if this is empty.
+    touched: Vec<Range<usize>>,
     /// The host copy of the previous version.
     old: Option<Bytes>,
     deadline: Deadline,
@@ -40,33 +62,27 @@ impl Changed {
     pub(crate) fn begin(
         pass: GatePass,
         (device, range): (usize, DeviceRange),
-        space: OwnedCopy,
+        (space, touched): (Option<OwnedCopy>, Vec<Range<usize>>),
         reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
     ) -> Self {
         let old = pass.object().begin_pending(&pass, device);
         let deadline = pass.object().shared.deadline();
-        Changed { pass, device, range, space: Some(space), old, deadline, reply: Some(reply) }
+        Changed { pass, device, range, space, touched, old, deadline, reply: Some(reply) }
     }
 
-    /// Waits for the kernel, copies the new version to the host and publishes it.
+    /// Waits for the kernel and publishes the new version: with a copy in host memory, or, where
+    /// the configuration says so, without.
     pub(crate) async fn finish(mut self, ready: DeviceAnswer<Result<(), DeviceError>>) {
-        let object = self.pass.object().clone();
-        let shared = &object.shared;
-        let from = shared.devices()[self.device].tier();
-        let route = (from, MemoryTier::Host);
-        let record =
-            Record::start(shared, object.id, route, MigrationCause::Kernel, &self.deadline);
-        let outcome = match self.copy_to_host(ready).await {
-            Ok(copy) => {
-                add(&shared.counters.vram_to_host_bytes, object.len as u64);
-                object.publish_changed(&self.pass, copy);
-                record.end(Ok(object.len as u64));
-                Ok(())
+        let outcome = match self.pass.object().shared.limits.write_back {
+            WriteBack::Eager => self.finish_with_copy(ready).await,
+            WriteBack::After(pause) => {
+                let outcome = self.finish_on_device(ready).await;
+                if outcome.is_ok() {
+                    write_back_after(self.pass.object(), pause);
+                }
+                outcome
             }
-            Err(error) => {
-                record.end(Err(&error));
-                Err(error)
-            }
+            WriteBack::OnEvict => self.finish_on_device(ready).await,
         };
         let reply = self.reply.take();
         // After a failure this restores the previous version.
@@ -76,30 +92,88 @@ impl Changed {
         }
     }
 
+    /// The device alone has the new version.
+    async fn finish_on_device(
+        &mut self,
+        ready: DeviceAnswer<Result<(), DeviceError>>,
+    ) -> Result<(), VirtualMemoryError> {
+        self.wait(ready).await?;
+        self.pass.object().publish_dirty(&self.pass, self.space.take(), self.old.is_some());
+        Ok(())
+    }
+
+    async fn finish_with_copy(
+        &mut self,
+        ready: DeviceAnswer<Result<(), DeviceError>>,
+    ) -> Result<(), VirtualMemoryError> {
+        let object = self.pass.object().clone();
+        let shared = &object.shared;
+        let from = shared.devices()[self.device].tier();
+        let route = (from, MemoryTier::Host);
+        let record =
+            Record::start(shared, object.id, route, MigrationCause::Kernel, &self.deadline);
+        match self.copy_to_host(ready).await {
+            Ok((copy, bytes)) => {
+                add(&shared.counters.vram_to_host_bytes, bytes);
+                object.publish_changed(&self.pass, copy);
+                record.end(Ok(bytes));
+                Ok(())
+            }
+            Err(error) => {
+                record.end(Err(&error));
+                Err(error)
+            }
+        }
+    }
+
+    async fn wait(
+        &self,
+        ready: DeviceAnswer<Result<(), DeviceError>>,
+    ) -> Result<(), VirtualMemoryError> {
+        tokio::select! {
+            biased;
+            ready = ready => ready.map_err(DeviceError::public),
+            // The previous version is still whole here.
+            _ = self.pass.object().shared.kernels_abandoned.acquire() => {
+                Err(VirtualMemoryError::Closed)
+            }
+        }
+    }
+
+    /// The new version in host memory, and how many bytes were copied from the device for it.
     async fn copy_to_host(
         &mut self,
         ready: DeviceAnswer<Result<(), DeviceError>>,
-    ) -> Result<OwnedCopy, VirtualMemoryError> {
+    ) -> Result<(OwnedCopy, u64), VirtualMemoryError> {
+        self.wait(ready).await?;
         let shared = self.pass.object().shared.clone();
-        tokio::select! {
-            biased;
-            ready = ready => ready.map_err(DeviceError::public)?,
-            // The previous version is still whole here.
-            _ = shared.kernels_abandoned.acquire() => return Err(VirtualMemoryError::Closed),
-        }
         let device = shared.device(self.device)?;
-        let space = self.space.take().expect("invariant: taken here, and put back after a failure");
-        let into = IoBuf::from_copy(space);
-        let len = self.pass.object().len;
-        let (buf, outcome) =
-            device.backend.download(Arc::new(self.range.share()), 0, len, into, 0).await;
-        match outcome {
-            Ok(()) => Ok(buf.into_copy()),
-            Err(error) => {
-                self.space = Some(buf.into_copy());
-                Err(error.public())
+        let mut space = self.space.take().expect("invariant: it was taken with the lease");
+        let parts = match &self.old {
+            Some(old) if !self.touched.is_empty() => {
+                // The kernel has left the rest as it was.
+                for (to, from) in space.as_mut_slice().chunks_mut(STEP).zip(old.chunks(STEP)) {
+                    to.copy_from_slice(from);
+                    tokio::task::yield_now().await;
+                }
+                joined(std::mem::take(&mut self.touched))
             }
+            _ => std::iter::once(0..self.pass.object().len).collect(),
+        };
+        let mut buf = IoBuf::from_copy(space);
+        let mut bytes = 0;
+        for Range { start, end } in parts {
+            let range = Arc::new(self.range.share());
+            let len = end - start;
+            let outcome;
+            (buf, outcome) = device.backend.download(range, start, len, buf, start).await;
+            if let Err(error) = outcome {
+                self.space = Some(buf.into_copy());
+                return Err(error.public());
+            }
+            bytes += len as u64;
         }
+        Ok((buf.into_copy(), bytes))
     }
 }
 
@@ -111,6 +185,9 @@ impl Drop for Changed {
         let object = self.pass.object();
         if !object.is_pending() {
             return;
+        }
+        if object.is_dirty_on_device() {
+            return object.lose_version(&self.pass, self.device);
         }
         let restored = self.space.take().zip(self.old.take()).map(|(mut space, old)| {
             space.as_mut_slice().copy_from_slice(&old);

@@ -36,11 +36,17 @@ pub(crate) async fn load(
         (buf, outcome) = load_from_device(object, copy, chunks.clone(), buf, front).await;
         match outcome {
             Ok(()) => return (buf, Ok(())),
+            Err(error) if version.only_there.is_some() && !crate::planted!("dirty-fallback") => {
+                return (buf, Err(error.public()));
+            }
             // The copies below go on serving.
             Err(error) => {
                 tracing::warn!(target: "vmem::migration", %error, "reading from a device")
             }
         }
+    } else if version.only_there.is_some() && !crate::planted!("dirty-fallback") {
+        let lost = object.damage().unwrap_or_else(|| DeviceError::Lost("".into()).public());
+        return (buf, Err(lost));
     }
     load_from_storage(object, &version.extents, chunks, buf, front, class).await
 }

@@ -9,6 +9,7 @@ mod between;
 mod copying;
 mod disk_write;
 mod edges;
+mod from_device;
 mod kernel;
 mod load;
 mod part;
@@ -34,6 +35,9 @@ use tracing::Span;
 pub(crate) use between::{Demotion, demote_between, promote_between};
 pub(crate) use disk_write::{
     DiskWrite, Finished, Turn, begin_disk_write, finish_disk_write, next_turn,
+};
+pub(crate) use from_device::{
+    LeavingDevice, write_back_after, write_back_from_device, write_back_from_devices,
 };
 pub(crate) use kernel::Changed;
 pub(crate) use load::load;

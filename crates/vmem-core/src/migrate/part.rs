@@ -99,7 +99,7 @@ pub(crate) async fn read_piece(
         bytes = IoBuf::from_vec(bytes[at].to_vec());
         at = 0..bytes.len();
     }
-    let map = version.extents.identity();
+    let map = version.identity();
     let version = Parcel::set_aside(version, &object.shared.unclaimed);
     Ok(Piece::Copied(Copied { bytes, at, map, version }))
 }

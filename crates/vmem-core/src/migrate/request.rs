@@ -44,6 +44,10 @@ pub(crate) enum Move {
     DemoteTo(usize),
     /// To its home below host memory too.
     Flush,
+    /// To host memory, or below it, too, if only a device has it.
+    WriteBack,
+    /// Back to the version that was last written back, if the current one is lost.
+    Revert,
 }
 
 /// The end of a prefetch, of which its future hears unless it is detached.
@@ -97,7 +101,8 @@ pub(crate) fn request_move(
     let name = match what {
         Move::ToHost | Move::ToDevice(_) | Move::Refresh(_) | Move::PromoteTo(_) => "vmem-promote",
         Move::OffDevices | Move::DemoteTo(_) => "vmem-demote",
-        Move::Flush => "vmem-flush",
+        Move::Flush | Move::WriteBack => "vmem-flush",
+        Move::Revert => "vmem-revert",
     };
     let work = serve_move(object.clone(), what, deadline, reply);
     object.shared.request(Request::new(name, Line::Demand, work));
@@ -134,8 +139,18 @@ async fn serve_move(
         }
         Move::DemoteTo(level) => super::demote(&object, level, &deadline).await,
         Move::Flush => super::flush(&object, &deadline).await,
+        Move::WriteBack => write_back_one(&object, &deadline).await,
+        Move::Revert => match object.gate(&deadline).await {
+            Ok(pass) => object.revert(&pass).map(drop),
+            Err(error) => Err(error),
+        },
     };
     drop(reply.deliver(outcome, None));
+}
+
+async fn write_back_one(object: &Arc<Object>, deadline: &Deadline) -> Result<()> {
+    let pass = object.gate(deadline).await?;
+    super::write_back_from_device(&pass, MigrationCause::WriteBack, deadline).await
 }
 
 /// Promotes an object, in the background, to the tier below host memory where it is held, if a

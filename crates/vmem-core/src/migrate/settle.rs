@@ -5,9 +5,9 @@
 
 use std::sync::Arc;
 
-use super::Job;
 use super::between::promote_between;
 use super::to_disk::{CopyFate, Leaving, write_batch};
+use super::{Job, write_back_from_device};
 use crate::chunk::chunk_lens;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
@@ -37,6 +37,13 @@ pub(crate) async fn settle(
                 }
                 outcome => outcome?,
             }
+        } else if object.is_dirty_on_device() && !crate::planted!("dirty-unflushed") {
+            write_back_from_device(&pass, MigrationCause::Flush, deadline).await?;
+            drop(pass);
+            if deadline.is_past() {
+                return Err(deadline.error("writing to disk"));
+            }
+            continue;
         } else {
             let map = object.extents();
             drop(pass);

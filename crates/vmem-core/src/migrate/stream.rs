@@ -14,12 +14,13 @@ use super::edges::account;
 use super::part::copy_all;
 use super::settle::settle_copy;
 use super::transfer::write_chunks;
-use super::{count_hit, load};
+use super::{count_hit, load, write_back_from_device};
 use crate::buffer::IoBuf;
 use crate::chunk::{CHUNK_BYTES, chunk_lens, chunks_of};
 use crate::copy::ReadGuard;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
 use crate::latency::{self, ReadStage};
 use crate::object::{ExtentMap, NO_OBJECT, Object, Shared, Version};
 use crate::parcel::SetAside;
@@ -117,7 +118,7 @@ async fn read(
 /// The host copy, if it is of this version.
 fn host_copy_of(object: &Object, version: &Version) -> Option<ReadGuard> {
     let (guard, map) = object.host_version()?;
-    map.is_some_and(|map| map.is_same(&version.extents.identity())).then_some(guard)
+    map.is_some_and(|map| map.is_same(&version.identity())).then_some(guard)
 }
 
 async fn copy(from: &[u8], to: &mut [u8]) {
@@ -139,9 +140,23 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
             return Err(object.not_found());
         }
         if let Some(mut version) = object.cold_version() {
-            if version.extents.is_unwritten() {
+            if version.only_there.is_some() && !may_hold {
+                // Else a slow reader would keep device memory.
+                let pass = object.gate(deadline).await?;
+                if let Err(error) =
+                    write_back_from_device(&pass, MigrationCause::Read, deadline).await
+                {
+                    let id = object.id;
+                    tracing::debug!(
+                        target: "vmem::migration", id, %error, "a stream holds device memory"
+                    );
+                    may_hold = true;
+                }
+                continue;
+            }
+            if version.is_unwritten() {
                 // Zeros need no extents: the first write takes those that were reserved for it.
-                version = Version { extents: ExtentMap::default(), device: None };
+                version = Version::of_extents(ExtentMap::default());
             } else if version.extents.is_whole(object.len) {
                 // A slow reader keeps no device memory.
                 version.device = None;
@@ -152,7 +167,7 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
             Some((_, Some(map))) => {
                 let extents = object.extents();
                 if extents.identity().is_same(&map) {
-                    return Ok(Source::Below(Version { extents, device: None }));
+                    return Ok(Source::Below(Version::of_extents(extents)));
                 }
             }
             Some((guard, None)) if may_hold => return Ok(Source::Host(guard.into_bytes())),
@@ -168,7 +183,7 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                 let settled = settle_copy(pass, deadline).await;
                 drop(stage);
                 match settled {
-                    Ok(extents) => return Ok(Source::Below(Version { extents, device: None })),
+                    Ok(extents) => return Ok(Source::Below(Version::of_extents(extents))),
                     Err(error) => {
                         let id = object.id;
                         tracing::debug!(
@@ -182,8 +197,7 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                 let pass = object.gate(deadline).await?;
                 // Space that was set apart holds no bytes: the object is zeros.
                 if object.has_spare() {
-                    let extents = ExtentMap::default();
-                    return Ok(Source::Below(Version { extents, device: None }));
+                    return Ok(Source::Below(Version::of_extents(ExtentMap::default())));
                 }
                 drop(pass);
             }

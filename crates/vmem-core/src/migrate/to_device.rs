@@ -11,7 +11,7 @@ use std::sync::Arc;
 use futures::StreamExt;
 use futures::stream::FuturesOrdered;
 
-use super::{Job, Record, fetch_into, load};
+use super::{Job, Record, fetch_into, load, write_back_from_device};
 use crate::chunk::{CHUNK_BYTES, chunk_count};
 use crate::copy::Found;
 use crate::deadline::Deadline;
@@ -131,8 +131,7 @@ async fn fill(job: &Job, device: &Device, pass: &GatePass, range: &DeviceRange) 
         Found::Copy(guard) => Some(guard.into_bytes()),
         Found::Locked | Found::Nothing => None,
     };
-    let below = || MemoryTier::of_level(object.extents().slowest_level());
-    let from = if host.is_some() { MemoryTier::Host } else { below() };
+    let from = if host.is_some() { MemoryTier::Host } else { object.version().tier() };
     let route = (from, device.tier());
     let record = Record::start(shared, object.id, route, job.cause, &job.deadline);
     let outcome = match host {
@@ -167,7 +166,8 @@ async fn fill_from_below(
     }
     let version = object.version();
     let written = |index| version.extents.chunk(index).is_some_and(|extent| extent.sum().is_some());
-    if !(0..chunk_count(object.len)).any(written) {
+    let is_zeros = version.only_there.is_none() && !(0..chunk_count(object.len)).any(written);
+    if is_zeros {
         return device.backend.zero(Arc::new(range.share())).await.map_err(DeviceError::public);
     }
     if crate::planted!("staging-space") {
@@ -214,10 +214,11 @@ async fn fill_from_below(
 ///
 /// # Errors
 ///
-/// `Pinned`.
+/// `Pinned`; those of writing back what only a device has.
 pub(crate) async fn leave_devices(object: &Arc<Object>, deadline: &Deadline) -> Result<()> {
     let pass = object.gate(deadline).await?;
     check_unheld(object)?;
+    write_back_from_device(&pass, MigrationCause::Demote, deadline).await?;
     if object.is_on_any_device()
         && !object.has_host_space()
         && object.shared.fits_host(object.len)

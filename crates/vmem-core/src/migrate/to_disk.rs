@@ -13,7 +13,7 @@ use futures::StreamExt;
 use super::between::demote_one;
 use super::to_device::check_unheld;
 use super::transfer::write_chunks;
-use super::{Record, refresh_below};
+use super::{Record, refresh_below, write_back_from_device};
 use crate::chunk::{CHUNK_BYTES, chunk_count, chunk_lens};
 use crate::copy::Found;
 use crate::deadline::Deadline;
@@ -225,6 +225,7 @@ pub(crate) async fn demote(
     let level = if object.was_named() { 0 } else { level };
     check_unheld(object)?;
     check_unpinned(object, level)?;
+    write_back_from_device(&pass, MigrationCause::Demote, deadline).await?;
     object.detach_from_devices(&pass);
     if object.has_spare() {
         let demoted = demote_unwritten(&pass, level);
@@ -256,6 +257,7 @@ pub(crate) async fn flush(
     deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
+    write_back_from_device(&pass, MigrationCause::Flush, deadline).await?;
     move_one(pass, object.home_level(), CopyFate::Keep, MigrationCause::Flush, deadline).await
 }
 

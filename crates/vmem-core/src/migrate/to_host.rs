@@ -84,7 +84,8 @@ pub(crate) async fn fetch_into(
         if let Some(damage) = object.damage() {
             return Err(damage);
         }
-        let space = match object.take_spare(pass).or(taken) {
+        let own = object.take_spare(pass).or_else(|| object.take_floor_in_host(pass));
+        let space = match own.or(taken) {
             Some(space) => space,
             None => take_space(job).await?,
         };

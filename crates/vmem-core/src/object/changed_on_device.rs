@@ -52,7 +52,7 @@ impl Object {
         drop(flight);
         self.leave_order();
         self.count_change(before);
-        if self.has_spare() {
+        if self.has_host_space() {
             self.enter_order(false);
         }
         old

@@ -2,7 +2,8 @@
 //!
 //! Invariant: an entry is the extent of a chunk whose bytes equal the object's current version, or
 //! that was reserved for a chunk of zeros and never written; no entry means that the current bytes
-//! of the chunk are in host memory alone, or, without a host copy, that they are zeros. The entry
+//! of the chunk are in host memory alone, or, without a host copy, that they are zeros, unless the
+//! object is dirty on a device, when there is no entry at all. The entry
 //! is the chunk in the fastest of the tiers below host memory that have it; that extent leads to
 //! the next slower one, if there is one. Changed only by the holder of the object's gate; readers
 //! work on a clone, which keeps the extents alive.
@@ -10,6 +11,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
+use super::Mark;
 use crate::chunk::chunk_count;
 use crate::storage::Extent;
 
@@ -33,6 +35,8 @@ pub(crate) enum MapIdentity {
     Empty,
     One(Weak<Extent>),
     Many(Weak<Vec<Option<Arc<Extent>>>>),
+    /// No map: only devices have the version.
+    OnDevice(Weak<Mark>),
 }
 
 impl MapIdentity {
@@ -41,6 +45,7 @@ impl MapIdentity {
             (MapIdentity::Empty, MapIdentity::Empty) => true,
             (MapIdentity::One(a), MapIdentity::One(b)) => Weak::ptr_eq(a, b),
             (MapIdentity::Many(a), MapIdentity::Many(b)) => Weak::ptr_eq(a, b),
+            (MapIdentity::OnDevice(a), MapIdentity::OnDevice(b)) => Weak::ptr_eq(a, b),
             _ => false,
         }
     }

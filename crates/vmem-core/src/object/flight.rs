@@ -45,9 +45,10 @@ impl Object {
         before
     }
 
-    /// The damage that was found before, if any.
+    /// The damage that was found before, or why the version is lost, if either is so.
     pub(crate) fn damage(&self) -> Option<VirtualMemoryError> {
-        self.inner.lock().rare.corrupt.as_deref().cloned()
+        let inner = self.inner.lock();
+        inner.rare.corrupt.as_deref().cloned().or_else(|| inner.lost_version(self))
     }
 
     /// Remembers that this map leads to damage, if it is still the current one.

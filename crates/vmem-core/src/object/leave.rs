@@ -58,6 +58,7 @@ impl Object {
             || inner.rare.spare.is_some()
             || !inner.rare.devices.is_empty()
             || inner.rare.pending.is_some()
+            || inner.rare.dirty.is_some()
             || self.pins() > 0;
         if resident || !inner.extents.is_stored_as(durable, self.len) {
             return Leave::Stays;

@@ -2,12 +2,14 @@
 //!
 //! Invariant: at every moment the current version of an object is in exactly these places: its host
 //! copy if it has one; else, chunk by chunk, the extents of its disk map; and zeros where there is
-//! neither. Device memory may have all of it besides (`on_devices.rs`). Everything but the access
+//! neither. Device memory may have all of it besides (`on_devices.rs`), or alone
+//! (`dirty_on_device.rs`). Everything but the access
 //! marks and the reader counts is changed by the holder of the gate only (`gate.rs`).
 //!
 //! Handles hold objects; the table, the actor and the migrations borrow them.
 
 mod changed_on_device;
+mod dirty_on_device;
 mod extent_map;
 mod flight;
 mod gate;
@@ -27,6 +29,7 @@ use crate::locks::{self, Lock};
 use bytes::Bytes;
 use once_cell::race::OnceBox;
 
+pub(crate) use dirty_on_device::Mark;
 pub(crate) use extent_map::{ExtentMap, MapIdentity, Replaced};
 pub(crate) use gate::GatePass;
 pub(crate) use leave::Leave;
@@ -60,9 +63,31 @@ pub(crate) struct Version {
     pub(crate) extents: ExtentMap,
     /// The whole of it, in the memory of this device.
     pub(crate) device: Option<(usize, DeviceRange)>,
+    /// Set if only devices have it: then there are no extents.
+    pub(crate) only_there: Option<Arc<Mark>>,
 }
 
 impl Version {
+    /// A version that is on disk, or in a tier below it.
+    pub(crate) fn of_extents(extents: ExtentMap) -> Self {
+        Version { extents, device: None, only_there: None }
+    }
+
+    /// Whether it is zeros that were never written.
+    pub(crate) fn is_unwritten(&self) -> bool {
+        self.only_there.is_none() && self.extents.is_unwritten()
+    }
+
+    /// What tells it from other versions, and keeps nothing of it.
+    pub(crate) fn identity(&self) -> MapIdentity {
+        match &self.only_there {
+            Some(mark) if !crate::planted!("dirty-unmarked") => {
+                MapIdentity::OnDevice(Arc::downgrade(mark))
+            }
+            _ => self.extents.identity(),
+        }
+    }
+
     /// The tier that a read of it comes from.
     pub(crate) fn tier(&self) -> MemoryTier {
         match &self.device {
@@ -90,6 +115,8 @@ struct Standing {
     /// The tiers below host memory that have something of it, one bit each.
     levels: u8,
     dirty: bool,
+    /// Only devices have its bytes.
+    dirty_on_device: bool,
     /// What saying where it is on disk takes in memory, in bytes.
     map_bytes: u64,
 }
@@ -291,7 +318,7 @@ impl Object {
             let left = inner.take_devices();
             let spare = inner.rare.change(|rare| {
                 rare.corrupt = None;
-                rare.spare.take()
+                (rare.spare.take(), rare.dirty.take())
             });
             let owned = (spare, std::mem::take(&mut inner.extents), inner.flight.take());
             (owned, left)

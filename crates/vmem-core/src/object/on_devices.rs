@@ -1,7 +1,8 @@
 //! What an object has in the memory of devices.
 //!
 //! Invariant: a valid range holds the bytes of the current version, which host memory or the disk
-//! has too; one that is not valid is space that was set apart. Each change of the version makes
+//! has too, unless the object is dirty there (`dirty_on_device.rs`); one that is not valid is space
+//! that was set apart. Each change of the version makes
 //! every range invalid in the same step, except one that a kernel wrote. Changed by the holder of
 //! the gate only. A user of a range holds a share of it, whose end wakes the waiters for that.
 
@@ -107,6 +108,15 @@ impl Inner {
         left
     }
 
+    /// Whether another device that serves has the current version.
+    pub(super) fn is_valid_elsewhere(&self, device: usize, devices: &[Device]) -> bool {
+        let mut others = self.rare.devices.iter().filter(|on| on.device != device);
+        others.any(|on| {
+            let is_valid = on.place.as_ref().is_some_and(|place| place.is_valid);
+            is_valid && devices[on.device].backend.lost().is_none()
+        })
+    }
+
     /// A share of the current version on a device that serves, and which that is.
     pub(super) fn device_share(&self, devices: &[Device]) -> Option<(usize, DeviceRange)> {
         if self.rare.pending.is_some() {
@@ -208,8 +218,12 @@ impl Object {
         self.mark_now();
     }
 
-    /// Takes it out of device memory, unless it is held or used there. False if it stays.
+    /// Takes it out of device memory, unless it is held or used there, or only there. False if it
+    /// stays.
     pub(crate) fn leave_device(&self, _pass: &GatePass, device: usize) -> bool {
+        if self.is_alone_on(device) && !crate::planted!("dirty-dropped") {
+            return false;
+        }
         let mut inner = self.inner.lock();
         let leaves = inner.on(device).is_some_and(|on| {
             (!on.holds.any() || crate::planted!("vram-pins"))

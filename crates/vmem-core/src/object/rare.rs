@@ -5,6 +5,7 @@
 
 use smallvec::SmallVec;
 
+use super::dirty_on_device::DirtyOnDevice;
 use super::gate::Line;
 use super::on_devices::OnDevice;
 use super::on_storage::OnStorages;
@@ -26,6 +27,8 @@ pub(super) struct Fields {
     /// A kernel on this device has written a new version that is not published yet: readers wait
     /// for it.
     pub(super) pending: Option<usize>,
+    /// Only devices have the current version.
+    pub(super) dirty: Option<Box<DirtyOnDevice>>,
     /// What it has to do with the evictors of the tiers below host memory.
     pub(super) storage: OnStorages,
     /// The damage that was found, until the next write of the whole object.
@@ -38,16 +41,18 @@ impl Fields {
         spare: None,
         devices: SmallVec::new_const(),
         pending: None,
+        dirty: None,
         storage: OnStorages::new_const(),
         corrupt: None,
     };
 
     fn is_empty(&self) -> bool {
-        let Fields { line, spare, devices, pending, storage, corrupt } = self;
+        let Fields { line, spare, devices, pending, dirty, storage, corrupt } = self;
         line.is_none()
             && spare.is_none()
             && devices.is_empty()
             && pending.is_none()
+            && dirty.is_none()
             && storage.is_empty()
             && corrupt.is_none()
     }

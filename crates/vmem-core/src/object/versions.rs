@@ -7,11 +7,21 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{ExtentMap, GatePass, MapIdentity, Object, Replaced, Standing, Version, on_devices};
+use super::{
+    ExtentMap, GatePass, Inner, MapIdentity, Object, Replaced, Standing, Version, on_devices,
+};
 use crate::chunk::chunks_of;
 use crate::copy::{Found, OwnedCopy, ReadGuard};
 use crate::host::HostSlot;
 use crate::stats;
+
+impl Inner {
+    /// Host memory that is set apart for the object and has none of its bytes.
+    fn host_space(&self) -> Option<&OwnedCopy> {
+        let floor = self.rare.dirty.as_ref().and_then(|dirty| dirty.host_space());
+        self.rare.spare.as_ref().or(floor)
+    }
+}
 
 impl Object {
     /// A clone of the disk map: it keeps the extents alive.
@@ -22,9 +32,13 @@ impl Object {
     /// The current version without its host copy; for the holder of the gate, or a caller that
     /// knows that there is no host copy.
     pub(crate) fn version(&self) -> Version {
-        let inner = self.inner.lock();
+        self.version_in(&self.inner.lock())
+    }
+
+    fn version_in(&self, inner: &Inner) -> Version {
         let device = inner.device_share(self.shared.devices());
-        Version { extents: inner.extents.clone(), device }
+        let only_there = inner.rare.dirty.as_ref().map(|dirty| dirty.mark().clone());
+        Version { extents: inner.extents.clone(), device, only_there }
     }
 
     /// The current host copy, and what tells its version, if the disk has all of it too.
@@ -44,10 +58,7 @@ impl Object {
         let held =
             self.copy.is_some() || inner.rare.spare.is_some() || inner.rare.pending.is_some();
         let cold = !held && !self.is_dead();
-        cold.then(|| {
-            let device = inner.device_share(self.shared.devices());
-            Version { extents: inner.extents.clone(), device }
-        })
+        cold.then(|| self.version_in(&inner))
     }
 
     /// Whether host memory holds the only current bytes of some chunk.
@@ -57,7 +68,7 @@ impl Object {
 
     /// Whether a host copy exists or space for one is set apart.
     pub(crate) fn has_host_space(&self) -> bool {
-        self.copy.is_some() || self.has_spare()
+        self.copy.is_some() || self.inner.lock().host_space().is_some()
     }
 
     /// Whether host memory is set apart for an object of zeros.
@@ -68,8 +79,7 @@ impl Object {
     /// Sets host memory apart for the first write.
     pub(crate) fn set_spare(self: &Arc<Self>, _pass: &GatePass, spare: OwnedCopy) {
         let before = self.standing();
-        let unwritten = !before.in_host && before.levels == 0;
-        assert!(unwritten, "space is set apart for an object that has bytes nowhere");
+        assert!(self.has_nothing(), "space is set apart for an object that has bytes nowhere");
         self.inner.lock().rare.change(|rare| rare.spare = Some(spare));
         self.count_change(before);
         self.enter_order(false);
@@ -77,10 +87,15 @@ impl Object {
 
     /// Sets space apart again that was taken for a first write, unless the object has bytes by now.
     pub(crate) fn return_spare(self: &Arc<Self>, pass: &GatePass, spare: OwnedCopy) {
-        let standing = self.standing();
-        if !standing.in_host && standing.levels == 0 && !self.is_dead() {
+        if self.has_nothing() && !self.is_dead() {
             self.set_spare(pass, spare);
         }
+    }
+
+    /// Whether it has neither bytes nor space anywhere: it is zeros.
+    pub(crate) fn has_nothing(&self) -> bool {
+        let standing = self.standing();
+        !standing.in_host && standing.levels == 0 && !standing.dirty_on_device
     }
 
     /// The space that was set apart.
@@ -127,7 +142,7 @@ impl Object {
             }
             let spare = inner.rare.change(|rare| {
                 rare.corrupt = None;
-                rare.spare.take()
+                (rare.spare.take(), rare.dirty.take())
             });
             (inner.flight.take(), spare)
         };
@@ -152,7 +167,7 @@ impl Object {
             let mut inner = self.inner.lock();
             self.chunks_moved.store(0, Ordering::Relaxed);
             self.copy.publish(copy, &self.shared.copies);
-            inner.rare.change(|rare| rare.spare.take())
+            inner.rare.change(|rare| (rare.spare.take(), rare.dirty.take()))
         };
         drop(spare);
         self.leave_order();
@@ -167,9 +182,7 @@ impl Object {
     pub(crate) fn lies_in(&self, _pass: &GatePass, is_there: impl Fn(&HostSlot) -> bool) -> bool {
         match self.copy.peek(&is_there) {
             Some(is_there) => is_there,
-            None => {
-                self.inner.lock().rare.spare.as_ref().is_some_and(|spare| is_there(spare.slot()))
-            }
+            None => self.inner.lock().host_space().is_some_and(|space| is_there(space.slot())),
         }
     }
 
@@ -180,7 +193,10 @@ impl Object {
             Found::Locked => return false,
             Found::Nothing => {
                 // Space that was never written.
-                let before = self.inner.lock().rare.change(|rare| rare.spare.replace(to));
+                let before = self.inner.lock().rare.change(|rare| match &mut rare.dirty {
+                    Some(dirty) => dirty.replace_host_space(to),
+                    None => rare.spare.replace(to),
+                });
                 drop(before);
                 return true;
             }
@@ -246,10 +262,12 @@ impl Object {
         let in_copy = self.copy.is_some();
         let inner = self.inner.lock();
         Standing {
-            in_host: in_copy || inner.rare.spare.is_some(),
+            in_host: in_copy || inner.host_space().is_some(),
             levels: self.levels_of(&inner.extents),
             dirty: in_copy && !inner.extents.is_whole(self.len),
-            map_bytes: inner.extents.memory_bytes(),
+            dirty_on_device: inner.rare.dirty.is_some(),
+            map_bytes: inner.extents.memory_bytes()
+                + inner.rare.dirty.as_ref().map_or(0, |dirty| dirty.map_bytes()),
         }
     }
 
@@ -265,6 +283,8 @@ impl Object {
             };
         gauge(&self.shared.host.objects, before.in_host, after.in_host, 1);
         gauge(&counters.dirty_bytes, before.dirty, after.dirty, self.len as u64);
+        let on_device = (before.dirty_on_device, after.dirty_on_device);
+        gauge(&counters.vram_dirty_bytes, on_device.0, on_device.1, self.len as u64);
         stats::shift(&counters.map_bytes, before.map_bytes, after.map_bytes);
         for (level, storage) in self.shared.storage().iter().enumerate() {
             let is_in = |standing: &Standing| standing.levels >> level & 1 == 1;

@@ -6,7 +6,9 @@
 //! by `vmem-gpu` through `backend`.
 
 use std::future::Future;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::oneshot;
 
@@ -14,6 +16,7 @@ use super::lease_request::LeaseRequest;
 use super::lease_set::take;
 use super::pin::HoldGuard;
 use super::place::refresh;
+use super::read::check_range;
 use super::{Result, VirtualMemory};
 use crate::buffer::IoBuf;
 use crate::copy::OwnedCopy;
@@ -55,28 +58,56 @@ pub struct VramChange {
     pub(super) inner: Option<Claim>,
     /// Keeps the object alive while it is changed.
     pub(super) handle: VMemHandle,
+    /// Somebody knows where the range is, and may have written to it.
+    pub(super) is_used: AtomicBool,
+    /// What was written of it; all of it if this is empty.
+    pub(super) touched: Vec<Range<usize>>,
 }
 
 /// What a change keeps.
 pub(super) struct Claim {
     pub(super) device: usize,
     pub(super) range: DeviceRange,
+    /// Whether the range had the current version.
+    pub(super) was_valid: bool,
     /// For the new version below: taken before, so that what was written can never be lost for want
-    /// of space.
-    pub(super) space: OwnedCopy,
+    /// of space. None if the object has such space already.
+    pub(super) space: Option<OwnedCopy>,
     pub(super) pass: GatePass,
     pub(super) held: HoldGuard,
+}
+
+impl Claim {
+    /// Nothing was written: it is as it was.
+    pub(super) fn give_up(self) {
+        let Claim { device, range, pass, was_valid, .. } = self;
+        drop(range);
+        pass.object().restore_on(&pass, device, was_valid);
+    }
 }
 
 impl VramChange {
     /// Where it is; none for an object of no bytes.
     pub fn range(&self) -> Option<Arc<DeviceRange>> {
+        self.is_used.store(true, Ordering::Relaxed);
         self.inner.as_ref().map(|inner| Arc::new(inner.range.share()))
     }
 
+    /// Says that the kernel writes to this range of the object. What no such call names it does not
+    /// write to; without any call it may write to all of it.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`.
+    pub fn touched(&mut self, range: Range<usize>) -> Result<()> {
+        check_range(self.handle.object(), &range)?;
+        self.touched.push(range);
+        Ok(())
+    }
+
     /// Publishes what was written as the new version, once `ready` says that it was written. Reads
-    /// that begin from now on wait for that; if it fails the previous version stays. It goes on
-    /// whether its answer is awaited or not.
+    /// that begin from now on wait for that; if it fails the previous version stays, or, if the
+    /// device alone had it, is lost. It goes on whether its answer is awaited or not.
     ///
     /// # Errors
     ///
@@ -94,15 +125,16 @@ impl VramChange {
     }
 
     fn hand_over(
-        &self,
+        &mut self,
         inner: Claim,
         ready: DeviceAnswer<std::result::Result<(), DeviceError>>,
         reply: oneshot::Sender<Result<()>>,
     ) {
-        let Claim { device, range, space, pass, held } = inner;
+        let Claim { device, range, space, pass, held, .. } = inner;
         let shared = pass.object().shared.clone();
         let handle = self.handle.clone();
-        let change = Changed::begin(pass, (device, range), space, reply);
+        let touched = std::mem::take(&mut self.touched);
+        let change = Changed::begin(pass, (device, range), (space, touched), reply);
         let ready = Box::pin(async move {
             let outcome = if crate::planted!("lease-order") { Ok(()) } else { ready.await };
             // They were kept for as long as the kernel could write.
@@ -114,16 +146,20 @@ impl VramChange {
 }
 
 impl Drop for VramChange {
-    /// The change is abandoned: the contents of the range are undefined.
+    /// The change is abandoned: the contents of the range are undefined, unless nobody knew where
+    /// it is.
     fn drop(&mut self) {
-        if let Some(Claim { device, range, pass, .. }) = self.inner.take() {
-            drop(range);
-            let object = pass.object().clone();
-            object.detach_from(&pass, device);
-            drop(pass);
-            // Others may hold it there, or it lives there.
-            refresh(&object.shared, &object);
+        let Some(claim) = self.inner.take() else { return };
+        if claim.was_valid && !self.is_used.load(Ordering::Relaxed) {
+            return claim.give_up();
         }
+        let Claim { device, range, pass, .. } = claim;
+        drop(range);
+        let object = pass.object().clone();
+        object.detach_from(&pass, device);
+        drop(pass);
+        // Others may hold it there, or it lives there.
+        refresh(&object.shared, &object);
     }
 }
 

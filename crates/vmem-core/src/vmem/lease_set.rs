@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -115,14 +116,15 @@ async fn attempt(
 }
 
 /// Space on the device for what is missing there, and in host memory for each version that will be
-/// written: all of both, and nothing is kept while either is waited for.
+/// written, unless the object has that below the device: all of both, and nothing is kept while
+/// either is waited for.
 async fn spaces(
     shared: &Arc<Shared>,
     number: usize,
     missing: &[Arc<Object>],
     request: &LeaseRequest,
     deadline: &Deadline,
-) -> Result<(HashMap<u64, DeviceRange>, Vec<OwnedCopy>)> {
+) -> Result<(HashMap<u64, DeviceRange>, HostSpaces)> {
     let state = &shared.device(number)?.state;
     let lens = |objects: &mut dyn Iterator<Item = &Arc<Object>>| {
         Need::set(objects.map(|object| (object.len, object.id)))
@@ -133,21 +135,29 @@ async fn spaces(
     let by_object = |spaces: Grant<DeviceSpace>| {
         spaceless.iter().map(|object| object.id).zip(spaces).collect::<HashMap<_, _>>()
     };
-    let written = request.writes.iter().map(VMemHandle::object).filter(|object| object.len > 0);
-    let in_host = lens(&mut written.into_iter());
+    let written = request.writes.iter().map(VMemHandle::object);
+    let written: Vec<_> =
+        written.filter(|object| object.len > 0 && !object.has_floor()).cloned().collect();
+    let in_host = lens(&mut written.iter());
+    let by_id = |spaces: Vec<OwnedCopy>| -> HostSpaces {
+        written.iter().map(|object| object.id).zip(spaces).collect()
+    };
     shared.host.check_fits(shared.host.queue.footprint(&in_host))?;
     loop {
         let spaces = state.take(&on_device, deadline).await?;
         if let Some(host_spaces) = shared.try_host_spaces(&in_host) {
-            return Ok((by_object(spaces), host_spaces));
+            return Ok((by_object(spaces), by_id(host_spaces)));
         }
         drop(spaces);
         let host_spaces = shared.host_spaces_or_error(&in_host, deadline).await?;
         if let Some(spaces) = state.queue.try_take(&on_device) {
-            return Ok((by_object(spaces), host_spaces));
+            return Ok((by_object(spaces), by_id(host_spaces)));
         }
     }
 }
+
+/// Space in host memory, by the object that it is for.
+type HostSpaces = HashMap<u64, OwnedCopy>;
 
 /// Space for an object whose bytes do not matter: unless it was taken for good, it goes back.
 struct Unfilled {
@@ -212,27 +222,12 @@ async fn zero(device: &Device, set: &VramSet) -> Result<()> {
     Ok(())
 }
 
-/// A copy that is claimed, and whether it was valid before.
-struct TentativeClaim {
-    claim: Claim,
-    was_valid: bool,
-}
-
-impl TentativeClaim {
-    /// It is as it was.
-    fn give_up(self) {
-        let Claim { device, range, pass, .. } = self.claim;
-        drop(range);
-        pass.object().restore_on(&pass, device, self.was_valid);
-    }
-}
-
 /// Takes all now, or says what is in the way.
 fn try_take(
     shared: &Arc<Shared>,
     number: usize,
     request: &LeaseRequest,
-    host_spaces: Vec<OwnedCopy>,
+    mut host_spaces: HostSpaces,
 ) -> Result<std::result::Result<VramSet, Obstacle>> {
     let mut reads = Vec::with_capacity(request.reads.len());
     for handle in &request.reads {
@@ -241,27 +236,28 @@ fn try_take(
             Err(blocked) => return Ok(Err(blocked)),
         }
     }
-    let mut host_spaces = host_spaces.into_iter();
     // One for each write, none where there is nothing to write.
-    let mut claimed: Vec<Option<TentativeClaim>> = Vec::with_capacity(request.writes.len());
+    let mut claimed: Vec<Option<Claim>> = Vec::with_capacity(request.writes.len());
     for handle in &request.writes {
         if handle.is_empty() {
             claimed.push(None);
             continue;
         }
-        let space = host_spaces.next().expect("invariant: there is space for each version");
+        let space = host_spaces.remove(&handle.object().id);
         match try_claim(shared, number, handle, space, request.overwrite) {
             Ok(Ok(claim)) => claimed.push(Some(claim)),
             refused => {
-                claimed.into_iter().flatten().for_each(TentativeClaim::give_up);
+                claimed.into_iter().flatten().for_each(Claim::give_up);
                 return refused.map(|refused| refused.map(|_| unreachable!("it was refused")));
             }
         }
     }
     let in_order = claimed.into_iter().zip(&request.writes);
     let writes = in_order.map(|(claimed, handle)| VramChange {
-        inner: claimed.map(|claimed| claimed.claim),
+        inner: claimed,
         handle: handle.clone(),
+        is_used: AtomicBool::new(false),
+        touched: Vec::new(),
     });
     let writes = writes.collect();
     Ok(Ok(VramSet { reads, writes }))
@@ -297,15 +293,19 @@ fn try_claim(
     shared: &Arc<Shared>,
     number: usize,
     handle: &VMemHandle,
-    space: OwnedCopy,
+    space: Option<OwnedCopy>,
     overwrite: bool,
-) -> Result<std::result::Result<TentativeClaim, Obstacle>> {
+) -> Result<std::result::Result<Claim, Obstacle>> {
     let object = handle.object();
     let device = shared.device(number)?;
     let pass = match gate(object)? {
         Ok(pass) => pass,
         Err(blocked) => return Ok(Err(blocked)),
     };
+    if space.is_none() && !object.has_floor() {
+        // It has lost its space below meanwhile, or been written back.
+        return Ok(Err(Obstacle::Missing));
+    }
     let was_valid = object.is_on(number);
     if !(was_valid || overwrite && object.has_space_on(number)) {
         return Ok(Err(Obstacle::Missing));
@@ -316,6 +316,5 @@ fn try_claim(
     let Some(range) = object.claim_on(&pass, number) else {
         return Ok(Err(Obstacle::Used(object.clone())));
     };
-    let claim = Claim { device: number, range, space, pass, held };
-    Ok(Ok(TentativeClaim { claim, was_valid }))
+    Ok(Ok(Claim { device: number, range, was_valid, space, pass, held }))
 }

@@ -92,6 +92,9 @@ impl VirtualMemory {
         match object.home.position() {
             Position::Device(device) => self.ask(object, Move::ToDevice(device)).await,
             Position::Below(_) => self.ask(object, Move::Flush).await,
+            Position::Host if object.is_dirty_on_device() => {
+                self.ask(object, Move::WriteBack).await
+            }
             Position::Host => Ok(()),
         }
     }
@@ -109,6 +112,22 @@ impl VirtualMemory {
         let unnamed =
             self.change(|names, deadline| flush_unnamed(names.shared.clone(), deadline)).await;
         named.and(unnamed)
+    }
+
+    /// Makes the version that was last written back the current one, if the current one is lost
+    /// since only a device had it (see [`WriteBack`](crate::WriteBack)): the device was lost, or a
+    /// change of what a kernel had written before failed or was abandoned. An object whose version
+    /// is not lost stays as it is.
+    ///
+    /// That is the version that was whole below host memory, or the zeros of a new object, when a
+    /// lease that changed it first ended without a copy; a named object that was flushed has one.
+    ///
+    /// # Errors
+    ///
+    /// `Device` if none was written back: [`write`](Self::write) gives the object bytes again.
+    pub async fn revert(&self, handle: &VMemHandle) -> Result<()> {
+        let object = self.check(handle)?;
+        self.ask(object, Move::Revert).await
     }
 
     async fn ask(&self, object: &Arc<Object>, what: Move) -> Result<()> {
@@ -240,6 +259,9 @@ async fn flush_unnamed(shared: Arc<Shared>, deadline: Deadline) -> Result<()> {
             }
             Position::Device(device) if object.len > 0 && !object.is_on(device) => {
                 to_home.push((object, Move::ToDevice(device)));
+            }
+            Position::Host if object.is_dirty_on_device() => {
+                to_home.push((object, Move::WriteBack));
             }
             _ => {}
         }

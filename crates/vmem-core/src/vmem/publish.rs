@@ -88,6 +88,7 @@ fn publish_store(stats: &VirtualMemoryStats) {
     set("vmem_held_bytes", stats.held_bytes);
     set("vmem_pinned_bytes", stats.pinned_bytes);
     set("vmem_dirty_bytes", stats.dirty_bytes);
+    set("vmem_vram_dirty_bytes", stats.vram_dirty_bytes);
     set("vmem_staging_bytes", stats.staging_bytes);
     set("vmem_stream_bytes", stats.stream_bytes);
     set("vmem_registered_bytes", stats.registered_bytes);

@@ -20,7 +20,7 @@ pub struct Residency {
     pub disk: bool,
     /// The tier below the disk has a valid copy.
     pub remote: bool,
-    /// Host memory has bytes that no tier below it has.
+    /// Host memory has bytes that no tier below it has, or a device bytes that no other tier has.
     pub dirty: bool,
     /// Pins and leases that hold it, in all tiers.
     pub pins: u32,
@@ -73,10 +73,10 @@ impl VirtualMemory {
         Ok(Residency {
             vram: devices & 1 != 0,
             devices,
-            host: object.has_host_space(),
+            host: object.copy.is_some() || object.has_spare(),
             disk: object.len > 0 && object.is_stored_in(0),
             remote: object.len > 0 && shared.evicts_from(0) && object.is_stored_in(1),
-            dirty: object.is_dirty(),
+            dirty: object.is_dirty() || object.is_dirty_on_device(),
             pins: holds,
             held: object.copy.readers() > 0,
         })

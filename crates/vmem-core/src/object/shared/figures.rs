@@ -79,6 +79,7 @@ impl Shared {
             held_bytes: self.copies.held_bytes(),
             pinned_bytes: self.host.holds.bytes().total(),
             dirty_bytes: get(&counters.dirty_bytes),
+            vram_dirty_bytes: get(&counters.vram_dirty_bytes),
             waiters: self.host.queue.len() as u64
                 + self.devices.iter().map(waiting).sum::<u64>()
                 + self.storage().iter().map(|one| one.state.queue.len() as u64).sum::<u64>(),

@@ -24,7 +24,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::capabilities::Capabilities;
 use crate::catalog::Catalog;
-use crate::config::{self, GPUS_MAX, Promotion, VirtualMemoryConfig};
+use crate::config::{self, GPUS_MAX, Promotion, VirtualMemoryConfig, WriteBack};
 use crate::copy::Copies;
 use crate::deadline::{Deadline, Timing};
 use crate::device::DeviceBackend;
@@ -78,6 +78,7 @@ pub(crate) struct Limits {
     /// What readers may hold of object space, where that is bound.
     pub(crate) max_held_bytes: Option<u64>,
     pub(crate) promotion: Promotion,
+    pub(crate) write_back: WriteBack,
     pub(crate) wait_timeout: Duration,
 }
 
@@ -109,6 +110,7 @@ impl Limits {
             },
             max_held_bytes: (config.max_held() < 1.0).then_some((space * config.max_held()) as u64),
             promotion: config.promotion(),
+            write_back: config.write_back(),
             wait_timeout: config.wait_timeout(),
         })
     }

@@ -1,0 +1,179 @@
+//! Writes back what only a device has: to host memory, or, where that has no space, to the tier
+//! below it.
+//!
+//! Ownership: the caller has the gate, and keeps it. The space is the floor of the object if it has
+//! one, so nothing is waited for but the copies; each copy has a share of the range. However it
+//! ends, the device still has the version. Called by the evictor of the device, and before anything
+//! that asks for bytes below it.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use futures::StreamExt;
+
+use super::request::{Move, request_move};
+use super::transfer::write_chunks;
+use super::{CopyFate, Job, Record, fetch_into, load};
+use crate::chunk::{CHUNK_BYTES, chunk_count, chunk_len, chunk_lens};
+use crate::deadline::Deadline;
+use crate::error::VirtualMemoryError;
+use crate::events::MigrationCause;
+use crate::memory_tier::MemoryTier;
+use crate::object::{ExtentMap, GatePass, Object};
+use crate::parcel::parcel;
+use crate::stats::add;
+use crate::storage::Extent;
+use crate::task::spawn_named;
+use crate::tier::{Class, Need};
+
+type Result<T> = std::result::Result<T, VirtualMemoryError>;
+
+/// Objects of one batch that are copied at once.
+const AT_ONCE: usize = 8;
+
+/// Writes the object back if only a device has it.
+///
+/// # Errors
+///
+/// `Device` if the version is lost, or cannot be copied; `TierFull`, `Io`.
+pub(crate) async fn write_back_from_device(
+    pass: &GatePass,
+    cause: MigrationCause,
+    deadline: &Deadline,
+) -> Result<()> {
+    let object = pass.object();
+    if !object.is_dirty_on_device() {
+        return Ok(());
+    }
+    if let Some(lost) = object.damage() {
+        return Err(lost);
+    }
+    let need = Need::one(object.len, object.id, Class::Demand).or_spill();
+    let floor = object.take_floor_in_host(pass);
+    let space = floor.or_else(|| {
+        object.shared.fits_host(object.len).then(|| object.shared.try_host_space(&need)).flatten()
+    });
+    match space {
+        Some(space) => {
+            let job = Job::new(object.clone(), cause, *deadline);
+            fetch_into(&job, pass, Some(space)).await.map(drop)
+        }
+        None => write_to_storage(pass, cause, deadline).await,
+    }
+}
+
+/// Through staging to the tier below host memory.
+async fn write_to_storage(
+    pass: &GatePass,
+    cause: MigrationCause,
+    deadline: &Deadline,
+) -> Result<()> {
+    let object = pass.object();
+    let shared = &object.shared;
+    let lens = chunk_lens(object.len, 0..chunk_count(object.len));
+    let extents = match object.take_floor_in_storage(pass) {
+        Some(extents) => extents,
+        None => shared
+            .reserve(object.home_level(), &lens)
+            .map_err(|error| shared.tier_error(object.id, error))?,
+    };
+    let from = object.version().tier();
+    let to = extents.first().map_or(0, Extent::level);
+    let route = (from, MemoryTier::of_level(to));
+    let record = Record::start(shared, object.id, route, cause, deadline);
+    match copy_to(object, extents.into(), deadline).await {
+        Ok(written) => {
+            object.publish_written_back(pass, ExtentMap::of(written));
+            record.end(Ok(object.len as u64));
+            Ok(())
+        }
+        Err(error) => {
+            record.end(Err(&error));
+            // What it had there was given back.
+            drop(object.lower_floor(pass));
+            Err(error)
+        }
+    }
+}
+
+async fn copy_to(
+    object: &Arc<Object>,
+    mut extents: VecDeque<Extent>,
+    deadline: &Deadline,
+) -> Result<Vec<Extent>> {
+    let shared = &object.shared;
+    let version = object.version();
+    let per_piece = (shared.staging.piece_bytes() / CHUNK_BYTES).max(1);
+    let count = chunk_count(object.len);
+    let mut written = Vec::with_capacity(count);
+    for first in (0..count).step_by(per_piece) {
+        let chunks = first..(first + per_piece).min(count);
+        let piece = shared.staging(deadline).await?;
+        let (piece, loaded) = load(object, &version, chunks.clone(), piece, 0, Class::Demand).await;
+        loaded?;
+        let bytes = piece.freeze();
+        let pieces = chunks.filter_map(|index| {
+            let start = (index - first) * CHUNK_BYTES;
+            let end = start + chunk_len(object.len, index) as usize;
+            Some((extents.pop_front()?, bytes.slice(start..end)))
+        });
+        let pieces = pieces.collect();
+        drop(bytes);
+        let outcome = write_chunks(shared, pieces).await;
+        written.extend(outcome.map_err(|error| shared.tier_error(object.id, error))?);
+    }
+    assert!(written.len() == count, "an object is written back whole");
+    Ok(written)
+}
+
+/// An object that is to leave a device, which alone has it; with its gate.
+pub(crate) struct LeavingDevice {
+    pub(crate) pass: GatePass,
+    pub(crate) device: usize,
+}
+
+/// Writes a batch back, and lets its objects leave the device unless the copies there are kept. All
+/// are tried.
+///
+/// # Errors
+///
+/// The first of [`write_back_from_device`].
+pub(crate) async fn write_back_from_devices(
+    batch: Vec<LeavingDevice>,
+    fate: CopyFate,
+    cause: MigrationCause,
+    deadline: &Deadline,
+) -> Result<()> {
+    let one = |LeavingDevice { pass, device }: LeavingDevice| async move {
+        write_back_from_device(&pass, cause, deadline).await?;
+        if fate != CopyFate::Keep && pass.object().leave_device(&pass, device) {
+            add(&pass.object().shared.counters.evictions, 1);
+        }
+        Ok(())
+    };
+    let mut ended = futures::stream::iter(batch).map(one).buffer_unordered(AT_ONCE);
+    let mut outcome = Ok(());
+    while let Some(one) = ended.next().await {
+        outcome = outcome.and(one);
+    }
+    outcome
+}
+
+/// Has an object written back once so much time has passed, if it is dirty on a device then.
+pub(crate) fn write_back_after(object: &Arc<Object>, pause: Duration) {
+    if !object.sets_timer() {
+        return;
+    }
+    let runtime = object.shared.runtime.clone();
+    // It keeps nothing from ending meanwhile.
+    let object: Weak<Object> = Arc::downgrade(object);
+    spawn_named(&runtime, "vmem-write-back", async move {
+        tokio::time::sleep(pause).await;
+        let Some(object) = object.upgrade().filter(|object| object.is_dirty_on_device()) else {
+            return;
+        };
+        let (reply, _nobody_waits) = parcel();
+        request_move(&object, Move::WriteBack, object.shared.deadline(), reply);
+    });
+}

@@ -1,0 +1,257 @@
+//! An object whose current version is in device memory alone, since a kernel wrote it there: it is
+//! dirty on the device.
+//!
+//! Invariant: as long as it is dirty there it has no host copy and an empty disk map, so nothing
+//! else can be taken for its version: a valid range on a device has all of it, or it is lost, and
+//! then every read fails. It keeps a floor, which is space for it below, so that it can always
+//! leave; and as its base the version that was last written back, for `revert` alone. Changed by
+//! the holder of the gate. Called by `migrate/kernel` and `migrate/write_back_from_device`.
+
+use std::sync::Arc;
+
+use super::{ExtentMap, GatePass, Inner, Object};
+use crate::chunk::chunk_lens;
+use crate::copy::OwnedCopy;
+use crate::error::VirtualMemoryError;
+use crate::storage::{Extent, TierError};
+
+/// Tells a version that only a device has from every other one.
+#[derive(Debug)]
+pub(crate) struct Mark;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct DirtyOnDevice {
+    mark: Arc<Mark>,
+    /// None if nothing of the object was whole below host memory when it became dirty.
+    base: Option<ExtentMap>,
+    floor: Floor,
+    /// A timer will write it back.
+    is_timed: bool,
+}
+
+/// Space for the version below.
+#[derive(Debug, Default)]
+enum Floor {
+    #[default]
+    Gone,
+    InHost(OwnedCopy),
+    InStorage(Vec<Extent>),
+}
+
+impl DirtyOnDevice {
+    pub(super) fn mark(&self) -> &Arc<Mark> {
+        &self.mark
+    }
+
+    /// Its space in host memory.
+    pub(super) fn host_space(&self) -> Option<&OwnedCopy> {
+        match &self.floor {
+            Floor::InHost(space) => Some(space),
+            Floor::InStorage(_) | Floor::Gone => None,
+        }
+    }
+
+    /// Puts other space in the place of that in host memory. Returns what it replaces.
+    pub(super) fn replace_host_space(&mut self, space: OwnedCopy) -> Option<OwnedCopy> {
+        match std::mem::replace(&mut self.floor, Floor::InHost(space)) {
+            Floor::InHost(space) => Some(space),
+            Floor::InStorage(_) | Floor::Gone => None,
+        }
+    }
+
+    /// What the base takes to say where it is, in bytes.
+    pub(super) fn map_bytes(&self) -> u64 {
+        self.base.as_ref().map_or(0, ExtentMap::memory_bytes)
+    }
+}
+
+impl Inner {
+    /// Why the current version can be read nowhere, if that is so.
+    pub(super) fn lost_version(&self, object: &Object) -> Option<VirtualMemoryError> {
+        let dirty = self.rare.dirty.as_ref()?;
+        if self.rare.pending.is_some() || self.device_share(object.shared.devices()).is_some() {
+            return None;
+        }
+        let below = match dirty.base {
+            Some(_) => "`revert` gives the version last written back",
+            None => "no version was written back",
+        };
+        let message = format!("only a device had it, and it is lost there: {below}");
+        let operation = "reading what a kernel wrote";
+        Some(VirtualMemoryError::Device { operation, code: 0, message: message.into() })
+    }
+}
+
+impl Object {
+    /// Whether only devices have the current version.
+    pub(crate) fn is_dirty_on_device(&self) -> bool {
+        self.inner.lock().rare.dirty.is_some()
+    }
+
+    /// Whether only this device has it.
+    pub(crate) fn is_alone_on(&self, device: usize) -> bool {
+        let inner = self.inner.lock();
+        inner.rare.dirty.is_some()
+            && inner.place(device).is_some_and(|place| place.is_valid)
+            && !inner.is_valid_elsewhere(device, self.shared.devices())
+    }
+
+    /// What a kernel wrote on this device is the current version, which only the device has.
+    /// `space` is its floor, unless it has one; the version before was whole below host memory, or
+    /// zeros, if it had no copy above it (`had_copy`) or the map says so.
+    pub(crate) fn publish_dirty(&self, _pass: &GatePass, space: Option<OwnedCopy>, had_copy: bool) {
+        let before = self.standing();
+        let (left, replaced) = {
+            let mut inner = self.inner.lock();
+            let map = std::mem::take(&mut inner.extents);
+            let left = inner.outdate_devices(self.home);
+            let flight = inner.flight.take();
+            let replaced = inner.rare.change(|rare| {
+                rare.pending = None;
+                let (dirty, spare_space) = match rare.dirty.take() {
+                    Some(dirty) => {
+                        let DirtyOnDevice { base, floor, is_timed, .. } = *dirty;
+                        let (floor, spare_space) = match (floor, space) {
+                            (Floor::Gone, Some(space)) => (Floor::InHost(space), None),
+                            (floor, space) => (floor, space),
+                        };
+                        (DirtyOnDevice { mark: Arc::new(Mark), base, floor, is_timed }, spare_space)
+                    }
+                    None => {
+                        let is_whole = !had_copy || map.is_whole(self.len);
+                        let base = is_whole.then(|| map.clone());
+                        let floor = space.map_or(Floor::Gone, Floor::InHost);
+                        let mark = Arc::new(Mark);
+                        (DirtyOnDevice { mark, base, floor, is_timed: false }, None)
+                    }
+                };
+                rare.dirty = Some(Box::new(dirty));
+                (rare.corrupt.take(), rare.spare.take(), spare_space)
+            });
+            (left, (replaced, flight, map))
+        };
+        drop(replaced);
+        self.left_devices(left);
+        self.leave_order();
+        self.count_change(before);
+        if self.has_host_space() {
+            self.enter_order(false);
+        }
+    }
+
+    /// Whether a timer is to be set that writes it back; the caller sets it.
+    pub(crate) fn sets_timer(&self) -> bool {
+        let mut inner = self.inner.lock();
+        let dirty = inner.rare.get_mut().and_then(|rare| rare.dirty.as_mut());
+        dirty.is_some_and(|dirty| !std::mem::replace(&mut dirty.is_timed, true))
+    }
+
+    /// Its version was written back into these extents; devices have it too.
+    pub(crate) fn publish_written_back(&self, _pass: &GatePass, map: ExtentMap) {
+        let before = self.standing();
+        let replaced = {
+            let mut inner = self.inner.lock();
+            let map = std::mem::replace(&mut inner.extents, map);
+            (map, inner.rare.change(|rare| rare.dirty.take()))
+        };
+        drop(replaced);
+        self.leave_order();
+        self.count_change(before);
+    }
+
+    /// A kernel may have written half of a version over the current one of this device: it is
+    /// lost, unless another device has it.
+    pub(crate) fn lose_version(&self, pass: &GatePass, device: usize) {
+        self.inner.lock().rare.change(|rare| rare.pending = None);
+        self.detach_from(pass, device);
+    }
+
+    /// Makes the version that was last written back the current one, if that is lost. False if it
+    /// is not lost.
+    ///
+    /// # Errors
+    ///
+    /// `Device` if none was written back.
+    pub(crate) fn revert(&self, pass: &GatePass) -> Result<bool, VirtualMemoryError> {
+        let before = self.standing();
+        let (left, dirty) = {
+            let mut inner = self.inner.lock();
+            let Some(lost) = inner.lost_version(self) else { return Ok(false) };
+            let dirty = inner.rare.change(|rare| rare.dirty.take_if(|dirty| dirty.base.is_some()));
+            let Some(mut dirty) = dirty else { return Err(lost) };
+            inner.extents = dirty.base.take().unwrap_or_default();
+            (inner.take_devices(), dirty)
+        };
+        drop(dirty);
+        self.left_devices(left);
+        self.leave_order();
+        self.count_change(before);
+        self.shared.space_was_freed();
+        debug_assert!(!pass.object().is_dirty_on_device(), "what was reverted is not dirty");
+        Ok(true)
+    }
+
+    // ---- The floor -------------------------------------------------------------------------
+
+    /// Whether space for it is set apart below the device.
+    pub(crate) fn has_floor(&self) -> bool {
+        let inner = self.inner.lock();
+        inner.rare.dirty.as_ref().is_some_and(|dirty| !matches!(dirty.floor, Floor::Gone))
+    }
+
+    /// Whether that is in host memory.
+    pub(crate) fn has_floor_in_host(&self) -> bool {
+        let inner = self.inner.lock();
+        inner.rare.dirty.as_ref().is_some_and(|dirty| dirty.host_space().is_some())
+    }
+
+    /// Takes the space in host memory.
+    pub(crate) fn take_floor_in_host(&self, _pass: &GatePass) -> Option<OwnedCopy> {
+        let before = self.standing();
+        let mut inner = self.inner.lock();
+        let dirty = inner.rare.get_mut()?.dirty.as_mut()?;
+        let space = match std::mem::take(&mut dirty.floor) {
+            Floor::InHost(space) => space,
+            floor => {
+                dirty.floor = floor;
+                return None;
+            }
+        };
+        drop(inner);
+        self.leave_order();
+        self.count_change(before);
+        Some(space)
+    }
+
+    /// Takes the space below host memory.
+    pub(crate) fn take_floor_in_storage(&self, _pass: &GatePass) -> Option<Vec<Extent>> {
+        let mut inner = self.inner.lock();
+        let dirty = inner.rare.get_mut()?.dirty.as_mut()?;
+        match std::mem::take(&mut dirty.floor) {
+            Floor::InStorage(extents) => Some(extents),
+            floor => {
+                dirty.floor = floor;
+                None
+            }
+        }
+    }
+
+    /// Reserves its floor below host memory, and gives back what it has of that in host memory.
+    ///
+    /// # Errors
+    ///
+    /// What the tier below says; the floor is then where it was.
+    pub(crate) fn lower_floor(&self, pass: &GatePass) -> Result<(), TierError> {
+        let lens = chunk_lens(self.len, 0..crate::chunk::chunk_count(self.len));
+        let extents = self.shared.reserve(self.home_level(), &lens)?;
+        let space = self.take_floor_in_host(pass);
+        let mut inner = self.inner.lock();
+        if let Some(dirty) = inner.rare.get_mut().and_then(|rare| rare.dirty.as_mut()) {
+            dirty.floor = Floor::InStorage(extents);
+        }
+        drop(inner);
+        drop(space);
+        Ok(())
+    }
+}

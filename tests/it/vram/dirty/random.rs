@@ -1,0 +1,228 @@
+//! Every call at random beside kernels, each object against the versions that it may have.
+//!
+//! Excluded: bytes of no version, a loss that is not told, a loss where each lease is written back,
+//! and bytes or space that are left behind. Noticed by the bytes that each call returns.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::FutureExt;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use vmem::backend::DeviceError;
+use vmem::{VMemHandle, VirtualMemory, VirtualMemoryError, WriteBack};
+
+use super::{VRAM, access, assert_all_back, is_lost, open};
+use crate::support::{self, DISK, HOST, KIB, bytes};
+
+/// The bytes that one object may have: those of the last call that ended well, and of calls that
+/// were dropped or failed since.
+struct Owned {
+    handle: VMemHandle,
+    may_have: Vec<Vec<u8>>,
+    /// What a lost version may go back to.
+    before: Vec<Vec<u8>>,
+}
+
+impl Owned {
+    fn is_now(&mut self, bytes: Vec<u8>) {
+        self.before.push(bytes.clone());
+        self.may_have = vec![bytes];
+    }
+
+    fn may_be(&mut self, bytes: Vec<u8>) {
+        self.before.push(bytes.clone());
+        self.may_have.push(bytes);
+    }
+
+    /// Bytes that were read of it from `offset` on.
+    fn check(&mut self, offset: usize, read: &[u8]) {
+        let end = offset + read.len();
+        self.may_have.retain(|bytes| bytes[offset..end] == *read);
+        assert!(!self.may_have.is_empty(), "object {} is none of its versions", self.handle.id());
+    }
+}
+
+async fn step(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> Option<bool> {
+    let handle = owned.handle.clone();
+    let len = handle.len();
+    let tier = [VRAM, HOST, DISK][rng.random_range(0..3)];
+    let limit = match rng.random_range(0..4) {
+        0 => Duration::from_micros(rng.random_range(0..2000)),
+        _ => Duration::from_secs(20),
+    };
+    let at = rng.random_range(0..len);
+    let until = rng.random_range(at..=len);
+    let outcome = match rng.random_range(0..16) {
+        0..=2 => {
+            let read = tokio::time::timeout(limit, vmem.read(&handle)).await;
+            read.map(|read| read.map(|read| owned.check(0, &read)))
+        }
+        3 => {
+            let read = tokio::time::timeout(limit, vmem.read_at(&handle, at..until)).await;
+            read.map(|read| read.map(|read| owned.check(at, &read)))
+        }
+        4 => {
+            let mut buf = vec![0; until - at];
+            let read = vmem.read_into(&handle, at..until, &mut buf);
+            let read = tokio::time::timeout(limit, read).await;
+            read.map(|read| read.map(|()| owned.check(at, &buf)))
+        }
+        5 => {
+            let new: Vec<u8> = bytes(rng.random(), 1, len);
+            let write = tokio::time::timeout(limit, vmem.write(&handle, &new)).await;
+            match write {
+                Ok(Ok(())) => owned.is_now(new),
+                _ => owned.may_be(new),
+            }
+            write
+        }
+        6 => {
+            let new = vec![rng.random(); until - at];
+            let write = tokio::time::timeout(limit, vmem.write_at(&handle, at, &new)).await;
+            let over = |mut bytes: Vec<u8>| {
+                bytes[at..until].copy_from_slice(&new);
+                bytes
+            };
+            let after: Vec<_> = owned.may_have.iter().cloned().map(over).collect();
+            owned.before.extend(after.iter().cloned());
+            match write {
+                Ok(Ok(())) => owned.may_have = after,
+                _ => owned.may_have.extend(after),
+            }
+            write
+        }
+        7..=10 => {
+            let change = match access(vmem, 0).change(&handle, rng.random_ratio(1, 8)).await {
+                Ok(change) => change,
+                Err(error) => return told(owned, Err(error)),
+            };
+            if rng.random_ratio(1, 10) {
+                // Nobody knew where it is, unless it was zeroed.
+                drop(change);
+                return Some(true);
+            }
+            let new: Bytes = bytes(rng.random(), 1, len).into();
+            let range = change.range().unwrap();
+            let written = access(vmem, 0).backend().upload(range, 0, new.clone()).await;
+            let fails = rng.random_ratio(1, 12);
+            let ended = if fails { Err(DeviceError::Closed) } else { written };
+            let outcome = change.finish(futures::future::ready(ended).boxed()).await;
+            // Else the previous version stays, or is lost.
+            if outcome.is_ok() {
+                owned.is_now(new.to_vec());
+            }
+            return told(owned, outcome);
+        }
+        11 => tokio::time::timeout(limit, vmem.promote(&handle, tier)).await,
+        12 => tokio::time::timeout(limit, vmem.demote(&handle, tier)).await,
+        13 => tokio::time::timeout(limit, vmem.flush(&handle)).await,
+        14 => {
+            let hold = tokio::time::timeout(limit, access(vmem, 0).hold(&handle)).await;
+            hold.map(|hold| hold.map(drop))
+        }
+        _ => {
+            vmem.prefetch(&handle, tier).detach();
+            Ok(Ok(()))
+        }
+    };
+    match outcome {
+        Ok(outcome) => told(owned, outcome),
+        Err(_dropped) => None,
+    }
+}
+
+/// What a call came to: whether it ended well, or none if its object was lost.
+fn told(owned: &mut Owned, outcome: Result<(), VirtualMemoryError>) -> Option<bool> {
+    match outcome {
+        Ok(()) => Some(true),
+        Err(error) if is_lost(&error) => {
+            owned.may_have.clear();
+            None
+        }
+        Err(VirtualMemoryError::Device { .. } | VirtualMemoryError::Closed) => Some(false),
+        Err(error) if support::is_pressure(&error) => Some(false),
+        Err(error) => panic!("{error:?}"),
+    }
+}
+
+async fn at_random(write_back: WriteBack, seed: u64) {
+    let bench = open(write_back, 700 * KIB, 800 * KIB);
+    let vmem = &bench.vmem;
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..6_u64 {
+        let vmem = vmem.clone();
+        let device = bench.devices[0].clone();
+        let mut rng = SmallRng::seed_from_u64(seed ^ (task << 32));
+        tasks.spawn(async move {
+            let mut objects: Vec<Owned> = Vec::new();
+            let mut counts = [0; 2];
+            for _ in 0..300 {
+                if objects.len() < 6 || rng.random_ratio(1, 30) {
+                    let len = [500, 4096, 40_000, 65_536, 150_000][rng.random_range(0..5)];
+                    let home = [VRAM, HOST, DISK][rng.random_range(0..3)];
+                    if let Ok(handle) = vmem.allocate(len, home).await {
+                        let may_have = vec![vec![0; len]];
+                        objects.push(Owned { handle, before: may_have.clone(), may_have });
+                    }
+                    continue;
+                }
+                if rng.random_ratio(1, 40) {
+                    device.fail_next(1);
+                }
+                let at = rng.random_range(0..objects.len());
+                let owned = &mut objects[at];
+                let before = owned.may_have.clone();
+                let outcome = step(&vmem, &mut rng, owned).await;
+                counts[0] += usize::from(outcome == Some(true));
+                if !owned.may_have.is_empty() {
+                    if rng.random_ratio(1, 30) {
+                        objects.swap_remove(at);
+                    }
+                    continue;
+                }
+                // It was lost: it says so until it goes back, or is written.
+                counts[1] += 1;
+                assert!(write_back != WriteBack::Eager, "it was {} versions", before.len());
+                match vmem.revert(&owned.handle).await {
+                    Ok(()) => {
+                        let read = loop {
+                            match vmem.read(&owned.handle).await {
+                                Ok(read) => break read.to_vec(),
+                                Err(error) if support::is_pressure(&error) => {}
+                                Err(VirtualMemoryError::Device { code: 719, .. }) => {}
+                                Err(error) => panic!("{error:?}"),
+                            }
+                        };
+                        let was = owned.before.contains(&read);
+                        assert!(was, "object {} was never that", owned.handle.id());
+                        owned.may_have = vec![read];
+                    }
+                    Err(error) => {
+                        assert!(is_lost(&error), "{error:?}");
+                        objects.swap_remove(at);
+                    }
+                }
+            }
+            counts
+        });
+    }
+    let counts = tasks.join_all().await;
+    let stats = vmem.stats();
+    println!("{write_back:?}: {counts:?}, {stats:?}");
+    let lost = counts.iter().map(|counts| counts[1]).sum::<usize>();
+    assert!(lost > 0 || write_back != WriteBack::OnEvict, "kernels failed, and nothing was lost");
+    assert!(counts.iter().map(|counts| counts[0]).sum::<usize>() > 500, "{counts:?}");
+    assert_all_back(bench, Vec::new()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_call_at_random_beside_kernels() {
+    let seed = support::seed();
+    let after = WriteBack::After(Duration::from_millis(2));
+    for (nth, write_back) in
+        [WriteBack::Eager, after, WriteBack::OnEvict, WriteBack::OnEvict].into_iter().enumerate()
+    {
+        at_random(write_back, seed ^ (nth as u64) << 48).await;
+    }
+}
