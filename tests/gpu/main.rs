@@ -24,6 +24,7 @@ mod kernels;
 mod leases;
 mod open;
 mod refuted;
+mod scratch;
 mod separate;
 mod sets;
 mod slabs;

@@ -25,4 +25,4 @@ pub use crate::object::Backends;
 
 pub use crate::runtime::{check_runtime, current_runtime, quietly};
 
-pub use crate::vmem::{DeviceAccess, VramChange, VramHold, VramSet, VramShare};
+pub use crate::vmem::{DeviceAccess, VramChange, VramHold, VramScratch, VramSet, VramShare};

@@ -75,6 +75,14 @@ impl IoBuf {
         }
     }
 
+    /// As `into_copy`, after an error: a backend that has gone brings no buffer back.
+    pub(crate) fn into_copy_if_back(self) -> Option<OwnedCopy> {
+        match self.backing {
+            Backing::Copy(copy) => Some(copy),
+            Backing::Heap(_) | Backing::Staging(_) | Backing::Window(_) => None,
+        }
+    }
+
     /// The buffer as bytes that no longer change.
     pub(crate) fn freeze(self) -> Bytes {
         Bytes::from_owner(Frozen(self))

@@ -51,7 +51,7 @@ pub const GPUS_MAX: usize = 32;
 ///   `gpus`, a list of ordinals and UUIDs.
 /// - `io_driver`: `"auto"`, `"reactor"`, `"tokio-uring"` or `"blocking"`.
 /// - `watermarks`: two numbers, low and high. `max_pinned`, `max_held`: a number.
-/// - `policy`: `"lru"`, `"sieve"`, or `"s3-fifo"`, also written `"s3fifo"`.
+/// - `policy`, `vram_policy`: `"lru"`, `"sieve"`, or `"s3-fifo"`, also written `"s3fifo"`.
 /// - `promotion`: the number of the read, from 1 on, or `"never"`.
 /// - `write_back`: `"eager"`, `"on-evict"`, or after how long, such as `"250ms"`.
 /// - `wait_timeout`, `slow_read_threshold`: text such as `"30s"`, `"1m 30s"` or `"250ms"`.
@@ -145,6 +145,11 @@ impl VirtualMemoryConfig {
         self.fields.policy.clone()
     }
 
+    /// The order of eviction in device memory.
+    pub fn vram_policy(&self) -> PolicyChoice {
+        self.fields.vram_policy.clone().unwrap_or_else(|| self.policy())
+    }
+
     /// When a read promotes an object.
     pub fn promotion(&self) -> Promotion {
         self.fields.promotion
@@ -187,6 +192,7 @@ pub struct VirtualMemoryConfigBuilder {
     max_pinned: f64,
     max_held: f64,
     policy: PolicyChoice,
+    vram_policy: Option<PolicyChoice>,
     promotion: Promotion,
     write_back: WriteBack,
     catalog_cache: u64,
@@ -210,6 +216,7 @@ impl Default for VirtualMemoryConfigBuilder {
             max_pinned: 0.8,
             max_held: 1.0,
             policy: PolicyChoice::default(),
+            vram_policy: None,
             promotion: Promotion::default(),
             write_back: WriteBack::default(),
             catalog_cache: 8 << 20,

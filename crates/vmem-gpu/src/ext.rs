@@ -14,7 +14,7 @@ use vmem_core::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
 use crate::card::{Card, failed};
 use crate::event::{is_capturing, is_per_thread};
 use crate::gather::{self, Gathered};
-use crate::lease::{DeviceLease, DeviceLeaseMut};
+use crate::lease::{DeviceLease, DeviceLeaseMut, Scratch};
 use crate::scatter::{self, Scattered};
 use crate::set::DeviceSetRequest;
 use crate::target::DeviceTarget;
@@ -85,6 +85,33 @@ pub trait VramExt {
         stream: &Arc<CudaStream>,
     ) -> impl Future<Output = Result<DeviceLeaseMut>> + Send;
 
+    /// Device memory of `len` bytes for kernels on `stream`, which is no object's and begins as
+    /// zeros. It counts as leased, and is free once it was dropped and what was queued by then has
+    /// ended; nothing of it is copied down.
+    ///
+    /// ```no_run
+    /// # use vmem::gpu::VramExt;
+    /// # async fn step(
+    /// #     vmem: vmem::VirtualMemory,
+    /// #     stream: std::sync::Arc<vmem::gpu::cudarc::driver::CudaStream>,
+    /// # ) -> Result<(), vmem::VirtualMemoryError> {
+    /// let activations = vmem.allocate_scratch(64 << 20, &stream).await?;
+    /// // ... kernels on `stream` use `activations.view()` ...
+    /// drop(activations);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// `ExceedsCapacity` if the tier, or what leases may hold of it, is smaller; else as
+    /// [`device_on`](Self::device_on).
+    fn allocate_scratch(
+        &self,
+        len: usize,
+        stream: &Arc<CudaStream>,
+    ) -> impl Future<Output = Result<Scratch>> + Send;
+
     /// Copies parts of objects, from whichever tier has them, into one device buffer of the caller,
     /// each to its offset there.
     ///
@@ -150,6 +177,12 @@ impl VramExt for VirtualMemory {
         stream: &Arc<CudaStream>,
     ) -> Result<DeviceLeaseMut> {
         change(self, handle, stream, true).await
+    }
+
+    async fn allocate_scratch(&self, len: usize, stream: &Arc<CudaStream>) -> Result<Scratch> {
+        let access = device_of(self, stream)?;
+        let memory = access.take_scratch(len).await?;
+        Scratch::new(&access, stream, memory)
     }
 
     async fn gather(&self, pieces: &[Gathered<'_>], target: &DeviceTarget<'_>) -> Result<()> {

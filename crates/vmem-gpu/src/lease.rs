@@ -7,6 +7,7 @@
 //! Called by users.
 
 mod leased;
+mod scratch;
 
 use std::any::Any;
 use std::ops::Range;
@@ -19,6 +20,7 @@ use vmem_core::VirtualMemoryError;
 use vmem_core::backend::{DeviceAccess, VramChange, VramHold};
 
 use self::leased::{Leased, Scope, answered, strayed};
+pub use self::scratch::Scratch;
 use crate::card::Card;
 use crate::ext::tier;
 use crate::lend::Lent;
@@ -97,7 +99,7 @@ pub(crate) fn end_together(
     for mut lease in write {
         match lease.change.take_if(|_| lease.leased.is_on(stream)) {
             Some(change) => {
-                join(&mut lease.leased, Box::new(change.range()));
+                join(&mut lease.leased, Box::new(change.unused_range()));
                 changes.push(change);
             }
             None => answers.push(lease.end_now()),
@@ -204,7 +206,7 @@ impl DeviceLeaseMut {
         stream: &Arc<CudaStream>,
         change: VramChange,
     ) -> Result<Self> {
-        let leased = Leased::new(access, stream, change.range().as_deref())?;
+        let leased = Leased::new(access, stream, change.unused_range().as_deref())?;
         Ok(DeviceLeaseMut { leased, change: Some(change) })
     }
 
@@ -215,6 +217,7 @@ impl DeviceLeaseMut {
 
     /// The bytes, for kernels on the stream of the lease that write to them.
     pub fn view_mut(&mut self) -> CudaViewMut<'_, u8> {
+        self.mark_used();
         self.leased.view_mut()
     }
 
@@ -223,11 +226,19 @@ impl DeviceLeaseMut {
     /// That is the stream that is another one on each thread. The stream of the lease may be used
     /// as well.
     pub fn scope<T>(&mut self, work: impl FnOnce(CudaViewMut<'_, u8>) -> T) -> T {
+        self.mark_used();
         self.leased.lent();
         let Leased { card, stream, strays, lent, .. } = &mut self.leased;
         let lent = lent.get_mut().expect("invariant: it was made just now");
         let _scope = Scope::enter(card, stream, strays);
         work(lent.slice_mut().slice_mut(..))
+    }
+
+    /// From now on a kernel may write to it.
+    fn mark_used(&self) {
+        if let Some(change) = &self.change {
+            change.mark_used();
+        }
     }
 
     /// The length of the object, in bytes.
@@ -252,6 +263,7 @@ impl DeviceLeaseMut {
     /// It is used by work on the stream of the lease alone, queued before the lease is dropped.
     #[allow(unsafe_code)]
     pub unsafe fn device_ptr(&self) -> u64 {
+        self.mark_used();
         self.leased.address
     }
 
@@ -326,7 +338,7 @@ impl DeviceLeaseMut {
     fn give_up(&mut self) {
         let Some(change) = self.change.take() else { return };
         // The thread keeps the memory, whether the answer is awaited or not.
-        drop(self.leased.release(Box::new(change.range())));
+        drop(self.leased.release(Box::new(change.unused_range())));
         drop(change);
     }
 
@@ -338,7 +350,7 @@ impl DeviceLeaseMut {
     fn end(&mut self) -> Option<BoxFuture<'static, Result<()>>> {
         let change = self.change.take()?;
         // However the change ends, the range is not reused before the kernel has ended.
-        let ready = self.leased.release(Box::new(change.range()));
+        let ready = self.leased.release(Box::new(change.unused_range()));
         Some(change.finish(ready).boxed())
     }
 }

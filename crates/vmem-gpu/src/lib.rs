@@ -47,7 +47,7 @@ use vmem_core::{Budget, GpuSelection, MemoryTier, VirtualMemoryError};
 use crate::card::Listed;
 pub use crate::ext::VramExt;
 pub use crate::gather::Gathered;
-pub use crate::lease::{DeviceLease, DeviceLeaseMut};
+pub use crate::lease::{DeviceLease, DeviceLeaseMut, Scratch};
 pub use crate::scatter::Scattered;
 pub use crate::set::{DeviceSet, DeviceSetRequest};
 pub use crate::target::DeviceTarget;

@@ -5,7 +5,7 @@ use std::io;
 use vmem::VirtualMemoryError;
 
 use super::{REMOTE, open};
-use crate::support::{DISK, HOST, KIB, MIB, Op, bytes};
+use crate::support::{DISK, HOST, KIB, MIB, Op, bytes, eventually};
 
 const LEN: usize = 200 * KIB;
 
@@ -141,21 +141,37 @@ async fn damaged_object_keeps_no_other_on_disk() {
     let at = chain.disk.find(&bytes(1, 1, len)[..100]).expect("it is on disk");
     chain.disk.flip(at);
     let mut handles = Vec::new();
-    // As many as leave the disk in one batch with it, then more.
-    for (last, least_gone) in [(54, 10), (200, 100)] {
-        for object in 2 + handles.len() as u64..=last {
-            handles.push(vmem.put(bytes(object, 1, len), DISK).await.unwrap());
-        }
-        let stats = chain.settle().await;
-        assert!(stats.remote.objects > least_gone, "{stats:#?}");
+    for object in 2..=200 {
+        handles.push(vmem.put(bytes(object, 1, len), DISK).await.unwrap());
     }
-    let stats = vmem.stats();
+    let stats = chain.settle().await;
+    assert!(stats.remote.objects > 100, "{stats:#?}");
     assert!(stats.disk.used_bytes <= (MIB * 8 / 10) as u64, "{stats:#?}");
     for (object, handle) in (2..).zip(&handles) {
         assert!(vmem.read(handle).await.unwrap() == bytes(object, 1, len));
     }
     let refused = vmem.read(&damaged).await;
     assert!(matches!(refused, Err(VirtualMemoryError::Corrupt { .. })), "{refused:?}");
+}
+
+/// All others are pinned, so that the two are a batch each time.
+#[tokio::test]
+async fn damaged_object_keeps_no_other_of_its_batch_on_disk() {
+    let chain = open((MIB, MIB, 16 * MIB), |builder| builder.watermarks(0.5, 0.8));
+    let vmem = &chain.vmem;
+    let len = 64 * KIB;
+    let damaged = vmem.put(bytes(1, 1, len), DISK).await.unwrap();
+    let at = chain.disk.find(&bytes(1, 1, len)[..100]).expect("it is on disk");
+    chain.disk.flip(at);
+    let beside = vmem.put(bytes(2, 1, len), DISK).await.unwrap();
+    let mut pinned = Vec::new();
+    for object in 3..=14 {
+        let handle = vmem.put(bytes(object, 1, len), DISK).await.unwrap();
+        pinned.push(vmem.pin(&handle, DISK).await.unwrap());
+    }
+    eventually("the other leaves", || chain.places(&beside)[2]).await;
+    assert!(vmem.read(&beside).await.unwrap() == bytes(2, 1, len));
+    drop((damaged, pinned));
 }
 
 #[tokio::test(start_paused = true)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use vmem::policy::Lru;
 use vmem::{
     Budget, GpuSelection, IoDriver, PolicyChoice, PolicyKind, Promotion, VirtualMemoryConfig,
-    VirtualMemoryConfigBuilder, VirtualMemoryError,
+    VirtualMemoryConfigBuilder, VirtualMemoryError, WriteBack,
 };
 
 #[test]
@@ -23,7 +23,9 @@ fn every_field_is_read() {
         watermarks = [0.5, 0.75]
         max_pinned = 0.25
         policy = "s3-fifo"
+        vram_policy = "sieve"
         promotion = "never"
+        write_back = "1m 30s"
         catalog_cache = "32MiB"
         wait_timeout = "1m 30s"
         slow_read_threshold = "250ms"
@@ -40,7 +42,9 @@ fn every_field_is_read() {
     assert_eq!(config.watermarks(), (0.5, 0.75));
     assert!((config.max_pinned() - 0.25).abs() < f64::EPSILON);
     assert_eq!(config.policy(), PolicyKind::S3Fifo);
+    assert_eq!(config.vram_policy(), PolicyKind::Sieve);
     assert_eq!(config.promotion(), Promotion::Never);
+    assert_eq!(config.write_back(), WriteBack::After(Duration::from_secs(90)));
     assert_eq!(config.catalog_cache(), 32 << 20);
     assert_eq!(config.wait_timeout(), Duration::from_secs(90));
     assert_eq!(config.slow_read_threshold(), Duration::from_millis(250));
@@ -68,6 +72,8 @@ fn unworkable_value_is_refused_with_its_field() {
         ("watermarks = [0.9, 0.5]", "watermarks"),
         ("io_driver = \"fastest\"", "io_driver"),
         ("policy = \"mru\"", "policy"),
+        ("vram_policy = \"mru\"", "mru"),
+        ("write_back = \"lazy\"", "write_back"),
         ("promotion = \"always\"", "promotion"),
         ("promotion = 0", "promotion"),
         ("wait_timeout = \"soon\"", "wait_timeout"),
@@ -171,6 +177,11 @@ fn written_configuration_is_read_as_the_same() {
     for policy in ["lru", "sieve", "s3-fifo", "s3fifo"] {
         let kind: PolicyKind = policy.parse().unwrap();
         there_and_back(&builder().policy(kind).build().unwrap());
+        there_and_back(&builder().vram_policy(kind).build().unwrap());
+    }
+    let after = [Duration::ZERO, Duration::from_millis(250), Duration::MAX].map(WriteBack::After);
+    for write_back in [WriteBack::Eager, WriteBack::OnEvict].into_iter().chain(after) {
+        there_and_back(&builder().write_back(write_back).build().unwrap());
     }
     for promotion in ["1", "4294967295", "never"] {
         there_and_back(&builder().promotion(promotion.parse().unwrap()).build().unwrap());
@@ -180,7 +191,9 @@ fn written_configuration_is_read_as_the_same() {
 #[test]
 fn value_that_no_file_can_say_is_an_error() {
     let own = PolicyChoice::custom("lru", || Box::<Lru>::default());
-    let policy = VirtualMemoryConfig::builder().policy(own).build().unwrap();
+    let policy = VirtualMemoryConfig::builder().policy(own.clone()).build().unwrap();
+    assert!(serde_json::to_string(&policy).unwrap_err().to_string().contains("policy"));
+    let policy = VirtualMemoryConfig::builder().vram_policy(own).build().unwrap();
     assert!(serde_json::to_string(&policy).unwrap_err().to_string().contains("policy"));
     for uuid in ["off", "3", "nonsense"] {
         let gpu = GpuSelection::Uuid(uuid.into());

@@ -8,10 +8,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use vmem::backend::DeviceAccess;
-use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryError};
+use vmem::{MemoryTier, PolicyKind, VMemHandle, VirtualMemory, VirtualMemoryError};
 use vmem_testkit::SimDevice;
 
 use crate::support::{self, DISK, HOST, KIB, MIB, bytes};
@@ -183,4 +184,55 @@ async fn random_moves_between_two_devices_lose_nothing() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     vmem.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn scratch_counts_as_leased_and_is_waited_for() {
+    let (vmem, _devices) = open(4 * MIB, MIB);
+    let access = DeviceAccess::all(&vmem).next().unwrap();
+    let handle = vmem.put(bytes(1, 1, 600 * KIB), HOST).await.unwrap();
+    vmem.promote(&handle, FIRST).await.unwrap();
+    // The object leaves for it; three quarters of the memory may be held.
+    let scratch = access.take_scratch(700 * KIB).await.unwrap();
+    assert!(!vmem.residency(&handle).unwrap().vram);
+    assert_eq!(vmem.tier_stats(FIRST).used_bytes, 700 << 10);
+    let dropped = tokio::time::timeout(Duration::from_millis(50), access.take_scratch(500 * KIB));
+    assert!(dropped.await.is_err(), "the first has it");
+    let asked = tokio::spawn(async move { access.take_scratch(500 * KIB).await });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!asked.is_finished());
+    drop(scratch);
+    let second = asked.await.unwrap().unwrap();
+    assert_eq!(second.range().map(|range| range.len()), Some(500 * KIB));
+    vmem.promote(&handle, FIRST).now_or_never();
+    drop(second);
+    vmem.promote(&handle, FIRST).await.unwrap();
+    assert!(vmem.read(&handle).await.unwrap() == bytes(1, 1, 600 * KIB));
+    drop(handle);
+    support::eventually("all is free", || vmem.tier_stats(FIRST).used_bytes == 0).await;
+    vmem.close().await.unwrap();
+}
+
+/// Layers in turn, a third more than the device holds.
+#[tokio::test]
+async fn policy_of_device_memory_is_its_own() {
+    for (policy, finds) in [(PolicyKind::Lru, false), (PolicyKind::S3Fifo, true)] {
+        let device = SimDevice::new(MIB as u64);
+        let (vmem, _) = support::open_below([Arc::new(device) as Arc<_>], 8 * MIB, MIB, |config| {
+            config.policy(PolicyKind::Sieve).vram_policy(policy)
+        });
+        let mut layers = Vec::new();
+        for layer in 1..=16 {
+            layers.push(vmem.put(bytes(layer, 1, 88 * KIB), HOST).await.unwrap());
+        }
+        let mut found = 0;
+        for _ in 0..10 {
+            for layer in &layers {
+                found += usize::from(vmem.residency(layer).unwrap().vram);
+                vmem.promote(layer, FIRST).await.unwrap();
+            }
+        }
+        assert_eq!(found > 0, finds, "{policy:?}: {found} of 160");
+        vmem.close().await.unwrap();
+    }
 }

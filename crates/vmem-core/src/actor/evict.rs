@@ -261,8 +261,9 @@ impl<T: Evicting> Evictor<T> {
         if !self.tier.may_leave(object) {
             return Step::Busy;
         }
-        if self.tier.needs_space_below(object) {
-            if self.disk_rests_until.is_some_and(|until| Instant::now() < until) {
+        if self.tier.is_written_first(object) {
+            let is_resting = self.disk_rests_until.is_some_and(|until| Instant::now() < until);
+            if is_resting && self.tier.needs_space_below(object) {
                 return Step::NoDisk;
             }
             return self.take_dirty(pass);

@@ -67,6 +67,11 @@ pub(super) trait Evicting {
     /// Whether an object cannot leave without new space below.
     fn needs_space_below(&self, object: &Object) -> bool;
 
+    /// Whether it has to be written before it leaves, into such space or into space that it has.
+    fn is_written_first(&self, object: &Object) -> bool {
+        self.needs_space_below(object)
+    }
+
     /// What its leaving costs and frees.
     fn victim(&self, object: &Object) -> Victim;
 
@@ -233,8 +238,12 @@ impl Evicting for OnDevice {
         object.has_space_on(self.0)
     }
 
-    /// What a kernel wrote may be here alone.
+    /// What a kernel wrote may be here alone, but has its floor mostly.
     fn needs_space_below(&self, object: &Object) -> bool {
+        self.is_written_first(object) && !object.has_floor()
+    }
+
+    fn is_written_first(&self, object: &Object) -> bool {
         object.is_alone_on(self.0) && !crate::planted!("dirty-dropped")
     }
 
@@ -249,6 +258,9 @@ impl Evicting for OnDevice {
     }
 
     fn prepare(&self, pass: GatePass) -> Result<Option<LeavingDevice>, TierError> {
+        if !pass.object().has_floor() {
+            pass.object().lower_floor(&pass)?;
+        }
         Ok(Some(LeavingDevice { pass, device: self.0 }))
     }
 

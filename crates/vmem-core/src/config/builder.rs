@@ -124,6 +124,14 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
+    /// The order of eviction in device memory. Default: as [`policy`](Self::policy). A load that
+    /// goes through more objects than a device holds, again and again in the same order, such as
+    /// the layers of a model, finds none there under `lru`, and some under `s3-fifo`.
+    pub fn vram_policy(mut self, policy: impl Into<PolicyChoice>) -> Self {
+        self.vram_policy = Some(policy.into());
+        self
+    }
+
     /// When a read promotes an object. Default: at the second read.
     pub fn promotion(mut self, promotion: Promotion) -> Self {
         self.promotion = promotion;

@@ -175,8 +175,9 @@ impl FromStr for Promotion {
 ///
 /// Until then the device alone has that version. It is written back earlier where a reader on the
 /// host, a flush of the object to a home that is no device, a demotion or the end of the store asks
-/// for it, and before its device memory goes to another object. If the device is lost first, reads
-/// of the object fail until it is written whole, or
+/// for it, before a lease overwrites the object, and before its device memory goes to another
+/// object. An object that is pinned to host memory is written back with each lease. If the device
+/// is lost first, reads of the object fail until it is written whole, or
 /// [reverted](crate::VirtualMemory::revert).
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

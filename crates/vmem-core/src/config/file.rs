@@ -34,6 +34,7 @@ struct Fields {
     max_pinned: Option<f64>,
     max_held: Option<f64>,
     policy: Option<String>,
+    vram_policy: Option<String>,
     promotion: Option<Promotion>,
     write_back: Option<String>,
     catalog_cache: Option<Size>,
@@ -184,6 +185,10 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
     if let Some(policy) = fields.policy {
         let kind = policy.parse::<PolicyKind>().map_err(|error| format!("{error}"))?;
         builder.policy = kind.into();
+    }
+    if let Some(policy) = fields.vram_policy {
+        let kind = policy.parse::<PolicyKind>().map_err(|error| format!("{error}"))?;
+        builder.vram_policy = Some(kind.into());
     }
     builder.promotion = fields.promotion.unwrap_or(builder.promotion);
     if let Some(word) = fields.write_back {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::ser::{Error, Serialize, Serializer};
 
 use super::{Budget, GpuSelection, Promotion, VirtualMemoryConfig, WriteBack};
+use crate::policy::PolicyChoice;
 
 /// The fields by the names of their setters; those that are not set are left out.
 #[derive(serde::Serialize)]
@@ -37,6 +38,8 @@ struct Fields<'a> {
     max_pinned: f64,
     max_held: f64,
     policy: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vram_policy: Option<String>,
     promotion: Promotion,
     write_back: String,
     catalog_cache: u64,
@@ -53,11 +56,16 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 impl Serialize for VirtualMemoryConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let fields = &self.fields;
-        let policy = fields.policy.to_string();
-        if fields.policy.kind().is_none() {
-            let why = format!("the policy {policy:?} is of the program, no file can name it");
-            return Err(S::Error::custom(why));
-        }
+        let word = |policy: &PolicyChoice| match policy.kind() {
+            Some(_) => Ok(policy.to_string()),
+            None => {
+                let name = policy.to_string();
+                let why = format!("the policy {name:?} is of the program, no file can name it");
+                Err(S::Error::custom(why))
+            }
+        };
+        let policy = word(&fields.policy)?;
+        let vram_policy = fields.vram_policy.as_ref().map(word).transpose()?;
         let (gpu, gpus) = match &fields.gpus[..] {
             [one] => (Some(one), None),
             several => (None, Some(several)),
@@ -77,6 +85,7 @@ impl Serialize for VirtualMemoryConfig {
             max_pinned: fields.max_pinned,
             max_held: fields.max_held,
             policy,
+            vram_policy,
             promotion: fields.promotion,
             write_back: match fields.write_back {
                 WriteBack::Eager => "eager".to_owned(),

@@ -11,10 +11,11 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures::StreamExt;
+use tokio::time::Instant;
 
 use super::request::{Move, request_move};
 use super::transfer::write_chunks;
-use super::{CopyFate, Job, Record, fetch_into, load};
+use super::{CopyFate, Job, Record, fetch_into, load, refresh_below};
 use crate::chunk::{CHUNK_BYTES, chunk_count, chunk_len, chunk_lens};
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
@@ -31,6 +32,8 @@ type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
 /// Objects of one batch that are copied at once.
 const AT_ONCE: usize = 8;
+/// Before a timer tries again what has failed.
+const RETRY_MIN: Duration = Duration::from_millis(100);
 
 /// Writes the object back if only a device has it.
 ///
@@ -86,6 +89,7 @@ async fn write_to_storage(
         Ok(written) => {
             object.publish_written_back(pass, ExtentMap::of(written));
             record.end(Ok(object.len as u64));
+            refresh_below(object);
             Ok(())
         }
         Err(error) => {
@@ -146,7 +150,11 @@ pub(crate) async fn write_back_from_devices(
     deadline: &Deadline,
 ) -> Result<()> {
     let one = |LeavingDevice { pass, device }: LeavingDevice| async move {
-        write_back_from_device(&pass, cause, deadline).await?;
+        if let Err(error) = write_back_from_device(&pass, cause, deadline).await {
+            // Others have their turn first.
+            pass.object().touch();
+            return Err(error);
+        }
         if fate != CopyFate::Keep && pass.object().leave_device(&pass, device) {
             add(&pass.object().shared.counters.evictions, 1);
         }
@@ -160,7 +168,8 @@ pub(crate) async fn write_back_from_devices(
     outcome
 }
 
-/// Has an object written back once so much time has passed, if it is dirty on a device then.
+/// Has an object written back once it has been on a device alone for so long. It has one timer,
+/// which looks again as long as it is so.
 pub(crate) fn write_back_after(object: &Arc<Object>, pause: Duration) {
     if !object.sets_timer() {
         return;
@@ -169,11 +178,25 @@ pub(crate) fn write_back_after(object: &Arc<Object>, pause: Duration) {
     // It keeps nothing from ending meanwhile.
     let object: Weak<Object> = Arc::downgrade(object);
     spawn_named(&runtime, "vmem-write-back", async move {
-        tokio::time::sleep(pause).await;
-        let Some(object) = object.upgrade().filter(|object| object.is_dirty_on_device()) else {
-            return;
-        };
-        let (reply, _nobody_waits) = parcel();
-        request_move(&object, Move::WriteBack, object.shared.deadline(), reply);
+        let mut due = Instant::now() + pause;
+        loop {
+            tokio::time::sleep_until(due).await;
+            let Some(object) = object.upgrade().filter(|object| !object.shared.is_closed()) else {
+                return;
+            };
+            let Some(at) = object.timer_due(pause) else { return };
+            due = at;
+            if due <= Instant::now() {
+                let deadline = object.shared.deadline();
+                let (reply, parcel) = parcel();
+                request_move(&object, Move::WriteBack, deadline, reply);
+                let answer = object.shared.answer(&parcel, &deadline, "writing back").await;
+                if let Err(error) = answer {
+                    let id = object.id;
+                    tracing::debug!(target: "vmem::migration", id, %error, "it is tried again");
+                    due = Instant::now() + pause.max(RETRY_MIN);
+                }
+            }
+        }
     });
 }

@@ -73,7 +73,10 @@ impl Changed {
     /// Waits for the kernel and publishes the new version: with a copy in host memory, or, where
     /// the configuration says so, without.
     pub(crate) async fn finish(mut self, ready: DeviceAnswer<Result<(), DeviceError>>) {
+        // What is pinned to host memory has a copy there.
+        let is_pinned = self.pass.object().pins() > 0 && !crate::planted!("dirty-unpins");
         let outcome = match self.pass.object().shared.limits.write_back {
+            _ if is_pinned => self.finish_with_copy(ready).await,
             WriteBack::Eager => self.finish_with_copy(ready).await,
             WriteBack::After(pause) => {
                 let outcome = self.finish_on_device(ready).await;
@@ -133,7 +136,7 @@ impl Changed {
         tokio::select! {
             biased;
             ready = ready => ready.map_err(DeviceError::public),
-            // The previous version is still whole here.
+            // What the kernel has written so far is no version.
             _ = self.pass.object().shared.kernels_abandoned.acquire() => {
                 Err(VirtualMemoryError::Closed)
             }
@@ -168,7 +171,7 @@ impl Changed {
             let outcome;
             (buf, outcome) = device.backend.download(range, start, len, buf, start).await;
             if let Err(error) = outcome {
-                self.space = Some(buf.into_copy());
+                self.space = buf.into_copy_if_back();
                 return Err(error.public());
             }
             bytes += len as u64;

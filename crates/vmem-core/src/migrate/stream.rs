@@ -152,6 +152,9 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                     );
                     may_hold = true;
                 }
+                if deadline.is_past() {
+                    return Err(deadline.error("reading a stream"));
+                }
                 continue;
             }
             if version.is_unwritten() {

@@ -303,6 +303,8 @@ async fn flush_batch(
                 Ok(victim) => batch.push(victim),
                 Err(_) => alone.push(object),
             },
+            // A kernel wrote it meanwhile.
+            Some(_pass) if object.is_dirty_on_device() => alone.push(object.clone()),
             Some(_) => {}
             // Another change holds the gate: only this object waits for it.
             None if object.is_dead() => {}

@@ -59,7 +59,7 @@ pub(crate) async fn fetch_with(
             return fetch_into(job, &pass, Some(space)).await;
         }
         if let Some(version) = object.cold_version() {
-            let copy = fill(job, &version, space).await?;
+            let copy = fill(job, &version, space).await.map_err(|(_space, error)| error)?;
             count_hit(object, &version);
             return Ok(copy.into_bytes(&object.shared.copies));
         }
@@ -90,7 +90,13 @@ pub(crate) async fn fetch_into(
             None => take_space(job).await?,
         };
         let version = object.version();
-        let copy = fill(job, &version, space).await?;
+        let copy = match fill(job, &version, space).await {
+            Ok(copy) => copy,
+            Err((space, error)) => {
+                object.return_floor(pass, space);
+                return Err(error);
+            }
+        };
         if job.cause == MigrationCause::Read {
             count_hit(object, &version);
         }
@@ -121,12 +127,12 @@ async fn take_space(job: &Job) -> Result<OwnedCopy, VirtualMemoryError> {
     job.while_wanted(job.object.shared.host_space_or_error(&need, &job.deadline)).await
 }
 
-/// Copies and verifies the whole object into `space`.
+/// Copies and verifies the whole object into `space`, which comes back after an error too.
 async fn fill(
     job: &Job,
     version: &Version,
     space: OwnedCopy,
-) -> Result<OwnedCopy, VirtualMemoryError> {
+) -> Result<OwnedCopy, (Option<OwnedCopy>, VirtualMemoryError)> {
     let object = &job.object;
     let route = (version.tier(), MemoryTier::Host);
     let record = Record::start(&object.shared, object.id, route, job.cause, &job.deadline);
@@ -140,7 +146,7 @@ async fn fill(
         }
         Err(error) => {
             record.end(Err(&error));
-            Err(error)
+            Err((buf.into_copy_if_back(), error))
         }
     }
 }

@@ -22,14 +22,18 @@ impl Object {
             return None;
         }
         place.is_valid = false;
-        Some(place.range.share())
+        let range = place.range.share();
+        inner.set_claimed(true);
+        Some(range)
     }
 
     /// What was claimed was not written: it is as it was.
     pub(crate) fn restore_on(&self, _pass: &GatePass, device: usize, was_valid: bool) {
-        if let Some(place) = self.inner.lock().place_mut(device) {
+        let mut inner = self.inner.lock();
+        if let Some(place) = inner.place_mut(device) {
             place.is_valid = was_valid;
         }
+        inner.set_claimed(false);
     }
 
     /// Hides the version that is in host memory or on disk until what a kernel wrote on this device

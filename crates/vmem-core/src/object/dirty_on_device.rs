@@ -5,12 +5,15 @@
 //! else can be taken for its version: a valid range on a device has all of it, or it is lost, and
 //! then every read fails. It keeps a floor, which is space for it below, so that it can always
 //! leave; and as its base the version that was last written back, for `revert` alone. Changed by
-//! the holder of the gate. Called by `migrate/kernel` and `migrate/write_back_from_device`.
+//! the holder of the gate. Called by `migrate/kernel` and `migrate/from_device`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::{ExtentMap, GatePass, Inner, Object};
-use crate::chunk::chunk_lens;
+use tokio::time::Instant;
+
+use super::{ExtentMap, GatePass, Inner, Named, Object};
+use crate::chunk::{chunk_count, chunk_lens};
 use crate::copy::OwnedCopy;
 use crate::error::VirtualMemoryError;
 use crate::storage::{Extent, TierError};
@@ -26,8 +29,10 @@ pub(super) struct DirtyOnDevice {
     /// None if nothing of the object was whole below host memory when it became dirty.
     base: Option<ExtentMap>,
     floor: Floor,
-    /// A timer will write it back.
-    is_timed: bool,
+    /// Since when it is dirty.
+    since: Instant,
+    /// The only range that has the version was claimed by a lease that changes it.
+    is_claimed: bool,
 }
 
 /// Space for the version below.
@@ -40,6 +45,10 @@ enum Floor {
 }
 
 impl DirtyOnDevice {
+    fn new(base: Option<ExtentMap>, floor: Floor, since: Instant) -> Self {
+        DirtyOnDevice { mark: Arc::new(Mark), base, floor, since, is_claimed: false }
+    }
+
     pub(super) fn mark(&self) -> &Arc<Mark> {
         &self.mark
     }
@@ -67,9 +76,24 @@ impl DirtyOnDevice {
 }
 
 impl Inner {
+    /// Notes whether a lease has claimed a range, where no other tier has the version.
+    pub(super) fn set_claimed(&mut self, is_claimed: bool) {
+        let dirty = self.rare.get_mut().and_then(|rare| rare.dirty.as_mut());
+        if let Some(dirty) = dirty {
+            dirty.is_claimed = is_claimed && !crate::planted!("dirty-claimed");
+        }
+    }
+
+    /// Whether a lease has claimed the only range that has the version: it comes back with the
+    /// gate, or is lost then, or there is another one.
+    pub(super) fn is_version_claimed(&self, object: &Object) -> bool {
+        let is_claimed = self.rare.dirty.as_ref().is_some_and(|dirty| dirty.is_claimed);
+        is_claimed && self.device_share(object.shared.devices()).is_none()
+    }
+
     /// Why the current version can be read nowhere, if that is so.
     pub(super) fn lost_version(&self, object: &Object) -> Option<VirtualMemoryError> {
-        let dirty = self.rare.dirty.as_ref()?;
+        let dirty = self.rare.dirty.as_ref().filter(|dirty| !dirty.is_claimed)?;
         if self.rare.pending.is_some() || self.device_share(object.shared.devices()).is_some() {
             return None;
         }
@@ -101,6 +125,7 @@ impl Object {
     /// `space` is its floor, unless it has one; the version before was whole below host memory, or
     /// zeros, if it had no copy above it (`had_copy`) or the map says so.
     pub(crate) fn publish_dirty(&self, _pass: &GatePass, space: Option<OwnedCopy>, had_copy: bool) {
+        let durable = self.named.get().and_then(Named::state).and_then(|(_, durable)| durable);
         let before = self.standing();
         let (left, replaced) = {
             let mut inner = self.inner.lock();
@@ -111,19 +136,18 @@ impl Object {
                 rare.pending = None;
                 let (dirty, spare_space) = match rare.dirty.take() {
                     Some(dirty) => {
-                        let DirtyOnDevice { base, floor, is_timed, .. } = *dirty;
+                        let DirtyOnDevice { base, floor, since, .. } = *dirty;
                         let (floor, spare_space) = match (floor, space) {
                             (Floor::Gone, Some(space)) => (Floor::InHost(space), None),
                             (floor, space) => (floor, space),
                         };
-                        (DirtyOnDevice { mark: Arc::new(Mark), base, floor, is_timed }, spare_space)
+                        (DirtyOnDevice::new(base, floor, since), spare_space)
                     }
                     None => {
                         let is_whole = !had_copy || map.is_whole(self.len);
-                        let base = is_whole.then(|| map.clone());
+                        let base = is_whole.then(|| map.clone()).or(durable);
                         let floor = space.map_or(Floor::Gone, Floor::InHost);
-                        let mark = Arc::new(Mark);
-                        (DirtyOnDevice { mark, base, floor, is_timed: false }, None)
+                        (DirtyOnDevice::new(base, floor, Instant::now()), None)
                     }
                 };
                 rare.dirty = Some(Box::new(dirty));
@@ -140,11 +164,19 @@ impl Object {
         }
     }
 
-    /// Whether a timer is to be set that writes it back; the caller sets it.
+    /// Whether the caller is to set a timer that writes it back: there is none yet.
     pub(crate) fn sets_timer(&self) -> bool {
         let mut inner = self.inner.lock();
-        let dirty = inner.rare.get_mut().and_then(|rare| rare.dirty.as_mut());
-        dirty.is_some_and(|dirty| !std::mem::replace(&mut dirty.is_timed, true))
+        inner.rare.change(|rare| !std::mem::replace(&mut rare.is_timed, true))
+    }
+
+    /// When the timer is to write it back that has to be so long on a device alone. None if it is
+    /// not dirty there: then it has no timer any more.
+    pub(crate) fn timer_due(&self, pause: Duration) -> Option<Instant> {
+        self.inner.lock().rare.change(|rare| {
+            rare.is_timed = rare.dirty.is_some();
+            rare.dirty.as_ref().map(|dirty| dirty.since + pause)
+        })
     }
 
     /// Its version was written back into these extents; devices have it too.
@@ -163,7 +195,10 @@ impl Object {
     /// A kernel may have written half of a version over the current one of this device: it is
     /// lost, unless another device has it.
     pub(crate) fn lose_version(&self, pass: &GatePass, device: usize) {
-        self.inner.lock().rare.change(|rare| rare.pending = None);
+        let mut inner = self.inner.lock();
+        inner.rare.change(|rare| rare.pending = None);
+        inner.set_claimed(false);
+        drop(inner);
         self.detach_from(pass, device);
     }
 
@@ -206,6 +241,21 @@ impl Object {
         inner.rare.dirty.as_ref().is_some_and(|dirty| dirty.host_space().is_some())
     }
 
+    /// Puts space in host memory back that was taken and did not get the version; the object, if it
+    /// has no floor, has it as that.
+    pub(crate) fn return_floor(&self, _pass: &GatePass, space: Option<OwnedCopy>) {
+        let before = self.standing();
+        let mut inner = self.inner.lock();
+        let dirty = inner.rare.get_mut().and_then(|rare| rare.dirty.as_mut());
+        let dirty = dirty.filter(|dirty| matches!(dirty.floor, Floor::Gone));
+        let Some((dirty, space)) = dirty.zip(space) else { return };
+        dirty.floor = Floor::InHost(space);
+        drop(inner);
+        self.leave_order();
+        self.count_change(before);
+        self.enter_order(false);
+    }
+
     /// Takes the space in host memory.
     pub(crate) fn take_floor_in_host(&self, _pass: &GatePass) -> Option<OwnedCopy> {
         let before = self.standing();
@@ -243,7 +293,7 @@ impl Object {
     ///
     /// What the tier below says; the floor is then where it was.
     pub(crate) fn lower_floor(&self, pass: &GatePass) -> Result<(), TierError> {
-        let lens = chunk_lens(self.len, 0..crate::chunk::chunk_count(self.len));
+        let lens = chunk_lens(self.len, 0..chunk_count(self.len));
         let extents = self.shared.reserve(self.home_level(), &lens)?;
         let space = self.take_floor_in_host(pass);
         let mut inner = self.inner.lock();

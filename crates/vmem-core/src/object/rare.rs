@@ -29,6 +29,8 @@ pub(super) struct Fields {
     pub(super) pending: Option<usize>,
     /// Only devices have the current version.
     pub(super) dirty: Option<Box<DirtyOnDevice>>,
+    /// A timer will look whether that is so.
+    pub(super) is_timed: bool,
     /// What it has to do with the evictors of the tiers below host memory.
     pub(super) storage: OnStorages,
     /// The damage that was found, until the next write of the whole object.
@@ -42,17 +44,19 @@ impl Fields {
         devices: SmallVec::new_const(),
         pending: None,
         dirty: None,
+        is_timed: false,
         storage: OnStorages::new_const(),
         corrupt: None,
     };
 
     fn is_empty(&self) -> bool {
-        let Fields { line, spare, devices, pending, dirty, storage, corrupt } = self;
+        let Fields { line, spare, devices, pending, dirty, is_timed, storage, corrupt } = self;
         line.is_none()
             && spare.is_none()
             && devices.is_empty()
             && pending.is_none()
             && dirty.is_none()
+            && !is_timed
             && storage.is_empty()
             && corrupt.is_none()
     }

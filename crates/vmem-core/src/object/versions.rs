@@ -55,8 +55,10 @@ impl Object {
     /// of a dead object either: its map may have been given back, and an empty one reads as zeros.
     pub(crate) fn cold_version(&self) -> Option<Version> {
         let inner = self.inner.lock();
-        let held =
-            self.copy.is_some() || inner.rare.spare.is_some() || inner.rare.pending.is_some();
+        let held = self.copy.is_some()
+            || inner.rare.spare.is_some()
+            || inner.rare.pending.is_some()
+            || inner.is_version_claimed(self);
         let cold = !held && !self.is_dead();
         cold.then(|| self.version_in(&inner))
     }

@@ -1,9 +1,9 @@
 //! The memory of one device, and the objects in it.
 //!
-//! Invariant: the bytes in device memory are in host memory or on disk too, so space is made by
-//! dropping copies, never by writing. Each range reports to the tier every share that is dropped,
-//! so no waiter for memory, or for the last user of a range, misses it. Asked by the migrations to
-//! and from the device; served by the actor.
+//! Invariant: the bytes in device memory are in host memory or on disk too, or their object has
+//! space for them there, so that space can always be made. Each range reports to the tier every
+//! share that is dropped, so no waiter for memory, or for the last user of a range, misses it.
+//! Asked by the migrations to and from the device; served by the actor.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -51,7 +51,8 @@ impl Device {
         });
         let freed = watcher.clone();
         backend.set_freed_hook(Box::new(move || freed()));
-        // Dropping copies is cheap: nothing is evicted early.
+        // Dropping copies is cheap, and what kernels wrote may be written again: nothing is evicted
+        // early.
         let all = backend.usage().capacity_bytes;
         let marks = Watermarks { low_bytes: all, high_bytes: all };
         let residents = Lock::default();

@@ -52,7 +52,7 @@ impl VramHold {
 }
 
 /// An object in device memory that a kernel may write to, alone.
-#[must_use = "dropping it restores the previous version; `finish` publishes what was written"]
+#[must_use = "dropping it gives the change up; `finish` publishes what was written"]
 pub struct VramChange {
     /// None for an object of no bytes.
     pub(super) inner: Option<Claim>,
@@ -70,6 +70,8 @@ pub(super) struct Claim {
     pub(super) range: DeviceRange,
     /// Whether the range had the current version.
     pub(super) was_valid: bool,
+    /// It begins as zeros.
+    pub(super) is_overwritten: bool,
     /// For the new version below: taken before, so that what was written can never be lost for want
     /// of space. None if the object has such space already.
     pub(super) space: Option<OwnedCopy>,
@@ -87,14 +89,26 @@ impl Claim {
 }
 
 impl VramChange {
-    /// Where it is; none for an object of no bytes.
+    /// Where it is, for a use that writes to it; none for an object of no bytes.
     pub fn range(&self) -> Option<Arc<DeviceRange>> {
+        self.mark_used();
+        self.unused_range()
+    }
+
+    /// From now on a kernel may write to the range. A change that is dropped before leaves the
+    /// object as it was.
+    pub fn mark_used(&self) {
         self.is_used.store(true, Ordering::Relaxed);
+    }
+
+    /// As [`range`](Self::range), for a caller that keeps it and does not write to it.
+    pub fn unused_range(&self) -> Option<Arc<DeviceRange>> {
         self.inner.as_ref().map(|inner| Arc::new(inner.range.share()))
     }
 
     /// Says that the kernel writes to this range of the object. What no such call names it does not
-    /// write to; without any call it may write to all of it.
+    /// write to; without any call it may write to all of it. Of a change that overwrites the object
+    /// all is written anyway, with zeros.
     ///
     /// # Errors
     ///
@@ -130,10 +144,13 @@ impl VramChange {
         ready: DeviceAnswer<std::result::Result<(), DeviceError>>,
         reply: oneshot::Sender<Result<()>>,
     ) {
-        let Claim { device, range, space, pass, held, .. } = inner;
+        let Claim { device, range, space, pass, held, is_overwritten, .. } = inner;
         let shared = pass.object().shared.clone();
         let handle = self.handle.clone();
-        let touched = std::mem::take(&mut self.touched);
+        let mut touched = std::mem::take(&mut self.touched);
+        if is_overwritten && !crate::planted!("overwrite-mixed") {
+            touched.clear();
+        }
         let change = Changed::begin(pass, (device, range), (space, touched), reply);
         let ready = Box::pin(async move {
             let outcome = if crate::planted!("lease-order") { Ok(()) } else { ready.await };
@@ -156,7 +173,7 @@ impl Drop for VramChange {
         let Claim { device, range, pass, .. } = claim;
         drop(range);
         let object = pass.object().clone();
-        object.detach_from(&pass, device);
+        object.lose_version(&pass, device);
         drop(pass);
         // Others may hold it there, or it lives there.
         refresh(&object.shared, &object);
@@ -216,6 +233,10 @@ impl DeviceAccess {
     /// What moves the bytes.
     pub fn backend(&self) -> &Arc<dyn DeviceBackend> {
         &self.vmem.shared.devices()[self.device].backend
+    }
+
+    pub(super) fn number(&self) -> usize {
+        self.device
     }
 
     /// Its memory, as a tier.

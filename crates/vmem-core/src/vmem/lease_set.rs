@@ -23,7 +23,7 @@ use crate::deadline::Deadline;
 use crate::device::{DeviceError, DeviceRange};
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
-use crate::migrate::{Job, fill_device};
+use crate::migrate::{Job, fill_device, write_back_from_device};
 use crate::object::{GatePass, Object, Shared};
 use crate::tier::{Device, DeviceSpace, Grant, Hold, Need};
 
@@ -62,6 +62,9 @@ async fn attempt(
     deadline: &Deadline,
 ) -> Result<std::result::Result<VramSet, Obstacle>> {
     let objects = request.objects();
+    for object in objects.iter().filter(|object| request.overwrites(object)) {
+        keep_version(object, deadline).await?;
+    }
     for object in objects.iter().filter(|object| object.is_changing()) {
         // Nothing leaves the device for a set that could not be taken anyway.
         object.gate_opened(deadline).await?;
@@ -214,6 +217,21 @@ fn try_hold(
     Ok(held.ok_or(Obstacle::Budget(footprint)))
 }
 
+/// Whether a device alone has a version of it, which is not lost.
+fn is_kept_there_alone(object: &Object) -> bool {
+    object.is_dirty_on_device() && object.damage().is_none() && !crate::planted!("overwrite-loses")
+}
+
+/// Writes an object back that is to begin as zeros: the caller may go before it has changed
+/// anything, and then the version before is to be there.
+async fn keep_version(object: &Arc<Object>, deadline: &Deadline) -> Result<()> {
+    if is_kept_there_alone(object) {
+        let pass = object.gate(deadline).await?;
+        write_back_from_device(&pass, MigrationCause::WriteBack, deadline).await?;
+    }
+    Ok(())
+}
+
 /// What is not written must not show what others left there.
 async fn zero(device: &Device, set: &VramSet) -> Result<()> {
     for range in set.writes.iter().filter_map(VramChange::range) {
@@ -306,6 +324,9 @@ fn try_claim(
         // It has lost its space below meanwhile, or been written back.
         return Ok(Err(Obstacle::Missing));
     }
+    if overwrite && is_kept_there_alone(object) {
+        return Ok(Err(Obstacle::Missing));
+    }
     let was_valid = object.is_on(number);
     if !(was_valid || overwrite && object.has_space_on(number)) {
         return Ok(Err(Obstacle::Missing));
@@ -316,5 +337,6 @@ fn try_claim(
     let Some(range) = object.claim_on(&pass, number) else {
         return Ok(Err(Obstacle::Used(object.clone())));
     };
-    Ok(Ok(Claim { device: number, range, was_valid, space, pass, held }))
+    let is_overwritten = overwrite;
+    Ok(Ok(Claim { device: number, range, was_valid, is_overwritten, space, pass, held }))
 }

@@ -19,6 +19,7 @@ mod publish;
 mod read;
 mod reader;
 mod residency;
+mod scratch;
 mod timed;
 mod write;
 mod writer;
@@ -35,6 +36,7 @@ pub use pin::PinGuard;
 pub use place::Prefetch;
 pub use reader::ObjectReader;
 pub use residency::Residency;
+pub use scratch::VramScratch;
 pub use writer::ObjectWriter;
 
 use crate::actor::{self, Outcome};

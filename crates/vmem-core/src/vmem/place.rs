@@ -119,15 +119,18 @@ impl VirtualMemory {
     /// change of what a kernel had written before failed or was abandoned. An object whose version
     /// is not lost stays as it is.
     ///
-    /// That is the version that was whole below host memory, or the zeros of a new object, when a
-    /// lease that changed it first ended without a copy; a named object that was flushed has one.
+    /// That is the version that was whole below host memory, or the zeros of a new object, when the
+    /// object became dirty on the device; else, if it has a name, the version that is durable.
+    /// Bytes that host memory alone had are not kept for this.
     ///
     /// # Errors
     ///
     /// `Device` if none was written back: [`write`](Self::write) gives the object bytes again.
     pub async fn revert(&self, handle: &VMemHandle) -> Result<()> {
         let object = self.check(handle)?;
-        self.ask(object, Move::Revert).await
+        self.ask(object, Move::Revert).await?;
+        self.bring_home(object);
+        Ok(())
     }
 
     async fn ask(&self, object: &Arc<Object>, what: Move) -> Result<()> {

@@ -69,6 +69,9 @@ async fn lost_versions_of_names_are_reverted_to_what_is_durable() {
     let tape = Tape::of(Image::default());
     let (vmem, device) = open(&tape);
     let handle = vmem.put_named("name", bytes(1, 1, LEN), HOST).await.unwrap();
+    run_kernel(&vmem, &handle, bytes(1, 9, LEN)).await;
+    drop(vmem.pin(&handle, HOST).await.unwrap());
+    // Its bytes in host memory are no version that can be gone back to.
     run_kernel(&vmem, &handle, bytes(1, 2, LEN)).await;
     let other = vmem.put_named("other", bytes(2, 1, LEN), HOST).await.unwrap();
     run_kernel(&vmem, &other, bytes(2, 2, LEN)).await;

@@ -105,9 +105,33 @@ async fn step(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> Op
             let new: Bytes = bytes(rng.random(), 1, len).into();
             let range = change.range().unwrap();
             let written = access(vmem, 0).backend().upload(range, 0, new.clone()).await;
+            // A read under the lease waits for its end, and is never told that the bytes are lost.
+            let read = rng.random_ratio(1, 4).then(|| {
+                let vmem = vmem.clone();
+                let handle = handle.clone();
+                tokio::spawn(async move { vmem.read(&handle).await })
+            });
+            if rng.random_ratio(1, 2) {
+                tokio::task::yield_now().await;
+            }
             let fails = rng.random_ratio(1, 12);
+            let fails = fails || written.is_err();
             let ended = if fails { Err(DeviceError::Closed) } else { written };
             let outcome = change.finish(futures::future::ready(ended).boxed()).await;
+            let read = match read {
+                Some(read) => Some(read.await.unwrap()),
+                None => None,
+            };
+            match read.unwrap_or_else(|| Ok(new.clone())) {
+                Ok(read) => {
+                    let is_one = owned.may_have.iter().any(|one| one[..] == read[..]);
+                    assert!(is_one || new == read, "object {} under a lease", handle.id());
+                }
+                Err(error) if is_lost(&error) => assert!(fails, "{error:?} of a lease that ends"),
+                Err(VirtualMemoryError::Device { .. }) => {}
+                Err(error) if support::is_pressure(&error) => {}
+                Err(error) => panic!("{error:?}"),
+            }
             // Else the previous version stays, or is lost.
             if outcome.is_ok() {
                 owned.is_now(new.to_vec());

@@ -191,7 +191,7 @@ impl Shared {
             TierState::new(MemoryTier::Host, queue, order, config.max_pinned(), limits.marks)
         };
         let device = |(number, backend): (u8, Arc<dyn DeviceBackend>)| {
-            let order = order(backend.usage().capacity_bytes);
+            let order = config.vram_policy().build(backend.usage().capacity_bytes);
             Device::new(number, backend, order, config.max_pinned(), &wake, &unclaimed)
         };
         let devices = (0..).zip(devices).map(device).collect();
