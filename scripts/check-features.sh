@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks each combination of features that makes sense, and that a build without a feature has none of
-# its crates; runs the tests of the smallest build and of the largest one. Some ten minutes: the
-# combinations share their dependencies.
+# its crates; runs the tests of the smallest build. Those of the largest one are in the tests of the
+# workspace. Some minutes: the combinations share their dependencies.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,6 +33,5 @@ lacks 'cudarc|vmem-gpu|libloading|dlpack-rs|tokio-uring|serde|metrics' ""
 lacks 'cudarc|vmem-gpu|libloading|dlpack-rs' tokio-uring,serde
 lacks 'tokio-uring|metrics' gpu,dlpack,serde
 
-# The tests of what the smallest build offers, and the largest one.
+# The tests of what the smallest build offers.
 cargo test --package vmem --no-default-features --test it
-cargo test --package vmem --all-features --test it --test gpu
