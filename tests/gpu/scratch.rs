@@ -18,7 +18,6 @@ async fn scratch_is_zeros_and_not_reused_under_its_kernel() {
     let handle = vmem.put(bytes(3), HOST).await.unwrap();
     vmem.promote(&handle, VRAM).await.unwrap();
     vmem.demote(&handle, HOST).await.unwrap();
-    let down = emulator.counter("bytes_down");
     let mut scratch = vmem.allocate_scratch(LEN, &stream).await.unwrap();
     assert_eq!((scratch.len(), scratch.view_mut().len(), scratch.view().len()), (LEN, LEN, LEN));
     let mut copied = vec![1_u8; LEN];
@@ -28,6 +27,7 @@ async fn scratch_is_zeros_and_not_reused_under_its_kernel() {
     // waits.
     unsafe { result::memcpy_dtoh_async(&mut copied, address, stream.cu_stream()) }.unwrap();
     assert!(copied == [0; LEN], "what was there is another's");
+    let down = emulator.counter("bytes_down");
     let used = vmem.stats().vram.used_bytes;
     assert!(used >= LEN as u64);
     emulator.hold(Kind::Kernel);
@@ -92,4 +92,38 @@ async fn versions_of_kernels_stay_on_the_device() {
     vmem.flush_all().await.unwrap();
     assert_eq!(vmem.stats().vram_dirty_bytes, 0);
     end(vmem, handles, &emulator).await;
+}
+
+#[tokio::test]
+async fn appends_of_kernels_move_about_as_much_as_they_write() {
+    const BLOCK: usize = 1 << 20;
+    const APPEND: usize = 4096;
+    let emulator = Emulator::load().unwrap();
+    for write_back in [WriteBack::Eager, WriteBack::OnEvict] {
+        let config = VirtualMemoryConfig::builder()
+            .host_capacity(16 << 20)
+            .disk_capacity(64 << 20)
+            .vram_capacity(4 << 20)
+            .write_back(write_back);
+        let vmem = vmem::open(config.build().unwrap()).await.unwrap();
+        let stream = stream();
+        let block = vmem.put(vec![0; BLOCK], HOST).await.unwrap();
+        let down = emulator.counter("bytes_down");
+        for nth in 0..1000 {
+            let mut lease = vmem.device_mut_on(&block, &stream).await.unwrap();
+            let start = nth * APPEND % BLOCK;
+            lease.touched(start..start + APPEND).unwrap();
+            // SAFETY: used by the kernel below, on the stream of the lease.
+            let address = unsafe { lease.device_ptr() } + start as u64;
+            launch("vmem_add", address, APPEND as u64, 1, &stream);
+            lease.finish().await.unwrap();
+        }
+        let read = vmem.read(&block).await.unwrap();
+        let times = |at: usize| if at / APPEND < 1000 % (BLOCK / APPEND) { 4 } else { 3 };
+        assert!(read.iter().enumerate().all(|(at, byte)| *byte == times(at)));
+        drop(read);
+        let moved = emulator.counter("bytes_down") - down;
+        assert!(moved <= 8 << 20, "{write_back:?}: {moved} bytes");
+        end(vmem, vec![block], &emulator).await;
+    }
 }
