@@ -73,6 +73,8 @@ enum Step<L> {
     Busy,
     /// The disk has no space for it.
     NoDisk,
+    /// Nothing is written for a while.
+    Rests,
 }
 
 /// Why this evictor cannot help the waiters, for now.
@@ -247,6 +249,7 @@ impl<T: Evicting> Evictor<T> {
                 }
                 Step::Busy => {}
                 Step::NoDisk => self.look.clean_only = true,
+                Step::Rests => self.look.rest(),
             }
         }
         let progress = freed || !batch.is_empty();
@@ -262,9 +265,8 @@ impl<T: Evicting> Evictor<T> {
             return Step::Busy;
         }
         if self.tier.is_written_first(object) {
-            let is_resting = self.disk_rests_until.is_some_and(|until| Instant::now() < until);
-            if is_resting && self.tier.needs_space_below(object) {
-                return Step::NoDisk;
+            if self.disk_rests_until.is_some_and(|until| Instant::now() < until) {
+                return Step::Rests;
             }
             return self.take_dirty(pass);
         }
@@ -279,8 +281,7 @@ impl<T: Evicting> Evictor<T> {
     /// An object that the tier below does not have.
     fn take_dirty(&self, pass: GatePass) -> Step<T::Leaving> {
         match self.tier.prepare(pass) {
-            Ok(Some(leaving)) => Step::Write(leaving),
-            Ok(None) => Step::Freed,
+            Ok(leaving) => leaving.map_or(Step::Freed, Step::Write),
             Err(error) => {
                 if !matches!(error, TierError::Full { .. }) {
                     tracing::warn!(target: "vmem::actor", ?error, "the tier below refuses space");

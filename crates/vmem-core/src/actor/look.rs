@@ -16,6 +16,8 @@ pub(super) struct Look {
     pub(super) spared_since: Option<u64>,
     /// It has met an object that the disk has no space for: clean ones can still be evicted.
     pub(super) clean_only: bool,
+    /// Nothing is written for a while: only what needs no write can be evicted.
+    writes_nothing: bool,
     /// The longest unused of what it met and spared, in nanoseconds of the store's clock.
     pub(super) spared: Option<u64>,
     /// It has ended.
@@ -39,16 +41,23 @@ impl Look {
         }
     }
 
+    /// Nothing is written from now on.
+    pub(super) fn rest(&mut self) {
+        self.clean_only = true;
+        self.writes_nothing = true;
+    }
+
     /// The next victim of the policy, if a bounded look finds one.
     pub(super) fn next<T: Evicting>(&mut self, tier: &T, shared: &Shared) -> Candidate {
         if self.is_over {
             return Candidate::End;
         }
-        let Look { pass, clean_only, spared, .. } = self;
+        let Look { pass, clean_only, writes_nothing, spared, .. } = self;
         let spared_since = self.spared_since.unwrap_or(u64::MAX);
         let pick = tier.state(shared).order.lock().victim(pass, &mut |id| {
             let Some(object) = shared.find(id) else { return Probe::Gone };
-            if *clean_only && tier.needs_space_below(&object) {
+            let needs_space = *clean_only && tier.needs_space_below(&object);
+            if needs_space || *writes_nothing && tier.is_written_first(&object) {
                 return Probe::Unfit;
             }
             let probe = tier.probe(&object, spared_since);

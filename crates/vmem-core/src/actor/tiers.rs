@@ -18,8 +18,8 @@ use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::host::HostArena;
 use crate::migrate::{
-    CopyFate, Demotion, Leaving, LeavingDevice, demote_between, demote_unwritten, relocate,
-    write_back, write_back_from_devices,
+    CopyFate, Demotion, Leaving, LeavingDevice, demote_between, demote_unwritten, host_space,
+    relocate, write_back, write_back_from_devices,
 };
 use crate::object::{GatePass, Object, Shared};
 use crate::policy::Probe;
@@ -258,8 +258,14 @@ impl Evicting for OnDevice {
     }
 
     fn prepare(&self, pass: GatePass) -> Result<Option<LeavingDevice>, TierError> {
-        if !pass.object().has_floor() {
-            pass.object().lower_floor(&pass)?;
+        let object = pass.object();
+        if !object.has_floor()
+            && let Err(error) = object.lower_floor(&pass)
+        {
+            object.return_floor(&pass, host_space(object));
+            if !object.has_floor() {
+                return Err(error);
+            }
         }
         Ok(Some(LeavingDevice { pass, device: self.0 }))
     }

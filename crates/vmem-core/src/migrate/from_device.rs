@@ -7,33 +7,27 @@
 //! that asks for bytes below it.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::sync::Arc;
 
 use futures::StreamExt;
-use tokio::time::Instant;
 
-use super::request::{Move, request_move};
 use super::transfer::write_chunks;
 use super::{CopyFate, Job, Record, fetch_into, load, refresh_below};
 use crate::chunk::{CHUNK_BYTES, chunk_count, chunk_len, chunk_lens};
+use crate::copy::OwnedCopy;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
 use crate::object::{ExtentMap, GatePass, Object};
-use crate::parcel::parcel;
 use crate::stats::add;
 use crate::storage::Extent;
-use crate::task::spawn_named;
 use crate::tier::{Class, Need};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
 /// Objects of one batch that are copied at once.
 const AT_ONCE: usize = 8;
-/// Before a timer tries again what has failed.
-const RETRY_MIN: Duration = Duration::from_millis(100);
 
 /// Writes the object back if only a device has it.
 ///
@@ -52,17 +46,36 @@ pub(crate) async fn write_back_from_device(
     if let Some(lost) = object.damage() {
         return Err(lost);
     }
+    let space = match object.has_floor_in_host() {
+        true => None,
+        false => host_space(object),
+    };
+    if space.is_some() || object.has_floor_in_host() {
+        let job = Job::new(object.clone(), cause, *deadline);
+        return fetch_into(&job, pass, space).await.map(drop);
+    }
+    write_to_storage(pass, cause, deadline).await
+}
+
+/// Space in host memory, if there is some now.
+pub(crate) fn host_space(object: &Object) -> Option<OwnedCopy> {
     let need = Need::one(object.len, object.id, Class::Demand).or_spill();
-    let floor = object.take_floor_in_host(pass);
-    let space = floor.or_else(|| {
-        object.shared.fits_host(object.len).then(|| object.shared.try_host_space(&need)).flatten()
-    });
-    match space {
-        Some(space) => {
-            let job = Job::new(object.clone(), cause, *deadline);
-            fetch_into(&job, pass, Some(space)).await.map(drop)
+    let shared = &object.shared;
+    shared.fits_host(object.len).then(|| shared.try_host_space(&need)).flatten()
+}
+
+/// Sees to it that an object has a floor again if the copy into its floor failed, or its task was
+/// dropped.
+pub(super) struct KeepsFloor<'a>(pub(super) &'a GatePass);
+
+impl Drop for KeepsFloor<'_> {
+    fn drop(&mut self) {
+        let object = self.0.object();
+        let lacks = object.is_dirty_on_device() && !object.has_floor() && !object.is_dead();
+        if lacks && !crate::planted!("dirty-floorless") {
+            // If there is none now the evictor tries again.
+            drop(object.lower_floor(self.0));
         }
-        None => write_to_storage(pass, cause, deadline).await,
     }
 }
 
@@ -74,6 +87,7 @@ async fn write_to_storage(
 ) -> Result<()> {
     let object = pass.object();
     let shared = &object.shared;
+    let _keeps = KeepsFloor(pass);
     let lens = chunk_lens(object.len, 0..chunk_count(object.len));
     let extents = match object.take_floor_in_storage(pass) {
         Some(extents) => extents,
@@ -94,8 +108,6 @@ async fn write_to_storage(
         }
         Err(error) => {
             record.end(Err(&error));
-            // What it had there was given back.
-            drop(object.lower_floor(pass));
             Err(error)
         }
     }
@@ -142,7 +154,7 @@ pub(crate) struct LeavingDevice {
 ///
 /// # Errors
 ///
-/// The first of [`write_back_from_device`].
+/// The first of [`write_back_from_device`], if none of them could be written.
 pub(crate) async fn write_back_from_devices(
     batch: Vec<LeavingDevice>,
     fate: CopyFate,
@@ -161,42 +173,13 @@ pub(crate) async fn write_back_from_devices(
         Ok(())
     };
     let mut ended = futures::stream::iter(batch).map(one).buffer_unordered(AT_ONCE);
-    let mut outcome = Ok(());
+    let mut any = false;
+    let mut first_error = None;
     while let Some(one) = ended.next().await {
-        outcome = outcome.and(one);
-    }
-    outcome
-}
-
-/// Has an object written back once it has been on a device alone for so long. It has one timer,
-/// which looks again as long as it is so.
-pub(crate) fn write_back_after(object: &Arc<Object>, pause: Duration) {
-    if !object.sets_timer() {
-        return;
-    }
-    let runtime = object.shared.runtime.clone();
-    // It keeps nothing from ending meanwhile.
-    let object: Weak<Object> = Arc::downgrade(object);
-    spawn_named(&runtime, "vmem-write-back", async move {
-        let mut due = Instant::now() + pause;
-        loop {
-            tokio::time::sleep_until(due).await;
-            let Some(object) = object.upgrade().filter(|object| !object.shared.is_closed()) else {
-                return;
-            };
-            let Some(at) = object.timer_due(pause) else { return };
-            due = at;
-            if due <= Instant::now() {
-                let deadline = object.shared.deadline();
-                let (reply, parcel) = parcel();
-                request_move(&object, Move::WriteBack, deadline, reply);
-                let answer = object.shared.answer(&parcel, &deadline, "writing back").await;
-                if let Err(error) = answer {
-                    let id = object.id;
-                    tracing::debug!(target: "vmem::migration", id, %error, "it is tried again");
-                    due = Instant::now() + pause.max(RETRY_MIN);
-                }
-            }
+        match one {
+            Ok(()) => any = true,
+            Err(error) => first_error = first_error.or(Some(error)),
         }
-    });
+    }
+    first_error.filter(|_| !any).map_or(Ok(()), Err)
 }

@@ -18,6 +18,7 @@ mod request;
 mod set;
 mod settle;
 mod stream;
+mod timer;
 mod to_device;
 mod to_disk;
 mod to_host;
@@ -37,7 +38,7 @@ pub(crate) use disk_write::{
     DiskWrite, Finished, Turn, begin_disk_write, finish_disk_write, next_turn,
 };
 pub(crate) use from_device::{
-    LeavingDevice, write_back_after, write_back_from_device, write_back_from_devices,
+    LeavingDevice, host_space, write_back_from_device, write_back_from_devices,
 };
 pub(crate) use kernel::Changed;
 pub(crate) use load::load;
@@ -49,6 +50,7 @@ pub(crate) use request::{
 pub(crate) use set::read_set;
 pub(crate) use settle::settle;
 pub(crate) use stream::{Filled, Sent, Source, fill_window, send_window};
+pub(crate) use timer::write_back_after;
 pub(crate) use to_device::{fill_device, leave_devices, promote_to_device};
 pub(crate) use to_disk::{
     CopyFate, Leaving, demote, demote_unwritten, flush, flush_many, write_back,

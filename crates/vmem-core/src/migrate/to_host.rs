@@ -7,6 +7,7 @@
 
 use bytes::Bytes;
 
+use super::from_device::KeepsFloor;
 use super::{Job, Record, load};
 use crate::buffer::IoBuf;
 use crate::chunk::chunk_count;
@@ -84,6 +85,7 @@ pub(crate) async fn fetch_into(
         if let Some(damage) = object.damage() {
             return Err(damage);
         }
+        let _keeps = KeepsFloor(pass);
         let own = object.take_spare(pass).or_else(|| object.take_floor_in_host(pass));
         let space = match own.or(taken) {
             Some(space) => space,

@@ -171,11 +171,13 @@ impl Object {
     }
 
     /// When the timer is to write it back that has to be so long on a device alone. None if it is
-    /// not dirty there: then it has no timer any more.
+    /// not dirty there, or lost: then it has no timer any more.
     pub(crate) fn timer_due(&self, pause: Duration) -> Option<Instant> {
-        self.inner.lock().rare.change(|rare| {
-            rare.is_timed = rare.dirty.is_some();
-            rare.dirty.as_ref().map(|dirty| dirty.since + pause)
+        let mut inner = self.inner.lock();
+        let is_lost = inner.lost_version(self).is_some();
+        inner.rare.change(|rare| {
+            rare.is_timed = rare.dirty.is_some() && !is_lost;
+            rare.dirty.as_ref().filter(|_| !is_lost).map(|dirty| dirty.since + pause)
         })
     }
 
@@ -248,8 +250,14 @@ impl Object {
         let mut inner = self.inner.lock();
         let dirty = inner.rare.get_mut().and_then(|rare| rare.dirty.as_mut());
         let dirty = dirty.filter(|dirty| matches!(dirty.floor, Floor::Gone));
-        let Some((dirty, space)) = dirty.zip(space) else { return };
-        dirty.floor = Floor::InHost(space);
+        match (dirty, space) {
+            (Some(dirty), Some(space)) => dirty.floor = Floor::InHost(space),
+            (_, space) => {
+                drop(inner);
+                drop(space);
+                return;
+            }
+        }
         drop(inner);
         self.leave_order();
         self.count_change(before);

@@ -227,7 +227,9 @@ fn is_kept_there_alone(object: &Object) -> bool {
 async fn keep_version(object: &Arc<Object>, deadline: &Deadline) -> Result<()> {
     if is_kept_there_alone(object) {
         let pass = object.gate(deadline).await?;
-        write_back_from_device(&pass, MigrationCause::WriteBack, deadline).await?;
+        let written = write_back_from_device(&pass, MigrationCause::WriteBack, deadline).await;
+        // One that is lost by now is none to be kept.
+        return if object.damage().is_some() { Ok(()) } else { written };
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use vmem::{VirtualMemoryError, WriteBack};
 
 use super::{access, assert_all_back, change, finish, is_lost, open, run_kernel, write_by_kernel};
-use crate::support::{DISK, HOST, KIB, MIB, bytes, eventually};
+use crate::support::{DISK, HOST, KIB, MIB, bytes, eventually, settle};
 
 const LEN: usize = 200 * KIB;
 
@@ -101,11 +101,17 @@ async fn overwriting_leases_that_are_given_up_keep_the_version() {
             drop(access(vmem, 0).change(&handle, true).await.unwrap());
         } else {
             bench.devices[0].hold();
+            let used = vmem.stats().host.used_bytes;
             let device = access(vmem, 0);
             let asked = device.change(&handle, true);
             let left = tokio::time::timeout(Duration::from_millis(5 * round), asked).await;
             assert!(left.is_err(), "the device stands still");
             bench.devices[0].release_all();
+            eventually("it has space below again", || {
+                let stats = vmem.stats();
+                stats.host.used_bytes == used || stats.disk.used_bytes >= LEN as u64
+            })
+            .await;
         }
         assert!(vmem.read(&handle).await.unwrap() == bytes(1, 2 + round, LEN), "{round}");
     }
@@ -147,4 +153,71 @@ async fn timers_try_again_what_has_failed() {
     assert!(vmem.read(&handle).await.unwrap() == bytes(1, 2, LEN));
     assert!(!is_lost(&vmem.promote(&handle, super::VRAM).await.unwrap_err()));
     assert_all_back(bench, vec![handle]).await;
+}
+
+#[tokio::test]
+async fn timers_of_lost_versions_end() {
+    let bench = open(WriteBack::After(Duration::from_millis(1)), 4 * MIB, MIB);
+    let vmem = &bench.vmem;
+    let mut handles = Vec::new();
+    let mut changes = Vec::new();
+    for object in 1..=4 {
+        let handle = vmem.put(bytes(object, 1, 9000), HOST).await.unwrap();
+        let change = change(vmem, &handle).await;
+        write_by_kernel(vmem, 0, &change, 0, bytes(object, 2, 9000)).await;
+        changes.push(change);
+        handles.push(handle);
+    }
+    let metrics = tokio::runtime::Handle::current().metrics();
+    settle(vmem, &bench.driver).await;
+    let tasks = metrics.num_alive_tasks();
+    bench.devices[0].hold();
+    for change in changes {
+        finish(change).await.unwrap();
+    }
+    eventually("the timers run", || metrics.num_alive_tasks() > tasks).await;
+    bench.devices[0].lose();
+    bench.devices[0].release_all();
+    eventually("the timers end", || metrics.num_alive_tasks() <= tasks).await;
+    for handle in &handles {
+        assert!(is_lost(&vmem.read(handle).await.unwrap_err()));
+    }
+    assert_all_back(bench, handles).await;
+}
+
+#[tokio::test]
+async fn pauses_without_end_are_no_times() {
+    let bench = open(WriteBack::After(Duration::MAX), 4 * MIB, MIB);
+    let vmem = &bench.vmem;
+    let handle = vmem.put(bytes(1, 1, 9000), HOST).await.unwrap();
+    run_kernel(vmem, &handle, bytes(1, 2, 9000)).await;
+    tokio::time::sleep(Duration::from_millis(30)).await;
+    assert_eq!(vmem.stats().vram_dirty_bytes, 9000);
+    assert!(vmem.read(&handle).await.unwrap() == bytes(1, 2, 9000));
+    assert_all_back(bench, vec![handle]).await;
+}
+
+/// Nothing on the device can be copied, and a request waits for its memory.
+#[tokio::test]
+async fn device_that_copies_nothing_keeps_no_core_busy() {
+    let bench = open(WriteBack::OnEvict, 4 * MIB, MIB);
+    let vmem = &bench.vmem;
+    let mut handles = Vec::new();
+    for object in 1..=5 {
+        let handle = vmem.put(bytes(object, 1, LEN), HOST).await.unwrap();
+        run_kernel(vmem, &handle, bytes(object, 2, LEN)).await;
+        handles.push(handle);
+    }
+    bench.devices[0].fail_next(u64::MAX);
+    let other = vmem.put(bytes(9, 1, LEN), HOST).await.unwrap();
+    let refused = vmem.promote(&other, super::VRAM).await;
+    assert!(matches!(refused, Err(VirtualMemoryError::TierFull { .. })), "{refused:?}");
+    let errors = vmem.stats().errors;
+    assert!(errors < 100, "{errors} copies were tried for one request");
+    bench.devices[0].fail_next(0);
+    for (object, handle) in (1..).zip(&handles) {
+        assert!(vmem.read(handle).await.unwrap() == bytes(object, 2, LEN));
+    }
+    handles.push(other);
+    assert_all_back(bench, handles).await;
 }

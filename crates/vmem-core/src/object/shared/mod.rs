@@ -64,6 +64,9 @@ pub struct Backends {
     pub capabilities: Capabilities,
 }
 
+/// Copies that timers make at once.
+const TIMER_TURNS: usize = 16;
+
 /// Called when the last handle of a named object but that of the table of names has gone.
 type ClosedHook = Box<dyn Fn(&Arc<Object>) + Send + Sync>;
 
@@ -155,6 +158,8 @@ pub(crate) struct Shared {
     pub(crate) tasks: TaskTracker,
     /// Closed once a store that ends waits for kernels no longer; it never has a permit.
     pub(crate) kernels_abandoned: Semaphore,
+    /// For the copies that timers make.
+    pub(crate) timer_turns: Semaphore,
     closed: AtomicBool,
 }
 
@@ -231,6 +236,7 @@ impl Shared {
             unfinished,
             tasks: TaskTracker::new(),
             kernels_abandoned: Semaphore::const_new(0),
+            timer_turns: Semaphore::const_new(TIMER_TURNS),
             closed: AtomicBool::new(false),
             limits,
         }))
