@@ -46,11 +46,9 @@ pub(crate) async fn write_back_from_device(
     if let Some(lost) = object.damage() {
         return Err(lost);
     }
-    let space = match object.has_floor_in_host() {
-        true => None,
-        false => host_space(object),
-    };
-    if space.is_some() || object.has_floor_in_host() {
+    let has_floor = object.has_floor_in_host();
+    let space = if has_floor { None } else { host_space(object) };
+    if has_floor || space.is_some() {
         let job = Job::new(object.clone(), cause, *deadline);
         return fetch_into(&job, pass, space).await.map(drop);
     }

@@ -76,16 +76,15 @@ impl Changed {
         // What is pinned to host memory has a copy there.
         let is_pinned = self.pass.object().pins() > 0 && !crate::planted!("dirty-unpins");
         let outcome = match self.pass.object().shared.limits.write_back {
-            _ if is_pinned => self.finish_with_copy(ready).await,
-            WriteBack::Eager => self.finish_with_copy(ready).await,
-            WriteBack::After(pause) => {
+            WriteBack::After(pause) if !is_pinned => {
                 let outcome = self.finish_on_device(ready).await;
                 if outcome.is_ok() {
                     write_back_after(self.pass.object(), pause);
                 }
                 outcome
             }
-            WriteBack::OnEvict => self.finish_on_device(ready).await,
+            WriteBack::OnEvict if !is_pinned => self.finish_on_device(ready).await,
+            _ => self.finish_with_copy(ready).await,
         };
         let reply = self.reply.take();
         // After a failure this restores the previous version.

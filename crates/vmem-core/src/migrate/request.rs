@@ -141,7 +141,7 @@ async fn serve_move(
         Move::Flush => super::flush(&object, &deadline).await,
         Move::WriteBack => write_back_one(&object, &deadline).await,
         Move::Revert => match object.gate(&deadline).await {
-            Ok(pass) => object.revert(&pass).map(drop),
+            Ok(pass) => object.revert(&pass),
             Err(error) => Err(error),
         },
     };

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use futures::StreamExt;
 use futures::stream::FuturesOrdered;
 
-use super::{Job, Record, fetch_into, load, write_back_from_device};
+use super::{Job, Record, fetch_into, host_space, load, write_back_from_device};
 use crate::chunk::{CHUNK_BYTES, chunk_count};
 use crate::copy::Found;
 use crate::deadline::Deadline;
@@ -21,7 +21,7 @@ use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
 use crate::object::{GatePass, Object};
 use crate::stats::add;
-use crate::tier::{Class, Device, Need};
+use crate::tier::{Class, Device};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -221,9 +221,7 @@ pub(crate) async fn leave_devices(object: &Arc<Object>, deadline: &Deadline) -> 
     write_back_from_device(&pass, MigrationCause::Demote, deadline).await?;
     if object.is_on_any_device()
         && !object.has_host_space()
-        && object.shared.fits_host(object.len)
-        && let Some(space) =
-            object.shared.try_host_space(&Need::one(object.len, object.id, Class::Demand))
+        && let Some(space) = host_space(object)
     {
         let job = Job::new(object.clone(), MigrationCause::Demote, *deadline);
         if let Err(error) = fetch_into(&job, &pass, Some(space)).await {

@@ -204,17 +204,16 @@ impl Object {
         self.detach_from(pass, device);
     }
 
-    /// Makes the version that was last written back the current one, if that is lost. False if it
-    /// is not lost.
+    /// Makes the version that was last written back the current one, if that is lost.
     ///
     /// # Errors
     ///
     /// `Device` if none was written back.
-    pub(crate) fn revert(&self, pass: &GatePass) -> Result<bool, VirtualMemoryError> {
+    pub(crate) fn revert(&self, _pass: &GatePass) -> Result<(), VirtualMemoryError> {
         let before = self.standing();
         let (left, dirty) = {
             let mut inner = self.inner.lock();
-            let Some(lost) = inner.lost_version(self) else { return Ok(false) };
+            let Some(lost) = inner.lost_version(self) else { return Ok(()) };
             let dirty = inner.rare.change(|rare| rare.dirty.take_if(|dirty| dirty.base.is_some()));
             let Some(mut dirty) = dirty else { return Err(lost) };
             inner.extents = dirty.base.take().unwrap_or_default();
@@ -225,8 +224,7 @@ impl Object {
         self.leave_order();
         self.count_change(before);
         self.shared.space_was_freed();
-        debug_assert!(!pass.object().is_dirty_on_device(), "what was reverted is not dirty");
-        Ok(true)
+        Ok(())
     }
 
     // ---- The floor -------------------------------------------------------------------------
