@@ -45,6 +45,14 @@ fresh_seeds() {
     done
 }
 
+# tested SECONDS PROGRAM ARGUMENT...: runs a program that was built with the tests.
+tested() {
+    local seconds=$1 program=$2
+    shift 2
+    cargo test --workspace --no-run --quiet
+    bounded "$seconds" "$built/debug/$program" "$@"
+}
+
 # --- fast
 
 # The tests are those of the whole workspace, in part: for one package alone, everything would be built once more, with fewer features.
@@ -72,22 +80,23 @@ step full "packages" scripts/package.sh --no-verify --offline
 # For the library alone; its tests may need more.
 step full "the lowest Rust" needs lowest-rust env CARGO_TARGET_DIR="$built/lowest" \
     cargo "+$lowest" check --package vmem --all-features
-step full "the dashboard in a browser" needs browser env VMEM_BROWSER=required \
-    cargo test --workspace --features vmem/dlpack --test browser
-# The members turn on all features that change a test, but for one.
-step full "tests and doctests" env VMEM_STRESS_SECONDS=60 cargo test --workspace --features vmem/dlpack
-step full "build the examples" cargo build --release --examples
-step full "gpu-check, for machines with a card and no Rust" scripts/build-gpu-check.sh
-step full "example hello" bounded 60 cargo run --release --example hello
-step full "example gpu_kernel" bounded 120 cargo run --release --example gpu_kernel -- --emulated
+step full "the dashboard in a browser" needs browser env VMEM_BROWSER=required cargo test --workspace --test browser
+step full "tests and doctests" env VMEM_STRESS_SECONDS=60 cargo test --workspace
+step full "example hello" tested 60 examples/hello
+step full "example gpu_kernel" tested 120 examples/gpu_kernel --emulated
+step full "example service" env VMEM_BUILT="$built/debug" examples/service/load.sh --seconds 10 --stalled 50
+# As the README has it.
+step full "build the example quickstart" cargo build --release --example quickstart
 step full "example quickstart" bounded 300 cargo run --release --example quickstart -- --seconds 5
-step full "example service" bounded 900 examples/service/load.sh --seconds 10 --stalled 50
 # A job that is dropped in flight leaks, which one test looks at.
 step full-only "address sanitizer: everything dropped while the kernel has it" \
     needs address-sanitizer asan -p vmem-io --lib --test rings -- --skip on_purpose
 
 # --- nightly
 
+step nightly "the tests of the smallest build" ran_some cargo test --package vmem --no-default-features --test it
+step nightly "gpu-check, for machines with a card and no Rust" scripts/build-gpu-check.sh
+step nightly "build the examples" cargo build --release --examples
 step nightly "macOS compiles" needs macos-target env CARGO_TARGET_DIR="$built/macos" RUSTFLAGS=-Dwarnings \
     cargo check --package vmem --all-features --target aarch64-apple-darwin
 step nightly "licences, bans and sources of datafusion" \

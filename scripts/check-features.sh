@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks each combination of features that makes sense, and that a build without a feature has none of
-# its crates; runs the tests of the smallest build. Those of the largest one are in the tests of the
-# workspace. Some minutes: the combinations share their dependencies.
+# its crates. Runs no test: the tests of the workspace have all features, `.ci/run nightly` runs those
+# of the smallest build. A few minutes: the combinations share their dependencies.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,6 +32,3 @@ lacks() {
 lacks 'cudarc|vmem-gpu|libloading|dlpack-rs|tokio-uring|serde|metrics' ""
 lacks 'cudarc|vmem-gpu|libloading|dlpack-rs' tokio-uring,serde
 lacks 'tokio-uring|metrics' gpu,dlpack,serde
-
-# The tests of what the smallest build offers.
-cargo test --package vmem --no-default-features --test it

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # Starts the service over a directory of its own, loads it, and stops it: `load.sh --seconds 60 --stalled 400`.
-# Fails if a body was wrong, an answer was lost, or the service did not end as it should.
+# Fails if a body was wrong, an answer was lost, or the service did not end as it should. VMEM_BUILT names a folder with
+# programs that are built already.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-cargo build --release --package vmem-service
-built=${CARGO_TARGET_DIR:-target}/release
+built=${VMEM_BUILT:-}
+if [ -z "$built" ]; then
+    cargo build --release --package vmem-service
+    built=${CARGO_TARGET_DIR:-target}/release
+fi
 data=$(mktemp -d)
 service=
 cleanup() {

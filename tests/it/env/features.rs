@@ -1,7 +1,7 @@
 //! What a build without some of the features offers: a typed error that names the feature, and
 //! everything else.
 //!
-//! Invariant: the same tests hold in every build; `scripts/check-features.sh` runs them in the
+//! Invariant: the same tests hold in every build; `.ci/run nightly` runs them in the
 //! smallest one.
 
 use vmem::{
