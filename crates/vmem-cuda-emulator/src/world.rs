@@ -345,7 +345,7 @@ impl World {
     }
 
     /// Whether a capture has not been ended.
-    pub(crate) fn is_captured(&self, id: u64) -> bool {
+    fn is_captured(&self, id: u64) -> bool {
         self.streams.values().any(|stream| stream.capturing.is_some_and(|other| other.id == id))
     }
 

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use vmem_core::Budget;
 use vmem_core::backend::{DeviceError, ObjectSpace, Part, Registrar, StagingMemory};
 
+use crate::context::relax_capture;
 use crate::event::EventPool;
 use crate::lane::Lost;
 
@@ -148,22 +149,6 @@ impl Card {
     /// Where events come from.
     pub(crate) fn events(&self) -> &Arc<EventPool> {
         &self.events
-    }
-
-    /// Works in the context on a thread that is not ours, which has its own context back after.
-    ///
-    /// For calls that no capture forbids; `visit` is for others.
-    pub(crate) fn enter<T>(&self, work: impl FnOnce() -> T) -> Result<T, DriverError> {
-        enter(&self.context, work)
-    }
-
-    /// Works in the context on a thread that is not ours, without breaking a capture of its owner.
-    pub(crate) fn visit<T>(&self, work: impl FnOnce() -> T) -> Result<T, DriverError> {
-        self.enter(|| {
-            let relaxed = exchange_capture(relaxed());
-            let done = work();
-            relaxed.and_then(exchange_capture).map(|_| done)
-        })?
     }
 
     /// Which device it is, as the driver counts them.
@@ -346,43 +331,6 @@ impl Card {
         // driver waits for kernels.
         unsafe { result::free_sync(self.base) }
     }
-}
-
-/// The mode of a thread that captures of others do not hinder.
-fn relaxed() -> sys::CUstreamCaptureMode {
-    if vmem_core::planted!("capture-careless") {
-        return sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
-    }
-    sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED
-}
-
-/// Lets calls on this thread, one of our own, leave captures on other threads alone.
-///
-/// # Errors
-///
-/// What the driver says.
-fn relax_capture() -> Result<(), DriverError> {
-    exchange_capture(relaxed()).map(drop)
-}
-
-/// Sets how this thread minds captures; returns how it did.
-fn exchange_capture(
-    mut mode: sys::CUstreamCaptureMode,
-) -> Result<sys::CUstreamCaptureMode, DriverError> {
-    // SAFETY: the argument is a place for the mode that was set before.
-    unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) }.result()?;
-    Ok(mode)
-}
-
-/// Works in a context on a thread that is not ours, which has its own context back after.
-pub(crate) fn enter<T>(context: &CudaContext, work: impl FnOnce() -> T) -> Result<T, DriverError> {
-    let mut before = std::ptr::null_mut();
-    // SAFETY: the context is retained, and is popped below.
-    unsafe { sys::cuCtxPushCurrent_v2(context.cu_ctx()) }.result()?;
-    let done = work();
-    // SAFETY: a place for what was pushed above.
-    unsafe { sys::cuCtxPopCurrent_v2(&mut before) }.result()?;
-    Ok(done)
 }
 
 /// Whether an error may be one that ends its context: not for want of memory, or of a capture.

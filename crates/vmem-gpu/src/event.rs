@@ -15,7 +15,8 @@ use std::thread::Thread;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use parking_lot::Mutex;
 
-use crate::card::{Card, enter, told};
+use crate::card::{Card, told};
+use crate::context::enter;
 use crate::lend::Lent;
 
 /// Events that a pool keeps; further ones are destroyed.
@@ -40,7 +41,7 @@ impl EventPool {
         Arc::new(EventPool { context, spare: Mutex::new(Vec::new()) })
     }
 
-    /// An event, on a thread that has the context.
+    /// An event, on any thread: a new one belongs to the context in which it is made.
     ///
     /// # Errors
     ///
@@ -49,7 +50,10 @@ impl EventPool {
         let spare = self.spare.lock().pop();
         let raw = match spare {
             Some(raw) => raw,
-            None => Raw(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?),
+            None => {
+                let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+                Raw(enter(&self.context, || result::event::create(flags))??)
+            }
         };
         Ok(Event { raw: Some(raw), pool: self.clone() })
     }
@@ -157,21 +161,26 @@ impl Card {
         stream: &CudaStream,
         lent: &mut Vec<Lent>,
     ) -> Result<Event, Unmarked> {
-        let marked = self.enter(|| {
-            let is_captured = is_capturing(stream).map_err(Unmarked::Refused)?;
-            if is_captured && !vmem_core::planted!("gpu-capture") {
-                return Err(Unmarked::Captured);
+        let is_lent = !lent.is_empty();
+        let mut mark = || {
+            if is_capturing(stream)? && !vmem_core::planted!("gpu-capture") {
+                return Ok(None);
             }
-            let event = self.events().take().map_err(Unmarked::Refused)?;
+            let event = self.events().take()?;
             // This has the stream wait for uses of it on others.
             lent.clear();
             if vmem_core::planted!("gpu-stale") && stream.context().check_err().is_err() {
                 let _ = stream.synchronize();
             }
-            event.record(stream).map_err(Unmarked::Refused)?;
-            Ok(event)
-        });
-        marked.map_err(Unmarked::Refused)?
+            event.record(stream)?;
+            Ok(Some(event))
+        };
+        let marked = if is_lent {
+            self.enter(mark).and_then(|marked| marked)
+        } else {
+            self.on_stream(stream, &mut mark)
+        };
+        marked.map_err(Unmarked::Refused)?.ok_or(Unmarked::Captured)
     }
 
     /// What `then` gets from here on comes after what `first` has, without a wait of the host.
@@ -207,7 +216,8 @@ impl Card {
     }
 }
 
-/// Whether a graph is being captured on a stream. On a thread that has its context.
+/// Whether a graph is being captured on a stream. On a thread that has its context, or through
+/// `on_stream`.
 ///
 /// # Errors
 ///

@@ -21,6 +21,7 @@
 
 mod call;
 mod card;
+mod context;
 mod copy;
 #[cfg(feature = "dlpack")]
 pub mod dlpack;
@@ -30,6 +31,7 @@ mod gather;
 mod lane;
 mod lease;
 mod lend;
+mod line;
 mod notices;
 mod probe;
 mod scatter;

@@ -3,17 +3,11 @@
 //! Invariant: what was handed in is kept until all that its stream had by then has ended, or the
 //! context is proven dead; so a kernel that was launched is never forgotten, whatever became of the
 //! future or the lease that launched it. Where the driver gives no event, in a capture or for an
-//! error that passes, it is kept and asked again. Streams do not wait for each other. Started by
-//! the tier, and again by a lease that ends after it.
-//!
-//! # Cost
-//!
-//! A line for each stream, in order. Only its front is queried: at once if it is the first, then
-//! when its notice has come. A line has one notice at a time. So the driver calls are linear in
-//! what is handed in, however much of it waits.
+//! error that passes, it is kept and asked again. Streams do not wait for each other: each has a
+//! line. Started by the tier, and again by a lease that ends after it.
 
 use std::any::Any;
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,10 +19,11 @@ use parking_lot::Mutex;
 use vmem_core::backend::DeviceError;
 
 use crate::card::{Card, told};
-use crate::event::{Bell, Event, Unmarked};
+use crate::event::{Bell, Event};
 use crate::lane::{Ended, WATCHDOG};
 use crate::lend::Lent;
-use crate::notices::{Notice, Notices};
+use crate::line::Line;
+use crate::notices::Notices;
 
 /// What is kept for as long as it is used.
 pub(crate) type Keep = Box<dyn Any + Send>;
@@ -65,7 +60,7 @@ impl Watched {
         (Watched { stream, event, lent, keep: Some(keep), reply: Some(reply) }, answer)
     }
 
-    fn end(mut self, outcome: Result<(), DeviceError>) {
+    pub(crate) fn end(mut self, outcome: Result<(), DeviceError>) {
         drop((self.event.take(), self.keep.take()));
         if let Some(reply) = self.reply.take() {
             drop(reply.send(outcome));
@@ -201,21 +196,6 @@ impl Drop for Gone<'_> {
     }
 }
 
-/// What waits for one stream, in order.
-#[derive(Default)]
-struct Line {
-    groups: VecDeque<Group>,
-    /// Of the end of the front.
-    notice: Option<Notice>,
-}
-
-/// What ends with one event.
-struct Group {
-    /// None where the driver has given none yet.
-    event: Option<Event>,
-    members: Vec<Watched>,
-}
-
 /// Whether the driver owes a line an event.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Refused {
@@ -277,10 +257,8 @@ impl Watching {
     /// Puts one at the end of its line.
     fn accept(&mut self, mut watched: Watched) {
         let line = self.lines.entry(watched.stream.cu_stream().addr()).or_default();
-        match (watched.event.take(), line.groups.back_mut()) {
-            (None, Some(group)) if group.event.is_none() => group.members.push(watched),
-            (event, _) => line.groups.push_back(Group { event, members: vec![watched] }),
-        }
+        let event = watched.event.take();
+        line.push(event, watched);
     }
 
     /// Looks at the lines of which something is new, or at all.
@@ -288,88 +266,13 @@ impl Watching {
         let mut refused = Refused::Nothing;
         let Watching { card, notices, lines, .. } = self;
         lines.retain(|_, line| {
-            if line.notice.as_ref().is_some_and(|notice| all || notice.has_come())
-                && let Some(notice) = line.notice.take()
-            {
-                notices.end(notice);
-            }
-            // One with a notice that has not come has nothing new.
             let before = line.is_refused();
-            if line.notice.is_none() || !all && vmem_core::planted!("gpu-lines") {
-                line.advance(card, notices, all);
-            }
+            line.look(card, notices, all);
             let after = if before { Refused::Still } else { Refused::Newly };
             refused = refused.max(if line.is_refused() { after } else { Refused::Nothing });
-            !line.groups.is_empty()
+            !line.is_empty()
         });
         refused
-    }
-}
-
-impl Line {
-    /// Whether its front has no event.
-    fn is_refused(&self) -> bool {
-        self.groups.front().is_some_and(|group| group.event.is_none())
-    }
-
-    /// Ends what has passed, and asks for a notice of the next.
-    fn advance(&mut self, card: &Card, notices: &mut Notices, again: bool) {
-        while let Some(group) = self.groups.front_mut() {
-            match group.has_passed(card, again) {
-                Some(outcome) => {
-                    if let Some(group) = self.groups.pop_front() {
-                        group.members.into_iter().for_each(|one| one.end(outcome.clone()));
-                    }
-                }
-                None => break,
-            }
-        }
-        let front = self.groups.front().and_then(|group| group.event.as_ref());
-        self.notice = front.and_then(|event| notices.ask(event));
-    }
-}
-
-impl Group {
-    /// How it ended, if it has. Without an event it gets one, if it is `again` its turn to ask.
-    fn has_passed(&mut self, card: &Card, again: bool) -> Option<Result<(), DeviceError>> {
-        if self.event.is_none() && !again {
-            return None;
-        }
-        let error = match self.query(card) {
-            Ok(passed) => return passed.then_some(Ok(())),
-            Err(error) => error,
-        };
-        // It may have been recorded in a capture that began meanwhile.
-        self.event.take().into_iter().for_each(Event::discard);
-        if let Unmarked::Refused(error) = error {
-            if card.is_dead() {
-                return Some(Err(DeviceError::Lost(card.lost()?)));
-            }
-            let error = told("the end of a lease", error);
-            tracing::debug!(target: "vmem::gpu", "{error}: it is tried again");
-        }
-        vmem_core::planted!("gpu-unmarked").then_some(Ok(()))
-    }
-
-    /// Queries the event. Where there is none, asks for one behind what the stream has now, which
-    /// covers all members.
-    fn query(&mut self, card: &Card) -> Result<bool, Unmarked> {
-        if self.event.is_none()
-            && let Some(first) = self.members.first_mut()
-        {
-            let stream = first.stream.clone();
-            let lent = self.members.iter_mut().flat_map(|one| one.lent.drain(..));
-            let mut lent = lent.collect();
-            let marked = card.mark(&stream, &mut lent);
-            if let Some(first) = self.members.first_mut() {
-                first.lent = lent;
-            }
-            self.event = Some(marked?);
-        }
-        match &self.event {
-            Some(event) => event.has_passed().map_err(Unmarked::Refused),
-            None => Ok(true),
-        }
     }
 }
 

@@ -2,17 +2,20 @@
 //!
 //! Ownership: the change holds the gate, a share of the range, the space in host memory that was
 //! taken before the kernel was admitted, and the previous version. However it ends, either the new
-//! version is published or readers get the previous one again, and no reader waits for ever. Where
-//! it is written back with the lease nothing is lost. Where that is left for later, a kernel that
-//! fails over a version that the device alone had loses that, and readers get an error.
+//! version is published or readers get the previous one again, and no reader waits for ever. What a
+//! kernel has written is not lost because it cannot be copied now: then the device alone has it.
+//! A kernel that fails over a version that the device alone had loses that, and readers get an
+//! error.
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
-use super::{Record, write_back_after};
+use super::from_device::KeepsFloor;
+use super::{Record, write_back_after, write_back_from_device};
 use crate::buffer::IoBuf;
 use crate::config::WriteBack;
 use crate::copy::OwnedCopy;
@@ -26,6 +29,11 @@ use crate::stats::add;
 
 /// What is copied within host memory before others run, in bytes.
 const STEP: usize = 256 * 1024;
+
+/// Tries of a copy from the device, before it waits for its timer.
+const COPY_TRIES: u32 = 3;
+/// Before it is tried again.
+const COPY_PAUSE: Duration = Duration::from_millis(10);
 
 /// Ranges in order, those that meet as one; without what is empty.
 fn joined(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
@@ -73,18 +81,18 @@ impl Changed {
     /// Waits for the kernel and publishes the new version: with a copy in host memory, or, where
     /// the configuration says so, without.
     pub(crate) async fn finish(mut self, ready: DeviceAnswer<Result<(), DeviceError>>) {
+        let object = self.pass.object().clone();
         // What is pinned to host memory has a copy there.
-        let is_pinned = self.pass.object().pins() > 0 && !crate::planted!("dirty-unpins");
-        let outcome = match self.pass.object().shared.limits.write_back {
-            WriteBack::After(pause) if !is_pinned => {
-                let outcome = self.finish_on_device(ready).await;
-                if outcome.is_ok() {
-                    write_back_after(self.pass.object(), pause);
-                }
-                outcome
-            }
-            WriteBack::OnEvict if !is_pinned => self.finish_on_device(ready).await,
-            _ => self.finish_with_copy(ready).await,
+        let is_pinned = object.pins() > 0 && !crate::planted!("dirty-unpins");
+        let pause = match object.shared.limits.write_back {
+            WriteBack::After(pause) if !is_pinned => Some(pause),
+            WriteBack::OnEvict if !is_pinned => None,
+            _ => Some(Duration::ZERO),
+        };
+        let outcome = if pause == Some(Duration::ZERO) && self.space.is_some() {
+            self.finish_with_copy(ready).await
+        } else {
+            self.finish_on_device(ready, pause).await
         };
         let reply = self.reply.take();
         // After a failure this restores the previous version.
@@ -94,14 +102,44 @@ impl Changed {
         }
     }
 
-    /// The device alone has the new version.
+    /// The device alone has the new version, and for so long.
     async fn finish_on_device(
         &mut self,
         ready: DeviceAnswer<Result<(), DeviceError>>,
+        pause: Option<Duration>,
     ) -> Result<(), VirtualMemoryError> {
         self.wait(ready).await?;
-        self.pass.object().publish_dirty(&self.pass, self.space.take(), self.old.is_some());
-        Ok(())
+        let object = self.pass.object();
+        object.publish_dirty(&self.pass, self.space.take(), self.old.is_some());
+        match pause {
+            None => Ok(()),
+            Some(_) if object.is_dead() => Ok(()),
+            Some(Duration::ZERO) => {
+                // The object had its space already.
+                let deadline = &self.deadline;
+                let written =
+                    write_back_from_device(&self.pass, MigrationCause::Kernel, deadline).await;
+                match written {
+                    Err(error) if object.damage().is_none() => {
+                        self.stays(&error);
+                        Ok(())
+                    }
+                    written => written,
+                }
+            }
+            Some(pause) => {
+                write_back_after(object, pause);
+                Ok(())
+            }
+        }
+    }
+
+    /// It could not be copied, and is not lost: it is tried again.
+    fn stays(&self, error: &VirtualMemoryError) {
+        let object = self.pass.object();
+        let id = object.id;
+        tracing::warn!(target: "vmem::migration", id, %error, "it stays on the device for now");
+        write_back_after(object, Duration::ZERO);
     }
 
     async fn finish_with_copy(
@@ -114,7 +152,16 @@ impl Changed {
         let route = (from, MemoryTier::Host);
         let record =
             Record::start(shared, object.id, route, MigrationCause::Kernel, &self.deadline);
-        match self.copy_to_host(ready).await {
+        if let Err(error) = self.wait(ready).await {
+            record.end(Err(&error));
+            return Err(error);
+        }
+        if object.is_dead() && !crate::planted!("eager-for-nobody") {
+            // Nobody can read it.
+            record.end(Ok(0));
+            return Ok(());
+        }
+        match self.copy_to_host().await {
             Ok((copy, bytes)) => {
                 add(&shared.counters.vram_to_host_bytes, bytes);
                 object.publish_changed(&self.pass, copy);
@@ -122,8 +169,18 @@ impl Changed {
                 Ok(())
             }
             Err(error) => {
+                let is_kept = matches!(error, DeviceError::Failed { .. })
+                    && shared.device(self.device).is_ok()
+                    && !crate::planted!("eager-loses");
+                let error = error.public();
                 record.end(Err(&error));
-                Err(error)
+                if !is_kept {
+                    return Err(error);
+                }
+                let _keeps = KeepsFloor(&self.pass);
+                object.publish_dirty(&self.pass, self.space.take(), self.old.is_some());
+                self.stays(&error);
+                Ok(())
             }
         }
     }
@@ -143,13 +200,9 @@ impl Changed {
     }
 
     /// The new version in host memory, and how many bytes were copied from the device for it.
-    async fn copy_to_host(
-        &mut self,
-        ready: DeviceAnswer<Result<(), DeviceError>>,
-    ) -> Result<(OwnedCopy, u64), VirtualMemoryError> {
-        self.wait(ready).await?;
+    async fn copy_to_host(&mut self) -> Result<(OwnedCopy, u64), DeviceError> {
         let shared = self.pass.object().shared.clone();
-        let device = shared.device(self.device)?;
+        let device = &shared.devices()[self.device];
         let mut space = self.space.take().expect("invariant: it was taken with the lease");
         let parts = match &self.old {
             Some(old) if !self.touched.is_empty() => {
@@ -165,13 +218,21 @@ impl Changed {
         let mut buf = IoBuf::from_copy(space);
         let mut bytes = 0;
         for Range { start, end } in parts {
-            let range = Arc::new(self.range.share());
             let len = end - start;
-            let outcome;
-            (buf, outcome) = device.backend.download(range, start, len, buf, start).await;
+            let mut outcome = Ok(());
+            for attempt in 0..COPY_TRIES {
+                if attempt > 0 {
+                    tokio::time::sleep(COPY_PAUSE).await;
+                }
+                let range = Arc::new(self.range.share());
+                (buf, outcome) = device.backend.download(range, start, len, buf, start).await;
+                if !matches!(outcome, Err(DeviceError::Failed { .. })) {
+                    break;
+                }
+            }
             if let Err(error) = outcome {
                 self.space = buf.into_copy_if_back();
-                return Err(error.public());
+                return Err(error);
             }
             bytes += len as u64;
         }

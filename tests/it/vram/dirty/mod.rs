@@ -5,6 +5,7 @@
 //! that is missing when such an object has to leave, and a loss that is silent. Over simulated
 //! devices; a kernel is an upload to the range of the change.
 
+mod eager;
 mod names;
 mod random;
 mod refuted;

@@ -1,0 +1,111 @@
+//! Leases that are written back at once, over a device whose copies fail, and for nobody.
+//!
+//! Excluded: what a kernel wrote is lost because it could not be copied, and a copy of what nobody
+//! can read any more.
+
+use futures::channel::oneshot;
+
+use super::*;
+
+const LEN: usize = 200 * KIB;
+
+#[tokio::test]
+async fn copies_that_fail_are_tried_again() {
+    let bench = open(WriteBack::Eager, 4 * MIB, MIB);
+    let vmem = &bench.vmem;
+    let handle = vmem.put(bytes(1, 1, LEN), HOST).await.unwrap();
+    for touched in [None, Some(1000..5000)] {
+        let mut change = change(vmem, &handle).await;
+        write_by_kernel(vmem, 0, &change, 1000, vec![7; 4000]).await;
+        if let Some(touched) = touched {
+            change.touched(touched).unwrap();
+        }
+        bench.devices[0].fail_next(2);
+        finish(change).await.unwrap();
+        assert_eq!(vmem.stats().vram_dirty_bytes, 0, "host memory has it");
+    }
+    bench.devices[0].lose();
+    let mut expected = bytes(1, 1, LEN);
+    expected[1000..5000].fill(7);
+    assert!(vmem.read(&handle).await.unwrap() == expected);
+    assert_all_back(bench, vec![handle]).await;
+}
+
+/// With a host pin too, which keeps a copy in host memory as soon as there can be one.
+#[tokio::test]
+async fn version_that_cannot_be_copied_yet_stays_on_the_device() {
+    for (is_pinned, is_awaited) in [(false, true), (false, false), (true, true)] {
+        let bench = open(WriteBack::Eager, 4 * MIB, MIB);
+        let vmem = &bench.vmem;
+        let handle = vmem.put(bytes(1, 1, LEN), HOST).await.unwrap();
+        let pin = if is_pinned { Some(vmem.pin(&handle, HOST).await.unwrap()) } else { None };
+        for version in 2..4 {
+            let mut change = change(vmem, &handle).await;
+            write_by_kernel(vmem, 0, &change, 0, bytes(1, version, 5000)).await;
+            change.touched(0..5000).unwrap();
+            bench.devices[0].fail_next(u64::MAX);
+            let finished = change.finish(futures::future::ready(Ok(())).boxed());
+            if is_awaited {
+                finished.await.unwrap();
+            } else {
+                drop(finished);
+            }
+            eventually("a device alone has it", || vmem.stats().vram_dirty_bytes == LEN as u64)
+                .await;
+            let failed = vmem.read(&handle).await.unwrap_err();
+            assert!(matches!(failed, VirtualMemoryError::Device { code: 719, .. }), "{failed:?}");
+            bench.devices[0].fail_next(0);
+        }
+        eventually("it is written back", || vmem.stats().vram_dirty_bytes == 0).await;
+        bench.devices[0].lose();
+        let mut expected = bytes(1, 1, LEN);
+        expected[..5000].copy_from_slice(&bytes(1, 3, 5000));
+        assert!(vmem.read(&handle).await.unwrap() == expected, "{is_pinned} {is_awaited}");
+        drop(pin);
+        assert_all_back(bench, vec![handle]).await;
+    }
+}
+
+#[tokio::test]
+async fn freed_objects_are_not_copied() {
+    let bench = open(WriteBack::Eager, 4 * MIB, MIB);
+    let vmem = &bench.vmem;
+    for is_overwritten in [false, true] {
+        let handle = vmem.put(bytes(1, 1, LEN), HOST).await.unwrap();
+        let change = access(vmem, 0).change(&handle, is_overwritten).await.unwrap();
+        write_by_kernel(vmem, 0, &change, 0, bytes(1, 2, LEN)).await;
+        let (written, kernel) = oneshot::channel();
+        let finished = change.finish(async { kernel.await.unwrap() }.boxed());
+        drop(handle);
+        let done = bench.devices[0].done();
+        written.send(Ok(())).unwrap();
+        finished.await.unwrap();
+        settle(vmem, &bench.driver).await;
+        assert_eq!(bench.devices[0].done(), done, "nobody can read it");
+        assert_eq!(vmem.stats().vram_to_host_bytes, 0);
+    }
+    assert_all_back(bench, Vec::new()).await;
+}
+
+/// The lease took no space for its version, since the object had some.
+#[tokio::test]
+async fn pins_that_wait_for_a_lease_have_a_copy_in_host_memory() {
+    for write_back in [WriteBack::OnEvict, WriteBack::After(Duration::from_secs(600))] {
+        let bench = open(write_back, 4 * MIB, MIB);
+        let vmem = &bench.vmem;
+        let handle = vmem.put(bytes(1, 1, LEN), HOST).await.unwrap();
+        run_kernel(vmem, &handle, bytes(1, 2, LEN)).await;
+        let change = change(vmem, &handle).await;
+        write_by_kernel(vmem, 0, &change, 0, bytes(1, 3, LEN)).await;
+        let pinning = vmem.pin(&handle, HOST);
+        let mut pinning = Box::pin(pinning);
+        assert!(futures::poll!(pinning.as_mut()).is_pending(), "the lease has it");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        finish(change).await.unwrap();
+        let pin = pinning.await.unwrap();
+        bench.devices[0].lose();
+        assert!(vmem.read(&handle).await.unwrap() == bytes(1, 3, LEN));
+        drop(pin);
+        assert_all_back(bench, vec![handle]).await;
+    }
+}
