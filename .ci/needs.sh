@@ -49,6 +49,9 @@ lack() {
         *) echo "there is none for $host" ;;
         esac
         ;;
+    python)
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null || echo "install Python 3.9 or newer"
+        ;;
     cargo-deny | typos-cli)
         command -v "${1%-cli}" >/dev/null || echo "install it by \`cargo install --locked $1\`"
         ;;

@@ -85,6 +85,8 @@ step full "tests and doctests" env VMEM_STRESS_SECONDS=60 cargo test --workspace
 step full "example hello" tested 60 examples/hello
 step full "example gpu_kernel" tested 120 examples/gpu_kernel --emulated
 step full "example service" env VMEM_BUILT="$built/debug" examples/service/load.sh --seconds 10 --stalled 50
+step full "example service, killed under clients in Python" \
+    needs python examples/service/survive.py --service "$built/debug/vmem-service" --seconds 20
 # As the README has it.
 step full "build the example quickstart" cargo build --release --example quickstart
 step full "example quickstart" bounded 300 cargo run --release --example quickstart -- --seconds 5
