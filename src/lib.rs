@@ -192,3 +192,24 @@ fn open_devices(config: &VirtualMemoryConfig) -> Result<Devices, VirtualMemoryEr
 }
 
 type Devices = (Vec<Arc<dyn DeviceBackend>>, Arc<str>);
+
+/// The pages of the guide, whose programs doctests compile and run. That of the service is with
+/// `vmem-dashboard`, which it mounts.
+#[cfg(doctest)]
+mod guide {
+    #[doc = include_str!("../docs/guide/src/start.md")]
+    mod start {}
+    #[doc = include_str!("../docs/guide/src/homes.md")]
+    mod homes {}
+    #[doc = include_str!("../docs/guide/src/budgets.md")]
+    mod budgets {}
+    #[doc = include_str!("../docs/guide/src/names.md")]
+    mod names {}
+    #[doc = include_str!("../docs/guide/src/seeing.md")]
+    mod seeing {}
+    #[doc = include_str!("../docs/guide/src/operating.md")]
+    mod operating {}
+    #[cfg(feature = "gpu")]
+    #[doc = include_str!("../docs/guide/src/gpu.md")]
+    mod gpu {}
+}

@@ -12,6 +12,7 @@
 mod documents;
 mod files;
 mod glossary;
+mod guide;
 mod lets;
 mod names;
 mod planted;

@@ -148,3 +148,8 @@ async fn stream(State(feed): State<Arc<Feed>>) -> Response {
     let events = listener.map(|json| Ok::<_, Infallible>(Event::default().data(&*json)));
     Sse::new(events).keep_alive(KeepAlive::default()).into_response()
 }
+
+/// The page of the guide whose program mounts this page; doctests compile it.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/guide/src/service.md")]
+mod guide {}
