@@ -63,6 +63,62 @@ async fn a_writer_waits_for_readers() {
     end(vmem, vec![handle], &emulator).await;
 }
 
+/// Mechanism: a reader queued behind the writer that waited for it. Effect: it stood still until
+/// the deadline of the writer. Fix: a writer that waits holds nothing.
+#[tokio::test]
+async fn readers_lease_again_what_they_have_beside_a_waiting_writer() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 << 20).await;
+    let stream = stream();
+    let handle = vmem.put(bytes(5), HOST).await.unwrap();
+    let first = vmem.device_on(&handle, &stream).await.unwrap();
+    let mut writer = Box::pin(vmem.device_mut_on(&handle, &stream));
+    for _ in 0..20 {
+        assert!((&mut writer).now_or_never().is_none(), "it is not alone");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let mut set = Box::pin(vmem.device_set(&stream).read(&handle).acquire());
+    let second = vmem.device_on(&handle, &stream).await.unwrap();
+    let set = (&mut set).await.unwrap();
+    assert!((&mut writer).now_or_never().is_none(), "readers have it");
+    drop((first, second, set));
+    writer.await.unwrap().abandon();
+    end(vmem, vec![handle], &emulator).await;
+}
+
+/// Mechanism: space was made before anybody asked whether there could be enough. Effect: an object
+/// larger than the device emptied it, for nothing. Fix: the capacity is looked at first.
+#[tokio::test]
+async fn objects_larger_than_the_device_evict_nothing() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(2 << 20).await;
+    let stream = stream();
+    let mut handles = Vec::new();
+    for n in 0..8 {
+        let handle = vmem.put(bytes(n), HOST).await.unwrap();
+        vmem.promote(&handle, VRAM).await.unwrap();
+        handles.push(handle);
+    }
+    let before = vmem.stats().vram;
+    // It stays below.
+    let large = vmem.allocate(3 << 20, VRAM).await.unwrap();
+    vmem.write(&large, vec![1; 3 << 20]).await.unwrap();
+    let refused = [
+        vmem.promote(&large, VRAM).await.err(),
+        vmem.device_on(&large, &stream).await.err(),
+        vmem.allocate_scratch(3 << 20, &stream).await.err(),
+    ];
+    for error in refused {
+        let is_named =
+            matches!(error, Some(VirtualMemoryError::ExceedsCapacity { tier: VRAM, .. }));
+        assert!(is_named, "{error:?}");
+    }
+    let after = vmem.stats().vram;
+    assert_eq!((after.objects, after.used_bytes), (before.objects, before.used_bytes));
+    handles.push(large);
+    end(vmem, handles, &emulator).await;
+}
+
 /// Pins, writes and frees beside leases; a lease that is cancelled while it waits leaves nothing.
 #[tokio::test]
 async fn leases_among_other_calls() {

@@ -56,7 +56,10 @@ impl Line {
         if has_come || all && vmem_core::planted!("gpu-notices") {
             self.end_notice(notices);
         }
-        if self.notice.is_none() || all || vmem_core::planted!("gpu-lines") {
+        if vmem_core::planted!("gpu-lines") {
+            self.end_notice(notices);
+        }
+        if self.notice.is_none() || all {
             self.advance(card, notices, all);
         }
     }

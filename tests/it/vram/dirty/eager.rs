@@ -1,4 +1,4 @@
-//! Leases that are written back at once, over a device whose copies fail, and for nobody.
+//! Copies of what kernels wrote that fail, that nobody needs, and that a pin waits for.
 //!
 //! Excluded: what a kernel wrote is lost because it could not be copied, and a copy of what nobody
 //! can read any more.
@@ -85,6 +85,30 @@ async fn freed_objects_are_not_copied() {
         assert_eq!(vmem.stats().vram_to_host_bytes, 0);
     }
     assert_all_back(bench, Vec::new()).await;
+}
+
+/// The copy goes into the space that the object has on disk.
+#[tokio::test]
+async fn copies_to_disk_that_fail_cost_no_space_there() {
+    let bench = open(WriteBack::OnEvict, 300 * KIB, MIB);
+    let vmem = &bench.vmem;
+    let handle = vmem.put(bytes(1, 1, LEN), HOST).await.unwrap();
+    run_kernel(vmem, &handle, bytes(1, 2, LEN)).await;
+    let other = vmem.put(bytes(2, 1, LEN), DISK).await.unwrap();
+    let before = vmem.stats().disk.used_bytes;
+    let pin = vmem.pin(&other, HOST).await.unwrap();
+    let with_space = before + LEN as u64;
+    eventually("its space is on disk", || vmem.stats().disk.used_bytes >= with_space).await;
+    for _ in 0..3 {
+        bench.devices[0].fail_next(1);
+        vmem.demote(&handle, DISK).await.unwrap_err();
+        assert!(vmem.stats().disk.used_bytes >= with_space, "it has space there again");
+        assert_eq!(vmem.stats().vram_dirty_bytes, LEN as u64);
+    }
+    vmem.demote(&handle, DISK).await.unwrap();
+    drop(pin);
+    assert!(vmem.read(&handle).await.unwrap() == bytes(1, 2, LEN));
+    assert_all_back(bench, vec![handle, other]).await;
 }
 
 /// The lease took no space for its version, since the object had some.
