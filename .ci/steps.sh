@@ -45,12 +45,10 @@ fresh_seeds() {
     done
 }
 
-# tested SECONDS PROGRAM ARGUMENT...: runs a program that was built with the tests.
+# tested SECONDS COMMAND...: runs what uses programs that are built with the tests.
 tested() {
-    local seconds=$1 program=$2
-    shift 2
     cargo test --workspace --no-run --quiet
-    bounded "$seconds" "$built/debug/$program" "$@"
+    bounded "$@"
 }
 
 # --- fast
@@ -82,11 +80,11 @@ step full "the lowest Rust" needs lowest-rust env CARGO_TARGET_DIR="$built/lowes
     cargo "+$lowest" check --package vmem --all-features
 step full "the dashboard in a browser" needs browser env VMEM_BROWSER=required cargo test --workspace --test browser
 step full "tests and doctests" env VMEM_STRESS_SECONDS=60 cargo test --workspace
-step full "example hello" tested 60 examples/hello
-step full "example gpu_kernel" tested 120 examples/gpu_kernel --emulated
-step full "example service" env VMEM_BUILT="$built/debug" examples/service/load.sh --seconds 10 --stalled 50
+step full "example hello" tested 60 "$built/debug/examples/hello"
+step full "example gpu_kernel" tested 120 "$built/debug/examples/gpu_kernel" --emulated
+step full "example service" tested 300 env VMEM_BUILT="$built/debug" examples/service/load.sh --seconds 10 --stalled 50
 step full "example service, killed under clients in Python" \
-    needs python examples/service/survive.py --service "$built/debug/vmem-service" --seconds 20
+    needs python tested 300 examples/service/survive.py --service "$built/debug/vmem-service" --seconds 20
 # As the README has it.
 step full "build the example quickstart" cargo build --release --example quickstart
 step full "example quickstart" bounded 300 cargo run --release --example quickstart -- --seconds 5

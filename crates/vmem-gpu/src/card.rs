@@ -334,7 +334,7 @@ impl Card {
 }
 
 /// Whether an error may be one that ends its context: not for want of memory, or of a capture.
-fn can_stick(DriverError(code): DriverError) -> bool {
+pub(crate) fn can_stick(DriverError(code): DriverError) -> bool {
     let passing = [
         sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY,
         sys::CUresult::CUDA_ERROR_NOT_READY,

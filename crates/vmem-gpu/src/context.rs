@@ -9,7 +9,7 @@ use std::cell::Cell;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, sys};
 
-use crate::card::Card;
+use crate::card::{Card, can_stick};
 
 /// So often a thread enters the context that has none, before it is tried without.
 const ENTERS_MAX: u32 = 64;
@@ -42,10 +42,12 @@ impl Card {
         let names_context = stream.cu_stream().addr() > 2;
         if names_context && ENTERS.get() == 0 && !vmem_core::planted!("gpu-always-pushes") {
             match work() {
-                Err(DriverError(
-                    sys::CUresult::CUDA_ERROR_INVALID_CONTEXT
-                    | sys::CUresult::CUDA_ERROR_INVALID_HANDLE,
-                )) => ENTERS.set(ENTERS_MAX),
+                Err(error) if can_stick(error) => {
+                    // Of another context, or for want of one.
+                    let done = self.enter(&mut work)??;
+                    ENTERS.set(ENTERS_MAX);
+                    return Ok(done);
+                }
                 done => return done,
             }
         }

@@ -8,7 +8,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::Thread;
 
@@ -55,7 +55,7 @@ impl EventPool {
                 Raw(enter(&self.context, || result::event::create(flags))??)
             }
         };
-        Ok(Event { raw: Some(raw), pool: self.clone() })
+        Ok(Event { raw: Some(raw), pool: self.clone(), span: Span::default() })
     }
 
     fn destroy(&self, events: Vec<Raw>) {
@@ -83,11 +83,39 @@ pub(crate) struct Event {
     /// None once it was discarded.
     raw: Option<Raw>,
     pool: Arc<EventPool>,
+    /// When it was recorded.
+    span: Span,
+}
+
+/// Some time between two stamps, each later than all before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) began: u64,
+    pub(crate) ended: u64,
+}
+
+impl Span {
+    /// Whether it had ended when the other began. Threads that record on one stream at once say
+    /// nothing about the order of their events.
+    pub(crate) fn is_before(self, other: Span) -> bool {
+        self.ended < other.began || vmem_core::planted!("gpu-unordered")
+    }
+}
+
+/// The next stamp.
+fn stamp() -> u64 {
+    static STAMPS: AtomicU64 = AtomicU64::new(0);
+    STAMPS.fetch_add(1, Ordering::SeqCst)
 }
 
 impl Event {
     fn handle(&self) -> sys::CUevent {
         self.raw.map_or(std::ptr::null_mut(), |raw| raw.0)
+    }
+
+    /// When it was recorded for a lease.
+    pub(crate) fn span(&self) -> Span {
+        self.span
     }
 
     /// Puts it behind everything that the stream has by now.
@@ -162,6 +190,7 @@ impl Card {
         lent: &mut Vec<Lent>,
     ) -> Result<Event, Unmarked> {
         let is_lent = !lent.is_empty();
+        let began = stamp();
         let mut mark = || {
             if is_capturing(stream)? && !vmem_core::planted!("gpu-capture") {
                 return Ok(None);
@@ -180,7 +209,9 @@ impl Card {
         } else {
             self.on_stream(stream, &mut mark)
         };
-        marked.map_err(Unmarked::Refused)?.ok_or(Unmarked::Captured)
+        let mut event = marked.map_err(Unmarked::Refused)?.ok_or(Unmarked::Captured)?;
+        event.span = Span { began, ended: stamp() };
+        Ok(event)
     }
 
     /// What `then` gets from here on comes after what `first` has, without a wait of the host.

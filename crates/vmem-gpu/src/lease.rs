@@ -299,8 +299,10 @@ impl DeviceLeaseMut {
     ///
     /// # Errors
     ///
-    /// `Device` if what was queued, or the copy of what it wrote, failed: then the previous version
-    /// stays, or is lost if the device alone had it (see [`WriteBack`](vmem_core::WriteBack)).
+    /// `Device` if what was queued failed, or the device was lost before the copy: then the
+    /// previous version stays, or is lost if the device alone had it (see
+    /// [`WriteBack`](vmem_core::WriteBack)). A copy that the device refuses is no error: the
+    /// version stays there until it could be copied.
     pub async fn finish(self) -> Result<()> {
         self.end_now().await
     }

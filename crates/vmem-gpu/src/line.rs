@@ -7,8 +7,9 @@
 //!
 //! The front of a line is queried: at once if it is the first, then when its notice has come. Where
 //! several have passed, one further back is queried, since a stream that has come so far has passed
-//! all before. A line has one notice at a time, which is kept until it has come or its front has
-//! ended. So the driver calls are at most linear in what is handed in, however much of it waits.
+//! all that was recorded before. A line has one notice at a time, which is kept until it has come
+//! or its front has ended. So the driver calls are at most linear in what is handed in, however
+//! much of it waits.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use cudarc::driver::CudaStream;
 use vmem_core::backend::DeviceError;
 
 use crate::card::{Card, told};
-use crate::event::{Event, Unmarked};
+use crate::event::{Event, Span, Unmarked};
 use crate::notices::{Notice, Notices};
 use crate::watch::Watched;
 
@@ -34,6 +35,13 @@ struct Group {
     /// None where the driver has given none yet.
     event: Option<Event>,
     members: Vec<Watched>,
+}
+
+/// Whether the last of these events was recorded behind all others. They come in the order in
+/// which they were handed in, which is another one where threads end leases of a stream at once.
+fn is_last_last(spans: impl Iterator<Item = Span> + Clone) -> bool {
+    let last = spans.clone().last();
+    last.is_none_or(|last| spans.filter(|&span| span != last).all(|span| span.is_before(last)))
 }
 
 impl Line {
@@ -102,11 +110,14 @@ impl Line {
                 && Option::zip(stream, group.stream()).is_some_and(|(a, b)| Arc::ptr_eq(a, b))
         };
         let count = self.groups.iter().take(limit).take_while(is_same).count();
-        let last = count.checked_sub(1).and_then(|last| self.groups[last].event.as_ref());
+        let window = || self.groups.iter().take(count).filter_map(|group| group.event.as_ref());
         let has_passed = |event: &Event| {
             matches!(event.has_passed(), Ok(true)) || vmem_core::planted!("gpu-early-end")
         };
-        let all = count == 1 || last.is_some_and(has_passed);
+        // The front has passed anyway.
+        let all = count < 2
+            || is_last_last(window().skip(1).map(Event::span))
+                && window().next_back().is_some_and(has_passed);
         if all { count.max(1) } else { 1 }
     }
 
@@ -163,5 +174,24 @@ impl Group {
             Some(event) => event.has_passed().map_err(Unmarked::Refused),
             None => Ok(true),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_ordered(spans: &[(u64, u64)]) -> bool {
+        is_last_last(spans.iter().map(|&(began, ended)| Span { began, ended }))
+    }
+
+    #[test]
+    fn last_of_a_line_covers_what_was_recorded_before_it_alone() {
+        assert!(is_ordered(&[]));
+        assert!(is_ordered(&[(8, 9)]));
+        assert!(is_ordered(&[(0, 1), (4, 7), (5, 6), (8, 9)]), "in whichever order the others are");
+        assert!(!is_ordered(&[(0, 1), (4, 5), (2, 3)]), "handed in after a later one");
+        assert!(!is_ordered(&[(0, 1), (2, 5), (4, 7)]), "recorded at once");
+        assert!(!is_ordered(&[(0, 9), (4, 7)]), "recorded within another");
     }
 }

@@ -182,7 +182,9 @@ impl FromStr for Promotion {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WriteBack {
-    /// With the end of each lease that changes it, which the next lease of the object waits for.
+    /// With the end of each lease that changes it, which the next lease of the object waits for. If
+    /// the device refuses the copy it is tried again; as long as it fails the device alone has the
+    /// version, and [`vram_dirty_bytes`](crate::VirtualMemoryStats::vram_dirty_bytes) counts it.
     #[default]
     Eager,
     /// Once it has been on the device alone for so long.

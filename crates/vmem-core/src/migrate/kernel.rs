@@ -252,6 +252,11 @@ impl Drop for Changed {
         if object.is_dirty_on_device() {
             return object.lose_version(&self.pass, self.device);
         }
+        if object.is_dead() {
+            // Nobody can read it.
+            object.give_up_pending(&self.pass, None);
+            return object.detach_from(&self.pass, self.device);
+        }
         let restored = self.space.take().zip(self.old.take()).map(|(mut space, old)| {
             space.as_mut_slice().copy_from_slice(&old);
             space

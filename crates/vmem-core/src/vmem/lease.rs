@@ -125,7 +125,7 @@ impl VramChange {
     ///
     /// # Errors
     ///
-    /// `Device` if the kernel or the copy of what it wrote failed; `Closed`.
+    /// `Device` if the kernel failed, or the device was lost before the copy; `Closed`.
     pub fn finish(
         mut self,
         ready: DeviceAnswer<std::result::Result<(), DeviceError>>,
