@@ -48,19 +48,33 @@ pub(super) fn errors(env: &Env) -> Result<Outcome> {
             vmem.demote(&other, HOST).await?;
             failed += 1;
         }
-        // The copy of what a kernel wrote fails: the previous version stays.
-        let lease = vmem.device_mut_on(&handle, &user.stream).await?;
-        // SAFETY: used on the stream of the lease, before it ends.
-        let at = unsafe { lease.device_ptr() };
-        // SAFETY: as above.
-        unsafe { user.add(at, len, 1, &user.stream) }?;
-        emulator.fail("cuMemcpyDtoHAsync_v2", 1, REFUSED);
-        let refused = lease.finish().await;
-        ensure!(
-            matches!(refused, Err(VirtualMemoryError::Device { .. })),
-            "copying to the host: {refused:?}"
-        );
-        ensure!(vmem.read(&handle).await? == bytes(1, 0, len), "the previous version");
+        // The copy of what a kernel wrote fails once, and for longer: the version is not lost.
+        let function = "cuMemcpyDtoHAsync_v2";
+        let mut expected = bytes(1, 0, len).to_vec();
+        for is_refused in [false, true] {
+            let lease = vmem.device_mut_on(&handle, &user.stream).await?;
+            // SAFETY: used on the stream of the lease, before it ends.
+            let at = unsafe { lease.device_ptr() };
+            // SAFETY: as above.
+            unsafe { user.add(at, len, 1, &user.stream) }?;
+            if is_refused {
+                emulator.refuse(function, REFUSED);
+            } else {
+                emulator.fail(function, 1, REFUSED);
+            }
+            lease.finish().await.context("copying to the host")?;
+            if is_refused {
+                let refused = vmem.read(&handle).await;
+                ensure!(
+                    matches!(refused, Err(VirtualMemoryError::Device { code: REFUSED, .. })),
+                    "{function}: the device alone has it: {refused:?}"
+                );
+                ensure!(vmem.stats().vram_dirty_bytes == len as u64, "it is counted");
+                emulator.refuse(function, 0);
+            }
+            expected.iter_mut().for_each(|byte| *byte = byte.wrapping_add(1));
+            ensure!(vmem.read(&handle).await? == expected, "what the kernel wrote");
+        }
         // Zeros that cannot be made.
         emulator.fail("cuMemsetD8Async", 1, REFUSED);
         let fresh = vmem.allocate(len, VRAM).await;
@@ -72,6 +86,7 @@ pub(super) fn errors(env: &Env) -> Result<Outcome> {
         }
         drop(fresh);
         // An error that sticks: the tier is gone, the copies below serve, and all is said.
+        vmem.demote(&handle, HOST).await?;
         vmem.promote(&other, VRAM).await?;
         emulator.sticky(ILLEGAL);
         let refused = vmem.promote(&handle, VRAM).await;
@@ -82,12 +97,8 @@ pub(super) fn errors(env: &Env) -> Result<Outcome> {
             ),
             "lost: {refused:?}"
         );
-        for (object, handle) in [(1, &handle), (2, &other)] {
-            ensure!(
-                vmem.read(handle).await? == bytes(object, 0, len),
-                "object {object} after the loss"
-            );
-        }
+        ensure!(vmem.read(&handle).await? == expected, "what was changed, after the loss");
+        ensure!(vmem.read(&other).await? == bytes(2, 0, len), "what was not, after the loss");
         let refused = vmem.promote(&other, VRAM).await;
         ensure!(
             matches!(refused, Err(VirtualMemoryError::TierNotAvailable { .. })),
