@@ -19,8 +19,8 @@ use vmem_testkit::place::DRIVER_VARIABLE;
 /// Binaries that do not run again: this one, which would run itself for ever; those that have no
 /// disk; and the habits, which choose their drivers.
 const NOT_AGAIN: [&str; 4] = ["vmem", "drivers", "habits", "tidy"];
-/// Modules of the others that do not run again: they have no disk, or hardly any, or bring their
-/// own devices, processes and drivers.
+/// Modules of the others that do not run again: they have no disk, or hardly any, or the catalog
+/// alone, or bring their own devices, processes and drivers.
 const SKIPPED: [(&str, &[&str]); 2] = [
     (
         "it",
@@ -36,7 +36,6 @@ const SKIPPED: [(&str, &[&str]); 2] = [
             "env::snapshot::",
             "model::the_model_explains_every_read_over_a_simulated_disk",
             "names::closed::",
-            "names::damage::",
             "names::entries::listings::",
             "real_faults::",
             "vram::devices::",
