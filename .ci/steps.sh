@@ -71,8 +71,9 @@ step full "licences, bans and sources of cudarc-union" \
     needs cargo-deny deny checks/cudarc-union/Cargo.toml bans licenses sources
 step full "cudarc with the features of candle and cubecl" \
     cargo check --locked --manifest-path checks/cudarc-union/Cargo.toml --target-dir "$built/union"
-step full "with tokio_unstable: named tasks" env RUSTFLAGS="--cfg tokio_unstable" \
-    CARGO_TARGET_DIR="$built/unstable" cargo check -p vmem --features tokio-console
+# With other flags everything is built once more, so this is all that is done with them.
+step full "with tokio_unstable: what tokio-console shows" env RUSTFLAGS="--cfg tokio_unstable" \
+    CARGO_TARGET_DIR="$built/unstable" cargo check -p vmem-console
 step full "features" scripts/check-features.sh
 step full "packages" scripts/package.sh --no-verify --offline
 # For the library alone; its tests may need more.

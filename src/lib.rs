@@ -37,7 +37,8 @@
 //! - `metrics`: `VirtualMemory::publish_metrics`, and `metrics`, what it publishes.
 //! - `serde`: a [`VirtualMemoryConfig`] is read from a file.
 //! - `dlpack`: leases become tensors for PyTorch and others; implies `gpu`.
-//! - `tokio-console`: names the tasks of migrations where `--cfg tokio_unstable` is set too.
+//! - `tokio-console`: shows tasks, migrations, tiers and waiting reads in tokio-console, where
+//!   `--cfg tokio_unstable` is set too.
 //!
 //! `vmem-core` decides, `vmem-io` is the disk tier, `vmem-gpu` the VRAM tier;
 //! this crate opens them together. See `docs/architecture.md` for the life of a read.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Starts the service over a directory of its own, loads it, and stops it: `load.sh --seconds 60 --stalled 400`.
+# `load.sh --wrk 60` has wrk load it instead, for so long: a client that is not of this project.
 # Fails if a body was wrong, an answer was lost, or the service did not end as it should. VMEM_BUILT names a folder with
 # programs that are built already.
 set -euo pipefail
@@ -28,7 +29,16 @@ until grep -q '^listening on ' "$data/address"; do
 done
 url=$(sed -n 's/^listening on //p' "$data/address")
 
-"$built/vmem-load" "$url" "$@"
+if [ "${1:-}" = --wrk ]; then
+    for letter in {a..z}; do
+        head -c 65536 /dev/zero | tr '\0' "$letter" >"$data/body"
+        curl --silent --show-error --fail --output /dev/null -T "$data/body" -H "x-object-meta-letter: $letter" \
+            "$url/objects/wrk/$letter-[0-15]"
+    done
+    wrk --threads 2 --connections 64 --duration "$2s" --latency --script examples/service/wrk.lua "$url"
+else
+    "$built/vmem-load" "$url" "$@"
+fi
 kill -TERM "$service"
 wait "$service"
 service=

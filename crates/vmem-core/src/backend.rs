@@ -21,6 +21,8 @@ pub use crate::host::{InUse, ObjectSpace, Part, Registrar, StagingMemory};
 
 pub use crate::ranges::{End, Ranges};
 
+pub use crate::task::spawn_named;
+
 pub use crate::object::Backends;
 
 pub use crate::runtime::{check_runtime, current_runtime, quietly};

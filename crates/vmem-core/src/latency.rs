@@ -28,6 +28,7 @@ pub(crate) use clock::{
 pub use histograms::LatencySnapshot;
 pub use slow::{ReadOutcome, SlowRead};
 
+use crate::console;
 use crate::memory_tier::MemoryTier;
 use histograms::Histograms;
 use slow::Slowest;
@@ -163,6 +164,8 @@ pub(crate) struct Latencies {
     now: [AtomicU64; ReadStage::ALL.len()],
     failed: AtomicU64,
     cancelled: AtomicU64,
+    /// All of them, as tokio-console shows them.
+    pub(crate) row: console::Reads,
     /// A read that took this long causes an event.
     pub(crate) threshold: Duration,
 }
@@ -175,6 +178,7 @@ impl Latencies {
             now: std::array::from_fn(|_| AtomicU64::new(0)),
             failed: AtomicU64::new(0),
             cancelled: AtomicU64::new(0),
+            row: console::Reads::new(),
             threshold,
         })
     }

@@ -16,6 +16,7 @@
 //! - `storage`, `buffer`: what a tier below host memory implements.
 //! - `device`, `vram`: what a tier above it implements, and the objects in it.
 //! - `latency`: how long reads take that are not hits, and what they wait for.
+//! - `console`, `task`: what tokio-console shows, with the feature of that name.
 //! - `metrics`: the figures for a recorder of the facade of that name, with the feature.
 //! - `config`, `options`, `error`, `events`, `stats`, `capabilities`: what goes in and comes out.
 //! - `locks`: the order in which locks are taken, asserted in debug builds.
@@ -28,6 +29,7 @@ mod capabilities;
 mod catalog;
 mod chunk;
 mod config;
+mod console;
 mod copy;
 mod deadline;
 mod device;

@@ -11,7 +11,7 @@ use std::task::Poll;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use tokio::runtime::Handle;
 use tokio_util::task::AbortOnDropHandle;
-use vmem_core::backend::{DeviceAccess, DeviceError};
+use vmem_core::backend::{DeviceAccess, DeviceError, spawn_named};
 use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::call::{Call, Foreign};
@@ -119,7 +119,7 @@ async fn run_apart(
     }
     match runtime.filter(|_| !vmem_core::planted!("gpu-neglect")) {
         Some(runtime) => {
-            let task = AbortOnDropHandle::new(runtime.spawn(work));
+            let task = AbortOnDropHandle::new(spawn_named(&runtime, "vmem-gpu-gather", work));
             task.await.unwrap_or(Err(VirtualMemoryError::Closed))
         }
         None => work.await,

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::look::Look;
 use super::plan::{Plan, Situation, Stop, Victim, plan};
 use super::tiers::Evicting;
-use super::{Ended, Took, spawn_into};
+use super::{Ended, Took};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::migrate::CopyFate;
@@ -23,6 +23,7 @@ use crate::object::{GatePass, Object, Shared};
 use crate::policy::Probe;
 use crate::stats::add;
 use crate::storage::TierError;
+use crate::task::spawn_into;
 use crate::tier::{Class, Refused, Space, TierState, Wanted};
 
 /// Batches that are written at once.

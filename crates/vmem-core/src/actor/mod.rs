@@ -22,7 +22,6 @@ mod look;
 mod plan;
 mod tiers;
 
-use std::future::Future;
 use std::sync::Arc;
 
 use tokio::sync::watch;
@@ -32,13 +31,14 @@ use tokio::time::{Instant, sleep};
 use evict::Evictor;
 use tiers::{InHost, InStorage, OnDevice};
 
+use crate::console;
 use crate::device::DeviceError;
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::{MemoryTier, Position};
 use crate::names::{self, Names};
 use crate::object::Shared;
 use crate::requests::{Inbox, Line, Request};
-use crate::task::spawn_named;
+use crate::task::{spawn_into, spawn_named};
 
 /// Migrations of demand that are started at once; those that copy are bounded by the link.
 const DEMAND_MAX: usize = 1024;
@@ -96,7 +96,9 @@ pub(crate) fn start(names: Arc<Names>, inbox: Inbox) -> watch::Receiver<Outcome>
         storage,
     };
     let runtime = actor.shared.runtime.clone();
-    spawn_named(&runtime, "vmem-actor", actor.run(done));
+    let watched = Arc::downgrade(&actor.shared);
+    console::show(&runtime, &actor.shared.latencies.row, move || Some(watched.upgrade()?.now()));
+    drop(spawn_named(&runtime, "vmem-actor", actor.run(done)));
     outcome
 }
 
@@ -379,22 +381,5 @@ async fn sleep_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
-    }
-}
-
-/// As `spawn_named`, into the set of migrations.
-pub(super) fn spawn_into<F>(tasks: &mut JoinSet<Ended>, name: &'static str, future: F)
-where
-    F: Future<Output = Ended> + Send + 'static,
-{
-    #[cfg(all(tokio_unstable, feature = "tokio-console"))]
-    let spawned = tasks.build_task().name(name).spawn(future).map(drop);
-    #[cfg(not(all(tokio_unstable, feature = "tokio-console")))]
-    let spawned = {
-        tasks.spawn(future);
-        Ok::<(), std::io::Error>(())
-    };
-    if let Err(error) = spawned {
-        tracing::error!(target: "vmem::actor", name, %error, "not spawned");
     }
 }

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tracing::Span;
 
 use super::{Latencies, ReadStage, ReadTimes};
+use crate::console;
 use crate::locks::{self, Lock};
 use crate::memory_tier::MemoryTier;
 
@@ -38,6 +39,7 @@ pub(crate) struct StageClock {
     latencies: Arc<Latencies>,
     started: Instant,
     span: Span,
+    row: console::Read,
 }
 
 #[derive(Debug)]
@@ -78,8 +80,12 @@ pub(crate) struct Told {
 }
 
 impl StageClock {
-    /// The clock of a read that begins now, under this span.
-    pub(crate) fn start(latencies: &Arc<Latencies>, span: Span) -> Arc<Self> {
+    /// The clock of a read that begins now, under this span. `title` names it for tokio-console.
+    pub(crate) fn start(
+        latencies: &Arc<Latencies>,
+        span: Span,
+        title: impl FnOnce() -> String,
+    ) -> Arc<Self> {
         let started = Instant::now();
         let state = State {
             entered: [0; ENTERED],
@@ -90,8 +96,9 @@ impl StageClock {
             joined: false,
         };
         latencies.shift((ReadStage::Runtime, 0), (ReadStage::Runtime, 1));
+        let row = console::Read::start(&latencies.row, title);
         let latencies = latencies.clone();
-        Arc::new(StageClock { state: Lock::new(state), latencies, started, span })
+        Arc::new(StageClock { state: Lock::new(state), latencies, started, span, row })
     }
 
     /// The end of the read for its own caller. Others may still follow its clock.
@@ -112,8 +119,17 @@ impl StageClock {
         state.settle();
         let before = (state.stage(), state.readers);
         let result = change(&mut state);
-        self.latencies.shift(before, (state.stage(), state.readers));
+        let after = (state.stage(), state.readers);
+        self.latencies.shift(before, after);
+        if before.0 != after.0 {
+            self.row.waits_for(after.0.as_str());
+        }
         result
+    }
+
+    /// `work` of its caller, which tokio-console then lists with the task that runs it.
+    pub(crate) fn watch<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
+        self.row.watch(work)
     }
 }
 
@@ -179,6 +195,7 @@ pub(crate) fn follow(other: Option<&Arc<StageClock>>) -> Option<Following> {
     let own = current().filter(|own| !Arc::ptr_eq(own, &other))?;
     own.span.follows_from(&other.span);
     own.change(|state| state.readers -= 1);
+    own.row.waits_for("another read");
     let before = other.change(|state| {
         state.readers += 1;
         state.spent

@@ -113,7 +113,7 @@ async fn demote_batch(
     let start = |one: &Demotion| {
         let from = one.chunks.first().map_or(0, |(_, from, _)| from.level());
         let route = (MemoryTier::of_level(from), MemoryTier::of_level(one.level));
-        let record = Record::start(&shared, one.pass.object().id, route, cause, deadline);
+        let record = Record::start(&shared, one.pass.object(), route, cause, deadline);
         (record, one.payload())
     };
     let records: Vec<_> = batch.iter().map(start).collect();
@@ -236,7 +236,7 @@ async fn promote_into(
     let route = (MemoryTier::of_level(first.from.level()), MemoryTier::of_level(level));
     let bytes = chunks.iter().map(|one| u64::from(one.to.len())).sum();
     drop(map);
-    let record = Record::start(shared, object.id, route, job.cause, &job.deadline);
+    let record = Record::start(shared, object, route, job.cause, &job.deadline);
     let copied = match object.copy.acquire(&shared.copies) {
         // Nothing is to be read that is at hand.
         Found::Copy(host) if !crate::planted!("below-host-unused") => {

@@ -96,7 +96,7 @@ async fn write_to_storage(
     let from = object.version().tier();
     let to = extents.first().map_or(0, Extent::level);
     let route = (from, MemoryTier::of_level(to));
-    let record = Record::start(shared, object.id, route, cause, deadline);
+    let record = Record::start(shared, object, route, cause, deadline);
     match copy_to(object, extents.into(), deadline).await {
         Ok(written) => {
             object.publish_written_back(pass, ExtentMap::of(written));

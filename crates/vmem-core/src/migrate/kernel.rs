@@ -150,8 +150,7 @@ impl Changed {
         let shared = &object.shared;
         let from = shared.devices()[self.device].tier();
         let route = (from, MemoryTier::Host);
-        let record =
-            Record::start(shared, object.id, route, MigrationCause::Kernel, &self.deadline);
+        let record = Record::start(shared, &object, route, MigrationCause::Kernel, &self.deadline);
         if let Err(error) = self.wait(ready).await {
             record.end(Err(&error));
             return Err(error);

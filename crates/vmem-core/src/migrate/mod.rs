@@ -58,6 +58,7 @@ pub(crate) use to_disk::{
 pub(crate) use to_host::{count_hit, fetch, fetch_into, fetch_with};
 pub(crate) use write::{NewVersion, publish_version};
 
+use crate::console;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::{MigrationCause, MigrationEvent};
@@ -127,19 +128,22 @@ pub(crate) struct Record<'a> {
     event: MigrationEvent,
     asked: Instant,
     started: Instant,
+    /// For its drop.
+    _row: console::Migration,
 }
 
 impl<'a> Record<'a> {
     /// Starts the record, just before the first byte is copied.
     pub(crate) fn start(
         shared: &'a Shared,
-        handle: u64,
+        object: &Object,
         (from, to): (MemoryTier, MemoryTier),
         cause: MigrationCause,
         deadline: &Deadline,
     ) -> Self {
         stats::add(&shared.counters.in_flight, 1);
         let started = Instant::now();
+        let handle = object.id;
         let span = tracing::debug_span!(
             target: "vmem::migration",
             "migration",
@@ -165,7 +169,11 @@ impl<'a> Record<'a> {
             error: None,
             missed: 0,
         };
-        Record { shared, span, event, asked: deadline.asked(), started }
+        let row = console::Migration::start((from, to), cause, || console::Moved {
+            object: object.title(),
+            bytes: object.len,
+        });
+        Record { shared, span, event, asked: deadline.asked(), started, _row: row }
     }
 
     /// Ends the record, with the bytes that were copied or the error.

@@ -31,7 +31,7 @@ pub(crate) fn write_back_after(object: &Arc<Object>, pause: Duration) {
     let pause = pause.min(PAUSE_MAX);
     let runtime = object.shared.runtime.clone();
     let object = Arc::downgrade(object);
-    spawn_named(&runtime, "vmem-write-back", run(object, pause));
+    drop(spawn_named(&runtime, "vmem-write-back", run(object, pause)));
 }
 
 async fn run(object: Weak<Object>, pause: Duration) {

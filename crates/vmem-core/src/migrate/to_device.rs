@@ -133,7 +133,7 @@ async fn fill(job: &Job, device: &Device, pass: &GatePass, range: &DeviceRange) 
     };
     let from = if host.is_some() { MemoryTier::Host } else { object.version().tier() };
     let route = (from, device.tier());
-    let record = Record::start(shared, object.id, route, job.cause, &job.deadline);
+    let record = Record::start(shared, object, route, job.cause, &job.deadline);
     let outcome = match host {
         Some(bytes) => device
             .backend

@@ -182,7 +182,7 @@ pub(super) async fn write_batch(
     let start = |victim: &Leaving| {
         let level = victim.extents.first().map_or(victim.level, Extent::level);
         let route = (MemoryTier::Host, MemoryTier::of_level(level));
-        Record::start(&shared, victim.pass.object().id, route, cause, deadline)
+        Record::start(&shared, victim.pass.object(), route, cause, deadline)
     };
     let records: Vec<_> = batch.iter().map(start).collect();
     let counts: Vec<_> = batch.iter().map(|victim| victim.missing.len()).collect();

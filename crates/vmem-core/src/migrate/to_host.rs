@@ -137,7 +137,7 @@ async fn fill(
 ) -> Result<OwnedCopy, (Option<OwnedCopy>, VirtualMemoryError)> {
     let object = &job.object;
     let route = (version.tier(), MemoryTier::Host);
-    let record = Record::start(&object.shared, object.id, route, job.cause, &job.deadline);
+    let record = Record::start(&object.shared, object, route, job.cause, &job.deadline);
     let chunks = 0..chunk_count(object.len);
     let space = IoBuf::from_copy(space);
     let (buf, outcome) = load(object, version, chunks, space, 0, job.class).await;

@@ -71,7 +71,7 @@ impl Commits {
         let runtime = tokio::runtime::Handle::current();
         let counts = Arc::new(Counts::default());
         let task = commit_in_turn(inbox, catalog, disk, counts.clone());
-        spawn_named(&runtime, "vmem-commit", task);
+        drop(spawn_named(&runtime, "vmem-commit", task));
         Commits { queue, counts }
     }
 

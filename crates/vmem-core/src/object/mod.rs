@@ -252,6 +252,14 @@ impl Object {
     // ---- The name ---------------------------------------------------------------------------
 
     /// What it knows of its name, from now on if it had none.
+    /// Its name, or its number where it has none: for people, not for the hot path.
+    pub(crate) fn title(&self) -> String {
+        match self.named.get().and_then(Named::first) {
+            Some(name) => name.to_owned(),
+            None => format!("#{}", self.id),
+        }
+    }
+
     pub(crate) fn named(&self) -> &Named {
         self.named.get_or_init(Box::default)
     }

@@ -42,6 +42,15 @@ impl Read {
         self.object.named.get().and_then(|named| named.first())
     }
 
+    /// What is read, in a few words.
+    fn title(&self) -> String {
+        let title = self.object.title();
+        match self.objects {
+            1 => title,
+            more => format!("{title} and {} more", more - 1),
+        }
+    }
+
     fn span(&self) -> Span {
         let span = tracing::debug_span!(
             target: "vmem::read",
@@ -140,10 +149,12 @@ pub(super) async fn timed_unless<T>(
     is_hit: impl FnOnce(&T) -> bool,
 ) -> Result<T> {
     let span = read.span();
-    let clock = StageClock::start(&read.object.shared.latencies, span.clone());
+    let latencies = &read.object.shared.latencies;
+    let clock = StageClock::start(latencies, span.clone(), || read.title());
     let outcome = Some(ReadOutcome::Cancelled);
     let mut reading = Reading { read, clock: clock.clone(), span: span.clone(), outcome };
-    let result = latency::on_clock(Some(clock), work).instrument(span).await;
+    let work = latency::on_clock(Some(clock.clone()), work).instrument(span);
+    let result = clock.watch(work).await;
     reading.outcome = match &result {
         Ok(value) if is_hit(value) => None,
         Ok(_) => Some(ReadOutcome::Served),

@@ -4,7 +4,9 @@
 //! methods.
 
 use super::Shared;
+use crate::console::{Now, TierNow};
 use crate::error::VirtualMemoryError;
+use crate::latency::ReadStage;
 use crate::memory_tier::MemoryTier;
 use crate::object::{OBJECT_BYTES, RARE_BYTES};
 use crate::stats::{TierStats, VirtualMemoryStats, get};
@@ -48,6 +50,32 @@ impl Shared {
             MemoryTier::Vram | MemoryTier::OtherVram(_) => {
                 self.device_of(tier).map_or_else(TierStats::default, Device::stats)
             }
+        }
+    }
+
+    /// What tokio-console shows.
+    pub(crate) fn now(&self) -> Now {
+        let of = |tier, pinned_bytes, waiters| {
+            let TierStats { used_bytes, capacity_bytes, .. } = self.tier_stats(tier);
+            TierNow { tier, used_bytes, capacity_bytes, pinned_bytes, waiters }
+        };
+        let device = |one: &Device| {
+            let state = &one.state;
+            of(one.tier(), state.holds.bytes().total(), state.queue.len())
+        };
+        let storage = |one: &Storage| {
+            let state = &one.state;
+            of(one.tier(), state.holds.bytes().total(), state.queue.len())
+        };
+        let host = of(MemoryTier::Host, self.host.holds.bytes().total(), self.host.queue.len());
+        let tiers = self.devices.iter().map(device);
+        Now {
+            tiers: tiers.chain([host]).chain(self.storage().iter().map(storage)).collect(),
+            reads: ReadStage::ALL
+                .map(|stage| (stage.as_str(), self.latencies.in_stage(stage)))
+                .to_vec(),
+            held_bytes: self.copies.held_bytes(),
+            migrations: get(&self.counters.in_flight),
         }
     }
 

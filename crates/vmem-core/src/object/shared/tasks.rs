@@ -19,6 +19,7 @@ use crate::task::spawn_named;
 
 impl Shared {
     /// Runs `work` as a task of the runtime, which `close` waits for. It never waits for a caller.
+    #[track_caller]
     pub(crate) fn spawn<F>(self: &Arc<Self>, name: &'static str, work: F)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -31,7 +32,7 @@ impl Shared {
                 shared.set_closed();
             }
         });
-        spawn_named(&self.runtime, name, guarded);
+        drop(spawn_named(&self.runtime, name, guarded));
     }
 
     /// Whether a read may start its own task, past the actor.
@@ -53,6 +54,7 @@ impl Shared {
 
     /// Runs `work` as a task, which is dropped once its caller is, and sets its value aside for the
     /// caller.
+    #[track_caller]
     pub(crate) fn spawn_for_caller<T, F>(
         self: &Arc<Self>,
         name: &'static str,
@@ -74,6 +76,7 @@ impl Shared {
 
     /// As `spawn_for_caller`, for a value that keeps others from an object: the task itself takes
     /// it back.
+    #[track_caller]
     pub(crate) fn spawn_for_caller_briefly<T, F>(
         self: &Arc<Self>,
         name: &'static str,

@@ -31,7 +31,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
-use vmem_core::backend::StagingMemory;
+use vmem_core::backend::{StagingMemory, spawn_named};
 
 use self::lane::{Lane, State};
 use self::ring::Ring;
@@ -107,7 +107,10 @@ impl Reactor {
         }
         reactor.lanes = made.iter().map(|(lane, _)| Arc::clone(lane)).collect();
         let origin = Origin::here();
-        let serve = |(lane, fd)| runtime.spawn(serve(Attached { lane, fd: Some(fd), origin }));
+        let serve = |(lane, fd)| {
+            let serving = serve(Attached { lane, fd: Some(fd), origin });
+            spawn_named(&runtime, "vmem-io-reactor", serving)
+        };
         reactor.tasks = Mutex::new(made.into_iter().map(serve).collect());
         Ok(reactor)
     }
