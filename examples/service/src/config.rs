@@ -9,6 +9,8 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use axum::http::Uri;
+use axum::http::uri::Scheme;
 use bytesize::ByteSize;
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
@@ -29,6 +31,8 @@ pub struct Config {
     pub dashboard: DashboardAccess,
     /// What requests may take.
     pub limits: Limits,
+    /// Where spans go, besides the log.
+    pub otlp: Otlp,
     /// The store. `disk_path` has to be set, so that objects survive a restart.
     pub store: VirtualMemoryConfig,
 }
@@ -44,6 +48,24 @@ pub enum DashboardAccess {
     Loopback,
     /// All that reach the service.
     All,
+}
+
+/// Spans for an OpenTelemetry collector, by OTLP over HTTP.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Otlp {
+    /// The collector, such as `http://127.0.0.1:4318`; spans go to `/v1/traces` below it. Default:
+    /// none, and no span is sent.
+    pub endpoint: Option<String>,
+    /// What the collector calls this service. Default: `vmem-service`.
+    pub service_name: String,
+    /// The part of traces that is sent, of those that begin here; a caller's trace is sent if the
+    /// caller says that it is. Default: 1, which is all.
+    pub sample_ratio: f64,
+    /// How long the collector may take for an answer, and the end of the service for spans that
+    /// are still to be sent. Default: 5 s.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
 }
 
 /// What requests may take. Sizes are in bytes, or words such as `"64MiB"`.
@@ -110,7 +132,19 @@ impl Default for Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             dashboard: DashboardAccess::default(),
             limits: Limits::default(),
+            otlp: Otlp::default(),
             store: VirtualMemoryConfig::default(),
+        }
+    }
+}
+
+impl Default for Otlp {
+    fn default() -> Self {
+        Otlp {
+            endpoint: None,
+            service_name: "vmem-service".into(),
+            sample_ratio: 1.0,
+            timeout: Duration::from_secs(5),
         }
     }
 }
@@ -225,6 +259,7 @@ impl Config {
     /// `Invalid` for the first field that cannot be used.
     pub fn check(&self) -> Result<(), ConfigError> {
         let limits = &self.limits;
+        let otlp = &self.otlp;
         let is_short = |time: Duration| time.is_zero();
         let zero = "it has to be more than zero";
         let checks = [
@@ -241,6 +276,18 @@ impl Config {
             ("limits.max_pin", is_short(limits.max_pin), zero),
             ("limits.prefetch_timeout", is_short(limits.prefetch_timeout), zero),
             (
+                "otlp.endpoint",
+                otlp.endpoint.as_deref().is_some_and(|text| !is_base(text)),
+                "it has to be http://HOST:PORT, without TLS, credentials and a query",
+            ),
+            ("otlp.service_name", otlp.service_name.is_empty(), "it has to be a name"),
+            (
+                "otlp.sample_ratio",
+                !(0.0..=1.0).contains(&otlp.sample_ratio),
+                "it has to be between 0 and 1",
+            ),
+            ("otlp.timeout", is_short(otlp.timeout), zero),
+            (
                 "store.disk_path",
                 self.store.disk_path().is_none(),
                 "it has to name a directory: without one, objects do not survive a restart",
@@ -251,6 +298,14 @@ impl Config {
             None => Ok(()),
         }
     }
+}
+
+/// Whether this is the address of a server that is spoken to without TLS.
+fn is_base(text: &str) -> bool {
+    let Ok(uri) = text.parse::<Uri>() else { return false };
+    let host = uri.authority().filter(|authority| !authority.as_str().contains('@'));
+    let is_plain = uri.scheme() == Some(&Scheme::HTTP) && uri.query().is_none();
+    is_plain && !text.contains('#') && host.is_some_and(|host| !host.host().is_empty())
 }
 
 fn read_file(path: &Path) -> Result<Table, ConfigError> {

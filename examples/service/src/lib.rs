@@ -6,6 +6,7 @@
 //! - `server`: [`Service`], which accepts, serves, drains, and closes the store.
 //! - `routes`: what leads where, the ids and spans of requests; other routers are mounted here.
 //! - `metrics`, `dashboard`: what the service and its store do, for Prometheus and for people.
+//! - `trace`, `otel`: the spans of requests, and their way to an OpenTelemetry collector.
 //! - `limits`: how many requests are served at once, of all clients and of one.
 //! - `name`, `conditions`, `attributes`: what a request says of its object.
 //! - `put`, `get`, `list`, `pins`, `health`: the handlers.
@@ -37,6 +38,7 @@ mod list;
 pub mod load;
 mod metrics;
 mod name;
+mod otel;
 mod pins;
 mod put;
 mod routes;
@@ -44,5 +46,6 @@ mod server;
 mod state;
 mod trace;
 
-pub use config::{Config, ConfigError, DashboardAccess, ENV_FILE, ENV_PREFIX, Limits};
+pub use config::{Config, ConfigError, DashboardAccess, ENV_FILE, ENV_PREFIX, Limits, Otlp};
+pub use otel::Otel;
 pub use server::Service;

@@ -1,14 +1,18 @@
 //! The program: reads the configuration, serves until a signal, and closes the store.
 //!
-//! Invariant: it exits with 0 only if everything that it stored is durable.
+//! Invariant: it exits with 0 only if everything that it stored is durable. The log and the spans
+//! for a collector have filters of their own.
 
 use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Parser;
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
-use vmem_service::{Config, ENV_FILE, Service};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
+use vmem_service::{Config, ENV_FILE, Otel, Service};
 
 /// An object service over vmem.
 ///
@@ -25,8 +29,7 @@ struct Arguments {
     check_config: bool,
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let variables = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
@@ -35,8 +38,18 @@ async fn main() -> anyhow::Result<()> {
         print!("{}", config.to_toml()?);
         return Ok(());
     }
+    let runtime = Runtime::new()?;
+    let served = runtime.block_on(serve(config));
+    // The name of a collector may still be looked up, which nothing can end.
+    runtime.shutdown_background();
+    served
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    let otel = Otel::start(&config.otlp)?;
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_filter(filter);
+    tracing_subscriber::registry().with(otel.as_ref().map(Otel::layer)).with(log).init();
     let mut terminated = signal(SignalKind::terminate())?;
     let mut interrupted = signal(SignalKind::interrupt())?;
     let service = Service::start(config, |_| axum::Router::new()).await?;
@@ -46,7 +59,11 @@ async fn main() -> anyhow::Result<()> {
         _ = interrupted.recv() => {}
     }
     tracing::info!("shutting down");
-    service.shutdown().await.context("closing the store")?;
+    let closed = service.shutdown().await.context("closing the store");
+    if let Some(otel) = otel {
+        otel.end().await;
+    }
+    closed?;
     tracing::info!("all is durable");
     Ok(())
 }

@@ -17,7 +17,7 @@ use crate::error::ApiError;
 use crate::limits::limit;
 use crate::metrics::measure;
 use crate::state::App;
-use crate::trace::{REQUEST_ID, check_id, span};
+use crate::trace::{REQUEST_ID, answered, check_id, span};
 use crate::{get as read, health, list, pins, put};
 
 /// All routes; `mounted` are others than those of objects, such as metrics.
@@ -46,6 +46,7 @@ pub(crate) fn router(app: App, mounted: Router) -> Router {
         .layer(
             TraceLayer::new_for_http()
                 .make_span_with(span)
+                .on_response(answered)
                 .on_failure(DefaultOnFailure::new().level(Level::DEBUG)),
         )
         .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))

@@ -3,17 +3,25 @@
 //! Invariant: a span has the method, the path, the id, and the caller's trace where there is one;
 //! no query and no header besides, which may have secrets. Called by `routes`.
 
+use std::time::Duration;
+
 use axum::extract::Request;
-use axum::http::{HeaderMap, HeaderName};
+use axum::http::{self, HeaderMap, HeaderName};
 use axum::middleware::Next;
 use axum::response::Response;
+use opentelemetry::Context;
+use opentelemetry::propagation::TextMapPropagator;
+use opentelemetry::trace::{TraceContextExt, TraceId};
+use opentelemetry_http::HeaderExtractor;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
 use tower_http::request_id::RequestId;
+use tower_http::trace::{DefaultOnResponse, OnResponse};
 use tracing::Span;
+use tracing::field::{Empty, display};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 /// The header with the id.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// The header with the trace of the caller.
-const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// The longest id that a client may choose.
 const ID_LEN_MAX: usize = 64;
 
@@ -29,43 +37,49 @@ pub(crate) async fn check_id(mut request: Request, next: Next) -> Response {
     next.run(request).await
 }
 
-/// The span of a request.
+/// The span of a request, in the trace of its caller if there is one.
 pub(crate) fn span(request: &Request) -> Span {
     let id = request.extensions().get::<RequestId>();
     let id = id.and_then(|id| id.header_value().to_str().ok()).unwrap_or_default();
-    let (trace_id, parent_id) = parent(request.headers()).unwrap_or_default();
-    tracing::info_span!(
+    let span = tracing::info_span!(
         "request",
+        otel.kind = "server",
         method = %request.method(),
         path = request.uri().path(),
         request_id = id,
-        trace_id,
-        parent_id,
-    )
+        trace_id = Empty,
+        parent_id = Empty,
+        status = Empty,
+        otel.status_code = Empty,
+    );
+    let caller = caller(request.headers());
+    let parent = caller.span().span_context().clone();
+    if parent.is_valid() {
+        span.record("parent_id", display(parent.span_id()));
+        // Refused where no span is sent to a collector.
+        let _ = span.set_parent(caller);
+    }
+    let own = span.context().span().span_context().trace_id();
+    let trace = if own == TraceId::INVALID { parent.trace_id() } else { own };
+    if trace != TraceId::INVALID {
+        span.record("trace_id", display(trace));
+    }
+    span
+}
+
+/// Records how a request was answered.
+pub(crate) fn answered<B>(response: &http::Response<B>, latency: Duration, span: &Span) {
+    span.record("status", response.status().as_u16());
+    if response.status().is_server_error() {
+        span.record("otel.status_code", "ERROR");
+    }
+    DefaultOnResponse::new().on_response(response, latency, span);
 }
 
 /// Trace and span of the caller, as W3C Trace Context has them.
-fn parent(headers: &HeaderMap) -> Option<(&str, &str)> {
-    let text = headers.get(TRACEPARENT)?.to_str().ok()?;
-    let mut parts = text.split('-');
-    let version = parts.next()?;
-    let trace = parts.next()?;
-    let span = parts.next()?;
-    let flags = parts.next()?;
-    let is_hex = |text: &str, len| {
-        text.len() == len && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-    };
-    let is_set = |text: &str| text.bytes().any(|digit| digit != b'0');
-    let is_valid = is_hex(version, 2)
-        && version != "ff"
-        && is_hex(trace, 32)
-        && is_hex(span, 16)
-        && is_hex(flags, 2)
-        && is_set(trace)
-        && is_set(span)
-        // The first version has nothing behind the flags.
-        && (version != "00" || parts.next().is_none());
-    is_valid.then_some((trace, span))
+fn caller(headers: &HeaderMap) -> Context {
+    let headers = HeaderExtractor(headers);
+    TraceContextPropagator::new().extract_with_context(&Context::new(), &headers)
 }
 
 #[cfg(test)]
@@ -76,9 +90,12 @@ mod tests {
     fn traces_of_callers_are_read_where_they_are_valid() {
         let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
         let span = "1234567890123456";
+        let traceparent = HeaderName::from_static("traceparent");
         let of = |text: String| {
-            let headers = HeaderMap::from_iter([(TRACEPARENT, text.parse().unwrap())]);
-            parent(&headers).map(|(trace, span)| (trace.to_owned(), span.to_owned()))
+            let headers = HeaderMap::from_iter([(traceparent.clone(), text.parse().unwrap())]);
+            let caller = caller(&headers);
+            let caller = caller.span().span_context().clone();
+            caller.is_valid().then(|| (caller.trace_id().to_string(), caller.span_id().to_string()))
         };
         let read = Some((trace.to_owned(), span.to_owned()));
         assert_eq!(of(format!("00-{trace}-{span}-01")), read);

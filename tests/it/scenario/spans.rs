@@ -46,6 +46,8 @@ struct Span {
     id: u64,
     name: &'static str,
     target: String,
+    /// The parent that the span names, rather than the span in which it begins.
+    parent: Option<u64>,
     follows: Vec<u64>,
     fields: Fields,
 }
@@ -80,6 +82,7 @@ impl<S: Subscriber> Layer<S> for Seen {
             id: id.into_u64(),
             name: metadata.name(),
             target: metadata.target().to_owned(),
+            parent: attributes.parent().map(Id::into_u64),
             follows: Vec::new(),
             fields,
         });
@@ -139,6 +142,7 @@ async fn span_of_a_read_says_what_it_waited_for() {
     let by_read = migrations.iter().find(|span| span.fields.0["cause"] == "read");
     let by_read = by_read.expect("the read loads the object");
     assert_eq!(by_read.follows, [read.id], "the migration follows from its read");
+    assert_eq!(by_read.parent, Some(read.id), "and is in its trace");
 
     let events = seen.0.lock().1.clone();
     let told: Vec<_> = events.iter().filter(|(target, _)| target == "vmem::read").collect();

@@ -144,8 +144,12 @@ impl<'a> Record<'a> {
         stats::add(&shared.counters.in_flight, 1);
         let started = Instant::now();
         let handle = object.id;
+        let read = latency::span_of_read();
+        // In the trace of its read, whichever task this is.
+        let parent = read.clone().unwrap_or_else(Span::current);
         let span = tracing::debug_span!(
             target: "vmem::migration",
+            parent: &parent,
             "migration",
             handle,
             %from,
@@ -155,7 +159,7 @@ impl<'a> Record<'a> {
             waited_us = tracing::field::Empty,
             copied_us = tracing::field::Empty,
         );
-        if let Some(read) = latency::span_of_read() {
+        if let Some(read) = read {
             span.follows_from(&read);
         }
         let event = MigrationEvent {

@@ -29,6 +29,8 @@ fn variables_go_before_the_file() {
         variables(&[
             ("VMEM_SERVICE_LIMITS__MAX_OBJECT", "2MiB"),
             ("VMEM_SERVICE_LIMITS__WRITE_TIMEOUT", "5s"),
+            ("VMEM_SERVICE_OTLP__ENDPOINT", "http://collector:4318"),
+            ("VMEM_SERVICE_OTLP__SAMPLE_RATIO", "0.1"),
             ("VMEM_SERVICE_STORE__HOST_CAPACITY", "25%"),
             ("VMEM_SERVICE_STORE__WATERMARKS", "[0.5, 0.6]"),
             ("VMEM_SERVICE_CONFIG", "/elsewhere"),
@@ -39,6 +41,8 @@ fn variables_go_before_the_file() {
     assert_eq!(config.listen.port(), 1);
     assert_eq!((config.limits.max_object, config.limits.max_pins), (2 << 20, 3));
     assert_eq!(config.limits.write_timeout, Duration::from_secs(5));
+    let otlp = (config.otlp.endpoint.as_deref(), config.otlp.sample_ratio);
+    assert_eq!(otlp, (Some("http://collector:4318"), 0.1));
     assert_eq!(config.store.watermarks(), (0.5, 0.6));
     // What is printed is read as the same.
     let text = config.to_toml().unwrap();
@@ -54,6 +58,7 @@ fn unknown_fields_are_refused_by_name() {
         (format!("[limits]\nmax_bodies = 1\n{store}"), None, "`max_bodies`"),
         (format!("dashboards = \"all\"\n{store}"), None, "`dashboards`"),
         (format!("dashboard = \"everyone\"\n{store}"), None, "`everyone`"),
+        (format!("[otlp]\nurl = \"http://a\"\n{store}"), None, "`url`"),
         (format!("{store}host_size = 1\n"), None, "`host_size`"),
         (store.to_owned(), Some("VMEM_SERVICE_PORT"), "`port`"),
         (store.to_owned(), Some("VMEM_SERVICE_LIMITS__MAX_BODIES"), "`max_bodies`"),
@@ -76,6 +81,15 @@ fn values_that_cannot_be_are_refused_by_field() {
         (format!("[limits]\nmax_requests = 0\n{store}"), "limits.max_requests"),
         (format!("[limits]\nmax_headers = 100\n{store}"), "limits.max_headers"),
         (format!("[limits]\nwrite_timeout = \"0s\"\n{store}"), "limits.write_timeout"),
+        (format!("[otlp]\nendpoint = \"https://a:4318\"\n{store}"), "otlp.endpoint"),
+        (format!("[otlp]\nendpoint = \"127.0.0.1:4318\"\n{store}"), "otlp.endpoint"),
+        (format!("[otlp]\nendpoint = \"http://a:b@c:4318\"\n{store}"), "otlp.endpoint"),
+        (format!("[otlp]\nendpoint = \"http://a:4318?b\"\n{store}"), "otlp.endpoint"),
+        (format!("[otlp]\nendpoint = \"\"\n{store}"), "otlp.endpoint"),
+        (format!("[otlp]\nservice_name = \"\"\n{store}"), "otlp.service_name"),
+        (format!("[otlp]\nsample_ratio = 1.5\n{store}"), "otlp.sample_ratio"),
+        (format!("[otlp]\nsample_ratio = nan\n{store}"), "otlp.sample_ratio"),
+        (format!("[otlp]\ntimeout = \"0s\"\n{store}"), "otlp.timeout"),
         (format!("{store}watermarks = [0.9, 0.5]\n"), "watermarks"),
         (format!("[limits]\nmax_object = \"much\"\n{store}"), "max_object"),
     ] {

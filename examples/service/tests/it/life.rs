@@ -3,19 +3,16 @@
 //! Invariant: what the service acknowledged is there for the next process, whole. Ten kills by
 //! default; `VMEM_KILLS=100` for more.
 
-use std::io::{BufRead, BufReader};
-use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use vmem_service::load::{Http, Load, Worker};
 
-use crate::support::{Served, config};
+use crate::support::{Program, Served, config};
 
 #[tokio::test]
 async fn objects_survive_a_restart() {
@@ -70,47 +67,6 @@ async fn shutdown_cuts_off_requests_at_its_deadline() {
     let served = Served::over(config(directory.path())).await;
     assert_eq!(served.get("/objects/slow", &[]).await.status, 404);
     served.stop().await;
-}
-
-/// The real program, which is killed if it is left alone.
-struct Program {
-    child: Child,
-    base: String,
-}
-
-impl Program {
-    fn start(directory: &Path) -> Program {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_vmem-service"))
-            .env("VMEM_SERVICE_LISTEN", "127.0.0.1:0")
-            .env("VMEM_SERVICE_STORE__DISK_PATH", directory.join("store"))
-            .env("VMEM_SERVICE_STORE__HOST_CAPACITY", "8MiB")
-            .env("VMEM_SERVICE_STORE__DISK_CAPACITY", "256MiB")
-            .env("VMEM_SERVICE_STORE__GPU", "off")
-            .env("RUST_LOG", "warn")
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let base = line.trim().strip_prefix("listening on ").expect(&line).to_owned();
-        Program { child, base }
-    }
-
-    fn pid(&self) -> Pid {
-        Pid::from_raw(self.child.id() as i32).unwrap()
-    }
-
-    fn end(&mut self, signal: Signal) -> ExitStatus {
-        kill_process(self.pid(), signal).unwrap();
-        self.child.wait().unwrap()
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 fn workers(base: &str, count: usize, seed: u64) -> Vec<Worker> {

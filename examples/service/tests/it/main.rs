@@ -8,6 +8,7 @@
 //! - `config`: the file, the environment, what is refused.
 //! - `load`: many clients that compare every body; a client in Python.
 //! - `seeing`: metrics and the dashboard.
+//! - `otel`: the spans that a collector gets, and one that is not there.
 //! - `support`: a service on a port of its own.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
@@ -18,6 +19,7 @@ mod life;
 mod limits;
 mod load;
 mod objects;
+mod otel;
 mod places;
 mod seeing;
 mod support;

@@ -2,11 +2,14 @@
 //!
 //! Invariant: no test shares either with another.
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Method, StatusCode};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -88,6 +91,53 @@ impl Served {
     /// Ends it; nothing may be left to flush.
     pub(crate) async fn stop(self) {
         self.service.shutdown().await.unwrap();
+    }
+}
+
+/// The real program, which is killed if it is left alone.
+pub(crate) struct Program {
+    pub(crate) child: Child,
+    pub(crate) base: String,
+}
+
+impl Program {
+    pub(crate) fn start(directory: &Path) -> Program {
+        Program::with(directory, |_| {})
+    }
+
+    /// Starts it with what `change` sets besides.
+    pub(crate) fn with(directory: &Path, change: impl FnOnce(&mut Command)) -> Program {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmem-service"));
+        command
+            .env("VMEM_SERVICE_LISTEN", "127.0.0.1:0")
+            .env("VMEM_SERVICE_STORE__DISK_PATH", directory.join("store"))
+            .env("VMEM_SERVICE_STORE__HOST_CAPACITY", "8MiB")
+            .env("VMEM_SERVICE_STORE__DISK_CAPACITY", "256MiB")
+            .env("VMEM_SERVICE_STORE__GPU", "off")
+            .env("RUST_LOG", "warn")
+            .stdout(Stdio::piped());
+        change(&mut command);
+        let mut child = command.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let base = line.trim().strip_prefix("listening on ").expect(&line).to_owned();
+        Program { child, base }
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_raw(self.child.id() as i32).unwrap(), signal).unwrap();
+    }
+
+    pub(crate) fn end(&mut self, signal: Signal) -> ExitStatus {
+        self.signal(signal);
+        self.child.wait().unwrap()
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
