@@ -7,7 +7,7 @@
 //! make that disk fail, wait, stand still or tell; [`catalog`] keeps names beside it; [`device`] is
 //! the VRAM above; [`cancel`] drops futures at every point; [`model`] knows which bytes a read may
 //! return; [`conformance`] is what every driver, disk tier and catalog has to pass; [`tape`] cuts
-//! the power; [`place`] denies what machines deny.
+//! the power; [`place`] denies what machines deny; [`trace`] sees what is traced.
 
 pub mod cancel;
 pub mod catalog;
@@ -22,6 +22,7 @@ pub mod place;
 pub mod seed;
 pub mod sim;
 pub mod tape;
+pub mod trace;
 
 pub use cancel::{exhaust, exhaust_with, poll_then_drop, poll_wake_then_drop};
 pub use catalog::{ClosedNames, SimCatalog};
@@ -35,3 +36,4 @@ pub use place::{Denied, driver_under_test, real_driver};
 pub use seed::Seed;
 pub use sim::{SimConfig, SimDriver, SparseImage};
 pub use tape::{Tape, TapeDriver, TapeStorage};
+pub use trace::{Seen, SeenEvent, SeenSpan};
