@@ -20,6 +20,7 @@ mod prose;
 mod public;
 mod rust;
 mod shape;
+mod traces;
 mod words;
 
 use files::{File, files};

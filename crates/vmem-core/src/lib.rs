@@ -18,6 +18,7 @@
 //! - `latency`: how long reads take that are not hits, and what they wait for.
 //! - `console`, `task`: what tokio-console shows, with the feature of that name.
 //! - `metrics`: the figures for a recorder of the facade of that name, with the feature.
+//! - `notice`: what operators learn of pressure, refusals, faults and fallbacks.
 //! - `config`, `options`, `error`, `events`, `stats`, `capabilities`: what goes in and comes out.
 //! - `locks`: the order in which locks are taken, asserted in debug builds.
 //! - `planted`: the bugs that tests are seen to find; none in an ordinary build.
@@ -44,6 +45,7 @@ mod memory_tier;
 pub mod metrics;
 mod migrate;
 mod names;
+mod notice;
 mod object;
 mod options;
 mod parcel;

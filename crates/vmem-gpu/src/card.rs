@@ -168,7 +168,9 @@ impl Card {
         // SAFETY: its one caller is the end of the range that had it.
         let freed = self.visit(|| unsafe { result::free_sync(address) }).and_then(|freed| freed);
         if let Err(error) = freed {
-            tracing::warn!(target: "vmem::gpu", "{}", told("freeing device memory", error));
+            tracing::warn!(
+                target: "vmem::gpu", error = %told("freeing device memory", error), "refused"
+            );
         }
     }
 
@@ -230,7 +232,7 @@ impl Card {
         let reason: Arc<str> = told("the device failed", error).into();
         if self.lost.set(reason.clone()) {
             tracing::error!(
-                target: "vmem::gpu", %reason,
+                target: "vmem::fallback", error = %reason,
                 "the VRAM tier is lost; the copies below serve"
             );
         }
@@ -305,7 +307,9 @@ impl Drop for Card {
         let staging = self.staging.get_mut().take();
         let freed = self.visit(|| self.free(staging));
         if let Err(error) = freed.and_then(|freed| freed) {
-            tracing::warn!(target: "vmem::gpu", "{}", told("freeing device memory", error));
+            tracing::warn!(
+                target: "vmem::gpu", error = %told("freeing device memory", error), "refused"
+            );
         }
     }
 }

@@ -161,7 +161,7 @@ impl CopyStream {
         let mut batch = Batch { event: None, works: ManuallyDrop::new(works) };
         if let Err(error) = self.mark(&mut batch) {
             let error = crate::card::told("recording an event", error);
-            tracing::debug!(target: "vmem::gpu", "{error}: it is tried again");
+            tracing::debug!(target: "vmem::gpu", %error, "it is tried again");
         }
         batch
     }

@@ -65,7 +65,9 @@ impl EventPool {
         };
         let destroyed = enter(&self.context, || events.into_iter().try_for_each(destroy));
         if let Err(error) = destroyed.and_then(|destroyed| destroyed) {
-            tracing::debug!(target: "vmem::gpu", "{}", told("destroying events", error));
+            tracing::debug!(
+                target: "vmem::gpu", error = %told("destroying events", error), "refused"
+            );
         }
     }
 }
@@ -228,7 +230,9 @@ impl Card {
         });
         let ordered = ordered.and_then(|ordered| ordered);
         if let Err(error) = ordered {
-            tracing::debug!(target: "vmem::gpu", "{}", told("ordering streams", error));
+            tracing::debug!(
+                target: "vmem::gpu", error = %told("ordering streams", error), "refused"
+            );
         }
         ordered.is_ok()
     }
@@ -318,6 +322,8 @@ pub(crate) fn ask_for_notice(stream: &CudaStream, event: &Event, to: &'static Ri
         unsafe { result::stream::launch_host_function(stream.cu_stream(), ring, argument) }
     });
     if let Err(error) = asked {
-        tracing::debug!(target: "vmem::gpu", "{}", told("asking for a notice", error));
+        tracing::debug!(
+            target: "vmem::gpu", error = %told("asking for a notice", error), "refused"
+        );
     }
 }

@@ -231,7 +231,9 @@ impl Driving {
     /// else it is asked again.
     fn refused(&mut self, error: DriverError) -> Reaped {
         if !self.card.is_dead() {
-            tracing::debug!(target: "vmem::gpu", "{}: it is tried again", told("a query", error));
+            tracing::debug!(
+                target: "vmem::gpu", error = %told("a query", error), "it is tried again"
+            );
             return Reaped::Refused;
         }
         self.stream.drain();

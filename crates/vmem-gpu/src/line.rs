@@ -150,7 +150,7 @@ impl Group {
                 return Some(Err(DeviceError::Lost(card.lost()?)));
             }
             let error = told("the end of a lease", error);
-            tracing::debug!(target: "vmem::gpu", "{error}: it is tried again");
+            tracing::debug!(target: "vmem::gpu", %error, "it is tried again");
         }
         vmem_core::planted!("gpu-unmarked").then_some(Ok(()))
     }

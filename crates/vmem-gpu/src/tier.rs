@@ -186,7 +186,7 @@ impl CudaTier {
     ) -> Answer {
         let event = card.mark(stream, &mut lent);
         if let Err(unmarked) = &event {
-            tracing::debug!(target: "vmem::gpu", ?unmarked, "a stream gives no event now");
+            tracing::debug!(target: "vmem::gpu", error = ?unmarked, "a stream gives no event now");
         }
         let (watched, answer) = Watched::new(stream.clone(), event.ok(), lent, keep);
         self.watch.submit(watched, card);

@@ -116,7 +116,9 @@ pub fn open_disk_with(options: DiskOptions<'_>) -> Result<OpenedDisk, VirtualMem
     }
     if directory.is_tmpfs() {
         let path = directory.path().display();
-        tracing::warn!(%path, "the disk tier is in memory: it takes RAM, not disk");
+        tracing::warn!(
+            target: "vmem::disk", %path, "the disk tier is in memory: it takes RAM, not disk"
+        );
     }
     let buffered = reopened(&data).map_err(io)?;
     let block = catalog.block_bytes();

@@ -12,6 +12,7 @@ mod hits;
 mod life;
 mod metrics;
 mod migrations;
+mod notices;
 mod order;
 mod pressure;
 mod residency;

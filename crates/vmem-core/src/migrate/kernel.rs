@@ -137,8 +137,8 @@ impl Changed {
     /// It could not be copied, and is not lost: it is tried again.
     fn stays(&self, error: &VirtualMemoryError) {
         let object = self.pass.object();
-        let id = object.id;
-        tracing::warn!(target: "vmem::migration", id, %error, "it stays on the device for now");
+        let handle = object.id;
+        tracing::warn!(target: "vmem::migration", handle, %error, "it stays on the device for now");
         write_back_after(object, Duration::ZERO);
     }
 

@@ -40,9 +40,7 @@ pub(crate) async fn load(
                 return (buf, Err(error.public()));
             }
             // The copies below go on serving.
-            Err(error) => {
-                tracing::warn!(target: "vmem::migration", %error, "reading from a device")
-            }
+            Err(error) => object.shared.devices()[copy.0].state.notices().fallback(&error),
         }
     } else if version.only_there.is_some() && !crate::planted!("dirty-fallback") {
         let lost = object.damage().unwrap_or_else(|| DeviceError::Lost("".into()).public());
@@ -66,7 +64,10 @@ async fn load_from_device(
     let (buf, outcome) = device.backend.download(Arc::new(copy.share()), start, len, buf, at).await;
     match &outcome {
         Ok(()) => stats::add(&shared.counters.vram_to_host_bytes, len as u64),
-        Err(_) => stats::add(&shared.counters.errors, 1),
+        Err(error) => {
+            device.state.notices().fault(error);
+            stats::add(&shared.counters.errors, 1);
+        }
     }
     (buf, outcome)
 }

@@ -188,6 +188,12 @@ impl<'a> Record<'a> {
             Ok(bytes) => self.event.bytes = bytes,
             Err(error) => {
                 stats::add(&self.shared.counters.errors, 1);
+                // Those of storage are noted by the transfer that failed.
+                let MigrationEvent { from, to, .. } = self.event;
+                let device = self.shared.device_of(from).or_else(|| self.shared.device_of(to));
+                if let (Some(device), VirtualMemoryError::Device { .. }) = (device, error) {
+                    device.state.notices().fault(error);
+                }
                 self.event.error = Some(error.clone());
             }
         }

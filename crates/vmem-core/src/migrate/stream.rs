@@ -146,9 +146,9 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                 if let Err(error) =
                     write_back_from_device(&pass, MigrationCause::Read, deadline).await
                 {
-                    let id = object.id;
+                    let handle = object.id;
                     tracing::debug!(
-                        target: "vmem::migration", id, %error, "a stream holds device memory"
+                        target: "vmem::migration", handle, %error, "a stream holds device memory"
                     );
                     may_hold = true;
                 }
@@ -188,9 +188,10 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                 match settled {
                     Ok(extents) => return Ok(Source::Below(Version::of_extents(extents))),
                     Err(error) => {
-                        let id = object.id;
+                        let handle = object.id;
                         tracing::debug!(
-                            target: "vmem::migration", id, %error, "a stream holds its host copy"
+                            target: "vmem::migration", handle, %error,
+                            "a stream holds its host copy"
                         );
                         may_hold = true;
                     }

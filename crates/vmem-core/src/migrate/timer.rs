@@ -48,8 +48,8 @@ async fn run(object: Weak<Object>, pause: Duration) {
             continue;
         }
         if let Err(error) = write_back(&object).await {
-            let id = object.id;
-            tracing::debug!(target: "vmem::migration", id, %error, "it is tried again");
+            let handle = object.id;
+            tracing::debug!(target: "vmem::migration", handle, %error, "it is tried again");
             not_before = Instant::now() + pause.max(RETRY_MIN);
         }
     }

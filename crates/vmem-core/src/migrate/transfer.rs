@@ -15,7 +15,7 @@ use crate::latency::{self, ReadStage};
 use crate::object::Shared;
 use crate::stats::add;
 use crate::storage::{Extent, ReadChunk, TierError};
-use crate::tier::Class;
+use crate::tier::{Class, Storage};
 
 /// Writes each chunk into its extent. All or none: after an error every extent of the call has been
 /// given back.
@@ -52,7 +52,8 @@ async fn write_in(
 ) -> Result<Vec<Extent>, TierError> {
     let storage = &shared.storage()[level];
     let count = pieces.len();
-    let written = storage.backend.write(pieces).await?;
+    let written = storage.backend.write(pieces).await;
+    let written = written.inspect_err(|error| note(storage, error))?;
     assert!(written.len() == count, "a backend returns the extents that it wrote");
     add(&storage.written_bytes, written.iter().map(|extent| u64::from(extent.len())).sum());
     Ok(written)
@@ -90,8 +91,7 @@ pub(crate) async fn read_chunks(
         if elsewhere.is_empty() {
             return (buf, Err(numbered(error, &now)));
         }
-        let tier = shared.storage()[level].tier();
-        tracing::warn!(target: "vmem::migration", %tier, ?error, "read from the tier below");
+        shared.storage()[level].state.notices().fallback(&error);
         add(&shared.counters.errors, 1);
         left.extend(elsewhere.iter().filter_map(below).chain(only_here));
     }
@@ -133,8 +133,16 @@ async fn read_in(
     drop(turn);
     let _stage = latency::enter(ReadStage::Io);
     let (buf, outcome) = storage.backend.read(reads, buf).await;
-    if outcome.is_ok() {
-        add(&storage.read_bytes, bytes);
+    match &outcome {
+        Ok(()) => add(&storage.read_bytes, bytes),
+        Err(error) => note(storage, error),
     }
     (buf, outcome)
+}
+
+/// Tells operators of what is a fault of the tier.
+fn note(storage: &Storage, error: &TierError) {
+    if matches!(error, TierError::Io { .. } | TierError::Corrupt { .. }) {
+        storage.state.notices().fault(error);
+    }
 }

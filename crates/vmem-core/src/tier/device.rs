@@ -57,8 +57,8 @@ impl Device {
         let marks = Watermarks { low_bytes: all, high_bytes: all };
         let residents = Lock::default();
         let space = DeviceSpace { backend: backend.clone(), watcher, residents };
-        let queue = Queue::new(space, all, wake.clone(), unclaimed.clone());
         let tier = MemoryTier::of_device(number);
+        let queue = Queue::new(tier, space, all, wake.clone(), unclaimed.clone());
         let state = TierState::new(tier, queue, order, max_held, marks);
         Device { backend, state, hits: AtomicU64::new(0), released }
     }

@@ -26,6 +26,8 @@ use super::{Class, Grant, Need, NoSpace, Refused, Space, Wanted};
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::latency::{self, ReadStage};
+use crate::memory_tier::MemoryTier;
+use crate::notice::Notices;
 use crate::parcel::{Delivery, Parcel, Unclaimed, Unkept, parcel};
 use crate::wake::Wake;
 
@@ -39,6 +41,7 @@ pub(crate) struct Queue<S: Space> {
     len: AtomicUsize,
     wake: Arc<Wake>,
     unclaimed: Arc<Unclaimed>,
+    notices: Notices,
 }
 
 /// Answers that are sent where no lock is held.
@@ -46,6 +49,7 @@ type Answers<S> = Vec<(Delivery<Answer<S>>, Answer<S>)>;
 
 impl<S: Space> Queue<S> {
     pub(crate) fn new(
+        tier: MemoryTier,
         space: S,
         prefetch_limit_bytes: u64,
         wake: Arc<Wake>,
@@ -54,7 +58,14 @@ impl<S: Space> Queue<S> {
         let demand = VecDeque::new();
         let prefetch = VecDeque::new();
         let waiters = Lock::new(Waiters { next_ticket: 0, demand, prefetch, closed: false });
-        Queue { space, waiters, prefetch_limit_bytes, len: AtomicUsize::new(0), wake, unclaimed }
+        let len = AtomicUsize::new(0);
+        let notices = Notices::new(tier);
+        Queue { space, waiters, prefetch_limit_bytes, len, wake, unclaimed, notices }
+    }
+
+    /// What operators learn of the tier.
+    pub(crate) fn notices(&self) -> &Notices {
+        &self.notices
     }
 
     pub(crate) fn space(&self) -> &S {
@@ -148,6 +159,7 @@ impl<S: Space> Queue<S> {
         if let Some(grant) = self.try_take(need) {
             return Ok(grant);
         }
+        self.notices.pressure(self.footprint(need), self.space.used_bytes(), self.len() + 1);
         let _stage = latency::enter(ReadStage::Space);
         let mut ticket = None;
         loop {

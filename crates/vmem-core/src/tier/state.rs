@@ -13,6 +13,7 @@ use super::{Grant, Holds, Need, Queue, Refused, Space};
 use crate::deadline::Deadline;
 use crate::error::{VirtualMemoryError, check_capacity};
 use crate::memory_tier::MemoryTier;
+use crate::notice::Notices;
 use crate::policy::{Entry, Policy, Token};
 
 /// Between which bytes of use the evictor works early.
@@ -77,7 +78,16 @@ impl<S: Space> TierState<S> {
         deadline: &Deadline,
     ) -> Result<Grant<S>, VirtualMemoryError> {
         self.check_fits(self.queue.footprint(need))?;
-        self.queue.take(need, deadline).await.map_err(|refused| self.refusal(need, refused))
+        self.queue.take(need, deadline).await.map_err(|refused| {
+            let error = self.refusal(need, refused);
+            self.notices().refusal(&error);
+            error
+        })
+    }
+
+    /// What operators learn of this tier.
+    pub(crate) fn notices(&self) -> &Notices {
+        self.queue.notices()
     }
 
     /// Whether this many bytes of footprint could ever fit.

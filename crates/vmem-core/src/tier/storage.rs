@@ -47,8 +47,8 @@ impl Storage {
             Watermarks { low_bytes: (capacity * low) as u64, high_bytes: (capacity * high) as u64 };
         let freed = (!is_last).then(|| wake.clone());
         let space = StorageSpace { backend: backend.clone(), level, freed };
-        let queue = Queue::new(space, marks.high_bytes, wake.clone(), unclaimed.clone());
         let tier = MemoryTier::of_level(level);
+        let queue = Queue::new(tier, space, marks.high_bytes, wake.clone(), unclaimed.clone());
         Storage {
             backend,
             link: Link::default(),

@@ -125,6 +125,9 @@ impl VirtualMemory {
             Ok(()) => capabilities.staging_registered = true,
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
             Err(error) => {
+                tracing::warn!(
+                    target: "vmem::fallback", %error, "staging memory is not registered"
+                );
                 capabilities.disk_notes.push(format!("registered memory: {error}").into());
             }
         }

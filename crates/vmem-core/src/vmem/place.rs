@@ -290,7 +290,7 @@ async fn flush_unnamed(shared: Arc<Shared>, deadline: Deadline) -> Result<()> {
         }
     }
     if let Some(error) = &first_error {
-        tracing::warn!(target: "vmem", failed, %error, "objects were not flushed");
+        tracing::warn!(target: "vmem::migration", failed, %error, "objects were not flushed");
     }
     first_error.map_or(Ok(()), Err)
 }

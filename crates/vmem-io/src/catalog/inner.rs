@@ -196,7 +196,9 @@ impl Inner {
         // At once, so that what was not committed is known not to be.
         match self.open_again(&head) {
             Ok(()) => self.tally.store(head.names, Ordering::Release),
-            Err(again) => tracing::warn!(error = %again, "the catalog is not open"),
+            Err(again) => {
+                tracing::warn!(target: "vmem::names", error = %again, "the catalog is not open")
+            }
         }
         Err(error)
     }
@@ -274,7 +276,10 @@ impl Inner {
         // Closing it writes.
         drop(self.open.write().take());
         if let Err(error) = self.check() {
-            tracing::error!(path = %self.path.display(), %error, "what has a name is lost");
+            tracing::error!(
+                target: "vmem::names", path = %self.path.display(), %error,
+                "what has a name is lost"
+            );
             *self.ended.lock() = Some(error);
         }
         drop(self.files.lock().take());

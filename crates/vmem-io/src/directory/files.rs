@@ -220,7 +220,9 @@ pub(super) fn refused(path: &Path, error: io::Error) -> VirtualMemoryError {
         | Kind::InvalidFilename
         | Kind::InvalidInput => unusable(path, &format!("cannot be used: {error}")),
         _ => {
-            tracing::warn!(path = %path.display(), %error, "the store directory fails");
+            tracing::warn!(
+                target: "vmem::disk", path = %path.display(), %error, "the store directory fails"
+            );
             VirtualMemoryError::io("opening the store directory", error)
         }
     }

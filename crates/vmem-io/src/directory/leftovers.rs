@@ -32,10 +32,17 @@ pub(super) fn remove(parent: &Path) {
     for name in names.filter(|name| is_candidate(name)).take(LOOKS_MAX) {
         let path = parent.join(name);
         match remove_dead(&path) {
-            Ok(true) => tracing::info!(path = %path.display(), "removed a dead temporary store"),
+            Ok(true) => {
+                tracing::info!(
+                    target: "vmem::disk", path = %path.display(), "removed a dead temporary store"
+                )
+            }
             Ok(false) => {}
             Err(error) => {
-                tracing::debug!(path = %path.display(), %error, "a temporary store is left alone");
+                tracing::debug!(
+                    target: "vmem::disk", path = %path.display(), %error,
+                    "a temporary store is left alone"
+                );
             }
         }
     }

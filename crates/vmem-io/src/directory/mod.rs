@@ -152,7 +152,7 @@ impl StoreDirectory {
             // a file system cannot do that, names are as durable as it makes them.
             if let Err(error) = files.directory.sync_all() {
                 let path = files.path.display();
-                tracing::debug!(%path, %error, "the directory is not synced");
+                tracing::debug!(target: "vmem::disk", %path, %error, "the directory is not synced");
             }
         }
         let status = data.metadata().map_err(refused)?;
@@ -297,7 +297,9 @@ impl Drop for StoreDirectory {
             return;
         }
         if let Err(error) = self.remove_data() {
-            tracing::warn!(path = %self.path().display(), %error, "the data file stays");
+            tracing::warn!(
+                target: "vmem::disk", path = %self.path().display(), %error, "the data file stays"
+            );
         }
     }
 }
@@ -340,7 +342,10 @@ fn remove_own(files: &Files) {
     for name in place::OWN_FILES {
         if let Err(error) = files.remove(name) {
             let path = files.path_of(name);
-            tracing::warn!(path = %path.display(), %error, "a part of an unfinished store stays");
+            tracing::warn!(
+                target: "vmem::disk", path = %path.display(), %error,
+                "a part of an unfinished store stays"
+            );
         }
     }
 }

@@ -70,6 +70,9 @@ pub(crate) fn choose(
         match make(kind, data, trial, alignment, block_bytes) {
             Ok(driver) => {
                 let direct = alignment.is_direct();
+                for error in &notes {
+                    tracing::warn!(target: "vmem::fallback", %error, driver = %kind, "refused");
+                }
                 return Ok(Chosen { driver, kind, direct, notes });
             }
             Err(error) if asked == IoDriver::Auto => {

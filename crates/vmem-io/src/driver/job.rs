@@ -360,7 +360,10 @@ impl Drop for Job {
         if self.running == 0 {
             return;
         }
-        tracing::error!(running = self.running, "the kernel still has a job: its memory is leaked");
+        tracing::error!(
+            target: "vmem::disk", running = self.running,
+            "the kernel still has a job: its memory is leaked"
+        );
         std::mem::forget(std::mem::replace(&mut self.cargo, Cargo::Sync));
         std::mem::forget(std::mem::replace(&mut self.keep, Keep::none()));
         std::mem::forget(std::mem::take(&mut self.ops));

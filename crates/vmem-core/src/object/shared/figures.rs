@@ -22,7 +22,14 @@ impl Shared {
                 let last = self.storage().last().expect("invariant: there is a disk");
                 let capacity_bytes = last.state.space().capacity_bytes();
                 let tier = last.tier();
-                VirtualMemoryError::TierFull { tier, requested_bytes, free_bytes, capacity_bytes }
+                let full = VirtualMemoryError::TierFull {
+                    tier,
+                    requested_bytes,
+                    free_bytes,
+                    capacity_bytes,
+                };
+                last.state.notices().refusal(&full);
+                full
             }
             TierError::Corrupt { chunk, expected, actual } => {
                 VirtualMemoryError::Corrupt { handle, chunk: chunk as u64, expected, actual }

@@ -17,6 +17,7 @@ use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::host::HostArena;
 use crate::latency::{self, ReadStage};
+use crate::memory_tier::MemoryTier;
 use crate::parcel::GRACE;
 
 /// Reads of this many bytes and fewer wait for no other reader.
@@ -102,7 +103,7 @@ impl Shared {
                 return Ok(Some(promise));
             }
             if deadline.is_past() {
-                return Err(self.host.all_held(bytes, deadline.waited()));
+                return Err(self.all_held(MemoryTier::Host, bytes, deadline.waited()));
             }
             // Bytes in parcels that their callers do not claim count as held too.
             let (Ok(()) | Err(Late)) = deadline.share(1, GRACE).bound(released).await;

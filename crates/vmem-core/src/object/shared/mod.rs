@@ -192,8 +192,9 @@ impl Shared {
             let order = order(arena.capacity_bytes());
             let space = HostSpace::new(arena, copies.clone());
             let high_bytes = limits.marks.high_bytes;
-            let queue = Queue::new(space, high_bytes, wake.clone(), unclaimed.clone());
-            TierState::new(MemoryTier::Host, queue, order, config.max_pinned(), limits.marks)
+            let tier = MemoryTier::Host;
+            let queue = Queue::new(tier, space, high_bytes, wake.clone(), unclaimed.clone());
+            TierState::new(tier, queue, order, config.max_pinned(), limits.marks)
         };
         let device = |(number, backend): (u8, Arc<dyn DeviceBackend>)| {
             let order = config.vram_policy().build(backend.usage().capacity_bytes);

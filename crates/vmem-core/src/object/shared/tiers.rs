@@ -39,7 +39,7 @@ impl Shared {
     }
 
     /// The device of a tier that is the memory of one, in use or lost.
-    pub(super) fn device_of(&self, tier: MemoryTier) -> Option<&Device> {
+    pub(crate) fn device_of(&self, tier: MemoryTier) -> Option<&Device> {
         self.devices.get(tier.device()?)
     }
 
@@ -149,19 +149,21 @@ impl Shared {
         self.space_was_freed();
     }
 
-    /// Why an object cannot be held in this tier.
+    /// Why an object cannot be held in this tier, at the deadline of its caller.
     pub(crate) fn all_held(
         &self,
         tier: MemoryTier,
         requested_bytes: u64,
         waited: Duration,
     ) -> VirtualMemoryError {
-        if let Some(storage) = self.storage_of(tier) {
-            return storage.state.all_held(requested_bytes, waited);
-        }
-        match self.device_of(tier) {
-            Some(device) => device.state.all_held(requested_bytes, waited),
-            None => self.host.all_held(requested_bytes, waited),
-        }
+        let (error, notices) = if let Some(Storage { state, .. }) = self.storage_of(tier) {
+            (state.all_held(requested_bytes, waited), state.notices())
+        } else if let Some(Device { state, .. }) = self.device_of(tier) {
+            (state.all_held(requested_bytes, waited), state.notices())
+        } else {
+            (self.host.all_held(requested_bytes, waited), self.host.notices())
+        };
+        notices.refusal(&error);
+        error
     }
 }

@@ -184,7 +184,9 @@ impl State {
                 (Ok(()), None) if more => continue,
                 (Ok(()), _) => return,
             };
-            tracing::error!(error = %refusal, "io_uring takes no more operations");
+            tracing::error!(
+                target: "vmem::disk", error = %refusal, "io_uring takes no more operations"
+            );
             ring.give_up(&refusal, over);
             self.refusal = Some(refusal);
             return;

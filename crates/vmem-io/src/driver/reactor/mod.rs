@@ -245,7 +245,9 @@ async fn serve(attached: Attached) {
                 match ready {
                     Ok(mut guard) => guard.clear_ready(),
                     Err(error) => {
-                        tracing::error!(%error, "the reactor does not watch the ring");
+                        tracing::error!(
+                            target: "vmem::disk", %error, "the reactor does not watch the ring"
+                        );
                         return;
                     }
                 }

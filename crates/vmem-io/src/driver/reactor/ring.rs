@@ -271,7 +271,9 @@ impl Ring {
             let known =
                 self.slots.get(slot as usize).filter(|known| known.generation == generation);
             let Some(&Slot { job, op, .. }) = known else {
-                tracing::warn!(slot, generation, "a completion without a waiter");
+                tracing::warn!(
+                    target: "vmem::disk", slot, generation, "a completion without a waiter"
+                );
                 continue;
             };
             match self.jobs[job].complete(op, entry.result()) {
@@ -352,7 +354,7 @@ impl Drop for Ring {
             && let Err(error) = self.uring.submitter().unregister_buffers()
         {
             // The ring goes anyway, and its registration with it, only later.
-            tracing::warn!(%error, "registered memory was not unregistered");
+            tracing::warn!(target: "vmem::disk", %error, "registered memory was not unregistered");
             std::mem::forget(self.fixed_memory.take());
         }
     }
