@@ -197,9 +197,12 @@ impl<'a> Record<'a> {
                 self.event.error = Some(error.clone());
             }
         }
-        self.span.record("bytes", self.event.bytes);
-        self.span.record("waited_us", self.event.waited.as_micros() as u64);
-        self.span.record("copied_us", self.event.copied.as_micros() as u64);
+        tracing::record_all!(
+            self.span,
+            bytes = self.event.bytes,
+            waited_us = self.event.waited.as_micros() as u64,
+            copied_us = self.event.copied.as_micros() as u64,
+        );
         let _entered = self.span.enter();
         match &self.event.error {
             None => tracing::trace!(target: "vmem::migration", "published"),

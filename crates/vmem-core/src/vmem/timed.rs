@@ -100,17 +100,21 @@ impl Drop for Reading {
         let us = |stage| times.of(stage).as_micros() as u64;
         let span = &self.span;
         if !span.is_disabled() {
-            span.record("tier", tracing::field::display(tier));
-            span.record("outcome", outcome.as_str());
-            span.record("joined", told.joined);
-            span.record("cause", times.longest().as_str());
-            span.record("total_us", total.as_micros() as u64);
-            span.record("space_us", us(ReadStage::Space));
-            span.record("turn_us", us(ReadStage::Turn));
-            span.record("io_us", us(ReadStage::Io));
-            span.record("copy_us", us(ReadStage::Copy));
-            span.record("gate_us", us(ReadStage::Gate));
-            span.record("runtime_us", us(ReadStage::Runtime));
+            // At once: a subscriber looks up the span, and formats it, at each call.
+            tracing::record_all!(
+                span,
+                tier = %tier,
+                outcome = outcome.as_str(),
+                joined = told.joined,
+                cause = times.longest().as_str(),
+                total_us = total.as_micros() as u64,
+                space_us = us(ReadStage::Space),
+                turn_us = us(ReadStage::Turn),
+                io_us = us(ReadStage::Io),
+                copy_us = us(ReadStage::Copy),
+                gate_us = us(ReadStage::Gate),
+                runtime_us = us(ReadStage::Runtime),
+            );
         }
         let slow = || SlowRead {
             handle: object.id,
