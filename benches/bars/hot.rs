@@ -23,25 +23,25 @@ impl Set {
         bytes
     }
 
-    fn order(&self, seed: u64) -> Vec<usize> {
+    pub(crate) fn order(&self, seed: u64) -> Vec<usize> {
         let mut rng = SmallRng::seed_from_u64(seed);
         (0..self.reads).map(|_| rng.random_range(0..self.count)).collect()
     }
 
-    fn what(&self) -> String {
+    pub(crate) fn what(&self) -> String {
         format!("{} objects of {} bytes", self.count, self.len)
     }
 }
 
-struct Ours {
+pub(crate) struct Ours {
     /// Where the actor runs.
-    _runtime: Runtime,
-    vmem: VirtualMemory,
+    pub(crate) runtime: Runtime,
+    pub(crate) vmem: VirtualMemory,
     handles: Vec<VMemHandle>,
 }
 
 impl Ours {
-    fn with(set: &Set) -> anyhow::Result<Self> {
+    pub(crate) fn with(set: &Set) -> anyhow::Result<Self> {
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let footprint = (set.len as u64).max(64).next_multiple_of(64) * set.count as u64;
         let config = VirtualMemoryConfig::builder()
@@ -56,11 +56,11 @@ impl Ours {
             }
             anyhow::Ok((vmem, handles))
         })?;
-        Ok(Ours { _runtime: runtime, vmem, handles })
+        Ok(Ours { runtime, vmem, handles })
     }
 
     /// Nanoseconds of CPU for one read.
-    async fn round(&self, order: &[usize]) -> f64 {
+    pub(crate) async fn round(&self, order: &[usize]) -> f64 {
         let before = thread_cpu_ns();
         for &n in order {
             let bytes = self.vmem.read(&self.handles[n]).await.expect("resident");

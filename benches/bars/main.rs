@@ -18,6 +18,8 @@ mod hot;
 #[cfg(feature = "peers")]
 mod mapped;
 mod metadata;
+#[cfg(target_os = "linux")]
+mod mixed;
 mod named;
 #[cfg(feature = "peers")]
 mod peer;
@@ -29,6 +31,8 @@ mod sets;
 mod side;
 mod streams;
 mod table;
+#[cfg(all(target_os = "linux", feature = "watched"))]
+mod watched;
 
 use report::Report;
 
@@ -52,6 +56,10 @@ fn main() -> anyhow::Result<()> {
     #[cfg(target_os = "linux")]
     if wanted("P3") {
         cold::p3(&mut report, quick)?;
+    }
+    #[cfg(target_os = "linux")]
+    if wanted("P4") {
+        mixed::p4(&mut report, quick, if quick { 2 } else { 5 })?;
     }
     if wanted("P6") {
         evict::p6(&mut report, if quick { 3 } else { 5 })?;
@@ -89,6 +97,10 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("names") {
         named::million(&mut report, if quick { 50_000 } else { 1_000_000 })?;
+    }
+    #[cfg(all(target_os = "linux", feature = "watched"))]
+    if wanted("V1") {
+        watched::v1(&mut report, quick, if quick { 5 } else { 9 })?;
     }
     report.finish()
 }
