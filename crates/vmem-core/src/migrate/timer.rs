@@ -1,13 +1,14 @@
 //! Timers that write back what has been on a device alone for long enough.
 //!
 //! Invariant: an object has one timer at most, which keeps nothing but the little that the object
-//! itself takes; it waits for a lease with nothing in its hands, and takes a turn for the copy
-//! alone. One that has failed tries again, one of a version that is lost ends. Set by `kernel.rs`.
+//! itself takes; it sleeps until the earliest moment that was asked for, waits for a lease with
+//! nothing in its hands, and takes a turn for the copy alone. One that has failed tries again, one
+//! of a version that is lost ends. Set by `kernel.rs`.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use super::write_back_from_device;
@@ -16,41 +17,50 @@ use crate::events::MigrationCause;
 use crate::object::Object;
 use crate::task::spawn_named;
 
-/// Before a timer tries again what has failed.
+/// Before a timer tries again what has failed, at first; twice as long each time.
 const RETRY_MIN: Duration = Duration::from_millis(100);
+/// The longest such backoff.
+const RETRY_MAX: Duration = Duration::from_secs(10);
 /// How long a timer sleeps before it looks whether its object still is.
 const LOOK_MAX: Duration = Duration::from_secs(60);
 /// Longer than anybody waits, and short enough to be added to a time.
 const PAUSE_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
-/// Has an object written back once it has been on a device alone for so long.
+/// Has an object written back once it has been on a device alone for so long, or earlier.
 pub(crate) fn write_back_after(object: &Arc<Object>, pause: Duration) {
-    if !object.sets_timer() {
-        return;
+    let due = Instant::now() + pause.min(PAUSE_MAX);
+    if let Some(earlier) = object.set_due(due) {
+        let runtime = object.shared.runtime.clone();
+        let object = Arc::downgrade(object);
+        drop(spawn_named(&runtime, "vmem-write-back", run(object, due, earlier)));
     }
-    let pause = pause.min(PAUSE_MAX);
-    let runtime = object.shared.runtime.clone();
-    let object = Arc::downgrade(object);
-    drop(spawn_named(&runtime, "vmem-write-back", run(object, pause)));
 }
 
-async fn run(object: Weak<Object>, pause: Duration) {
-    let mut not_before = Instant::now() + pause;
+async fn run(object: Weak<Object>, mut due: Instant, earlier: Arc<Notify>) {
+    let mut backoff = RETRY_MIN;
     loop {
-        let now = Instant::now();
-        tokio::time::sleep_until(not_before.min(now + LOOK_MAX)).await;
+        let look = Instant::now() + LOOK_MAX;
+        tokio::select! {
+            biased;
+            () = earlier.notified() => {}
+            () = tokio::time::sleep_until(due.min(look)) => {}
+        }
         let Some(object) = object.upgrade().filter(|object| !object.shared.is_closed()) else {
             return;
         };
-        let Some(due) = object.timer_due(pause) else { return };
-        not_before = due.max(not_before);
-        if not_before > Instant::now() {
+        let Some(next) = object.timer_due() else { return };
+        due = next;
+        if due > Instant::now() {
             continue;
         }
-        if let Err(error) = write_back(&object).await {
-            let handle = object.id;
-            tracing::debug!(target: "vmem::migration", handle, %error, "it is tried again");
-            not_before = Instant::now() + pause.max(RETRY_MIN);
+        match write_back(&object).await {
+            Ok(()) => backoff = RETRY_MIN,
+            Err(error) => {
+                let handle = object.id;
+                tracing::debug!(target: "vmem::migration", handle, %error, "it is tried again");
+                object.postpone(Instant::now() + backoff);
+                backoff = (2 * backoff).min(RETRY_MAX);
+            }
         }
     }
 }

@@ -8,8 +8,8 @@
 //! the holder of the gate. Called by `migrate/kernel` and `migrate/from_device`.
 
 use std::sync::Arc;
-use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::{ExtentMap, GatePass, Inner, Named, Object};
@@ -29,8 +29,8 @@ pub(super) struct DirtyOnDevice {
     /// None if nothing of the object was whole below host memory when it became dirty.
     base: Option<ExtentMap>,
     floor: Floor,
-    /// Since when it is dirty.
-    since: Instant,
+    /// When its timer is to write it back: the earliest of the moments that were asked for.
+    due: Option<Instant>,
     /// The only range that has the version was claimed by a lease that changes it.
     is_claimed: bool,
 }
@@ -45,8 +45,8 @@ enum Floor {
 }
 
 impl DirtyOnDevice {
-    fn new(base: Option<ExtentMap>, floor: Floor, since: Instant) -> Self {
-        DirtyOnDevice { mark: Arc::new(Mark), base, floor, since, is_claimed: false }
+    fn new(base: Option<ExtentMap>, floor: Floor, due: Option<Instant>) -> Self {
+        DirtyOnDevice { mark: Arc::new(Mark), base, floor, due, is_claimed: false }
     }
 
     pub(super) fn mark(&self) -> &Arc<Mark> {
@@ -136,18 +136,18 @@ impl Object {
                 rare.pending = None;
                 let (dirty, spare_space) = match rare.dirty.take() {
                     Some(dirty) => {
-                        let DirtyOnDevice { base, floor, since, .. } = *dirty;
+                        let DirtyOnDevice { base, floor, due, .. } = *dirty;
                         let (floor, spare_space) = match (floor, space) {
                             (Floor::Gone, Some(space)) => (Floor::InHost(space), None),
                             (floor, space) => (floor, space),
                         };
-                        (DirtyOnDevice::new(base, floor, since), spare_space)
+                        (DirtyOnDevice::new(base, floor, due), spare_space)
                     }
                     None => {
                         let is_whole = !had_copy || map.is_whole(self.len);
                         let base = is_whole.then(|| map.clone()).or(durable);
                         let floor = space.map_or(Floor::Gone, Floor::InHost);
-                        (DirtyOnDevice::new(base, floor, Instant::now()), None)
+                        (DirtyOnDevice::new(base, floor, None), None)
                     }
                 };
                 rare.dirty = Some(Box::new(dirty));
@@ -164,21 +164,47 @@ impl Object {
         }
     }
 
-    /// Whether the caller is to set a timer that writes it back: there is none yet.
-    pub(crate) fn sets_timer(&self) -> bool {
+    /// Has it written back at `due` at the latest. Returns what wakes its timer if the caller is to
+    /// start that, since there is none; a timer that sleeps longer is woken.
+    pub(crate) fn set_due(&self, due: Instant) -> Option<Arc<Notify>> {
         let mut inner = self.inner.lock();
-        inner.rare.change(|rare| !std::mem::replace(&mut rare.is_timed, true))
+        inner.rare.change(|rare| {
+            let known = &mut rare.dirty.as_mut()?.due;
+            let is_earlier = known.is_none_or(|known| due < known);
+            if is_earlier {
+                *known = Some(due);
+            }
+            if let Some(timer) = &rare.timer {
+                if is_earlier && !crate::planted!("timer-sleeps") {
+                    timer.notify_one();
+                }
+                return None;
+            }
+            let timer = Arc::new(Notify::new());
+            rare.timer = Some(timer.clone());
+            Some(timer)
+        })
     }
 
-    /// When the timer is to write it back that has to be so long on a device alone. None if it is
-    /// not dirty there, or lost: then it has no timer any more.
-    pub(crate) fn timer_due(&self, pause: Duration) -> Option<Instant> {
+    /// When its timer is to write it back. None if it is not dirty on a device, or lost, or nothing
+    /// asks for it: then it has no timer any more.
+    pub(crate) fn timer_due(&self) -> Option<Instant> {
         let mut inner = self.inner.lock();
         let is_lost = inner.lost_version(self).is_some();
         inner.rare.change(|rare| {
-            rare.is_timed = rare.dirty.is_some() && !is_lost;
-            rare.dirty.as_ref().filter(|_| !is_lost).map(|dirty| dirty.since + pause)
+            let due = rare.dirty.as_ref().filter(|_| !is_lost).and_then(|dirty| dirty.due);
+            rare.timer.take_if(|_| due.is_none());
+            due
         })
+    }
+
+    /// Its timer has failed, and tries again at this time.
+    pub(crate) fn postpone(&self, again: Instant) {
+        let mut inner = self.inner.lock();
+        let dirty = inner.rare.get_mut().and_then(|rare| rare.dirty.as_mut());
+        if let Some(due) = dirty.and_then(|dirty| dirty.due.as_mut()) {
+            *due = again.max(*due);
+        }
     }
 
     /// Its version was written back into these extents; devices have it too.

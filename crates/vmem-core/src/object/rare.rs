@@ -3,7 +3,10 @@
 //! Invariant: the box exists only while one of its fields has something. Changed under the lock of
 //! the object's `Inner`, which owns it; nothing else uses it.
 
+use std::sync::Arc;
+
 use smallvec::SmallVec;
+use tokio::sync::Notify;
 
 use super::dirty_on_device::DirtyOnDevice;
 use super::gate::Line;
@@ -29,8 +32,8 @@ pub(super) struct Fields {
     pub(super) pending: Option<usize>,
     /// Only devices have the current version.
     pub(super) dirty: Option<Box<DirtyOnDevice>>,
-    /// A timer will look whether that is so.
-    pub(super) is_timed: bool,
+    /// Wakes the timer that will look whether that is so, if there is one.
+    pub(super) timer: Option<Arc<Notify>>,
     /// What it has to do with the evictors of the tiers below host memory.
     pub(super) storage: OnStorages,
     /// The damage that was found, until the next write of the whole object.
@@ -44,19 +47,19 @@ impl Fields {
         devices: SmallVec::new_const(),
         pending: None,
         dirty: None,
-        is_timed: false,
+        timer: None,
         storage: OnStorages::new_const(),
         corrupt: None,
     };
 
     fn is_empty(&self) -> bool {
-        let Fields { line, spare, devices, pending, dirty, is_timed, storage, corrupt } = self;
+        let Fields { line, spare, devices, pending, dirty, timer, storage, corrupt } = self;
         line.is_none()
             && spare.is_none()
             && devices.is_empty()
             && pending.is_none()
             && dirty.is_none()
-            && !is_timed
+            && timer.is_none()
             && storage.is_empty()
             && corrupt.is_none()
     }

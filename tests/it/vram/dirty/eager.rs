@@ -133,3 +133,30 @@ async fn pins_that_wait_for_a_lease_have_a_copy_in_host_memory() {
         assert_all_back(bench, vec![handle]).await;
     }
 }
+
+/// Mechanism: an object has one timer, and that of the version before slept for as long as the
+/// policy says. Effect: a pinned object whose copy failed had none in host memory for all that
+/// time. Fix: a timer is woken when its object is due earlier.
+#[tokio::test]
+async fn copies_that_fail_are_tried_again_soon_beside_a_timer_that_sleeps() {
+    let bench = open(WriteBack::After(Duration::from_secs(600)), 4 * MIB, MIB);
+    let vmem = &bench.vmem;
+    let handle = vmem.put(bytes(1, 1, LEN), HOST).await.unwrap();
+    run_kernel(vmem, &handle, bytes(1, 2, LEN)).await;
+    let pin = vmem.pin(&handle, HOST).await.unwrap();
+    for version in 3..5 {
+        let change = change(vmem, &handle).await;
+        write_by_kernel(vmem, 0, &change, 0, bytes(1, version, LEN)).await;
+        bench.devices[0].fail_next(u64::MAX);
+        finish(change).await.unwrap();
+        assert_eq!(vmem.stats().vram_dirty_bytes, LEN as u64);
+        let failed = vmem.read(&handle).await.unwrap_err();
+        assert!(matches!(failed, VirtualMemoryError::Device { code: 719, .. }), "{failed:?}");
+        bench.devices[0].fail_next(0);
+        eventually("it is written back", || vmem.stats().vram_dirty_bytes == 0).await;
+    }
+    bench.devices[0].lose();
+    assert!(vmem.read(&handle).await.unwrap() == bytes(1, 4, LEN));
+    drop(pin);
+    assert_all_back(bench, vec![handle]).await;
+}
