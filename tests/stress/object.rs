@@ -35,6 +35,12 @@ impl Object {
         Arc::new(Object { handle, salt, completed: 0.into(), begun: 0.into() })
     }
 
+    /// The version that it has, if no write is under way or was dropped.
+    pub(crate) fn settled(&self) -> Option<u64> {
+        let completed = self.completed.load(Ordering::SeqCst);
+        (self.begun.load(Ordering::SeqCst) == completed).then_some(completed)
+    }
+
     pub(crate) fn bytes(&self, version: u64) -> Vec<u8> {
         let mut bytes = vec![0; self.handle.len()];
         fill(self.salt, version, 0, &mut bytes);
