@@ -117,6 +117,8 @@ step nightly "long: every operation at random" ran_some env VMEM_STRESS_SECONDS=
     cargo test --workspace --test stress -- every_operation_at_random
 step nightly "long: kills, power cuts and damage" ran_some env VMEM_KILLS=500 VMEM_IMAGES=6000 VMEM_FLIPS=20000 \
     cargo test --workspace --test it -- names::kills names::power_cuts names::damage
+step nightly "long: kernels over what a device alone has" ran_some env VMEM_DEVICE_RUNS=10000 \
+    cargo test --workspace --test it -- vram::dirty::random
 step nightly "long: resident memory" ran_some env VMEM_BUDGET_SECONDS=60 \
     cargo test --workspace --test it -- process::budget
 step nightly "fresh seeds: the model" fresh_seeds 100 cargo test --workspace --test it -- model::

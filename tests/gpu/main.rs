@@ -17,12 +17,14 @@
 mod support;
 
 mod devices;
+mod dirty;
 mod dlpack;
 mod faults;
 mod gather;
 mod kernels;
 mod leases;
 mod open;
+mod pressure;
 mod refuted;
 mod scratch;
 mod separate;

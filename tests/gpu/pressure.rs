@@ -1,0 +1,141 @@
+//! Requests for device memory that is full, in pieces, or held, on the emulated driver.
+//!
+//! Excluded: an eviction of far more than was asked for, a small request that stands behind a large
+//! one until its deadline, and holds that are counted twice, not at all, or against the caller.
+//! Noticed by counters.
+
+use std::time::Duration;
+
+use futures::FutureExt;
+use vmem::gpu::VramExt;
+use vmem::{VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
+use vmem_cuda_emulator::Emulator;
+
+use crate::support::{HANGS, HOST, VRAM, end, launch, stream, until};
+
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
+
+async fn open(vram: usize, max_pinned: f64, wait_timeout: Duration) -> VirtualMemory {
+    let config = VirtualMemoryConfig::builder()
+        .host_capacity(32 << 20)
+        .disk_capacity(64 << 20)
+        .vram_capacity(vram as u64)
+        .max_pinned(max_pinned)
+        .wait_timeout(wait_timeout);
+    vmem::open(config.build().unwrap()).await.unwrap()
+}
+
+async fn put(vmem: &VirtualMemory, count: usize, len: usize) -> Vec<VMemHandle> {
+    let mut handles = Vec::new();
+    for n in 0..count {
+        handles.push(vmem.put(vec![n as u8; len], HOST).await.unwrap());
+    }
+    handles
+}
+
+#[tokio::test]
+async fn a_large_promotion_among_small_objects_evicts_at_most_twice_what_it_needs() {
+    const SMALL: usize = 16 * KIB;
+    let emulator = Emulator::load().unwrap();
+    for need in [256 * KIB, MIB, 4 * MIB] {
+        let vmem = open(8 * MIB, 0.8, HANGS).await;
+        let mut handles = put(&vmem, 8 * MIB / SMALL, SMALL).await;
+        // The order of the last use has nothing to do with where they lie.
+        for step in [1, 37] {
+            for n in 0..handles.len() {
+                vmem.promote(&handles[n * step % handles.len()], VRAM).await.unwrap();
+            }
+        }
+        assert_eq!(vmem.stats().vram.used_bytes, 8 * MIB as u64, "it is full");
+        let large = vmem.put(vec![9; need], HOST).await.unwrap();
+        let before = vmem.stats().evictions;
+        vmem.promote(&large, VRAM).await.unwrap();
+        let evicted = (vmem.stats().evictions - before) as usize * SMALL;
+        assert!(evicted <= 2 * need, "{need} bytes: {evicted} evicted");
+        handles.push(large);
+        end(vmem, handles, &emulator).await;
+    }
+}
+
+/// A lease keeps the space that the large one waits for.
+#[tokio::test]
+async fn a_small_promotion_is_served_beside_a_large_one_that_waits() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 * MIB, 1.0, Duration::from_secs(60)).await;
+    let stream = stream();
+    let leased = put(&vmem, 1, MIB).await.remove(0);
+    let large = put(&vmem, 1, 3 * MIB + 512 * KIB).await.remove(0);
+    let small = put(&vmem, 20, 64 * KIB).await;
+    let lease = vmem.device_on(&leased, &stream).await.unwrap();
+    let mut waiting = Box::pin(vmem.promote(&large, VRAM));
+    assert!((&mut waiting).now_or_never().is_none());
+    until("the large one waits", || vmem.stats().waiters > 0).await;
+    for handle in &small {
+        let served = tokio::time::timeout(HANGS, vmem.promote(handle, VRAM)).await;
+        served.expect("it stands behind the large one").unwrap();
+    }
+    assert!((&mut waiting).now_or_never().is_none(), "a lease has its space");
+    drop(lease);
+    waiting.await.unwrap();
+    let handles = small.into_iter().chain([leased, large]).collect();
+    end(vmem, handles, &emulator).await;
+}
+
+/// What a pin keeps counts once, and not again for a lease.
+#[tokio::test]
+async fn a_pinned_object_of_all_that_may_be_held_can_be_changed_and_stays() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(MIB, 0.5, HANGS).await;
+    let stream = stream();
+    let handle = put(&vmem, 1, 512 * KIB).await.remove(0);
+    let pin = vmem.pin(&handle, VRAM).await.unwrap();
+    let is_there = || vmem.residency(&handle).unwrap().vram;
+    for round in 0..3 {
+        let lease = vmem.device_mut_on(&handle, &stream).await.unwrap();
+        match round {
+            // Nobody has used it.
+            0 => drop(lease),
+            1 => {
+                // SAFETY: used by the kernel, on the stream of the lease.
+                let at = unsafe { lease.device_ptr() };
+                launch("vmem_add", at, 512 * KIB as u64, 1, &stream);
+                lease.abandon();
+            }
+            _ => {
+                // SAFETY: used by the kernel, on the stream of the lease.
+                let at = unsafe { lease.device_ptr() };
+                launch("vmem_add", at, 512 * KIB as u64, 7, &stream);
+                lease.finish().await.unwrap();
+            }
+        }
+        until("what is pinned", is_there).await;
+        let expected = if round < 2 { 0 } else { 7 };
+        assert!(vmem.read(&handle).await.unwrap().iter().all(|&byte| byte == expected));
+    }
+    drop(pin);
+    end(vmem, vec![handle], &emulator).await;
+}
+
+#[tokio::test]
+async fn leases_of_old_versions_count_and_the_error_names_what_holds() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(MIB, 0.5, Duration::from_millis(300)).await;
+    let stream = stream();
+    let handles = put(&vmem, 2, 400 * KIB).await;
+    let lease = vmem.device_on(&handles[0], &stream).await.unwrap();
+    for is_written in [false, true] {
+        if is_written {
+            vmem.write(&handles[0], vec![5; 400 * KIB]).await.unwrap();
+        }
+        let refused = vmem.pin(&handles[1], VRAM).await.map(drop);
+        let Err(VirtualMemoryError::AllPinned { leased_bytes, pinned_bytes, .. }) = refused else {
+            panic!("{refused:?}")
+        };
+        assert_eq!((leased_bytes, pinned_bytes), (400 << 10, 0), "not what was asked for");
+    }
+    drop(lease);
+    let pin = vmem.pin(&handles[1], VRAM).await.unwrap();
+    drop(pin);
+    end(vmem, handles, &emulator).await;
+}
