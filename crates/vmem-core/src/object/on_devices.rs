@@ -87,9 +87,10 @@ impl Inner {
         let Some(rare) = self.rare.get_mut() else { return left };
         for on in &mut rare.devices {
             let Some(place) = &mut on.place else { continue };
-            let stays_valid = crate::planted!("vram-stale")
-                || written.is_some() && crate::planted!("device-siblings");
-            let stays_valid = stays_valid && place.is_valid;
+            let stays_valid = match written {
+                Some(_) if crate::planted!("device-siblings") => place.is_valid,
+                _ => crate::planted!("vram-stale") && place.is_valid,
+            };
             place.is_valid = stays_valid || written == Some(on.device);
             let belongs = on.holds.any() || home.device() == Some(on.device);
             let stays = place.is_valid || belongs && place.range.is_idle();
