@@ -54,6 +54,11 @@ pub(crate) fn parts() -> Vec<Part> {
             "host functions: in order, and without the driver",
         ),
         part("contract-contexts", contexts, "contexts belong to threads"),
+        part(
+            "contract-no-context",
+            habits::without_a_context,
+            "streams and events on a thread without a context: served, or refused",
+        ),
         part("contract-capture", capture, "a capture is broken by careless threads only"),
         part(
             "contract-event-captured",

@@ -87,6 +87,64 @@ pub(super) fn slow_host_function(env: &Env) -> Result<Outcome> {
     })))
 }
 
+/// Calls on a stream and its events, which name their context, on a thread that has none: each does
+/// what it does in the context, or is refused in a way that has vmem enter the context, and never
+/// counts work as ended that has not.
+pub(super) fn without_a_context(env: &Env) -> Result<Outcome> {
+    unsafe extern "C" fn nothing(_: *mut c_void) {}
+    let user = env.user()?;
+    let event = user.context.new_event(None)?;
+    let other = user.context.new_stream()?;
+    let captured = user.context.new_stream()?;
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    // SAFETY: a stream of this part.
+    unsafe { result::stream::begin_capture(captured.cu_stream(), mode) }.context("a capture")?;
+    user.spin(SPIN, &user.stream)?;
+    let stream = &user.stream;
+    // None of these calls of cudarc binds a context.
+    let ask = || {
+        ensure!(crate::user::current_context()? == 0, "a new thread has a context");
+        // SAFETY: the streams and the event are alive until this thread has ended.
+        let capturing = unsafe { result::stream::is_capturing(captured.cu_stream()) };
+        // SAFETY: as above.
+        let recorded = unsafe { result::event::record(event.cu_event(), stream.cu_stream()) };
+        // SAFETY: as above.
+        let asked = unsafe { result::event::query(event.cu_event()) };
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: as above.
+        let ordered =
+            unsafe { result::stream::wait_event(other.cu_stream(), event.cu_event(), flags) };
+        let stream = other.cu_stream();
+        // SAFETY: as above; the function needs no argument.
+        let launched =
+            unsafe { result::stream::launch_host_function(stream, nothing, std::ptr::null_mut()) };
+        anyhow::Ok((capturing, [recorded, asked, ordered, launched].map(code)))
+    };
+    let asked = std::thread::scope(|scope| scope.spawn(ask).join());
+    let (capturing, codes) = asked.map_err(|_| anyhow::anyhow!("it panicked"))??;
+    let [recorded, asked, ordered, launched] = codes;
+    let is_done = recorded == 0;
+    let is_complete = event.try_is_complete()?;
+    // SAFETY: ends the capture that was begun.
+    let ended = code(unsafe { result::stream::end_capture(captured.cu_stream()) });
+    stream.synchronize()?;
+    other.synchronize()?;
+    let none = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    ensure!(capturing != Ok(none), "a capture was not seen");
+    ensure!(!is_done || !is_complete, "recorded behind a kernel, and complete before it");
+    ensure!(!is_done || asked != 0, "complete before the kernel that it is behind");
+    ensure!(ended == 0, "the capture is broken: {ended}");
+    let is_capturing = code(capturing);
+    for code in [is_capturing, recorded, asked, ordered, launched] {
+        // Done, not ready, or one that has vmem enter the context.
+        ensure!([0, 600, 201, 400, 709].contains(&code), "{code} of {codes:?}, {is_capturing}");
+    }
+    Ok(Outcome::Passed(json!({
+        "is_capturing": is_capturing, "record": recorded, "query": asked, "wait": ordered,
+        "host_function": launched,
+    })))
+}
+
 /// Memory of every size that vmem registers in one piece is accepted, and what that costs.
 pub(super) fn registration_sizes(env: &Env) -> Result<Outcome> {
     let user = env.user()?;

@@ -7,6 +7,7 @@
 
 #![allow(unsafe_code, reason = "a user launches kernels over device memory")]
 
+mod dirty;
 mod order;
 mod pressure;
 mod residency;
@@ -80,6 +81,12 @@ pub(crate) fn parts() -> Vec<Part> {
             "notices lost, doubled, and after a fault",
         ),
         part("scenario-33", On::Both, order::neighbours, "another library captures and allocates"),
+        part(
+            "scenario-47",
+            On::Both,
+            dirty::written_back,
+            "what a device alone has, under each policy of writing back; scratch",
+        ),
     ]
 }
 
