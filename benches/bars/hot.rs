@@ -35,6 +35,7 @@ impl Set {
 
 pub(crate) struct Ours {
     /// Where the actor runs.
+    #[cfg_attr(not(feature = "watched"), expect(dead_code, reason = "it runs the actor"))]
     pub(crate) runtime: Runtime,
     pub(crate) vmem: VirtualMemory,
     handles: Vec<VMemHandle>,
