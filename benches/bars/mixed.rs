@@ -100,7 +100,7 @@ impl Mixed {
                     let mut reads = 0_u64;
                     for &n in choices.iter().cycle() {
                         // The clock is not read at each hit.
-                        if reads % 16 == 0 && began.elapsed() >= long {
+                        if reads.is_multiple_of(16) && began.elapsed() >= long {
                             break;
                         }
                         let bytes = vmem.read(&handles[n]).await?;

@@ -84,7 +84,8 @@ impl<'a> Code<'a> {
     fn call(&self, line: usize, level: &str, is_span: bool, arguments: Vec<&str>) -> Call {
         let mut fields = BTreeSet::new();
         let mut target = None;
-        for argument in arguments {
+        let is_field = |argument: &&str| !argument.starts_with("parent:");
+        for argument in arguments.into_iter().filter(is_field) {
             if let Some(named) = argument.strip_prefix("target:") {
                 target = self.literal(named.trim()).map(str::to_owned);
             } else if argument.starts_with('"') {

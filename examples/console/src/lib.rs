@@ -117,8 +117,8 @@ async fn keep((vmem, handles): (VirtualMemory, Vec<VMemHandle>)) -> Outcome {
     }
 }
 
-/// Reads objects that nobody has read before, one after the other. It waits for whoever keeps all
-/// memory.
+/// Reads objects that nobody has read before, one after the other. It waits for the task
+/// that keeps all memory.
 async fn look_stuck((vmem, handles): (VirtualMemory, Vec<VMemHandle>)) -> Outcome {
     for handle in handles.iter().rev().cycle() {
         tokio::time::sleep(Duration::from_millis(200)).await;

@@ -2,7 +2,8 @@
 //! a reader that looks stuck.
 //!
 //! ```sh
-//! RUSTFLAGS="--cfg tokio_unstable" cargo run --release -p vmem-console --target-dir target/unstable
+//! export RUSTFLAGS="--cfg tokio_unstable"
+//! cargo run --release -p vmem-console --target-dir target/unstable
 //! tokio-console    # in another terminal; `cargo install tokio-console --locked`
 //! ```
 //!

@@ -1,5 +1,4 @@
-//! The evictor of one tier: serves the waiters, plans what is evicted for them, and starts the
-//! tasks that carry it out.
+//! The evictor of one tier: serves the waiters, plans what is evicted for them, starts the tasks.
 //!
 //! Invariant: it evicts no more than the plan says. The plan has no more than the waiters need
 //! beyond what is free and what is leaving, or, once the high watermark was crossed, what lies

@@ -1,6 +1,6 @@
 //! Spans and events in the form that `console-subscriber` takes for tasks and resources.
 //!
-//! Invariant: as `console/mod.rs` says. A resource is told of a change by an event inside of its
+//! Invariant: as `console/mod.rs` says. A resource learns of a change by an event inside of its
 //! span, so each span is entered for that alone, and left at once.
 
 use std::cell::LazyCell;
@@ -16,7 +16,7 @@ use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
 use crate::task::spawn_named;
 
-/// How often the figures are told; the console itself draws once a second.
+/// How often the figures are sent; the console itself draws once a second.
 const EVERY: Duration = Duration::from_millis(500);
 
 /// Tells the resource whose span is entered the value of one attribute.
@@ -119,7 +119,8 @@ impl Read {
 
     /// Shows which task polls it, and how often.
     pub(crate) fn watch<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
-        let (reads, row) = (self.reads.clone(), self.row.clone());
+        let reads = self.reads.clone();
+        let row = self.row.clone();
         async move {
             let mut work = pin!(work);
             poll_fn(|context| {
