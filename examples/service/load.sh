@@ -35,7 +35,7 @@ if [ "${1:-}" = --wrk ]; then
         curl --silent --show-error --fail --output /dev/null -T "$data/body" -H "x-object-meta-letter: $letter" \
             "$url/objects/wrk/$letter-[0-15]"
     done
-    wrk --threads 2 --connections 64 --duration "$2s" --latency --script examples/service/wrk.lua "$url"
+    wrk --threads 2 --connections 64 --duration "$2s" --timeout 10s --latency --script examples/service/wrk.lua "$url"
 else
     "$built/vmem-load" "$url" "$@"
 fi

@@ -6,11 +6,12 @@ local bodies, threads = {}, {}
 
 function setup(thread)
     table.insert(threads, thread)
+    thread:set("number", #threads)
 end
 
 function init(args)
-    wrong, compared = 0, 0
-    math.randomseed(os.time())
+    wrong, compared, busy = 0, 0, 0
+    math.randomseed(os.time() + number)
     for n = 0, LETTERS - 1 do
         local letter = string.char(97 + n)
         bodies[letter] = string.rep(letter, LEN)
@@ -24,6 +25,7 @@ end
 
 function response(status, headers, body)
     if status == 503 then
+        busy = busy + 1
         return
     end
     local letter
@@ -39,13 +41,14 @@ function response(status, headers, body)
 end
 
 function done(summary, latency, requests)
-    local wrong, compared = 0, 0
+    local wrong, compared, busy = 0, 0, 0
     for _, thread in ipairs(threads) do
         wrong = wrong + thread:get("wrong")
         compared = compared + thread:get("compared")
+        busy = busy + thread:get("busy")
     end
     local lost = summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.timeout
-    io.write(string.format("%d bodies compared, %d wrong, %d answers lost\n", compared, wrong, lost))
+    io.write(string.format("%d bodies compared, %d wrong, %d answers lost, %d busy\n", compared, wrong, lost, busy))
     if wrong > 0 or lost > 0 or compared == 0 then
         os.exit(1)
     end

@@ -120,7 +120,7 @@ async fn a_pinned_object_of_all_that_may_be_held_can_be_changed_and_stays() {
 #[tokio::test]
 async fn leases_of_old_versions_count_and_the_error_names_what_holds() {
     let emulator = Emulator::load().unwrap();
-    let vmem = open(MIB, 0.5, Duration::from_millis(300)).await;
+    let vmem = open(MIB, 0.5, Duration::from_secs(2)).await;
     let stream = stream();
     let handles = put(&vmem, 2, 400 * KIB).await;
     let lease = vmem.device_on(&handles[0], &stream).await.unwrap();

@@ -73,11 +73,13 @@ impl Notices {
     }
 
     /// A request has to wait for this many bytes. A tier that is full by intent does this all day.
-    pub(crate) fn pressure(&self, requested_bytes: u64, used_bytes: u64, waiters: usize) {
+    /// `figures` are the bytes that it asks for, those in use, and the requests that wait.
+    pub(crate) fn pressure(&self, figures: impl FnOnce() -> (u64, u64, usize)) {
         if !tracing::enabled!(target: "vmem::pressure", Level::DEBUG) {
             return;
         }
         let Some(left_out) = self.pressure.pass() else { return };
+        let (requested_bytes, used_bytes, waiters) = figures();
         let tier = self.tier;
         tracing::debug!(
             target: "vmem::pressure",

@@ -11,7 +11,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 use opentelemetry::Context;
 use opentelemetry::propagation::TextMapPropagator;
-use opentelemetry::trace::{TraceContextExt, TraceId};
+use opentelemetry::trace::{SpanContext, TraceContextExt, TraceId, TraceState};
 use opentelemetry_http::HeaderExtractor;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use tower_http::request_id::RequestId;
@@ -76,10 +76,21 @@ pub(crate) fn answered<B>(response: &http::Response<B>, latency: Duration, span:
     DefaultOnResponse::new().on_response(response, latency, span);
 }
 
-/// Trace and span of the caller, as W3C Trace Context has them.
+/// Trace and span of the caller, as W3C Trace Context has them; its `tracestate` is not taken.
 fn caller(headers: &HeaderMap) -> Context {
     let headers = HeaderExtractor(headers);
-    TraceContextPropagator::new().extract_with_context(&Context::new(), &headers)
+    let caller = TraceContextPropagator::new().extract_with_context(&Context::new(), &headers);
+    let span = caller.span().span_context().clone();
+    if !span.is_valid() {
+        return Context::new();
+    }
+    Context::new().with_remote_span_context(SpanContext::new(
+        span.trace_id(),
+        span.span_id(),
+        span.trace_flags(),
+        true,
+        TraceState::default(),
+    ))
 }
 
 #[cfg(test)]

@@ -121,6 +121,7 @@ impl StageClock {
         let result = change(&mut state);
         let after = (state.stage(), state.readers);
         self.latencies.shift(before, after);
+        drop(state);
         if before.0 != after.0 {
             self.row.waits_for(after.0.as_str());
         }

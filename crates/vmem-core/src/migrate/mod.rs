@@ -146,7 +146,8 @@ impl<'a> Record<'a> {
         let handle = object.id;
         let read = latency::span_of_read();
         // In the trace of its read, whichever task this is.
-        let parent = read.clone().unwrap_or_else(Span::current);
+        let parent = read.clone().filter(|read| !read.is_disabled());
+        let parent = parent.unwrap_or_else(Span::current);
         let span = tracing::debug_span!(
             target: "vmem::migration",
             parent: &parent,

@@ -54,31 +54,32 @@ async fn run(object: Weak<Object>, mut due: Instant, earlier: Arc<Notify>) {
             continue;
         }
         match write_back(&object).await {
-            Ok(()) => backoff = RETRY_MIN,
+            Ok(true) => backoff = RETRY_MIN,
+            Ok(false) => {}
             Err(error) => {
                 let handle = object.id;
                 tracing::debug!(target: "vmem::migration", handle, %error, "it is tried again");
-                object.postpone(Instant::now() + backoff);
+                object.postpone(due, Instant::now() + backoff);
                 backoff = (2 * backoff).min(RETRY_MAX);
             }
         }
     }
 }
 
-/// Writes it back, in a task of the store.
-async fn write_back(object: &Arc<Object>) -> Result<(), VirtualMemoryError> {
+/// Writes it back, in a task of the store. False if something else changes it first.
+async fn write_back(object: &Arc<Object>) -> Result<bool, VirtualMemoryError> {
     let deadline = object.shared.deadline();
     if object.is_changing() {
-        return object.gate_opened(&deadline).await;
+        return object.gate_opened(&deadline).await.map(|()| false);
     }
     let turn = object.shared.timer_turns.acquire().await;
     let _turn = turn.map_err(|_| VirtualMemoryError::Closed)?;
-    let Some(pass) = object.try_gate() else { return Ok(()) };
+    let Some(pass) = object.try_gate() else { return Ok(false) };
     let (ended, outcome) = oneshot::channel();
     object.shared.spawn("vmem-write-back", async move {
         let written = write_back_from_device(&pass, MigrationCause::WriteBack, &deadline).await;
         drop(pass);
         let _ = ended.send(written);
     });
-    outcome.await.unwrap_or(Err(VirtualMemoryError::Closed))
+    outcome.await.unwrap_or(Err(VirtualMemoryError::Closed)).map(|()| true)
 }

@@ -198,12 +198,15 @@ impl Object {
         })
     }
 
-    /// Its timer has failed, and tries again at this time.
-    pub(crate) fn postpone(&self, again: Instant) {
+    /// Its timer has failed at what was due then, and tries again at this time. A version that has
+    /// become due since stays so.
+    pub(crate) fn postpone(&self, tried: Instant, again: Instant) {
         let mut inner = self.inner.lock();
         let dirty = inner.rare.get_mut().and_then(|rare| rare.dirty.as_mut());
         if let Some(due) = dirty.and_then(|dirty| dirty.due.as_mut()) {
-            *due = again.max(*due);
+            if *due <= tried {
+                *due = again;
+            }
         }
     }
 

@@ -251,7 +251,6 @@ impl Object {
 
     // ---- The name ---------------------------------------------------------------------------
 
-    /// What it knows of its name, from now on if it had none.
     /// Its name, or its number where it has none: for people, not for the hot path.
     pub(crate) fn title(&self) -> String {
         match self.named.get().and_then(Named::first) {
@@ -260,6 +259,7 @@ impl Object {
         }
     }
 
+    /// What it knows of its name, from now on if it had none.
     pub(crate) fn named(&self) -> &Named {
         self.named.get_or_init(Box::default)
     }

@@ -159,7 +159,7 @@ impl<S: Space> Queue<S> {
         if let Some(grant) = self.try_take(need) {
             return Ok(grant);
         }
-        self.notices.pressure(self.footprint(need), self.space.used_bytes(), self.len() + 1);
+        self.notices.pressure(|| (self.footprint(need), self.space.used_bytes(), self.len() + 1));
         let _stage = latency::enter(ReadStage::Space);
         let mut ticket = None;
         loop {

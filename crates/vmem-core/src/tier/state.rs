@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::locks::{self, Lock};
 
-use super::{Grant, Holds, Need, Queue, Refused, Space};
+use super::{Class, Grant, Holds, Need, Queue, Refused, Space};
 use crate::deadline::Deadline;
 use crate::error::{VirtualMemoryError, check_capacity};
 use crate::memory_tier::MemoryTier;
@@ -80,7 +80,10 @@ impl<S: Space> TierState<S> {
         self.check_fits(self.queue.footprint(need))?;
         self.queue.take(need, deadline).await.map_err(|refused| {
             let error = self.refusal(need, refused);
-            self.notices().refusal(&error);
+            // The others do without: a prefetch, and what is read through staging instead.
+            if need.class == Class::Demand && !need.may_spill {
+                self.notices().refusal(&error);
+            }
             error
         })
     }

@@ -99,6 +99,7 @@ pub(super) fn without_a_context(env: &Env) -> Result<Outcome> {
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
     // SAFETY: a stream of this part.
     unsafe { result::stream::begin_capture(captured.cu_stream(), mode) }.context("a capture")?;
+    let begun = Instant::now();
     user.spin(SPIN, &user.stream)?;
     let stream = &user.stream;
     // None of these calls of cudarc binds a context.
@@ -125,14 +126,19 @@ pub(super) fn without_a_context(env: &Env) -> Result<Outcome> {
     let [recorded, asked, ordered, launched] = codes;
     let is_done = recorded == 0;
     let is_complete = event.try_is_complete()?;
+    // A machine that is held up may let the kernel end first: then the event says nothing.
+    let is_behind = begun.elapsed() < SPIN;
     // SAFETY: ends the capture that was begun.
     let ended = code(unsafe { result::stream::end_capture(captured.cu_stream()) });
     stream.synchronize()?;
     other.synchronize()?;
     let none = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     ensure!(capturing != Ok(none), "a capture was not seen");
-    ensure!(!is_done || !is_complete, "recorded behind a kernel, and complete before it");
-    ensure!(!is_done || asked != 0, "complete before the kernel that it is behind");
+    ensure!(
+        !is_done || !is_behind || !is_complete,
+        "recorded behind a kernel, and complete before it"
+    );
+    ensure!(!is_done || !is_behind || asked != 0, "complete before the kernel that it is behind");
     ensure!(ended == 0, "the capture is broken: {ended}");
     let is_capturing = code(capturing);
     for code in [is_capturing, recorded, asked, ordered, launched] {

@@ -114,6 +114,7 @@ async fn ask(program: &Program, method: Method, trace: &str, body: Option<Vec<u8
         ("authorization", "Bearer hidden"),
         ("cookie", "session=hidden"),
         ("baggage", "user=hidden"),
+        ("tracestate", "vendor=hidden"),
         ("content-length", &len),
     ];
     let body = body.map_or_else(Body::empty, Body::from);
