@@ -203,10 +203,10 @@ impl Object {
     pub(crate) fn postpone(&self, tried: Instant, again: Instant) {
         let mut inner = self.inner.lock();
         let dirty = inner.rare.get_mut().and_then(|rare| rare.dirty.as_mut());
-        if let Some(due) = dirty.and_then(|dirty| dirty.due.as_mut()) {
-            if *due <= tried {
-                *due = again;
-            }
+        if let Some(due) = dirty.and_then(|dirty| dirty.due.as_mut())
+            && *due <= tried
+        {
+            *due = again;
         }
     }
 

@@ -11,7 +11,7 @@ use crate::memory_tier::MemoryTier;
 use crate::object::{OBJECT_BYTES, RARE_BYTES};
 use crate::stats::{TierStats, VirtualMemoryStats, get};
 use crate::storage::TierError;
-use crate::tier::{Device, Space, Storage};
+use crate::tier::{Device, Space, Storage, TierState};
 
 impl Shared {
     /// The public form of what the disk said of this object.
@@ -62,27 +62,26 @@ impl Shared {
 
     /// What tokio-console shows.
     pub(crate) fn now(&self) -> Now {
-        let of = |tier, pinned_bytes, waiters| {
-            let TierStats { used_bytes, capacity_bytes, .. } = self.tier_stats(tier);
-            TierNow { tier, used_bytes, capacity_bytes, pinned_bytes, waiters }
-        };
-        let device = |one: &Device| {
-            let state = &one.state;
-            of(one.tier(), state.holds.bytes().total(), state.queue.len())
-        };
-        let storage = |one: &Storage| {
-            let state = &one.state;
-            of(one.tier(), state.holds.bytes().total(), state.queue.len())
-        };
-        let host = of(MemoryTier::Host, self.host.holds.bytes().total(), self.host.queue.len());
-        let tiers = self.devices.iter().map(device);
+        let devices = self.devices.iter().map(|device| self.tier_now(&device.state));
+        let storage = self.storage().iter().map(|storage| self.tier_now(&storage.state));
         Now {
-            tiers: tiers.chain([host]).chain(self.storage().iter().map(storage)).collect(),
+            tiers: devices.chain([self.tier_now(&self.host)]).chain(storage).collect(),
             reads: ReadStage::ALL
                 .map(|stage| (stage.as_str(), self.latencies.in_stage(stage)))
                 .to_vec(),
             held_bytes: self.copies.held_bytes(),
             migrations: get(&self.counters.in_flight),
+        }
+    }
+
+    fn tier_now<S: Space>(&self, state: &TierState<S>) -> TierNow {
+        let TierStats { used_bytes, capacity_bytes, .. } = self.tier_stats(state.tier);
+        TierNow {
+            tier: state.tier,
+            used_bytes,
+            capacity_bytes,
+            pinned_bytes: state.holds.bytes().total(),
+            waiters: state.queue.len(),
         }
     }
 
