@@ -42,6 +42,8 @@ impl Read {
 
     pub(crate) fn waits_for(&self, _: &'static str) {}
 
+    pub(crate) fn ended(&self, _: impl Fn() -> &'static str) {}
+
     pub(crate) fn watch<F: Future>(&self, work: F) -> F {
         work
     }

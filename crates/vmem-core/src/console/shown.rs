@@ -19,10 +19,18 @@ use crate::task::spawn_named;
 /// How often the figures are sent; the console itself draws once a second.
 const EVERY: Duration = Duration::from_millis(500);
 
-/// Tells the resource whose span is entered the value of one attribute.
+/// Letters of the name of an object in the name of a row.
+const NAME: usize = 32;
+
+/// Tells the resource whose span is entered the value of one attribute. Without `op` a number would
+/// stay what it was first.
 macro_rules! state {
     ($($name:ident = $value:expr),+ $(,)?) => {
-        $(trace!(target: "runtime::resource::state_update", $name = $value);)+
+        $(trace!(
+            target: "runtime::resource::state_update",
+            $name = $value,
+            $name.op = "override",
+        );)+
     };
 }
 
@@ -40,12 +48,13 @@ impl Migration {
         moved: impl FnOnce() -> Moved,
     ) -> Self {
         let moved = LazyCell::new(moved);
+        // All in the name, since the fields are beyond the right edge of most terminals.
         let row = trace_span!(
             target: "vmem::migration",
             parent: None,
             "runtime.spawn",
             kind = "migration",
-            task.name = format!("{from} to {to}").as_str(),
+            task.name = format!("{from} to {to}: {cause} {}", tail(&moved.object)).as_str(),
             object = moved.object.as_str(),
             %cause,
             bytes = moved.bytes,
@@ -60,6 +69,12 @@ impl Drop for Migration {
     fn drop(&mut self) {
         waker(&self.row, "waker.drop");
     }
+}
+
+/// The end of a long name: there the names of objects differ.
+fn tail(name: &str) -> &str {
+    let start = name.char_indices().rev().nth(NAME - 1);
+    start.map_or(name, |(start, _)| &name[start..])
 }
 
 fn waker(row: &Span, op: &'static str) {
@@ -117,21 +132,38 @@ impl Read {
         });
     }
 
+    /// Shows in which stage it was longest, for as long as the console keeps what has ended.
+    pub(crate) fn ended(&self, longest: impl Fn() -> &'static str) {
+        self.row.in_scope(|| {
+            trace!(
+                target: "runtime::resource::async_op::state_update",
+                waits_for = format!("nothing, was mostly {}", longest()).as_str(),
+            );
+        });
+    }
+
     /// Shows which task polls it, and how often.
     pub(crate) fn watch<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
         let reads = self.reads.clone();
         let row = self.row.clone();
         async move {
             let mut work = pin!(work);
+            let mut shown = None;
             poll_fn(|context| {
                 let _reads = reads.enter();
                 let _row = row.enter();
                 let polled = work.as_mut().poll(context);
-                trace!(
-                    target: "runtime::resource::poll_op",
-                    op_name = "poll_read",
-                    is_ready = polled.is_ready(),
-                );
+                // Not at each poll: the console has a buffer of events, and all that it learns of
+                // this one is the task.
+                let task = tokio::task::try_id();
+                if shown != Some(task) {
+                    shown = Some(task);
+                    trace!(
+                        target: "runtime::resource::poll_op",
+                        op_name = "poll_read",
+                        is_ready = polled.is_ready(),
+                    );
+                }
                 polled
             })
             .await

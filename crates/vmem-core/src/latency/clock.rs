@@ -103,7 +103,7 @@ impl StageClock {
 
     /// The end of the read for its own caller. Others may still follow its clock.
     pub(crate) fn end(&self) -> Told {
-        self.change(|state| {
+        let told = self.change(|state| {
             state.readers -= 1;
             let mut times = [Duration::ZERO; ReadStage::ALL.len()];
             times[..ENTERED].copy_from_slice(&state.spent);
@@ -111,7 +111,9 @@ impl StageClock {
             let known = state.spent.iter().sum();
             times[ENTERED] = total.saturating_sub(known);
             Told { times: ReadTimes(times), tier: state.tier, joined: state.joined }
-        })
+        });
+        self.row.ended(|| told.times.longest().as_str());
+        told
     }
 
     fn change<R>(&self, change: impl FnOnce(&mut State) -> R) -> R {
