@@ -73,7 +73,7 @@ step full "cudarc with the features of candle and cubecl" \
     cargo check --locked --manifest-path checks/cudarc-union/Cargo.toml --target-dir "$built/union"
 # With other flags everything is built once more, so this is all that is done with them.
 step full "with tokio_unstable: what tokio-console shows" env RUSTFLAGS="--cfg tokio_unstable" \
-    CARGO_TARGET_DIR="$built/unstable" cargo check -p vmem-console
+    CARGO_TARGET_DIR="$built/unstable" cargo check -p vmem-console --all-targets
 step full "features" scripts/check-features.sh
 step full "packages" scripts/package.sh --no-verify --offline
 # For the library alone; its tests may need more.
@@ -98,6 +98,9 @@ step full-only "address sanitizer: everything dropped while the kernel has it" \
 step nightly "the tests of the smallest build" ran_some cargo test --package vmem --no-default-features --test it
 step nightly "gpu-check, for machines with a card and no Rust" scripts/build-gpu-check.sh
 step nightly "build the examples" cargo build --release --examples
+# Builds everything with that flag, where `full` has a check alone.
+step nightly "what tokio-console is sent" ran_some env RUSTFLAGS="--cfg tokio_unstable" \
+    CARGO_TARGET_DIR="$built/unstable" cargo test -p vmem-console --test wire
 step nightly "macOS compiles" needs macos-target env CARGO_TARGET_DIR="$built/macos" RUSTFLAGS=-Dwarnings \
     cargo check --package vmem --all-features --target aarch64-apple-darwin
 step nightly "licences, bans and sources of datafusion" \

@@ -1,14 +1,19 @@
 //! The load of the example: tasks with names, each of which does one thing that tokio-console is to
-//! show.
+//! show. And the layer that sends it there.
 //!
 //! Invariant: a read that came too late or found all memory held is a thing to look at; every other
-//! error ends the load. Called by the program.
+//! error ends the load. Called by the program and the test.
 
 use std::future::Future;
 use std::time::Duration;
 
+use console_subscriber::{ConsoleLayer, ServerAddr};
 use futures::{StreamExt, TryStreamExt};
 use tokio::task::JoinSet;
+use tracing::{Metadata, Subscriber};
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::Layer;
+use tracing_subscriber::registry::LookupSpan;
 use vmem::{
     MemoryTier, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError,
 };
@@ -20,6 +25,29 @@ const HOT: usize = 12;
 /// How long all memory is held, in each turn.
 const HELD: Duration = Duration::from_secs(8);
 const PAUSE: Duration = Duration::from_secs(4);
+
+/// Sends tasks, and all that the store shows, to a console that connects to this address.
+///
+/// From its buffer the subscriber takes at most 128 events for each update that it publishes: what
+/// tokio tells of its timers, locks and channels would delay everything else, soon by minutes. So
+/// that is left out, and an update is published ten times a second.
+pub fn layer<S>(address: impl Into<ServerAddr>) -> impl Layer<S>
+where
+    S: Subscriber + for<'span> LookupSpan<'span>,
+{
+    ConsoleLayer::builder()
+        .server_addr(address)
+        .publish_interval(Duration::from_millis(100))
+        .retention(Duration::from_secs(60))
+        .spawn()
+        .with_filter(filter_fn(is_shown))
+}
+
+/// Of tokio the tasks alone, and what wakes them.
+fn is_shown(metadata: &Metadata<'_>) -> bool {
+    let is_of_tokio = metadata.module_path().is_some_and(|path| path.starts_with("tokio::"));
+    !is_of_tokio || metadata.target().starts_with("tokio::task")
+}
 
 /// Runs until `end`.
 pub async fn run(end: impl Future<Output = ()>) -> anyhow::Result<()> {

@@ -3,7 +3,7 @@
 //!
 //! ```sh
 //! export RUSTFLAGS="--cfg tokio_unstable"
-//! cargo run --release -p vmem-console --target-dir target/unstable
+//! cargo run -p vmem-console --target-dir target/unstable
 //! tokio-console    # in another terminal; `cargo install tokio-console --locked`
 //! ```
 //!
@@ -35,11 +35,7 @@ async fn main() -> anyhow::Result<()> {
     if !cfg!(tokio_unstable) {
         anyhow::bail!("the console needs `--cfg tokio_unstable`: see the first lines of main.rs");
     }
-    let console = console_subscriber::ConsoleLayer::builder()
-        .server_addr(arguments.listen)
-        .retention(Duration::from_secs(60))
-        .spawn();
-    tracing_subscriber::registry().with(console).init();
+    tracing_subscriber::registry().with(vmem_console::layer(arguments.listen)).init();
     println!("tokio-console http://{}", arguments.listen);
 
     let end = async {
