@@ -195,7 +195,7 @@ fn open_devices(config: &VirtualMemoryConfig) -> Result<Devices, VirtualMemoryEr
 type Devices = (Vec<Arc<dyn DeviceBackend>>, Arc<str>);
 
 /// The pages of the guide, whose programs doctests compile and run. That of the service is with
-/// `vmem-dashboard`, which it mounts.
+/// `vmem-dashboard`, which it mounts; that of the console with `examples/console`.
 #[cfg(doctest)]
 mod guide {
     #[doc = include_str!("../docs/guide/src/start.md")]

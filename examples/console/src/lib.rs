@@ -161,3 +161,8 @@ fn pass_late<T>(outcome: Result<T, VirtualMemoryError>) -> Result<(), VirtualMem
         _ => Ok(()),
     }
 }
+
+/// The page of the guide whose program sends to a console; doctests compile it.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/guide/src/console.md")]
+mod guide {}
