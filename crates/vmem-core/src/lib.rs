@@ -15,6 +15,7 @@
 //! - `ranges`: the set of ranges that every allocator stands on.
 //! - `storage`, `buffer`: what a tier below host memory implements.
 //! - `device`, `vram`: what a tier above it implements, and the objects in it.
+//! - `plans`: orders of objects that repeat, for prefetches.
 //! - `latency`: how long reads take that are not hits, and what they wait for.
 //! - `console`, `task`: what tokio-console shows, with the feature of that name.
 //! - `metrics`: the figures for a recorder of the facade of that name, with the feature.
@@ -49,6 +50,7 @@ mod notice;
 mod object;
 mod options;
 mod parcel;
+mod plans;
 mod planted;
 pub mod policy;
 mod promotion;
@@ -83,5 +85,5 @@ pub use policy::{PolicyChoice, PolicyKind};
 pub use stats::{TierStats, VirtualMemoryStats};
 pub use vmem::{
     ListOptions, Listed, NamedEntry, OBJECT_LEN_MAX, ObjectReader, ObjectWriter, PinGuard,
-    Prefetch, PutMode, PutOptions, Residency, VirtualMemory,
+    PlannedPrefetch, Prefetch, PrefetchPlan, PutMode, PutOptions, Residency, VirtualMemory,
 };

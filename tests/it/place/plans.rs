@@ -12,13 +12,18 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
 use vmem::backend::DeviceAccess;
-use vmem::{MemoryTier, PolicyKind, VMemHandle, VirtualMemory, VirtualMemoryConfigBuilder};
+use vmem::{
+    MemoryTier, PolicyKind, PrefetchPlan, VMemHandle, VirtualMemory, VirtualMemoryConfigBuilder,
+    VirtualMemoryError,
+};
 use vmem_testkit::SimDevice;
 
 use crate::support::{self, DISK, HOST, KIB, MIB, bytes};
 
 const VRAM: MemoryTier = MemoryTier::Vram;
 const SMALL: usize = 16 * KIB;
+/// Nothing that is expected takes longer.
+const HANGS: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// A store with plenty of host memory below this many bytes of device memory.
 fn open(
@@ -152,6 +157,91 @@ async fn prefetched_object_is_resident_at_its_first_use() {
         drop(layers);
         vmem.close().await.unwrap();
     }
+}
+
+/// The same by a plan, which asks for what comes next by itself.
+#[tokio::test]
+async fn planned_objects_are_resident_when_their_turn_comes() {
+    let vmem = open(2 * MIB, |builder| builder);
+    let mut layers = Vec::new();
+    for n in 0..96 {
+        layers.push(vmem.put(bytes(n, 1, 64 * KIB), HOST).await.unwrap());
+    }
+    let plan = PrefetchPlan::cyclic(layers.clone(), 4 * 64 * KIB as u64);
+    let planned = vmem.prefetch_plan(plan).unwrap();
+    let device = DeviceAccess::all(&vmem).next().unwrap();
+    for step in 0..2 * layers.len() {
+        let layer = &layers[step % layers.len()];
+        let comes = async {
+            while !vmem.residency(layer).unwrap().vram {
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+        };
+        let came = tokio::time::timeout(HANGS, comes).await;
+        assert!(came.is_ok(), "step {step}: nobody has asked for it");
+        // Whichever way it is used, the plan moves on.
+        match step % 3 {
+            0 => drop(device.hold(layer).await.unwrap()),
+            1 => vmem.promote(layer, VRAM).await.unwrap(),
+            _ => planned.used(layer),
+        }
+    }
+    drop(planned);
+    drop(layers);
+    // Its task has let go of them.
+    let freed = async {
+        while vmem.stats().host.objects > 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(HANGS, freed).await.expect("the plan has ended");
+    vmem.close().await.unwrap();
+}
+
+/// A plan that has all of its order early asks again for what has left since its turn.
+#[tokio::test]
+async fn planned_object_that_was_evicted_comes_again() {
+    let vmem = open(2 * MIB, |builder| builder);
+    let mut both = Vec::new();
+    for n in 0..2 {
+        both.push(vmem.put(bytes(n, 1, 64 * KIB), HOST).await.unwrap());
+    }
+    let planned = vmem.prefetch_plan(PrefetchPlan::cyclic(both.clone(), u64::MAX)).unwrap();
+    let comes = async |handle: &VMemHandle| {
+        let comes = async {
+            while !vmem.residency(handle).unwrap().vram {
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(HANGS, comes).await.expect("it comes");
+    };
+    for _ in 0..3 {
+        comes(&both[0]).await;
+        comes(&both[1]).await;
+        vmem.demote(&both[0], HOST).await.unwrap();
+        planned.used(&both[0]);
+        comes(&both[0]).await;
+        planned.used(&both[1]);
+    }
+    drop((planned, both));
+    vmem.close().await.unwrap();
+}
+
+/// A plan of nothing, or to a tier that is not there, is refused, and one outlives its store.
+#[tokio::test]
+async fn plans_that_cannot_be_are_refused() {
+    let vmem = open(MIB, |builder| builder);
+    let handle = vmem.put(bytes(1, 1, 64 * KIB), HOST).await.unwrap();
+    let refused = vmem.prefetch_plan(PrefetchPlan::cyclic([], 1)).unwrap_err();
+    assert!(matches!(refused, VirtualMemoryError::InvalidConfig { .. }), "{refused:?}");
+    let to_none = PrefetchPlan::cyclic([handle.clone()], 1).to(MemoryTier::Remote);
+    let refused = vmem.prefetch_plan(to_none).unwrap_err();
+    assert!(matches!(refused, VirtualMemoryError::TierNotAvailable { .. }), "{refused:?}");
+    let planned = vmem.prefetch_plan(PrefetchPlan::cyclic([handle.clone()], 1)).unwrap();
+    vmem.clone().close().await.unwrap();
+    planned.used(&handle);
+    let refused = vmem.prefetch_plan(PrefetchPlan::cyclic([handle], 1)).unwrap_err();
+    assert!(matches!(refused, VirtualMemoryError::Closed), "{refused:?}");
 }
 
 /// A prefetch that finds the free space in pieces takes no neighbours that were used after it was

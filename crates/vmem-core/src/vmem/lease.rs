@@ -259,6 +259,11 @@ impl DeviceAccess {
         Ok(share.map(VramShare))
     }
 
+    /// Tells the plans that follow the use of devices that a kernel is going to use this object.
+    pub fn tell_plans(&self, handle: &VMemHandle) {
+        self.vmem.shared.plans.used(handle.id());
+    }
+
     /// Space in host memory for bytes in passage, charged like any other.
     ///
     /// # Errors
@@ -283,6 +288,7 @@ impl DeviceAccess {
         if let Some(held) = HoldGuard::now(handle, self.tier(), Hold::Lease)? {
             let range = handle.object().share_on(self.device);
             if range.is_some() || handle.is_empty() {
+                self.vmem.shared.plans.used(handle.id());
                 return Ok(VramHold { range, _held: held, _handle: handle.clone() });
             }
         }
@@ -322,6 +328,7 @@ impl DeviceAccess {
         vmem.shared.device(self.device)?;
         for handle in request.handles() {
             vmem.check(handle)?.touch();
+            vmem.shared.plans.used(handle.id());
         }
         request.check_distinct()?;
         request.check_fits(&vmem.shared, self.device)?;

@@ -14,6 +14,7 @@ mod miss;
 mod named;
 mod pin;
 mod place;
+mod plan;
 #[cfg(feature = "metrics")]
 mod publish;
 mod read;
@@ -34,6 +35,7 @@ pub use entries::{ListOptions, Listed, NamedEntry, PutMode, PutOptions};
 pub use lease::{DeviceAccess, VramChange, VramHold, VramSet, VramShare};
 pub use pin::PinGuard;
 pub use place::Prefetch;
+pub use plan::{PlannedPrefetch, PrefetchPlan};
 pub use reader::ObjectReader;
 pub use residency::Residency;
 pub use scratch::VramScratch;

@@ -39,6 +39,7 @@ impl VirtualMemory {
         match to.position() {
             Position::Device(device) => {
                 object.touch();
+                self.shared.plans.used(object.id);
                 self.ask(object, Move::ToDevice(device)).await
             }
             Position::Host if !object.is_on_any_device() => {
@@ -319,7 +320,7 @@ impl Prefetch {
         Prefetch { state: State::Ended(outcome) }
     }
 
-    fn start(shared: &Arc<Shared>, objects: Vec<Arc<Object>>, to: MemoryTier) -> Self {
+    pub(super) fn start(shared: &Arc<Shared>, objects: Vec<Arc<Object>>, to: MemoryTier) -> Self {
         let (reply, answer) = oneshot::channel();
         let detached = Arc::new(AtomicBool::new(false));
         let end = PrefetchEnd { reply, detached: detached.clone() };

@@ -37,6 +37,7 @@ use crate::storage::{Durable, Tier};
 
 use crate::object::Object;
 use crate::parcel::Unclaimed;
+use crate::plans::Plans;
 use crate::recency::Recency;
 use crate::requests::Requests;
 use crate::stats::Counters;
@@ -160,6 +161,7 @@ pub(crate) struct Shared {
     pub(crate) kernels_abandoned: Semaphore,
     /// For the copies that timers make.
     pub(crate) timer_turns: Semaphore,
+    pub(crate) plans: Plans,
     closed: AtomicBool,
 }
 
@@ -238,6 +240,7 @@ impl Shared {
             tasks: TaskTracker::new(),
             kernels_abandoned: Semaphore::const_new(0),
             timer_turns: Semaphore::const_new(TIMER_TURNS),
+            plans: Plans::default(),
             closed: AtomicBool::new(false),
             limits,
         }))
@@ -302,6 +305,7 @@ impl Shared {
     /// From now on every new call gets `Closed`. True for the first caller.
     pub(crate) fn set_closed(&self) -> bool {
         let first = !self.closed.swap(true, Ordering::SeqCst);
+        self.plans.end_all();
         self.wake.now();
         self.wake.if_waiting();
         self.host.holds.ring();
