@@ -14,30 +14,60 @@ use vmem::gpu::{DeviceTarget, VramExt};
 use vmem_cuda_emulator::{Emulator, Kind};
 
 use crate::support::{
-    HOST, LEN, VRAM, begin_capture, bytes, end, end_capture, launch, open, open_within, stream,
-    until,
+    DISK, HOST, LEN, VRAM, begin_capture, bytes, end, end_capture, launch, open, open_within,
+    stream, until,
 };
 
-/// A gather from device memory that is dropped once its copy has begun and stands still.
+/// A gather of an object that is on disk alone, so that a stream of the tier copies it, which is
+/// dropped once its copy has begun and stands still.
 async fn dropped_in_flight(
     emulator: &Emulator,
     stream: &Arc<CudaStream>,
-) -> (vmem::VirtualMemory, vmem::VMemHandle, vmem::gpu::cudarc::driver::CudaSlice<u8>) {
+) -> (vmem::VirtualMemory, Vec<vmem::VMemHandle>, vmem::gpu::cudarc::driver::CudaSlice<u8>) {
     let vmem = open(1 << 20).await;
-    let handle = vmem.put(bytes(1), HOST).await.unwrap();
-    vmem.promote(&handle, VRAM).await.unwrap();
+    let handles = on_disk(&vmem, emulator, stream).await;
     let mut buffer = stream.alloc_zeros::<u8>(LEN).unwrap();
     stream.synchronize().unwrap();
-    emulator.hold(Kind::Within);
+    emulator.hold(Kind::Up);
     {
         let target = DeviceTarget::from_slice(&mut buffer);
-        let pieces = [(&handle, 0..LEN, 0)];
+        let pieces = [(&handles[0], 0..LEN, 0)];
         let mut gather = Box::pin(vmem.gather(&pieces, &target));
         assert!((&mut gather).now_or_never().is_none());
-        until("the copy", || emulator.counter("queued_within") > 0).await;
+        until("the copy", || emulator.counter("queued_up") > 0).await;
         drop(gather);
     }
-    (vmem, handle, buffer)
+    (vmem, handles, buffer)
+}
+
+/// An object that is on disk alone, and will be read into memory that the device reaches directly;
+/// behind it others, which keep the slabs around it as they are.
+async fn on_disk(
+    vmem: &vmem::VirtualMemory,
+    emulator: &Emulator,
+    stream: &Arc<CudaStream>,
+) -> Vec<vmem::VMemHandle> {
+    let mut handles = Vec::new();
+    for n in 0..100 {
+        handles.push(vmem.put(bytes(n), HOST).await.unwrap());
+    }
+    handles.swap(0, 50);
+    let handle = &handles[0];
+    let mut buffer = stream.alloc_zeros::<u8>(LEN).unwrap();
+    let registered = async {
+        loop {
+            let detours = emulator.counter("blocking_copies");
+            vmem.demote(handle, DISK).await.unwrap();
+            let target = DeviceTarget::from_slice(&mut buffer);
+            vmem.gather(&[(handle, 0..LEN, 0)], &target).await.unwrap();
+            vmem.demote(handle, DISK).await.unwrap();
+            if emulator.counter("blocking_copies") == detours {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(crate::support::HANGS, registered).await.expect("it is registered");
+    handles
 }
 
 /// Mechanism: the drop of a gather slept until its copies had ended. Effect: a worker of the
@@ -47,11 +77,8 @@ async fn dropped_in_flight(
 async fn a_dropped_gather_puts_the_stream_behind_its_copies() {
     let emulator = Emulator::load().unwrap();
     let stream = stream();
-    let (vmem, handle, mut buffer) = dropped_in_flight(&emulator, &stream).await;
-    assert!(
-        emulator.counter("queued_within") > 0,
-        "the copy stands still, and this thread goes on"
-    );
+    let (vmem, handles, mut buffer) = dropped_in_flight(&emulator, &stream).await;
+    assert!(emulator.counter("queued_up") > 0, "the copy stands still, and this thread goes on");
     // What the stream, or another one, does to the buffer comes after the copy.
     launch("vmem_fill", buffer.device_ptr(&stream).0, LEN as u64, 7, &stream);
     let other = stream.context().new_stream().unwrap();
@@ -61,7 +88,7 @@ async fn a_dropped_gather_puts_the_stream_behind_its_copies() {
     let got = other.clone_dtoh(&buffer).unwrap();
     assert!(got[..10] == [9; 10] && got[10..].iter().all(|&byte| byte == 0));
     drop(buffer);
-    end(vmem, vec![handle], &emulator).await;
+    end(vmem, handles, &emulator).await;
 }
 
 /// A stream in a capture cannot be put behind anything: the drop waits for the copies, and the
@@ -71,17 +98,16 @@ async fn a_gather_dropped_in_a_capture_waits_for_its_copies() {
     let emulator = Arc::new(Emulator::load().unwrap());
     let vmem = open(1 << 20).await;
     let stream = stream();
-    let handle = vmem.put(bytes(1), HOST).await.unwrap();
-    vmem.promote(&handle, VRAM).await.unwrap();
+    let handles = on_disk(&vmem, &emulator, &stream).await;
     let mut buffer = stream.alloc_zeros::<u8>(LEN).unwrap();
     stream.synchronize().unwrap();
-    emulator.hold(Kind::Within);
+    emulator.hold(Kind::Up);
     {
         let target = DeviceTarget::from_slice(&mut buffer);
-        let pieces = [(&handle, 0..LEN, 0)];
+        let pieces = [(&handles[0], 0..LEN, 0)];
         let mut gather = Box::pin(vmem.gather(&pieces, &target));
         assert!((&mut gather).now_or_never().is_none());
-        until("the copy", || emulator.counter("queued_within") > 0).await;
+        until("the copy", || emulator.counter("queued_up") > 0).await;
         begin_capture(&stream);
         let theirs = emulator.clone();
         let released = Arc::new(AtomicBool::new(false));
@@ -97,7 +123,7 @@ async fn a_gather_dropped_in_a_capture_waits_for_its_copies() {
     }
     assert_eq!(end_capture(&stream), 0, "the capture is whole");
     drop(buffer);
-    end(vmem, vec![handle], &emulator).await;
+    end(vmem, handles, &emulator).await;
 }
 
 /// Mechanism: two pieces over the same bytes of the buffer were copied in no order. Effect:

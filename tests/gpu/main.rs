@@ -30,3 +30,4 @@ mod scratch;
 mod separate;
 mod sets;
 mod slabs;
+mod small;

@@ -13,6 +13,7 @@ use vmem_cuda_emulator::Emulator;
 
 pub(crate) const VRAM: MemoryTier = MemoryTier::Vram;
 pub(crate) const HOST: MemoryTier = MemoryTier::Host;
+pub(crate) const DISK: MemoryTier = MemoryTier::Disk;
 /// The length of an object, in bytes.
 pub(crate) const LEN: usize = 100_000;
 /// Nothing that is expected takes longer.

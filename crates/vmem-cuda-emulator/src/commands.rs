@@ -59,6 +59,7 @@ fn obey(world: &mut World, words: &[&str]) -> Option<String> {
         "hold" => drop(world.gates.insert(kind(1)?, 0)),
         "release" => *world.gates.get_mut(&kind(1)?)? += number(2)?,
         "release-all" => world.gates.clear(),
+        "addressed-alike" => world.addressed_alike = number(1)? != 0,
         "suppress" => world.suppress_host_functions = number(1)? != 0,
         "double" => world.double_host_functions = number(1)? != 0,
         "fail" => {

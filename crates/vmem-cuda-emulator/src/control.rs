@@ -163,6 +163,11 @@ impl Emulator {
         self.command("release-all");
     }
 
+    /// Whether registered memory has the same address for devices that are opened from now on.
+    pub fn addressed_alike(&self, on: bool) {
+        self.command(&format!("addressed-alike {}", u8::from(on)));
+    }
+
     /// From now on host functions are dropped silently.
     pub fn suppress_host_functions(&self, on: bool) {
         self.command(&format!("suppress {}", u8::from(on)));

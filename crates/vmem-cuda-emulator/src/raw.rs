@@ -87,6 +87,12 @@ pub(crate) fn get<T: Copy>(place: *const T) -> Option<T> {
     Some(unsafe { place.read_unaligned() })
 }
 
+/// Element `nth` of an array of the caller's.
+pub(crate) fn element<T: Copy>(array: *const T, nth: usize) -> Option<T> {
+    // SAFETY: the caller promised as many elements as it said.
+    if array.is_null() { None } else { get(unsafe { array.add(nth) }) }
+}
+
 /// The text at an address, up to its zero.
 pub(crate) fn text(place: *const std::ffi::c_char) -> Option<String> {
     if place.is_null() {
@@ -99,10 +105,5 @@ pub(crate) fn text(place: *const std::ffi::c_char) -> Option<String> {
 
 /// Element `nth` of an array of addresses.
 pub(crate) fn nth(array: *mut *mut c_void, nth: usize) -> Option<*mut c_void> {
-    if array.is_null() {
-        return None;
-    }
-    // SAFETY: the caller promised as many arguments as the kernel has.
-    let place = unsafe { array.add(nth) };
-    get(place.cast_const())
+    element(array.cast_const(), nth)
 }

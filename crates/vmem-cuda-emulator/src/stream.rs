@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-pub(crate) use work::Work;
+pub(crate) use work::{Op, Work};
 
 use crate::codes::{
     CAPTURE_INVALIDATED, CAPTURE_ISOLATION, CAPTURE_UNSUPPORTED, Code, ILLEGAL_ADDRESS,
@@ -28,7 +28,7 @@ static HOST_FUNCTIONS: Mutex<()> = Mutex::new(());
 pub(crate) struct Stream {
     queue: VecDeque<Op>,
     /// The host memory of the operation that runs.
-    running: Option<HostMemory>,
+    running: Vec<HostMemory>,
     pub(crate) submitted: u64,
     pub(crate) done: u64,
     pub(crate) clock: Clock,
@@ -53,15 +53,8 @@ impl Stream {
     }
 
     pub(crate) fn host_memory(&self) -> impl Iterator<Item = HostMemory> + '_ {
-        self.queue.iter().filter_map(|op| op.work.host()).chain(self.running)
+        self.queue.iter().flat_map(|op| op.work.host()).chain(self.running.iter().copied())
     }
-}
-
-#[derive(Debug)]
-struct Op {
-    work: Work,
-    /// What its source held when it was issued, or that its destination was spoiled.
-    watched: Option<u64>,
 }
 
 /// Puts a stream into the world and starts its thread.
@@ -77,7 +70,10 @@ pub(crate) fn submit(
     handle: u64,
     work: Work,
 ) -> Result<u64, Code> {
-    let reach = work.host().map_or(Reach::Pinned, |memory| guard.reach(memory));
+    // What a kernel reads is looked at when it runs.
+    let is_kernel = matches!(work, Work::Pieces { .. });
+    let memory = work.host().first().copied().filter(|_| !is_kernel);
+    let reach = memory.map_or(Reach::Pinned, |memory| guard.reach(memory));
     if reach == Reach::Broken {
         return Err(INVALID_VALUE);
     }
@@ -92,14 +88,6 @@ pub(crate) fn submit(
         }
         guard = wait(guard);
     }
-    let watched = match (&work, reach) {
-        (Work::Up { from, .. }, Reach::Pinned) => Some(from.checksum()),
-        (Work::Down { to, .. }, Reach::Pinned) => {
-            to.scribble();
-            Some(0)
-        }
-        _ => None,
-    };
     let accesses = work.accesses(&guard);
     let name = work.name();
     let waited_for = match &work {
@@ -126,7 +114,7 @@ pub(crate) fn submit(
         event.at = None;
         event.captured = None;
     }
-    stream.queue.push_back(Op { work, watched });
+    stream.queue.push_back(Op::issued(work, reach));
     let found = world.races.submit(handle, count, name, &accesses, &clock, &world.seen);
     world.violations.extend(found);
     CHANGED.notify_all();
@@ -216,7 +204,7 @@ fn run(handle: u64) {
         stream.running = op.work.host();
         drop(guard);
         if delay > 0 {
-            std::thread::sleep(Duration::from_micros(delay));
+            std::thread::sleep(Duration::from_micros(delay * op.work.count()));
         }
         let outcome = execute(handle, op);
         guard = world();
@@ -224,7 +212,7 @@ fn run(handle: u64) {
             guard.sticky.get_or_insert(code);
         }
         if let Some(stream) = guard.streams.get_mut(&handle) {
-            stream.running = None;
+            stream.running.clear();
             stream.done += 1;
         }
         CHANGED.notify_all();
@@ -302,6 +290,20 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
                     }
                 }
             }
+        }
+        Work::Pieces { table, copies } => {
+            guard.count("piece_kernels", 1);
+            guard.count("pieces", copies.len() as u64);
+            let mut used = copies.iter().flat_map(|copy| copy.work.host()).chain([table]);
+            if used.any(|memory| guard.reach(memory) != Reach::Pinned) {
+                return Err(ILLEGAL_ADDRESS);
+            }
+            drop(used);
+            drop(guard);
+            if op.watched.is_some_and(|before| before != table.checksum()) {
+                world().violation("the table of a kernel changed in flight".into());
+            }
+            copies.into_iter().try_for_each(|copy| execute(handle, copy))?;
         }
         Work::HostFunction(function) => {
             if guard.suppress_host_functions {

@@ -127,6 +127,8 @@ pub(crate) struct World {
     pub(crate) others: u64,
     pub(crate) registered_max: u64,
     pub(crate) queue_max: usize,
+    /// Whether registered memory has the same address for the device.
+    pub(crate) addressed_alike: bool,
     pub(crate) suppress_host_functions: bool,
     pub(crate) double_host_functions: bool,
     pub(crate) delays_us: HashMap<OpKind, u64>,
@@ -178,6 +180,7 @@ impl World {
             others: 0,
             registered_max: u64::MAX,
             queue_max: 1024,
+            addressed_alike: true,
             suppress_host_functions: false,
             double_host_functions: false,
             delays_us: HashMap::new(),
@@ -275,6 +278,11 @@ impl World {
         let (&start, allocation) = self.allocations.range(..=address).next_back()?;
         let offset = address - start;
         (offset.checked_add(len)? <= allocation.len).then(|| (allocation.clone(), offset as usize))
+    }
+
+    /// Whether an address is one of device memory, live or not.
+    pub(crate) fn is_of_device(&self, address: u64) -> bool {
+        (DEVICE_BASE..DEVICE_BASE + (1 << 40)).contains(&address)
     }
 
     pub(crate) fn reach(&self, memory: HostMemory) -> Reach {

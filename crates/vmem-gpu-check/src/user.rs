@@ -177,7 +177,11 @@ impl User {
         // SAFETY: a text that ends with a zero.
         let module = unsafe { result::module::load_data(text.as_ptr().cast()) };
         let module = module.context("loading the kernels")?;
-        Ok(User { context, stream, module, functions: RefCell::default() })
+        let user = User { context, stream, module, functions: RefCell::default() };
+        // The first launch may wait for whatever the device does then.
+        user.spin(Duration::ZERO, &user.stream)?;
+        user.stream.synchronize().context("a first kernel")?;
+        Ok(user)
     }
 
     /// Launches one of `kernels.ptx` over about `count` bytes, or things.

@@ -103,6 +103,7 @@ parts! {
     bar_g4_layers_prefetched = "bar-g4"
     bar_g5_random_access = "bar-g5"
     bar_g6_many_pieces = "bar-g6"
+    cost_step_of_2000_leases = "cost-step"
 }
 
 /// What has passed is not run again; what is half written counts as not run.

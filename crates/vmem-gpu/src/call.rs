@@ -45,27 +45,56 @@ impl Drop for Entered {
 }
 
 impl Foreign {
-    /// A copy on `len` bytes at `offset` begins. The call is not cancelled while the guard lives.
+    /// Whether `len` bytes at `offset` lie within the memory.
     ///
     /// # Errors
     ///
-    /// Not permitted if the call was cancelled; an invalid value outside of the memory.
-    pub(crate) fn enter(
-        &self,
-        offset: usize,
-        len: usize,
-        entered: &mut Option<Entered>,
-    ) -> Result<MutexGuard<'_, State>, DriverError> {
-        let mut state = self.call.0.lock();
-        if state.cancelled {
-            return Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_PERMITTED));
+    /// An invalid value.
+    pub(crate) fn check(&self, offset: usize, len: usize) -> Result<(), DriverError> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE)),
         }
-        if offset.checked_add(len).is_none_or(|end| end > self.len) {
-            return Err(DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE));
+    }
+}
+
+/// A call that is not cancelled while this lives.
+pub(crate) struct Open<'a> {
+    call: &'a Arc<Call>,
+    state: MutexGuard<'a, State>,
+}
+
+impl<'a> Open<'a> {
+    /// Only one thread opens several calls at once.
+    pub(crate) fn of(call: &'a Arc<Call>) -> Self {
+        Open { call, state: call.0.lock() }
+    }
+
+    pub(crate) fn is_of(&self, call: &Arc<Call>) -> bool {
+        Arc::ptr_eq(self.call, call)
+    }
+
+    /// Whether a copy may begin.
+    ///
+    /// # Errors
+    ///
+    /// Not permitted if the call was cancelled.
+    pub(crate) fn check(&self) -> Result<(), DriverError> {
+        match self.state.cancelled {
+            true => Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_PERMITTED)),
+            false => Ok(()),
         }
-        state.in_flight += 1;
-        *entered = Some(Entered(self.call.clone()));
-        Ok(state)
+    }
+
+    /// A copy begins, before this ends.
+    ///
+    /// # Errors
+    ///
+    /// Not permitted if the call was cancelled.
+    pub(crate) fn begin(&mut self) -> Result<Entered, DriverError> {
+        self.check()?;
+        self.state.in_flight += 1;
+        Ok(Entered(self.call.clone()))
     }
 }
 

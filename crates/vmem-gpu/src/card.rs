@@ -6,18 +6,20 @@
 
 #![allow(unsafe_code)]
 
-use std::io;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use parking_lot::Mutex;
 use vmem_core::Budget;
-use vmem_core::backend::{DeviceError, ObjectSpace, Part, Registrar, StagingMemory};
+use vmem_core::backend::{DeviceError, ObjectSpace, StagingMemory};
 
+use crate::batch::Batches;
 use crate::context::relax_capture;
 use crate::event::EventPool;
 use crate::lane::Lost;
+use crate::pieces::Pieces;
+use crate::reach::{pin, unpin};
 
 /// Where objects begin is a multiple of this, in bytes.
 pub(crate) const UNIT: u64 = 512;
@@ -81,6 +83,9 @@ pub(crate) struct Card {
     /// Slabs of it are registered as copies pass through them.
     space: OnceLock<ObjectSpace>,
     events: Arc<EventPool>,
+    /// For small copies, and for many at once; none where the driver has no such thing.
+    pieces: Option<Pieces>,
+    batches: Option<Batches>,
     lost: Lost,
 }
 
@@ -123,9 +128,19 @@ impl Card {
                 Ok(base) => {
                     let staging = Mutex::new(None);
                     let space = OnceLock::new();
-                    let capacity = wanted;
-                    let card = Card { context, base, capacity, staging, space, events, lost };
-                    return Ok(Arc::new(card));
+                    let pieces = Pieces::load(&context);
+                    let batches = Batches::find();
+                    return Ok(Arc::new(Card {
+                        context,
+                        base,
+                        capacity: wanted,
+                        staging,
+                        space,
+                        events,
+                        pieces,
+                        batches,
+                        lost,
+                    }));
                 }
                 // Others took some meanwhile, or it lies in pieces.
                 Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
@@ -239,65 +254,24 @@ impl Card {
         true
     }
 
-    /// Registers slabs of this memory from now on, as copies pass through them.
-    pub(crate) fn serve(self: &Arc<Self>, space: ObjectSpace) {
-        if self.space.set(space.clone()).is_ok() {
-            space.serve(Arc::new(Slabs(Arc::downgrade(self))));
-        }
+    /// Object space, once it is served.
+    pub(crate) fn space(&self) -> &OnceLock<ObjectSpace> {
+        &self.space
     }
 
-    /// Memory of the host by what the device reaches directly. On a thread that is bound.
-    pub(crate) fn parts(&self, memory: &[u8]) -> Vec<Part> {
-        match self.space.get().filter(|_| !vmem_core::planted!("copy-across-slabs")) {
-            Some(space) => space.enter(memory.as_ptr().addr(), memory.len()),
-            None => vec![Part { range: 0..memory.len(), direct: false, in_use: None }],
-        }
-    }
-}
-
-/// What registers slabs of object space. It keeps no card alive: that has everything unregistered
-/// when it goes.
-#[derive(Debug)]
-struct Slabs(Weak<Card>);
-
-impl Slabs {
-    fn visit(&self, work: impl FnOnce() -> Result<(), DriverError>) -> io::Result<()> {
-        let card = self.0.upgrade().ok_or(io::ErrorKind::NotConnected)?;
-        let done = card.visit(work).and_then(|done| done);
-        done.map_err(|error| io::Error::other(told("registering memory", error)))
-    }
-}
-
-impl Registrar for Slabs {
-    fn register(&self, address: usize, len: usize) -> io::Result<()> {
-        self.visit(|| pin(address, len))
+    /// The staging reserve, once it is registered.
+    pub(crate) fn staging(&self) -> &Mutex<Option<StagingMemory>> {
+        &self.staging
     }
 
-    fn unregister(&self, address: usize, _len: usize) -> io::Result<()> {
-        self.visit(|| unpin(address)).or_else(|error| {
-            // A dead context takes no more part, whatever it says.
-            let dead = self.0.upgrade().is_some_and(|card| card.is_dead());
-            if dead { Ok(()) } else { Err(error) }
-        })
+    /// The kernel for small copies, if there is one.
+    pub(crate) fn pieces(&self) -> Option<&Pieces> {
+        self.pieces.as_ref()
     }
-}
 
-/// Has the device know memory of the host that stays mapped, with all its pages, until `unpin`.
-fn pin(address: usize, len: usize) -> Result<(), DriverError> {
-    let address = std::ptr::with_exposed_provenance_mut(address);
-    // SAFETY: the callers have staging, which stays as it is while it lives, and slabs of object
-    // space, of which no page is given back before `unpin`.
-    unsafe { sys::cuMemHostRegister_v2(address, len, sys::CU_MEMHOSTREGISTER_PORTABLE) }.result()
-}
-
-/// Has the device forget memory that no copy uses.
-fn unpin(address: usize) -> Result<(), DriverError> {
-    let address = std::ptr::with_exposed_provenance_mut(address);
-    // SAFETY: it was registered, and no copy uses it any more: that is counted.
-    match unsafe { sys::cuMemHostUnregister(address) }.result() {
-        // Another thread was quicker.
-        Err(DriverError(sys::CUresult::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED)) => Ok(()),
-        unregistered => unregistered,
+    /// The driver's copies of many pieces in one call, if it has them.
+    pub(crate) fn batches(&self) -> Option<Batches> {
+        self.batches
     }
 }
 
@@ -305,7 +279,8 @@ impl Drop for Card {
     /// With the last stream or the last lease; all copies have ended.
     fn drop(&mut self) {
         let staging = self.staging.get_mut().take();
-        let freed = self.visit(|| self.free(staging));
+        let pieces = self.pieces.take();
+        let freed = self.visit(|| self.free(staging, pieces));
         if let Err(error) = freed.and_then(|freed| freed) {
             tracing::warn!(
                 target: "vmem::gpu", error = %told("freeing device memory", error), "refused"
@@ -315,7 +290,11 @@ impl Drop for Card {
 }
 
 impl Card {
-    fn free(&self, staging: Option<StagingMemory>) -> Result<(), DriverError> {
+    fn free(
+        &self,
+        staging: Option<StagingMemory>,
+        pieces: Option<Pieces>,
+    ) -> Result<(), DriverError> {
         // A dead context takes no more part, whatever it says.
         let dead = self.is_dead();
         if let Some(memory) = staging
@@ -328,12 +307,13 @@ impl Card {
         if let Some(space) = self.space.get() {
             space.retire(&|address, _| unpin(address).is_ok() || dead);
         }
+        let unloaded = pieces.map_or(Ok(()), Pieces::unload);
         if self.base == 0 {
-            return Ok(());
+            return unloaded;
         }
         // SAFETY: it was allocated once, is freed here alone, and no copy uses it any more; the
         // driver waits for kernels.
-        unsafe { result::free_sync(self.base) }
+        unsafe { result::free_sync(self.base) }.and(unloaded)
     }
 }
 

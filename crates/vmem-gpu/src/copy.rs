@@ -1,10 +1,10 @@
 //! Copies to and from device memory, and the ownership of what they touch.
 //!
-//! Ownership: a copy that was handed to the driver is in a [`Batch`], with the bytes, the buffer
-//! and the share of the device range that it touches. A batch gives them up only after its event
-//! was seen complete, or the context is dead; one that is dropped otherwise leaks them. So no
-//! future that is dropped, no panic and no end of a runtime frees memory under a copy. Called by
-//! the lanes.
+//! Ownership: a copy that was handed to the driver is in a [`Flight`], with the bytes, the buffer
+//! and the share of the device range that it touches. A flight gives them up only after an event
+//! behind it was seen complete, or the context is dead; one that is dropped otherwise leaks them.
+//! So no future that is dropped, no panic and no end of a runtime frees memory under a copy. Called
+//! by the lanes, and by gathers.
 
 #![allow(unsafe_code)]
 
@@ -16,23 +16,19 @@ use cudarc::driver::{CudaStream, DriverError, result, sys};
 use futures::channel::oneshot;
 use vmem_core::backend::{DeviceError, DeviceRange, InUse, IoBuf, Part};
 
-use crate::call::{Entered, Foreign};
+use crate::call::{Call, Entered, Foreign};
 use crate::card::{Card, failed};
 use crate::event::{Bell, Event, Ring, ask_for_notice};
-
-/// Where bytes for a caller come from.
-pub(crate) enum Source {
-    Device { range: Arc<DeviceRange>, offset: usize, len: usize },
-    Host(Bytes),
-}
+use crate::given::{Given, Reached, given};
+use crate::issue::{Move, Way, issue};
+use crate::pieces::Table;
 
 /// One operation, with all that it touches.
 pub(crate) enum Work {
     /// Into device memory of a caller.
     Give {
         to: Foreign,
-        offset: usize,
-        source: Source,
+        pieces: Vec<Given>,
         reply: oneshot::Sender<Result<(), DeviceError>>,
     },
     /// Out of device memory of a caller.
@@ -65,13 +61,21 @@ pub(crate) enum Work {
 
 impl Work {
     /// What the driver calls it, for errors.
-    fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         match self {
             Work::Upload { .. } => "copying to the device",
             Work::Zero { .. } => "zeroing device memory",
             Work::Download { .. } => "copying from the device",
             Work::Give { .. } => "gathering",
             Work::Take { .. } => "scattering",
+        }
+    }
+
+    /// How many copies it is, about.
+    pub(crate) fn copies(&self) -> usize {
+        match self {
+            Work::Give { pieces, .. } => pieces.len(),
+            _ => 1,
         }
     }
 
@@ -91,8 +95,8 @@ impl Work {
                 drop(from);
                 drop(reply.send((into, outcome)));
             }
-            Work::Give { to, source, reply, .. } => {
-                drop((to, source));
+            Work::Give { to, pieces, reply } => {
+                drop((to, pieces));
                 drop(reply.send(outcome));
             }
             Work::Take { from, into, reply, .. } => {
@@ -116,18 +120,68 @@ pub(crate) struct CopyStream {
 pub(crate) struct Batch {
     /// None where the driver refused it, in passing: it is asked again.
     event: Option<Event>,
-    works: ManuallyDrop<Vec<Issued>>,
+    flight: Flight,
+}
+
+/// What the driver uses until its operations have ended: whatever drops it before leaks it.
+pub(crate) struct Flight(ManuallyDrop<InFlight>);
+
+/// What of a flight the driver uses.
+pub(crate) struct InFlight {
+    pub(crate) works: Vec<Issued>,
+    /// The tables of kernels.
+    pub(crate) tables: Vec<Table>,
+}
+
+/// A flight that is given back by the drop of this: for what is kept for as long as it is used.
+pub(crate) struct Kept(Option<Flight>);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        drop(self.0.take().map(Flight::end));
+    }
 }
 
 /// An operation that was handed to the driver.
-struct Issued {
-    work: Work,
+pub(crate) struct Issued {
+    pub(crate) work: Work,
     /// What of object space it touches.
     uses: Vec<InUse>,
     /// Its part in a call over memory of a caller.
-    entered: Option<Entered>,
+    pub(crate) entered: Option<Entered>,
     /// What the driver said, if it refused it at once; a part of it may have been accepted.
-    refused: Option<DeviceError>,
+    pub(crate) refused: Option<DeviceError>,
+    /// Its copies, where they are known before.
+    ready: Option<Vec<Move>>,
+}
+
+impl Flight {
+    pub(crate) fn new(works: Vec<Work>) -> Self {
+        Self::of(works.into_iter().map(Issued::new).collect())
+    }
+
+    pub(crate) fn of(works: Vec<Issued>) -> Self {
+        Flight(ManuallyDrop::new(InFlight { works, tables: Vec::new() }))
+    }
+
+    pub(crate) fn inner(&mut self) -> &mut InFlight {
+        &mut self.0
+    }
+
+    /// What the driver refused of it.
+    pub(crate) fn refused(&self) -> Option<DeviceError> {
+        self.0.works.iter().find_map(|issued| issued.refused.clone())
+    }
+
+    /// The driver uses it no more.
+    fn end(self) -> InFlight {
+        ManuallyDrop::into_inner(self.0)
+    }
+
+    /// It ends with the drop of what this returns.
+    pub(crate) fn kept(self) -> Kept {
+        Kept(Some(self))
+    }
 }
 
 impl CopyStream {
@@ -138,7 +192,9 @@ impl CopyStream {
     /// What the driver says.
     pub(crate) fn new(card: Arc<Card>, bell: Arc<Bell>) -> Result<Self, DriverError> {
         let context = card.context();
-        let stream = context.new_stream()?;
+        // A kernel that copies does not queue behind those of users.
+        let (_, greatest) = result::stream::get_priority_range()?;
+        let stream = context.new_stream_with_priority(greatest)?;
         let notices = context.new_stream()?;
         Ok(CopyStream { stream, notices, ring: Ring::new(bell), card })
     }
@@ -148,98 +204,17 @@ impl CopyStream {
         &self.stream
     }
 
-    /// Hands operations to the driver, in order, and asks for a notice of their end.
+    /// Hands operations to the driver, in no order among each other, and asks for a notice of their
+    /// end.
     pub(crate) fn submit(&self, works: Vec<Work>) -> Batch {
-        let issue = |mut work: Work| {
-            let mut uses = Vec::new();
-            let mut entered = None;
-            let issued = self.issue(&mut work, &mut uses, &mut entered);
-            let refused = issued.err().map(|error| failed(work.name(), error));
-            Issued { work, uses, entered, refused }
-        };
-        let works = works.into_iter().map(issue).collect();
-        let mut batch = Batch { event: None, works: ManuallyDrop::new(works) };
+        let mut flight = Flight::new(works);
+        issue(&self.card, &self.stream, flight.inner());
+        let mut batch = Batch { event: None, flight };
         if let Err(error) = self.mark(&mut batch) {
             let error = crate::card::told("recording an event", error);
             tracing::debug!(target: "vmem::gpu", %error, "it is tried again");
         }
         batch
-    }
-
-    fn issue(
-        &self,
-        work: &mut Work,
-        uses: &mut Vec<InUse>,
-        entered: &mut Option<Entered>,
-    ) -> Result<(), DriverError> {
-        let stream = self.stream.cu_stream();
-        match work {
-            Work::Upload { to, offset, bytes, .. } => {
-                check(*offset, bytes.len(), to)?;
-                self.up(to.address() + *offset as u64, bytes, uses)
-            }
-            Work::Zero { range, .. } => {
-                // SAFETY: the range is the operation's until it has ended: it is in the batch,
-                // which gives nothing up before.
-                unsafe { result::memset_d8_async(range.address(), 0, range.len(), stream) }
-            }
-            Work::Download { from, offset, len, into, at, .. } => {
-                check(*offset, *len, from)?;
-                let end = at.checked_add(*len).filter(|&end| end <= into.len());
-                let into = &mut into[*at..end.ok_or(INVALID)?];
-                self.down(into, from.address() + *offset as u64, uses)
-            }
-            Work::Give { to, offset, source, .. } => {
-                let len = match source {
-                    Source::Device { len, .. } => *len,
-                    Source::Host(bytes) => bytes.len(),
-                };
-                let _open = to.enter(*offset, len, entered)?;
-                let target = to.address + *offset as u64;
-                match source {
-                    Source::Device { range, offset, len } => {
-                        check(*offset, *len, range)?;
-                        let from = range.address() + *offset as u64;
-                        // SAFETY: the range as above; the target is promised to stay while the
-                        // batch has a share of the call.
-                        unsafe { result::memcpy_dtod_async(target, from, *len, stream) }
-                    }
-                    Source::Host(bytes) => self.up(target, bytes, uses),
-                }
-            }
-            Work::Take { from, offset, len, into, .. } => {
-                let _open = from.enter(*offset, *len, entered)?;
-                let into = into.get_mut(..*len).ok_or(INVALID)?;
-                self.down(into, from.address + *offset as u64, uses)
-            }
-        }
-    }
-
-    /// Copies up, in parts of which none crosses a registration.
-    fn up(&self, to: u64, bytes: &[u8], uses: &mut Vec<InUse>) -> Result<(), DriverError> {
-        for Part { range, in_use, .. } in self.card.parts(bytes) {
-            uses.extend(in_use);
-            let to = to + range.start as u64;
-            let part = &bytes[range];
-            // SAFETY: the target is the operation's until it has ended, or is promised to stay
-            // while it has a share of its call, and so are the bytes, which do not change: all is
-            // in the batch, which gives nothing up before that.
-            unsafe { result::memcpy_htod_async(to, part, self.stream.cu_stream()) }?;
-        }
-        Ok(())
-    }
-
-    /// Copies down, likewise.
-    fn down(&self, into: &mut [u8], from: u64, uses: &mut Vec<InUse>) -> Result<(), DriverError> {
-        for Part { range, in_use, .. } in self.card.parts(into) {
-            uses.extend(in_use);
-            let from = from + range.start as u64;
-            let part = &mut into[range];
-            // SAFETY: as above; the buffer moves with the batch, its memory does not, and it has no
-            // other owner.
-            unsafe { result::memcpy_dtoh_async(part, from, self.stream.cu_stream()) }?;
-        }
-        Ok(())
     }
 
     /// Records an event behind what was issued, and has the bell rung after it.
@@ -279,14 +254,98 @@ impl CopyStream {
     }
 }
 
-const INVALID: DriverError = DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE);
+pub(crate) const INVALID: DriverError = DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE);
 
 /// A copy stays within its range.
-fn check(offset: usize, len: usize, range: &DeviceRange) -> Result<(), DriverError> {
+pub(crate) fn check(offset: usize, len: usize, range: &DeviceRange) -> Result<(), DriverError> {
     match offset.checked_add(len) {
         Some(end) if end <= range.len() => Ok(()),
         _ => Err(INVALID),
     }
+}
+
+impl Issued {
+    fn new(work: Work) -> Self {
+        Issued { work, uses: Vec::new(), entered: None, refused: None, ready: None }
+    }
+
+    /// Copies of pieces that the device reaches, which stays so.
+    pub(crate) fn reached(to: Foreign, reached: Reached) -> Self {
+        let (reply, _) = oneshot::channel();
+        let Reached { pieces, moves, in_use, .. } = reached;
+        let work = Work::Give { to, pieces, reply };
+        let uses = in_use.into_iter().collect();
+        Issued { uses, ready: Some(moves), ..Self::new(work) }
+    }
+
+    /// The call over memory of a caller that it is a part of.
+    pub(crate) fn call(&self) -> Option<&Arc<Call>> {
+        match &self.work {
+            Work::Give { to: foreign, .. } | Work::Take { from: foreign, .. } => {
+                Some(&foreign.call)
+            }
+            _ => None,
+        }
+    }
+
+    /// The driver's error, of which the operation dies.
+    pub(crate) fn refuse(&mut self, error: DriverError) {
+        self.refused.get_or_insert(failed(self.work.name(), error));
+    }
+
+    /// The copies that it is, none of which crosses a registration. What they touch is held from
+    /// here on.
+    ///
+    /// # Errors
+    ///
+    /// An invalid value for one outside of its range.
+    pub(crate) fn moves(&mut self, card: &Card) -> Result<Vec<Move>, DriverError> {
+        if let Some(moves) = self.ready.take() {
+            return Ok(moves);
+        }
+        let uses = &mut self.uses;
+        match &mut self.work {
+            Work::Zero { .. } => Ok(Vec::new()),
+            Work::Upload { to, offset, bytes, .. } => {
+                check(*offset, bytes.len(), to)?;
+                Ok(up(card, to.address() + *offset as u64, bytes, uses))
+            }
+            Work::Download { from, offset, len, into, at, .. } => {
+                check(*offset, *len, from)?;
+                let end = at.checked_add(*len).filter(|&end| end <= into.len());
+                let into = &mut into[*at..end.ok_or(INVALID)?];
+                Ok(down(card, into, from.address() + *offset as u64, uses))
+            }
+            Work::Give { to, pieces, .. } => given(card, to, pieces, uses),
+            Work::Take { from, offset, len, into, .. } => {
+                from.check(*offset, *len)?;
+                let into = into.get_mut(..*len).ok_or(INVALID)?;
+                Ok(down(card, into, from.address + *offset as u64, uses))
+            }
+        }
+    }
+}
+
+/// Copies up, in parts.
+pub(crate) fn up(card: &Card, to: u64, bytes: &[u8], uses: &mut Vec<InUse>) -> Vec<Move> {
+    let from = bytes.as_ptr().expose_provenance() as u64;
+    let part = |Part { range, direct, in_use }: Part| {
+        uses.extend(in_use);
+        let at = range.start as u64;
+        Move { to: to + at, from: from + at, len: range.len(), way: Way::Up, direct }
+    };
+    card.parts(bytes).into_iter().map(part).collect()
+}
+
+/// Copies down, likewise.
+fn down(card: &Card, into: &mut [u8], from: u64, uses: &mut Vec<InUse>) -> Vec<Move> {
+    let to = into.as_mut_ptr().expose_provenance() as u64;
+    let part = |Part { range, direct, in_use }: Part| {
+        uses.extend(in_use);
+        let at = range.start as u64;
+        Move { to: to + at, from: from + at, len: range.len(), way: Way::Down, direct }
+    };
+    card.parts(into).into_iter().map(part).collect()
 }
 
 impl Batch {
@@ -300,12 +359,12 @@ impl Batch {
         self.answer(Some(error));
     }
 
-    fn answer(mut self, error: Option<&DeviceError>) {
-        drop(self.event.take());
-        // SAFETY: taken once: `self` is forgotten just below.
-        let works = unsafe { ManuallyDrop::take(&mut self.works) };
-        std::mem::forget(self);
-        for Issued { work, uses, entered, refused } in works {
+    fn answer(self, error: Option<&DeviceError>) {
+        let Batch { event, flight } = self;
+        drop(event);
+        let InFlight { works, tables } = flight.end();
+        drop(tables);
+        for Issued { work, uses, entered, refused, .. } in works {
             drop((uses, entered));
             let refused = refused.filter(|_| !vmem_core::planted!("refused-copy"));
             let error = error.cloned().or(refused);

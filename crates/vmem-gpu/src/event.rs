@@ -216,6 +216,16 @@ impl Card {
         Ok(event)
     }
 
+    /// Whether a stream has done all that it has by now. On any thread; false where that cannot be
+    /// said.
+    pub(crate) fn has_caught_up(&self, stream: &CudaStream) -> bool {
+        let passed = self.visit(|| {
+            let event = self.mark(stream, &mut Vec::new()).ok();
+            event.is_some_and(|event| event.has_passed().unwrap_or(false))
+        });
+        passed.unwrap_or(false)
+    }
+
     /// What `then` gets from here on comes after what `first` has, without a wait of the host.
     /// False if that cannot be had.
     pub(crate) fn order(&self, first: &CudaStream, then: &CudaStream) -> bool {

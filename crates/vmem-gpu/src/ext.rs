@@ -115,10 +115,11 @@ pub trait VramExt {
     /// Copies parts of objects, from whichever tier has them, into one device buffer of the caller,
     /// each to its offset there.
     ///
-    /// Takes no space of the VRAM budget. It begins once what the caller has queued on the buffer's
-    /// stream has ended. When it has ended well, work that is queued on the buffer's stream finds
-    /// all of it there; after an error, or if it is dropped before, what the pieces hold is
-    /// unspecified, and that stream comes after every copy that has begun.
+    /// Takes no space of the VRAM budget. It comes after what the caller has queued on the buffer's
+    /// stream: pieces that the device reaches itself are queued there at once, the others are
+    /// copied once that has ended. When it has ended well, work that is queued on the buffer's
+    /// stream finds all of it there; after an error, or if it is dropped before, what the pieces
+    /// hold is unspecified, and that stream comes after every copy that has begun.
     ///
     /// # Errors
     ///

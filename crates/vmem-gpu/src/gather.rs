@@ -1,25 +1,37 @@
 //! Many pieces of objects, from any tier, into one device buffer of the caller.
 //!
+//! Pieces that the device reaches are copied on the buffer's own stream, at once; the others on a
+//! stream of the tier, once they were read and the buffer's stream has come this far.
+//!
 //! Invariant: no two pieces of a call lie over each other in the buffer, so their order does not
-//! matter; and what a call reads, holds and copies belongs to a task of the runtime. Called by
-//! users.
+//! matter; and what a call reads, holds and copies belongs to a task of the runtime, or to the
+//! thread that waits for the device. Called by users.
 
 use std::ops::Range;
 
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use vmem_core::backend::{DeviceAccess, DeviceError};
-use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
+use vmem_core::{ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::call::Foreign;
-use crate::copy::Source;
-use crate::ext::tier;
+use crate::ext::{device_of, tier};
+use crate::given::{Given, Source};
 use crate::target::{DeviceTarget, caught_up, check_range, invalid};
+use crate::watch::Answer;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
-/// Pieces of one call that are read, or under way, at once.
-const PIECES_MAX: usize = 32;
+/// Pieces of one call that are read from below host memory at once.
+const READS_MAX: usize = 32;
+/// What the driver gets of a call at a time: pieces, and bytes.
+const GROUP_PIECES: usize = 256;
+const GROUP_BYTES: usize = 8 << 20;
+/// Groups of one call that are under way at once.
+const GROUPS_MAX: usize = 8;
+/// Calls of the driver for one gather on the buffer's own stream: far fewer than its launch queue
+/// holds, since the driver waits where that is full.
+const CALLS_MAX: usize = 128;
 
 /// A piece of a gather: the object, the part of it, and where in the buffer that goes.
 pub type Gathered<'a> = (&'a VMemHandle, Range<usize>, usize);
@@ -37,12 +49,66 @@ pub(crate) async fn gather(
         target.check(*offset, range.len())?;
     }
     check_disjoint(pieces)?;
+    let access = device_of(vmem, target.stream())?;
+    let (answers, rest) = give_in_order(&access, target, pieces).await?;
+    if !rest.is_empty() {
+        give_apart(&access, target, rest).await?;
+    }
+    let copied = futures::future::try_join_all(answers);
+    let copied = tier(&access)?.within("copying to a buffer", copied).await?;
+    let mut copied = copied.map_err(|_| VirtualMemoryError::Closed)?.into_iter();
+    copied.try_for_each(|copied| copied.map_err(DeviceError::public))
+}
+
+/// Has the pieces that the device reaches copied on the buffer's own stream, so that nothing waits
+/// for what that does now. Returns their answers, and the other pieces. Between polls it holds
+/// nothing.
+async fn give_in_order(
+    access: &DeviceAccess,
+    target: &DeviceTarget<'_>,
+    pieces: &[Gathered<'_>],
+) -> Result<(Vec<Answer>, Vec<Piece>)> {
+    let tier = tier(access)?;
+    let card = tier.card()?;
+    let mut answers = Vec::new();
+    let mut rest = Vec::new();
+    let mut calls = if vmem_core::planted!("gather-order") { 0 } else { CALLS_MAX };
+    for (number, group) in pieces.chunks(GROUP_PIECES).enumerate() {
+        if number > 0 {
+            // Others get a turn.
+            tokio::task::yield_now().await;
+        }
+        let mut there = Vec::with_capacity(group.len());
+        for piece in group.iter().filter(|(_, range, _)| !range.is_empty()) {
+            access.tell_plans(piece.0);
+            match at_hand(access, piece.0, &piece.1, piece.2)? {
+                Some(given) => there.push(given),
+                None => rest.push(owned(piece)),
+            }
+        }
+        let (answer, others) = target.give_in_order(tier, &card, there, &mut calls)?;
+        answers.extend(answer);
+        for given in others {
+            // No two pieces have the same place.
+            let is_its = |piece: &&Gathered<'_>| piece.2 == given.offset && !piece.1.is_empty();
+            rest.extend(group.iter().find(is_its).map(owned));
+        }
+    }
+    Ok((answers, rest))
+}
+
+fn owned((handle, range, offset): &Gathered<'_>) -> Piece {
+    ((*handle).clone(), range.clone(), *offset)
+}
+
+/// Has pieces read, and copied on a stream of the tier once the buffer's has come this far.
+async fn give_apart(
+    access: &DeviceAccess,
+    target: &DeviceTarget<'_>,
+    pieces: Vec<Piece>,
+) -> Result<()> {
     let stream = target.stream();
     let work = |access: DeviceAccess, to: Foreign| {
-        let there = pieces.iter().filter(|(_, range, _)| !range.is_empty());
-        let pieces: Vec<Piece> = there
-            .map(|(handle, range, offset)| ((*handle).clone(), range.clone(), *offset))
-            .collect();
         let stream = stream.clone();
         async move {
             if !vmem_core::planted!("gather-order") {
@@ -53,11 +119,14 @@ pub(crate) async fn gather(
             give_all(&access, pieces, &to).await
         }
     };
-    target.run(vmem, work).await
+    target.run(access, work).await
 }
 
 /// Pieces that lie over each other have no order.
 fn check_disjoint(pieces: &[Gathered<'_>]) -> Result<()> {
+    if pieces.is_sorted_by(|first, then| first.2 + first.1.len() <= then.2) {
+        return Ok(());
+    }
     let mut targets: Vec<_> = pieces.iter().map(|(_, range, at)| (*at, at + range.len())).collect();
     targets.retain(|(start, end)| start < end);
     targets.sort_unstable();
@@ -69,34 +138,121 @@ fn check_disjoint(pieces: &[Gathered<'_>]) -> Result<()> {
 }
 
 async fn give_all(access: &DeviceAccess, pieces: Vec<Piece>, to: &Foreign) -> Result<()> {
-    let mut copies: FuturesUnordered<BoxFuture<'_, Result<()>>> = FuturesUnordered::new();
+    let mut giving = Giving { access, to, group: Vec::new(), bytes: 0, copies: Copies::new() };
+    let mut reads: FuturesUnordered<BoxFuture<'_, Result<Given>>> = FuturesUnordered::new();
     let mut outcome = Ok(());
     for piece in pieces {
-        if copies.len() >= PIECES_MAX
-            && let Some(copied) = copies.next().await
-        {
-            outcome = outcome.and(copied);
-        }
+        let there = match at_hand(access, &piece.0, &piece.1, piece.2) {
+            Ok(Some(given)) => giving.add(given).await,
+            Ok(None) => {
+                reads.push(Box::pin(read(access, piece)));
+                match reads.len() < READS_MAX {
+                    true => Ok(()),
+                    false => giving.next(&mut reads).await,
+                }
+            }
+            Err(error) => Err(error),
+        };
+        outcome = outcome.and(there);
         if outcome.is_err() {
             break;
         }
-        copies.push(Box::pin(give(access, piece, to.clone())));
     }
-    while let Some(copied) = copies.next().await {
-        outcome = outcome.and(copied);
+    while outcome.is_ok() && !reads.is_empty() {
+        outcome = giving.next(&mut reads).await;
     }
-    outcome
+    // What is not begun is not begun any more; the copies end first, whatever came of the reads.
+    drop(reads);
+    let copied = giving.end(outcome.is_ok()).await;
+    outcome.and(copied)
 }
 
-async fn give(access: &DeviceAccess, (handle, range, at): Piece, to: Foreign) -> Result<()> {
-    let tier = tier(access)?;
-    let share = access.share(&handle)?;
-    let source = match &share {
-        Some(share) => {
-            Source::Device { range: share.range(), offset: range.start, len: range.len() }
+/// Copies that are under way.
+type Copies<'a> = FuturesUnordered<BoxFuture<'a, Result<()>>>;
+
+/// The pieces of a call on their way to the buffer, in groups.
+struct Giving<'a> {
+    access: &'a DeviceAccess,
+    to: &'a Foreign,
+    group: Vec<Given>,
+    bytes: usize,
+    copies: Copies<'a>,
+}
+
+impl<'a> Giving<'a> {
+    async fn add(&mut self, given: Given) -> Result<()> {
+        self.bytes += given.len();
+        self.group.push(given);
+        if self.group.len() >= GROUP_PIECES || self.bytes >= GROUP_BYTES {
+            self.send()?;
         }
-        None => Source::Host(access.store().read_at(&handle, range).await?),
-    };
-    let copied = tier.within("copying to a buffer", tier.give(to, at, source)).await?;
-    copied.map_err(DeviceError::public)
+        while self.copies.len() >= GROUPS_MAX {
+            self.copies.next().await.transpose()?;
+        }
+        Ok(())
+    }
+
+    /// The next of the reads. While it is waited for, what there is goes on.
+    async fn next<R>(&mut self, reads: &mut FuturesUnordered<R>) -> Result<()>
+    where
+        R: Future<Output = Result<Given>>,
+    {
+        let read = match futures::poll!(reads.next()) {
+            std::task::Poll::Ready(read) => read,
+            std::task::Poll::Pending => {
+                self.send()?;
+                reads.next().await
+            }
+        };
+        match read {
+            Some(read) => self.add(read?).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Hands the group to the driver.
+    fn send(&mut self) -> Result<()> {
+        if self.group.is_empty() {
+            return Ok(());
+        }
+        self.bytes = 0;
+        let tier = tier(self.access)?;
+        let copied = tier.give(self.to.clone(), std::mem::take(&mut self.group));
+        self.copies.push(Box::pin(async move {
+            let copied = tier.within("copying to a buffer", copied).await?;
+            copied.map_err(DeviceError::public)
+        }));
+        Ok(())
+    }
+
+    /// Waits for what is under way; before that sends what is left, if that is wanted.
+    async fn end(&mut self, is_wanted: bool) -> Result<()> {
+        let mut outcome = if is_wanted { self.send() } else { Ok(()) };
+        while let Some(copied) = self.copies.next().await {
+            outcome = outcome.and(copied);
+        }
+        outcome
+    }
+}
+
+/// A piece that the device or host memory has.
+fn at_hand(
+    access: &DeviceAccess,
+    handle: &VMemHandle,
+    range: &Range<usize>,
+    offset: usize,
+) -> Result<Option<Given>> {
+    if let Some(share) = access.share(handle)? {
+        let source = Source::Device { range: share.range(), offset: range.start, len: range.len() };
+        return Ok(Some(Given { offset, source }));
+    }
+    let there = access.store().try_read(handle);
+    Ok(there.map(|bytes| Given { offset, source: Source::Host(bytes.slice(range.clone())) }))
+}
+
+async fn read(access: &DeviceAccess, (handle, range, offset): Piece) -> Result<Given> {
+    // A copy elsewhere in host memory would be none that the device reaches.
+    let options = ReadOptions::new().range(range).copy_small(0);
+    let bytes = access.store().read_with(&handle, options).await?;
+    Ok(Given { offset, source: Source::Host(bytes) })
 }

@@ -23,7 +23,7 @@ use crate::event::Bell;
 
 /// How long a lost notice goes unnoticed.
 pub(crate) const WATCHDOG: Duration = Duration::from_millis(100);
-/// Operations that are handed to the driver at a time: fewer than its launch queue holds.
+/// Copies that are handed to the driver at a time: fewer than its launch queue holds.
 const BATCH_MAX: usize = 256;
 /// The pause before the driver is asked again after an error that passed.
 const RETRY: Duration = Duration::from_millis(2);
@@ -195,7 +195,14 @@ impl Driving {
             return Vec::new();
         }
         let mut queue = self.inbox.queue.lock();
-        let count = queue.works.len().min(BATCH_MAX);
+        let mut copies = 0;
+        let fits = |work: &&Work| {
+            copies += work.copies();
+            copies <= BATCH_MAX
+        };
+        // One at least.
+        let count = queue.works.iter().take_while(fits).count().max(1);
+        let count = count.min(queue.works.len());
         queue.works.drain(..count).collect()
     }
 

@@ -8,17 +8,22 @@
 //! - `probe`: whether there is a driver with everything that is needed, found out without calling
 //!   it.
 //! - `card`: the context and its memory; whether it is dead.
+//! - `reach`: memory of the host that the device reaches directly.
 //! - `event`: how far streams have come, and which follows which; `notices`: what is woken then.
 //! - `copy`: copies and the ownership of what they touch; `call`: those over memory of a user.
+//! - `issue`: which of them the driver gets how: by a kernel of ours (`pieces`), many in one call
+//!   (`batch`), or one by one.
 //! - `lane`: a thread for each direction, which hands copies to the driver and waits for their
 //!   events.
 //! - `watch`: a thread that waits for the kernels of users.
-//! - `gather`, `scatter`: copies between objects and one device buffer of the user, a `target`.
+//! - `gather`, `scatter`: copies between objects and one device buffer of the user, a `target`;
+//!   `given`: the pieces on their way there.
 //! - `ext`, `lease`, `set`: objects for kernels, on streams of the user, one or several; `lend`: as
 //!   slices of cudarc's.
 //! - `dlpack`, behind the feature of that name: a lease as a tensor of PyTorch and others.
 //! - `tier`: the ledger of device memory, and what the core calls.
 
+mod batch;
 mod call;
 mod card;
 mod context;
@@ -28,12 +33,16 @@ pub mod dlpack;
 mod event;
 mod ext;
 mod gather;
+mod given;
+mod issue;
 mod lane;
 mod lease;
 mod lend;
 mod line;
 mod notices;
+mod pieces;
 mod probe;
+mod reach;
 mod scatter;
 mod set;
 mod target;

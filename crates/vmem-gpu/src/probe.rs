@@ -19,8 +19,9 @@ const NAMES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 const NAMES: [&str; 1] = ["nvcuda.dll"];
 
 /// Every function of the driver that this crate reaches, through cudarc or directly.
-const FUNCTIONS: [&str; 38] = [
+const FUNCTIONS: [&str; 46] = [
     "cuCtxGetCurrent",
+    "cuCtxGetStreamPriorityRange",
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
     "cuCtxSetCurrent",
@@ -43,16 +44,23 @@ const FUNCTIONS: [&str; 38] = [
     "cuGetErrorString",
     "cuInit",
     "cuLaunchHostFunc",
+    "cuLaunchKernel",
     "cuMemAlloc_v2",
+    "cuMemFreeHost",
     "cuMemFree_v2",
     "cuMemGetInfo_v2",
+    "cuMemHostAlloc",
     "cuMemHostRegister_v2",
     "cuMemHostUnregister",
     "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuModuleUnload",
     "cuStreamCreate",
+    "cuStreamCreateWithPriority",
     "cuStreamDestroy_v2",
     "cuStreamIsCapturing",
     "cuStreamSynchronize",
@@ -81,6 +89,12 @@ pub(crate) fn find_driver() -> Result<(), String> {
         }
     }
     Err(format!("no CUDA driver: {refused}"))
+}
+
+/// The driver that is loaded.
+pub(crate) fn loaded() -> Option<Library> {
+    // SAFETY: its initialisers have run.
+    NAMES.iter().find_map(|name| unsafe { Library::new(*name) }.ok())
 }
 
 fn check(library: &Library, name: &str) -> Result<(), String> {

@@ -12,7 +12,7 @@ use vmem_core::backend::{DeviceAccess, DeviceError, IoBuf};
 use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::call::Foreign;
-use crate::ext::tier;
+use crate::ext::{device_of, tier};
 use crate::target::{DeviceTarget, caught_up, check_range};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
@@ -39,6 +39,7 @@ pub(crate) async fn scatter(
         check_range(handle, range)?;
         target.check(*offset, range.len())?;
     }
+    let access = device_of(vmem, target.stream())?;
     let stream = target.stream();
     let work = |access: DeviceAccess, from: Foreign| {
         let objects = by_object(pieces);
@@ -53,7 +54,7 @@ pub(crate) async fn scatter(
             written.try_collect().await
         }
     };
-    target.run(vmem, work).await
+    target.run(&access, work).await
 }
 
 /// Each object with its pieces, in parts of at most `TAKE_BYTES`.

@@ -12,12 +12,17 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use tokio::runtime::Handle;
 use tokio_util::task::AbortOnDropHandle;
 use vmem_core::backend::{DeviceAccess, DeviceError, spawn_named};
-use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
+use vmem_core::{VMemHandle, VirtualMemoryError};
 
 use crate::call::{Call, Foreign};
-use crate::card::Card;
-use crate::ext::{device_of, tier};
+use crate::card::{Card, failed};
+use crate::copy::{Flight, Issued};
+use crate::event::is_capturing;
+use crate::ext::tier;
+use crate::given::{Given, reach};
+use crate::issue::{calls_of, issue};
 use crate::tier::CudaTier;
+use crate::watch::Answer;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -88,17 +93,56 @@ impl<'a> DeviceTarget<'a> {
     ///
     /// # Errors
     ///
-    /// `InvalidConfig` for a stream that will not do; those of the work.
-    pub(crate) async fn run<F, W>(&self, vmem: &VirtualMemory, work: F) -> Result<()>
+    /// Those of the work.
+    pub(crate) async fn run<F, W>(&self, access: &DeviceAccess, work: F) -> Result<()>
     where
         F: FnOnce(DeviceAccess, Foreign) -> W,
         W: Future<Output = Result<()>> + Send + 'static,
     {
-        let access = &device_of(vmem, &self.stream)?;
         let card = tier(access)?.card()?;
         let running = Running { target: self, access, card, call: Arc::default() };
         let runtime = tier(access)?.runtime();
         run_apart(runtime, work(access.clone(), running.foreign())).await
+    }
+
+    /// Copies pieces into the buffer on its own stream, behind what that has: those that the device
+    /// reaches, as far as `calls` of the driver, of which it takes what it uses. Waits for nothing.
+    /// Returns an answer that comes once they are there, and the other pieces.
+    ///
+    /// # Errors
+    ///
+    /// What the driver refused.
+    pub(crate) fn give_in_order(
+        &self,
+        tier: &CudaTier,
+        card: &Arc<Card>,
+        pieces: Vec<Given>,
+        calls: &mut usize,
+    ) -> Result<(Option<Answer>, Vec<Given>)> {
+        let DeviceTarget { address, len, stream, slice, .. } = self;
+        let to = Foreign { address: *address, len: *len, call: Arc::default() };
+        let failed = |error| failed("gathering", error).public();
+        let mut reached = reach(card, &to, pieces).map_err(failed)?;
+        let mut others = std::mem::take(&mut reached.others);
+        let taken = calls_of(card, stream, &reached.moves);
+        // In a capture the copies would become part of the graph, which outlives what they use.
+        let is_captured = || card.on_stream(stream, || is_capturing(stream)).unwrap_or(true);
+        if taken == 0 || taken > *calls || is_captured() && !vmem_core::planted!("gather-capture") {
+            others.append(&mut reached.pieces);
+            return Ok((None, others));
+        }
+        *calls -= taken;
+        let mut flight = Flight::of(vec![Issued::reached(to, reached)]);
+        let issued = card.visit(|| {
+            issue(card, stream, flight.inner());
+            // So what writes to it on another stream comes after that.
+            drop(slice.map(|slice| slice.device_ptr(stream)));
+        });
+        let refused = flight.refused();
+        let kept = Some(flight.kept()).filter(|_| !vmem_core::planted!("gather-keep"));
+        let answer = tier.keep_until_passed(card, stream, Vec::new(), Box::new(kept));
+        issued.map_err(failed)?;
+        refused.map_or(Ok((Some(answer), others)), |error| Err(error.public()))
     }
 
     /// The stream in whose order it is used.
@@ -133,6 +177,9 @@ async fn run_apart(
 /// `TimedOut`, `Closed`, `Device`.
 pub(crate) async fn caught_up(tier: &CudaTier, stream: &Arc<CudaStream>) -> Result<()> {
     let card = tier.card()?;
+    if card.has_caught_up(stream) {
+        return Ok(());
+    }
     let passed = tier.keep_until_passed(&card, stream, Vec::new(), Box::new(()));
     drop(card);
     let passed = tier.within("waiting for the stream of a buffer", passed).await?;

@@ -26,7 +26,8 @@ use vmem_core::{Budget, MemoryTier, VirtualMemoryError};
 
 use crate::call::{Call, Foreign};
 use crate::card::{Card, UNIT};
-use crate::copy::{Source, Work};
+use crate::copy::Work;
+use crate::given::Given;
 use crate::lane::{Lane, Lost};
 use crate::lend::Lent;
 use crate::watch::{Answer, Keep, Watch, Watched};
@@ -130,11 +131,10 @@ impl CudaTier {
     pub(crate) fn give(
         &self,
         to: Foreign,
-        offset: usize,
-        source: Source,
+        pieces: Vec<Given>,
     ) -> DeviceAnswer<Result<(), DeviceError>> {
         let (reply, answer) = oneshot::channel();
-        self.side.submit(Work::Give { to, offset, source, reply });
+        self.side.submit(Work::Give { to, pieces, reply });
         answer.map(answered).boxed()
     }
 

@@ -120,6 +120,13 @@ impl Slabs {
         registered.is_some_and(|slab| slab.users == 0 || crate::planted!("slab-in-use"))
     }
 
+    /// Whether the device knows all slabs of these pages.
+    pub(super) fn are_registered(&self, pages: Range<u64>) -> bool {
+        let is_registered = |slab: &Slab| slab.phase == Phase::Registered;
+        let slabs = pages.start / self.pages_each..pages.end.div_ceil(self.pages_each);
+        slabs.into_iter().all(|slab| self.known.get(&slab).is_some_and(is_registered))
+    }
+
     /// Whether a thread is registering or unregistering it.
     pub(super) fn is_changing(&self, slab: u64) -> bool {
         self.known.get(&slab).is_some_and(|slab| slab.phase == Phase::Changing)

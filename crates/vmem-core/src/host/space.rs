@@ -10,6 +10,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use smallvec::{SmallVec, smallvec};
+
 use super::arena::HostArena;
 
 /// A device that can reach memory of the host directly. Called from whatever thread frees memory or
@@ -50,7 +52,7 @@ pub struct Part {
 #[derive(Debug)]
 pub struct InUse {
     space: ObjectSpace,
-    slab: u64,
+    slabs: SmallVec<[u64; 1]>,
 }
 
 impl ObjectSpace {
@@ -90,16 +92,41 @@ impl ObjectSpace {
         self.0.pages().registered_bytes()
     }
 
+    /// As [`enter`](Self::enter) for several at once, each an address and a length, by one look
+    /// that waits for nothing: those that a device reaches directly. `part` gets each part of them,
+    /// with the number of its copy; the others it does not get.
+    pub fn enter_registered(
+        &self,
+        all: &[(usize, usize)],
+        mut part: impl FnMut(usize, Range<usize>),
+    ) -> InUse {
+        let inside: Vec<_> = all.iter().map(|&(at, len)| self.inside(at, len)).collect();
+        let slabs = self.0.pages().enter_registered(&inside, |number, bytes| {
+            let start = inside[number].start;
+            part(number, bytes.start - start..bytes.end - start);
+        });
+        InUse { space: self.clone(), slabs: slabs.into() }
+    }
+
+    /// Where memory lies in object space; nothing of it if it does not.
+    fn inside(&self, address: usize, len: usize) -> Range<usize> {
+        let mapping = self.0.pages().mapping();
+        let at = address.checked_sub(mapping.at(0).as_ptr().addr());
+        match at.filter(|&at| at < mapping.len() && len <= mapping.len() - at) {
+            Some(at) => at..at + len,
+            None => 0..0,
+        }
+    }
+
     /// The parts of a copy from or to this memory, which is the caller's; one part if it is not in
     /// object space. Registers what was copied often enough: on a thread that may call the driver.
     pub fn enter(&self, address: usize, len: usize) -> Vec<Part> {
-        let mapping = self.0.pages().mapping();
-        let base = mapping.at(0).as_ptr().addr();
-        let inside = address.checked_sub(base).filter(|&at| at < mapping.len());
-        let Some(at) = inside.filter(|at| len > 0 && len <= mapping.len() - at) else {
+        let inside = self.inside(address, len);
+        if inside.is_empty() {
             return vec![Part { range: 0..len, direct: false, in_use: None }];
-        };
-        let parts = self.0.pages().enter(at..at + len);
+        }
+        let at = inside.start;
+        let parts = self.0.pages().enter(inside);
         self.0.tell_if_settled();
         let covered: usize = parts.iter().map(|(bytes, ..)| bytes.len()).sum();
         assert!(covered == len, "the parts of a copy of {len} bytes have {covered}");
@@ -108,7 +135,7 @@ impl ObjectSpace {
             .map(|(bytes, slab, direct)| Part {
                 range: bytes.start - at..bytes.end - at,
                 direct,
-                in_use: slab.map(|slab| InUse { space: self.clone(), slab }),
+                in_use: slab.map(|slab| InUse { space: self.clone(), slabs: smallvec![slab] }),
             })
             .collect()
     }
@@ -124,7 +151,7 @@ impl ObjectSpace {
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        self.space.0.pages().leave(self.slab);
+        self.space.0.pages().leave(&self.slabs);
         self.space.0.tell_if_settled();
     }
 }

@@ -5,19 +5,71 @@
 
 use crate::races::Access;
 use crate::raw::{HostFunction, HostMemory};
-use crate::world::{OpKind, World};
+use crate::world::{OpKind, Reach, World};
+
+/// A piece of work in its turn, with what is known of host memory that it uses.
+#[derive(Clone, Debug)]
+pub(crate) struct Op {
+    pub(crate) work: Work,
+    /// What its source held when it was issued, or that its destination was spoiled.
+    pub(super) watched: Option<u64>,
+}
+
+impl Op {
+    /// Issued now: what it reads on the host is to stay, and what it writes there is spoiled.
+    pub(crate) fn issued(work: Work, reach: Reach) -> Self {
+        let watched = match (&work, reach) {
+            (Work::Up { from, .. }, Reach::Pinned) => Some(from.checksum()),
+            (Work::Down { to, .. }, Reach::Pinned) => {
+                to.scribble();
+                Some(0)
+            }
+            (Work::Pieces { table, .. }, _) => Some(table.checksum()),
+            _ => None,
+        };
+        Op { work, watched }
+    }
+}
 
 #[derive(Clone, Debug)]
 pub(crate) enum Work {
-    Up { to: u64, from: HostMemory },
-    Down { to: HostMemory, from: u64 },
-    Copy { to: u64, from: u64, len: u64 },
-    Fill { to: u64, pattern: Vec<u8>, len: u64 },
-    Kernel { name: &'static str, arguments: [u64; 4] },
+    Up {
+        to: u64,
+        from: HostMemory,
+    },
+    Down {
+        to: HostMemory,
+        from: u64,
+    },
+    Copy {
+        to: u64,
+        from: u64,
+        len: u64,
+    },
+    Fill {
+        to: u64,
+        pattern: Vec<u8>,
+        len: u64,
+    },
+    Kernel {
+        name: &'static str,
+        arguments: [u64; 4],
+    },
+    /// A kernel that makes copies, which its table on the host lists.
+    Pieces {
+        table: HostMemory,
+        copies: Vec<Op>,
+    },
     HostFunction(HostFunction),
-    Record { event: u64 },
-    Wait { until: (u64, u64) },
-    Free { address: u64 },
+    Record {
+        event: u64,
+    },
+    Wait {
+        until: (u64, u64),
+    },
+    Free {
+        address: u64,
+    },
 }
 
 impl Work {
@@ -27,6 +79,9 @@ impl Work {
             Work::Down { .. } => OpKind::Down,
             Work::Copy { .. } | Work::Fill { .. } => OpKind::Within,
             Work::Kernel { .. } => OpKind::Kernel,
+            Work::Pieces { copies, .. } => {
+                copies.first().map_or(OpKind::Kernel, |copy| copy.work.kind())
+            }
             Work::HostFunction(_) => OpKind::HostFunction,
             Work::Record { .. } | Work::Wait { .. } | Work::Free { .. } => OpKind::Order,
         }
@@ -39,16 +94,30 @@ impl Work {
             Work::Copy { .. } => "a copy within the device",
             Work::Fill { .. } => "a fill",
             Work::Kernel { name, .. } => name,
+            Work::Pieces { .. } => "a kernel that copies",
             Work::HostFunction(_) => "a host function",
             Work::Record { .. } | Work::Wait { .. } => "an event",
             Work::Free { .. } => "a free",
         }
     }
 
-    pub(super) fn host(&self) -> Option<HostMemory> {
+    /// The host memory that it uses.
+    pub(super) fn host(&self) -> Vec<HostMemory> {
         match self {
-            Work::Up { from: memory, .. } | Work::Down { to: memory, .. } => Some(*memory),
-            _ => None,
+            Work::Up { from: memory, .. } | Work::Down { to: memory, .. } => vec![*memory],
+            Work::Pieces { table, copies } => {
+                let copies = copies.iter().flat_map(|copy| copy.work.host());
+                copies.chain([*table]).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// How many copies, or pieces of other work, it is.
+    pub(super) fn count(&self) -> u64 {
+        match self {
+            Work::Pieces { copies, .. } => copies.len() as u64,
+            _ => 1,
         }
     }
 
@@ -57,6 +126,9 @@ impl Work {
         let access =
             |address: u64, len: u64, writes| Access { range: address..address + len, writes };
         match *self {
+            Work::Pieces { ref copies, .. } => {
+                copies.iter().flat_map(|copy| copy.work.accesses(world)).collect()
+            }
             Work::Up { to, from } => vec![access(to, from.len as u64, true)],
             Work::Down { to, from } => vec![access(from, to.len as u64, false)],
             Work::Copy { to, from, len } => vec![access(to, len, true), access(from, len, false)],

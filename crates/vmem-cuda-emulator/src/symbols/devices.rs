@@ -69,6 +69,7 @@ driver! {
             75 => 9,
             76 => 0,
             41 | 78 | 115 => 1,
+            91 => i32::from(guard.addressed_alike),
             _ => 0,
         };
         raw::put(value, known);

@@ -7,11 +7,13 @@
 
 use std::ffi::c_void;
 
-use super::{DevicePointer, Guard, Handle, Needs, enter, host, issue, issue_and_wait};
+use super::{
+    DevicePointer, Guard, Handle, Needs, copy_between, enter, host, issue, issue_and_wait,
+};
 use crate::codes::{Code, INVALID_VALUE, NOT_REGISTERED, OK};
 use crate::raw::{self};
 use crate::stream::Work;
-use crate::world::drain;
+use crate::world::{drain, world};
 
 driver! {
     Context fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) |guard| {
@@ -117,6 +119,33 @@ driver! {
         to: DevicePointer, from: DevicePointer, bytes: usize, stream: Handle,
     ) |guard| {
         issue(guard, stream, Work::Copy { to, from, len: bytes as u64 })
+    }
+    Context fn cuMemcpyBatchAsync(
+        to: *mut DevicePointer, from: *mut DevicePointer, bytes: *mut usize, count: usize,
+        attributes: *mut c_void, _indices: *mut usize, attribute_count: usize,
+        _failed: *mut usize, stream: Handle,
+    ) |guard| {
+        let is_default = stream.addr() <= 1;
+        if count == 0 || attribute_count == 0 || attributes.is_null() || is_default {
+            return INVALID_VALUE;
+        }
+        let entry = |nth| {
+            Some((raw::element(to, nth)?, raw::element(from, nth)?, raw::element(bytes, nth)?))
+        };
+        let Some(entries) = (0..count).map(entry).collect::<Option<Vec<_>>>() else {
+            return INVALID_VALUE;
+        };
+        if entries.iter().any(|&(.., len)| len == 0) {
+            return INVALID_VALUE;
+        }
+        let copies = entries
+            .into_iter()
+            .map(|(to, from, len)| copy_between(&guard, to, from, len as u64))
+            .collect::<Vec<_>>();
+        drop(guard);
+        // All are accepted, or the first that is not ends it, as a driver may.
+        let mut copies = copies.into_iter().map(|copy| issue(world(), stream, copy));
+        copies.find(|&code| code != OK).unwrap_or(OK)
     }
     Quiet fn cuMemcpyHtoD_v2(to: DevicePointer, from: *const c_void, bytes: usize) |guard| {
         issue_and_wait(guard, Work::Up { to, from: host(from, bytes) })

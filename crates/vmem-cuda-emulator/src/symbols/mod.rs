@@ -145,6 +145,17 @@ fn issue(mut guard: Guard, given: Handle, work: Work) -> Code {
     stream::submit(guard, number, work).map_or_else(|code| code, |_| OK)
 }
 
+/// A copy whose direction follows from the addresses, as in unified addressing.
+fn copy_between(guard: &Guard, to: u64, from: u64, len: u64) -> Work {
+    let memory = |address: u64| HostMemory { address: address as usize, len: len as usize };
+    match (guard.is_of_device(to), guard.is_of_device(from)) {
+        (true, false) => Work::Up { to, from: memory(from) },
+        (false, true) => Work::Down { to: memory(to), from },
+        // Memory of the host on both sides is refused when it is carried out.
+        _ => Work::Copy { to, from, len },
+    }
+}
+
 /// Issues work and waits for it.
 fn issue_and_wait(mut guard: Guard, work: Work) -> Code {
     let number = stream_of(&mut guard, handle(0));

@@ -4,10 +4,11 @@
 
 use std::ffi::{c_char, c_void};
 
-use super::{Guard, Handle, Needs, address, enter, handle, issue};
+use super::{Guard, Handle, Needs, address, copy_between, enter, handle, issue};
 use crate::codes::{Code, INVALID_DEVICE_FUNCTION, INVALID_HANDLE, INVALID_VALUE, NOT_FOUND, OK};
-use crate::raw::{self};
-use crate::stream::Work;
+use crate::raw::{self, HostMemory};
+use crate::stream::{Op, Work};
+use crate::world::Reach;
 
 fn load_module(mut guard: Guard, place: *mut Handle, image: *const c_void) -> Code {
     let Some(text) = raw::text(image.cast()) else { return INVALID_VALUE };
@@ -20,6 +21,27 @@ fn load_module(mut guard: Guard, place: *mut Handle, image: *const c_void) -> Co
     guard.modules.insert(number, entries);
     raw::put(place, handle(number));
     OK
+}
+
+/// The kernel of the tier that copies what a table lists: where to, where from, how many bytes.
+fn launch_pieces(guard: Guard, stream: Handle, parameters: *mut *mut c_void) -> Code {
+    let word = |nth| raw::get::<u64>(raw::nth(parameters, nth)?.cast_const().cast());
+    let (Some(table), Some(count)) = (word(0), word(1)) else { return INVALID_VALUE };
+    let table = HostMemory { address: table as usize, len: count as usize * 24 };
+    let bytes = table.read();
+    let words =
+        bytes.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap_or([0; 8])));
+    let words: Vec<u64> = words.collect();
+    let mut guard = guard;
+    if words.chunks_exact(3).any(|entry| entry[0] % 16 != entry[1] % 16) {
+        guard.violation("a kernel that copies got a piece whose addresses differ modulo 16".into());
+    }
+    let copies = words.chunks_exact(3).map(|entry| {
+        let work = copy_between(&guard, entry[0], entry[1], entry[2]);
+        Op::issued(work, Reach::Pinned)
+    });
+    let copies = copies.collect();
+    issue(guard, stream, Work::Pieces { table, copies })
 }
 
 driver! {
@@ -60,6 +82,9 @@ driver! {
         _extra: *mut *mut c_void,
     ) |guard| {
         let Some(name) = guard.functions.get(&address(function)) else { return INVALID_HANDLE };
+        if name == "vmem_pieces" {
+            return launch_pieces(guard, stream, parameters);
+        }
         let known = ["vmem_fill", "vmem_add", "vmem_copy", "vmem_slow_copy", "vmem_spin"];
         let Some(name) = known.into_iter().find(|known| known == name) else {
             return INVALID_DEVICE_FUNCTION;

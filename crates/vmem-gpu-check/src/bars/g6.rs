@@ -22,15 +22,27 @@ use crate::user::Env;
 /// Pieces begin at multiples of this, which any of the contenders can do with.
 const ALIGNED: usize = 64;
 
+/// Rounds, and others before them: memory of the host is registered over time, as copies pass
+/// through it.
+const ROUNDS: (usize, usize) = (15, 12);
+
 pub(super) fn run(env: &Env) -> Result<Outcome> {
-    let count = env.scaled(4096, 256);
-    let len = env.scaled(16 * KIB, 2 * KIB);
+    let mut report = Report::default();
+    for (len, count) in [(4 * KIB, 8192), (16 * KIB, 4096), (64 * KIB, 1024)] {
+        let len = env.scaled(len, len / 8);
+        let count = env.scaled(count, 256);
+        one_length(env, &mut report, len, count)
+            .with_context(|| format!("{count} pieces of {len} bytes"))?;
+    }
+    report.end(env)
+}
+
+fn one_length(env: &Env, report: &mut Report, len: usize, count: usize) -> Result<()> {
     let objects = env.scaled(1024, 32);
     let object_len = env.scaled(256 * KIB, 32 * KIB);
     let all = count * len;
     let set_len = objects * object_len;
     let user = env.user()?;
-    let mut report = Report::default();
     let data = Data::new(env, objects, object_len);
     let mut rng = env.rng();
     let scattered: Vec<(usize, usize)> = (0..count)
@@ -79,7 +91,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
     link.set_rows(&user, &rows)?;
     let no_batch = link.no_batch().map(str::to_owned);
 
-    let report_cell = RefCell::new(&mut report);
+    let report_cell = RefCell::new(&mut *report);
     let seen = |what: &str, found: &[u8]| report_cell.borrow_mut().same(what, found, &expected);
     let link = RefCell::new(link);
     let mut gather = || {
@@ -91,8 +103,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
         seen("gathered", &buffer.read(&user.stream)?)?;
         anyhow::Ok(rate(all, took))
     };
-    // Memory of the host is registered over time, as copies pass through it.
-    for _ in 0..env.scaled(12, 1) {
+    for _ in 0..env.scaled(ROUNDS.1, 1) {
         gather()?;
     }
     let by_hand = |what: &str, work: &dyn Fn(&mut Link) -> Result<()>| {
@@ -120,7 +131,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
     if env.emulator.is_none() {
         contenders.push(("kernel", Box::new(|| by_hand("kernel", &|link| link.rows(&user, 0)))));
     }
-    let figures = in_turn(env.scaled(15, 2), &mut contenders)?;
+    let figures = in_turn(env.scaled(ROUNDS.0, 2), &mut contenders)?;
     drop(contenders);
     let what = format!("gather of {count} pieces of {} KiB", len / KIB);
     let others = ["batch", "kernel", "pack"];
@@ -129,12 +140,13 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
         report.tell("no_batch", why);
     }
     let registered = vmem.stats().registered_bytes;
-    report
-        .tell("set", json!({"objects": objects, "bytes": set_len, "registered_bytes": registered}));
+    report.tell(
+        format!("set of {} KiB", len / KIB),
+        json!({"objects": objects, "bytes": set_len, "registered_bytes": registered}),
+    );
     drop(pieces);
     drop(handles);
-    bench.close().context("the store")?;
-    report.end(env)
+    bench.close().context("the store")
 }
 
 fn rate(bytes: usize, took: std::time::Duration) -> f64 {

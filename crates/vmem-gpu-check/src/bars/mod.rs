@@ -7,6 +7,7 @@
 //!
 //! - `g1` to `g6`: the bars. G1: the link. G2: disk to device. G3: the end of work on the device.
 //!   G4: a model larger than device memory. G5: random access. G6: many pieces.
+//! - `step`: what leases cost the thread that launches.
 //! - `timing`: contenders in turn, medians, spreads.
 //! - `report`: what a bar found, and whether it holds.
 //! - `raw`: what a user writes by hand on the driver; all unsafe code of the bars.
@@ -21,6 +22,7 @@ mod g6;
 mod pump;
 mod raw;
 mod report;
+mod step;
 mod timing;
 
 use std::future::Future;
@@ -59,6 +61,7 @@ pub(crate) fn parts() -> Vec<Part> {
             g6::run,
             "many pieces into one buffer, against batches, kernels and packing",
         ),
+        part("cost-step", step::run, "what leases cost the thread that launches kernels"),
     ]
 }
 

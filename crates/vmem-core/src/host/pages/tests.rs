@@ -38,7 +38,7 @@ fn request_is_woken_after_a_slab_changed() {
     let entered = pages.enter(bytes);
     assert!(entered.iter().all(|(_, _, direct)| *direct), "all slabs are registered");
     entered.into_iter().filter_map(|(_, slab, _)| slab).for_each(|slab| {
-        pages.leave(slab);
+        pages.leave(&[slab]);
     });
     // Free, and not in one run.
     pages.put(0..1);

@@ -1,0 +1,102 @@
+//! Memory of the host that the device reaches directly.
+//!
+//! Invariant: what is registered stays mapped, with all its pages, until it was unregistered; and
+//! while a copy uses a slab, that stays registered. Called by the lanes and by gathers.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Weak};
+
+use cudarc::driver::{DriverError, sys};
+use vmem_core::backend::{InUse, ObjectSpace, Part, Registrar};
+
+use crate::card::{Card, told};
+
+impl Card {
+    /// Registers slabs of this memory from now on, as copies pass through them.
+    pub(crate) fn serve(self: &Arc<Self>, space: ObjectSpace) {
+        if self.space().set(space.clone()).is_ok() {
+            space.serve(Arc::new(Slabs(Arc::downgrade(self))));
+        }
+    }
+
+    /// Begins copies of those that the device reaches directly, by one look. `part` gets each part
+    /// of them, with the number of its copy.
+    pub(crate) fn enter_reached<'a>(
+        &self,
+        memory: impl Iterator<Item = &'a [u8]>,
+        part: impl FnMut(usize, Range<usize>),
+    ) -> Option<InUse> {
+        let places: Vec<_> = memory.map(|one| (one.as_ptr().addr(), one.len())).collect();
+        self.space().get().map(|space| space.enter_registered(&places, part))
+    }
+
+    /// Memory of the host by what the device reaches directly. On a thread that is bound.
+    pub(crate) fn parts(&self, memory: &[u8]) -> Vec<Part> {
+        if self.is_staging(memory) {
+            return vec![Part { range: 0..memory.len(), direct: true, in_use: None }];
+        }
+        match self.space().get().filter(|_| !vmem_core::planted!("copy-across-slabs")) {
+            Some(space) => space.enter(memory.as_ptr().addr(), memory.len()),
+            None => vec![Part { range: 0..memory.len(), direct: false, in_use: None }],
+        }
+    }
+
+    /// Whether memory is part of staging, which is registered in one piece.
+    fn is_staging(&self, memory: &[u8]) -> bool {
+        let staging = self.staging().lock();
+        let start = memory.as_ptr().addr();
+        staging.as_ref().is_some_and(|staging| {
+            let end = staging.address() + staging.len();
+            (staging.address()..end).contains(&start) && memory.len() <= end - start
+        })
+    }
+}
+
+/// What registers slabs of object space. It keeps no card alive: that has everything unregistered
+/// when it goes.
+#[derive(Debug)]
+struct Slabs(Weak<Card>);
+
+impl Slabs {
+    fn visit(&self, work: impl FnOnce() -> Result<(), DriverError>) -> io::Result<()> {
+        let card = self.0.upgrade().ok_or(io::ErrorKind::NotConnected)?;
+        let done = card.visit(work).and_then(|done| done);
+        done.map_err(|error| io::Error::other(told("registering memory", error)))
+    }
+}
+
+impl Registrar for Slabs {
+    fn register(&self, address: usize, len: usize) -> io::Result<()> {
+        self.visit(|| pin(address, len))
+    }
+
+    fn unregister(&self, address: usize, _len: usize) -> io::Result<()> {
+        self.visit(|| unpin(address)).or_else(|error| {
+            // A dead context takes no more part, whatever it says.
+            let dead = self.0.upgrade().is_some_and(|card| card.is_dead());
+            if dead { Ok(()) } else { Err(error) }
+        })
+    }
+}
+
+/// Has the device know memory of the host that stays mapped, with all its pages, until `unpin`.
+pub(crate) fn pin(address: usize, len: usize) -> Result<(), DriverError> {
+    let address = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: the callers have staging, which stays as it is while it lives, and slabs of object
+    // space, of which no page is given back before `unpin`.
+    unsafe { sys::cuMemHostRegister_v2(address, len, sys::CU_MEMHOSTREGISTER_PORTABLE) }.result()
+}
+
+/// Has the device forget memory that no copy uses.
+pub(crate) fn unpin(address: usize) -> Result<(), DriverError> {
+    let address = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: it was registered, and no copy uses it any more: that is counted.
+    match unsafe { sys::cuMemHostUnregister(address) }.result() {
+        // Another thread was quicker.
+        Err(DriverError(sys::CUresult::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED)) => Ok(()),
+        unregistered => unregistered,
+    }
+}
