@@ -101,14 +101,14 @@ pub(crate) struct Plans {
 #[derive(Debug)]
 struct Plan {
     order: Arc<Order>,
-    /// Whether it follows what is used on devices.
-    follows: bool,
+    /// The device whose use it follows, if it is one.
+    follows: Option<usize>,
     task: AbortHandle,
 }
 
 impl Plans {
     /// One more, which is carried out by a task.
-    pub(crate) fn add(&self, order: Arc<Order>, follows: bool, task: AbortHandle) {
+    pub(crate) fn add(&self, order: Arc<Order>, follows: Option<usize>, task: AbortHandle) {
         self.change(|plans| plans.push(Plan { order, follows, task }));
     }
 
@@ -132,17 +132,23 @@ impl Plans {
     fn change(&self, change: impl FnOnce(&mut Vec<Plan>)) {
         let mut plans = self.plans.write();
         change(&mut plans);
-        let follow = plans.iter().filter(|plan| plan.follows).count();
+        let follow = plans.iter().filter(|plan| plan.follows.is_some()).count();
         self.count.store(follow, Ordering::Release);
     }
 
-    /// An object is used on a device.
-    pub(crate) fn used(&self, id: u64) {
-        if self.count.load(Ordering::Relaxed) == 0 {
+    /// Whether any plan follows the use of devices.
+    pub(crate) fn follow(&self) -> bool {
+        self.count.load(Ordering::Relaxed) > 0
+    }
+
+    /// An object is used on this device.
+    pub(crate) fn used(&self, device: usize, id: u64) {
+        if !self.follow() {
             return;
         }
         let plans = self.plans.read();
-        plans.iter().filter(|plan| plan.follows).for_each(|plan| plan.order.used(id));
+        let follow = plans.iter().filter(|plan| plan.follows == Some(device));
+        follow.for_each(|plan| plan.order.used(id));
     }
 }
 

@@ -127,6 +127,13 @@ fn host_functions(env: &Env) -> Result<Outcome> {
     let user = env.user()?;
     let kernel = &user.stream;
     let notices = user.context.new_stream()?;
+    unsafe extern "C" fn nothing(_: *mut c_void) {}
+    // The call for the first one of a process may wait for whatever the device does.
+    // SAFETY: the function needs no argument.
+    unsafe {
+        result::stream::launch_host_function(notices.cu_stream(), nothing, std::ptr::null_mut())
+    }?;
+    notices.synchronize()?;
     user.spin(SPIN, kernel)?;
     let event = kernel.record_event(None)?;
     notices.wait(&event)?;

@@ -7,6 +7,7 @@
 //! matter; and what a call reads, holds and copies belongs to a task of the runtime, or to the
 //! thread that waits for the device. Called by users.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use futures::future::BoxFuture;
@@ -50,6 +51,12 @@ pub(crate) async fn gather(
     }
     check_disjoint(pieces)?;
     let access = device_of(vmem, target.stream())?;
+    if access.has_plans() {
+        // Once for each object, in the order of their first pieces.
+        let mut told = HashSet::new();
+        let first = pieces.iter().filter(|(handle, ..)| told.insert(handle.id()));
+        first.for_each(|(handle, ..)| access.tell_plans(handle));
+    }
     let (answers, rest) = give_in_order(&access, target, pieces).await?;
     if !rest.is_empty() {
         give_apart(&access, target, rest).await?;
@@ -80,7 +87,6 @@ async fn give_in_order(
         }
         let mut there = Vec::with_capacity(group.len());
         for piece in group.iter().filter(|(_, range, _)| !range.is_empty()) {
-            access.tell_plans(piece.0);
             match at_hand(access, piece.0, &piece.1, piece.2)? {
                 Some(given) => there.push(given),
                 None => rest.push(owned(piece)),

@@ -227,6 +227,36 @@ async fn planned_object_that_was_evicted_comes_again() {
     vmem.close().await.unwrap();
 }
 
+/// A plan for one device does not move for what is used on another.
+#[tokio::test]
+async fn plan_follows_its_own_device() {
+    let devices = [0, 1].map(|_| Arc::new(SimDevice::new(MIB as u64)) as Arc<_>);
+    let vmem = support::open_below(devices, 32 * MIB, 64 * MIB, |builder| builder).0;
+    let mut layers = Vec::new();
+    for n in 0..8 {
+        layers.push(vmem.put(bytes(n, 1, 64 * KIB), HOST).await.unwrap());
+    }
+    let plan = PrefetchPlan::cyclic(layers.clone(), 0).to(MemoryTier::of_device(1));
+    let planned = vmem.prefetch_plan(plan).unwrap();
+    let devices: Vec<_> = DeviceAccess::all(&vmem).collect();
+    let is_on_second = |layer: &VMemHandle| devices[1].share(layer).unwrap().is_some();
+    let comes = async |layer: &VMemHandle| {
+        let comes = async {
+            while !is_on_second(layer) {
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(HANGS, comes).await.expect("it is prefetched");
+    };
+    comes(&layers[0]).await;
+    drop(devices[0].hold(&layers[4]).await.unwrap());
+    drop(devices[1].hold(&layers[0]).await.unwrap());
+    comes(&layers[1]).await;
+    assert!(!is_on_second(&layers[5]), "the plan moved for the other device");
+    drop((planned, layers));
+    vmem.close().await.unwrap();
+}
+
 /// A plan of nothing, or to a tier that is not there, is refused, and one outlives its store.
 #[tokio::test]
 async fn plans_that_cannot_be_are_refused() {

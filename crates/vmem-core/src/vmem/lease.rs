@@ -259,9 +259,14 @@ impl DeviceAccess {
         Ok(share.map(VramShare))
     }
 
-    /// Tells the plans that follow the use of devices that a kernel is going to use this object.
+    /// Whether any plan follows the use of devices.
+    pub fn has_plans(&self) -> bool {
+        self.vmem.shared.plans.follow()
+    }
+
+    /// Tells the plans for this device that a kernel is going to use this object.
     pub fn tell_plans(&self, handle: &VMemHandle) {
-        self.vmem.shared.plans.used(handle.id());
+        self.vmem.shared.plans.used(self.device, handle.id());
     }
 
     /// Space in host memory for bytes in passage, charged like any other.
@@ -288,7 +293,7 @@ impl DeviceAccess {
         if let Some(held) = HoldGuard::now(handle, self.tier(), Hold::Lease)? {
             let range = handle.object().share_on(self.device);
             if range.is_some() || handle.is_empty() {
-                self.vmem.shared.plans.used(handle.id());
+                self.vmem.shared.plans.used(self.device, handle.id());
                 return Ok(VramHold { range, _held: held, _handle: handle.clone() });
             }
         }
@@ -328,7 +333,7 @@ impl DeviceAccess {
         vmem.shared.device(self.device)?;
         for handle in request.handles() {
             vmem.check(handle)?.touch();
-            vmem.shared.plans.used(handle.id());
+            vmem.shared.plans.used(self.device, handle.id());
         }
         request.check_distinct()?;
         request.check_fits(&vmem.shared, self.device)?;

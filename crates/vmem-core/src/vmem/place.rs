@@ -39,7 +39,7 @@ impl VirtualMemory {
         match to.position() {
             Position::Device(device) => {
                 object.touch();
-                self.shared.plans.used(object.id);
+                self.shared.plans.used(device, object.id);
                 self.ask(object, Move::ToDevice(device)).await
             }
             Position::Host if !object.is_on_any_device() => {

@@ -5,7 +5,7 @@
 //! used. One whose turn has come goes on by itself, since its user waits for it now. Called by
 //! users; leases, gathers and promotions tell it what is used.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
 use futures::StreamExt;
@@ -118,20 +118,26 @@ impl VirtualMemory {
             }
         }
         let lens = order.iter().map(|handle| (handle.id(), handle.len() as u64));
-        let follows = matches!(to.position(), Position::Device(_));
+        let follows = match to.position() {
+            Position::Device(device) => Some(device),
+            Position::Host | Position::Below(_) => None,
+        };
         let follower = Arc::new(Order::new(lens, bytes_early));
         let store = Arc::downgrade(&self.shared);
         let running = run(store.clone(), order, follower.clone(), to);
         let task = spawn_named(&self.shared.runtime, "vmem-plan", running);
         self.shared.plans.add(follower.clone(), follows, task.abort_handle());
-        Ok(PlannedPrefetch { order: follower, store })
+        let planned = PlannedPrefetch { order: follower, store };
+        // A store that was closed meanwhile ended its plans before this one was there.
+        self.check_open().map(|()| planned)
     }
 }
 
-/// Keeps the prefetches of a plan going.
+/// Keeps the prefetches of a plan going. One that failed is asked for again at the next move.
 async fn run(store: Weak<Shared>, handles: Vec<VMemHandle>, order: Arc<Order>, to: MemoryTier) {
-    // By step, with the prefetch that is under way; none once that has ended.
+    // By step, with the prefetch that is under way; none once that has ended well.
     let mut asked: BTreeMap<u64, Option<Prefetch>> = BTreeMap::new();
+    let mut failed = BTreeSet::new();
     loop {
         let window = order.window();
         let coming = asked.split_off(&window.start);
@@ -155,14 +161,18 @@ async fn run(store: Weak<Shared>, handles: Vec<VMemHandle>, order: Arc<Order>, t
             Some(ended) = ends.next() => Some(ended),
         };
         drop(ends);
-        if let Some((step, outcome)) = ended {
-            if let Err(error) = outcome {
+        match ended {
+            Some((step, Ok(()))) => drop(asked.insert(step, None)),
+            Some((step, Err(error))) => {
                 let handle = handles[order.place(step)].id();
                 tracing::debug!(
                     target: "vmem::migration", handle, %error, "a planned prefetch failed"
                 );
+                asked.insert(step, None);
+                failed.insert(step);
             }
-            asked.insert(step, None);
+            // It has moved.
+            None => std::mem::take(&mut failed).iter().for_each(|step| drop(asked.remove(step))),
         }
     }
 }
