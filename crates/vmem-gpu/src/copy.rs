@@ -329,23 +329,25 @@ impl Issued {
 /// Copies up, in parts.
 pub(crate) fn up(card: &Card, to: u64, bytes: &[u8], uses: &mut Vec<InUse>) -> Vec<Move> {
     let from = bytes.as_ptr().expose_provenance() as u64;
-    let part = |Part { range, direct, in_use }: Part| {
-        uses.extend(in_use);
-        let at = range.start as u64;
-        Move { to: to + at, from: from + at, len: range.len(), way: Way::Up, direct }
-    };
-    card.parts(bytes).into_iter().map(part).collect()
+    let whole = Move { to, from, len: bytes.len(), way: Way::Up, direct: false };
+    in_parts(card, bytes, whole, uses)
 }
 
 /// Copies down, likewise.
 fn down(card: &Card, into: &mut [u8], from: u64, uses: &mut Vec<InUse>) -> Vec<Move> {
     let to = into.as_mut_ptr().expose_provenance() as u64;
+    let whole = Move { to, from, len: into.len(), way: Way::Down, direct: false };
+    in_parts(card, into, whole, uses)
+}
+
+/// The parts of a copy from or to this memory of the host.
+fn in_parts(card: &Card, memory: &[u8], whole: Move, uses: &mut Vec<InUse>) -> Vec<Move> {
     let part = |Part { range, direct, in_use }: Part| {
         uses.extend(in_use);
         let at = range.start as u64;
-        Move { to: to + at, from: from + at, len: range.len(), way: Way::Down, direct }
+        Move { to: whole.to + at, from: whole.from + at, len: range.len(), direct, ..whole }
     };
-    card.parts(into).into_iter().map(part).collect()
+    card.parts(memory).into_iter().map(part).collect()
 }
 
 impl Batch {
