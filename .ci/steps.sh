@@ -72,8 +72,8 @@ step full "licences, bans and sources of cudarc-union" \
 step full "cudarc with the features of candle and cubecl" \
     cargo check --locked --manifest-path checks/cudarc-union/Cargo.toml --target-dir "$built/union"
 # With other flags everything is built once more, so this is all that is done with them.
-step full "with tokio_unstable: what tokio-console shows" env RUSTFLAGS="--cfg tokio_unstable" \
-    CARGO_TARGET_DIR="$built/unstable" cargo check -p vmem-console --all-targets
+step full "with tokio_unstable: the example for tokio-console" env RUSTFLAGS="--cfg tokio_unstable" \
+    CARGO_TARGET_DIR="$built/unstable" cargo run -p vmem-console -- --seconds 5
 step full "features" scripts/check-features.sh
 step full "packages" scripts/package.sh --no-verify --offline
 # For the library alone; its tests may need more.
@@ -82,6 +82,7 @@ step full "the lowest Rust" needs lowest-rust env CARGO_TARGET_DIR="$built/lowes
 step full "the dashboard in a browser" needs browser env VMEM_BROWSER=required cargo test --workspace --test browser
 step full "tests and doctests" env VMEM_STRESS_SECONDS=60 cargo test --workspace
 step full "example hello" tested 60 "$built/debug/examples/hello"
+step full "example dashboard" tested 60 "$built/debug/examples/dashboard" 0 5
 step full "example gpu_kernel" tested 120 "$built/debug/examples/gpu_kernel" --emulated
 step full "example service" tested 300 env VMEM_BUILT="$built/debug" examples/service/load.sh --seconds 10 --stalled 50
 step full "example service, killed under clients in Python" \

@@ -20,6 +20,8 @@ for crate in vmem-io vmem-core vmem-gpu; do
     check --package "$crate" --all-features
 done
 check --package vmem --no-default-features --tests --examples
+# What tests and `clippy --workspace` never build.
+check --package vmem-bench --features watched --benches
 
 # lacks CRATE FEATURES: no such crate stands below vmem with these features.
 lacks() {

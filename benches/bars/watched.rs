@@ -36,7 +36,25 @@ use crate::report::{Bar, Report, Rounds, process_cpu_ns};
 /// The most that being seen may cost.
 const BAR: f64 = 1.05;
 
-/// Everything that watches stores, switched on and off together.
+/// What is on in a round.
+#[derive(Clone, Copy, Debug)]
+struct Parts {
+    name: &'static str,
+    traces: bool,
+    metrics: bool,
+    page: bool,
+}
+
+const OFF: Parts = Parts { name: "nothing", traces: false, metrics: false, page: false };
+const ALL: Parts = Parts { name: "all", traces: true, metrics: true, page: true };
+/// Each of them alone, for the load that says which of them costs what.
+const APART: [Parts; 3] = [
+    Parts { name: "traces", traces: true, ..OFF },
+    Parts { name: "metrics", metrics: true, ..OFF },
+    Parts { name: "the page", page: true, ..OFF },
+];
+
+/// Everything that watches stores.
 struct Watch {
     filter: reload::Handle<Targets, Registry>,
     recording: Arc<AtomicBool>,
@@ -49,6 +67,7 @@ impl Watch {
         let (targets, filter) = reload::Layer::new(Targets::new());
         let lines = tracing_subscriber::fmt::layer()
             .with_span_events(FmtSpan::CLOSE)
+            .with_ansi(false)
             .with_writer(io::sink)
             .with_filter(targets);
         tracing_subscriber::registry().with(lines).try_init()?;
@@ -64,24 +83,34 @@ impl Watch {
     }
 
     /// Until the tasks are dropped and `off` is called.
-    async fn on(&self, vmem: &VirtualMemory) -> anyhow::Result<JoinSet<anyhow::Result<()>>> {
-        self.filter.reload(Targets::new().with_target("vmem", LevelFilter::DEBUG))?;
-        self.recording.store(true, Ordering::SeqCst);
+    async fn on(
+        &self,
+        parts: Parts,
+        vmem: &VirtualMemory,
+    ) -> anyhow::Result<JoinSet<anyhow::Result<()>>> {
         let mut tasks = JoinSet::new();
-        let page = vmem_dashboard::serve(vmem.clone(), ([127, 0, 0, 1], 0)).await?;
-        let address = page.address();
-        tasks.spawn(async move { Ok(page.run().await?) });
-        let mut stream = TcpStream::connect(address).await?;
-        let request = format!("GET /stream HTTP/1.1\r\nhost: {address}\r\n\r\n");
-        stream.write_all(request.as_bytes()).await?;
-        let mut buf = vec![0; 64 << 10];
-        let read = stream.read(&mut buf).await?;
-        anyhow::ensure!(buf[..read].starts_with(b"HTTP/1.1 200 "), "the page answers");
-        tasks.spawn(async move {
-            while stream.read(&mut buf).await? > 0 {}
-            Ok(())
-        });
-        tasks.spawn(scrape(vmem.clone(), self.metrics.clone()));
+        if parts.traces {
+            self.filter.reload(Targets::new().with_target("vmem", LevelFilter::DEBUG))?;
+        }
+        if parts.metrics {
+            self.recording.store(true, Ordering::SeqCst);
+            tasks.spawn(scrape(vmem.clone(), self.metrics.clone()));
+        }
+        if parts.page {
+            let page = vmem_dashboard::serve(vmem.clone(), ([127, 0, 0, 1], 0)).await?;
+            let address = page.address();
+            tasks.spawn(async move { Ok(page.run().await?) });
+            let mut stream = TcpStream::connect(address).await?;
+            let request = format!("GET /stream HTTP/1.1\r\nhost: {address}\r\n\r\n");
+            stream.write_all(request.as_bytes()).await?;
+            let mut buf = vec![0; 64 << 10];
+            let read = stream.read(&mut buf).await?;
+            anyhow::ensure!(buf[..read].starts_with(b"HTTP/1.1 200 "), "the page answers");
+            tasks.spawn(async move {
+                while stream.read(&mut buf).await? > 0 {}
+                Ok(())
+            });
+        }
         Ok(tasks)
     }
 
@@ -161,25 +190,28 @@ pub(crate) fn v1(report: &mut Report, quick: bool, rounds: usize) -> anyhow::Res
         let reads = reads as f64;
         Ok((began.elapsed().as_nanos() as f64 / reads, (process_cpu_ns() - cpu) / reads))
     };
-    let what = format!("hits, all watched: {}", set.what());
     let store = (&ours.vmem, ours.runtime.handle());
-    alternate(report, &watch, what, rounds, store, hits)?;
+    alternate(report, &watch, ALL, format!("hits of {}", set.what()), rounds, store, hits)?;
     drop(ours);
     for len in [4096, 65_536, 1 << 20] {
         let mixed = Mixed::with(len, quick)?;
-        let what = format!("mixed, all watched: {}", mixed.what());
         let round = |seed| mixed.round(long, seed);
         let store = (&mixed.vmem, mixed.runtime.handle());
-        alternate(report, &watch, what, rounds, store, round)?;
+        let apart: &[Parts] = if len == 4096 { &APART } else { &[] };
+        for &parts in [ALL].iter().chain(apart) {
+            let what = format!("mixed, {}", mixed.what());
+            alternate(report, &watch, parts, what, rounds, store, round)?;
+        }
         mixed.close()?;
     }
     Ok(())
 }
 
-/// Rounds with everything on and everything off, in turns.
+/// Rounds with these parts on and with everything off, in turns.
 fn alternate(
     report: &mut Report,
     watch: &Watch,
+    parts: Parts,
     what: String,
     rounds: usize,
     (vmem, runtime): (&VirtualMemory, &tokio::runtime::Handle),
@@ -189,7 +221,7 @@ fn alternate(
     for round in 0..=rounds {
         for side in [round % 2, 1 - round % 2] {
             let is_on = side == 0;
-            let tasks = if is_on { Some(runtime.block_on(watch.on(vmem))?) } else { None };
+            let tasks = if is_on { Some(runtime.block_on(watch.on(parts, vmem))?) } else { None };
             let cost = round_of(round as u64)?;
             if let Some(mut tasks) = tasks {
                 runtime.block_on(tasks.shutdown());
@@ -204,7 +236,7 @@ fn alternate(
     }
     let [on, off] = &sides;
     for (nth, unit) in ["ns", "ns CPU"].into_iter().enumerate() {
-        let what = what.clone();
+        let what = format!("{}: {what}", parts.name);
         let ours = &on[nth];
         let theirs = &off[nth];
         report.add(&Bar { id: "V1", what, unit, ours, peer: "off", theirs, bar: Some(BAR) });

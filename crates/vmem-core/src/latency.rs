@@ -23,9 +23,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub(crate) use clock::{
-    StageClock, current, enter, follow, inherit, on_clock, served_by, span_of_read,
+    Moving, StageClock, current, enter, follow, inherit, moves_under, on_clock, served_by,
+    span_of_read,
 };
 pub use histograms::LatencySnapshot;
+pub(crate) use histograms::Times;
 pub use slow::{ReadOutcome, SlowRead};
 
 use crate::console;
@@ -159,6 +161,8 @@ impl fmt::Display for ReadTimes {
 #[derive(Debug)]
 pub(crate) struct Latencies {
     histograms: Histograms,
+    /// How long reads were in each stage that they were in.
+    stages: [Times; ReadStage::ALL.len()],
     slowest: Slowest,
     /// Reads that are under way, by the stage in which they are now.
     now: [AtomicU64; ReadStage::ALL.len()],
@@ -174,6 +178,7 @@ impl Latencies {
     pub(crate) fn new(threshold: Duration) -> Arc<Self> {
         Arc::new(Latencies {
             histograms: Histograms::default(),
+            stages: Default::default(),
             slowest: Slowest::new(),
             now: std::array::from_fn(|_| AtomicU64::new(0)),
             failed: AtomicU64::new(0),
@@ -189,11 +194,18 @@ impl Latencies {
         op: ReadOp,
         tier: MemoryTier,
         outcome: &ReadOutcome,
-        total: Duration,
+        times: &ReadTimes,
         slow: impl FnOnce() -> SlowRead,
     ) {
+        let total = times.total();
+        for stage in ReadStage::ALL {
+            let spent = times.of(stage);
+            if !spent.is_zero() {
+                self.stages[stage as usize].record(spent);
+            }
+        }
         match outcome {
-            ReadOutcome::Served => self.histograms.record(op, tier, total),
+            ReadOutcome::Served => self.histograms.of(op, tier).record(total),
             ReadOutcome::Failed(_) => drop(self.failed.fetch_add(1, Ordering::Relaxed)),
             ReadOutcome::Cancelled => drop(self.cancelled.fetch_add(1, Ordering::Relaxed)),
         }
@@ -201,7 +213,11 @@ impl Latencies {
     }
 
     pub(crate) fn snapshot(&self, op: ReadOp, tier: MemoryTier) -> LatencySnapshot {
-        self.histograms.snapshot(op, tier)
+        self.histograms.of(op, tier).snapshot()
+    }
+
+    pub(crate) fn times_in(&self, stage: ReadStage) -> LatencySnapshot {
+        self.stages[stage as usize].snapshot()
     }
 
     pub(crate) fn slow_reads(&self) -> Vec<SlowRead> {

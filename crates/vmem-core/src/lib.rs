@@ -25,6 +25,7 @@
 //! - `planted`: the bugs that tests are seen to find; none in an ordinary build.
 
 mod actor;
+mod asker;
 pub mod backend;
 mod buffer;
 mod capabilities;
@@ -62,6 +63,7 @@ mod stats;
 mod storage;
 mod task;
 mod tier;
+mod totals;
 mod vmem;
 mod wake;
 mod windows;
@@ -77,12 +79,15 @@ pub use events::{MigrationCause, MigrationEvent};
 pub use handle::VMemHandle;
 pub use latency::{LatencySnapshot, ReadOp, ReadOutcome, ReadStage, ReadTimes, SlowRead};
 pub use memory_tier::MemoryTier;
+pub use notice::{Incident, IncidentKind};
 pub use options::{ReadClass, ReadOptions};
 #[cfg(vmem_planted)]
 #[doc(hidden)]
 pub use planted::is_planted;
 pub use policy::{PolicyChoice, PolicyKind};
 pub use stats::{TierStats, VirtualMemoryStats};
+pub use tier::{HeldObject, HoldKind};
+pub use totals::MigrationStats;
 pub use vmem::{
     ListOptions, Listed, NamedEntry, OBJECT_LEN_MAX, ObjectReader, ObjectWriter, PinGuard,
     PlannedPrefetch, Prefetch, PrefetchPlan, PutMode, PutOptions, Residency, VirtualMemory,

@@ -1,18 +1,20 @@
 //! The figures of a store as metrics of the `metrics` facade, with the feature `metrics`.
 //!
-//! Counters and gauges are published from [`stats`](crate::VirtualMemory::stats) when a service is
-//! scraped ([`publish_metrics`](crate::VirtualMemory::publish_metrics)); histograms, and what moved
-//! for which cause, are recorded where they occur. Names keep to the conventions of Prometheus:
-//! base units, `_total` for what only grows.
+//! They are published from [`stats`](crate::VirtualMemory::stats) when a service is scraped
+//! ([`publish_metrics`](crate::VirtualMemory::publish_metrics)), the distributions of times too:
+//! what a histogram of the store has got since it was published last goes to the recorder then. So
+//! a read or a migration costs the same with metrics and without. Names keep to the conventions of
+//! Prometheus: base units, `_total` for what only grows.
 //!
-//! Invariant: what is recorded is in [`ALL`], under the name, the kind and the labels that stand
-//! there. Without a recorder it costs a few instructions for a read that is not a hit, or a
-//! migration, and nothing for a hit. Called by `migrate`, `vmem/timed.rs` and `vmem/publish.rs`.
+//! Invariant: what is published is in [`ALL`], under the name, the kind and the labels that stand
+//! there, and each time once. Called by `vmem/publish.rs`.
 
-use metrics::{Unit, counter, gauge, histogram};
+use std::collections::HashMap;
 
-use crate::events::MigrationEvent;
-use crate::latency::{ReadOp, ReadOutcome, ReadStage, ReadTimes};
+use metrics::{Histogram, Unit, counter, gauge};
+
+use crate::events::MigrationCause;
+use crate::latency::{LatencySnapshot, ReadOp, ReadStage};
 use crate::memory_tier::MemoryTier;
 
 /// What a metric is.
@@ -67,6 +69,10 @@ const fn bytes(name: &'static str, help: &'static str) -> Metric {
 
 const fn of_tier(unit: Unit, name: &'static str, help: &'static str) -> Metric {
     metric(Kind::Gauge, unit, name, &["tier"], help)
+}
+
+const fn incidents(name: &'static str, help: &'static str) -> Metric {
+    metric(Kind::Counter, Unit::Count, name, &["tier"], help)
 }
 
 const fn moved(unit: Unit, name: &'static str, help: &'static str) -> Metric {
@@ -129,6 +135,9 @@ pub const ALL: &[Metric] = &[
     of_tier(Unit::Bytes, "vmem_tier_peak_bytes", "The largest footprint that was in use."),
     of_tier(Unit::Bytes, "vmem_tier_largest_free_bytes", "What fits without moving others."),
     of_tier(Unit::Count, "vmem_tier_objects", "Objects with a copy, or with space, in a tier."),
+    incidents("vmem_tier_refusals_total", "Requests that got no space in a tier."),
+    incidents("vmem_tier_faults_total", "Operations of a tier that failed, or read other bytes."),
+    incidents("vmem_tier_fallbacks_total", "Reads that the tier below served instead."),
     bytes("vmem_held_bytes", "Footprint in host memory that readers hold."),
     bytes("vmem_pinned_bytes", "Footprint in host memory that pins hold."),
     bytes("vmem_dirty_bytes", "Payload in host memory without an equal copy below."),
@@ -181,29 +190,26 @@ pub(crate) fn set_total(name: &'static str, value: u64) {
     counter!(name).absolute(value);
 }
 
-/// Records a read that was not a hit.
-pub(crate) fn read_ended(op: ReadOp, tier: MemoryTier, outcome: &ReadOutcome, times: &ReadTimes) {
-    if matches!(outcome, ReadOutcome::Served) {
-        let seconds = histogram!("vmem_read_seconds", "op" => op.as_str(), "tier" => label(tier));
-        seconds.record(times.total());
-    }
-    for stage in ReadStage::ALL {
-        let spent = times.of(stage);
-        if !spent.is_zero() {
-            histogram!("vmem_waits_seconds", "cause" => stage.as_str()).record(spent);
-        }
-    }
+/// A histogram of the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Timed {
+    Read(ReadOp, MemoryTier),
+    Stage(ReadStage),
+    Migration(MemoryTier, MemoryTier, MigrationCause),
 }
 
-/// Records a migration that has ended.
-pub(crate) fn migrated(event: &MigrationEvent) {
-    let labels =
-        [("from", label(event.from)), ("to", label(event.to)), ("cause", event.cause.to_string())];
-    if event.error.is_some() {
-        counter!("vmem_migrations_failed_total", &labels).increment(1);
-        return;
+/// What the recorder has been given of each histogram.
+#[derive(Debug, Default)]
+pub(crate) struct Published(HashMap<Timed, LatencySnapshot>);
+
+impl Published {
+    /// Gives the recorder what this histogram has got since it was given the last.
+    pub(crate) fn publish(&mut self, what: Timed, now: LatencySnapshot, to: &Histogram) {
+        let before = self.0.get(&what);
+        let new = before.map_or_else(|| now.clone(), |before| now.since(before));
+        for (time, times) in new.times() {
+            to.record_many(time, usize::try_from(times).unwrap_or(usize::MAX));
+        }
+        self.0.insert(what, now);
     }
-    counter!("vmem_migrations_total", &labels).increment(1);
-    counter!("vmem_moved_bytes_total", &labels).increment(event.bytes);
-    histogram!("vmem_migration_seconds", &labels).record(event.copied);
 }

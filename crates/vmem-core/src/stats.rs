@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::latency::{Latencies, LatencySnapshot, ReadOp, ReadStage, SlowRead};
 use crate::memory_tier::MemoryTier;
+use crate::totals::{MigrationStats, Totals};
 
 /// One tier, now. Bytes are footprints: rounding included.
 #[non_exhaustive]
@@ -25,6 +26,12 @@ pub struct TierStats {
     pub hits: u64,
     /// The largest object that would fit now without moving others, in bytes.
     pub largest_free_bytes: u64,
+    /// Requests, and moves in the background, that got no space here.
+    pub refusals: u64,
+    /// Operations of the tier that failed, or read what was not written.
+    pub faults: u64,
+    /// Reads that the tier below served, since this one failed.
+    pub fallbacks: u64,
 }
 
 /// The store, now. See each field for its unit.
@@ -107,6 +114,7 @@ pub struct VirtualMemoryStats {
     pub errors: u64,
     /// Of the store that these figures are of.
     pub(crate) latencies: Option<Arc<Latencies>>,
+    pub(crate) totals: Option<Arc<Totals>>,
 }
 
 impl VirtualMemoryStats {
@@ -137,6 +145,44 @@ impl VirtualMemoryStats {
     /// ```
     pub fn latency(&self, op: ReadOp, tier: MemoryTier) -> LatencySnapshot {
         self.latencies.as_ref().map_or_else(LatencySnapshot::default, |all| all.snapshot(op, tier))
+    }
+
+    /// How long the reads that were no hits were in this stage, each that was in it, up to now.
+    ///
+    /// ```
+    /// # use vmem::{MemoryTier, VirtualMemoryConfig};
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+    /// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
+    /// # let vmem = vmem::open(config.build()?).await?;
+    /// let handle = vmem.put([1, 2, 3], MemoryTier::Disk).await?;
+    /// vmem.read(&handle).await?;
+    /// assert_eq!(vmem.stats().waits(vmem::ReadStage::Io).count(), 1);
+    /// # vmem.close().await
+    /// # }
+    /// ```
+    pub fn waits(&self, stage: ReadStage) -> LatencySnapshot {
+        self.latencies.as_ref().map_or_else(LatencySnapshot::default, |all| all.times_in(stage))
+    }
+
+    /// What migrations have moved up to now, by link and cause; in no order. A link and a cause are
+    /// there once a migration had both.
+    ///
+    /// ```
+    /// # use vmem::{MemoryTier, VirtualMemoryConfig};
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
+    /// # let config = VirtualMemoryConfig::builder().host_capacity(1 << 20).disk_capacity(1 << 20);
+    /// # let vmem = vmem::open(config.build()?).await?;
+    /// let handle = vmem.put([1, 2, 3], MemoryTier::Disk).await?;
+    /// vmem.promote(&handle, MemoryTier::Host).await?;
+    /// let [moved] = &vmem.stats().migrations()[..] else { panic!("one migration") };
+    /// assert_eq!((moved.from, moved.to, moved.bytes), (MemoryTier::Disk, MemoryTier::Host, 3));
+    /// # vmem.close().await
+    /// # }
+    /// ```
+    pub fn migrations(&self) -> Vec<MigrationStats> {
+        self.totals.as_ref().map_or_else(Vec::new, |totals| totals.list())
     }
 
     /// The slowest reads of the last five minutes, 32 at most, the slowest first: what each waited

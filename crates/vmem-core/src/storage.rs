@@ -358,9 +358,10 @@ pub struct TierUsage {
 }
 
 /// Why an operation of such a tier failed.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum TierError {
     /// No space: the budget is used up, or the file system is full and `source` says so.
+    #[error("no space for {requested_bytes} bytes: {free_bytes} are free in the budget")]
     Full {
         /// Bytes asked for, rounding included.
         requested_bytes: u64,
@@ -370,6 +371,9 @@ pub enum TierError {
         source: Option<Arc<io::Error>>,
     },
     /// A chunk is not what was written.
+    #[error(
+        "chunk {chunk} is not what was written: its checksum is {actual:#x}, not {expected:#x}"
+    )]
     Corrupt {
         /// Index into the chunks of the call.
         chunk: usize,
@@ -379,6 +383,7 @@ pub enum TierError {
         actual: u32,
     },
     /// The operating system refused.
+    #[error("{operation} failed: {source}")]
     Io {
         /// What was attempted.
         operation: &'static str,
@@ -386,5 +391,6 @@ pub enum TierError {
         source: Arc<io::Error>,
     },
     /// The backend was closed.
+    #[error("the backend was closed")]
     Closed,
 }

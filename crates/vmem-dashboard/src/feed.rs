@@ -15,7 +15,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use vmem_core::VirtualMemory;
 
 use crate::LISTENERS_MAX;
-use crate::snapshot::{Failure, Histograms, Seen, Snapshot, histograms};
+use crate::snapshot::{Histograms, Moves, Snapshot, histograms};
 
 /// How often a page is sent a snapshot.
 const EVERY: Duration = Duration::from_secs(1);
@@ -23,8 +23,6 @@ const EVERY: Duration = Duration::from_secs(1);
 const RECENT: usize = 10;
 /// Snapshots by which a listener may lag.
 const LAG_MAX: usize = 4;
-/// Migrations that failed, the last of which are shown.
-const FAILURES_MAX: usize = 8;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -45,7 +43,7 @@ impl Feed {
     pub(crate) fn snapshot(&self) -> String {
         let stats = self.vmem.stats();
         let now = histograms(&self.vmem, &stats);
-        json(&Snapshot::of(&self.vmem, &stats, &now, None, &mut Seen::default()))
+        json(&Snapshot::of(&self.vmem, &stats, &now, None, None))
     }
 
     /// Snapshots from now on; `None` if too many listen.
@@ -69,38 +67,26 @@ impl Feed {
 
     /// Takes snapshots until nobody listens, or the store has ended.
     async fn run(self: Arc<Self>) {
-        let mut migrations = Box::pin(self.vmem.migrations());
         let mut ticks = interval(EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut seen = Seen::default();
         let mut before: VecDeque<Histograms> = VecDeque::new();
-        loop {
-            tokio::select! {
-                biased;
-                _ = ticks.tick() => {
-                    let snapshot = self.next_snapshot(&mut seen, &mut before);
-                    if !self.send(snapshot) {
-                        return;
-                    }
-                }
-                event = migrations.next() => {
-                    let Some(event) = event else { break };
-                    seen.moves.add(&event);
-                    seen.missed += event.missed;
-                    seen.failures.extend(Failure::of(&event));
-                    let surplus = seen.failures.len().saturating_sub(FAILURES_MAX);
-                    seen.failures.drain(..surplus);
-                }
+        let mut moves = Moves::of(&self.vmem.stats());
+        while !self.vmem.is_closed() {
+            ticks.tick().await;
+            let snapshot = self.next_snapshot(&mut moves, &mut before);
+            if !self.send(snapshot) {
+                return;
             }
         }
         // The store was closed: the streams end, and a page says so.
         *self.sender.lock() = None;
     }
 
-    fn next_snapshot(&self, seen: &mut Seen, before: &mut VecDeque<Histograms>) -> String {
+    fn next_snapshot(&self, moves: &mut Moves, before: &mut VecDeque<Histograms>) -> String {
         let stats = self.vmem.stats();
         let now = histograms(&self.vmem, &stats);
-        let snapshot = Snapshot::of(&self.vmem, &stats, &now, before.front(), seen);
+        let moved = moves.since(&stats);
+        let snapshot = Snapshot::of(&self.vmem, &stats, &now, before.front(), Some(moved));
         before.push_back(now);
         if before.len() > RECENT {
             before.pop_front();

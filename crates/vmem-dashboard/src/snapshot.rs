@@ -4,17 +4,21 @@
 //! microseconds, sizes in bytes, and totals count from the store's start, so that a page makes
 //! rates of two snapshots. Made by the feed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use vmem_core::{
-    LatencySnapshot, MemoryTier, MigrationEvent, ReadOp, ReadOutcome, ReadStage, SlowRead,
-    TierStats, VirtualMemory, VirtualMemoryStats,
+    HeldObject, Incident, LatencySnapshot, MemoryTier, MigrationCause, MigrationStats, ReadOp,
+    ReadOutcome, ReadStage, SlowRead, TierStats, VirtualMemory, VirtualMemoryStats,
 };
 
 /// Of the slowest reads, the first few: the others look like them.
 const SLOW_SHOWN: usize = 10;
+/// Of the objects that are held, the largest few.
+const HELD_SHOWN: usize = 10;
+/// Of the incidents, the last few.
+const INCIDENTS_SHOWN: usize = 12;
 
 /// The store at one moment.
 #[derive(Debug, Serialize)]
@@ -25,14 +29,15 @@ pub(crate) struct Snapshot {
     links: Vec<Link>,
     /// Since the last snapshot; empty for the first one, and without a listener.
     migrations: Vec<Moved>,
-    /// Migrations that the feed did not learn of.
-    missed: u64,
     reads: Reads,
     latencies: Vec<Latency>,
     slowest: Vec<Slow>,
     memory: Memory,
+    /// What keeps objects where they are, the largest first.
+    holders: Vec<Holder>,
     counts: Counts,
-    failures: Vec<Failure>,
+    /// The newest first.
+    incidents: Vec<Shown>,
     machine: Machine,
     slow_read_threshold_us: u64,
 }
@@ -46,6 +51,9 @@ struct Tier {
     largest_free: u64,
     objects: u64,
     hits: u64,
+    refusals: u64,
+    faults: u64,
+    fallbacks: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -116,6 +124,7 @@ struct Memory {
     held: u64,
     pinned: u64,
     dirty: u64,
+    vram_dirty: u64,
     staging: u64,
     streams: u64,
     metadata: u64,
@@ -133,29 +142,25 @@ struct Counts {
     commits: u64,
 }
 
-/// A migration that failed.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Failure {
-    handle: u64,
-    from: String,
-    to: String,
-    cause: String,
+/// An incident.
+#[derive(Debug, Serialize)]
+struct Shown {
+    tier: String,
+    kind: &'static str,
+    handle: Option<u64>,
     error: String,
+    left_out: u64,
     at_ms: u64,
 }
 
-impl Failure {
-    pub(crate) fn of(event: &MigrationEvent) -> Option<Self> {
-        let error = event.error.as_ref()?;
-        Some(Failure {
-            handle: event.handle,
-            from: event.from.to_string(),
-            to: event.to.to_string(),
-            cause: event.cause.to_string(),
-            error: error.to_string(),
-            at_ms: millis(SystemTime::now()),
-        })
-    }
+/// An object that is held.
+#[derive(Debug, Serialize)]
+struct Holder {
+    handle: u64,
+    name: Option<String>,
+    tier: String,
+    kind: String,
+    bytes: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -169,22 +174,33 @@ struct Machine {
     no_vram: String,
 }
 
-/// What migrations have moved since the last snapshot.
-#[derive(Debug, Default)]
-pub(crate) struct Moves(BTreeMap<(String, String, String), (u64, u64)>);
+type Route = (MemoryTier, MemoryTier, MigrationCause);
+
+/// What migrations had moved at the last snapshot.
+#[derive(Debug)]
+pub(crate) struct Moves(HashMap<Route, MigrationStats>);
 
 impl Moves {
-    pub(crate) fn add(&mut self, event: &MigrationEvent) {
-        let link = (event.from.to_string(), event.to.to_string(), event.cause.to_string());
-        let (count, bytes) = self.0.entry(link).or_default();
-        *count += 1;
-        *bytes += event.bytes;
+    pub(crate) fn of(stats: &VirtualMemoryStats) -> Self {
+        let all = stats.migrations().into_iter();
+        Moves(all.map(|one| ((one.from, one.to, one.cause), one)).collect())
     }
 
-    fn take(&mut self) -> Vec<Moved> {
-        let all = std::mem::take(&mut self.0).into_iter();
-        all.map(|((from, to, cause), (count, bytes))| Moved { from, to, cause, count, bytes })
-            .collect()
+    /// What they have moved since then, up to now.
+    pub(crate) fn since(&mut self, stats: &VirtualMemoryStats) -> Vec<Moved> {
+        let before = std::mem::replace(self, Moves::of(stats));
+        let moved = self.0.iter().map(|(route, now)| {
+            let (count, bytes) =
+                before.0.get(route).map_or((0, 0), |before| (before.migrations, before.bytes));
+            Moved {
+                from: now.from.to_string(),
+                to: now.to.to_string(),
+                cause: now.cause.to_string(),
+                count: now.migrations - count,
+                bytes: now.bytes - bytes,
+            }
+        });
+        moved.filter(|moved| moved.count > 0).collect()
     }
 }
 
@@ -207,14 +223,6 @@ pub(crate) fn histograms(vmem: &VirtualMemory, stats: &VirtualMemoryStats) -> Hi
     tiers(vmem).map(|tier| (tier, merged(tier))).collect()
 }
 
-/// What the feed has seen, besides the store as it is.
-#[derive(Debug, Default)]
-pub(crate) struct Seen {
-    pub(crate) moves: Moves,
-    pub(crate) missed: u64,
-    pub(crate) failures: Vec<Failure>,
-}
-
 impl Snapshot {
     /// The store now; `earlier` is where the recent reads begin.
     pub(crate) fn of(
@@ -222,7 +230,7 @@ impl Snapshot {
         stats: &VirtualMemoryStats,
         now: &Histograms,
         earlier: Option<&Histograms>,
-        seen: &mut Seen,
+        moved: Option<Vec<Moved>>,
     ) -> Self {
         let recent = |tier: MemoryTier, all: &LatencySnapshot| {
             let before = earlier.and_then(|all| all.iter().find(|(one, _)| *one == tier));
@@ -237,8 +245,7 @@ impl Snapshot {
             at_ms: millis(SystemTime::now()),
             tiers: tiers(vmem).map(|tier| tier_of(tier, &vmem.tier_stats(tier))).collect(),
             links: links(stats),
-            migrations: seen.moves.take(),
-            missed: seen.missed,
+            migrations: moved.unwrap_or_default(),
             reads: reads(stats),
             latencies: latencies.collect(),
             slowest: stats.slow_reads().iter().take(SLOW_SHOWN).map(slow).collect(),
@@ -246,10 +253,12 @@ impl Snapshot {
                 held: stats.held_bytes,
                 pinned: stats.pinned_bytes,
                 dirty: stats.dirty_bytes,
+                vram_dirty: stats.vram_dirty_bytes,
                 staging: stats.staging_bytes,
                 streams: stats.stream_bytes,
                 metadata: stats.metadata_bytes,
             },
+            holders: vmem.held_objects(HELD_SHOWN).iter().map(holder).collect(),
             counts: Counts {
                 objects: stats.objects,
                 names_in_memory: stats.names_in_memory,
@@ -260,7 +269,7 @@ impl Snapshot {
                 errors: stats.errors,
                 commits: stats.commits,
             },
-            failures: seen.failures.clone(),
+            incidents: vmem.incidents().iter().take(INCIDENTS_SHOWN).map(incident).collect(),
             machine: machine(vmem),
             slow_read_threshold_us: micros(vmem.config().slow_read_threshold()),
         }
@@ -276,6 +285,30 @@ fn tier_of(tier: MemoryTier, stats: &TierStats) -> Tier {
         largest_free: stats.largest_free_bytes,
         objects: stats.objects,
         hits: stats.hits,
+        refusals: stats.refusals,
+        faults: stats.faults,
+        fallbacks: stats.fallbacks,
+    }
+}
+
+fn incident(incident: &Incident) -> Shown {
+    Shown {
+        tier: incident.tier.to_string(),
+        kind: incident.kind.as_str(),
+        handle: incident.handle,
+        error: incident.error.clone(),
+        left_out: incident.left_out,
+        at_ms: millis(incident.at),
+    }
+}
+
+fn holder(held: &HeldObject) -> Holder {
+    Holder {
+        handle: held.handle,
+        name: held.name.as_deref().map(str::to_owned),
+        tier: held.tier.to_string(),
+        kind: held.kind.to_string(),
+        bytes: held.bytes,
     }
 }
 

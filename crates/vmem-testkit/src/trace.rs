@@ -56,7 +56,7 @@ pub struct SeenSpan {
     pub target: &'static str,
     /// How much it matters.
     pub level: Level,
-    /// The parent that the span names, rather than the span in which it begins.
+    /// The parent that the span names, or else the span in which it begins.
     pub parent: Option<u64>,
     /// The spans that it follows from.
     pub follows: Vec<u64>,
@@ -110,16 +110,18 @@ impl Seen {
 }
 
 impl<S: Subscriber> Layer<S> for Seen {
-    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, _: Context<'_, S>) {
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
         let mut fields = Fields::default();
         attributes.record(&mut fields);
         let metadata = attributes.metadata();
+        let current = context.current_span();
+        let current = current.id().filter(|_| attributes.is_contextual());
         self.spans.lock().push(SeenSpan {
             id: id.into_u64(),
             name: metadata.name(),
             target: metadata.target(),
             level: *metadata.level(),
-            parent: attributes.parent().map(Id::into_u64),
+            parent: attributes.parent().or(current).map(Id::into_u64),
             follows: Vec::new(),
             fields,
         });

@@ -88,11 +88,14 @@ async fn figures_and_causes_reach_the_recorder() {
     is("vmem_moved_bytes_total", &read, LEN as f64);
     is("vmem_migrations_total", &read, 1.0);
     is("vmem_migrations_total", &[("from", "host"), ("to", "disk"), ("cause", "demote")], 1.0);
-    is("vmem_waits_seconds", &[("cause", "io")], 2.0 * SLOW.as_secs_f64());
+    // Times are exact to 1/64.
+    let waited = recorded.value("vmem_waits_seconds", &[("cause", "io")]).unwrap();
+    let exact = 2.0 * SLOW.as_secs_f64();
+    assert!((waited - exact).abs() <= exact / 64.0, "{waited} for {exact}: each is published once");
     let link = [("from", "disk"), ("to", "host")];
     is("vmem_link_bytes_total", &link, stats.disk_to_host_bytes as f64);
     let whole = recorded.value("vmem_read_seconds", &[("op", "whole"), ("tier", "disk")]);
-    assert!(whole.unwrap() >= SLOW.as_secs_f64());
+    assert!(whole.unwrap() >= SLOW.as_secs_f64() * (1.0 - 1.0 / 64.0));
     vmem.close().await.unwrap();
 }
 
@@ -146,6 +149,16 @@ fn named(expression: &str) -> impl Iterator<Item = &str> {
     words.filter(|word| word.starts_with("vmem_"))
 }
 
+/// The labels that an expression asks for: those of its matchers and those it sums by.
+fn asked(expression: &str) -> BTreeSet<&str> {
+    let inside = |from: &'static str, to: char| {
+        let parts = expression.split(from).skip(1);
+        parts.filter_map(move |part| part.split(to).next()).flat_map(|part| part.split(','))
+    };
+    let matchers = inside("{", '}').filter_map(|part| part.split(['=', '!']).next());
+    matchers.chain(inside("by (", ')')).map(str::trim).collect()
+}
+
 /// The metric that a series is of.
 fn series_of(word: &str) -> Option<&'static vmem::metrics::Metric> {
     ALL.iter().find(|metric| match metric.kind {
@@ -180,6 +193,15 @@ fn grafana_shows_metrics_that_exist() {
             for name in names {
                 let metric = series_of(name).unwrap_or_else(|| panic!("{title}: no {name}"));
                 shown.insert(metric.name);
+                for label in asked(expression) {
+                    // Those of Prometheus itself, and of its histograms.
+                    let is_known = metric.labels.contains(&label)
+                        || label == "instance"
+                        || label == "le" && metric.kind == Kind::Histogram;
+                    // In an expression of two metrics a label may be of the other one.
+                    let may_be_of_another = named(expression).count() > 1;
+                    assert!(is_known || may_be_of_another, "{title}: {name} has no {label}");
+                }
                 // Labels in the legend are labels of the metric.
                 let legend = target["legendFormat"].as_str().expect("a legend");
                 for label in legend.split("{{").skip(1).filter_map(|rest| rest.split("}}").next()) {
@@ -193,4 +215,6 @@ fn grafana_shows_metrics_that_exist() {
         assert!(shown.contains(metric.name), "{} is on no panel", metric.name);
     }
     assert!(series_of("vmem_waits_seconds").is_none() && series_of("vmem_gone").is_none());
+    let labels = asked(r#"sum by (le, tier) (rate(vmem_x{outcome="served",instance=~"a"}[1m]))"#);
+    assert_eq!(labels, ["instance", "le", "outcome", "tier"].into());
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tracing::Level;
 use vmem::backend::DeviceBackend;
-use vmem::{IoDriver, MemoryTier, Promotion, VirtualMemory, VirtualMemoryError};
+use vmem::{IncidentKind, IoDriver, MemoryTier, Promotion, VirtualMemory, VirtualMemoryError};
 use vmem_testkit::{
     Denied, Errno, Fault, FaultDriver, FaultPlan, OpKind, Seed, Seen, SeenEvent, SimConfig,
     SimDevice, SimDriver, When,
@@ -56,6 +56,13 @@ async fn pressure_and_refusal_leave_an_event_a_second() {
     let refusal = only(&seen, "vmem::refusal", Level::WARN, HOST);
     assert!(refusal.fields.text("error").contains("held by readers"), "{refusal:?}");
     assert_eq!(refusal.fields.number("left_out"), 0);
+    // All are counted, and one is in the list.
+    let refused = first.iter().filter(|read| read.is_err()).count() as u64;
+    assert!(vmem.tier_stats(HOST).refusals >= 1 && refused == 50, "{:?}", vmem.tier_stats(HOST));
+    let incidents = vmem.incidents();
+    assert_eq!(incidents.len(), 1, "{incidents:?}");
+    assert_eq!((incidents[0].kind, incidents[0].tier), (IncidentKind::Refusal, HOST));
+    assert!(incidents[0].error.contains("held by readers"), "{incidents:?}");
 
     // Each of these is refused after 100 ms, one after the other.
     for _ in 0..20 {

@@ -3,13 +3,16 @@
 //! Invariant: each test has a subscriber of its own thread, on which its store runs too. The spans
 //! are those that `docs/seeing.md` names. Not called by other tests.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use vmem::{ReadOptions, VirtualMemory};
+use tokio::io::AsyncReadExt;
+use tracing::{Instrument, Span};
+use vmem::{ReadOptions, VMemHandle, VirtualMemory};
 use vmem_testkit::Seen;
 use vmem_testkit::sim::{SimConfig, SimDriver, Speed};
 
-use crate::support::{self, DISK, KIB, MIB, bytes};
+use crate::support::{self, DISK, HOST, KIB, MIB, bytes};
 
 const LEN: usize = 64 * KIB;
 const SLOW: Duration = Duration::from_millis(100);
@@ -41,7 +44,11 @@ async fn span_of_a_read_says_what_it_waited_for() {
     }
     assert_eq!(read.fields.number("io_us"), SLOW.as_micros());
     let stages = ["space_us", "turn_us", "io_us", "copy_us", "gate_us", "runtime_us"];
-    let sum: u128 = stages.iter().map(|stage| read.fields.number(stage)).sum();
+    // Of a stage that it was not in nothing is said.
+    let spent =
+        |stage: &&str| (!read.fields.text(stage).is_empty()).then(|| read.fields.number(stage));
+    let sum: u128 = stages.iter().filter_map(spent).sum();
+    assert_eq!(read.fields.text("gate_us"), "");
     let total = read.fields.number("total_us");
     // Each is rounded down to a microsecond.
     assert!(sum <= total && sum + 6 > total, "{sum} of {total}");
@@ -66,5 +73,101 @@ async fn read_below_the_threshold_causes_no_event() {
     vmem.read(&handle).await.unwrap();
     assert_eq!(seen.spans("read").len(), 1);
     assert!(seen.events("vmem::read").is_empty());
+    vmem.close().await.unwrap();
+}
+
+/// The span of a service's request.
+fn request() -> Span {
+    tracing::info_span!(target: "service", "request")
+}
+
+fn id_of(span: &Span) -> u64 {
+    span.id().expect("somebody watches").into_u64()
+}
+
+#[tokio::test(start_paused = true)]
+async fn windows_of_a_stream_are_in_the_trace_of_the_request() {
+    let (seen, _watching) = Seen::watch();
+    let vmem = open(SLOW * 100);
+    let handle = vmem.put(bytes(1, 1, 16 * LEN), DISK).await.unwrap();
+    let request = request();
+    let mut reader = vmem.reader(&handle, ..);
+    let mut all = Vec::new();
+    reader.read_to_end(&mut all).instrument(request.clone()).await.unwrap();
+    assert_eq!(all.len(), 16 * LEN);
+
+    let windows = seen.spans("read");
+    assert!(windows.len() > 1, "a stream of several windows: {windows:?}");
+    for window in &windows {
+        assert_eq!(window.fields.text("op"), "stream");
+        assert_eq!(window.parent, Some(id_of(&request)), "{window:?}");
+    }
+    vmem.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn migrations_follow_from_the_request_that_asked_for_them() {
+    let (seen, _watching) = Seen::watch();
+    let vmem = open(SLOW * 100);
+    let mut asked = Vec::new();
+    for seed in 0..4 {
+        let handle = vmem.put(bytes(seed, 1, LEN), DISK).await.unwrap();
+        asked.push((handle, request()));
+    }
+    let [promoted, pinned, prefetched, demoted] = &asked[..] else { unreachable!() };
+    vmem.promote(&promoted.0, HOST).instrument(promoted.1.clone()).await.unwrap();
+    let pin = vmem.pin(&pinned.0, HOST).instrument(pinned.1.clone()).await.unwrap();
+    prefetched.1.in_scope(|| vmem.prefetch(&prefetched.0, HOST)).await.unwrap();
+    vmem.write(&demoted.0, &bytes(9, 1, LEN)[..]).await.unwrap();
+    vmem.promote(&demoted.0, HOST).await.unwrap();
+    vmem.demote(&demoted.0, DISK).instrument(demoted.1.clone()).await.unwrap();
+
+    let of = |(handle, _): &(VMemHandle, Span), cause: &str| {
+        let all = seen.spans("migration").into_iter();
+        let mut all = all.filter(|span| {
+            span.fields.number("handle") == u128::from(handle.id())
+                && span.fields.text("cause") == cause
+        });
+        all.next().unwrap_or_else(|| panic!("{cause}: {:?}", seen.spans("migration")))
+    };
+    for (asked, cause) in [(promoted, "promote"), (pinned, "promote"), (demoted, "demote")] {
+        let migration = of(asked, cause);
+        assert_eq!(migration.follows, [id_of(&asked.1)], "{migration:?}");
+        assert_eq!(migration.parent, Some(id_of(&asked.1)), "{migration:?}");
+    }
+    // It has a span of its own, which does not keep that of its asker open.
+    let prefetch = &seen.spans("prefetch")[0];
+    assert_eq!(prefetch.follows, [id_of(&prefetched.1)], "{prefetch:?}");
+    assert_eq!(prefetch.parent, None, "{prefetch:?}");
+    let migration = of(prefetched, "prefetch");
+    assert_eq!(migration.follows, [prefetch.id], "{migration:?}");
+    assert_eq!(migration.parent, Some(prefetch.id), "{migration:?}");
+    drop(pin);
+    vmem.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn migration_follows_from_every_read_that_joins() {
+    let (seen, _watching) = Seen::watch();
+    let vmem = open(SLOW * 100);
+    let handle = vmem.put(bytes(1, 1, LEN), DISK).await.unwrap();
+    let promote = ReadOptions::new().promote(true);
+    let reads = (0..3).map(|nth| {
+        let read = vmem.read_with(&handle, promote.clone());
+        async move {
+            // The last one joins while the object is being copied.
+            tokio::time::sleep(if nth == 2 { SLOW / 2 } else { Duration::ZERO }).await;
+            read.await.unwrap();
+        }
+    });
+    futures::future::join_all(reads).await;
+
+    let reads: BTreeSet<_> = seen.spans("read").iter().map(|read| read.id).collect();
+    assert_eq!(reads.len(), 3, "{reads:?}");
+    let migrations = seen.spans("migration");
+    let by_read = migrations.iter().find(|span| span.fields.text("cause") == "read").unwrap();
+    assert_eq!(by_read.follows.iter().copied().collect::<BTreeSet<_>>(), reads, "{by_read:?}");
+    let joined = seen.spans("read").into_iter().filter(|read| !read.follows.is_empty());
+    assert_eq!(joined.count(), 2, "those that join follow from the first one");
     vmem.close().await.unwrap();
 }

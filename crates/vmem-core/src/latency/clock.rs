@@ -13,6 +13,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use smallvec::SmallVec;
 use tokio::time::Instant;
 use tracing::Span;
 
@@ -53,6 +54,10 @@ struct State {
     /// The tier that serves it, once that is known.
     tier: Option<MemoryTier>,
     joined: bool,
+    /// The spans of reads that have joined this one; only those that a subscriber wants.
+    followers: SmallVec<[Span; 1]>,
+    /// The span of the migration that runs for it.
+    moving: Option<Span>,
 }
 
 impl State {
@@ -94,6 +99,8 @@ impl StageClock {
             readers: 1,
             tier: None,
             joined: false,
+            followers: SmallVec::new(),
+            moving: None,
         };
         latencies.shift((ReadStage::Runtime, 0), (ReadStage::Runtime, 1));
         let row = console::Read::start(&latencies.row, title);
@@ -159,6 +166,32 @@ pub(crate) fn span_of_read() -> Option<Span> {
     current().map(|clock| clock.span.clone())
 }
 
+/// A migration with this span has begun for the read that runs this: it follows from all that have
+/// joined the read, and from those that will while it runs.
+pub(crate) fn moves_under(span: &Span) -> Option<Moving> {
+    let clock = current().filter(|_| !span.is_disabled())?;
+    let mut state = clock.state.lock();
+    state.moving = Some(span.clone());
+    let followers = state.followers.clone();
+    drop(state);
+    for follower in &followers {
+        span.follows_from(follower);
+    }
+    Some(Moving(clock))
+}
+
+/// A migration that runs for a read, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Moving(Arc<StageClock>);
+
+impl Drop for Moving {
+    fn drop(&mut self) {
+        // The last handle of a span tells its subscriber, under which nothing is locked.
+        let span = self.0.state.lock().moving.take();
+        drop(span);
+    }
+}
+
 /// The read that runs this is served by that tier.
 pub(crate) fn served_by(tier: MemoryTier) {
     if let Some(clock) = current() {
@@ -203,6 +236,15 @@ pub(crate) fn follow(other: Option<&Arc<StageClock>>) -> Option<Following> {
         state.readers += 1;
         state.spent
     });
+    if !own.span.is_disabled() {
+        let mut state = other.state.lock();
+        state.followers.push(own.span.clone());
+        let moving = state.moving.clone();
+        drop(state);
+        if let Some(moving) = moving {
+            moving.follows_from(&own.span);
+        }
+    }
     Some(Following { own, other, before })
 }
 
@@ -212,6 +254,13 @@ impl Drop for Following {
             state.readers -= 1;
             (state.spent, state.tier)
         });
+        if !self.own.span.is_disabled() {
+            let mut state = self.other.state.lock();
+            let at = state.followers.iter().position(|span| span.id() == self.own.span.id());
+            let gone = at.map(|at| state.followers.swap_remove(at));
+            drop(state);
+            drop(gone);
+        }
         self.own.change(|state| {
             state.readers += 1;
             state.joined = true;

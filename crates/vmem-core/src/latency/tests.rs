@@ -96,27 +96,27 @@ async fn follower_gets_the_times_since_it_joined() {
 #[test]
 fn histogram_is_off_by_a_thirty_second_at_most() {
     let histograms = Histograms::default();
-    let empty = histograms.snapshot(ReadOp::Whole, MemoryTier::Disk);
+    let empty = histograms.of(ReadOp::Whole, MemoryTier::Disk).snapshot();
     assert_eq!((empty.count(), empty.quantile(0.5)), (0, None));
     for micros in 1..=1000 {
-        histograms.record(ReadOp::Whole, MemoryTier::Disk, Duration::from_micros(micros));
+        histograms.of(ReadOp::Whole, MemoryTier::Disk).record(Duration::from_micros(micros));
     }
-    let all = histograms.snapshot(ReadOp::Whole, MemoryTier::Disk);
+    let all = histograms.of(ReadOp::Whole, MemoryTier::Disk).snapshot();
     assert_eq!(all.count(), 1000);
     for (fraction, micros) in [(0.5, 500.0), (0.99, 990.0), (1.0, 1000.0)] {
         let found = all.quantile(fraction).expect("reads").as_secs_f64() * 1e6;
         assert!(found >= micros && found <= micros * (1.0 + 1.0 / 32.0), "{fraction}: {found}");
     }
     assert_eq!(all.quantile(1.5), None);
-    histograms.record(ReadOp::Whole, MemoryTier::Disk, Duration::MAX);
-    let later = histograms.snapshot(ReadOp::Whole, MemoryTier::Disk);
+    histograms.of(ReadOp::Whole, MemoryTier::Disk).record(Duration::MAX);
+    let later = histograms.of(ReadOp::Whole, MemoryTier::Disk).snapshot();
     assert_eq!((later.since(&all).count(), later.merged(&all).count()), (1, 2001));
     assert_eq!(empty.merged(&all).count(), 1000);
     // Each kind and tier has its own.
     let device = MemoryTier::of_device(255);
-    histograms.record(ReadOp::Stream, device, ms(1));
-    assert_eq!(histograms.snapshot(ReadOp::Stream, device).count(), 1);
-    assert_eq!(histograms.snapshot(ReadOp::Stream, MemoryTier::Vram).count(), 0);
+    histograms.of(ReadOp::Stream, device).record(ms(1));
+    assert_eq!(histograms.of(ReadOp::Stream, device).snapshot().count(), 1);
+    assert_eq!(histograms.of(ReadOp::Stream, MemoryTier::Vram).snapshot().count(), 0);
 }
 
 fn read(handle: u64, took: Duration) -> SlowRead {

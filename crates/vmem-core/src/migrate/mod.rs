@@ -58,6 +58,7 @@ pub(crate) use to_disk::{
 pub(crate) use to_host::{count_hit, fetch, fetch_into, fetch_with};
 pub(crate) use write::{NewVersion, publish_version};
 
+use crate::asker;
 use crate::console;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
@@ -128,8 +129,9 @@ pub(crate) struct Record<'a> {
     event: MigrationEvent,
     asked: Instant,
     started: Instant,
-    /// For its drop.
+    /// For their drops.
     _row: console::Migration,
+    _moving: Option<latency::Moving>,
 }
 
 impl<'a> Record<'a> {
@@ -144,13 +146,12 @@ impl<'a> Record<'a> {
         stats::add(&shared.counters.in_flight, 1);
         let started = Instant::now();
         let handle = object.id;
-        let read = latency::span_of_read();
-        // In the trace of its read, whichever task this is.
-        let parent = read.clone().filter(|read| !read.is_disabled());
-        let parent = parent.unwrap_or_else(Span::current);
+        // In the trace of its read, whichever task this is, or else of its request.
+        let read = latency::span_of_read().filter(|read| !read.is_disabled());
+        let asker = read.or_else(asker::current).unwrap_or_else(Span::none);
         let span = tracing::debug_span!(
             target: "vmem::migration",
-            parent: &parent,
+            parent: &asker,
             "migration",
             handle,
             %from,
@@ -160,9 +161,8 @@ impl<'a> Record<'a> {
             waited_us = tracing::field::Empty,
             copied_us = tracing::field::Empty,
         );
-        if let Some(read) = read {
-            span.follows_from(&read);
-        }
+        span.follows_from(&asker);
+        let moving = latency::moves_under(&span);
         let event = MigrationEvent {
             handle,
             from,
@@ -178,7 +178,7 @@ impl<'a> Record<'a> {
             object: object.title(),
             bytes: object.len,
         });
-        Record { shared, span, event, asked: deadline.asked(), started, _row: row }
+        Record { shared, span, event, asked: deadline.asked(), started, _row: row, _moving: moving }
     }
 
     /// Ends the record, with the bytes that were copied or the error.
@@ -209,8 +209,8 @@ impl<'a> Record<'a> {
             None => tracing::trace!(target: "vmem::migration", "published"),
             Some(error) => tracing::debug!(target: "vmem::migration", %error, "failed"),
         }
-        #[cfg(feature = "metrics")]
-        crate::metrics::migrated(&self.event);
+        self.shared.totals.add(&self.event);
+        self.shared.notices(self.event.to).failed_migration(&self.event);
         self.shared.events.send(|| self.event.clone());
     }
 }

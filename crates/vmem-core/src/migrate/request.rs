@@ -11,6 +11,7 @@ use futures::StreamExt;
 use tokio::sync::{Notify, oneshot};
 
 use super::{Changed, Job};
+use crate::asker;
 use crate::deadline::Deadline;
 use crate::device::{DeviceAnswer, DeviceError};
 use crate::error::VirtualMemoryError;
@@ -104,7 +105,7 @@ pub(crate) fn request_move(
         Move::Flush | Move::WriteBack => "vmem-flush",
         Move::Revert => "vmem-revert",
     };
-    let work = serve_move(object.clone(), what, deadline, reply);
+    let work = asker::awaited(serve_move(object.clone(), what, deadline, reply));
     object.shared.request(Request::new(name, Line::Demand, work));
 }
 
@@ -180,14 +181,14 @@ pub(crate) fn request_prefetch(
     deadline: Deadline,
     mut end: PrefetchEnd,
 ) {
-    let work = async move {
+    let work = asker::prefetch(objects.len(), to, async move {
         let outcome = tokio::select! {
             biased;
             () = end.cancelled() => return,
             outcome = prefetch(objects, to, deadline) => outcome,
         };
         drop(end.reply.send(outcome));
-    };
+    });
     shared.request(Request::new("vmem-prefetch", Line::Background, work));
 }
 

@@ -27,11 +27,16 @@ impl Object {
 
     /// One more hold, charged to the tier as this kind; true if it is the first.
     pub(crate) fn add_hold(&self, tier: MemoryTier, charged_as: Hold, _pass: &GatePass) -> bool {
-        match tier.position() {
+        let is_first = match tier.position() {
             Position::Device(device) => self.add_hold_on(device, charged_as),
             Position::Host => self.pins.fetch_add(1, Ordering::SeqCst) == 0,
             Position::Below(level) => self.add_hold_in_storage(level, charged_as),
+        };
+        if is_first {
+            let footprint = self.shared.footprint_in(tier, self.len);
+            self.shared.holds_of(tier).add(self.id, charged_as, footprint);
         }
+        is_first
     }
 
     /// One more hold, unless it were the first: holds go without the gate.
@@ -62,6 +67,7 @@ impl Object {
         if tier.position() == Position::Host {
             self.unpark();
         }
+        self.shared.holds_of(tier).remove(self.id);
         let footprint = self.shared.footprint_in(tier, self.len);
         self.shared.uncharge(tier, charged_as, footprint);
     }

@@ -94,14 +94,15 @@ impl Device {
     /// Its figures, now.
     pub(crate) fn stats(&self) -> TierStats {
         let usage = self.backend.usage();
-        TierStats {
+        self.state.notices().counted(TierStats {
             used_bytes: usage.used_bytes,
             capacity_bytes: usage.capacity_bytes,
             peak_bytes: usage.peak_bytes,
             objects: get(&self.state.objects),
             hits: get(&self.hits),
             largest_free_bytes: usage.largest_free_bytes,
-        }
+            ..TierStats::default()
+        })
     }
 
     /// The error for the waiters of a device that is lost.

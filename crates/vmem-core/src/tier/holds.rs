@@ -2,10 +2,18 @@
 //!
 //! Invariant: what is charged never exceeds the most that the configuration allows. An object is
 //! charged by its first hold in the tier, whatever kind that is, and uncharged with its last, so no
-//! object is counted twice. Charged by the pins and leases of `vmem`; read by the evictor, and by
-//! errors that say why there is no space.
+//! object is counted twice; and it is in the list of what is held from its first hold to its last.
+//! Charged by the pins and leases of `vmem`; read by the evictor, by errors that say why there is
+//! no space, and by `held_objects`.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fmt;
+use std::sync::Arc;
 
 use crate::locks::{self, Lock};
+use crate::memory_tier::MemoryTier;
+use foldhash::fast::FixedState;
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
@@ -59,6 +67,42 @@ impl HoldCount {
     }
 }
 
+/// Why an object stays where it is. See [`HeldObject`].
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HoldKind {
+    /// A pin.
+    Pin,
+    /// A lease, for a kernel.
+    Lease,
+}
+
+impl fmt::Display for HoldKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            HoldKind::Pin => "pin",
+            HoldKind::Lease => "lease",
+        })
+    }
+}
+
+/// An object that pins or leases keep in a tier. See
+/// [`VirtualMemory::held_objects`](crate::VirtualMemory::held_objects).
+#[non_exhaustive]
+#[derive(Clone, Debug)]
+pub struct HeldObject {
+    /// The object.
+    pub handle: u64,
+    /// The name that it has, if it has one.
+    pub name: Option<Arc<str>>,
+    /// The tier that it is kept in.
+    pub tier: MemoryTier,
+    /// What its first hold is.
+    pub kind: HoldKind,
+    /// Its footprint there, in bytes.
+    pub bytes: u64,
+}
+
 /// The holds of one tier, in bytes of footprint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct HeldBytes {
@@ -79,17 +123,68 @@ impl HeldBytes {
     }
 }
 
+/// An object that is held.
+#[derive(Debug)]
+struct Listed {
+    hold: Hold,
+    footprint: u64,
+    /// First holds whose last one has not left the list yet.
+    times: u32,
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Holds {
     bytes: Lock<HeldBytes, { locks::HOLDS }>,
+    /// Each object that is held, by its number.
+    objects: Lock<HashMap<u64, Listed, FixedState>, { locks::HOLDS }>,
     max: u64,
     gone: Notify,
 }
 
 impl Holds {
     pub(crate) fn new(max: u64) -> Self {
-        Holds { bytes: Lock::default(), max, gone: Notify::new() }
+        let objects = Lock::new(HashMap::default());
+        Holds { bytes: Lock::default(), objects, max, gone: Notify::new() }
+    }
+
+    /// This object has its first hold, and was charged. Its last one before may be about to be
+    /// taken out of the list.
+    pub(crate) fn add(&self, object: u64, hold: Hold, footprint: u64) {
+        let mut objects = self.objects.lock();
+        let held = objects.entry(object).or_insert(Listed { hold, footprint, times: 0 });
+        held.times += 1;
+    }
+
+    /// The last hold of this object has gone; before it is uncharged.
+    pub(crate) fn remove(&self, object: u64) {
+        let mut objects = self.objects.lock();
+        let Entry::Occupied(mut held) = objects.entry(object) else {
+            panic!("an object is in the list for as long as it is charged");
+        };
+        held.get_mut().times -= 1;
+        if held.get().times == 0 {
+            held.remove();
+        }
+    }
+
+    /// The largest objects that are held, at most this many, without their names.
+    pub(crate) fn largest(&self, tier: MemoryTier, most: usize) -> Vec<HeldObject> {
+        let objects = self.objects.lock();
+        let one = |(&handle, &Listed { hold, footprint, .. }): (&u64, &Listed)| {
+            let kind = match hold {
+                Hold::Pin => HoldKind::Pin,
+                Hold::Lease => HoldKind::Lease,
+            };
+            HeldObject { handle, name: None, tier, kind, bytes: footprint }
+        };
+        let mut all: Vec<_> = objects.iter().map(one).collect();
+        drop(objects);
+        if all.len() > most {
+            all.select_nth_unstable_by_key(most, |one| std::cmp::Reverse(one.bytes));
+            all.truncate(most);
+        }
+        all
     }
 
     pub(crate) fn bytes(&self) -> HeldBytes {

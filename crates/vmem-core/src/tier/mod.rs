@@ -15,6 +15,7 @@ mod storage;
 mod waiters;
 
 pub(crate) use device::{Device, DeviceSpace};
+pub use holds::{HeldObject, HoldKind};
 pub(crate) use holds::{Hold, HoldCount, Holds};
 pub(crate) use host::HostSpace;
 pub(crate) use link::Link;

@@ -67,14 +67,15 @@ impl Storage {
     pub(crate) fn stats(&self) -> TierStats {
         let usage = self.backend.usage();
         assert!(usage.used_bytes <= usage.capacity_bytes, "{usage:?}");
-        TierStats {
+        self.state.notices().counted(TierStats {
             used_bytes: usage.used_bytes,
             capacity_bytes: usage.capacity_bytes,
             peak_bytes: usage.peak_bytes,
             objects: get(&self.state.objects),
             hits: get(&self.hits),
             largest_free_bytes: usage.largest_free_bytes,
-        }
+            ..TierStats::default()
+        })
     }
 }
 

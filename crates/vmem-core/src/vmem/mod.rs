@@ -5,6 +5,7 @@
 //! handle of ours, alive, its arguments.
 
 mod entries;
+mod figures;
 mod into;
 mod lease;
 mod lease_request;
@@ -28,7 +29,6 @@ mod writer;
 use std::io;
 use std::sync::Arc;
 
-use futures::Stream;
 use tokio::sync::watch;
 
 pub use entries::{ListOptions, Listed, NamedEntry, PutMode, PutOptions};
@@ -46,7 +46,6 @@ use crate::capabilities::Capabilities;
 use crate::chunk::{chunk_count, chunk_lens};
 use crate::config::{Effective, VirtualMemoryConfig};
 use crate::error::VirtualMemoryError;
-use crate::events::MigrationEvent;
 use crate::handle::VMemHandle;
 use crate::host::{HostArena, ObjectSpace, StagingMemory};
 use crate::memory_tier::MemoryTier;
@@ -54,7 +53,6 @@ use crate::names::Names;
 use crate::object::{Backends, ExtentMap, Limits, Object, Shared};
 use crate::requests;
 use crate::runtime;
-use crate::stats::{TierStats, VirtualMemoryStats};
 use crate::storage::Extent;
 use crate::tier::{Class, Need, Refused, Space, Storage};
 
@@ -198,48 +196,6 @@ impl VirtualMemory {
     pub fn handle(&self, id: u64) -> Option<VMemHandle> {
         let object = self.shared.find(id)?;
         object.try_add_handle().then(|| VMemHandle::adopt(object))
-    }
-
-    /// The current figures; the cost does not depend on the number of objects.
-    pub fn stats(&self) -> VirtualMemoryStats {
-        let mut stats = self.shared.stats();
-        stats.metadata_bytes += self.names.memory_bytes();
-        stats.names_in_memory = self.names.in_memory();
-        (stats.named_changes, stats.commits) = self.names.committed();
-        stats
-    }
-
-    /// The current figures of one tier; the memory of each device is a tier of its own.
-    pub fn tier_stats(&self, tier: MemoryTier) -> TierStats {
-        self.shared.tier_stats(tier)
-    }
-
-    /// What the machine offers, as found when the store was opened, and what serves instead.
-    pub fn capabilities(&self) -> &Capabilities {
-        &self.lifetime.capabilities
-    }
-
-    /// The effective configuration: budgets in bytes, the driver that serves, and no GPU where none
-    /// was found. The path of a temporary directory is not in it, but in
-    /// [`capabilities`](Self::capabilities). Where devices got different amounts of memory,
-    /// `vram_capacity` is as configured, and [`tier_stats`](Self::tier_stats) has the amounts.
-    ///
-    /// ```
-    /// # #[tokio::main(flavor = "current_thread")]
-    /// # async fn main() -> Result<(), vmem::VirtualMemoryError> {
-    /// let asked = vmem::VirtualMemoryConfig::builder().host_percent(1.0).disk_capacity(1 << 20);
-    /// let vmem = vmem::open(asked.build()?).await?;
-    /// assert!(vmem.config().host_capacity().is_some());
-    /// # vmem.close().await
-    /// # }
-    /// ```
-    pub fn config(&self) -> &VirtualMemoryConfig {
-        &self.lifetime.config
-    }
-
-    /// Migrations as they end. A listener that is slow loses events and learns how many.
-    pub fn migrations(&self) -> impl Stream<Item = MigrationEvent> + Send + 'static + use<> {
-        self.shared.events.listen()
     }
 
     /// Ends the store: fails new and waiting calls, waits for operations in flight, makes the named

@@ -1,20 +1,21 @@
 //! The current figures to the recorder of the process, with the feature `metrics`.
 //!
-//! Invariant: each metric of [`ALL`](crate::metrics::ALL) that is a counter or a gauge is set here,
-//! or counted where it occurs. Called by services, when they are scraped.
+//! Invariant: each metric of [`ALL`](crate::metrics::ALL) is published here. Called by services,
+//! when they are scraped.
 
-use metrics::{counter, gauge};
+use metrics::{counter, gauge, histogram};
 
 use super::VirtualMemory;
-use crate::latency::ReadStage;
+use crate::latency::{ReadOp, ReadStage};
 use crate::memory_tier::MemoryTier;
-use crate::metrics::{label, set, set_total};
+use crate::metrics::{Timed, label, set, set_total};
 use crate::stats::VirtualMemoryStats;
 use crate::tier::Storage;
+use crate::totals::MigrationStats;
 
 impl VirtualMemory {
     /// Publishes the current figures to the recorder of the `metrics` crate; for a service to call
-    /// when it is scraped. Histograms are recorded as they occur, and need no call.
+    /// when it is scraped, or every few seconds where metrics are pushed. Times are exact to 1/64.
     ///
     /// The metrics are those of [`metrics::ALL`](crate::metrics::ALL). They have no label for the
     /// store: of several in one process, one publishes.
@@ -34,9 +35,7 @@ impl VirtualMemory {
     /// ```
     pub fn publish_metrics(&self) {
         let stats = self.stats();
-        let devices = (0..self.shared.devices().len() as u8).map(MemoryTier::of_device);
-        let below = self.shared.storage().iter().map(Storage::tier);
-        for tier in devices.chain([MemoryTier::Host]).chain(below) {
+        for tier in self.tiers() {
             self.publish_tier(tier);
         }
         let ended = |outcome, reads| {
@@ -48,6 +47,7 @@ impl VirtualMemory {
             let reads = gauge!("vmem_reads_in_stage", "stage" => stage.as_str());
             reads.set(stats.reads_in(stage) as f64);
         }
+        self.publish_times(&stats);
         publish_links(&stats);
         publish_store(&stats);
     }
@@ -65,8 +65,56 @@ impl VirtualMemory {
         for (name, value) in gauges {
             gauge!(name, "tier" => tier.clone()).set(value as f64);
         }
+        let incidents = [
+            ("vmem_tier_refusals_total", stats.refusals),
+            ("vmem_tier_faults_total", stats.faults),
+            ("vmem_tier_fallbacks_total", stats.fallbacks),
+        ];
+        for (name, count) in incidents {
+            counter!(name, "tier" => tier.clone()).absolute(count);
+        }
         let reads = counter!("vmem_reads_total", "tier" => tier, "outcome" => "served");
         reads.absolute(stats.hits);
+    }
+
+    /// The distributions of times, and what moved for which cause.
+    fn publish_times(&self, stats: &VirtualMemoryStats) {
+        let mut published = self.shared.published.lock();
+        for tier in self.tiers() {
+            for op in ReadOp::ALL {
+                let seconds = stats.latency(op, tier);
+                if seconds.count() > 0 {
+                    let to = histogram!(
+                        "vmem_read_seconds", "op" => op.as_str(), "tier" => label(tier)
+                    );
+                    published.publish(Timed::Read(op, tier), seconds, &to);
+                }
+            }
+        }
+        for stage in ReadStage::ALL {
+            let seconds = stats.waits(stage);
+            if seconds.count() > 0 {
+                let to = histogram!("vmem_waits_seconds", "cause" => stage.as_str());
+                published.publish(Timed::Stage(stage), seconds, &to);
+            }
+        }
+        for MigrationStats { from, to, cause, migrations, failed, bytes, took } in
+            stats.migrations()
+        {
+            let labels = [("from", label(from)), ("to", label(to)), ("cause", cause.to_string())];
+            counter!("vmem_migrations_total", &labels).absolute(migrations);
+            counter!("vmem_migrations_failed_total", &labels).absolute(failed);
+            counter!("vmem_moved_bytes_total", &labels).absolute(bytes);
+            let seconds = histogram!("vmem_migration_seconds", &labels);
+            published.publish(Timed::Migration(from, to, cause), took, &seconds);
+        }
+    }
+
+    /// All that the store has, from fast to slow.
+    fn tiers(&self) -> impl Iterator<Item = MemoryTier> {
+        let devices = (0..self.shared.devices().len() as u8).map(MemoryTier::of_device);
+        let below = self.shared.storage().iter().map(Storage::tier);
+        devices.chain([MemoryTier::Host]).chain(below)
     }
 }
 

@@ -58,7 +58,7 @@ impl Read {
             op = self.op.as_str(),
             handle = self.object.id,
             name = Empty,
-            objects = self.objects,
+            objects = Some(self.objects).filter(|&objects| objects > 1),
             bytes = self.bytes,
             tier = Empty,
             outcome = Empty,
@@ -97,15 +97,16 @@ impl Drop for Reading {
         let tier = told.tier.unwrap_or(MemoryTier::Host);
         let times = told.times;
         let total = times.total();
-        let us = |stage| times.of(stage).as_micros() as u64;
+        // A subscriber formats what it is given: nothing for a stage that the read was not in.
+        let us = |stage| Some(times.of(stage).as_micros() as u64).filter(|&us| us > 0);
         let span = &self.span;
         if !span.is_disabled() {
-            // At once: a subscriber looks up the span, and formats it, at each call.
+            // At once: a subscriber looks up the span at each call.
             tracing::record_all!(
                 span,
                 tier = %tier,
                 outcome = outcome.as_str(),
-                joined = told.joined,
+                joined = told.joined.then_some(true),
                 cause = times.longest().as_str(),
                 total_us = total.as_micros() as u64,
                 space_us = us(ReadStage::Space),
@@ -135,35 +136,39 @@ impl Drop for Reading {
                 tracing::warn!(target: "vmem::read", handle = object.id, cause, "slow: {read}");
             });
         }
-        #[cfg(feature = "metrics")]
-        crate::metrics::read_ended(op, tier, &outcome, &times);
-        latencies.record(op, tier, &outcome, total, slow);
+        latencies.record(op, tier, &outcome, &times, slow);
     }
 }
 
-/// Carries a read out, and records it.
-pub(super) async fn timed<T>(read: Read, work: impl Future<Output = Result<T>>) -> Result<T> {
-    timed_unless(read, work, |_| false).await
+/// Carries a read out, and records it. Its span is a child of the one in which this is called,
+/// whichever task runs the future.
+pub(super) fn timed<T>(
+    read: Read,
+    work: impl Future<Output = Result<T>>,
+) -> impl Future<Output = Result<T>> {
+    timed_unless(read, work, |_| false)
 }
 
-/// Carries a read out, and records it unless it turns out to be a hit.
-pub(super) async fn timed_unless<T>(
+/// As [`timed`], unless it turns out to be a hit.
+pub(super) fn timed_unless<T>(
     read: Read,
     work: impl Future<Output = Result<T>>,
     is_hit: impl FnOnce(&T) -> bool,
-) -> Result<T> {
+) -> impl Future<Output = Result<T>> {
     let span = read.span();
-    let latencies = &read.object.shared.latencies;
-    let clock = StageClock::start(latencies, span.clone(), || read.title());
-    let outcome = Some(ReadOutcome::Cancelled);
-    let mut reading = Reading { read, clock: clock.clone(), span: span.clone(), outcome };
-    let work = latency::on_clock(Some(clock.clone()), work).instrument(span);
-    let result = clock.watch(work).await;
-    reading.outcome = match &result {
-        Ok(value) if is_hit(value) => None,
-        Ok(_) => Some(ReadOutcome::Served),
-        Err(error) => Some(ReadOutcome::Failed(error.clone())),
-    };
-    drop(reading);
-    result
+    async move {
+        let latencies = &read.object.shared.latencies;
+        let clock = StageClock::start(latencies, span.clone(), || read.title());
+        let outcome = Some(ReadOutcome::Cancelled);
+        let mut reading = Reading { read, clock: clock.clone(), span: span.clone(), outcome };
+        let work = latency::on_clock(Some(clock.clone()), work).instrument(span);
+        let result = clock.watch(work).await;
+        reading.outcome = match &result {
+            Ok(value) if is_hit(value) => None,
+            Ok(_) => Some(ReadOutcome::Served),
+            Err(error) => Some(ReadOutcome::Failed(error.clone())),
+        };
+        drop(reading);
+        result
+    }
 }

@@ -124,6 +124,10 @@
     return make("div", "parts", ...rows);
   };
 
+  // Of all devices: the only copy there is.
+  const vram_parts = ({ memory }) =>
+    make("div", "parts", make("div", "part", make("span"), make("span", "", `dirty ${bytes(memory.vram_dirty)}`)));
+
   const show_tier = (snapshot, tier) => {
     const share = percent(tier.used, tier.capacity).toFixed(0);
     const label = `${tier.tier}: ${share} percent of ${bytes(tier.capacity)} in use`;
@@ -134,6 +138,7 @@
       make("span", "amount", `${bytes(tier.used)} of ${bytes(tier.capacity)}, ${share} %`),
     );
     if (tier.tier === "host") row.append(host_parts(snapshot, tier));
+    if (tier.tier === "vram") row.append(vram_parts(snapshot));
     return row;
   };
 
@@ -277,15 +282,31 @@
     put(find("moves"), rows.length ? table(["cause", "migrations", "moved"], cells) : none);
   };
 
-  const show_faults = (snapshot) => {
-    const { errors } = snapshot.counts;
-    const text = errors === 0 ? "No operation of a backend has failed."
-      : `${count(errors)} operations of a backend have failed.`;
+  const show_holders = ({ holders, memory }) => {
+    const name = (held) => held.name ?? `object ${held.handle}`;
+    const cells = holders.map((held) => [name(held), held.kind, held.tier, bytes(held.bytes)]);
+    const none = make("p", "note", "No pin and no lease keeps an object.");
+    const parts = [cells.length ? table(["object", "kept by", "in", "footprint"], cells) : none];
+    if (memory.held > 0) parts.push(make("p", "note", `Readers hold ${bytes(memory.held)} of host memory.`));
+    put(find("holders"), ...parts);
+  };
+
+  const show_faults = ({ tiers, incidents, counts }) => {
+    const total = (what) => tiers.reduce((sum, tier) => sum + tier[what], 0);
+    const [refusals, faults, fallbacks] = ["refusals", "faults", "fallbacks"].map(total);
+    const text = refusals + faults + fallbacks + counts.errors === 0
+      ? "Nothing has failed, and nothing was refused."
+      : `${count(refusals)} requests got no space, ${count(faults)} operations of a tier failed, ` +
+        `${count(fallbacks)} reads were served by the tier below instead.`;
     const parts = [make("p", "note", text)];
-    if (snapshot.failures.length) {
-      const one = (fault) =>
-        make("li", "", `object ${fault.handle}, ${fault.from} to ${fault.to} (${fault.cause}): ${fault.error}`);
-      parts.push(make("ul", "list", ...snapshot.failures.map(one)));
+    if (incidents.length) {
+      const one = ({ at_ms, kind, tier, handle, error, left_out }) => {
+        const when = new Date(at_ms).toLocaleTimeString();
+        const which = handle === null ? "" : `object ${handle}, `;
+        const others = left_out > 0 ? ` (and ${count(left_out)} before it)` : "";
+        return make("li", "", `${when} ${kind} in ${tier}: ${which}${error}${others}`);
+      };
+      parts.push(make("ul", "list", ...incidents.map(one)));
     }
     put(find("faults"), ...parts);
   };
@@ -321,14 +342,17 @@
       const share = percent(tier.used, tier.capacity);
       if (share >= 90) said.push(`${tier.tier} is ${share.toFixed(0)} % full`);
     }
-    const waits = ["space", "turn", "gate"].map((stage) => [stage, snapshot.reads.now[stage]]);
+    const waits = Object.keys(STAGES).map((stage) => [stage, snapshot.reads.now[stage]]);
     waits.sort(([, one], [, other]) => other - one);
-    const [[stage, reads]] = waits;
-    if (reads > 0) {
-      const waiting = `${reads} ${reads === 1 ? "read waits" : "reads wait"}`;
-      said.push(`${waiting}${STAGES[stage].replace("wait", "")}${stage === "space" ? why(snapshot) : ""}`);
+    const under_way = waits.reduce((sum, [, reads]) => sum + reads, 0);
+    const [[stage, most]] = waits;
+    if (most > 0) {
+      const one = (text) => text.replace(/^wait /, "waits ").replace(/^are /, "is ");
+      const what = most === 1 ? one(STAGES[stage]) : STAGES[stage];
+      said.push(`${most} of ${under_way} reads under way ${what}${stage === "space" ? why(snapshot) : ""}`);
     } else if (snapshot.reads.waiters > 0) {
-      said.push(`${snapshot.reads.waiters} requests wait for space`);
+      const { waiters } = snapshot.reads;
+      said.push(`${waiters} ${waiters === 1 ? "request waits" : "requests wait"} for space${why(snapshot)}`);
     } else {
       said.push("no read waits");
     }
@@ -346,6 +370,7 @@
     show_slow(snapshot);
     show_latency(snapshot);
     show_moves();
+    show_holders(snapshot);
     show_faults(snapshot);
     show_machine(snapshot);
     document.body.dataset.snapshots = `${Number(document.body.dataset.snapshots ?? 0) + 1}`;

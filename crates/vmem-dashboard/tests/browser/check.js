@@ -21,6 +21,7 @@ const figures = (page) =>
     slow: document.querySelectorAll("#slow .stack i").length,
     latency: document.querySelectorAll("#latency tbody tr").length,
     moves: document.querySelectorAll("#moves tbody tr").length,
+    holders: document.querySelectorAll("#holders tbody tr").length,
     verdict: document.getElementById("verdict").textContent,
     live: document.getElementById("live").dataset.state,
     lines: [...document.querySelectorAll(".line path")].map((one) => one.getAttribute("d")),
@@ -59,6 +60,31 @@ const check_access = async (page, view) => {
   return found.passes.length;
 };
 
+// The page says of each of the slowest reads what the store says of it.
+const check_causes = async (page, view) => {
+  const snapshot = await (await fetch(`${url.replace(/\/$/, "")}/snapshot`)).json();
+  await page.waitForFunction(
+    (before) => Number(document.body.dataset.snapshots) > before + 1, await snapshots(page),
+  );
+  const shown = await page.evaluate(() =>
+    [...document.querySelectorAll("#slow li")].map((read) => ({
+      head: read.querySelector(".head").textContent,
+      parts: [...read.querySelectorAll(".stack i")].map((part) => part.className),
+    })),
+  );
+  let found = 0;
+  for (const read of snapshot.slowest) {
+    const name = read.name ?? `object ${read.handle}`;
+    const row = shown.find(({ head }) => head.startsWith(name) && head.includes(`mostly ${read.cause}`));
+    if (!row) continue;
+    found += 1;
+    const stages = Object.keys(read.stages).filter((stage) => read.stages[stage] > 0).sort();
+    expect(view, `${name}: ${row.parts} for ${stages}`, `${[...row.parts].sort()}` === `${stages}`);
+  }
+  // Others may have taken the place of some in between.
+  expect(view, `${found} of ${snapshot.slowest.length} slow reads name their cause`, 2 * found > snapshot.slowest.length);
+};
+
 const check_view = async (browser, view) => {
   const page = await open(browser, view);
   page.on("pageerror", (error) => wrong.push(`${view}: script: ${error}`));
@@ -83,7 +109,9 @@ const check_view = async (browser, view) => {
   expect(view, "slow reads have their times", later.slow > 0);
   expect(view, "latencies are shown", later.latency >= 2);
   expect(view, "migrations are shown", later.moves > 0);
-  expect(view, `a verdict: ${later.verdict}`, later.verdict.endsWith("."));
+  expect(view, "who keeps what is shown", later.holders > 0);
+  expect(view, `a verdict: ${later.verdict}`, /reads under way|wait for space|No read waits/.test(later.verdict));
+  await check_causes(page, view);
   expect(view, "the picture changes", !picture.equals(await page.screenshot()));
 
   const { width, scheme } = VIEWS[view];

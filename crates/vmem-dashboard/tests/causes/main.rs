@@ -12,6 +12,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use futures::poll;
+use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::task::JoinHandle;
 use vmem::{
@@ -127,6 +128,61 @@ async fn busy_link_is_named_turn() {
     assert_eq!(read.times.of(ReadStage::Io), SLOW, "{read}");
     assert!(read.times.of(ReadStage::Turn) >= 2 * SLOW, "{read}");
     assert_eq!(vmem.stats().latency(ReadOp::Whole, DISK).count(), 256);
+    watched.assert_idle().await;
+}
+
+/// They are migrations, which the actor starts.
+#[tokio::test(start_paused = true)]
+async fn crowd_before_the_actor_is_named_turn() {
+    let watched = Watched::open(16 * MIB, SLOW);
+    let vmem = &watched.vmem;
+    let handles = put_all(vmem, 1024, 4 * KIB).await;
+    let reads = handles.iter().map(|handle| {
+        let read = vmem.read_with(handle, ReadOptions::new().promote(true));
+        async move { read.await.unwrap() }
+    });
+    let all = futures::future::join_all(reads);
+    let looks = async {
+        tokio::time::sleep(SLOW / 2).await;
+        watched.now_in(ReadStage::Turn).await
+    };
+    let (_, waiting) = futures::join!(all, looks);
+    assert!(waiting > 512, "{waiting} of 1024 wait for their turn");
+    let last = vmem.stats().slow_reads().remove(0);
+    let last = handles.iter().find(|handle| handle.id() == last.handle).unwrap();
+    let read = watched.slowest(last, ReadStage::Turn).await;
+    assert!(read.times.of(ReadStage::Turn) >= 2 * SLOW, "{read}");
+    watched.assert_idle().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn page_says_who_keeps_memory_and_what_was_refused() {
+    let watched = Watched::open(4 * LEN, Duration::from_millis(1));
+    let vmem = &watched.vmem;
+    let pinned = vmem.put(bytes(1, LEN), HOST).await.unwrap();
+    let shown = watched.shown().await;
+    assert_eq!((&shown["holders"], &shown["incidents"]), (&json!([]), &json!([])));
+    let pin = vmem.pin(&pinned, HOST).await.unwrap();
+    let handles = put_all(vmem, 4, LEN).await;
+    let held = vmem.read_many(&handles[..3]).await.unwrap();
+    // Nothing of what is in memory may leave it.
+    let error = vmem.read(&handles[3]).await.unwrap_err();
+    assert!(matches!(error, VirtualMemoryError::AllPinned { .. }), "{error}");
+
+    let shown = watched.shown().await;
+    let footprint = vmem.stats().pinned_bytes;
+    let holder = json!({
+        "handle": pinned.id(), "name": null, "tier": "host", "kind": "pin", "bytes": footprint,
+    });
+    assert_eq!(shown["holders"], json!([holder]));
+    let incident = &shown["incidents"][0];
+    assert_eq!((&incident["kind"], &incident["tier"]), (&json!("refusal"), &json!("host")));
+    assert_eq!(incident["error"], error.to_string());
+    let host = shown["tiers"].as_array().unwrap().iter().find(|tier| tier["tier"] == "host");
+    assert_eq!(host.unwrap()["refusals"], 1);
+    assert_eq!(vmem.tier_stats(HOST).refusals, 1);
+    drop((pin, held));
+    assert_eq!(watched.shown().await["holders"], json!([]));
     watched.assert_idle().await;
 }
 

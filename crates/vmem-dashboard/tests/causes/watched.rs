@@ -74,7 +74,10 @@ impl Watched {
         assert_eq!((span.target, span.level), ("vmem::read", tracing::Level::DEBUG));
         assert_eq!(span.fields.text("cause"), cause.as_str(), "{span:?}");
         for stage in ReadStage::ALL {
-            let spent = span.fields.number(&format!("{stage}_us"));
+            let field = format!("{stage}_us");
+            // Nothing is said of a stage in which it was not.
+            let is_said = !span.fields.text(&field).is_empty();
+            let spent = if is_said { span.fields.number(&field) } else { 0 };
             assert_eq!(spent, read.times.of(stage).as_micros(), "{stage} of {span:?}");
         }
         let events = self.seen.events("vmem::read");
@@ -88,6 +91,7 @@ impl Watched {
 
     /// Seconds that reads have waited, by cause, as a scrape has them.
     fn waited(&self) -> BTreeMap<String, f64> {
+        self.vmem.publish_metrics();
         let text = self.metrics.render();
         let sums = text.lines().filter_map(|line| line.strip_prefix("vmem_waits_seconds_sum{"));
         sums.map(|rest| {
@@ -124,6 +128,11 @@ impl Watched {
     /// How many reads the page shows in this stage, at this moment.
     pub(crate) async fn now_in(&self, stage: ReadStage) -> u64 {
         self.page.now_in(stage).await
+    }
+
+    /// What the page shows.
+    pub(crate) async fn shown(&self) -> Value {
+        self.page.snapshot().await
     }
 
     /// No read is under way, and the page says so.

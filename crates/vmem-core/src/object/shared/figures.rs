@@ -8,10 +8,11 @@ use crate::console::{Now, TierNow};
 use crate::error::VirtualMemoryError;
 use crate::latency::ReadStage;
 use crate::memory_tier::MemoryTier;
+use crate::notice::{Incident, Notices};
 use crate::object::{OBJECT_BYTES, RARE_BYTES};
 use crate::stats::{TierStats, VirtualMemoryStats, get};
 use crate::storage::TierError;
-use crate::tier::{Device, Space, Storage, TierState};
+use crate::tier::{Device, HeldObject, Space, Storage, TierState};
 
 impl Shared {
     /// The public form of what the disk said of this object.
@@ -39,18 +40,54 @@ impl Shared {
         }
     }
 
+    /// What operators learn of this tier; of host memory, for one that the store does not have.
+    pub(crate) fn notices(&self, tier: MemoryTier) -> &Notices {
+        if let Some(Storage { state, .. }) = self.storage_of(tier) {
+            state.notices()
+        } else if let Some(Device { state, .. }) = self.device_of(tier) {
+            state.notices()
+        } else {
+            self.host.notices()
+        }
+    }
+
+    /// What went wrong lately, the newest first.
+    pub(crate) fn incidents(&self) -> Vec<Incident> {
+        let devices = self.devices.iter().map(|device| device.state.notices());
+        let storage = self.storage().iter().map(|storage| storage.state.notices());
+        let all = devices.chain([self.host.notices()]).chain(storage);
+        let mut incidents: Vec<_> = all.flat_map(Notices::incidents).collect();
+        incidents.sort_by_key(|incident| std::cmp::Reverse(incident.at));
+        incidents
+    }
+
+    /// The objects that pins and leases hold, the largest first; at most this many.
+    pub(crate) fn held_objects(&self, most: usize) -> Vec<HeldObject> {
+        let devices = self.devices.iter().map(|device| (device.tier(), &device.state.holds));
+        let storage = self.storage().iter().map(|storage| (storage.tier(), &storage.state.holds));
+        let all = devices.chain([(MemoryTier::Host, &self.host.holds)]).chain(storage);
+        let mut held: Vec<_> = all.flat_map(|(tier, holds)| holds.largest(tier, most)).collect();
+        held.sort_by_key(|one| std::cmp::Reverse(one.bytes));
+        held.truncate(most);
+        for one in &mut held {
+            one.name = self.table.get(one.handle).and_then(|object| object.named.get()?.current());
+        }
+        held
+    }
+
     /// One tier, now.
     pub(crate) fn tier_stats(&self, tier: MemoryTier) -> TierStats {
         let arena = &self.host.space().arena;
         match tier {
-            MemoryTier::Host => TierStats {
+            MemoryTier::Host => self.host.notices().counted(TierStats {
                 used_bytes: arena.used_bytes(),
                 capacity_bytes: arena.capacity_bytes(),
                 peak_bytes: arena.peak_bytes(),
                 objects: get(&self.host.objects),
                 hits: self.copies.hits(),
                 largest_free_bytes: arena.largest_free_bytes(),
-            },
+                ..TierStats::default()
+            }),
             MemoryTier::Disk | MemoryTier::Remote => {
                 self.storage_of(tier).map_or_else(TierStats::default, Storage::stats)
             }
@@ -133,6 +170,7 @@ impl Shared {
             host_to_remote_bytes: written(MemoryTier::Remote),
             errors: get(&counters.errors),
             latencies: Some(self.latencies.clone()),
+            totals: Some(self.totals.clone()),
             // The figures of the names are added by the owner of the names.
             ..VirtualMemoryStats::default()
         }

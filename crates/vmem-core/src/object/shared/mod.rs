@@ -34,6 +34,7 @@ use crate::host::{HostArena, StagingPool};
 use crate::latency::Latencies;
 use crate::memory_tier::MemoryTier;
 use crate::storage::{Durable, Tier};
+use crate::totals::Totals;
 
 use crate::object::Object;
 use crate::parcel::Unclaimed;
@@ -150,6 +151,10 @@ pub(crate) struct Shared {
     pub(crate) events: Events,
     pub(crate) counters: Counters,
     pub(crate) latencies: Arc<Latencies>,
+    pub(crate) totals: Arc<Totals>,
+    /// What the recorder of the process has been given.
+    #[cfg(feature = "metrics")]
+    pub(crate) published: parking_lot::Mutex<crate::metrics::Published>,
     /// What the runtime has set aside for callers.
     pub(crate) unclaimed: Arc<Unclaimed>,
     /// Writes to disk, which lie aside for their callers with the extents that they have taken so
@@ -235,6 +240,9 @@ impl Shared {
             events: Events::new(),
             counters: Counters::default(),
             latencies: Latencies::new(config.slow_read_threshold()),
+            totals: Arc::default(),
+            #[cfg(feature = "metrics")]
+            published: parking_lot::Mutex::default(),
             unclaimed,
             unfinished,
             tasks: TaskTracker::new(),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use futures::FutureExt;
 
 use super::{READS_MAX, Shared};
+use crate::asker;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::latency;
@@ -66,7 +67,7 @@ impl Shared {
     {
         let (delivery, parcel) = crate::parcel::parcel();
         let unclaimed = self.unclaimed.clone();
-        let work = latency::inherit(work);
+        let work = asker::awaited(latency::inherit(work));
         self.spawn(
             name,
             async move { serve_caller(work, delivery, &unclaimed, T::is_shared).await },
@@ -88,6 +89,7 @@ impl Shared {
     {
         let (delivery, parcel) = crate::parcel::parcel();
         let unclaimed = Arc::new(Unclaimed::default());
+        let work = asker::awaited(work);
         self.spawn(name, async move {
             serve_caller(work, delivery, &unclaimed, |_| true).await;
             while let Some(due) = unclaimed.recall() {

@@ -143,10 +143,14 @@ impl Shared {
 
     /// Gives back what was charged for holds, in bytes of footprint.
     pub(crate) fn uncharge(&self, tier: MemoryTier, hold: Hold, footprint: u64) {
-        let above = || self.device_of(tier).map_or(&self.host.holds, |device| &device.state.holds);
-        let holds = self.storage_of(tier).map_or_else(above, |storage| &storage.state.holds);
-        holds.uncharge(hold, footprint);
+        self.holds_of(tier).uncharge(hold, footprint);
         self.space_was_freed();
+    }
+
+    /// What is held in this tier, which the store has, lost or not.
+    pub(crate) fn holds_of(&self, tier: MemoryTier) -> &Holds {
+        let above = || self.device_of(tier).map_or(&self.host.holds, |device| &device.state.holds);
+        self.storage_of(tier).map_or_else(above, |storage| &storage.state.holds)
     }
 
     /// Why an object cannot be held in this tier, at the deadline of its caller.
@@ -156,14 +160,14 @@ impl Shared {
         requested_bytes: u64,
         waited: Duration,
     ) -> VirtualMemoryError {
-        let (error, notices) = if let Some(Storage { state, .. }) = self.storage_of(tier) {
-            (state.all_held(requested_bytes, waited), state.notices())
+        let error = if let Some(Storage { state, .. }) = self.storage_of(tier) {
+            state.all_held(requested_bytes, waited)
         } else if let Some(Device { state, .. }) = self.device_of(tier) {
-            (state.all_held(requested_bytes, waited), state.notices())
+            state.all_held(requested_bytes, waited)
         } else {
-            (self.host.all_held(requested_bytes, waited), self.host.notices())
+            self.host.all_held(requested_bytes, waited)
         };
-        notices.refusal(&error);
+        self.notices(tier).refusal(&error);
         error
     }
 }
