@@ -281,3 +281,90 @@ async fn dropped_gather_keeps_its_sources_behind_a_kernel() {
     drop(all);
     end(vmem, Vec::new(), &emulator).await;
 }
+
+/// Mechanism: the calls of each gather were limited, those of a stream were not. Effect: behind one
+/// kernel several gathers filled the launch queue of the stream, and a worker of the runtime stood
+/// in the driver until the kernel ended. Fix: calls are planned before the first, and counted by
+/// stream; what would be too many is copied on the tier's own stream.
+#[tokio::test]
+async fn gathers_behind_a_kernel_do_not_fill_the_launch_queue() {
+    let emulator = Emulator::load().unwrap();
+    let (vmem, handles) = open(16 * KIB).await;
+    let stream = stream();
+    let mut buffers: Vec<_> = (0..100).map(|_| buffer(&stream, COUNT * KIB)).collect();
+    let held = buffer(&stream, KIB);
+    let at = held.device_ptr(&stream).0;
+    emulator.queue_max(700);
+    emulator.hold(Kind::Kernel);
+    launch("vmem_fill", at, held.len() as u64, 9, &stream);
+    let targets: Vec<_> = buffers.iter_mut().map(DeviceTarget::from_slice).collect();
+    let pieces: Vec<_> =
+        handles.iter().enumerate().map(|(n, handle)| (handle, n..n + 512, n * KIB)).collect();
+    let mut gathers: Vec<_> =
+        targets.iter().map(|target| Box::pin(vmem.gather(&pieces, target))).collect();
+    // On a thread of its own, which the driver may stop.
+    let runtime = tokio::runtime::Handle::current();
+    let (done, all_polled) = std::sync::mpsc::channel();
+    let polled = std::thread::scope(|scope| {
+        let gathers = &mut gathers;
+        scope.spawn(move || {
+            let _within = runtime.enter();
+            for gather in gathers {
+                assert!(gather.now_or_never().is_none(), "the kernel stands still");
+            }
+            done.send(()).unwrap();
+        });
+        let polled = all_polled.recv_timeout(HANGS);
+        emulator.release_all();
+        polled
+    });
+    polled.expect("no call waits for the launch queue");
+    try_join_all(gathers).await.unwrap();
+    drop(targets);
+    for buffer in &buffers {
+        let got = stream.clone_dtoh(buffer).unwrap();
+        assert!((0..COUNT).all(|n| got[n * KIB..][..512] == bytes(n, 16 * KIB)[n..n + 512]));
+    }
+    drop((buffers, held));
+    end(vmem, handles, &emulator).await;
+}
+
+/// With all tables in use, copies are made by other calls, and the tables come back.
+#[tokio::test]
+async fn more_launches_than_tables_go_other_ways() {
+    let emulator = Emulator::load().unwrap();
+    let (vmem, handles) = open(16 * KIB).await;
+    let streams: Vec<_> = (0..4).map(|_| stream()).collect();
+    let mut buffers: Vec<_> = (0..100).map(|n| buffer(&streams[n % 4], COUNT * KIB)).collect();
+    emulator.hold(Kind::Up);
+    let pieces: Vec<_> =
+        handles.iter().enumerate().map(|(n, handle)| (handle, 0..512, n * KIB)).collect();
+    for round in 0..2 {
+        let kernels = emulator.calls("cuLaunchKernel");
+        let batches = emulator.calls("cuMemcpyBatchAsync");
+        let targets: Vec<_> = buffers.iter_mut().map(DeviceTarget::from_slice).collect();
+        let mut gathers: Vec<_> =
+            targets.iter().map(|target| Box::pin(vmem.gather(&pieces, target))).collect();
+        for gather in &mut gathers {
+            let has_ended = gather.now_or_never().is_some();
+            assert!(round > 0 || !has_ended, "the copies stand still");
+        }
+        if round == 0 {
+            let kernels = emulator.calls("cuLaunchKernel") - kernels;
+            let batches = emulator.calls("cuMemcpyBatchAsync") - batches;
+            assert_eq!((kernels, batches), (64, 36), "88 tables, 24 of which are for lanes");
+            emulator.release_all();
+            try_join_all(gathers).await.unwrap();
+        } else {
+            drop(gathers);
+            let kernels = emulator.calls("cuLaunchKernel") - kernels;
+            assert!(kernels >= 60, "the tables came back: {kernels}");
+        }
+    }
+    for (n, buffer) in buffers.iter().enumerate() {
+        let got = streams[n % 4].clone_dtoh(buffer).unwrap();
+        assert!((0..COUNT).all(|n| got[n * KIB..][..512] == bytes(n, 16 * KIB)[..512]));
+    }
+    drop(buffers);
+    end(vmem, handles, &emulator).await;
+}

@@ -19,6 +19,7 @@ use crate::context::relax_capture;
 use crate::event::EventPool;
 use crate::lane::Lost;
 use crate::pieces::Pieces;
+use crate::queued::{Queued, Streams};
 use crate::reach::{pin, unpin};
 
 /// Where objects begin is a multiple of this, in bytes.
@@ -86,6 +87,8 @@ pub(crate) struct Card {
     /// For small copies, and for many at once; none where the driver has no such thing.
     pieces: Option<Pieces>,
     batches: Option<Batches>,
+    /// What the streams of users hold.
+    streams: Arc<Streams>,
     lost: Lost,
 }
 
@@ -139,6 +142,7 @@ impl Card {
                         events,
                         pieces,
                         batches,
+                        streams: Arc::default(),
                         lost,
                     }));
                 }
@@ -267,6 +271,11 @@ impl Card {
     /// The kernel for small copies, if there is one.
     pub(crate) fn pieces(&self) -> Option<&Pieces> {
         self.pieces.as_ref()
+    }
+
+    /// Counts calls on a stream of a user; none if it holds too many.
+    pub(crate) fn try_queue(&self, stream: &CudaStream, calls: usize) -> Option<Queued> {
+        self.streams.try_queue(stream, calls)
     }
 
     /// The driver's copies of many pieces in one call, if it has them.

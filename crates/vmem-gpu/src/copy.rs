@@ -151,8 +151,6 @@ pub(crate) struct Issued {
     pub(crate) entered: Option<Entered>,
     /// What the driver said, if it refused it at once; a part of it may have been accepted.
     pub(crate) refused: Option<DeviceError>,
-    /// Its copies, where they are known before.
-    ready: Option<Vec<Move>>,
 }
 
 impl Flight {
@@ -266,16 +264,16 @@ pub(crate) fn check(offset: usize, len: usize, range: &DeviceRange) -> Result<()
 
 impl Issued {
     fn new(work: Work) -> Self {
-        Issued { work, uses: Vec::new(), entered: None, refused: None, ready: None }
+        Issued { work, uses: Vec::new(), entered: None, refused: None }
     }
 
-    /// Copies of pieces that the device reaches, which stays so.
+    /// Pieces that the device reaches, which stays so; their copies are planned.
     pub(crate) fn reached(to: Foreign, reached: Reached) -> Self {
         let (reply, _) = oneshot::channel();
-        let Reached { pieces, moves, in_use, .. } = reached;
+        let Reached { pieces, in_use, .. } = reached;
         let work = Work::Give { to, pieces, reply };
         let uses = in_use.into_iter().collect();
-        Issued { uses, ready: Some(moves), ..Self::new(work) }
+        Issued { uses, ..Self::new(work) }
     }
 
     /// The call over memory of a caller that it is a part of.
@@ -300,9 +298,6 @@ impl Issued {
     ///
     /// An invalid value for one outside of its range.
     pub(crate) fn moves(&mut self, card: &Card) -> Result<Vec<Move>, DriverError> {
-        if let Some(moves) = self.ready.take() {
-            return Ok(moves);
-        }
         let uses = &mut self.uses;
         match &mut self.work {
             Work::Zero { .. } => Ok(Vec::new()),

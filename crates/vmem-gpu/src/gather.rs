@@ -30,9 +30,6 @@ const GROUP_PIECES: usize = 256;
 const GROUP_BYTES: usize = 8 << 20;
 /// Groups of one call that are under way at once.
 const GROUPS_MAX: usize = 8;
-/// Calls of the driver for one gather on the buffer's own stream: far fewer than its launch queue
-/// holds, since the driver waits where that is full.
-const CALLS_MAX: usize = 128;
 
 /// A piece of a gather: the object, the part of it, and where in the buffer that goes.
 pub type Gathered<'a> = (&'a VMemHandle, Range<usize>, usize);
@@ -76,10 +73,8 @@ async fn give_in_order(
     pieces: &[Gathered<'_>],
 ) -> Result<(Vec<Answer>, Vec<Piece>)> {
     let tier = tier(access)?;
-    let card = tier.card()?;
     let mut answers = Vec::new();
     let mut rest = Vec::new();
-    let mut calls = if vmem_core::planted!("gather-order") { 0 } else { CALLS_MAX };
     for (number, group) in pieces.chunks(GROUP_PIECES).enumerate() {
         if number > 0 {
             // Others get a turn.
@@ -92,7 +87,7 @@ async fn give_in_order(
                 None => rest.push(owned(piece)),
             }
         }
-        let (answer, others) = target.give_in_order(tier, &card, there, &mut calls)?;
+        let (answer, others) = target.give_in_order(tier, &tier.card()?, there)?;
         answers.extend(answer);
         for given in others {
             // No two pieces have the same place.

@@ -1,6 +1,8 @@
 //! How copies get to the driver: small ones by a kernel, many by one call, the others one by one.
 //!
 //! A copy engine takes microseconds for each copy: below some length these are all that counts.
+//! Which copy goes which way is decided in one place, a [`Plan`], before the first call: so it is
+//! known how many places in the launch queue they take.
 //!
 //! Invariant: copies that are in flight at once touch no bytes that another one writes, so none has
 //! an order; and a copy over memory of a caller is handed in under the lock of its call, so what
@@ -16,7 +18,7 @@ use crate::batch::Listed;
 use crate::call::{Call, Open};
 use crate::card::{Card, told};
 use crate::copy::{InFlight, Work};
-use crate::pieces::{ALIGNED, PIECES_MAX, Piece};
+use crate::pieces::{ALIGNED, PIECES_MAX, Piece, Table};
 
 /// Copies that are longer go to a copy engine, in bytes.
 const SMALL_MAX: usize = 32 << 10;
@@ -45,7 +47,65 @@ pub(crate) enum Way {
 }
 
 /// A copy of the operation at that place of the flight.
-type Placed = (usize, Move);
+pub(crate) type Placed = (usize, Move);
+
+/// Which copies get to the driver by which calls.
+pub(crate) struct Plan {
+    /// Small ones: a launch for each table, which it has.
+    launches: Vec<(Table, Vec<Placed>)>,
+    /// Those of one call.
+    listed: Vec<Placed>,
+    /// One by one.
+    single: Vec<Placed>,
+    /// Likewise, and the driver waits for each: the device does not reach their memory.
+    detours: Vec<Placed>,
+}
+
+impl Plan {
+    /// For copies on this stream. What the driver lacks, and tables that are all in use, leave more
+    /// to be done one by one.
+    pub(crate) fn of(card: &Card, stream: &CudaStream, moves: Vec<Placed>) -> Plan {
+        let moves = moves.into_iter().filter(|(_, one)| one.len > 0);
+        let (direct, detours): (Vec<_>, Vec<_>) = moves.partition(|(_, one)| one.direct);
+        let (small, mut rest): (Vec<_>, Vec<_>) =
+            direct.into_iter().partition(|(_, one)| is_small(one));
+        let mut launches = Vec::new();
+        match card.pieces().filter(|_| small.len() >= SMALL_MIN) {
+            Some(kernel) => {
+                let is_of_tier = Arc::ptr_eq(stream.context(), card.context());
+                for placed in small.chunks(PIECES_MAX) {
+                    match kernel.table(is_of_tier) {
+                        Some(table) => launches.push((table, placed.to_vec())),
+                        None => rest.extend(placed),
+                    }
+                }
+            }
+            None => rest.extend(small),
+        }
+        let takes_lists = card.batches().is_some() && takes_batches(stream);
+        let (listed, single) = match takes_lists && rest.len() >= BATCH_MIN {
+            true => (rest, Vec::new()),
+            false => (Vec::new(), rest),
+        };
+        Plan { launches, listed, single, detours }
+    }
+
+    /// How many places in the launch queue of the stream it takes at most: the driver is not known
+    /// to put the copies of one call into one place.
+    pub(crate) fn places(&self) -> usize {
+        self.launches.len() + self.listed.len() + self.single.len() + self.detours.len()
+    }
+
+    /// Leaves out the copies of what was refused.
+    fn forget_refused(&mut self, flight: &InFlight) {
+        let launched = self.launches.iter_mut().map(|(_, placed)| placed);
+        let others = [&mut self.listed, &mut self.single, &mut self.detours];
+        for placed in launched.chain(others) {
+            placed.retain(|(place, _)| flight.works[*place].refused.is_none());
+        }
+        self.launches.retain(|(_, placed)| !placed.is_empty());
+    }
+}
 
 /// Hands operations to the driver. What it refuses is noted with its operation.
 pub(crate) fn issue(card: &Card, stream: &Arc<CudaStream>, flight: &mut InFlight) {
@@ -56,6 +116,18 @@ pub(crate) fn issue(card: &Card, stream: &Arc<CudaStream>, flight: &mut InFlight
             Err(error) => issued.refuse(error),
         }
     }
+    let plan = Plan::of(card, stream, moves);
+    carry_out(plan, card, stream, flight);
+}
+
+/// Hands operations to the driver by a plan of their copies. Where it refuses a way, it is asked
+/// for these copies one by one.
+pub(crate) fn carry_out(
+    mut plan: Plan,
+    card: &Card,
+    stream: &Arc<CudaStream>,
+    flight: &mut InFlight,
+) {
     let mut calls: Vec<Arc<Call>> = Vec::new();
     for call in flight.works.iter().filter_map(|issued| issued.call()) {
         // Mostly there is one.
@@ -73,12 +145,18 @@ pub(crate) fn issue(card: &Card, stream: &Arc<CudaStream>, flight: &mut InFlight
             None => {}
         }
     }
-    moves.retain(|(place, one)| one.len > 0 && flight.works[*place].refused.is_none());
+    plan.forget_refused(flight);
+    let Plan { launches, listed, mut single, detours } = plan;
     zero(stream, flight);
-    let rest = by_kernel(card, stream, flight, moves);
-    let rest = in_one_call(card, stream, rest);
-    let (direct, detours): (Vec<_>, Vec<_>) = rest.into_iter().partition(|(_, one)| one.direct);
-    for (place, one) in direct {
+    for (table, placed) in launches {
+        if !launch(card, stream, flight, table, &placed) {
+            single.extend(placed);
+        }
+    }
+    if !listed.is_empty() && !in_one_call(card, stream, &listed) {
+        single.extend(listed);
+    }
+    for (place, one) in single {
         if let Err(error) = copy(stream, one) {
             flight.works[place].refuse(error);
         }
@@ -108,55 +186,46 @@ fn zero(stream: &Arc<CudaStream>, flight: &mut InFlight) {
     }
 }
 
-/// Has the small ones copied by a kernel, if there are enough. Returns the others.
-fn by_kernel(
+/// Has small ones copied by a kernel, whose table is the flight's then. False if the driver
+/// refused that.
+fn launch(
     card: &Card,
     stream: &Arc<CudaStream>,
     flight: &mut InFlight,
-    moves: Vec<Placed>,
-) -> Vec<Placed> {
-    let Some(kernel) = card.pieces() else { return moves };
-    let (small, mut rest): (Vec<_>, Vec<_>) = moves.into_iter().partition(|(_, one)| is_small(one));
-    if small.len() < SMALL_MIN {
-        rest.extend(small);
-        return rest;
-    }
-    for placed in small.chunks(PIECES_MAX) {
-        let piece = |&(_, Move { to, from, len, .. }): &Placed| Piece { to, from, len: len as u64 };
-        let pieces: Vec<Piece> = placed.iter().map(piece).collect();
-        let is_of_tier = Arc::ptr_eq(stream.context(), card.context());
-        // SAFETY: all of it is in the flight, or promised to stay while that has a share of its
-        // call, and is reached by the device; the flight gives nothing up before its end.
-        match unsafe { kernel.copy(&pieces, stream, is_of_tier) } {
-            Ok(_too_early) if vmem_core::planted!("piece-table") => {}
-            Ok(table) => flight.tables.push(table),
-            Err(error) => {
-                let error = told("launching the kernel for small copies", error);
-                tracing::debug!(target: "vmem::gpu", %error, "they are made one by one");
-                rest.extend(placed);
-            }
+    table: Table,
+    placed: &[Placed],
+) -> bool {
+    let Some(kernel) = card.pieces() else { return false };
+    let piece = |&(_, Move { to, from, len, .. }): &Placed| Piece { to, from, len: len as u64 };
+    let pieces: Vec<Piece> = placed.iter().map(piece).collect();
+    // SAFETY: all of it is in the flight, or promised to stay while that has a share of its call,
+    // and is reached by the device; the flight gives nothing up before its end.
+    match unsafe { kernel.launch(&table, &pieces, stream) } {
+        Ok(()) if vmem_core::planted!("piece-table") => true,
+        Ok(()) => {
+            flight.tables.push(table);
+            true
+        }
+        Err(error) => {
+            let error = told("launching the kernel for small copies", error);
+            tracing::debug!(target: "vmem::gpu", %error, "they are made one by one");
+            false
         }
     }
-    rest
 }
 
-/// Has many copied by one call. Returns the others.
-fn in_one_call(card: &Card, stream: &Arc<CudaStream>, moves: Vec<Placed>) -> Vec<Placed> {
-    let Some(batches) = card.batches().filter(|_| takes_batches(stream)) else { return moves };
-    let (direct, mut rest): (Vec<_>, Vec<_>) = moves.into_iter().partition(|(_, one)| one.direct);
-    if direct.len() < BATCH_MIN {
-        rest.extend(direct);
-        return rest;
-    }
+/// Has many copied by one call. False if the driver refused that.
+fn in_one_call(card: &Card, stream: &Arc<CudaStream>, placed: &[Placed]) -> bool {
+    let Some(batches) = card.batches() else { return false };
     let mut listed = Listed::default();
-    direct.iter().for_each(|(_, one)| listed.push(one.to, one.from, one.len));
+    placed.iter().for_each(|(_, one)| listed.push(one.to, one.from, one.len));
     // SAFETY: as for the kernel; none is empty.
-    if let Err(error) = unsafe { batches.copy(listed, stream.cu_stream()) } {
+    let copied = unsafe { batches.copy(listed, stream.cu_stream()) };
+    if let Err(error) = copied {
         let error = told("copying many at once", error);
         tracing::debug!(target: "vmem::gpu", %error, "they are made one by one");
-        rest.extend(direct);
     }
-    rest
+    copied.is_ok()
 }
 
 /// The driver refuses batches on the stream that exists without being created.
@@ -166,15 +235,6 @@ fn takes_batches(stream: &CudaStream) -> bool {
 
 fn is_small(one: &Move) -> bool {
     one.direct && one.len <= SMALL_MAX && one.to % ALIGNED == one.from % ALIGNED
-}
-
-/// How many calls of the driver these copies take, about.
-pub(crate) fn calls_of(card: &Card, stream: &CudaStream, moves: &[Move]) -> usize {
-    let small = moves.iter().filter(|one| is_small(one)).count();
-    let by_kernel = if card.pieces().is_some() && small >= SMALL_MIN { small } else { 0 };
-    let rest = moves.len() - by_kernel;
-    let one_call = card.batches().is_some() && takes_batches(stream);
-    by_kernel.div_ceil(PIECES_MAX) + if one_call { rest.min(1) } else { rest }
 }
 
 fn copy(stream: &Arc<CudaStream>, one: Move) -> Result<(), DriverError> {

@@ -42,6 +42,7 @@ mod line;
 mod notices;
 mod pieces;
 mod probe;
+mod queued;
 mod reach;
 mod scatter;
 mod set;

@@ -115,23 +115,31 @@ impl Pieces {
             let memory = unsafe { result::malloc_host(bytes, 0) }?;
             Ok((function, memory))
         });
-        match loaded {
-            Ok((function, memory)) => {
-                pieces.function = function;
-                pieces.memory = memory.cast();
-                // The first launch may wait for whatever the device does then.
-                let stream = context.new_stream()?;
-                // SAFETY: it copies nothing.
-                let table = unsafe { pieces.copy(&[], &stream, true) };
-                let tried = table.and_then(|table| {
-                    stream.synchronize()?;
-                    drop(table);
-                    Ok(())
-                });
-                tried.map(|()| pieces)
-            }
+        let tried = loaded.and_then(|(function, memory)| {
+            pieces.function = function;
+            pieces.memory = memory.cast();
+            pieces.try_out(context)
+        });
+        match tried {
+            Ok(()) => Ok(pieces),
             Err(error) => pieces.unload().and(Err(error)),
         }
+    }
+
+    /// Launches the kernel once, with nothing to copy: the first launch may wait for whatever the
+    /// device does then.
+    fn try_out(&self, context: &Arc<CudaContext>) -> Result<(), DriverError> {
+        let not_ready = DriverError(sys::CUresult::CUDA_ERROR_NOT_READY);
+        let stream = context.new_stream()?;
+        let table = self.table(true).ok_or(not_ready)?;
+        // SAFETY: it copies nothing.
+        unsafe { self.launch(&table, &[], &stream) }?;
+        let ended = stream.synchronize();
+        if ended.is_err() {
+            // The kernel may run yet: so nothing of it is given back.
+            std::mem::forget(table);
+        }
+        ended
     }
 
     /// Gives everything back to the driver, which waits for kernels. In the context.
@@ -152,6 +160,16 @@ impl Pieces {
         unsafe { result::module::unload(self.module) }
     }
 
+    /// A table for one launch; none if all are in use. Those of lanes are kept back from others:
+    /// work behind a kernel of a user may keep its table for long.
+    pub(crate) fn table(&self, is_of_tier: bool) -> Option<Table> {
+        let mut free = self.free.lock();
+        let reserve = if is_of_tier { 0 } else { TABLES_OF_LANES };
+        let nth = if free.len() > reserve { free.pop() } else { None };
+        drop(free);
+        nth.map(|nth| Table { nth, home: self.free.clone() })
+    }
+
     /// Queues the copies on a stream, in no order among each other. The table is to be kept until
     /// they have ended.
     ///
@@ -163,33 +181,25 @@ impl Pieces {
     ///
     /// All that is read and written stays until the stream has come this far, is reached by the
     /// device, and is written by nothing else meanwhile.
-    pub(crate) unsafe fn copy(
+    pub(crate) unsafe fn launch(
         &self,
+        table: &Table,
         pieces: &[Piece],
         stream: &CudaStream,
-        is_of_tier: bool,
-    ) -> Result<Table, DriverError> {
+    ) -> Result<(), DriverError> {
         assert!(pieces.len() <= PIECES_MAX, "the pieces fit their table");
-        // Work behind a kernel of a user may keep its table for long.
-        let nth = {
-            let mut free = self.free.lock();
-            let reserve = if is_of_tier { 0 } else { TABLES_OF_LANES };
-            let may_take = free.len() > reserve;
-            let nth = if may_take { free.pop() } else { None };
-            nth.ok_or(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY))?
-        };
-        let in_use = Table { nth, home: self.free.clone() };
+        assert!(Arc::ptr_eq(&table.home, &self.free), "a table of this kernel");
         // SAFETY: the table is one of those in the memory, has that many, and nobody else has it.
-        let memory = unsafe { self.memory.add(nth * PIECES_MAX) };
+        let memory = unsafe { self.memory.add(table.nth * PIECES_MAX) };
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(pieces.as_ptr(), memory, pieces.len()) };
-        let mut table = memory.expose_provenance() as u64;
+        let mut address = memory.expose_provenance() as u64;
         let mut count = pieces.len() as u64;
-        let mut parameters = [(&raw mut table).cast(), (&raw mut count).cast()];
+        let mut parameters = [(&raw mut address).cast(), (&raw mut count).cast()];
         let grid = (pieces.len().clamp(1, BLOCKS_MAX) as u32, 1, 1);
         let block = (THREADS, 1, 1);
         // SAFETY: the arguments are those of the kernel; what they lead to is promised to stay, and
-        // the table is given to the caller.
+        // the table is the caller's.
         unsafe {
             result::launch_kernel(
                 self.function,
@@ -199,7 +209,6 @@ impl Pieces {
                 stream.cu_stream(),
                 &mut parameters,
             )
-        }?;
-        Ok(in_use)
+        }
     }
 }

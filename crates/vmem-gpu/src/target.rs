@@ -20,7 +20,7 @@ use crate::copy::{Flight, Issued};
 use crate::event::is_capturing;
 use crate::ext::tier;
 use crate::given::{Given, reach};
-use crate::issue::{calls_of, issue};
+use crate::issue::{Plan, carry_out};
 use crate::tier::CudaTier;
 use crate::watch::Answer;
 
@@ -106,8 +106,8 @@ impl<'a> DeviceTarget<'a> {
     }
 
     /// Copies pieces into the buffer on its own stream, behind what that has: those that the device
-    /// reaches, as far as `calls` of the driver, of which it takes what it uses. Waits for nothing.
-    /// Returns an answer that comes once they are there, and the other pieces.
+    /// reaches, if the stream takes that many calls without a wait. Waits for nothing. Returns an
+    /// answer that comes once they are there, and the other pieces.
     ///
     /// # Errors
     ///
@@ -117,30 +117,35 @@ impl<'a> DeviceTarget<'a> {
         tier: &CudaTier,
         card: &Arc<Card>,
         pieces: Vec<Given>,
-        calls: &mut usize,
     ) -> Result<(Option<Answer>, Vec<Given>)> {
         let DeviceTarget { address, len, stream, slice, .. } = self;
         let to = Foreign { address: *address, len: *len, call: Arc::default() };
         let failed = |error| failed("gathering", error).public();
         let mut reached = reach(card, &to, pieces).map_err(failed)?;
         let mut others = std::mem::take(&mut reached.others);
-        let taken = calls_of(card, stream, &reached.moves);
+        let moves = std::mem::take(&mut reached.moves).into_iter().map(|one| (0, one)).collect();
+        let plan = Plan::of(card, stream, moves);
         // In a capture the copies would become part of the graph, which outlives what they use.
-        let is_captured = || card.on_stream(stream, || is_capturing(stream)).unwrap_or(true);
-        if taken == 0 || taken > *calls || is_captured() && !vmem_core::planted!("gather-capture") {
+        let is_captured = || {
+            !vmem_core::planted!("gather-capture")
+                && card.on_stream(stream, || is_capturing(stream)).unwrap_or(true)
+        };
+        let may_queue = plan.places() > 0 && !vmem_core::planted!("gather-order") && !is_captured();
+        let queued = may_queue.then(|| card.try_queue(stream, plan.places())).flatten();
+        let Some(queued) = queued else {
             others.append(&mut reached.pieces);
             return Ok((None, others));
-        }
-        *calls -= taken;
+        };
         let mut flight = Flight::of(vec![Issued::reached(to, reached)]);
         let issued = card.visit(|| {
-            issue(card, stream, flight.inner());
+            carry_out(plan, card, stream, flight.inner());
             // So what writes to it on another stream comes after that.
             drop(slice.map(|slice| slice.device_ptr(stream)));
         });
         let refused = flight.refused();
         let kept = Some(flight.kept()).filter(|_| !vmem_core::planted!("gather-keep"));
-        let answer = tier.keep_until_passed(card, stream, Vec::new(), Box::new(kept));
+        let keep = Box::new((kept, queued));
+        let answer = tier.keep_until_passed(card, stream, Vec::new(), keep);
         issued.map_err(failed)?;
         refused.map_or(Ok((Some(answer), others)), |error| Err(error.public()))
     }

@@ -184,12 +184,14 @@ impl CudaTier {
         mut lent: Vec<Lent>,
         keep: Keep,
     ) -> Answer {
-        let event = card.mark(stream, &mut lent);
-        if let Err(unmarked) = &event {
-            tracing::debug!(target: "vmem::gpu", error = ?unmarked, "a stream gives no event now");
-        }
-        let (watched, answer) = Watched::new(stream.clone(), event.ok(), lent, keep);
+        let marked = card.mark(stream, &mut lent);
+        let unmarked = marked.as_ref().err().map(|unmarked| format!("{unmarked:?}"));
+        let (watched, answer) = Watched::new(stream.clone(), marked.ok(), lent, keep);
         self.watch.submit(watched, card);
+        // Last: a subscriber that panics takes nothing with it.
+        if let Some(error) = unmarked {
+            tracing::debug!(target: "vmem::gpu", error, "a stream gives no event now");
+        }
         answer
     }
 
