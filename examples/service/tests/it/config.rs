@@ -81,6 +81,7 @@ fn values_that_cannot_be_are_refused_by_field() {
         (format!("[limits]\nmax_requests = 0\n{store}"), "limits.max_requests"),
         (format!("[limits]\nmax_headers = 100\n{store}"), "limits.max_headers"),
         (format!("[limits]\nwrite_timeout = \"0s\"\n{store}"), "limits.write_timeout"),
+        (format!("[limits]\nmax_copied = \"2TiB\"\n{store}"), "limits.max_copied"),
         (format!("[otlp]\nendpoint = \"https://a:4318\"\n{store}"), "otlp.endpoint"),
         (format!("[otlp]\nendpoint = \"127.0.0.1:4318\"\n{store}"), "otlp.endpoint"),
         (format!("[otlp]\nendpoint = \"http://a:b@c:4318\"\n{store}"), "otlp.endpoint"),
@@ -95,6 +96,38 @@ fn values_that_cannot_be_are_refused_by_field() {
     ] {
         let message = refused(&file, &[]);
         assert!(message.contains(name), "{message}");
+    }
+}
+
+/// Such values were accepted, and what began with them panicked, or overflowed at a request.
+#[test]
+fn values_beyond_what_can_be_counted_or_added_are_refused_by_field() {
+    let largest = i64::MAX.to_string();
+    for count in [
+        "max_connections",
+        "max_requests",
+        "max_requests_per_client",
+        "max_listed",
+        "max_pins",
+        "max_prefetches",
+    ] {
+        let variable = format!("VMEM_SERVICE_LIMITS__{}", count.to_uppercase());
+        let message = refused("", &[(&variable, &largest)]);
+        assert!(message.starts_with(&format!("limits.{count}: ")), "{message}");
+    }
+    for time in [
+        "limits.header_timeout",
+        "limits.body_timeout",
+        "limits.write_timeout",
+        "limits.max_pin",
+        "limits.prefetch_timeout",
+        "limits.drain_timeout",
+        "limits.retry_after",
+        "otlp.timeout",
+    ] {
+        let variable = format!("VMEM_SERVICE_{}", time.to_uppercase().replace('.', "__"));
+        let message = refused("", &[(&variable, "500000000000years")]);
+        assert!(message.starts_with(&format!("{time}: ")), "{message}");
     }
 }
 

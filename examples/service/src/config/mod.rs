@@ -4,13 +4,13 @@
 //! has it, and what was read has been checked: nothing that starts later finds it unusable. Called
 //! by the program and by tests.
 
+mod checks;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use axum::http::Uri;
-use axum::http::uri::Scheme;
 use bytesize::ByteSize;
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
@@ -258,54 +258,8 @@ impl Config {
     ///
     /// `Invalid` for the first field that cannot be used.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let limits = &self.limits;
-        let otlp = &self.otlp;
-        let is_short = |time: Duration| time.is_zero();
-        let zero = "it has to be more than zero";
-        let checks = [
-            ("limits.max_object", limits.max_object == 0, zero),
-            ("limits.max_connections", limits.max_connections == 0, zero),
-            ("limits.max_requests", limits.max_requests == 0, zero),
-            ("limits.max_listed", limits.max_listed == 0, zero),
-            ("limits.max_headers", limits.max_headers < 8192, "it has to be 8 KiB at least"),
-            ("limits.max_headers", limits.max_headers > 1 << 20, "it may be 1 MiB at most"),
-            ("limits.max_copied", limits.max_copied > 1 << 40, "it may be 1 TiB at most"),
-            ("limits.header_timeout", is_short(limits.header_timeout), zero),
-            ("limits.body_timeout", is_short(limits.body_timeout), zero),
-            ("limits.write_timeout", is_short(limits.write_timeout), zero),
-            ("limits.max_pin", is_short(limits.max_pin), zero),
-            ("limits.prefetch_timeout", is_short(limits.prefetch_timeout), zero),
-            (
-                "otlp.endpoint",
-                otlp.endpoint.as_deref().is_some_and(|text| !is_base(text)),
-                "it has to be http://HOST:PORT, without TLS, credentials and a query",
-            ),
-            ("otlp.service_name", otlp.service_name.is_empty(), "it has to be a name"),
-            (
-                "otlp.sample_ratio",
-                !(0.0..=1.0).contains(&otlp.sample_ratio),
-                "it has to be between 0 and 1",
-            ),
-            ("otlp.timeout", is_short(otlp.timeout), zero),
-            (
-                "store.disk_path",
-                self.store.disk_path().is_none(),
-                "it has to name a directory: without one, objects do not survive a restart",
-            ),
-        ];
-        match checks.into_iter().find(|(_, is_wrong, _)| *is_wrong) {
-            Some((field, _, reason)) => Err(ConfigError::Invalid { field, reason }),
-            None => Ok(()),
-        }
+        checks::check(self)
     }
-}
-
-/// Whether this is the address of a server that is spoken to without TLS.
-fn is_base(text: &str) -> bool {
-    let Ok(uri) = text.parse::<Uri>() else { return false };
-    let host = uri.authority().filter(|authority| !authority.as_str().contains('@'));
-    let is_plain = uri.scheme() == Some(&Scheme::HTTP) && uri.query().is_none();
-    is_plain && !text.contains('#') && host.is_some_and(|host| !host.host().is_empty())
 }
 
 fn read_file(path: &Path) -> Result<Table, ConfigError> {
