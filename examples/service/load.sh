@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Starts the service over a directory of its own, loads it, and stops it: `load.sh --seconds 60 --stalled 400`.
+# Starts the service over a directory of its own, loads it, and stops it: `load.sh --seconds 60 --stalled 400`. With `--rounds 3
+# --max-ratio 2` it fails if reads take more than twice as long beside the clients that do not read.
 # `load.sh --wrk 60` has wrk load it instead, for so long: a client that is not of this project.
 # Fails if a body was wrong, an answer was lost, or the service did not end as it should. VMEM_BUILT names a folder with
 # programs that are built already.
@@ -21,7 +22,7 @@ trap cleanup EXIT
 
 VMEM_SERVICE_LISTEN=127.0.0.1:0 VMEM_SERVICE_STORE__DISK_PATH=$data/store VMEM_SERVICE_STORE__GPU=off \
     VMEM_SERVICE_STORE__HOST_CAPACITY=${HOST_CAPACITY:-64MiB} VMEM_SERVICE_STORE__DISK_CAPACITY=4GiB \
-    RUST_LOG=${RUST_LOG:-warn} "$built/vmem-service" >"$data/address" &
+    VMEM_SERVICE_LIMITS__MAX_REQUESTS_PER_CLIENT=0 RUST_LOG=${RUST_LOG:-warn} "$built/vmem-service" >"$data/address" &
 service=$!
 until grep -q '^listening on ' "$data/address"; do
     kill -0 "$service"

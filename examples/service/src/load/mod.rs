@@ -41,7 +41,7 @@ pub struct Load {
 /// Runs a load, reads every object once more, and deletes them.
 pub async fn run(load: &Load) -> Report {
     let http = Http::new(&load.base);
-    let _stalled = match Stalled::open(&http, load).await {
+    let stalled = match Stalled::open(&http, load).await {
         Ok(stalled) => stalled,
         Err(why) => return Report { wrong: vec![why], ..Report::default() },
     };
@@ -69,6 +69,8 @@ pub async fn run(load: &Load) -> Report {
             Err(_) => total.wrong.push("a client of the load panicked".to_owned()),
         }
     }
+    total.stalled = load.stalled;
+    total.stalled_live = stalled.end().await;
     total
 }
 

@@ -26,8 +26,12 @@ pub struct Report {
     pub lost_because: Vec<String>,
     /// How long the load ran, in seconds.
     pub seconds: f64,
+    /// Clients that were not to read.
+    pub stalled: usize,
+    /// Of them, those whose answers had not ended when the load had.
+    pub stalled_live: usize,
     pub(crate) latencies_us: Vec<u32>,
-    /// Those of reads of objects alone.
+    /// Those of reads of objects that sent bytes: other answers are quick, and say nothing.
     pub(crate) gets_us: Vec<u32>,
 }
 
@@ -37,7 +41,7 @@ impl Report {
         *self.answers.entry(status).or_default() += 1;
         let took_us = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
         self.latencies_us.push(took_us);
-        self.gets_us.extend(is_get.then_some(took_us));
+        self.gets_us.extend((is_get && matches!(status, 200 | 206)).then_some(took_us));
     }
 
     /// Counts a request without an answer.
@@ -59,6 +63,8 @@ impl Report {
         self.lost_because.extend(other.lost_because);
         self.lost_because.truncate(LOST_MAX);
         self.seconds = self.seconds.max(other.seconds);
+        self.stalled += other.stalled;
+        self.stalled_live += other.stalled_live;
         self.latencies_us.extend(other.latencies_us);
         self.gets_us.extend(other.gets_us);
     }
@@ -73,7 +79,7 @@ impl Report {
         quantile(self.latencies_us.clone(), fraction)
     }
 
-    /// As [`quantile_us`](Self::quantile_us), of reads of objects alone.
+    /// As [`quantile_us`](Self::quantile_us), of reads of objects that got 200 or 206.
     pub fn gets_quantile_us(&self, fraction: f64) -> u32 {
         quantile(self.gets_us.clone(), fraction)
     }
@@ -107,6 +113,14 @@ impl fmt::Display for Report {
         for wrong in self.wrong.iter().take(10) {
             writeln!(f, "WRONG: {wrong}")?;
         }
+        if self.stalled > 0 {
+            let of = (self.stalled_live, self.stalled);
+            writeln!(
+                f,
+                "{} of {} clients that do not read were being answered at the end",
+                of.0, of.1
+            )?;
+        }
         write!(
             f,
             "{} bodies compared, {} wrong, {} answers lost",
@@ -114,5 +128,24 @@ impl fmt::Display for Report {
             self.wrong.len(),
             self.lost
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_reads_that_sent_bytes_are_timed_as_reads() {
+        let mut report = Report::default();
+        for status in [404, 416, 503, 304] {
+            report.answered(status, Duration::from_micros(1), true);
+        }
+        report.answered(201, Duration::from_micros(1), false);
+        assert!(report.gets_us.is_empty());
+        report.answered(200, Duration::from_micros(7), true);
+        report.answered(206, Duration::from_micros(9), true);
+        assert_eq!((report.gets_us.clone(), report.gets_quantile_us(0.99)), (vec![7, 9], 9));
+        assert_eq!(report.requests(), 7);
     }
 }

@@ -5,10 +5,82 @@
 use std::process::Command;
 use std::time::Duration;
 
+use tokio::time::{sleep, timeout};
 use vmem::{MemoryTier, PutOptions};
-use vmem_service::load::{Load, Worker, run};
+use vmem_service::load::{Load, Stalled, Worker, run};
 
+use crate::limits::BOUND;
 use crate::support::Served;
+
+/// A load of clients that do not read, and of no others.
+fn stalled_alone(served: &Served, stalled: usize) -> Load {
+    Load {
+        base: format!("http://{}", served.service.local_addr()),
+        clients: 0,
+        objects: 1,
+        max_len: 1,
+        stalled,
+        time: Duration::ZERO,
+        seed: 5,
+    }
+}
+
+/// The service cut such clients off after its `write_timeout`, and the second half of a long load
+/// had none of them. They ask anew.
+#[tokio::test]
+async fn clients_that_do_not_read_ask_anew_when_they_are_cut_off() {
+    let served = Served::start(|config| {
+        config.limits.write_timeout = Duration::from_millis(700);
+        config.limits.max_requests = 3;
+    })
+    .await;
+    let stalled = Stalled::open(&served.http, &stalled_alone(&served, 3)).await.unwrap();
+    let all_cut_off = async {
+        while stalled.cut_off() < 6 {
+            sleep(Duration::from_millis(20)).await;
+        }
+        // The places are theirs again.
+        while served.get("/objects", &[]).await.status != 503 {}
+    };
+    timeout(BOUND, all_cut_off).await.expect("each is cut off and asks anew");
+    stalled.end().await;
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn clients_that_do_not_read_are_counted_at_the_end() {
+    let served = Served::start(|_| {}).await;
+    let report = run(&stalled_alone(&served, 5)).await;
+    assert_eq!((report.stalled, report.stalled_live), (5, 5), "{report}");
+    assert!(report.to_string().contains("5 of 5 clients that do not read"), "{report}");
+    served.stop().await;
+}
+
+/// Only the request was sent, and a refusal of it went unread.
+#[tokio::test]
+async fn refused_clients_that_do_not_read_are_an_error_of_the_load() {
+    let served = Served::start(|config| config.limits.max_requests = 2).await;
+    let why = Stalled::open(&served.http, &stalled_alone(&served, 3)).await.unwrap_err();
+    assert!(why.contains("503"), "{why}");
+    served.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn load_program_fails_above_the_ratio() {
+    let served = Served::start(|_| {}).await;
+    let base = format!("http://{}", served.service.local_addr());
+    for (ratio, code, said) in [("1e9", 0, "the median of"), ("1e-9", 1, "TOO SLOW")] {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_vmem-load"));
+        program.arg(&base).args(["--seconds", "1", "--clients", "2"]);
+        program.args(["--rounds", "1", "--stalled", "2", "--max-ratio", ratio]);
+        let output = tokio::task::spawn_blocking(move || program.output().unwrap());
+        let output = timeout(BOUND, output).await.expect("the load ends").unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(code), "{text}");
+        assert!(text.contains(said) && text.contains("2 of 2 clients"), "{text}");
+    }
+    served.stop().await;
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_clients_read_what_they_stored() {
