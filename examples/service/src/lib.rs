@@ -8,6 +8,7 @@
 //! - `metrics`, `dashboard`: what the service and its store do, for Prometheus and for people.
 //! - `trace`, `otel`: the spans of requests, and their way to an OpenTelemetry collector.
 //! - `limits`: how many requests are served at once, of all clients and of one.
+//! - `linger`: what is left of the bodies of refused requests.
 //! - `name`, `conditions`, `attributes`: what a request says of its object.
 //! - `put`, `get`, `list`, `pins`, `health`: the handlers.
 //! - `error`: what goes wrong, as HTTP says it.
@@ -34,6 +35,7 @@ mod error;
 mod get;
 mod health;
 mod limits;
+mod linger;
 mod list;
 pub mod load;
 mod metrics;

@@ -16,7 +16,6 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use http_body_util::BodyExt;
 use hyper::body::{Frame, SizeHint};
 use parking_lot::Mutex;
 use tokio::sync::OwnedSemaphorePermit;
@@ -105,7 +104,7 @@ pub(crate) async fn limit(State(app): State<App>, request: Request, next: Next) 
             let response = next.run(request).await;
             response.map(|body| keeping(body, slots))
         }
-        Err(error) => refuse(request, error).await,
+        Err(error) => error.into_response(),
     };
     if response.headers().contains_key(RETRY_AFTER) {
         let seconds = app.limits.retry_after.as_secs().max(1);
@@ -131,19 +130,4 @@ fn admit(app: &App, request: &Request) -> Result<Slots, ApiError> {
         })?),
     };
     Ok((all, counted))
-}
-
-async fn refuse(request: Request, error: ApiError) -> Response {
-    crate::put::linger(request.headers().clone(), request.into_body()).await;
-    error.into_response()
-}
-
-/// What is left of a body, up to `max` bytes.
-pub(crate) async fn discard(mut body: Body, max: usize) {
-    let mut seen = 0;
-    while seen <= max
-        && let Some(Ok(frame)) = body.frame().await
-    {
-        seen += frame.data_ref().map_or(0, Bytes::len);
-    }
 }

@@ -4,18 +4,16 @@
 //! object before all have come: a body that breaks off, stands still or is too long leaves nothing.
 //! A change that is acknowledged is durable. Called by `routes`.
 
-use std::time::Duration;
-
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::header::{CONTENT_LENGTH, EXPECT, TRANSFER_ENCODING};
+use axum::http::header::TRANSFER_ENCODING;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
 use headers::{ContentLength, HeaderMapExt};
 use tokio::io::AsyncWriteExt;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use vmem::{
     MemoryTier, NamedEntry, ObjectWriter, PutMode, PutOptions, VMemHandle, VirtualMemoryError,
 };
@@ -24,14 +22,8 @@ use crate::attributes::{Attributes, add_validators};
 use crate::conditions::of_write;
 use crate::config::Limits;
 use crate::error::ApiError;
-use crate::limits::discard;
 use crate::name::Name;
 use crate::state::App;
-
-/// What is read of a body that is refused, so that its client sees the answer before the connection
-/// is closed; and for how long.
-const LINGER_BYTES: usize = 1 << 20;
-const LINGER: Duration = Duration::from_secs(1);
 
 /// Stores an object.
 pub(crate) async fn put(
@@ -40,19 +32,9 @@ pub(crate) async fn put(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (options, exists) = match prepare(&app, &name, &headers).await {
-        Ok(prepared) => prepared,
-        Err(error) => {
-            linger(headers, body).await;
-            return Err(error);
-        }
-    };
+    let (options, exists) = prepare(&app, &name, &headers).await?;
     let mut writer = app.vmem.writer_named(name.as_str(), options);
-    if let Err((error, body)) = receive(body, &mut writer, &app.limits).await {
-        drop(writer);
-        linger(headers, body).await;
-        return Err(error);
-    }
+    receive(body, &mut writer, &app.limits).await?;
     let handle = commit(&app, writer).await?;
     app.pins.release_replaced(name.as_str(), Some(handle.id()));
     let mut answer = serde_json::json!({ "name": name.as_str(), "size": handle.len() });
@@ -104,47 +86,36 @@ async fn current(app: &App, name: &Name) -> Result<Option<NamedEntry>, ApiError>
 ///
 /// # Errors
 ///
-/// 400 if it breaks off, 408 if it stands still, 413 if it is too long; those of the store; and
-/// what is left of the body.
-async fn receive(
-    body: Body,
-    writer: &mut ObjectWriter,
-    limits: &Limits,
-) -> Result<(), (ApiError, Body)> {
+/// 400 if it breaks off, 408 if it stands still, 413 if it is too long; those of the store.
+async fn receive(body: Body, writer: &mut ObjectWriter, limits: &Limits) -> Result<(), ApiError> {
     let mut stream = body.into_data_stream();
     let mut deadline = Instant::now() + limits.body_timeout;
     let mut progress = 0;
-    let outcome = loop {
+    loop {
         let next = match timeout_at(deadline, stream.next()).await {
             Ok(Some(Ok(bytes))) => bytes,
-            Ok(None) => break Ok(()),
+            Ok(None) => return Ok(()),
             Ok(Some(Err(_))) => {
-                break Err(ApiError::bad_request("incomplete_body", "the body broke off"));
+                return Err(ApiError::bad_request("incomplete_body", "the body broke off"));
             }
             Err(_) => {
                 let why = "the body came too slowly";
-                return Err((
-                    ApiError::new(StatusCode::REQUEST_TIMEOUT, "slow_body", why),
-                    Body::empty(),
-                ));
+                return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "slow_body", why));
             }
         };
         if writer.len() + next.len() as u64 > limits.max_object {
-            break Err(ApiError::too_large(limits.max_object));
+            return Err(ApiError::too_large(limits.max_object));
         }
         progress += next.len() as u64;
         let began = Instant::now();
-        if let Err(error) = writer.write_all(&next).await {
-            break Err(error.into());
-        }
+        writer.write_all(&next).await?;
         // The client does not answer for the time that the store takes.
         deadline += began.elapsed();
         if progress >= limits.body_progress {
             progress = 0;
             deadline = Instant::now() + limits.body_timeout;
         }
-    };
-    outcome.map_err(|error| (error, Body::from_stream(stream)))
+    }
 }
 
 /// Commits in a task of its own: a client that goes away then does not leave a commit that a
@@ -156,14 +127,6 @@ async fn commit(app: &App, writer: ObjectWriter) -> Result<VMemHandle, ApiError>
         writer.commit().await
     });
     Ok(committing.await.map_err(|_| ApiError::internal())??)
-}
-
-/// Reads a little more of what nobody wants: a connection that is closed with bytes unread loses
-/// the answer. A client that waits for leave to send gets none.
-pub(crate) async fn linger(headers: HeaderMap, body: Body) {
-    if !headers.contains_key(EXPECT) && headers.get(CONTENT_LENGTH).is_none_or(|len| len != "0") {
-        let _ = timeout(LINGER, discard(body, LINGER_BYTES)).await;
-    }
 }
 
 /// Removes an object.

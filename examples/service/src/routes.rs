@@ -15,6 +15,7 @@ use tracing::Level;
 
 use crate::error::ApiError;
 use crate::limits::limit;
+use crate::linger::linger;
 use crate::metrics::measure;
 use crate::state::App;
 use crate::trace::{REQUEST_ID, answered, check_id, span};
@@ -42,6 +43,7 @@ pub(crate) fn router(app: App, mounted: Router) -> Router {
         // The last one is the first that a request meets.
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn(linger))
         .layer(from_fn(measure))
         .layer(
             TraceLayer::new_for_http()

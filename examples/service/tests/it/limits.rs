@@ -103,7 +103,7 @@ async fn objects_above_the_limit_are_refused() {
     expect_error(&put, 413, "too_large");
     assert_eq!(served.get("/objects/b", &[]).await.status, 404);
     // It learns so before it sends anything.
-    let head = "PUT /objects/b HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\n";
+    let head = "PUT /objects/b HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n";
     let head = format!("{head}content-length: 999999\r\n\r\n");
     let answer = rest(connect(&served, &head).await).await;
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
@@ -117,9 +117,43 @@ async fn headers_above_the_limits_are_refused() {
     let put = served.put("/objects/a", &[("x-object-meta-a", &long)], b"").await;
     expect_error(&put, 431, "metadata_too_large");
     let long = "a".repeat(20_000);
-    let get = format!("GET /objects/a HTTP/1.1\r\nhost: a\r\nx-long: {long}\r\n\r\n");
+    let get = format!("GET /objects/a HTTP/1.1\r\nhost: localhost\r\nx-long: {long}\r\n\r\n");
     let answer = rest(connect(&served, &get).await).await;
-    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431 "), "{answer}");
+    assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
+    served.stop().await;
+}
+
+/// The body was not read, so the connection was reset, and a client that sends before it reads
+/// never saw the answer.
+#[tokio::test]
+async fn errors_are_seen_by_clients_that_send_a_large_body() {
+    let served = Served::start(|config| config.limits.max_object = 1 << 20).await;
+    let body = vec![1; 8 << 20];
+    for (request, status) in [
+        ("PUT /objects/a//b", 400),
+        ("PUT /objects/", 400),
+        ("PUT /objects/a", 413),
+        ("PUT /elsewhere", 404),
+        ("POST /objects/a", 405),
+        ("PUT /objects", 405),
+        ("PUT /metrics", 405),
+        ("PUT /healthz", 405),
+        ("PUT /dashboard/snapshot", 405),
+        ("POST /pins/absent", 404),
+    ] {
+        let head = format!("{request} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n");
+        let head = format!("{head}content-length: {}\r\n\r\n", body.len());
+        let mut raw = connect(&served, &head).await;
+        let sent = timeout(BOUND, raw.write_all(&body)).await.expect("it is read");
+        sent.unwrap_or_else(|error| panic!("{request}: {error}"));
+        let answer = rest(raw).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{request}: {answer}");
+    }
+    // One that waits for leave to send gets the answer at once, and no leave.
+    let head = "PUT /elsewhere HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n";
+    let waits = connect(&served, &format!("{head}content-length: 9\r\n\r\n")).await;
+    let answer = rest(waits).await;
+    assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
     served.stop().await;
 }
 
