@@ -9,6 +9,7 @@
 //! - `trace`, `otel`: the spans of requests, and their way to an OpenTelemetry collector.
 //! - `limits`: how many requests are served at once, of all clients and of one.
 //! - `linger`: what is left of the bodies of refused requests.
+//! - `pace`: the least rate at which a client sends and takes bodies.
 //! - `name`, `conditions`, `attributes`: what a request says of its object.
 //! - `put`, `get`, `list`, `pins`, `health`: the handlers.
 //! - `error`: what goes wrong, as HTTP says it.
@@ -41,6 +42,7 @@ pub mod load;
 mod metrics;
 mod name;
 mod otel;
+mod pace;
 mod pins;
 mod put;
 mod routes;

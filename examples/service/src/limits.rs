@@ -27,7 +27,7 @@ use crate::state::App;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Peer(pub(crate) SocketAddr);
 
-/// The requests of each address.
+/// The requests of each client's address.
 #[derive(Debug, Default)]
 pub(crate) struct Clients(Mutex<HashMap<IpAddr, usize>>);
 
@@ -38,9 +38,18 @@ struct Counted {
     address: IpAddr,
 }
 
+/// What counts as one client: of IPv6 the network, in which a client has its pick of addresses.
+fn client_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6((address.to_bits() & (!0 << 64)).into()),
+        address => address,
+    }
+}
+
 impl Clients {
     /// Counts a request, unless there are `max` already.
     fn count(self: &Arc<Self>, address: IpAddr, max: usize) -> Option<Counted> {
+        let address = client_of(address);
         let mut table = self.0.lock();
         let count = table.entry(address).or_default();
         if *count >= max {
@@ -130,4 +139,23 @@ fn admit(app: &App, request: &Request) -> Result<Slots, ApiError> {
         })?),
     };
     Ok((all, counted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_one_client_count_together() {
+        let of = |text: &str| client_of(text.parse().unwrap());
+        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1:2:3"));
+        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
+        assert_eq!(of("::ffff:192.0.2.1"), of("192.0.2.1"));
+        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
+        let clients = Arc::new(Clients::default());
+        let first = clients.count("2001:db8::1".parse().unwrap(), 1).unwrap();
+        assert!(clients.count("2001:db8::2".parse().unwrap(), 1).is_none());
+        drop(first);
+        assert!(clients.0.lock().is_empty());
+    }
 }

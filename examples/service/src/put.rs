@@ -23,6 +23,7 @@ use crate::conditions::of_write;
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::name::Name;
+use crate::pace::Pace;
 use crate::state::App;
 
 /// Stores an object.
@@ -86,13 +87,17 @@ async fn current(app: &App, name: &Name) -> Result<Option<NamedEntry>, ApiError>
 ///
 /// # Errors
 ///
-/// 400 if it breaks off, 408 if it stands still, 413 if it is too long; those of the store.
+/// 400 if it breaks off, 408 if it stands still or is too slow as a whole, 413 if it is too long;
+/// those of the store.
 async fn receive(body: Body, writer: &mut ObjectWriter, limits: &Limits) -> Result<(), ApiError> {
     let mut stream = body.into_data_stream();
     let mut deadline = Instant::now() + limits.body_timeout;
     let mut progress = 0;
+    let mut pace = Pace::new(limits);
     loop {
-        let next = match timeout_at(deadline, stream.next()).await {
+        let asked = Instant::now();
+        let whole = pace.left().map_or(deadline, |left| asked + left);
+        let next = match timeout_at(deadline.min(whole), stream.next()).await {
             Ok(Some(Ok(bytes))) => bytes,
             Ok(None) => return Ok(()),
             Ok(Some(Err(_))) => {
@@ -108,6 +113,7 @@ async fn receive(body: Body, writer: &mut ObjectWriter, limits: &Limits) -> Resu
         }
         progress += next.len() as u64;
         let began = Instant::now();
+        pace.waited(began - asked, next.len() as u64);
         writer.write_all(&next).await?;
         // The client does not answer for the time that the store takes.
         deadline += began.elapsed();

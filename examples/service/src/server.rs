@@ -2,7 +2,7 @@
 //!
 //! Invariant: it accepts no connection before the store is open, and closes the store after the
 //! last request, however it ended: what was acknowledged is there after a restart. A connection
-//! whose peer stands still ends by a timeout. Called by the program and by tests.
+//! whose peer stands still or is too slow ends by a timeout. Called by the program and by tests.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -25,6 +25,7 @@ use vmem::{VirtualMemory, VirtualMemoryError};
 
 use crate::config::{Config, Limits};
 use crate::limits::Peer;
+use crate::pace::Paced;
 use crate::routes::router;
 use crate::state::{App, Shared};
 use crate::{dashboard, metrics};
@@ -154,7 +155,7 @@ async fn accept(listener: TcpListener, router: Router, app: App) {
     connections.shutdown().await;
 }
 
-/// One connection, which ends when its peer stands still.
+/// One connection, which ends when its peer stands still or takes too little.
 fn connection(
     stream: TcpStream,
     peer: SocketAddr,
@@ -176,7 +177,7 @@ fn connection(
         .max_headers(HEADERS_MAX)
         // Else it takes several windows of a stream before its client has read the first.
         .max_buf_size(BUFFER.max(limits.max_headers as usize))
-        .serve_connection(TokioIo::new(Box::pin(stream)), service)
+        .serve_connection(TokioIo::new(Paced::new(Box::pin(stream), limits)), service)
 }
 
 async fn answer(router: Router, request: Request) -> axum::response::Response {

@@ -58,11 +58,12 @@ fn counts(limits: &Limits) -> [(&'static str, usize, bool); 6] {
 }
 
 /// Each time, and whether it may be zero.
-fn times(config: &Config) -> [(&'static str, Duration, bool); 8] {
+fn times(config: &Config) -> [(&'static str, Duration, bool); 9] {
     let limits = &config.limits;
     [
         ("limits.header_timeout", limits.header_timeout, false),
         ("limits.body_timeout", limits.body_timeout, false),
+        ("limits.rate_grace", limits.rate_grace, false),
         ("limits.write_timeout", limits.write_timeout, false),
         ("limits.max_pin", limits.max_pin, false),
         ("limits.prefetch_timeout", limits.prefetch_timeout, false),

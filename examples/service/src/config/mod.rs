@@ -80,7 +80,8 @@ pub struct Limits {
     /// Requests that are served at once, to the end of their bodies; others get 503.
     /// Default: 1,024.
     pub max_requests: usize,
-    /// Of them, those of one address; others get 429. Default: 0, which is no limit of its own.
+    /// Of them, those of one address, or of one /64 of IPv6; others get 429. 0 is no limit of its
+    /// own, as behind a proxy. Default: 256, a quarter of the default of `max_requests`.
     pub max_requests_per_client: usize,
     /// Items of one page of a listing. Default: 1,000.
     pub max_listed: usize,
@@ -96,6 +97,14 @@ pub struct Limits {
     /// The bytes that a body has to bring in each `body_timeout`. Default: 1 KiB.
     #[serde(deserialize_with = "size")]
     pub body_progress: u64,
+    /// The bytes in a second that a client has to send of a body, or take of a response, in the
+    /// mean; 0 if any rate will do. Default: 16 KiB.
+    #[serde(deserialize_with = "size")]
+    pub min_rate: u64,
+    /// How far a client may be behind `min_rate`: a body of `n` bytes takes at most this and
+    /// `n / min_rate`, besides the time of the store. Default: 60 s.
+    #[serde(with = "humantime_serde")]
+    pub rate_grace: Duration,
     /// How long a client may take no byte of a response. Default: 30 s.
     #[serde(with = "humantime_serde")]
     pub write_timeout: Duration,
@@ -156,12 +165,14 @@ impl Default for Limits {
             max_object: 1 << 30,
             max_connections: 4096,
             max_requests: 1024,
-            max_requests_per_client: 0,
+            max_requests_per_client: 256,
             max_listed: 1000,
             max_headers: 32 << 10,
             header_timeout: seconds(30),
             body_timeout: seconds(30),
             body_progress: 1 << 10,
+            min_rate: 16 << 10,
+            rate_grace: seconds(60),
             write_timeout: seconds(30),
             send_buffer: 256 << 10,
             max_copied: 32 << 20,

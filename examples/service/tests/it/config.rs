@@ -118,6 +118,7 @@ fn values_beyond_what_can_be_counted_or_added_are_refused_by_field() {
     for time in [
         "limits.header_timeout",
         "limits.body_timeout",
+        "limits.rate_grace",
         "limits.write_timeout",
         "limits.max_pin",
         "limits.prefetch_timeout",

@@ -7,6 +7,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::Method;
 use bytes::Bytes;
+use futures::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
@@ -222,6 +223,78 @@ async fn bodies_without_progress_are_cut_off() {
     assert!(steady.starts_with("HTTP/1.1 201 "), "{steady}");
     assert_eq!(drip, "HTTP/1.1 408");
     assert_eq!(served.get("/objects/b", &[]).await.status, 404);
+    served.stop().await;
+}
+
+/// A byte within each `body_timeout` kept a place for as long as its client liked.
+#[tokio::test]
+async fn bodies_below_the_mean_rate_are_cut_off() {
+    let served = Served::start(|config| {
+        // Each byte is progress enough.
+        config.limits.body_progress = 1;
+        config.limits.body_timeout = Duration::from_secs(100_000);
+        config.limits.min_rate = 100_000;
+        config.limits.rate_grace = Duration::from_secs(2);
+    })
+    .await;
+    let head = "PUT /objects/b HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n";
+    let mut raw = connect(&served, head).await;
+    let (mut reading, mut writing) = raw.split();
+    let mut answer = [0; 12];
+    let drops = async {
+        // A megabyte at the start is worth nothing later.
+        let start = format!("100000\r\n{}\r\n", "a".repeat(1 << 20));
+        writing.write_all(start.as_bytes()).await.unwrap();
+        while writing.write_all(b"1\r\na\r\n").await.is_ok() {
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::select! {
+        read = timeout(BOUND, reading.read_exact(&mut answer)) => { read.unwrap().unwrap(); }
+        () = drops => panic!("it is closed without an answer"),
+    }
+    assert_eq!(String::from_utf8_lossy(&answer), "HTTP/1.1 408");
+    assert_eq!(served.get("/objects/b", &[]).await.status, 404);
+    // One that keeps the rate is served, however long it takes beyond the grace.
+    let pieces = (0..40).map(|_| Ok::<_, std::io::Error>(Bytes::from(vec![1; 100_000])));
+    let steady = futures::stream::iter(pieces).then(|piece| async {
+        sleep(Duration::from_millis(75)).await;
+        piece
+    });
+    let put = served.http.send(Method::PUT, "/objects/b", &[], Body::from_stream(steady)).await;
+    assert_eq!(put.unwrap().status, 201);
+    served.stop().await;
+}
+
+/// So did a client that took a byte of its response within each `write_timeout`.
+#[tokio::test]
+async fn client_that_reads_below_the_mean_rate_gives_its_place_back() {
+    let served = Served::start(|config| {
+        config.limits.max_requests = 1;
+        config.limits.write_timeout = Duration::from_secs(100_000);
+        config.limits.min_rate = 1 << 30;
+        config.limits.rate_grace = Duration::from_secs(1);
+    })
+    .await;
+    served.stored("/objects/large", &vec![1; 64 << 20]).await;
+    let get = "GET /objects/large HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    let mut slow = connect(&served, get).await;
+    let mut bytes = vec![0; 64 << 10];
+    slow.read_exact(&mut bytes).await.unwrap();
+    let reading = async {
+        loop {
+            sleep(Duration::from_millis(50)).await;
+            // Far from what it has asked for, at the end of a test that hangs.
+            if slow.read(&mut bytes[..10_000]).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    let free = async { while served.get("/objects", &[]).await.status != 200 {} };
+    tokio::select! {
+        freed = timeout(BOUND, free) => freed.expect("it is cut off"),
+        () = reading => unreachable!("it reads on"),
+    }
     served.stop().await;
 }
 
