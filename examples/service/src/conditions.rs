@@ -75,8 +75,15 @@ pub(crate) fn of_write(
 ) -> Result<PutMode, ApiError> {
     let wanted = typed::<IfMatch>(headers, &IF_MATCH)?;
     let refused = typed::<IfNoneMatch>(headers, &IF_NONE_MATCH)?;
-    if wanted.is_none() && refused.is_none() {
+    // An ETag goes before a date, and what is no date is no condition.
+    let since = headers.typed_get::<IfUnmodifiedSince>().filter(|_| wanted.is_none());
+    if wanted.is_none() && refused.is_none() && since.is_none() {
         return Ok(PutMode::Overwrite);
+    }
+    if let (Some(since), Some(entry)) = (since, current)
+        && !since.precondition_passes(entry.modified)
+    {
+        return Err(ApiError::precondition("the object was modified since"));
     }
     let tag = current.map(etag);
     let matches = |tag: &ETag| wanted.as_ref().is_none_or(|wanted| wanted.precondition_passes(tag));

@@ -70,7 +70,7 @@ pub(crate) async fn upkeep(recorder: PrometheusHandle, mut closing: watch::Recei
 /// The route `/metrics`.
 pub(crate) fn router(app: App, recorder: PrometheusHandle) -> Router {
     Router::new()
-        .route("/metrics", get(scrape).head(wrong_method))
+        .route("/metrics", get(scrape))
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn(vmem_dashboard::same_origin))
         .with_state((app, recorder))

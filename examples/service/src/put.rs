@@ -7,7 +7,7 @@
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::header::TRANSFER_ENCODING;
+use axum::http::header::{CONTENT_RANGE, TRANSFER_ENCODING};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
@@ -66,6 +66,11 @@ async fn prepare(
     }
     if length.is_some_and(|length| length > max) {
         return Err(ApiError::too_large(max));
+    }
+    if headers.contains_key(CONTENT_RANGE) {
+        // Stored as a whole object, the part would replace all of it.
+        let why = "a PUT replaces the whole object: it has no Content-Range";
+        return Err(ApiError::bad_request("partial_put", why));
     }
     let attributes = Attributes::of_request(headers)?;
     let current = current(app, name).await?;

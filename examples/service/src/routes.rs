@@ -29,8 +29,10 @@ pub(crate) fn router(app: App, mounted: Router) -> Router {
         .route("/objects/{*name}", objects)
         .route("/objects/", get(empty_name).put(empty_name).delete(empty_name))
         .route("/prefetch/{*name}", post(pins::prefetch))
+        .route("/prefetch/", post(empty_name))
         .route("/pins", get(pins::pins))
         .route("/pins/{*name}", post(pins::pin).delete(pins::unpin))
+        .route("/pins/", post(empty_name).delete(empty_name))
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(app.clone(), limit));
     Router::new()

@@ -2,6 +2,7 @@
 
 use axum::http::Method;
 use futures::future::join_all;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::support::{Served, expect_error};
 
@@ -109,6 +110,74 @@ async fn writes_obey_their_conditions() {
     let current = [("if-match", updated.header("etag"))];
     assert_eq!(served.ask(Method::DELETE, "/objects/a", &current).await.status, 204);
     assert_eq!(served.ask(Method::DELETE, "/objects/a", &current).await.status, 412);
+    served.stop().await;
+}
+
+/// The date was ignored, and a client with nothing else overwrote what it had not seen.
+#[tokio::test]
+async fn writes_obey_the_date_that_they_expect() {
+    let served = Served::start(|_| {}).await;
+    let long_ago = "Sun, 06 Nov 1994 08:49:37 GMT";
+    let stale = [("if-unmodified-since", long_ago)];
+    // Where there is no object there is no date to compare with.
+    assert_eq!(served.put("/objects/a", &stale, b"1").await.status, 201);
+    let got = served.get("/objects/a", &[]).await;
+    let tag = got.header("etag");
+    let modified = got.header("last-modified");
+    expect_error(&served.put("/objects/a", &stale, b"2").await, 412, "precondition_failed");
+    let delete = served.ask(Method::DELETE, "/objects/a", &stale).await;
+    expect_error(&delete, 412, "precondition_failed");
+    assert_eq!(&served.get("/objects/a", &[]).await.body[..], b"1");
+    // With If-None-Match both have to hold.
+    let both = [stale[0], ("if-none-match", "\"1-other\"")];
+    assert_eq!(served.put("/objects/a", &both, b"3").await.status, 412);
+    // An ETag goes before it, and what is no date is none.
+    let with_tag = [stale[0], ("if-match", tag)];
+    let current = [("if-unmodified-since", modified)];
+    assert_eq!(served.put("/objects/a", &current, b"4").await.status, 200);
+    assert_eq!(served.put("/objects/a", &with_tag, b"5").await.status, 412);
+    let tag = served.get("/objects/a", &[]).await.header("etag").to_owned();
+    let with_tag = [stale[0], ("if-match", &*tag)];
+    assert_eq!(served.put("/objects/a", &with_tag, b"6").await.status, 200);
+    let no_date = [("if-unmodified-since", "yesterday")];
+    assert_eq!(served.put("/objects/a", &no_date, b"7").await.status, 200);
+    let late = [("if-unmodified-since", "Fri, 31 Dec 2100 00:00:00 GMT")];
+    assert_eq!(served.ask(Method::DELETE, "/objects/a", &late).await.status, 204);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn put_of_a_part_is_refused() {
+    let served = Served::start(|_| {}).await;
+    served.stored("/objects/a", b"whole").await;
+    let part = served.put("/objects/a", &[("content-range", "bytes 0-0/5")], b"W").await;
+    expect_error(&part, 400, "partial_put");
+    assert_eq!(&served.get("/objects/a", &[]).await.body[..], b"whole");
+    served.stop().await;
+}
+
+/// All begin from one version, which the date allows to each: it is the version that decides.
+#[tokio::test]
+async fn concurrent_updates_with_one_date_succeed_once() {
+    let served = Served::start(|_| {}).await;
+    let late = [("if-unmodified-since", "Fri, 31 Dec 2100 00:00:00 GMT"), ("content-length", "4")];
+    let mut lost = 0;
+    for round in 0..10 {
+        served.stored("/objects/a", b"base").await;
+        // Each has looked at the object once it lets its client send.
+        let begun = join_all((0..4).map(|_| served.unfinished_put_to("/objects/a", &late))).await;
+        let answers = join_all(begun.into_iter().map(|mut raw| async move {
+            raw.write_all(b"next").await.unwrap();
+            let mut answer = [0; 12];
+            raw.read_exact(&mut answer).await.unwrap();
+            String::from_utf8_lossy(&answer).into_owned()
+        }))
+        .await;
+        let won = answers.iter().filter(|answer| *answer == "HTTP/1.1 200").count();
+        lost += answers.iter().filter(|answer| *answer == "HTTP/1.1 412").count();
+        assert_eq!(won, 1, "{round}: {answers:?}");
+    }
+    assert_eq!(lost, 30);
     served.stop().await;
 }
 

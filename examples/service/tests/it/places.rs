@@ -52,6 +52,11 @@ async fn bad_pins_and_prefetches_are_refused() {
         let absent = path.replace("/a", "/absent");
         expect_error(&served.ask(Method::POST, &absent, &[]).await, 404, "not_found");
     }
+    for (method, path) in
+        [(Method::POST, "/pins/"), (Method::DELETE, "/pins/"), (Method::POST, "/prefetch/")]
+    {
+        expect_error(&served.ask(method, path, &[]).await, 400, "invalid_name");
+    }
     assert_eq!(served.ask(Method::POST, "/pins/a", &[]).await.status, 200);
     let second = served.ask(Method::POST, "/pins/b", &[]).await;
     expect_error(&second, 503, "too_many_pins");

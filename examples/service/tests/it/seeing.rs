@@ -83,7 +83,10 @@ async fn metrics_refuse_other_origins_and_methods() {
     for method in [Method::POST, Method::PUT, Method::DELETE] {
         expect_error(&served.ask(method, "/metrics", &[]).await, 405, "method_not_allowed");
     }
-    assert_eq!(served.ask(Method::HEAD, "/metrics", &[]).await.status, 405);
+    for path in ["/metrics", "/healthz", "/readyz"] {
+        let head = served.ask(Method::HEAD, path, &[]).await;
+        assert_eq!((head.status.as_u16(), head.body.len()), (200, 0), "{path}");
+    }
     served.stop().await;
 }
 

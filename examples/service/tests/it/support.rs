@@ -71,9 +71,22 @@ impl Served {
 
     /// A PUT of nine bytes to `slow`, which is being served and of which none was sent.
     pub(crate) async fn unfinished_put(&self) -> TcpStream {
+        self.unfinished_put_to("/objects/slow", &[("content-length", "9")]).await
+    }
+
+    /// A PUT that is being served, and of whose body nothing was sent.
+    pub(crate) async fn unfinished_put_to(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+    ) -> TcpStream {
         let mut raw = TcpStream::connect(self.service.local_addr()).await.unwrap();
-        let head = "PUT /objects/slow HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\n";
-        let head = format!("{head}content-length: 9\r\n\r\n");
+        let mut head =
+            format!("PUT {path} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n");
+        for (name, value) in headers {
+            head += &format!("{name}: {value}\r\n");
+        }
+        head += "\r\n";
         raw.write_all(head.as_bytes()).await.unwrap();
         let mut answer = [0; 25];
         raw.read_exact(&mut answer).await.unwrap();
