@@ -8,7 +8,9 @@ use std::ops::Range;
 
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE};
+use axum::http::header::{
+    ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_SECURITY_POLICY, X_CONTENT_TYPE_OPTIONS,
+};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -120,6 +122,10 @@ fn describe(entry: &NamedEntry) -> HeaderMap {
     Attributes::of_entry(entry).add_to(&mut headers);
     add_validators(entry, &mut headers);
     headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+    // A page that is stored here is of this origin: it gets none of its rights, and what is no page
+    // is not taken for one.
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox"));
     headers
 }
 

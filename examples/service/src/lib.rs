@@ -5,6 +5,7 @@
 //! - `config`: a file and the environment.
 //! - `server`: [`Service`], which accepts, serves, drains, and closes the store.
 //! - `routes`: what leads where, the ids and spans of requests; other routers are mounted here.
+//! - `guard`: the names and the pages that are answered.
 //! - `metrics`, `dashboard`: what the service and its store do, for Prometheus and for people.
 //! - `trace`, `otel`: the spans of requests, and their way to an OpenTelemetry collector.
 //! - `limits`: how many requests are served at once, of all clients and of one.
@@ -34,6 +35,7 @@ mod config;
 mod dashboard;
 mod error;
 mod get;
+mod guard;
 mod health;
 mod limits;
 mod linger;

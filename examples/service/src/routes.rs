@@ -19,7 +19,7 @@ use crate::linger::linger;
 use crate::metrics::measure;
 use crate::state::App;
 use crate::trace::{REQUEST_ID, answered, check_id, span};
-use crate::{get as read, health, list, pins, put};
+use crate::{get as read, guard, health, list, pins, put};
 
 /// All routes; `mounted` are others than those of objects, such as metrics.
 pub(crate) fn router(app: App, mounted: Router) -> Router {
@@ -39,10 +39,14 @@ pub(crate) fn router(app: App, mounted: Router) -> Router {
         .merge(limited)
         .route("/healthz", get(health::healthz))
         .route("/readyz", get(health::readyz))
-        .with_state(app)
+        .with_state(app.clone())
         .merge(mounted)
         .fallback(unknown_path)
         // The last one is the first that a request meets.
+        .layer(from_fn(guard::pass))
+        .layer(from_fn_with_state(app.clone(), guard::own_pages))
+        .layer(from_fn_with_state(app, guard::own_names))
+        .layer(from_fn(guard::refuse))
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(from_fn(linger))

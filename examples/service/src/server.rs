@@ -67,7 +67,8 @@ impl Service {
         tracing::info!("{}", vmem.capabilities());
         let recorder = metrics::recorder()?;
         let mounted = mount(&vmem);
-        let app = Shared::new(vmem, config.limits);
+        let is_loopback = address.ip().to_canonical().is_loopback();
+        let app = Shared::new(vmem, config.limits, is_loopback, config.names);
         let mounted = mounted
             .merge(metrics::router(app.clone(), recorder.clone()))
             .merge(dashboard::router(&app, config.dashboard));

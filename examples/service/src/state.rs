@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use axum::http::uri::Authority;
 use tokio::sync::{RwLock, Semaphore, watch};
 use vmem::VirtualMemory;
 
@@ -19,6 +20,10 @@ use crate::pins::Pins;
 pub(crate) struct Shared {
     pub(crate) vmem: VirtualMemory,
     pub(crate) limits: Limits,
+    /// Whether other machines reach it only through something on this one.
+    pub(crate) is_loopback: bool,
+    /// Names that it answers to besides those of this machine.
+    names: Vec<String>,
     pub(crate) requests: Arc<Semaphore>,
     pub(crate) clients: Arc<Clients>,
     pub(crate) pins: Arc<Pins>,
@@ -35,7 +40,12 @@ pub(crate) struct Shared {
 pub(crate) type App = Arc<Shared>;
 
 impl Shared {
-    pub(crate) fn new(vmem: VirtualMemory, limits: Limits) -> App {
+    pub(crate) fn new(
+        vmem: VirtualMemory,
+        limits: Limits,
+        is_loopback: bool,
+        names: Vec<String>,
+    ) -> App {
         Arc::new(Shared {
             requests: Arc::new(Semaphore::new(limits.max_requests)),
             clients: Arc::default(),
@@ -45,9 +55,17 @@ impl Shared {
             copied: Arc::new(Semaphore::new((limits.max_copied / 1024) as usize)),
             scrapes: Arc::new(Semaphore::new(SCRAPES_MAX)),
             closing: watch::Sender::new(false),
+            is_loopback,
+            names,
             vmem,
             limits,
         })
+    }
+
+    /// Whether the configuration has this name, which may have a port.
+    pub(crate) fn is_own_name(&self, host: &str) -> bool {
+        let Ok(host) = host.parse::<Authority>() else { return false };
+        self.names.iter().any(|own| own.eq_ignore_ascii_case(host.host()))
     }
 
     /// From now on the service is not ready.

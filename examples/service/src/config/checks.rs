@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use axum::http::Uri;
-use axum::http::uri::Scheme;
+use axum::http::uri::{Authority, Scheme};
 
 use super::{Config, ConfigError, Limits};
 
@@ -74,10 +74,15 @@ fn times(config: &Config) -> [(&'static str, Duration, bool); 9] {
 }
 
 /// Each other field that can be wrong, whether it is, and why.
-fn others(config: &Config) -> [(&'static str, bool, &'static str); 8] {
+fn others(config: &Config) -> [(&'static str, bool, &'static str); 9] {
     let limits = &config.limits;
     let otlp = &config.otlp;
     [
+        (
+            "names",
+            !config.names.iter().all(|name| is_name(name)),
+            "each has to be a name without scheme, port and path",
+        ),
         ("limits.max_object", limits.max_object == 0, ZERO),
         ("limits.max_headers", limits.max_headers < 8192, "it has to be 8 KiB at least"),
         ("limits.max_headers", limits.max_headers > 1 << 20, "it may be 1 MiB at most"),
@@ -99,6 +104,12 @@ fn others(config: &Config) -> [(&'static str, bool, &'static str); 8] {
             "it has to name a directory: without one, objects do not survive a restart",
         ),
     ]
+}
+
+/// Whether a Host header may say this, and no port.
+fn is_name(text: &str) -> bool {
+    let parsed = text.parse::<Authority>();
+    parsed.is_ok_and(|authority| authority.host() == text && !text.is_empty())
 }
 
 /// Whether this is the address of a server that is spoken to without TLS.

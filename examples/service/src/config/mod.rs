@@ -27,6 +27,10 @@ pub const ENV_FILE: &str = "VMEM_SERVICE_CONFIG";
 pub struct Config {
     /// Where the service listens. Default: `127.0.0.1:8080`, which no other machine reaches.
     pub listen: SocketAddr,
+    /// Names that the service answers to while it listens on loopback, besides those of this
+    /// machine, and whose pages may change objects: those of a proxy that passes them on, without
+    /// a port. Default: none.
+    pub names: Vec<String>,
     /// Which clients see the live page below `/dashboard/`. Default: `"loopback"`.
     pub dashboard: DashboardAccess,
     /// What requests may take.
@@ -139,6 +143,7 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            names: Vec::new(),
             dashboard: DashboardAccess::default(),
             limits: Limits::default(),
             otlp: Otlp::default(),

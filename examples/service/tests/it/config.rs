@@ -78,6 +78,8 @@ fn values_that_cannot_be_are_refused_by_field() {
     let store = "[store]\ndisk_path = \"/a\"\n";
     for (file, name) in [
         (String::new(), "store.disk_path"),
+        (format!("names = [\"http://a\"]\n{store}"), "names"),
+        (format!("names = [\"a:80\"]\n{store}"), "names"),
         (format!("[limits]\nmax_requests = 0\n{store}"), "limits.max_requests"),
         (format!("[limits]\nmax_headers = 100\n{store}"), "limits.max_headers"),
         (format!("[limits]\nwrite_timeout = \"0s\"\n{store}"), "limits.write_timeout"),

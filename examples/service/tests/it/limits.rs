@@ -193,7 +193,7 @@ async fn bodies_without_progress_are_cut_off() {
     .await;
     // Ten bytes in a second are enough, however long it takes.
     let steady = async {
-        let head = "PUT /objects/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n";
+        let head = "PUT /objects/a HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n";
         let head = format!("{head}content-length: 60\r\n\r\n");
         let mut raw = connect(&served, &head).await;
         for _ in 0..30 {
@@ -204,7 +204,7 @@ async fn bodies_without_progress_are_cut_off() {
     };
     // A byte now and then is not.
     let drip = async {
-        let head = "PUT /objects/b HTTP/1.1\r\nhost: a\r\ncontent-length: 999\r\n\r\n";
+        let head = "PUT /objects/b HTTP/1.1\r\nhost: localhost\r\ncontent-length: 999\r\n\r\n";
         let mut raw = connect(&served, head).await;
         let (mut reading, mut writing) = raw.split();
         let mut answer = [0; 12];
@@ -316,7 +316,7 @@ async fn client_that_does_not_read_gives_its_place_back() {
     })
     .await;
     served.stored("/objects/large", &vec![1; 32 << 20]).await;
-    let stalled = connect(&served, "GET /objects/large HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let stalled = connect(&served, "GET /objects/large HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
     let taken = async { while served.get("/objects", &[]).await.status != 503 {} };
     timeout(BOUND, taken).await.expect("it has the one place");
     let free = async { while served.get("/objects", &[]).await.status != 200 {} };
@@ -330,7 +330,7 @@ async fn client_that_does_not_read_gives_its_place_back() {
 async fn clients_that_do_not_read_keep_nothing_from_others() {
     let served = Served::start(|_| {}).await;
     served.stored("/objects/large", &vec![1; 16 << 20]).await;
-    let get = "GET /objects/large HTTP/1.1\r\nhost: a\r\n\r\n";
+    let get = "GET /objects/large HTTP/1.1\r\nhost: localhost\r\n\r\n";
     let stalled = futures::future::join_all((0..100).map(|_| connect(&served, get))).await;
     // Twice what host memory has.
     let others = async {

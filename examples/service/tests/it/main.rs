@@ -3,6 +3,7 @@
 //! - `objects`: what each request answers, with its status.
 //! - `conditions`: ETags, dates and ranges.
 //! - `limits`: sizes, times and counts; slow clients.
+//! - `pages`: pages of other origins, and names that lead here.
 //! - `places`: pins and prefetches.
 //! - `life`: restart, shutdown, `kill -9`, over the real program.
 //! - `config`: the file, the environment, what is refused.
@@ -20,6 +21,7 @@ mod limits;
 mod load;
 mod objects;
 mod otel;
+mod pages;
 mod places;
 mod seeing;
 mod support;

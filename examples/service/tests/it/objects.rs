@@ -79,7 +79,7 @@ async fn body_that_breaks_off_leaves_nothing() {
     served.http.send(Method::PUT, "/objects/a", &[], body).await.unwrap_err();
     // With a length, and by a closed connection.
     let mut raw = TcpStream::connect(served.service.local_addr()).await.unwrap();
-    raw.write_all(b"PUT /objects/a HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\nhalf")
+    raw.write_all(b"PUT /objects/a HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nhalf")
         .await
         .unwrap();
     raw.shutdown().await.unwrap();
@@ -102,7 +102,7 @@ async fn exchange(served: &Served, text: &str) -> String {
 #[tokio::test]
 async fn put_without_a_length_is_refused() {
     let served = Served::start(|_| {}).await;
-    let put = "PUT /objects/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n";
+    let put = "PUT /objects/a HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n";
     let answer = exchange(&served, &format!("{put}\r\n")).await;
     assert!(answer.starts_with("HTTP/1.1 411 ") && answer.contains("length_required"), "{answer}");
     // Nothing else needs one.
@@ -129,7 +129,7 @@ async fn names_that_lead_elsewhere_are_refused() {
             expect_error(&answer, 400, "invalid_name");
         }
     }
-    let dots = "GET /objects/../healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
+    let dots = "GET /objects/../healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
     assert!(exchange(&served, dots).await.starts_with("HTTP/1.1 400 "));
     let long = format!("/objects/{}", "a".repeat(1025));
     expect_error(&served.get(&long, &[]).await, 400, "invalid_name");

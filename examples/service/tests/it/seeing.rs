@@ -112,7 +112,11 @@ async fn dashboard_is_shown_to_names_of_this_machine() {
     }
     served.stop().await;
 
-    let served = Served::start(|config| config.dashboard = DashboardAccess::All).await;
+    let served = Served::start(|config| {
+        config.dashboard = DashboardAccess::All;
+        config.names = vec!["proxy.example".to_owned()];
+    })
+    .await;
     let named = [("host", "proxy.example")];
     assert_eq!(served.get("/dashboard/", &named).await.status, 200);
     served.stop().await;
