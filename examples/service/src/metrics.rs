@@ -102,7 +102,8 @@ pub(crate) async fn measure(request: Request, next: Next) -> Response {
     response
 }
 
-fn route_class(path: &str) -> &'static str {
+/// What a path is, by its first part.
+pub(crate) fn route_class(path: &str) -> &'static str {
     let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
     match first {
         "objects" if path == "/objects" => "listing",

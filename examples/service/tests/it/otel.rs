@@ -194,6 +194,56 @@ async fn request_and_its_reads_are_in_the_trace_of_the_caller() {
 }
 
 #[tokio::test]
+async fn probes_and_scrapes_are_not_sent() {
+    let collector = Collector::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let mut program = start(directory.path(), &collector.address, &[("RUST_LOG", "trace")]);
+    let http = Http::new(&program.base);
+    for path in ["/healthz", "/readyz", "/metrics", "/dashboard/", "/dashboard/snapshot"] {
+        for parent in [String::new(), format!("00-{}-{CALLER}-01", "b".repeat(32))] {
+            let headers = [("traceparent", &*parent)];
+            let answer = http.send(Method::GET, path, &headers, Body::empty()).await.unwrap();
+            assert_eq!(answer.status, 200, "{path}");
+        }
+    }
+    // What has a trace of its own, and is sent after them.
+    ask(&program, Method::GET, &"a".repeat(32), None).await;
+    assert!(ended(&mut program).await.success());
+    assert_eq!(collector.spans(&"a".repeat(32), "request").len(), 1);
+    let requests = collector.requests.lock();
+    let resources = requests.iter().flat_map(|request| &request.resource_spans);
+    let scopes = resources.flat_map(|resource| &resource.scope_spans);
+    let names: Vec<_> = scopes.flat_map(|scope| &scope.spans).map(|span| &span.name).collect();
+    assert_eq!(names.iter().filter(|name| **name == "request").count(), 1, "{names:?}");
+}
+
+/// The log has everything that is logged, with secrets in headers, queries and in the environment.
+#[tokio::test]
+async fn log_has_no_secret() {
+    let collector = Collector::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let loud = [
+        ("RUST_LOG", "trace"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20hidden"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "1"),
+    ];
+    let mut program = start(directory.path(), &collector.address, &loud);
+    let trace = "a".repeat(32);
+    ask(&program, Method::PUT, &trace, Some(b"hidden bytes".repeat(1000))).await;
+    for _ in 0..3 {
+        ask(&program, Method::GET, &trace, None).await;
+    }
+    ask(&program, Method::PATCH, &trace, None).await;
+    while collector.requests.lock().is_empty() {
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert!(ended(&mut program).await.success());
+    assert!(!logged(directory.path(), "/objects/a/b").is_empty(), "requests are logged");
+    assert!(!logged(directory.path(), "TRACE").is_empty(), "so is what libraries say");
+    assert_eq!(logged(directory.path(), "hidden"), [""; 0]);
+}
+
+#[tokio::test]
 async fn outage_of_the_collector_is_logged_once() {
     let collector = Collector::start().await;
     collector.refusals.store(3, Ordering::Relaxed);
