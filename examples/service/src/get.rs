@@ -13,14 +13,13 @@ use axum::http::header::{
 };
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use tokio::sync::OwnedSemaphorePermit;
 use vmem::{NamedEntry, VMemHandle};
 
 use crate::attributes::{Attributes, add_validators};
 use crate::conditions::{Verdict, of_read, range};
 use crate::error::ApiError;
+use crate::limits::charged;
 use crate::name::Name;
 use crate::state::App;
 
@@ -67,11 +66,10 @@ async fn copied(
         return Ok(None);
     }
     let kib = part.len().div_ceil(1024) as u32;
-    let Ok(charged) = app.copied.clone().try_acquire_many_owned(kib) else { return Ok(None) };
+    let Ok(slots) = app.copied.clone().try_acquire_many_owned(kib) else { return Ok(None) };
     let mut bytes = vec![0; part.len()];
     app.vmem.read_into(handle, part, &mut bytes).await?;
-    let copied = Copied { bytes, _charged: charged };
-    Ok(Some(Body::from(Bytes::from_owner(copied))))
+    Ok(Some(charged(bytes, slots)))
 }
 
 /// A part as a stream of windows.
@@ -88,18 +86,6 @@ async fn streamed(
         tracing::warn!(%error, name = name.as_str(), "a response was cut off");
     });
     Ok(Body::from_stream(futures::stream::iter(first.map(Ok)).chain(rest)))
-}
-
-/// Bytes that are charged until they have gone.
-struct Copied {
-    bytes: Vec<u8>,
-    _charged: OwnedSemaphorePermit,
-}
-
-impl AsRef<[u8]> for Copied {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
-    }
 }
 
 /// Tells of an object. It costs the same whatever its length.

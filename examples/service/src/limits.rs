@@ -81,8 +81,26 @@ struct Keeping<T> {
     _kept: T,
 }
 
+/// A body of these bytes that keeps something until they have gone. The HTTP layer takes such a
+/// body as a whole, and then has the bytes and no body any more.
+pub(crate) fn charged<T: Send + 'static>(bytes: Vec<u8>, kept: T) -> Body {
+    Body::from(Bytes::from_owner(Charged { bytes, _kept: kept }))
+}
+
+/// Bytes that keep something.
+struct Charged<T> {
+    bytes: Vec<u8>,
+    _kept: T,
+}
+
+impl<T> AsRef<[u8]> for Charged<T> {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
 /// Keeps `kept` until this body has ended.
-pub(crate) fn keeping<T: Send + Unpin + 'static>(body: Body, kept: T) -> Body {
+fn keeping<T: Send + Unpin + 'static>(body: Body, kept: T) -> Body {
     Body::new(Keeping { body, _kept: kept })
 }
 

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::error::ApiError;
-use crate::limits::keeping;
+use crate::limits::charged;
 use crate::routes::wrong_method;
 use crate::state::{App, Shared};
 
@@ -85,8 +85,8 @@ async fn scrape(
     let in_flight = app.limits.max_requests - app.requests.available_permits();
     gauge!(IN_FLIGHT).set(in_flight as f64);
     let headers = [(CONTENT_TYPE, "text/plain; version=0.0.4"), (CACHE_CONTROL, "no-store")];
-    let response = (StatusCode::OK, headers, recorder.render()).into_response();
-    Ok(response.map(|body| keeping(body, slot)))
+    let text = recorder.render().into_bytes();
+    Ok((StatusCode::OK, headers, charged(text, slot)).into_response())
 }
 
 /// Counts a request and its time.

@@ -12,6 +12,7 @@ use vmem::VirtualMemory;
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::limits::Clients;
+use crate::list::LISTED_KIB;
 use crate::metrics::SCRAPES_MAX;
 use crate::pins::Pins;
 
@@ -30,6 +31,8 @@ pub(crate) struct Shared {
     pub(crate) prefetches: Arc<Semaphore>,
     /// KiB of memory for short responses.
     pub(crate) copied: Arc<Semaphore>,
+    /// KiB of memory for listings.
+    pub(crate) listed: Arc<Semaphore>,
     /// Commits read it, and a DELETE on a condition writes it.
     pub(crate) changes: Arc<RwLock<()>>,
     pub(crate) scrapes: Arc<Semaphore>,
@@ -53,6 +56,7 @@ impl Shared {
             prefetches: Arc::new(Semaphore::new(limits.max_prefetches)),
             changes: Arc::default(),
             copied: Arc::new(Semaphore::new((limits.max_copied / 1024) as usize)),
+            listed: Arc::new(Semaphore::new(LISTED_KIB)),
             scrapes: Arc::new(Semaphore::new(SCRAPES_MAX)),
             closing: watch::Sender::new(false),
             is_loopback,

@@ -87,7 +87,7 @@ pub struct Limits {
     /// Of them, those of one address, or of one /64 of IPv6; others get 429. 0 is no limit of its
     /// own, as behind a proxy. Default: 256, a quarter of the default of `max_requests`.
     pub max_requests_per_client: usize,
-    /// Items of one page of a listing. Default: 1,000.
+    /// Items of one page of a listing, which besides has about 1 MiB at most. Default: 1,000.
     pub max_listed: usize,
     /// Headers of a request, in bytes, 8 KiB at least. Default: 32 KiB.
     #[serde(deserialize_with = "size")]

@@ -3,6 +3,7 @@
 use axum::body::Body;
 use axum::http::Method;
 use bytes::Bytes;
+use futures::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -168,6 +169,68 @@ async fn listings_go_on_behind_their_pages() {
         let answer = served.get(&format!("/objects?{query}"), &[]).await;
         expect_error(&answer, 400, "invalid_query");
     }
+    served.stop().await;
+}
+
+/// A thousand items of 5 KiB each were one answer, in memory as a whole for each client.
+#[tokio::test]
+async fn listings_have_a_budget_in_bytes() {
+    const COUNT: usize = 300;
+    let served = Served::start(|_| {}).await;
+    let long = "m".repeat(3990);
+    let put = |n: usize| {
+        let served = &served;
+        let long = &long;
+        async move {
+            let path = format!("/objects/{n:03}");
+            let answer = served.put(&path, &[("x-object-meta-long", long)], b"").await;
+            assert_eq!(answer.status, 201, "{answer:?}");
+        }
+    };
+    futures::stream::iter((0..COUNT).map(put)).buffer_unordered(16).collect::<Vec<_>>().await;
+    let mut names = Vec::new();
+    let mut after = String::new();
+    let mut pages = 0;
+    loop {
+        let answer = served.get(&format!("/objects?start_after={after}"), &[]).await;
+        assert_eq!(answer.header("content-type"), "application/json");
+        assert!(answer.body.len() < (1 << 20) + 2048, "{}", answer.body.len());
+        let page = json(&answer);
+        let objects = page["objects"].as_array().unwrap();
+        assert!(!objects.is_empty());
+        names.extend(objects.iter().map(|object| object["name"].as_str().unwrap().to_owned()));
+        assert!(objects.iter().all(|object| object["metadata"]["long"] == *long));
+        pages += 1;
+        match page["next"].as_str() {
+            Some(next) => after = next.to_owned(),
+            None => break,
+        }
+    }
+    assert_eq!(names, (0..COUNT).map(|n| format!("{n:03}")).collect::<Vec<_>>());
+    assert_eq!(pages, 2);
+
+    // Clients that do not read theirs keep what they take, and no more is made.
+    let get = "GET /objects HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    let mut stalled = Vec::new();
+    let full = async {
+        loop {
+            let mut raw = TcpStream::connect(served.service.local_addr()).await.unwrap();
+            raw.write_all(get.as_bytes()).await.unwrap();
+            let mut status = [0; 12];
+            raw.read_exact(&mut status).await.unwrap();
+            if &status == b"HTTP/1.1 503" {
+                break;
+            }
+            assert_eq!(&status, b"HTTP/1.1 200");
+            stalled.push(raw);
+        }
+    };
+    tokio::time::timeout(crate::limits::BOUND, full).await.expect("there is a budget");
+    assert!(stalled.len() <= 8, "{} pages of 1 MiB", stalled.len());
+    expect_error(&served.get("/objects", &[]).await, 503, "busy");
+    drop(stalled);
+    let free = async { while served.get("/objects", &[]).await.status != 200 {} };
+    tokio::time::timeout(crate::limits::BOUND, free).await.expect("it is given back");
     served.stop().await;
 }
 
