@@ -88,15 +88,14 @@ class Client(threading.Thread):
             self.attempt(step, name)
 
     def attempt(self, step, name):
-        """False if the service broke off."""
+        """What the step returns; None if the service broke off."""
         try:
-            step(name)
-            return True
+            return step(name)
         except (OSError, http.client.HTTPException):
             self.counts["broken off"] += 1
             self.connection = None
             time.sleep(0.05)
-            return False
+            return None
 
     def request(self, method, name, data=None, headers=None, chunked=False):
         address = self.service.address
@@ -155,9 +154,10 @@ class Client(threading.Thread):
             self.wrong.append(f"DELETE {name}: {answer.status}")
 
     def get(self, name):
+        """Whether what came was compared, wrong or not; it is not while the service is busy."""
         answer, got = self.request("GET", name)
         if self.is_busy(answer):
-            return
+            return False
         if answer.status == 404:
             found = ABSENT if ABSENT in self.known[name] else "missing"
         else:
@@ -169,6 +169,7 @@ class Client(threading.Thread):
             # Whatever was not certain is now.
             self.known[name] = [found]
             self.counts["compared"] += 1
+        return True
 
     def get_range(self, name):
         known = self.known[name]
@@ -217,14 +218,14 @@ def main():
         for client in clients:
             for name in client.known:
                 if not any(client.attempt(client.get, name) for _ in range(20)):
-                    client.wrong.append(f"GET {name}: no answer")
+                    client.wrong.append(f"GET {name}: nothing to compare came")
         code = service.stop()
     wrong = [line for client in clients for line in client.wrong]
     counts = {key: sum(client.counts[key] for client in clients) for key in clients[0].counts}
     print(", ".join(f"{value} {key}" for key, value in counts.items()))
     print(f"{chosen.kills + 1} kills, {len(wrong)} wrong or lost, {stuck} stuck, the service ended with {code}")
     print("\n".join(wrong[:20]))
-    is_fine = not wrong and not stuck and code == 0 and counts["compared"] > 0
+    is_fine = not wrong and not stuck and code == 0 and counts["acknowledged"] > 0 and counts["compared"] > 0
     sys.exit(0 if is_fine else 1)
 
 
