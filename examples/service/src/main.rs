@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Parser;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
@@ -52,18 +52,27 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tracing_subscriber::registry().with(otel.as_ref().map(Otel::layer)).with(log).init();
     let mut terminated = signal(SignalKind::terminate())?;
     let mut interrupted = signal(SignalKind::interrupt())?;
+    let mut stopped = async || {
+        tokio::select! {
+            _ = terminated.recv() => {}
+            _ = interrupted.recv() => {}
+        }
+    };
     let service = Service::start(config, |_| axum::Router::new()).await?;
     println!("listening on http://{}", service.local_addr());
+    stopped().await;
+    tracing::info!("shutting down; a second signal ends it at once");
+    let ending = async {
+        let closed = service.shutdown().await.context("closing the store");
+        if let Some(otel) = otel {
+            otel.end().await;
+        }
+        closed
+    };
     tokio::select! {
-        _ = terminated.recv() => {}
-        _ = interrupted.recv() => {}
+        closed = ending => closed?,
+        () = stopped() => bail!("a second signal: what was not acknowledged may not be durable"),
     }
-    tracing::info!("shutting down");
-    let closed = service.shutdown().await.context("closing the store");
-    if let Some(otel) = otel {
-        otel.end().await;
-    }
-    closed?;
     tracing::info!("all is durable");
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! Invariant: what the service acknowledged is there for the next process, whole. Ten kills by
 //! default; `VMEM_KILLS=100` for more.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use rand::rngs::SmallRng;
@@ -67,6 +68,39 @@ async fn shutdown_cuts_off_requests_at_its_deadline() {
     let served = Served::over(config(directory.path())).await;
     assert_eq!(served.get("/objects/slow", &[]).await.status, 404);
     served.stop().await;
+}
+
+/// A drain is as long as its requests, and the second signal was not looked at.
+#[tokio::test(flavor = "multi_thread")]
+async fn second_signal_ends_a_drain_at_once() {
+    for second in [Signal::TERM, Signal::INT] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut program = Program::with(directory.path(), |command| {
+            // Far longer than a test may take.
+            command.env("VMEM_SERVICE_LIMITS__DRAIN_TIMEOUT", "100000s").stderr(Stdio::null());
+        });
+        let address = program.base.strip_prefix("http://").unwrap().to_owned();
+        let mut raw = TcpStream::connect(&address).await.unwrap();
+        let put = "PUT /objects/slow HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n";
+        raw.write_all(format!("{put}content-length: 9\r\n\r\n").as_bytes()).await.unwrap();
+        raw.read_exact(&mut [0; 25]).await.unwrap();
+        program.signal(Signal::TERM);
+        while TcpStream::connect(&address).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(program.child.try_wait().unwrap(), None, "it waits for the request");
+        program.signal(second);
+        let ended = async {
+            loop {
+                if let Some(status) = program.child.try_wait().unwrap() {
+                    break status;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let status = tokio::time::timeout(crate::limits::BOUND, ended).await.expect("it ends");
+        assert_eq!(status.code(), Some(1));
+    }
 }
 
 fn workers(base: &str, count: usize, seed: u64) -> Vec<Worker> {
