@@ -12,7 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
-use vmem_service::{Config, ENV_FILE, Otel, Service};
+use vmem_service::{Config, ENV_FILE, ENV_PREFIX, Otel, Service};
 
 /// An object service over vmem.
 ///
@@ -31,9 +31,7 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    let variables = std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-    let config = Config::read(arguments.config.as_deref(), variables)?;
+    let config = Config::read(arguments.config.as_deref(), variables()?)?;
     if arguments.check_config {
         print!("{}", config.to_toml()?);
         return Ok(());
@@ -43,6 +41,25 @@ fn main() -> anyhow::Result<()> {
     // The name of a collector may still be looked up, which nothing can end.
     runtime.shutdown_background();
     served
+}
+
+/// The variables of the environment.
+///
+/// # Errors
+///
+/// If one of ours is no text: it would be as if it were not set.
+fn variables() -> anyhow::Result<Vec<(String, String)>> {
+    let mut variables = Vec::new();
+    for (name, value) in std::env::vars_os() {
+        let is_ours = name.as_encoded_bytes().starts_with(ENV_PREFIX.as_bytes());
+        match (name.into_string(), value.into_string()) {
+            (Ok(name), Ok(value)) => variables.push((name, value)),
+            (Ok(name), Err(_)) if is_ours => bail!("{name}: its value is not UTF-8"),
+            (Err(name), _) if is_ours => bail!("{}: it is not UTF-8", name.display()),
+            _ => {}
+        }
+    }
+    Ok(variables)
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {

@@ -1,5 +1,6 @@
 //! The file, the environment, and what is refused.
 
+use std::os::unix::ffi::OsStrExt;
 use std::process::Command;
 use std::time::Duration;
 
@@ -144,6 +145,13 @@ fn check_config_prints_the_effective_values() {
     for line in ["max_pins = 17", "disk_path = \"/a/b\"", "listen = \"127.0.0.1:8080\""] {
         assert!(text.lines().any(|found| found == line), "{text}");
     }
+    // What is no text was dropped, and the default served in its place.
+    let no_text = std::ffi::OsStr::from_bytes(b"\xff");
+    let output = program.env("VMEM_SERVICE_LIMITS__MAX_OBJECT", no_text).output().unwrap();
+    assert!(!output.status.success());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("VMEM_SERVICE_LIMITS__MAX_OBJECT: its value is not UTF-8"), "{stderr}");
+    program.env_remove("VMEM_SERVICE_LIMITS__MAX_OBJECT");
     let output = program.env("VMEM_SERVICE_LIMITS__MAX_PIN", "x").output().unwrap();
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("VMEM_SERVICE_LIMITS__MAX_PIN"));
