@@ -1,13 +1,13 @@
 //! How many requests are served at once.
 //!
-//! Invariant: a request counts from its headers to the end of its response's body, so that clients
-//! that do not read count too. Called by `routes`.
+//! Invariant: a request counts from its headers until the last byte of its response has gone to the
+//! kernel, so that clients that do not read count too. Called by `routes`.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use axum::body::{Body, HttpBody};
 use axum::extract::{Request, State};
@@ -75,36 +75,36 @@ impl Drop for Counted {
 /// What a request counts as.
 type Slots = (OwnedSemaphorePermit, Option<Counted>);
 
-/// A body that keeps something, such as what its request counts as, until it has ended.
+/// A body that keeps something, such as what its request counts as, until its bytes have gone.
 struct Keeping<T> {
     body: Body,
-    _kept: T,
+    kept: Arc<T>,
 }
 
-/// A body of these bytes that keeps something until they have gone. The HTTP layer takes such a
-/// body as a whole, and then has the bytes and no body any more.
+/// A body of these bytes that keeps something until they have gone. The HTTP layer takes what is
+/// short as a whole, and then has the bytes and no body any more.
 pub(crate) fn charged<T: Send + 'static>(bytes: Vec<u8>, kept: T) -> Body {
     Body::from(Bytes::from_owner(Charged { bytes, _kept: kept }))
 }
 
 /// Bytes that keep something.
-struct Charged<T> {
-    bytes: Vec<u8>,
+struct Charged<B, T> {
+    bytes: B,
     _kept: T,
 }
 
-impl<T> AsRef<[u8]> for Charged<T> {
+impl<B: AsRef<[u8]>, T> AsRef<[u8]> for Charged<B, T> {
     fn as_ref(&self) -> &[u8] {
-        &self.bytes
+        self.bytes.as_ref()
     }
 }
 
-/// Keeps `kept` until this body has ended.
-fn keeping<T: Send + Unpin + 'static>(body: Body, kept: T) -> Body {
-    Body::new(Keeping { body, _kept: kept })
+/// Keeps `kept` until this body has ended and all of its bytes have gone.
+fn keeping<T: Send + Sync + 'static>(body: Body, kept: T) -> Body {
+    Body::new(Keeping { body, kept: Arc::new(kept) })
 }
 
-impl<T: Unpin> HttpBody for Keeping<T> {
+impl<T: Send + Sync + 'static> HttpBody for Keeping<T> {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -112,7 +112,9 @@ impl<T: Unpin> HttpBody for Keeping<T> {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        let next = ready!(Pin::new(&mut self.body).poll_frame(context));
+        let charge = |bytes| Bytes::from_owner(Charged { bytes, _kept: self.kept.clone() });
+        Poll::Ready(next.map(|frame| frame.map(|frame| frame.map_data(charge))))
     }
 
     fn is_end_stream(&self) -> bool {

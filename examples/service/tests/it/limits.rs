@@ -326,6 +326,31 @@ async fn client_that_does_not_read_gives_its_place_back() {
     served.stop().await;
 }
 
+/// The HTTP layer takes a short response as a whole, and its place was free while it waited there.
+#[tokio::test]
+async fn client_that_does_not_read_a_short_response_has_a_place() {
+    let served = Served::start(|config| {
+        config.limits.max_requests = 1;
+        config.limits.send_buffer = 4096;
+        config.limits.write_timeout = Duration::from_secs(100_000);
+    })
+    .await;
+    served.stored("/objects/short", &vec![1; 256 << 10]).await;
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut stalled = socket.connect(served.service.local_addr()).await.unwrap();
+    let get = "GET /objects/short HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+    stalled.write_all(get.as_bytes()).await.unwrap();
+    stalled.read_exact(&mut [0; 12]).await.unwrap();
+    for _ in 0..20 {
+        expect_error(&served.get("/objects", &[]).await, 503, "busy");
+    }
+    rest(stalled).await;
+    let free = async { while served.get("/objects", &[]).await.status != 200 {} };
+    timeout(BOUND, free).await.expect("the place is free again");
+    served.stop().await;
+}
+
 #[tokio::test]
 async fn clients_that_do_not_read_keep_nothing_from_others() {
     let served = Served::start(|_| {}).await;
