@@ -294,7 +294,8 @@ async fn gathers_behind_a_kernel_do_not_fill_the_launch_queue() {
     let mut buffers: Vec<_> = (0..100).map(|_| buffer(&stream, COUNT * KIB)).collect();
     let held = buffer(&stream, KIB);
     let at = held.device_ptr(&stream).0;
-    emulator.queue_max(700);
+    // As CUDA has it. Each gather has some events on the stream besides.
+    emulator.queue_max(1000);
     emulator.hold(Kind::Kernel);
     launch("vmem_fill", at, held.len() as u64, 9, &stream);
     let targets: Vec<_> = buffers.iter_mut().map(DeviceTarget::from_slice).collect();
@@ -337,6 +338,7 @@ async fn more_launches_than_tables_go_other_ways() {
     let streams: Vec<_> = (0..4).map(|_| stream()).collect();
     let mut buffers: Vec<_> = (0..100).map(|n| buffer(&streams[n % 4], COUNT * KIB)).collect();
     emulator.hold(Kind::Up);
+    emulator.hold(Kind::Kernel);
     let pieces: Vec<_> =
         handles.iter().enumerate().map(|(n, handle)| (handle, 0..512, n * KIB)).collect();
     for round in 0..2 {
@@ -352,7 +354,9 @@ async fn more_launches_than_tables_go_other_ways() {
         if round == 0 {
             let kernels = emulator.calls("cuLaunchKernel") - kernels;
             let batches = emulator.calls("cuMemcpyBatchAsync") - batches;
-            assert_eq!((kernels, batches), (64, 36), "88 tables, 24 of which are for lanes");
+            // 88 tables, 24 of which are for lanes. Of the other gathers six fit into the rest of
+            // each stream's 512 places.
+            assert_eq!((kernels, batches), (64, 24));
             emulator.release_all();
             try_join_all(gathers).await.unwrap();
         } else {
