@@ -38,6 +38,7 @@ async fn load(vmem: VirtualMemory) {
     for n in 0..64_u8 {
         handles.push(vmem.put(vec![n; LEN], MemoryTier::Host).await.unwrap());
     }
+    let _pin = vmem.pin(&handles[0], MemoryTier::Host).await.unwrap();
     for round in 0_usize.. {
         let promoted = ReadOptions::new().promote(true);
         let handle = &handles[round * 7 % handles.len()];

@@ -110,7 +110,7 @@ const check_view = async (browser, view) => {
   expect(view, "latencies are shown", later.latency >= 2);
   expect(view, "migrations are shown", later.moves > 0);
   expect(view, "who keeps what is shown", later.holders > 0);
-  expect(view, `a verdict: ${later.verdict}`, /reads under way|wait for space|No read waits/.test(later.verdict));
+  expect(view, `a verdict: ${later.verdict}`, /reads under way|waits? for space|no read waits/i.test(later.verdict));
   await check_causes(page, view);
   expect(view, "the picture changes", !picture.equals(await page.screenshot()));
 
