@@ -3,10 +3,9 @@
 //!
 //! Invariant: each is counted. A storm leaves one event a second for each kind, tier and store, and
 //! one place in the list, with the number of those before it that were left out; the list has at
-//! most `KEPT_MAX`. Nothing here is called by a hit. Called by the queues, by what refuses
+//! most `KEPT_MAX` of each kind. Nothing here is called by a hit. Called by the queues, by what refuses
 //! requests, by the transfers, and by the records of migrations.
 
-use std::collections::VecDeque;
 use std::error::Error;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,8 +20,8 @@ use crate::locks::{self, Lock};
 use crate::memory_tier::MemoryTier;
 use crate::stats::TierStats;
 
-/// Incidents that a tier remembers.
-const KEPT_MAX: usize = 16;
+/// Incidents of each kind that a tier remembers.
+const KEPT_MAX: usize = 8;
 /// How far apart events of one kind are.
 const EVERY: Duration = Duration::from_secs(1);
 
@@ -141,7 +140,7 @@ pub(crate) struct Notices {
     tier: MemoryTier,
     pressure: Throttle,
     kinds: [OfKind; IncidentKind::ALL.len()],
-    last: Lock<VecDeque<Incident>, { locks::SLOW }>,
+    last: Lock<Vec<Incident>, { locks::SLOW }>,
 }
 
 impl Notices {
@@ -151,7 +150,7 @@ impl Notices {
             tier,
             pressure: Throttle::new(),
             kinds: IncidentKind::ALL.map(of_kind),
-            last: Lock::new(VecDeque::new()),
+            last: Lock::new(Vec::new()),
         }
     }
 
@@ -165,16 +164,19 @@ impl Notices {
         let error = error.to_string();
         let incident = Incident { tier: self.tier, kind, handle, error, left_out, at };
         let mut last = self.last.lock();
-        if last.len() == KEPT_MAX {
-            last.pop_front();
+        let is_of_kind = |incident: &Incident| incident.kind == kind;
+        if last.iter().filter(|incident| is_of_kind(incident)).count() == KEPT_MAX {
+            // So a storm of one kind takes the place of no other.
+            let oldest = last.iter().position(is_of_kind);
+            oldest.map(|oldest| last.remove(oldest));
         }
-        last.push_back(incident);
+        last.push(incident);
         Some(left_out)
     }
 
     /// The last incidents, the newest last.
     pub(crate) fn incidents(&self) -> Vec<Incident> {
-        self.last.lock().iter().cloned().collect()
+        self.last.lock().clone()
     }
 
     /// How many there were, as figures of the tier.

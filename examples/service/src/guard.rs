@@ -42,8 +42,9 @@ pub(crate) async fn refuse(request: Request, next: Next) -> Response {
 
 /// Refuses names that are not of this machine, and not configured, on a loopback address.
 pub(crate) async fn own_names(State(app): State<App>, request: Request, next: Next) -> Response {
-    let host = request.headers().get(HOST).and_then(|host| host.to_str().ok());
-    if !app.is_loopback || host.is_some_and(|host| app.is_own_name(host)) {
+    // Programs of HTTP/1.0 name no host; a page always does.
+    let Some(host) = request.headers().get(HOST) else { return next.run(request).await };
+    if !app.is_loopback || host.to_str().is_ok_and(|host| app.is_own_name(host)) {
         return next.run(request).await;
     }
     vmem_dashboard::local_names(request, next).await

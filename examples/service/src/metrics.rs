@@ -19,6 +19,7 @@ use metrics::{Unit, counter, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tokio::sync::watch;
 use tokio::time::timeout;
+use vmem::VirtualMemory;
 
 use crate::error::ApiError;
 use crate::limits::charged;
@@ -60,9 +61,15 @@ pub(crate) fn recorder() -> anyhow::Result<PrometheusHandle> {
     Ok(installed.insert(handle).clone())
 }
 
-/// Keeps the memory of histograms bounded until the service is about to end.
-pub(crate) async fn upkeep(recorder: PrometheusHandle, mut closing: watch::Receiver<bool>) {
+/// Keeps the memory of histograms bounded until the service is about to end, and what is left to
+/// publish small, though nobody scrapes.
+pub(crate) async fn upkeep(
+    vmem: VirtualMemory,
+    recorder: PrometheusHandle,
+    mut closing: watch::Receiver<bool>,
+) {
     while timeout(UPKEEP, closing.wait_for(|closes| *closes)).await.is_err() {
+        vmem.publish_metrics();
         recorder.run_upkeep();
     }
 }

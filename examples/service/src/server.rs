@@ -73,7 +73,7 @@ impl Service {
             .merge(metrics::router(app.clone(), recorder.clone()))
             .merge(dashboard::router(&app, config.dashboard));
         let router = router(app.clone(), mounted);
-        tokio::spawn(metrics::upkeep(recorder, app.closing()));
+        tokio::spawn(metrics::upkeep(app.vmem.clone(), recorder, app.closing()));
         let accepting = tokio::spawn(accept(listener, router, app.clone()));
         tracing::info!(%address, "ready");
         Ok(Service { address, app, accepting })

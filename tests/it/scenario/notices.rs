@@ -56,9 +56,8 @@ async fn pressure_and_refusal_leave_an_event_a_second() {
     let refusal = only(&seen, "vmem::refusal", Level::WARN, HOST);
     assert!(refusal.fields.text("error").contains("held by readers"), "{refusal:?}");
     assert_eq!(refusal.fields.number("left_out"), 0);
-    // All are counted, and one is in the list.
-    let refused = first.iter().filter(|read| read.is_err()).count() as u64;
-    assert!(vmem.tier_stats(HOST).refusals >= 1 && refused == 50, "{:?}", vmem.tier_stats(HOST));
+    // One of them is in the list.
+    let counted = vmem.tier_stats(HOST).refusals;
     let incidents = vmem.incidents();
     assert_eq!(incidents.len(), 1, "{incidents:?}");
     assert_eq!((incidents[0].kind, incidents[0].tier), (IncidentKind::Refusal, HOST));
@@ -68,6 +67,8 @@ async fn pressure_and_refusal_leave_an_event_a_second() {
     for _ in 0..20 {
         vmem.read(&handles[2]).await.unwrap_err();
     }
+    // All are counted, those without an event too.
+    assert!(vmem.tier_stats(HOST).refusals >= counted + 20, "{:?}", vmem.tier_stats(HOST));
     let refusals = seen.events("vmem::refusal");
     assert!((2..=4).contains(&refusals.len()), "one a second: {refusals:?}");
     assert!(refusals[1].fields.number("left_out") >= 5, "{refusals:?}");

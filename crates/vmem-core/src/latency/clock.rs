@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 use tokio::time::Instant;
-use tracing::Span;
+use tracing::{Id, Span};
 
 use super::{Latencies, ReadStage, ReadTimes};
 use crate::console;
@@ -54,10 +54,12 @@ struct State {
     /// The tier that serves it, once that is known.
     tier: Option<MemoryTier>,
     joined: bool,
-    /// The spans of reads that have joined this one; only those that a subscriber wants.
-    followers: SmallVec<[Span; 1]>,
-    /// The span of the migration that runs for it.
-    moving: Option<Span>,
+    /// The spans of reads that have joined it, with the objects for which they did; only those that
+    /// a subscriber wants.
+    followers: SmallVec<[(u64, Id); 1]>,
+    /// The spans of the migrations that run for it, with their objects. Shared, so that no
+    /// subscriber is called under the lock.
+    moving: SmallVec<[(u64, Arc<Span>); 1]>,
 }
 
 impl State {
@@ -100,7 +102,7 @@ impl StageClock {
             tier: None,
             joined: false,
             followers: SmallVec::new(),
-            moving: None,
+            moving: SmallVec::new(),
         };
         latencies.shift((ReadStage::Runtime, 0), (ReadStage::Runtime, 1));
         let row = console::Read::start(&latencies.row, title);
@@ -166,29 +168,34 @@ pub(crate) fn span_of_read() -> Option<Span> {
     current().map(|clock| clock.span.clone())
 }
 
-/// A migration with this span has begun for the read that runs this: it follows from all that have
-/// joined the read, and from those that will while it runs.
-pub(crate) fn moves_under(span: &Span) -> Option<Moving> {
+/// A migration of this object, with this span, has begun for the read that runs this: it follows
+/// from all that have joined the read for that object, and from those that will while it runs.
+pub(crate) fn moves_under(object: u64, span: &Span) -> Option<Moving> {
     let clock = current().filter(|_| !span.is_disabled())?;
+    let shared = Arc::new(span.clone());
     let mut state = clock.state.lock();
-    state.moving = Some(span.clone());
-    let followers = state.followers.clone();
+    state.moving.push((object, shared.clone()));
+    let of_object = state.followers.iter().filter(|(joined, _)| *joined == object);
+    let followers: SmallVec<[Id; 1]> = of_object.map(|(_, id)| id.clone()).collect();
     drop(state);
-    for follower in &followers {
+    let moving = Moving { clock, span: shared };
+    for follower in followers {
         span.follows_from(follower);
     }
-    Some(Moving(clock))
+    Some(moving)
 }
 
 /// A migration that runs for a read, until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Moving(Arc<StageClock>);
+pub(crate) struct Moving {
+    clock: Arc<StageClock>,
+    span: Arc<Span>,
+}
 
 impl Drop for Moving {
     fn drop(&mut self) {
-        // The last handle of a span tells its subscriber, under which nothing is locked.
-        let span = self.0.state.lock().moving.take();
-        drop(span);
+        let mut state = self.clock.state.lock();
+        state.moving.retain(|(_, moving)| !Arc::ptr_eq(moving, &self.span));
     }
 }
 
@@ -225,8 +232,9 @@ pub(crate) struct Following {
     before: [Duration; ENTERED],
 }
 
-/// The read that runs this joins the fetch that `other` measures. None if it is its own.
-pub(crate) fn follow(other: Option<&Arc<StageClock>>) -> Option<Following> {
+/// The read that runs this joins the fetch of this object that `other` measures. None if it is its
+/// own.
+pub(crate) fn follow(object: u64, other: Option<&Arc<StageClock>>) -> Option<Following> {
     let other = other?.clone();
     let own = current().filter(|own| !Arc::ptr_eq(own, &other))?;
     own.span.follows_from(&other.span);
@@ -236,13 +244,14 @@ pub(crate) fn follow(other: Option<&Arc<StageClock>>) -> Option<Following> {
         state.readers += 1;
         state.spent
     });
-    if !own.span.is_disabled() {
+    if let Some(id) = own.span.id() {
         let mut state = other.state.lock();
-        state.followers.push(own.span.clone());
-        let moving = state.moving.clone();
+        state.followers.push((object, id.clone()));
+        let moving = state.moving.iter().find(|(moved, _)| *moved == object);
+        let moving = moving.map(|(_, span)| span.clone());
         drop(state);
         if let Some(moving) = moving {
-            moving.follows_from(&own.span);
+            moving.follows_from(id);
         }
     }
     Some(Following { own, other, before })
@@ -254,12 +263,10 @@ impl Drop for Following {
             state.readers -= 1;
             (state.spent, state.tier)
         });
-        if !self.own.span.is_disabled() {
+        if let Some(id) = self.own.span.id() {
             let mut state = self.other.state.lock();
-            let at = state.followers.iter().position(|span| span.id() == self.own.span.id());
-            let gone = at.map(|at| state.followers.swap_remove(at));
-            drop(state);
-            drop(gone);
+            let at = state.followers.iter().position(|(_, follower)| *follower == id);
+            at.map(|at| state.followers.swap_remove(at));
         }
         self.own.change(|state| {
             state.readers += 1;

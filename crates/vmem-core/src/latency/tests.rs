@@ -66,14 +66,14 @@ async fn follower_gets_the_times_since_it_joined() {
     let first = StageClock::start(&all, Span::none(), String::new);
     let io = on_clock(Some(first.clone()), async {
         served_by(MemoryTier::Disk);
-        assert!(follow(Some(&first)).is_none(), "a read does not follow itself");
+        assert!(follow(1, Some(&first)).is_none(), "a read does not follow itself");
         enter(ReadStage::Io)
     })
     .await;
     advance(ms(30)).await;
     let second = StageClock::start(&all, Span::none(), String::new);
     on_clock(Some(second.clone()), async {
-        let following = follow(Some(&first));
+        let following = follow(1, Some(&first));
         assert!(following.is_some());
         assert_eq!(all.in_stage(ReadStage::Io), 2, "both are where the fetch is");
         advance(ms(5)).await;

@@ -45,7 +45,8 @@ pub(crate) use load::load;
 pub(crate) use part::{Copied, Piece, read_part, read_piece};
 pub(crate) use relocate::relocate;
 pub(crate) use request::{
-    Move, PrefetchEnd, refresh_below, request_fetch, request_finish, request_move, request_prefetch,
+    Move, PrefetchEnd, refresh_below, request_fetch, request_finish, request_move,
+    request_move_behind, request_prefetch,
 };
 pub(crate) use set::read_set;
 pub(crate) use settle::settle;
@@ -162,7 +163,7 @@ impl<'a> Record<'a> {
             copied_us = tracing::field::Empty,
         );
         span.follows_from(&asker);
-        let moving = latency::moves_under(&span);
+        let moving = latency::moves_under(handle, &span);
         let event = MigrationEvent {
             handle,
             from,

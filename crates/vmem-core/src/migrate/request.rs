@@ -99,13 +99,25 @@ pub(crate) fn request_move(
     deadline: Deadline,
     reply: Delivery<Result<()>>,
 ) {
+    let work = asker::awaited(serve_move(object.clone(), what, deadline, reply));
+    send_move(object, what, work);
+}
+
+/// The same, and nobody waits for its end.
+pub(crate) fn request_move_behind(object: &Arc<Object>, what: Move) {
+    let (reply, _nobody_waits) = parcel();
+    let deadline = object.shared.deadline();
+    let work = asker::detached(serve_move(object.clone(), what, deadline, reply));
+    send_move(object, what, work);
+}
+
+fn send_move(object: &Arc<Object>, what: Move, work: impl Future<Output = ()> + Send + 'static) {
     let name = match what {
         Move::ToHost | Move::ToDevice(_) | Move::Refresh(_) | Move::PromoteTo(_) => "vmem-promote",
         Move::OffDevices | Move::DemoteTo(_) => "vmem-demote",
         Move::Flush | Move::WriteBack => "vmem-flush",
         Move::Revert => "vmem-revert",
     };
-    let work = asker::awaited(serve_move(object.clone(), what, deadline, reply));
     object.shared.request(Request::new(name, Line::Demand, work));
 }
 
@@ -158,9 +170,7 @@ async fn write_back_one(object: &Arc<Object>, deadline: &Deadline) -> Result<()>
 /// change has put it into a slower one.
 pub(crate) fn refresh_below(object: &Arc<Object>) {
     if let Some(level) = object.level_to_refresh() {
-        let (reply, _nobody_waits) = parcel();
-        let what = Move::Refresh(MemoryTier::of_level(level));
-        request_move(object, what, object.shared.deadline(), reply);
+        request_move_behind(object, Move::Refresh(MemoryTier::of_level(level)));
     }
 }
 

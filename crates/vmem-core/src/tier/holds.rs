@@ -153,7 +153,7 @@ impl Holds {
     pub(crate) fn add(&self, object: u64, hold: Hold, footprint: u64) {
         let mut objects = self.objects.lock();
         let held = objects.entry(object).or_insert(Listed { hold, footprint, times: 0 });
-        held.times += 1;
+        (held.hold, held.times) = (hold, held.times + 1);
     }
 
     /// The last hold of this object has gone; before it is uncharged.

@@ -176,7 +176,7 @@ impl Drop for VramChange {
         object.lose_version(&pass, device);
         drop(pass);
         // Others may hold it there, or it lives there.
-        refresh(&object.shared, &object);
+        refresh(&object);
     }
 }
 

@@ -156,7 +156,7 @@ impl VirtualMemory {
             request_fetch(job, flight.downgrade(), reply);
         }
         let late = || how.deadline.error("reading from a slower tier");
-        let _following = latency::follow(flight.clock());
+        let _following = latency::follow(object.id, flight.clock());
         let again = match how.deadline.bound_answer(flight.share()).await {
             // It was asked for with an earlier deadline, or with another way to go.
             Ok(Ok(Err(

@@ -19,7 +19,9 @@ use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::{MemoryTier, Position};
-use crate::migrate::{self, Move, PrefetchEnd, refresh_below, request_move, request_prefetch};
+use crate::migrate::{
+    self, Move, PrefetchEnd, refresh_below, request_move, request_move_behind, request_prefetch,
+};
 use crate::object::{Object, Shared};
 use crate::parcel::parcel;
 use crate::tier::Hold;
@@ -222,20 +224,18 @@ impl VirtualMemory {
 
     /// Promotes an object to its home device, or where it is held, again, in the background.
     pub(super) fn bring_home(&self, object: &Arc<Object>) {
-        refresh(&self.shared, object);
+        refresh(object);
     }
 }
 
 /// Promotes an object to its home device, and where it is held, in the background.
-pub(super) fn refresh(shared: &Arc<Shared>, object: &Arc<Object>) {
+pub(super) fn refresh(object: &Arc<Object>) {
     if object.len == 0 {
         return;
     }
     refresh_below(object);
     for device in object.devices_to_refresh() {
-        let (reply, _nobody_waits) = parcel();
-        let tier = MemoryTier::of_device(device as u8);
-        request_move(object, Move::Refresh(tier), shared.deadline(), reply);
+        request_move_behind(object, Move::Refresh(MemoryTier::of_device(device as u8)));
     }
 }
 

@@ -15,7 +15,9 @@ use crate::totals::MigrationStats;
 
 impl VirtualMemory {
     /// Publishes the current figures to the recorder of the `metrics` crate; for a service to call
-    /// when it is scraped, or every few seconds where metrics are pushed. Times are exact to 1/64.
+    /// when it is scraped, and every few seconds besides, where nobody may scrape or metrics are
+    /// pushed: each time that a read or a migration took is handed over once, by the first call
+    /// after it, so a call takes longer the more there were. Times are exact to 1/64.
     ///
     /// The metrics are those of [`metrics::ALL`](crate::metrics::ALL). They have no label for the
     /// store: of several in one process, one publishes.

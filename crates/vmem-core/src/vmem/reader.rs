@@ -24,8 +24,7 @@ use crate::chunk::{CHUNK_BYTES, chunks_of};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::latency::ReadOp;
-use crate::migrate::{Filled, Move, Source, fill_window, request_move};
-use crate::parcel::parcel;
+use crate::migrate::{Filled, Move, Source, fill_window, request_move_behind};
 use crate::windows::Window;
 
 /// What a reader asks the reserve for at a time, in bytes, unless the caller says otherwise.
@@ -292,8 +291,7 @@ impl ObjectReader {
         let promotes = self.vmem.miss(object, fresh) && fresh > 0;
         if promotes && !self.asked_to_promote && self.vmem.shared.fits_host(object.len) {
             self.asked_to_promote = true;
-            let (reply, _nobody_waits) = parcel();
-            request_move(object, Move::ToHost, self.vmem.shared.deadline(), reply);
+            request_move_behind(object, Move::ToHost);
         }
     }
 

@@ -112,6 +112,10 @@ fn is_within(beside: &Report, ratio: f64, max: f64) -> bool {
         println!("NOT MEASURED: the service had cut off clients that do not read");
         return false;
     }
+    if ratio == 0.0 {
+        println!("NOT MEASURED: no read sent bytes");
+        return false;
+    }
     if ratio > max {
         println!("TOO SLOW: {ratio:.2} is more than {max}");
     }

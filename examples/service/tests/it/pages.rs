@@ -102,6 +102,7 @@ async fn requests_without_one_host_are_refused() {
         ("host: local host\r\n", "1.1", 400),
         ("host: localhost\r\n", "1.1", 200),
         ("host: localhost\r\n", "1.0", 200),
+        ("", "1.0", 200),
     ] {
         let text = format!("GET /healthz HTTP/{version}\r\n{hosts}connection: close\r\n\r\n");
         let answer = answer(&served, &text).await;
