@@ -3,8 +3,8 @@
 //!
 //! Invariant: each is counted. A storm leaves one event a second for each kind, tier and store, and
 //! one place in the list, with the number of those before it that were left out; the list has at
-//! most `KEPT_MAX` of each kind. Nothing here is called by a hit. Called by the queues, by what refuses
-//! requests, by the transfers, and by the records of migrations.
+//! most `KEPT_MAX` of each kind. Nothing here is called by a hit. Called by the queues, by what
+//! refuses requests, by the transfers, and by the records of migrations.
 
 use std::error::Error;
 use std::fmt;

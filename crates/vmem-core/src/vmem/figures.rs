@@ -57,8 +57,8 @@ impl VirtualMemory {
         self.shared.events.listen()
     }
 
-    /// What went wrong lately, the newest first: at most eight of each kind and tier, and of a storm one a
-    /// second of each kind. [`tier_stats`](Self::tier_stats) has how many there were.
+    /// What went wrong lately, the newest first: at most eight of each kind and tier, and of a
+    /// storm one a second of each kind. [`tier_stats`](Self::tier_stats) has how many there were.
     ///
     /// ```
     /// # use vmem::{MemoryTier, VirtualMemoryConfig};
