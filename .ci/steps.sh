@@ -103,7 +103,7 @@ step nightly "build the example service" cargo build --release --package vmem-se
 # What a service promises of clients that do not read: the others are served nearly as before.
 step nightly "example service: a minute of clients, and 400 that do not read" bounded 1800 env VMEM_BUILT="$built/release" \
     examples/service/load.sh --seconds 60 --stalled 400 --rounds 7 --max-ratio 2
-# Builds everything with that flag, where `full` has a check alone.
+# Builds the tests of it with that flag, where `full` builds the program alone.
 step nightly "what tokio-console is sent" ran_some env RUSTFLAGS="--cfg tokio_unstable" \
     CARGO_TARGET_DIR="$built/unstable" cargo test -p vmem-console --test wire
 step nightly "macOS compiles" needs macos-target env CARGO_TARGET_DIR="$built/macos" RUSTFLAGS=-Dwarnings \

@@ -32,11 +32,6 @@ pub(crate) fn awaited<F: Future>(work: F) -> impl Future<Output = F::Output> {
     ASKER.scope(current(), work)
 }
 
-/// `work`, for a task that nobody waits for, and that has no span of its own.
-pub(crate) fn detached<F: Future>(work: F) -> impl Future<Output = F::Output> {
-    ASKER.scope(None, work)
-}
-
 /// `work`, for the task of a prefetch that is asked for here.
 pub(crate) fn prefetch<F: Future>(
     objects: usize,

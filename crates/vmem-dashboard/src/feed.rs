@@ -43,7 +43,7 @@ impl Feed {
     pub(crate) fn snapshot(&self) -> String {
         let stats = self.vmem.stats();
         let now = histograms(&self.vmem, &stats);
-        json(&Snapshot::of(&self.vmem, &stats, &now, None, None))
+        json(&Snapshot::of(&self.vmem, &stats, &now, None, Vec::new()))
     }
 
     /// Snapshots from now on; `None` if too many listen.
@@ -86,7 +86,7 @@ impl Feed {
         let stats = self.vmem.stats();
         let now = histograms(&self.vmem, &stats);
         let moved = moves.since(&stats);
-        let snapshot = Snapshot::of(&self.vmem, &stats, &now, before.front(), Some(moved));
+        let snapshot = Snapshot::of(&self.vmem, &stats, &now, before.front(), moved);
         before.push_back(now);
         if before.len() > RECENT {
             before.pop_front();

@@ -230,7 +230,7 @@ impl Snapshot {
         stats: &VirtualMemoryStats,
         now: &Histograms,
         earlier: Option<&Histograms>,
-        moved: Option<Vec<Moved>>,
+        migrations: Vec<Moved>,
     ) -> Self {
         let recent = |tier: MemoryTier, all: &LatencySnapshot| {
             let before = earlier.and_then(|all| all.iter().find(|(one, _)| *one == tier));
@@ -245,7 +245,7 @@ impl Snapshot {
             at_ms: millis(SystemTime::now()),
             tiers: tiers(vmem).map(|tier| tier_of(tier, &vmem.tier_stats(tier))).collect(),
             links: links(stats),
-            migrations: moved.unwrap_or_default(),
+            migrations,
             reads: reads(stats),
             latencies: latencies.collect(),
             slowest: stats.slow_reads().iter().take(SLOW_SHOWN).map(slow).collect(),

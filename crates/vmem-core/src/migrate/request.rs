@@ -103,11 +103,11 @@ pub(crate) fn request_move(
     send_move(object, what, work);
 }
 
-/// The same, and nobody waits for its end.
+/// The same, and nobody waits for its end, so it is not traced as part of a request.
 pub(crate) fn request_move_behind(object: &Arc<Object>, what: Move) {
     let (reply, _nobody_waits) = parcel();
     let deadline = object.shared.deadline();
-    let work = asker::detached(serve_move(object.clone(), what, deadline, reply));
+    let work = serve_move(object.clone(), what, deadline, reply);
     send_move(object, what, work);
 }
 

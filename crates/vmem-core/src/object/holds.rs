@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use super::{GatePass, NO_TOKEN, Object};
 use crate::memory_tier::{MemoryTier, Position};
 use crate::policy::{Entry, Token};
-use crate::tier::Hold;
+use crate::tier::HoldKind;
 
 impl Object {
     pub(crate) fn pins(&self) -> u32 {
@@ -26,7 +26,12 @@ impl Object {
     }
 
     /// One more hold, charged to the tier as this kind; true if it is the first.
-    pub(crate) fn add_hold(&self, tier: MemoryTier, charged_as: Hold, _pass: &GatePass) -> bool {
+    pub(crate) fn add_hold(
+        &self,
+        tier: MemoryTier,
+        charged_as: HoldKind,
+        _pass: &GatePass,
+    ) -> bool {
         let is_first = match tier.position() {
             Position::Device(device) => self.add_hold_on(device, charged_as),
             Position::Host => self.pins.fetch_add(1, Ordering::SeqCst) == 0,
@@ -59,7 +64,7 @@ impl Object {
             Position::Host => {
                 let before = self.pins.fetch_sub(1, Ordering::SeqCst);
                 assert!(before > 0, "unpinned more often than pinned");
-                (before == 1).then_some(Hold::Pin)
+                (before == 1).then_some(HoldKind::Pin)
             }
             Position::Below(level) => self.remove_hold_in_storage(level),
         };

@@ -13,7 +13,7 @@ use crate::device::DeviceRange;
 use crate::memory_tier::MemoryTier;
 use crate::policy::{Entry, Probe, Token};
 use crate::stats;
-use crate::tier::{Device, Hold, HoldCount};
+use crate::tier::{Device, HoldCount, HoldKind};
 
 /// What an object has on one device: a range, holds, or both.
 #[derive(Debug)]
@@ -310,7 +310,7 @@ impl Object {
         self.inner.lock().on(device).map_or(0, |on| on.holds.count())
     }
 
-    pub(super) fn add_hold_on(&self, device: usize, charged_as: Hold) -> bool {
+    pub(super) fn add_hold_on(&self, device: usize, charged_as: HoldKind) -> bool {
         self.inner.lock().change_on(device, |on| on.holds.add(charged_as))
     }
 
@@ -320,7 +320,7 @@ impl Object {
     }
 
     /// One hold less. Returns what to uncharge if it was the last.
-    pub(super) fn remove_hold_on(&self, device: usize) -> Option<Hold> {
+    pub(super) fn remove_hold_on(&self, device: usize) -> Option<HoldKind> {
         let mut inner = self.inner.lock();
         let on = inner.on_mut(device).expect("invariant: a hold is counted until it goes");
         let last = on.holds.remove();

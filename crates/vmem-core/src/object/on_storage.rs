@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 
 use super::{Inner, Object};
 use crate::policy::{Entry, Probe, Token};
-use crate::tier::{Hold, HoldCount, Space};
+use crate::tier::{HoldCount, HoldKind, Space};
 
 /// What an object has to do with one such tier.
 #[derive(Debug)]
@@ -163,7 +163,7 @@ impl Object {
         self.inner.lock().storage(level).map_or(0, |one| one.holds.count())
     }
 
-    pub(super) fn add_hold_in_storage(&self, level: usize, charged_as: Hold) -> bool {
+    pub(super) fn add_hold_in_storage(&self, level: usize, charged_as: HoldKind) -> bool {
         self.inner.lock().change_storage(level, |one| one.holds.add(charged_as))
     }
 
@@ -173,7 +173,7 @@ impl Object {
     }
 
     /// One hold less. Returns what to uncharge if it was the last.
-    pub(super) fn remove_hold_in_storage(&self, level: usize) -> Option<Hold> {
+    pub(super) fn remove_hold_in_storage(&self, level: usize) -> Option<HoldKind> {
         let last = self.inner.lock().change_storage(level, |one| one.holds.remove());
         if last.is_some() {
             let token = || self.inner.lock().storage(level).and_then(|one| one.token);

@@ -17,24 +17,16 @@ use foldhash::fast::FixedState;
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
-/// What keeps an object where it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Hold {
-    Pin,
-    /// A kernel reads or writes it.
-    Lease,
-}
-
 /// How many holds an object has in one tier.
 #[derive(Debug)]
 pub(crate) struct HoldCount {
     count: u32,
     /// What the first of them was charged as.
-    charged_as: Hold,
+    charged_as: HoldKind,
 }
 
 impl HoldCount {
-    pub(crate) const NONE: HoldCount = HoldCount { count: 0, charged_as: Hold::Pin };
+    pub(crate) const NONE: HoldCount = HoldCount { count: 0, charged_as: HoldKind::Pin };
 
     pub(crate) fn count(&self) -> u32 {
         self.count
@@ -45,7 +37,7 @@ impl HoldCount {
     }
 
     /// One more, charged as this if it is the first; true if it is.
-    pub(crate) fn add(&mut self, charged_as: Hold) -> bool {
+    pub(crate) fn add(&mut self, charged_as: HoldKind) -> bool {
         let is_first = !self.try_add();
         if is_first {
             (self.count, self.charged_as) = (1, charged_as);
@@ -61,7 +53,7 @@ impl HoldCount {
     }
 
     /// One less. Returns what to uncharge if it was the last.
-    pub(crate) fn remove(&mut self) -> Option<Hold> {
+    pub(crate) fn remove(&mut self) -> Option<HoldKind> {
         self.count = self.count.checked_sub(1).expect("invariant: a hold is counted until it goes");
         (!self.any()).then_some(self.charged_as)
     }
@@ -115,10 +107,10 @@ impl HeldBytes {
         self.pinned + self.leased
     }
 
-    fn of(&mut self, hold: Hold) -> &mut u64 {
+    fn of(&mut self, hold: HoldKind) -> &mut u64 {
         match hold {
-            Hold::Pin => &mut self.pinned,
-            Hold::Lease => &mut self.leased,
+            HoldKind::Pin => &mut self.pinned,
+            HoldKind::Lease => &mut self.leased,
         }
     }
 }
@@ -126,7 +118,7 @@ impl HeldBytes {
 /// An object that is held.
 #[derive(Debug)]
 struct Listed {
-    hold: Hold,
+    hold: HoldKind,
     footprint: u64,
     /// First holds whose last one has not left the list yet.
     times: u32,
@@ -150,7 +142,7 @@ impl Holds {
 
     /// This object has its first hold, and was charged. Its last one before may be about to be
     /// taken out of the list.
-    pub(crate) fn add(&self, object: u64, hold: Hold, footprint: u64) {
+    pub(crate) fn add(&self, object: u64, hold: HoldKind, footprint: u64) {
         let mut objects = self.objects.lock();
         let held = objects.entry(object).or_insert(Listed { hold, footprint, times: 0 });
         (held.hold, held.times) = (hold, held.times + 1);
@@ -171,12 +163,12 @@ impl Holds {
     /// The largest objects that are held, at most this many, without their names.
     pub(crate) fn largest(&self, tier: MemoryTier, most: usize) -> Vec<HeldObject> {
         let objects = self.objects.lock();
-        let one = |(&handle, &Listed { hold, footprint, .. }): (&u64, &Listed)| {
-            let kind = match hold {
-                Hold::Pin => HoldKind::Pin,
-                Hold::Lease => HoldKind::Lease,
-            };
-            HeldObject { handle, name: None, tier, kind, bytes: footprint }
+        let one = |(&handle, &Listed { hold, footprint, .. }): (&u64, &Listed)| HeldObject {
+            handle,
+            name: None,
+            tier,
+            kind: hold,
+            bytes: footprint,
         };
         let mut all: Vec<_> = objects.iter().map(one).collect();
         drop(objects);
@@ -196,7 +188,7 @@ impl Holds {
     }
 
     /// Charges one object, if the budget allows it.
-    pub(crate) fn try_charge(&self, hold: Hold, footprint: u64) -> bool {
+    pub(crate) fn try_charge(&self, hold: HoldKind, footprint: u64) -> bool {
         let mut bytes = self.bytes.lock();
         let fits = bytes.total().checked_add(footprint).is_some_and(|sum| sum <= self.max);
         if fits {
@@ -206,7 +198,7 @@ impl Holds {
         fits
     }
 
-    pub(crate) fn uncharge(&self, hold: Hold, footprint: u64) {
+    pub(crate) fn uncharge(&self, hold: HoldKind, footprint: u64) {
         let mut bytes = self.bytes.lock();
         let of_kind = bytes.of(hold);
         assert!(*of_kind >= footprint, "held bytes never fall below zero");

@@ -16,7 +16,7 @@ mod waiters;
 
 pub(crate) use device::{Device, DeviceSpace};
 pub use holds::{HeldObject, HoldKind};
-pub(crate) use holds::{Hold, HoldCount, Holds};
+pub(crate) use holds::{HoldCount, Holds};
 pub(crate) use host::HostSpace;
 pub(crate) use link::Link;
 pub(crate) use need::{Class, Grant, Need, NoSpace, Refused, Space, Wanted};

@@ -26,7 +26,7 @@ use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
 use crate::migrate::{Changed, request_finish};
 use crate::object::GatePass;
-use crate::tier::{Class, Hold, Need};
+use crate::tier::{Class, HoldKind, Need};
 
 /// One version of an object in device memory, which stays there until this is dropped.
 #[derive(Debug)]
@@ -290,7 +290,7 @@ impl DeviceAccess {
     pub async fn hold(&self, handle: &VMemHandle) -> Result<VramHold> {
         self.vmem.check(handle)?.touch();
         self.vmem.shared.device(self.device)?;
-        if let Some(held) = HoldGuard::now(handle, self.tier(), Hold::Lease)? {
+        if let Some(held) = HoldGuard::now(handle, self.tier(), HoldKind::Lease)? {
             let range = handle.object().share_on(self.device);
             if range.is_some() || handle.is_empty() {
                 self.vmem.shared.plans.used(self.device, handle.id());

@@ -25,7 +25,7 @@ use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::migrate::{Job, fill_device, write_back_from_device};
 use crate::object::{GatePass, Object, Shared};
-use crate::tier::{Device, DeviceSpace, Grant, Hold, Need};
+use crate::tier::{Device, DeviceSpace, Grant, HoldKind, Need};
 
 /// Takes all that is asked for; for a task.
 pub(super) async fn take(
@@ -73,7 +73,7 @@ async fn attempt(
         objects.iter().cloned().partition(|object| request.is_there(object, number));
     let (mut spaces, host_spaces) = spaces(shared, number, &missing, request, deadline).await?;
     let tier = shared.device(number)?.tier();
-    let mut prepaid = match Prepaid::try_charge(shared, tier, Hold::Lease, &objects)? {
+    let mut prepaid = match Prepaid::try_charge(shared, tier, HoldKind::Lease, &objects)? {
         Ok(prepaid) => prepaid,
         Err(bytes) => return Ok(Err(Obstacle::Budget(bytes))),
     };
@@ -303,7 +303,7 @@ fn try_lease(
     if range.is_none() && object.len > 0 {
         return Ok(Err(Obstacle::Missing));
     }
-    Ok(match HoldGuard::try_count(&pass, device.tier(), Hold::Lease)? {
+    Ok(match HoldGuard::try_count(&pass, device.tier(), HoldKind::Lease)? {
         Some(held) => Ok(VramHold { range, _held: held, _handle: handle.clone() }),
         None => Err(Obstacle::Budget(device.backend.footprint(object.len))),
     })
@@ -333,7 +333,7 @@ fn try_claim(
     if !(was_valid || overwrite && object.has_space_on(number)) {
         return Ok(Err(Obstacle::Missing));
     }
-    let Some(held) = HoldGuard::try_count(&pass, device.tier(), Hold::Lease)? else {
+    let Some(held) = HoldGuard::try_count(&pass, device.tier(), HoldKind::Lease)? else {
         return Ok(Err(Obstacle::Budget(device.backend.footprint(object.len))));
     };
     let Some(range) = object.claim_on(&pass, number) else {

@@ -16,7 +16,7 @@ use crate::handle::VMemHandle;
 use crate::memory_tier::{MemoryTier, Position};
 use crate::migrate::{Job, Move, fetch_into};
 use crate::object::{GatePass, Object, Shared};
-use crate::tier::{Class, Hold, Need};
+use crate::tier::{Class, HoldKind, Need};
 
 /// Keeps an object in its tier; dropping it unpins. It holds a handle, so a pinned object is
 /// alive unless it is freed.
@@ -58,7 +58,11 @@ impl HoldGuard {
     /// # Errors
     ///
     /// `ExceedsCapacity` if it never could; `TierNotAvailable`.
-    pub(super) fn try_count(pass: &GatePass, tier: MemoryTier, hold: Hold) -> Result<Option<Self>> {
+    pub(super) fn try_count(
+        pass: &GatePass,
+        tier: MemoryTier,
+        hold: HoldKind,
+    ) -> Result<Option<Self>> {
         let object = pass.object();
         if !object.try_add_hold(tier, pass) {
             let footprint = object.shared.footprint_in(tier, object.len);
@@ -72,7 +76,7 @@ impl HoldGuard {
 
     /// Counts the hold that was charged. Holds are added under the gate alone, so it is the first
     /// still.
-    fn count_first(pass: &GatePass, tier: MemoryTier, hold: Hold) {
+    fn count_first(pass: &GatePass, tier: MemoryTier, hold: HoldKind) {
         let is_first = pass.object().add_hold(tier, hold, pass);
         assert!(is_first, "a hold was added without the gate");
     }
@@ -100,7 +104,11 @@ impl HoldGuard {
     }
 
     /// A hold of an object that is where it is to be kept, if nothing has to be waited for.
-    pub(super) fn now(handle: &VMemHandle, tier: MemoryTier, hold: Hold) -> Result<Option<Self>> {
+    pub(super) fn now(
+        handle: &VMemHandle,
+        tier: MemoryTier,
+        hold: HoldKind,
+    ) -> Result<Option<Self>> {
         let object = handle.object();
         let Some(pass) = object.gate_if_open()? else { return Ok(None) };
         if !is_in(object, tier) {
@@ -117,7 +125,7 @@ impl HoldGuard {
     pub(super) async fn take(
         object: &Arc<Object>,
         tier: MemoryTier,
-        hold: Hold,
+        hold: HoldKind,
         deadline: &Deadline,
     ) -> Result<Self> {
         match tier.position() {
@@ -138,7 +146,7 @@ impl HoldGuard {
 pub(super) struct Prepaid {
     shared: Arc<Shared>,
     tier: MemoryTier,
-    hold: Hold,
+    hold: HoldKind,
     /// What no hold has taken yet.
     bytes: u64,
 }
@@ -153,7 +161,7 @@ impl Prepaid {
     pub(super) fn try_charge(
         shared: &Arc<Shared>,
         tier: MemoryTier,
-        hold: Hold,
+        hold: HoldKind,
         objects: &[Arc<Object>],
     ) -> Result<std::result::Result<Self, u64>> {
         let unheld = objects.iter().filter(|object| object.holds_in(tier) == 0);
@@ -179,7 +187,7 @@ pub(super) async fn pin(
     tier: MemoryTier,
     deadline: Deadline,
 ) -> Result<PinGuard> {
-    let held = HoldGuard::take(handle.object(), tier, Hold::Pin, &deadline).await?;
+    let held = HoldGuard::take(handle.object(), tier, HoldKind::Pin, &deadline).await?;
     Ok(PinGuard::of(&handle, held))
 }
 
@@ -198,7 +206,7 @@ async fn pin_in_host(object: &Arc<Object>, deadline: &Deadline) -> Result<HoldGu
             continue;
         }
         let one = std::slice::from_ref(object);
-        let mut prepaid = match Prepaid::try_charge(&object.shared, tier, Hold::Pin, one)? {
+        let mut prepaid = match Prepaid::try_charge(&object.shared, tier, HoldKind::Pin, one)? {
             Ok(prepaid) => prepaid,
             Err(footprint) => {
                 drop((space, pass));
@@ -232,7 +240,7 @@ async fn hold_by(
     object: &Arc<Object>,
     tier: MemoryTier,
     promote: Move,
-    hold: Hold,
+    hold: HoldKind,
     deadline: &Deadline,
 ) -> Result<HoldGuard> {
     loop {

@@ -24,7 +24,7 @@ use crate::migrate::{
 };
 use crate::object::{Object, Shared};
 use crate::parcel::parcel;
-use crate::tier::Hold;
+use crate::tier::HoldKind;
 
 /// Objects that `flush_all` flushes at once.
 const FLUSHES_MAX: usize = 256;
@@ -205,7 +205,7 @@ impl VirtualMemory {
             Position::Below(_) | Position::Device(_) => {}
         }
         object.touch();
-        if let Some(held) = HoldGuard::now(handle, tier, Hold::Pin)? {
+        if let Some(held) = HoldGuard::now(handle, tier, HoldKind::Pin)? {
             return Ok(PinGuard::of(handle, held));
         }
         Box::pin(async {

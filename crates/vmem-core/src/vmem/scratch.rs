@@ -12,7 +12,7 @@ use crate::deadline::Deadline;
 use crate::device::{DeviceError, DeviceRange};
 use crate::memory_tier::MemoryTier;
 use crate::object::{NO_OBJECT, Shared};
-use crate::tier::{Class, Hold, Need};
+use crate::tier::{Class, HoldKind, Need};
 
 /// Device memory without an object, free once this is dropped: after the last kernel that uses it.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ struct Charge {
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        self.shared.uncharge(self.tier, Hold::Lease, self.footprint);
+        self.shared.uncharge(self.tier, HoldKind::Lease, self.footprint);
     }
 }
 
@@ -82,7 +82,7 @@ async fn take(
     loop {
         shared.check_fits_holds(tier, footprint)?;
         let range = device.state.take(&need, &deadline).await?.pop();
-        if !shared.try_charge(tier, Hold::Lease, footprint)? {
+        if !shared.try_charge(tier, HoldKind::Lease, footprint)? {
             drop(range);
             until_unheld(&shared, tier, footprint, &deadline).await?;
             continue;

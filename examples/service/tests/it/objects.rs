@@ -7,7 +7,7 @@ use futures::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{Served, expect_error, json};
+use crate::support::{Served, exchange, expect_error, json};
 
 #[tokio::test]
 async fn objects_come_back_as_they_were_stored() {
@@ -89,15 +89,6 @@ async fn body_that_breaks_off_leaves_nothing() {
     let get = served.get("/objects/a", &[]).await;
     assert_eq!((get.header("etag"), &get.body[..]), (&*before, &b"before"[..]));
     served.stop().await;
-}
-
-/// Sends text, and reads until the end of the connection.
-async fn exchange(served: &Served, text: &str) -> String {
-    let mut raw = TcpStream::connect(served.service.local_addr()).await.unwrap();
-    raw.write_all(text.as_bytes()).await.unwrap();
-    let mut answer = Vec::new();
-    raw.read_to_end(&mut answer).await.unwrap();
-    String::from_utf8_lossy(&answer).into_owned()
 }
 
 #[tokio::test]

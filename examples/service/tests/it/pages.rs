@@ -1,19 +1,8 @@
 //! Pages of other origins, names that lead here, and pages that are stored here.
 
 use axum::http::Method;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 
-use crate::support::{Served, expect_error};
-
-/// What a raw request is answered with.
-async fn answer(served: &Served, text: &str) -> String {
-    let mut raw = TcpStream::connect(served.service.local_addr()).await.unwrap();
-    raw.write_all(text.as_bytes()).await.unwrap();
-    let mut answer = Vec::new();
-    raw.read_to_end(&mut answer).await.unwrap();
-    String::from_utf8_lossy(&answer).into_owned()
-}
+use crate::support::{Served, exchange, expect_error};
 
 /// A page that makes its own name lead to loopback is of the same origin as what it asks there.
 #[tokio::test]
@@ -105,7 +94,7 @@ async fn requests_without_one_host_are_refused() {
         ("", "1.0", 200),
     ] {
         let text = format!("GET /healthz HTTP/{version}\r\n{hosts}connection: close\r\n\r\n");
-        let answer = answer(&served, &text).await;
+        let answer = exchange(&served, &text).await;
         assert!(answer.starts_with(&format!("HTTP/{version} {status} ")), "{hosts:?}: {answer}");
         assert_eq!(answer.contains("invalid_host"), status == 400, "{answer}");
     }

@@ -154,6 +154,15 @@ impl Drop for Program {
     }
 }
 
+/// Sends text, and reads until the end of the connection.
+pub(crate) async fn exchange(served: &Served, text: &str) -> String {
+    let mut raw = TcpStream::connect(served.service.local_addr()).await.unwrap();
+    raw.write_all(text.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    raw.read_to_end(&mut answer).await.unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
 /// The body as JSON.
 pub(crate) fn json(answer: &Answer) -> Value {
     serde_json::from_slice(&answer.body).unwrap_or_else(|error| panic!("{error}: {answer:?}"))

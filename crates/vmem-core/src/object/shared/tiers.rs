@@ -11,7 +11,7 @@ use crate::error::{VirtualMemoryError, check_capacity};
 use crate::host::HostArena;
 use crate::memory_tier::MemoryTier;
 use crate::storage::Durable;
-use crate::tier::{Device, Hold, Holds, Space, Storage};
+use crate::tier::{Device, HoldKind, Holds, Space, Storage};
 
 impl Shared {
     /// All devices, in use or lost.
@@ -117,7 +117,7 @@ impl Shared {
     pub(crate) fn try_charge(
         &self,
         tier: MemoryTier,
-        hold: Hold,
+        hold: HoldKind,
         footprint: u64,
     ) -> Result<bool, VirtualMemoryError> {
         self.check_fits_holds(tier, footprint)?;
@@ -142,7 +142,7 @@ impl Shared {
     }
 
     /// Gives back what was charged for holds, in bytes of footprint.
-    pub(crate) fn uncharge(&self, tier: MemoryTier, hold: Hold, footprint: u64) {
+    pub(crate) fn uncharge(&self, tier: MemoryTier, hold: HoldKind, footprint: u64) {
         self.holds_of(tier).uncharge(hold, footprint);
         self.space_was_freed();
     }
