@@ -131,6 +131,8 @@ enum First {
     LeftAlone,
     /// And the disk was full before.
     LeftAloneOnFullDisk,
+    /// And the next one comes while a task still has it.
+    LeftWithItsTask,
 }
 
 async fn promise(first: First, polls: usize, slow: bool) -> Result<(), String> {
@@ -138,11 +140,12 @@ async fn promise(first: First, polls: usize, slow: bool) -> Result<(), String> {
     let vmem = &store.vmem;
     let subject = vmem.allocate(LEN, DISK).await.unwrap();
     let mut filled = match first {
-        First::LeftAloneOnFullDisk => fill_disk(&store).await?,
+        First::LeftAloneOnFullDisk | First::LeftWithItsTask => fill_disk(&store).await?,
         First::Dropped | First::LeftAlone => Vec::new(),
     };
     if slow {
-        store.slow(Duration::from_millis(8), 1);
+        let is_with_its_task = first == First::LeftWithItsTask;
+        store.slow(Duration::from_millis(if is_with_its_task { 50 } else { 8 }), 1);
     }
     let kept = Kept::polled(write(vmem.clone(), subject.clone(), 1), polls).await;
     if !kept.is_pending() {
@@ -154,7 +157,7 @@ async fn promise(first: First, polls: usize, slow: bool) -> Result<(), String> {
         tokio::time::sleep(MEANWHILE).await;
     }
     let kept = (first != First::Dropped).then_some(kept);
-    if first != First::LeftAloneOnFullDisk {
+    if filled.is_empty() {
         filled = fill_disk(&store).await?;
     }
     if filled.len() > 4 {
@@ -186,6 +189,18 @@ fn first_write_that_was_dropped_or_left_alone_leaves_the_space_to_its_object() {
     }
     assert_none(&run_cases(&cases, |(threads, first, polls, slow)| {
         run(threads, move || promise(first, polls, slow))
+    }));
+}
+
+/// Its pieces are on their way to a slow disk, so nothing lies aside that could be taken back.
+#[test]
+fn first_write_that_a_task_still_has_is_waited_for() {
+    let cases: Vec<_> = [1, 2, 3, 7, 15]
+        .into_iter()
+        .flat_map(|polls| THREADS.map(|threads| (threads, polls)))
+        .collect();
+    assert_none(&run_cases(&cases, |(threads, polls)| {
+        run(threads, move || promise(First::LeftWithItsTask, polls, true))
     }));
 }
 

@@ -7,6 +7,8 @@
 //! reserved for the object again. Called by `vmem/write.rs`.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::future::pending;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -23,7 +25,7 @@ use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::object::{ExtentMap, GatePass, Object};
-use crate::parcel::{Delivery, Parcel, SetAside};
+use crate::parcel::{Delivery, GRACE, Parcel, SetAside};
 use crate::storage::{Extent, TierError};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
@@ -107,21 +109,33 @@ impl DiskWrite {
         if object.gate_if_open()?.is_some_and(|pass| self.take_reserved(&pass)) {
             return Ok(());
         }
+        let shared = &object.shared;
         let lens = chunk_lens(object.len, self.next.clone());
-        let extents = object.shared.reserve_soon(object.home_level(), &lens, deadline).await;
-        // A write that was taken back has given the reservation back, or is about to, with the
-        // gate.
-        if extents.is_err()
-            && !object.has_host_space()
-            && object.extents().is_unwritten()
-            && let Ok(pass) = object.gate(deadline).await
-            && self.take_reserved(&pass)
-        {
-            return Ok(());
+        loop {
+            let extents = shared.reserve_soon(object.home_level(), &lens, deadline).await;
+            // A write that was taken back has given the reservation back, or is about to, with the
+            // gate.
+            if extents.is_err()
+                && !object.has_host_space()
+                && object.extents().is_unwritten()
+                && let Ok(pass) = object.gate(deadline).await
+                && self.take_reserved(&pass)
+            {
+                return Ok(());
+            }
+            // Another first write, which has the reservation, is with its task: it publishes, or is
+            // set aside and then taken back.
+            let is_lent = matches!(extents, Err(TierError::Full { .. }))
+                && object.has_nothing()
+                && !object.is_dead()
+                && !crate::planted!("lent-extents");
+            if !is_lent || deadline.is_past() {
+                let public = |error| shared.tier_error(object.id, error);
+                self.extents = extents.map_err(public)?.into();
+                return Ok(());
+            }
+            let Err(Late) = shared.deadline_in(GRACE).bound(pending::<Infallible>()).await;
         }
-        let public = |error| object.shared.tier_error(object.id, error);
-        self.extents = extents.map_err(public)?.into();
-        Ok(())
     }
 
     fn take_reserved(&mut self, pass: &GatePass) -> bool {
