@@ -6,8 +6,9 @@
 //! Charged by the pins and leases of `vmem`; read by the evictor, by errors that say why there is
 //! no space, and by `held_objects`.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
 use std::collections::hash_map::Entry;
+use std::collections::{BinaryHeap, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
@@ -163,20 +164,19 @@ impl Holds {
     /// The largest objects that are held, at most this many, without their names.
     pub(crate) fn largest(&self, tier: MemoryTier, most: usize) -> Vec<HeldObject> {
         let objects = self.objects.lock();
-        let one = |(&handle, &Listed { hold, footprint, .. }): (&u64, &Listed)| HeldObject {
-            handle,
-            name: None,
-            tier,
-            kind: hold,
-            bytes: footprint,
-        };
-        let mut all: Vec<_> = objects.iter().map(one).collect();
-        drop(objects);
-        if all.len() > most {
-            all.select_nth_unstable_by_key(most, |one| std::cmp::Reverse(one.bytes));
-            all.truncate(most);
+        // The smallest of them on top. Pins wait for this lock: nothing else is copied under it.
+        let mut largest = BinaryHeap::with_capacity(most.min(objects.len()) + 1);
+        for (&handle, &Listed { footprint, .. }) in objects.iter() {
+            largest.push(Reverse((footprint, handle)));
+            if largest.len() > most {
+                largest.pop();
+            }
         }
-        all
+        let one = |Reverse((bytes, handle))| {
+            let kind = objects[&handle].hold;
+            HeldObject { handle, name: None, tier, kind, bytes }
+        };
+        largest.into_iter().map(one).collect()
     }
 
     pub(crate) fn bytes(&self) -> HeldBytes {
