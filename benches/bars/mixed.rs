@@ -12,7 +12,9 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use rand_distr::{Distribution, Zipf};
 use tokio::runtime::{Builder, Runtime};
-use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfig};
+use vmem::{
+    MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryConfigBuilder,
+};
 
 use crate::cold::{Data, is_right};
 use crate::report::{Bar, Report, Rounds, process_cpu_ns};
@@ -37,8 +39,12 @@ pub(crate) struct Mixed {
 }
 
 impl Mixed {
-    /// A store with objects of this length.
-    pub(crate) fn with(len: usize, quick: bool) -> anyhow::Result<Self> {
+    /// A store with objects of this length, configured further.
+    pub(crate) fn with(
+        len: usize,
+        quick: bool,
+        configure: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
+    ) -> anyhow::Result<Self> {
         let bytes: usize = if quick { 256 << 20 } else { 2 << 30 };
         let data = Data { len, count: bytes / len };
         let place = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
@@ -47,8 +53,8 @@ impl Mixed {
         let config = VirtualMemoryConfig::builder()
             .disk_path(directory.path().join("store"))
             .host_capacity(bytes as u64 / 10)
-            .disk_capacity(bytes as u64 * 2)
-            .build()?;
+            .disk_capacity(bytes as u64 * 2);
+        let config = configure(config).build()?;
         let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let vmem = runtime.block_on(vmem::open(config))?;
         let writers: Vec<_> = (0..TASKS as usize)
@@ -132,7 +138,7 @@ pub(crate) fn long(quick: bool) -> Duration {
 
 pub(crate) fn p4(report: &mut Report, quick: bool, rounds: usize) -> anyhow::Result<()> {
     for len in [4096, 65_536, 1 << 20] {
-        let mixed = Mixed::with(len, quick)?;
+        let mixed = Mixed::with(len, quick, |config| config)?;
         let mut times = [Rounds::default(), Rounds::default()];
         for round in 0..=rounds {
             let (wall, cpu) = mixed.round(long(quick), round as u64)?;

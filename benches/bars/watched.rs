@@ -3,7 +3,8 @@
 //! On is: a subscriber that formats each span and event of vmem from debug on, when they end, into
 //! a sink; a recorder for Prometheus, published to and rendered once a second; and the page, with
 //! one client that reads its stream over the loopback interface. Off is: none of these. The loads
-//! are P1's at 4 KiB, on one thread, and P4's.
+//! are P1's at 4 KiB, on one thread, and P4's. A store makes as many spans as `spans_per_second`
+//! says; a row without a bar says what it costs where each read that is no hit has one.
 //!
 //! Both sides are one process and one store, whose memory and files are the same; a process of its
 //! own for each side has other pages, which at these ratios is more noise than what is looked for.
@@ -40,16 +41,18 @@ const BAR: f64 = 1.05;
 #[derive(Clone, Copy, Debug)]
 struct Parts {
     name: &'static str,
-    traces: bool,
+    traces: Option<LevelFilter>,
     metrics: bool,
     page: bool,
 }
 
-const OFF: Parts = Parts { name: "nothing", traces: false, metrics: false, page: false };
-const ALL: Parts = Parts { name: "all", traces: true, metrics: true, page: true };
+const DEBUG: Option<LevelFilter> = Some(LevelFilter::DEBUG);
+const OFF: Parts = Parts { name: "nothing", traces: None, metrics: false, page: false };
+const ALL: Parts = Parts { name: "all", traces: DEBUG, metrics: true, page: true };
 /// Each of them alone, for the load that says which of them costs what.
-const APART: [Parts; 3] = [
-    Parts { name: "traces", traces: true, ..OFF },
+const APART: [Parts; 4] = [
+    Parts { name: "traces", traces: DEBUG, ..OFF },
+    Parts { name: "a log at info", traces: Some(LevelFilter::INFO), ..OFF },
     Parts { name: "metrics", metrics: true, ..OFF },
     Parts { name: "the page", page: true, ..OFF },
 ];
@@ -89,8 +92,8 @@ impl Watch {
         vmem: &VirtualMemory,
     ) -> anyhow::Result<JoinSet<anyhow::Result<()>>> {
         let mut tasks = JoinSet::new();
-        if parts.traces {
-            self.filter.reload(Targets::new().with_target("vmem", LevelFilter::DEBUG))?;
+        if let Some(level) = parts.traces {
+            self.filter.reload(Targets::new().with_target("vmem", level))?;
         }
         if parts.metrics {
             self.recording.store(true, Ordering::SeqCst);
@@ -191,27 +194,32 @@ pub(crate) fn v1(report: &mut Report, quick: bool, rounds: usize) -> anyhow::Res
         Ok((began.elapsed().as_nanos() as f64 / reads, (process_cpu_ns() - cpu) / reads))
     };
     let store = (&ours.vmem, ours.runtime.handle());
-    alternate(report, &watch, ALL, format!("hits of {}", set.what()), rounds, store, hits)?;
+    let bar = Some(BAR);
+    alternate(report, &watch, (ALL, bar), format!("hits of {}", set.what()), rounds, store, hits)?;
     drop(ours);
-    for len in [4096, 65_536, 1 << 20] {
-        let mixed = Mixed::with(len, quick)?;
+    let mut under_load = |mixed: Mixed, parts: &[Parts], bar| {
         let round = |seed| mixed.round(long, seed);
         let store = (&mixed.vmem, mixed.runtime.handle());
-        let apart: &[Parts] = if len == 4096 { &APART } else { &[] };
-        for &parts in [ALL].iter().chain(apart) {
+        for &parts in parts {
             let what = format!("mixed, {}", mixed.what());
-            alternate(report, &watch, parts, what, rounds, store, round)?;
+            alternate(report, &watch, (parts, bar), what, rounds, store, round)?;
         }
-        mixed.close()?;
+        mixed.close()
+    };
+    for len in [4096, 65_536, 1 << 20] {
+        let apart: &[Parts] = if len == 4096 { &APART } else { &[] };
+        let parts: Vec<_> = [ALL].iter().chain(apart).copied().collect();
+        under_load(Mixed::with(len, quick, |config| config)?, &parts, bar)?;
     }
-    Ok(())
+    let each = Mixed::with(4096, quick, |config| config.spans_per_second(u32::MAX))?;
+    under_load(each, &[Parts { name: "a span of each read", ..APART[0] }], None)
 }
 
 /// Rounds with these parts on and with everything off, in turns.
 fn alternate(
     report: &mut Report,
     watch: &Watch,
-    parts: Parts,
+    (parts, bar): (Parts, Option<f64>),
     what: String,
     rounds: usize,
     (vmem, runtime): (&VirtualMemory, &tokio::runtime::Handle),
@@ -239,7 +247,7 @@ fn alternate(
         let what = format!("{}: {what}", parts.name);
         let ours = &on[nth];
         let theirs = &off[nth];
-        report.add(&Bar { id: "V1", what, unit, ours, peer: "off", theirs, bar: Some(BAR) });
+        report.add(&Bar { id: "V1", what, unit, ours, peer: "off", theirs, bar });
     }
     Ok(())
 }

@@ -55,6 +55,7 @@ pub const GPUS_MAX: usize = 32;
 /// - `promotion`: the number of the read, from 1 on, or `"never"`.
 /// - `write_back`: `"eager"`, `"on-evict"`, or after how long, such as `"250ms"`.
 /// - `wait_timeout`, `slow_read_threshold`: text such as `"30s"`, `"1m 30s"` or `"250ms"`.
+/// - `spans_per_second`: a number; 4294967295 is no bound.
 ///
 /// ```
 /// use vmem::{MemoryTier, VirtualMemoryConfig};
@@ -174,6 +175,11 @@ impl VirtualMemoryConfig {
     pub fn slow_read_threshold(&self) -> Duration {
         self.fields.slow_read_threshold
     }
+
+    /// How many spans a second reads have, and how many what runs for none.
+    pub fn spans_per_second(&self) -> u32 {
+        self.fields.spans_per_second
+    }
 }
 
 /// Sets the fields of a [`VirtualMemoryConfig`], by value.
@@ -198,6 +204,7 @@ pub struct VirtualMemoryConfigBuilder {
     catalog_cache: u64,
     wait_timeout: Duration,
     slow_read_threshold: Duration,
+    spans_per_second: u32,
 }
 
 impl Default for VirtualMemoryConfigBuilder {
@@ -222,6 +229,7 @@ impl Default for VirtualMemoryConfigBuilder {
             catalog_cache: 8 << 20,
             wait_timeout: Duration::from_secs(30),
             slow_read_threshold: Duration::from_secs(1),
+            spans_per_second: 1000,
         }
     }
 }

@@ -23,8 +23,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub(crate) use clock::{
-    Moving, StageClock, current, enter, follow, inherit, moves_under, on_clock, served_by,
-    span_of_read,
+    Moving, StageClock, Trace, current, enter, follow, inherit, moves_under, on_clock, served_by,
+    trace,
 };
 pub use histograms::LatencySnapshot;
 pub(crate) use histograms::Times;

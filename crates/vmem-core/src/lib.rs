@@ -59,6 +59,7 @@ mod ranges;
 mod recency;
 mod requests;
 mod runtime;
+mod span_rate;
 mod stats;
 mod storage;
 mod task;

@@ -164,6 +164,8 @@ pub const ALL: &[Metric] = &[
     count("vmem_named_changes_total", "Changes of named objects that were made durable."),
     count("vmem_commits_total", "Commits of these changes."),
     count("vmem_errors_total", "Operations of a backend that failed."),
+    number("vmem_commits_stopped", "1 if a sync failed: no name is made durable any more."),
+    count("vmem_spans_left_out_total", "Spans that `spans_per_second` did not allow."),
 ];
 
 /// Describes all metrics to the recorder of the process, for the help that it shows.

@@ -110,8 +110,15 @@ pub struct VirtualMemoryStats {
     pub named_changes: u64,
     /// Commits of these changes; each commits all changes that waited, after one sync of the data.
     pub commits: u64,
+    /// Whether a sync failed: no change of a named object is made durable any more, and none was
+    /// since, until the store is opened again.
+    pub commits_stopped: bool,
     /// Operations of a backend that failed.
     pub errors: u64,
+    /// Spans of reads, prefetches and migrations that
+    /// [`spans_per_second`](crate::VirtualMemoryConfigBuilder::spans_per_second) did not allow,
+    /// without what would have been below them.
+    pub spans_left_out: u64,
     /// Of the store that these figures are of.
     pub(crate) latencies: Option<Arc<Latencies>>,
     pub(crate) totals: Option<Arc<Totals>>,

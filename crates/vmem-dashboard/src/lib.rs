@@ -97,7 +97,7 @@ pub async fn serve(vmem: VirtualMemory, address: impl Into<SocketAddr>) -> io::R
     let listener = TcpListener::bind(address.into()).await?;
     let address = listener.local_addr()?;
     let mut app = router(vmem);
-    if address.ip().is_loopback() {
+    if address.ip().to_canonical().is_loopback() {
         app = app.layer(from_fn(guard::local_names));
     }
     Ok(Server { listener, address, app })

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
-use vmem_core::backend::{DeviceAccess, DeviceError};
+use vmem_core::backend::DeviceAccess;
 use vmem_core::{ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::call::Foreign;
@@ -61,7 +61,7 @@ pub(crate) async fn gather(
     let copied = futures::future::try_join_all(answers);
     let copied = tier(&access)?.within("copying to a buffer", copied).await?;
     let mut copied = copied.map_err(|_| VirtualMemoryError::Closed)?.into_iter();
-    copied.try_for_each(|copied| copied.map_err(DeviceError::public))
+    copied.try_for_each(|copied| copied.map_err(|error| access.fault(error)))
 }
 
 /// Has the pieces that the device reaches copied on the buffer's own stream, so that nothing waits
@@ -87,7 +87,8 @@ async fn give_in_order(
                 None => rest.push(owned(piece)),
             }
         }
-        let (answer, others) = target.give_in_order(tier, &tier.card()?, there)?;
+        let given = target.give_in_order(tier, &tier.card()?, there);
+        let (answer, others) = given.map_err(|error| access.fault(error))?;
         answers.extend(answer);
         for given in others {
             // No two pieces have the same place.
@@ -219,9 +220,10 @@ impl<'a> Giving<'a> {
         self.bytes = 0;
         let tier = tier(self.access)?;
         let copied = tier.give(self.to.clone(), std::mem::take(&mut self.group));
+        let access = self.access;
         self.copies.push(Box::pin(async move {
             let copied = tier.within("copying to a buffer", copied).await?;
-            copied.map_err(DeviceError::public)
+            copied.map_err(|error| access.fault(error))
         }));
         Ok(())
     }

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use futures::stream::{self, StreamExt, TryStreamExt};
-use vmem_core::backend::{DeviceAccess, DeviceError, IoBuf};
+use vmem_core::backend::{DeviceAccess, IoBuf};
 use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::call::Foreign;
@@ -98,6 +98,6 @@ async fn take(access: &DeviceAccess, from: Foreign, at: usize, len: usize) -> Re
     let buf = access.scratch(len).await?;
     let taken = tier.within("copying from a buffer", tier.take(from, at, len, buf)).await?;
     let (buf, outcome) = taken;
-    outcome.map_err(DeviceError::public)?;
+    outcome.map_err(|error| access.fault(error))?;
     Ok(buf)
 }

@@ -117,10 +117,10 @@ impl<'a> DeviceTarget<'a> {
         tier: &CudaTier,
         card: &Arc<Card>,
         pieces: Vec<Given>,
-    ) -> Result<(Option<Answer>, Vec<Given>)> {
+    ) -> std::result::Result<(Option<Answer>, Vec<Given>), DeviceError> {
         let DeviceTarget { address, len, stream, slice, .. } = self;
         let to = Foreign { address: *address, len: *len, call: Arc::default() };
-        let failed = |error| failed("gathering", error).public();
+        let failed = |error| failed("gathering", error);
         let mut reached = reach(card, &to, pieces).map_err(failed)?;
         let mut others = std::mem::take(&mut reached.others);
         let moves = std::mem::take(&mut reached.moves).into_iter().map(|one| (0, one)).collect();
@@ -147,7 +147,7 @@ impl<'a> DeviceTarget<'a> {
         let keep = Box::new((kept, queued));
         let answer = tier.keep_until_passed(card, stream, Vec::new(), keep);
         issued.map_err(failed)?;
-        refused.map_or(Ok((Some(answer), others)), |error| Err(error.public()))
+        refused.map_or(Ok((Some(answer), others)), Err)
     }
 
     /// The stream in whose order it is used.

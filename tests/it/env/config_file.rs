@@ -29,6 +29,7 @@ fn every_field_is_read() {
         catalog_cache = "32MiB"
         wait_timeout = "1m 30s"
         slow_read_threshold = "250ms"
+        spans_per_second = 50
         "#,
     )
     .unwrap();
@@ -48,6 +49,7 @@ fn every_field_is_read() {
     assert_eq!(config.catalog_cache(), 32 << 20);
     assert_eq!(config.wait_timeout(), Duration::from_secs(90));
     assert_eq!(config.slow_read_threshold(), Duration::from_millis(250));
+    assert_eq!(config.spans_per_second(), 50);
 }
 
 #[test]
@@ -79,6 +81,7 @@ fn unworkable_value_is_refused_with_its_field() {
         ("wait_timeout = \"soon\"", "wait_timeout"),
         ("wait_timeout = \"0s\"", "wait_timeout"),
         ("slow_read_threshold = 1", "slow_read_threshold"),
+        ("spans_per_second = -1", "spans_per_second"),
         ("host_capacity = \"0%\"", "host_capacity"),
         ("host_capacity = \"100.5%\"", "host_capacity"),
         ("disk_capacity = \"-1%\"", "disk_capacity"),

@@ -34,10 +34,14 @@ async fn poisons(place: Place, fail: impl FnOnce(&Place)) {
     let vmem = &place.vmem;
     let kept = vmem.put_named("kept", vec![1; 100_000], MemoryTier::Host).await.unwrap();
     let other = vmem.put_named("other", [1; 100], MemoryTier::Host).await.unwrap();
+    assert!(!vmem.stats().commits_stopped);
     fail(&place);
     vmem.write(&kept, vec![2; 100_000]).await.unwrap();
     let failed = vmem.flush(&kept).await.unwrap_err();
     assert!(is_eio(&failed), "{failed:?}");
+    assert!(vmem.stats().commits_stopped);
+    let faults = vmem.tier_stats(MemoryTier::Disk).faults;
+    assert!(faults > 0, "a sync that fails is a fault of the disk");
     // The cause has gone; what it hit is still not known to be durable.
     place.disk.clear();
     place.catalog_fails.sync.store(false, Ordering::SeqCst);

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use tracing::Level;
 use vmem::backend::DeviceBackend;
-use vmem::{IncidentKind, IoDriver, MemoryTier, Promotion, VirtualMemory, VirtualMemoryError};
+use vmem::{
+    IncidentKind, IoDriver, MemoryTier, Promotion, VirtualMemory, VirtualMemoryError, WriteBack,
+};
 use vmem_testkit::{
     Denied, Errno, Fault, FaultDriver, FaultPlan, OpKind, Seed, Seen, SeenEvent, SimConfig,
     SimDevice, SimDriver, When,
@@ -86,6 +88,31 @@ async fn full_disk_leaves_a_refusal() {
     assert!(matches!(error, VirtualMemoryError::TierFull { .. }), "{error}");
     let refusal = only(&seen, "vmem::refusal", Level::WARN, DISK);
     assert_eq!(refusal.fields.text("error"), error.to_string());
+    assert_eq!(vmem.tier_stats(DISK).refusals, 1, "of one request");
+    vmem.close().await.unwrap();
+}
+
+/// What is written in one run, and object by object after that, is refused once for one cause.
+#[tokio::test(start_paused = true)]
+async fn batch_that_is_refused_counts_once() {
+    let disk = SimDriver::new(SimConfig::default());
+    let faults = FaultDriver::new(disk, Seed::new(1));
+    let vmem = support::over(faults.clone(), 16 * LEN, 64 * MIB as u64, |builder| {
+        builder.promotion(Promotion::Never).write_back(WriteBack::OnEvict)
+    });
+    let handles = put_all(&vmem, 5, LEN, DISK).await;
+    for handle in &handles {
+        vmem.promote(handle, HOST).await.unwrap();
+        vmem.write(handle, bytes(2, 1, LEN)).await.unwrap();
+    }
+    faults.set(FaultPlan::new().on(OpKind::Write, When::ALWAYS, Fault::Error(Errno::NOSPC)));
+    let error = vmem.flush_all().await.unwrap_err();
+    assert!(matches!(error, VirtualMemoryError::TierFull { .. }), "{error}");
+    let stats = vmem.tier_stats(DISK);
+    assert_eq!((stats.refusals, stats.faults), (1, 0), "{:?}", vmem.incidents());
+    faults.clear();
+    vmem.flush_all().await.unwrap();
+    drop(handles);
     vmem.close().await.unwrap();
 }
 
@@ -128,6 +155,15 @@ async fn device_that_fails_leaves_a_fault_and_a_fallback() {
     only(&seen, "vmem::fault", Level::WARN, MemoryTier::Vram);
     let fallback = only(&seen, "vmem::fallback", Level::WARN, MemoryTier::Vram);
     assert!(!fallback.fields.text("error").is_empty(), "{fallback:?}");
+    let stats = vmem.tier_stats(MemoryTier::Vram);
+    assert_eq!((stats.faults, stats.fallbacks), (1, 1), "{:?}", vmem.incidents());
+    // A copy to the device that fails is one more, however many layers pass its error on.
+    let other = vmem.put(bytes(2, 1, LEN), DISK).await.unwrap();
+    device.fail_next(1);
+    let error = vmem.promote(&other, MemoryTier::Vram).await.unwrap_err();
+    assert!(matches!(error, VirtualMemoryError::Device { .. }), "{error}");
+    let stats = vmem.tier_stats(MemoryTier::Vram);
+    assert_eq!((stats.faults, stats.fallbacks), (2, 1), "{:?}", vmem.incidents());
     vmem.close().await.unwrap();
 }
 
@@ -155,4 +191,23 @@ fn driver_that_is_denied_leaves_a_fallback() {
         }
         futures::executor::block_on(disk.backend.close()).unwrap();
     });
+}
+
+/// What an evictor cannot write is counted too, which no caller learns of.
+#[tokio::test(start_paused = true)]
+async fn refusal_of_what_is_evicted_is_counted() {
+    let disk = SimDriver::new(SimConfig::default());
+    let faults = FaultDriver::new(disk, Seed::new(1));
+    let vmem = support::over(faults.clone(), 4 * LEN, 64 * MIB as u64, |builder| {
+        builder.promotion(Promotion::Never).write_back(WriteBack::OnEvict).wait_timeout(WAIT)
+    });
+    let mut handles = put_all(&vmem, 2, LEN, HOST).await;
+    faults.set(FaultPlan::new().on(OpKind::Write, When::ALWAYS, Fault::Error(Errno::NOSPC)));
+    for version in 2..8 {
+        handles.extend(vmem.put(bytes(version, 1, LEN), HOST).await);
+    }
+    support::eventually("it is counted", || vmem.tier_stats(DISK).refusals > 0).await;
+    faults.clear();
+    drop(handles);
+    vmem.close().await.unwrap();
 }

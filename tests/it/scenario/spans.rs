@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tracing::{Instrument, Span};
-use vmem::{ReadOptions, VMemHandle, VirtualMemory};
+use vmem::{ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryConfigBuilder};
 use vmem_testkit::Seen;
 use vmem_testkit::sim::{SimConfig, SimDriver, Speed};
 
@@ -18,9 +18,15 @@ const LEN: usize = 64 * KIB;
 const SLOW: Duration = Duration::from_millis(100);
 
 fn open(threshold: Duration) -> VirtualMemory {
+    open_with(|b| b.slow_read_threshold(threshold))
+}
+
+fn open_with(
+    configure: impl FnOnce(VirtualMemoryConfigBuilder) -> VirtualMemoryConfigBuilder,
+) -> VirtualMemory {
     let speed = Speed { read_latency: SLOW, ..Speed::default() };
     let disk = SimDriver::new(SimConfig { speed, ..SimConfig::default() });
-    support::over(disk, 16 * LEN, 64 * MIB as u64, |b| b.slow_read_threshold(threshold))
+    support::over(disk, 16 * LEN, 64 * MIB as u64, configure)
 }
 
 #[tokio::test(start_paused = true)]
@@ -169,5 +175,74 @@ async fn migration_follows_from_every_read_that_joins() {
     assert_eq!(by_read.follows.iter().copied().collect::<BTreeSet<_>>(), reads, "{by_read:?}");
     let joined = seen.spans("read").into_iter().filter(|read| !read.follows.is_empty());
     assert_eq!(joined.count(), 2, "those that join follow from the first one");
+    vmem.close().await.unwrap();
+}
+
+/// Reads all of these from disk at once, and brings them to host memory.
+async fn bring(vmem: &VirtualMemory, handles: &[VMemHandle]) {
+    let reads = handles.iter().map(|h| vmem.read_with(h, ReadOptions::new().promote(true)));
+    for read in futures::future::join_all(reads).await {
+        read.unwrap();
+    }
+}
+
+/// A subscriber takes longer for a span than a small read does: a storm of reads has as many as the
+/// rate says, whole, and what was left out is counted.
+#[tokio::test(start_paused = true)]
+async fn spans_beyond_the_rate_are_left_out_and_counted() {
+    for (rate, traced) in [(0, 0), (1, 1), (4, 4), (u32::MAX, 10)] {
+        let (seen, _watching) = Seen::watch();
+        let vmem = open_with(|b| b.spans_per_second(rate));
+        let handles = support::put_all(&vmem, 12, LEN, DISK).await;
+        let before = seen.spans("migration").len();
+        bring(&vmem, &handles[..10]).await;
+        let reads = seen.spans("read");
+        assert_eq!(reads.len(), traced, "of ten at {rate} a second");
+        assert!(reads.iter().all(|read| read.fields.text("left_out").is_empty()), "{reads:?}");
+        // The migrations of those alone, however many more there are.
+        let own: BTreeSet<_> = reads.iter().map(|read| Some(read.id)).collect();
+        let brought = seen.spans("migration").split_off(before);
+        let parents: Vec<_> = brought.iter().map(|migration| migration.parent).collect();
+        assert_eq!(parents.len(), traced, "{parents:?}");
+        assert_eq!(parents.into_iter().collect::<BTreeSet<_>>(), own);
+
+        // What was not used is kept for a second, and no longer.
+        tokio::time::sleep(Duration::from_secs(100)).await;
+        bring(&vmem, &handles[10..]).await;
+        let later = seen.spans("read").split_off(traced);
+        let left_out: Vec<_> = later.iter().map(|read| read.fields.text("left_out")).collect();
+        let expected: &[&str] = match rate {
+            0 => &[],
+            1 => &["9"],
+            4 => &["6", ""],
+            _ => &["", ""],
+        };
+        assert_eq!(left_out, expected, "at {rate} a second");
+        vmem.close().await.unwrap();
+    }
+}
+
+/// Prefetches and what runs in the background have a rate of their own.
+#[tokio::test(start_paused = true)]
+async fn spans_of_prefetches_are_left_out_beyond_the_rate_too() {
+    let (seen, _watching) = Seen::watch();
+    let vmem = open_with(|b| b.spans_per_second(3));
+    let handles = support::put_all(&vmem, 10, LEN, DISK).await;
+    // Those of the puts are due by then.
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    let before = seen.spans("migration").len();
+    let prefetches: Vec<_> = handles.iter().map(|handle| vmem.prefetch(handle, HOST)).collect();
+    for prefetch in prefetches {
+        prefetch.await.unwrap();
+    }
+    let traced: BTreeSet<_> = seen.spans("prefetch").iter().map(|span| Some(span.id)).collect();
+    assert_eq!(traced.len(), 3, "at three a second, at once");
+    // What moves for these has a span, and nothing else: none is without its prefetch.
+    let moved = seen.spans("migration").split_off(before);
+    assert_eq!(moved.len(), 3, "{moved:?}");
+    assert_eq!(moved.iter().map(|span| span.parent).collect::<BTreeSet<_>>(), traced);
+    assert_eq!(vmem.stats().spans_left_out, 7);
+    vmem.read(&handles[0]).await.unwrap();
+    assert!(seen.spans("read").is_empty(), "a hit");
     vmem.close().await.unwrap();
 }

@@ -171,10 +171,13 @@ impl Evicting for InHost {
         deadline: Deadline,
     ) -> BoxFuture<'static, Took> {
         let written = async move {
-            match write_back(batch, fate, cause, &deadline).await {
-                Ok(()) => Took::All,
-                Err(TierError::Full { .. }) => Took::NoSpace,
-                Err(_) => Took::Failed,
+            let Some(shared) = batch.first().map(Leaving::shared) else { return Took::All };
+            let Err(error) = write_back(batch, fate, cause, &deadline).await else {
+                return Took::All;
+            };
+            match shared.tier_error(0, error) {
+                VirtualMemoryError::TierFull { .. } => Took::NoSpace,
+                _ => Took::Failed,
             }
         };
         written.boxed()

@@ -42,6 +42,7 @@ struct Fields {
     wait_timeout: Option<Duration>,
     #[serde(with = "humantime_serde")]
     slow_read_threshold: Option<Duration>,
+    spans_per_second: Option<u32>,
 }
 
 /// A value that is a whole number or a word.
@@ -200,6 +201,7 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
     builder.catalog_cache = bytes(fields.catalog_cache).unwrap_or(builder.catalog_cache);
     builder.wait_timeout = fields.wait_timeout.unwrap_or(builder.wait_timeout);
     builder.slow_read_threshold = fields.slow_read_threshold.unwrap_or(builder.slow_read_threshold);
+    builder.spans_per_second = fields.spans_per_second.unwrap_or(builder.spans_per_second);
     Ok(builder)
 }
 

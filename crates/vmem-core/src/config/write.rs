@@ -47,6 +47,7 @@ struct Fields<'a> {
     wait_timeout: Duration,
     #[serde(with = "humantime_serde")]
     slow_read_threshold: Duration,
+    spans_per_second: u32,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -97,6 +98,7 @@ impl Serialize for VirtualMemoryConfig {
             catalog_cache: fields.catalog_cache,
             wait_timeout: fields.wait_timeout,
             slow_read_threshold: fields.slow_read_threshold,
+            spans_per_second: fields.spans_per_second,
         };
         written.serialize(serializer)
     }

@@ -39,7 +39,8 @@ pub(crate) struct StageClock {
     state: Lock<State, { locks::CLOCK }>,
     latencies: Arc<Latencies>,
     started: Instant,
-    span: Span,
+    /// None if it was left out.
+    span: Option<Span>,
     row: console::Read,
 }
 
@@ -87,10 +88,11 @@ pub(crate) struct Told {
 }
 
 impl StageClock {
-    /// The clock of a read that begins now, under this span. `title` names it for tokio-console.
+    /// The clock of a read that begins now, under this span unless that was left out. `title` names
+    /// it for tokio-console.
     pub(crate) fn start(
         latencies: &Arc<Latencies>,
-        span: Span,
+        span: Option<Span>,
         title: impl FnOnce() -> String,
     ) -> Arc<Self> {
         let started = Instant::now();
@@ -139,6 +141,16 @@ impl StageClock {
         result
     }
 
+    /// The span of the read; none if it was left out.
+    pub(crate) fn span(&self) -> Option<&Span> {
+        self.span.as_ref()
+    }
+
+    /// Of its span, if a subscriber has that.
+    fn id(&self) -> Option<Id> {
+        self.span().and_then(Span::id)
+    }
+
     /// `work` of its caller, which tokio-console then lists with the task that runs it.
     pub(crate) fn watch<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
         self.row.watch(work)
@@ -163,9 +175,24 @@ pub(crate) fn inherit<F: Future>(work: F) -> impl Future<Output = F::Output> {
     on_clock(current(), work)
 }
 
-/// The span of the read that runs this, if one does.
-pub(crate) fn span_of_read() -> Option<Span> {
-    current().map(|clock| clock.span.clone())
+/// In which trace something is.
+#[derive(Debug)]
+pub(crate) enum Trace {
+    /// In that of the read for which it is done, whose span this is.
+    Read(Span),
+    /// The span of its read was left out, so it has none either.
+    LeftOut,
+    /// It is done for no read, or no subscriber wants the spans of reads.
+    Own,
+}
+
+/// In which trace is what this does.
+pub(crate) fn trace() -> Trace {
+    match current().map(|clock| clock.span.clone()) {
+        Some(Some(span)) if !span.is_disabled() => Trace::Read(span),
+        Some(None) => Trace::LeftOut,
+        _ => Trace::Own,
+    }
 }
 
 /// A migration of this object, with this span, has begun for the read that runs this: it follows
@@ -237,14 +264,16 @@ pub(crate) struct Following {
 pub(crate) fn follow(object: u64, other: Option<&Arc<StageClock>>) -> Option<Following> {
     let other = other?.clone();
     let own = current().filter(|own| !Arc::ptr_eq(own, &other))?;
-    own.span.follows_from(&other.span);
+    if let (Some(own), Some(other)) = (own.span(), other.span()) {
+        own.follows_from(other);
+    }
     own.change(|state| state.readers -= 1);
     own.row.waits_for("another read");
     let before = other.change(|state| {
         state.readers += 1;
         state.spent
     });
-    if let Some(id) = own.span.id() {
+    if let Some(id) = own.id() {
         let mut state = other.state.lock();
         state.followers.push((object, id.clone()));
         let moving = state.moving.iter().find(|(moved, _)| *moved == object);
@@ -263,7 +292,7 @@ impl Drop for Following {
             state.readers -= 1;
             (state.spent, state.tier)
         });
-        if let Some(id) = self.own.span.id() {
+        if let Some(id) = self.own.id() {
             let mut state = self.other.state.lock();
             let at = state.followers.iter().position(|(_, follower)| *follower == id);
             at.map(|at| state.followers.swap_remove(at));

@@ -23,7 +23,7 @@ fn none_is_under_way(latencies: &Latencies) -> bool {
 #[tokio::test(start_paused = true)]
 async fn times_of_overlapping_tasks_add_up_to_the_total() {
     let all = latencies();
-    let clock = StageClock::start(&all, Span::none(), String::new);
+    let clock = StageClock::start(&all, Some(Span::none()), String::new);
     on_clock(Some(clock.clone()), async {
         advance(ms(1)).await;
         let space = enter(ReadStage::Space);
@@ -50,7 +50,7 @@ async fn times_of_overlapping_tasks_add_up_to_the_total() {
 #[tokio::test(start_paused = true)]
 async fn stage_that_is_not_left_counts_up_to_the_end() {
     let all = latencies();
-    let clock = StageClock::start(&all, Span::none(), String::new);
+    let clock = StageClock::start(&all, Some(Span::none()), String::new);
     let gate = on_clock(Some(clock.clone()), async { enter(ReadStage::Gate) }).await;
     advance(ms(7)).await;
     // The caller gives up; the task waits on.
@@ -63,7 +63,7 @@ async fn stage_that_is_not_left_counts_up_to_the_end() {
 #[tokio::test(start_paused = true)]
 async fn follower_gets_the_times_since_it_joined() {
     let all = latencies();
-    let first = StageClock::start(&all, Span::none(), String::new);
+    let first = StageClock::start(&all, Some(Span::none()), String::new);
     let io = on_clock(Some(first.clone()), async {
         served_by(MemoryTier::Disk);
         assert!(follow(1, Some(&first)).is_none(), "a read does not follow itself");
@@ -71,7 +71,7 @@ async fn follower_gets_the_times_since_it_joined() {
     })
     .await;
     advance(ms(30)).await;
-    let second = StageClock::start(&all, Span::none(), String::new);
+    let second = StageClock::start(&all, Some(Span::none()), String::new);
     on_clock(Some(second.clone()), async {
         let following = follow(1, Some(&first));
         assert!(following.is_some());

@@ -86,19 +86,21 @@ pub(crate) async fn demote_between(
 ) -> Result<()> {
     let Err(error) = demote_batch(&mut batch, fate, cause, deadline).await else { return Ok(()) };
     let is_over = batch.len() < 2 || crate::planted!("below-all-or-none");
+    let Some(Demotion { pass, .. }) = batch.first() else { return Err(error) };
+    let shared = pass.object().shared.clone();
     if is_over || matches!(error, VirtualMemoryError::Closed) {
-        return Err(error);
+        return Err(shared.refused(error));
     }
     let mut outcome = Ok(());
     for Demotion { pass, level, .. } in batch {
         let object = pass.object().clone();
         let alone = match Demotion::prepare(pass, level) {
             Ok(one) => demote_batch(&mut vec![one], fate, cause, deadline).await,
-            Err((_pass, error)) => Err(object.shared.tier_error(object.id, error)),
+            Err((_pass, error)) => Err(object.shared.attempt_error(object.id, error)),
         };
         outcome = outcome.and(alone);
     }
-    outcome
+    outcome.map_err(|error| shared.refused(error))
 }
 
 /// Demotes a batch, all or none. After an error the batch still has its passes.
@@ -261,7 +263,7 @@ async fn promote_into(
             Ok(is_all)
         }
         Err((_, error)) => {
-            let error = error.public(shared, object.id);
+            let error = shared.refused(error.public(shared, object.id));
             record.end(Err(&error));
             Err(error)
         }

@@ -45,7 +45,7 @@ pub(super) enum NotCopied {
 impl NotCopied {
     pub(super) fn public(self, shared: &Shared, handle: u64) -> VirtualMemoryError {
         match self {
-            NotCopied::Storage(error) => shared.tier_error(handle, error),
+            NotCopied::Storage(error) => shared.attempt_error(handle, error),
             NotCopied::Late(error) => error,
         }
     }

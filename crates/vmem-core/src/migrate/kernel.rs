@@ -171,7 +171,7 @@ impl Changed {
                 let is_kept = matches!(error, DeviceError::Failed { .. })
                     && shared.device(self.device).is_ok()
                     && !crate::planted!("eager-loses");
-                let error = error.public();
+                let error = shared.devices()[self.device].fault(error);
                 record.end(Err(&error));
                 if !is_kept {
                     return Err(error);
@@ -188,11 +188,12 @@ impl Changed {
         &self,
         ready: DeviceAnswer<Result<(), DeviceError>>,
     ) -> Result<(), VirtualMemoryError> {
+        let shared = &self.pass.object().shared;
         tokio::select! {
             biased;
-            ready = ready => ready.map_err(DeviceError::public),
+            ready = ready => ready.map_err(|error| shared.devices()[self.device].fault(error)),
             // What the kernel has written so far is no version.
-            _ = self.pass.object().shared.kernels_abandoned.acquire() => {
+            _ = shared.kernels_abandoned.acquire() => {
                 Err(VirtualMemoryError::Closed)
             }
         }

@@ -65,7 +65,7 @@ async fn load_from_device(
     match &outcome {
         Ok(()) => stats::add(&shared.counters.vram_to_host_bytes, len as u64),
         Err(error) => {
-            device.state.notices().fault(error);
+            device.note(error);
             stats::add(&shared.counters.errors, 1);
         }
     }

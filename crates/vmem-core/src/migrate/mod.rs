@@ -59,7 +59,7 @@ pub(crate) use to_disk::{
 pub(crate) use to_host::{count_hit, fetch, fetch_into, fetch_with};
 pub(crate) use write::{NewVersion, publish_version};
 
-use crate::asker;
+use crate::asker::{self, Asker};
 use crate::console;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
@@ -147,22 +147,35 @@ impl<'a> Record<'a> {
         stats::add(&shared.counters.in_flight, 1);
         let started = Instant::now();
         let handle = object.id;
+        let span_in = |asker: &Span, left_out: Option<u64>| {
+            let span = tracing::debug_span!(
+                target: "vmem::migration",
+                parent: asker,
+                "migration",
+                handle,
+                %from,
+                %to,
+                %cause,
+                left_out,
+                bytes = tracing::field::Empty,
+                waited_us = tracing::field::Empty,
+                copied_us = tracing::field::Empty,
+            );
+            span.follows_from(asker);
+            span
+        };
+        let own = |asker: &Span| shared.migration_spans.span(|left_out| span_in(asker, left_out));
         // In the trace of its read, whichever task this is, or else of its request.
-        let read = latency::span_of_read().filter(|read| !read.is_disabled());
-        let asker = read.or_else(asker::current).unwrap_or_else(Span::none);
-        let span = tracing::debug_span!(
-            target: "vmem::migration",
-            parent: &asker,
-            "migration",
-            handle,
-            %from,
-            %to,
-            %cause,
-            bytes = tracing::field::Empty,
-            waited_us = tracing::field::Empty,
-            copied_us = tracing::field::Empty,
-        );
-        span.follows_from(&asker);
+        let span = match asker::current() {
+            Asker::Read(read) => Some(shared.read_spans.part(|| span_in(&read, None))),
+            Asker::Prefetch(prefetch) => {
+                Some(shared.migration_spans.part(|| span_in(&prefetch, None)))
+            }
+            Asker::Call(call) => own(&call),
+            Asker::Nobody => own(&Span::none()),
+            Asker::LeftOut => None,
+        };
+        let span = span.unwrap_or_else(Span::none);
         let moving = latency::moves_under(handle, &span);
         let event = MigrationEvent {
             handle,
@@ -190,12 +203,7 @@ impl<'a> Record<'a> {
             Ok(bytes) => self.event.bytes = bytes,
             Err(error) => {
                 stats::add(&self.shared.counters.errors, 1);
-                // Those of storage are noted by the transfer that failed.
-                let MigrationEvent { from, to, .. } = self.event;
-                let device = self.shared.device_of(from).or_else(|| self.shared.device_of(to));
-                if let (Some(device), VirtualMemoryError::Device { .. }) = (device, error) {
-                    device.state.notices().fault(error);
-                }
+                // A fault is noted by the transfer that failed.
                 self.event.error = Some(error.clone());
             }
         }

@@ -191,7 +191,7 @@ pub(crate) fn request_prefetch(
     deadline: Deadline,
     mut end: PrefetchEnd,
 ) {
-    let work = asker::prefetch(objects.len(), to, async move {
+    let work = asker::prefetch(&shared.migration_spans, objects.len(), to, async move {
         let outcome = tokio::select! {
             biased;
             () = end.cancelled() => return,

@@ -35,7 +35,7 @@ pub(crate) async fn settle(
                     make_space(object, deadline).await?;
                     continue;
                 }
-                outcome => outcome?,
+                outcome => outcome.map_err(|error| object.shared.refused(error))?,
             }
         } else if object.is_dirty_on_device() && !crate::planted!("dirty-unflushed") {
             write_back_from_device(&pass, MigrationCause::Flush, deadline).await?;
@@ -61,7 +61,7 @@ pub(crate) async fn settle(
     }
 }
 
-/// As [`settle`], of an object that has a host copy.
+/// As [`settle`], of an object that has a host copy. A refusal is for the caller to count.
 ///
 /// # Errors
 ///
@@ -71,7 +71,7 @@ pub(crate) async fn settle_copy(
     deadline: &Deadline,
 ) -> Result<ExtentMap, VirtualMemoryError> {
     let object = pass.object().clone();
-    let public = |error| object.shared.tier_error(object.id, error);
+    let public = |error| object.shared.attempt_error(object.id, error);
     let victim = Leaving::prepare(pass, 0).map_err(|(_pass, error)| public(error))?;
     let mut batch = vec![victim];
     let written = write_batch(&mut batch, CopyFate::Keep, MigrationCause::Flush, deadline).await;

@@ -139,7 +139,7 @@ async fn fill(job: &Job, device: &Device, pass: &GatePass, range: &DeviceRange) 
             .backend
             .upload(Arc::new(range.share()), 0, bytes)
             .await
-            .map_err(DeviceError::public),
+            .map_err(|error| device.fault(error)),
         None => fill_from_below(job, device, pass, range).await,
     };
     match &outcome {
@@ -168,7 +168,8 @@ async fn fill_from_below(
     let written = |index| version.extents.chunk(index).is_some_and(|extent| extent.sum().is_some());
     let is_zeros = version.only_there.is_none() && !(0..chunk_count(object.len)).any(written);
     if is_zeros {
-        return device.backend.zero(Arc::new(range.share())).await.map_err(DeviceError::public);
+        let zeroed = device.backend.zero(Arc::new(range.share())).await;
+        return zeroed.map_err(|error| device.fault(error));
     }
     if crate::planted!("staging-space") {
         drop(shared.host_spaces_or_error(&job.need(), &job.deadline).await?);
@@ -177,6 +178,12 @@ async fn fill_from_below(
     let mut uploads: FuturesOrdered<DeviceAnswer<std::result::Result<(), DeviceError>>> =
         FuturesOrdered::new();
     let mut outcome = Ok(());
+    // The first one that fails says why, once.
+    let note = |uploaded: std::result::Result<(), DeviceError>, outcome: &mut Result<()>| {
+        if let (Err(error), true) = (uploaded, outcome.is_ok()) {
+            *outcome = Err(device.fault(error));
+        }
+    };
     for first in (0..chunk_count(object.len)).step_by(per_piece) {
         let chunks = first..(first + per_piece).min(chunk_count(object.len));
         let start = first * CHUNK_BYTES;
@@ -199,12 +206,12 @@ async fn fill_from_below(
         while uploads.len() >= PIECES_MAX
             && let Some(uploaded) = uploads.next().await
         {
-            outcome = outcome.and(uploaded.map_err(DeviceError::public));
+            note(uploaded, &mut outcome);
         }
     }
     // Waits for all uploads, also after an error, so that the space is idle again.
     while let Some(uploaded) = uploads.next().await {
-        outcome = outcome.and(uploaded.map_err(DeviceError::public));
+        note(uploaded, &mut outcome);
     }
     outcome
 }

@@ -60,6 +60,10 @@ impl Leaving {
         Self::prepare_in(pass, level, level)
     }
 
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        self.pass.object().shared.clone()
+    }
+
     /// As `prepare`, with extents in the tier `reserved` or below it.
     fn prepare_in(
         pass: GatePass,
@@ -203,7 +207,7 @@ pub(super) async fn write_batch(
         Err(error) => {
             for (victim, record) in batch.iter().zip(records) {
                 let id = victim.pass.object().id;
-                record.end(Err(&shared.tier_error(id, error.clone())));
+                record.end(Err(&shared.attempt_error(id, error.clone())));
             }
             Err(error)
         }

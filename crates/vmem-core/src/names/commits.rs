@@ -33,6 +33,7 @@ struct Counts {
     commits: AtomicU64,
     /// What the catalog leads to is not known: the last commit may have been made.
     unknown: AtomicBool,
+    stopped: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -66,11 +67,16 @@ impl NotCommitted {
 }
 
 impl Commits {
-    pub(super) fn start(catalog: Arc<dyn Catalog>, disk: Arc<dyn Durable>) -> Self {
+    /// `stops` gets the error after which nothing is committed any more.
+    pub(super) fn start(
+        catalog: Arc<dyn Catalog>,
+        disk: Arc<dyn Durable>,
+        stops: impl Fn(&VirtualMemoryError) + Send + 'static,
+    ) -> Self {
         let (queue, inbox) = mpsc::channel(BATCH_MAX);
         let runtime = tokio::runtime::Handle::current();
         let counts = Arc::new(Counts::default());
-        let task = commit_in_turn(inbox, catalog, disk, counts.clone());
+        let task = commit_in_turn(inbox, catalog, disk, counts.clone(), stops);
         drop(spawn_named(&runtime, "vmem-commit", task));
         Commits { queue, counts }
     }
@@ -78,6 +84,11 @@ impl Commits {
     /// Changes that were made durable, and the commits that did it.
     pub(super) fn committed(&self) -> (u64, u64) {
         (get(&self.counts.changes), get(&self.counts.commits))
+    }
+
+    /// Whether a sync failed, after which nothing is committed.
+    pub(super) fn have_stopped(&self) -> bool {
+        self.counts.stopped.load(Ordering::Acquire)
     }
 
     /// Whether the last commit that failed may have been made, and none succeeded since.
@@ -105,6 +116,7 @@ async fn commit_in_turn(
     catalog: Arc<dyn Catalog>,
     disk: Arc<dyn Durable>,
     counts: Arc<Counts>,
+    stops: impl Fn(&VirtualMemoryError),
 ) {
     let mut poisoned: Option<NotCommitted> = None;
     let mut batch = Vec::new();
@@ -120,7 +132,9 @@ async fn commit_in_turn(
             tracing::error!(
                 target: "vmem::names", %error, "no more commits until the store is opened again"
             );
+            stops(error);
             poisoned = Some(NotCommitted::not(after(error)));
+            counts.stopped.store(true, Ordering::Release);
         }
         for (commit, outcome) in batch.drain(..).zip(outcomes) {
             let _ = commit.reply.send(outcome);

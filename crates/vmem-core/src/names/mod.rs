@@ -75,8 +75,14 @@ struct Frozen {
 impl Names {
     /// Starts what commits, if there is a catalog, on the current runtime.
     pub(crate) fn start(shared: &Arc<Shared>, catalog: Option<Arc<dyn Catalog>>) -> Arc<Self> {
-        let start =
-            |catalog: &Arc<dyn Catalog>| Commits::start(catalog.clone(), shared.disk().clone());
+        let start = |catalog: &Arc<dyn Catalog>| {
+            let told = Arc::downgrade(shared);
+            let stops = move |error: &VirtualMemoryError| {
+                let shared = told.upgrade();
+                shared.iter().for_each(|shared| shared.notices(MemoryTier::Disk).fault(error));
+            };
+            Commits::start(catalog.clone(), shared.disk().clone(), stops)
+        };
         let commits = catalog.as_ref().map(start);
         let names = Arc::new(Names {
             shared: shared.clone(),
@@ -129,6 +135,11 @@ impl Names {
     /// Changes that were made durable, and the commits that did it.
     pub(crate) fn committed(&self) -> (u64, u64) {
         self.commits.as_ref().map_or((0, 0), Commits::committed)
+    }
+
+    /// Whether a sync failed, after which nothing is committed any more.
+    pub(crate) fn has_stopped(&self) -> bool {
+        self.commits.as_ref().is_some_and(Commits::have_stopped)
     }
 
     fn next_id(&self) -> u64 {

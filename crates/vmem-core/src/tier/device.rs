@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
 use super::{NoSpace, Queue, Space, TierState, Watermarks};
-use crate::device::{DeviceBackend, DeviceRange, DeviceUsage, ShareWatcher};
+use crate::device::{DeviceBackend, DeviceError, DeviceRange, DeviceUsage, ShareWatcher};
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
 use crate::parcel::Unclaimed;
@@ -61,6 +61,19 @@ impl Device {
         let queue = Queue::new(tier, space, all, wake.clone(), unclaimed.clone());
         let state = TierState::new(tier, queue, order, max_held, marks);
         Device { backend, state, hits: AtomicU64::new(0), released }
+    }
+
+    /// Tells operators that an operation failed, unless the store ends. The error for its caller.
+    pub(crate) fn fault(&self, error: DeviceError) -> VirtualMemoryError {
+        self.note(&error);
+        error.public()
+    }
+
+    /// As [`fault`](Self::fault).
+    pub(crate) fn note(&self, error: &DeviceError) {
+        if !matches!(error, DeviceError::Closed) {
+            self.state.notices().fault(error);
+        }
     }
 
     pub(crate) fn tier(&self) -> MemoryTier {

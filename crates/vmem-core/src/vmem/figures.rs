@@ -21,6 +21,7 @@ impl VirtualMemory {
         stats.metadata_bytes += self.names.memory_bytes();
         stats.names_in_memory = self.names.in_memory();
         (stats.named_changes, stats.commits) = self.names.committed();
+        stats.commits_stopped = self.names.has_stopped();
         stats
     }
 

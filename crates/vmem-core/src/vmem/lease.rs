@@ -235,6 +235,12 @@ impl DeviceAccess {
         &self.vmem.shared.devices()[self.device].backend
     }
 
+    /// Tells operators that an operation of the device failed, as a fault of the tier. Returns the
+    /// error for its caller.
+    pub fn fault(&self, error: DeviceError) -> VirtualMemoryError {
+        self.vmem.shared.devices()[self.device].fault(error)
+    }
+
     pub(super) fn number(&self) -> usize {
         self.device
     }

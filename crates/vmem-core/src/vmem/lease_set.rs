@@ -20,7 +20,7 @@ use super::lease_request::{LeaseRequest, Obstacle, wait};
 use super::pin::{HoldGuard, Prepaid};
 use crate::copy::OwnedCopy;
 use crate::deadline::Deadline;
-use crate::device::{DeviceError, DeviceRange};
+use crate::device::DeviceRange;
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::migrate::{Job, fill_device, write_back_from_device};
@@ -237,7 +237,7 @@ async fn keep_version(object: &Arc<Object>, deadline: &Deadline) -> Result<()> {
 /// What is not written must not show what others left there.
 async fn zero(device: &Device, set: &VramSet) -> Result<()> {
     for range in set.writes.iter().filter_map(VramChange::range) {
-        device.backend.zero(range).await.map_err(DeviceError::public)?;
+        device.backend.zero(range).await.map_err(|error| device.fault(error))?;
     }
     Ok(())
 }

@@ -155,4 +155,6 @@ fn publish_store(stats: &VirtualMemoryStats) {
     set_total("vmem_named_changes_total", stats.named_changes);
     set_total("vmem_commits_total", stats.commits);
     set_total("vmem_errors_total", stats.errors);
+    set("vmem_commits_stopped", u64::from(stats.commits_stopped));
+    set_total("vmem_spans_left_out_total", stats.spans_left_out);
 }

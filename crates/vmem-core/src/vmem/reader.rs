@@ -23,7 +23,6 @@ use super::{Result, VirtualMemory};
 use crate::chunk::{CHUNK_BYTES, chunks_of};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
-use crate::latency::ReadOp;
 use crate::migrate::{Filled, Move, Source, fill_window, request_move_behind};
 use crate::windows::Window;
 
@@ -268,7 +267,7 @@ impl ObjectReader {
         let object = self.handle.object().clone();
         let source = self.source.clone();
         let all = self.range.as_ref().is_ok_and(|all| *all == range);
-        let read = Read::of(ReadOp::Stream, &object, range.len());
+        let read = Read::of_window(&object, range.len());
         let filling = fill_window(object, source, range, all, window, deadline);
         let filling = timed_unless(read, filling, |filled| !filled.missed);
         let parcel = shared.spawn_for_caller("vmem-stream", filling);

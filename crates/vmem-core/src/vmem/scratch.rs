@@ -9,7 +9,7 @@ use super::Result;
 use super::lease::{DeviceAccess, LEASE};
 use super::pin::until_unheld;
 use crate::deadline::Deadline;
-use crate::device::{DeviceError, DeviceRange};
+use crate::device::DeviceRange;
 use crate::memory_tier::MemoryTier;
 use crate::object::{NO_OBJECT, Shared};
 use crate::tier::{Class, HoldKind, Need};
@@ -91,7 +91,7 @@ async fn take(
         if let Some(range) = &range {
             // What was there is another's.
             let zeroed = device.backend.zero(Arc::new(range.share())).await;
-            zeroed.map_err(DeviceError::public)?;
+            zeroed.map_err(|error| device.fault(error))?;
         }
         return Ok(VramScratch { range, _charge: Some(charge) });
     }

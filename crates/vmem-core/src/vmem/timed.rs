@@ -23,19 +23,26 @@ pub(super) struct Read {
     object: Arc<Object>,
     objects: usize,
     bytes: usize,
+    /// Whether it is about to be a hit, as far as can be seen.
+    is_near: bool,
 }
 
 impl Read {
     /// A read of this many bytes of one object.
     pub(super) fn of(op: ReadOp, object: &Arc<Object>, bytes: usize) -> Self {
-        Read { op, object: object.clone(), objects: 1, bytes }
+        Read { op, object: object.clone(), objects: 1, bytes, is_near: false }
+    }
+
+    /// A window of a stream, which may be served by host memory.
+    pub(super) fn of_window(object: &Arc<Object>, bytes: usize) -> Self {
+        Read { is_near: object.copy.is_some(), ..Read::of(ReadOp::Stream, object, bytes) }
     }
 
     /// A read of several objects, of one at least.
     pub(super) fn of_many(objects: &[Arc<Object>]) -> Self {
         let bytes = objects.iter().fold(0_usize, |sum, object| sum.saturating_add(object.len));
         let object = objects.first().expect("invariant: none is a hit").clone();
-        Read { op: ReadOp::Many, object, objects: objects.len(), bytes }
+        Read { objects: objects.len(), ..Read::of(ReadOp::Many, &object, bytes) }
     }
 
     fn name(&self) -> Option<&str> {
@@ -51,7 +58,16 @@ impl Read {
         }
     }
 
-    fn span(&self) -> Span {
+    /// None if it is left out.
+    fn span(&self) -> Option<Span> {
+        if self.is_near {
+            // A hit has no span, and takes none from the others.
+            return Some(Span::none());
+        }
+        self.object.shared.read_spans.span(|left_out| self.span_after(left_out))
+    }
+
+    fn span_after(&self, left_out: Option<u64>) -> Span {
         let span = tracing::debug_span!(
             target: "vmem::read",
             "read",
@@ -60,6 +76,7 @@ impl Read {
             name = Empty,
             objects = Some(self.objects).filter(|&objects| objects > 1),
             bytes = self.bytes,
+            left_out,
             tier = Empty,
             outcome = Empty,
             joined = Empty,
@@ -83,7 +100,6 @@ impl Read {
 struct Reading {
     read: Read,
     clock: Arc<StageClock>,
-    span: Span,
     /// None once it was recorded, or is not to be.
     outcome: Option<ReadOutcome>,
 }
@@ -92,15 +108,15 @@ impl Drop for Reading {
     fn drop(&mut self) {
         let told = self.clock.end();
         let Some(outcome) = self.outcome.take() else { return };
-        let Read { op, ref object, objects, bytes } = self.read;
+        let Read { op, ref object, objects, bytes, .. } = self.read;
         let latencies = &object.shared.latencies;
         let tier = told.tier.unwrap_or(MemoryTier::Host);
         let times = told.times;
         let total = times.total();
         // A subscriber formats what it is given: nothing for a stage that the read was not in.
         let us = |stage| Some(times.of(stage).as_micros() as u64).filter(|&us| us > 0);
-        let span = &self.span;
-        if !span.is_disabled() {
+        let wanted = self.clock.span().filter(|span| !span.is_disabled());
+        if let Some(span) = wanted {
             // At once: a subscriber looks up the span at each call.
             tracing::record_all!(
                 span,
@@ -131,10 +147,9 @@ impl Drop for Reading {
         };
         if total >= latencies.threshold {
             let read = slow();
-            span.in_scope(|| {
-                let cause = times.longest().as_str();
-                tracing::warn!(target: "vmem::read", handle = object.id, cause, "slow: {read}");
-            });
+            let cause = times.longest().as_str();
+            let _entered = wanted.map(Span::enter);
+            tracing::warn!(target: "vmem::read", handle = object.id, cause, "slow: {read}");
         }
         latencies.record(op, tier, &outcome, &times, slow);
     }
@@ -160,7 +175,8 @@ pub(super) fn timed_unless<T>(
         let latencies = &read.object.shared.latencies;
         let clock = StageClock::start(latencies, span.clone(), || read.title());
         let outcome = Some(ReadOutcome::Cancelled);
-        let mut reading = Reading { read, clock: clock.clone(), span: span.clone(), outcome };
+        let mut reading = Reading { read, clock: clock.clone(), outcome };
+        let span = span.unwrap_or_else(Span::none);
         let work = latency::on_clock(Some(clock.clone()), work).instrument(span);
         let result = clock.watch(work).await;
         reading.outcome = match &result {

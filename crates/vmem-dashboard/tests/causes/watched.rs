@@ -205,7 +205,8 @@ fn store(space: usize, read_latency: Duration) -> VirtualMemory {
         .promotion(Promotion::Never)
         .wait_timeout(20 * SLOW)
         // Each read is slow enough for an event.
-        .slow_read_threshold(Duration::from_nanos(1));
+        .slow_read_threshold(Duration::from_nanos(1))
+        .spans_per_second(u32::MAX);
     let backends = Backends {
         remote: None,
         host_capacity_bytes: (space + STAGING) as u64,

@@ -15,22 +15,30 @@ use crate::storage::TierError;
 use crate::tier::{Device, HeldObject, Space, Storage, TierState};
 
 impl Shared {
-    /// The public form of what the disk said of this object.
+    /// The public form of what the disk said of this object, for a request that ends with it: a
+    /// refusal is counted.
     pub(crate) fn tier_error(&self, handle: u64, error: TierError) -> VirtualMemoryError {
+        self.refused(self.attempt_error(handle, error))
+    }
+
+    /// The error of a request that ends with it: a refusal of a tier below host memory is counted.
+    pub(crate) fn refused(&self, error: VirtualMemoryError) -> VirtualMemoryError {
+        if let VirtualMemoryError::TierFull { tier, .. } = error {
+            self.notices(tier).refusal(&error);
+        }
+        error
+    }
+
+    /// The public form of what the disk said of this object, for an attempt that others may follow,
+    /// or that is one of several with the same cause.
+    pub(crate) fn attempt_error(&self, handle: u64, error: TierError) -> VirtualMemoryError {
         match error {
             // It is the last tier that is full: what the others lack space for goes there.
             TierError::Full { requested_bytes, free_bytes, .. } => {
                 let last = self.storage().last().expect("invariant: there is a disk");
                 let capacity_bytes = last.state.space().capacity_bytes();
                 let tier = last.tier();
-                let full = VirtualMemoryError::TierFull {
-                    tier,
-                    requested_bytes,
-                    free_bytes,
-                    capacity_bytes,
-                };
-                last.state.notices().refusal(&full);
-                full
+                VirtualMemoryError::TierFull { tier, requested_bytes, free_bytes, capacity_bytes }
             }
             TierError::Corrupt { chunk, expected, actual } => {
                 VirtualMemoryError::Corrupt { handle, chunk: chunk as u64, expected, actual }
@@ -67,7 +75,7 @@ impl Shared {
         let storage = self.storage().iter().map(|storage| (storage.tier(), &storage.state.holds));
         let all = devices.chain([(MemoryTier::Host, &self.host.holds)]).chain(storage);
         let mut held: Vec<_> = all.flat_map(|(tier, holds)| holds.largest(tier, most)).collect();
-        held.sort_by_key(|one| std::cmp::Reverse(one.bytes));
+        held.sort_by_key(|one| (std::cmp::Reverse(one.bytes), one.handle));
         held.truncate(most);
         for one in &mut held {
             one.name = self.table.get(one.handle).and_then(|object| object.named.get()?.current());
@@ -169,6 +177,8 @@ impl Shared {
             remote_to_host_bytes: read(MemoryTier::Remote),
             host_to_remote_bytes: written(MemoryTier::Remote),
             errors: get(&counters.errors),
+            spans_left_out: self.read_spans.left_out_total()
+                + self.migration_spans.left_out_total(),
             latencies: Some(self.latencies.clone()),
             totals: Some(self.totals.clone()),
             // The figures of the names are added by the owner of the names.

@@ -41,6 +41,7 @@ use crate::parcel::Unclaimed;
 use crate::plans::Plans;
 use crate::recency::Recency;
 use crate::requests::Requests;
+use crate::span_rate::SpanRate;
 use crate::stats::Counters;
 use crate::tier::{Device, HostSpace, Queue, Storage, TierState, Watermarks};
 use crate::wake::Wake;
@@ -151,6 +152,10 @@ pub(crate) struct Shared {
     pub(crate) events: Events,
     pub(crate) counters: Counters,
     pub(crate) latencies: Arc<Latencies>,
+    /// Of reads.
+    pub(crate) read_spans: SpanRate,
+    /// Of migrations and prefetches that run for no read.
+    pub(crate) migration_spans: SpanRate,
     pub(crate) totals: Arc<Totals>,
     /// What the recorder of the process has been given.
     #[cfg(feature = "metrics")]
@@ -240,6 +245,8 @@ impl Shared {
             events: Events::new(),
             counters: Counters::default(),
             latencies: Latencies::new(config.slow_read_threshold()),
+            read_spans: SpanRate::new(config.spans_per_second()),
+            migration_spans: SpanRate::new(config.spans_per_second()),
             totals: Arc::default(),
             #[cfg(feature = "metrics")]
             published: parking_lot::Mutex::default(),
