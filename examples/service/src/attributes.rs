@@ -1,11 +1,13 @@
-//! What is kept with the bytes of an object: its content type, and what its user says of it.
+//! What is kept with the bytes of an object: how they are to be read, and what its user says of it.
 //!
 //! Invariant: it is committed with the bytes, in the metadata of the name, and read as one version
 //! with them. Called by the handlers.
 
 use std::collections::BTreeMap;
 
-use axum::http::header::CONTENT_TYPE;
+use axum::http::header::{
+    CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_TYPE,
+};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use headers::{ETag, HeaderMapExt, LastModified};
 use mime::Mime;
@@ -16,6 +18,10 @@ use crate::error::{ApiError, metadata_too_large};
 
 /// What begins the headers that a client keeps with an object.
 pub(crate) const META_PREFIX: &str = "x-object-meta-";
+/// Other headers that are kept as they are sent. Without the coding a client takes what was
+/// compressed for the object itself.
+const KEPT: [HeaderName; 4] =
+    [CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_ENCODING, CONTENT_LANGUAGE];
 /// What the store keeps beside a name, in bytes.
 const METADATA_LEN_MAX: usize = 4096;
 
@@ -26,6 +32,9 @@ pub(crate) struct Attributes {
     /// The content type, as it was sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) content_type: Option<String>,
+    /// The headers of `KEPT`, in lower case.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) headers: BTreeMap<String, String>,
     /// The headers `x-object-meta-*`, without that.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) metadata: BTreeMap<String, String>,
@@ -46,14 +55,17 @@ impl Attributes {
             attributes.content_type = Some(text.to_owned());
         }
         for (name, value) in headers {
-            let Some(name) = name.as_str().strip_prefix(META_PREFIX) else { continue };
-            let why = "metadata are of visible ASCII characters";
-            let value =
-                value.to_str().map_err(|_| ApiError::bad_request("invalid_metadata", why))?;
-            let others = attributes.metadata.insert(name.to_owned(), value.to_owned());
-            if others.is_some() {
-                let why = format!("{META_PREFIX}{name} is given twice");
-                return Err(ApiError::bad_request("invalid_metadata", why));
+            let (kept, key) = match name.as_str().strip_prefix(META_PREFIX) {
+                Some(key) => (&mut attributes.metadata, key),
+                None if KEPT.contains(name) => (&mut attributes.headers, name.as_str()),
+                None => continue,
+            };
+            let invalid = |why| Err(ApiError::bad_request("invalid_metadata", why));
+            let Ok(value) = value.to_str() else {
+                return invalid(format!("{name} is not of visible ASCII characters"));
+            };
+            if kept.insert(key.to_owned(), value.to_owned()).is_some() {
+                return invalid(format!("{name} is given twice"));
             }
         }
         if attributes.to_bytes().len() > METADATA_LEN_MAX {
@@ -76,9 +88,10 @@ impl Attributes {
     pub(crate) fn add_to(&self, headers: &mut HeaderMap) {
         let kind = self.content_type.as_deref().unwrap_or("application/octet-stream");
         headers.extend(HeaderValue::try_from(kind).ok().map(|value| (CONTENT_TYPE, value)));
-        for (name, value) in &self.metadata {
-            let name = HeaderName::try_from(format!("{META_PREFIX}{name}"));
-            let Ok(name) = name else { continue };
+        let own = self.metadata.iter().map(|(name, value)| (format!("{META_PREFIX}{name}"), value));
+        let kept = self.headers.iter().map(|(name, value)| (name.clone(), value));
+        for (name, value) in own.chain(kept) {
+            let Ok(name) = HeaderName::try_from(name) else { continue };
             headers.extend(HeaderValue::try_from(value).ok().map(|value| (name, value)));
         }
     }

@@ -107,7 +107,7 @@ pub(crate) fn metadata_too_large() -> ApiError {
     ApiError::new(
         StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
         "metadata_too_large",
-        "content type and metadata take at most 4096 bytes as JSON",
+        "what is kept with an object takes at most 4096 bytes as JSON",
     )
 }
 

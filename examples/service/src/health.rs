@@ -1,7 +1,7 @@
 //! Whether the process is alive, and whether it is ready for requests.
 //!
 //! Invariant: neither counts as a request, so that a busy service answers them. Ready means that a
-//! name was looked up just now. Called by `routes`.
+//! name was looked up just now, and that what is stored would be durable. Called by `routes`.
 
 use std::time::Duration;
 
@@ -24,6 +24,10 @@ pub(crate) async fn healthz() -> &'static str {
 /// Answers with 503 while the service ends, or if its store does not work.
 pub(crate) async fn readyz(State(app): State<App>) -> Result<&'static str, ApiError> {
     app.check_open()?;
+    if app.vmem.stats().commits_stopped {
+        // Until a restart, so it is not for `Retry-After` to say when.
+        return Err(ApiError::unavailable("not_ready", "the disk failed: nothing can be stored"));
+    }
     match tokio::time::timeout(ANSWERS, app.vmem.entry(PROBE)).await {
         Ok(Ok(_) | Err(VirtualMemoryError::NameNotFound { .. })) => Ok("ready\n"),
         Ok(Err(error)) => {

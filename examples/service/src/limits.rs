@@ -27,13 +27,13 @@ use crate::state::App;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Peer(pub(crate) SocketAddr);
 
-/// The requests of each client's address.
+/// The requests, or the connections, of each client's address.
 #[derive(Debug, Default)]
 pub(crate) struct Clients(Mutex<HashMap<IpAddr, usize>>);
 
 /// One request of one address, counted until this is dropped.
 #[derive(Debug)]
-struct Counted {
+pub(crate) struct Counted {
     clients: Arc<Clients>,
     address: IpAddr,
 }
@@ -47,8 +47,25 @@ fn client_of(address: IpAddr) -> IpAddr {
 }
 
 impl Clients {
-    /// Counts a request, unless there are `max` already.
-    fn count(self: &Arc<Self>, address: IpAddr, max: usize) -> Option<Counted> {
+    /// Counts a request.
+    ///
+    /// # Errors
+    ///
+    /// 429 if there are `max` already.
+    pub(crate) fn count(
+        self: &Arc<Self>,
+        Peer(address): Peer,
+        max: usize,
+        what: &str,
+    ) -> Result<Counted, ApiError> {
+        self.try_count(address.ip(), max).ok_or_else(|| {
+            let message = format!("a client has at most {max} {what} at once");
+            ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too_many_requests", message)
+        })
+    }
+
+    /// The same, without a word for the client.
+    pub(crate) fn try_count(self: &Arc<Self>, address: IpAddr, max: usize) -> Option<Counted> {
         let address = client_of(address);
         let mut table = self.0.lock();
         let count = table.entry(address).or_default();
@@ -150,14 +167,8 @@ fn admit(app: &App, request: &Request) -> Result<Slots, ApiError> {
     let full = |_| ApiError::unavailable("busy", "the service has all the requests that it may");
     let all = app.requests.clone().try_acquire_owned().map_err(full)?;
     let max = app.limits.max_requests_per_client;
-    let peer = request.extensions().get::<Peer>();
-    let counted = match peer.filter(|_| max > 0) {
-        None => None,
-        Some(peer) => Some(app.clients.count(peer.0.ip(), max).ok_or_else(|| {
-            let message = format!("a client has at most {max} requests at once");
-            ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too_many_requests", message)
-        })?),
-    };
+    let peer = request.extensions().get::<Peer>().filter(|_| max > 0);
+    let counted = peer.map(|&peer| app.clients.count(peer, max, "requests")).transpose()?;
     Ok((all, counted))
 }
 
@@ -173,8 +184,8 @@ mod tests {
         assert_eq!(of("::ffff:192.0.2.1"), of("192.0.2.1"));
         assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
         let clients = Arc::new(Clients::default());
-        let first = clients.count("2001:db8::1".parse().unwrap(), 1).unwrap();
-        assert!(clients.count("2001:db8::2".parse().unwrap(), 1).is_none());
+        let first = clients.try_count("2001:db8::1".parse().unwrap(), 1).unwrap();
+        assert!(clients.try_count("2001:db8::2".parse().unwrap(), 1).is_none());
         drop(first);
         assert!(clients.0.lock().is_empty());
     }

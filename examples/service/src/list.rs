@@ -2,13 +2,13 @@
 //!
 //! Invariant: a page has at most `max_listed` items and a mebibyte, and says where the next one
 //! starts if there is one. All pages that are made or sent at once have a budget: an item takes up
-//! to 5 KiB, of its name and of what its user keeps with it. Called by `routes`.
+//! to 5 KiB, of its name and of what its user keeps with it. One client has half of the budget at
+//! most, where clients are distinguished. Called by `routes`.
 
 use std::pin::pin;
 
-use axum::extract::Query;
-use axum::extract::State;
 use axum::extract::rejection::QueryRejection;
+use axum::extract::{Extension, Query, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use futures::TryStreamExt;
@@ -17,7 +17,7 @@ use vmem::{ListOptions, Listed, NamedEntry};
 
 use crate::attributes::Attributes;
 use crate::error::ApiError;
-use crate::limits::charged;
+use crate::limits::{Peer, charged};
 use crate::state::App;
 
 /// The items of a page, in bytes, unless one alone takes more.
@@ -26,6 +26,8 @@ const PAGE_LEN_MAX: usize = 1 << 20;
 const PAGE_KIB: u32 = (PAGE_LEN_MAX >> 10) as u32 + 16;
 /// What all pages together are charged, in KiB.
 pub(crate) const LISTED_KIB: usize = 8 * PAGE_KIB as usize;
+/// Pages of one client's address at once, so that none has the whole budget.
+const PAGES_PER_CLIENT: usize = 4;
 
 /// The query of a listing.
 #[derive(Debug, Deserialize)]
@@ -125,6 +127,7 @@ pub(crate) fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Api
 /// Lists objects by prefix.
 pub(crate) async fn list(
     State(app): State<App>,
+    peer: Option<Extension<Peer>>,
     wanted: Result<Query<Wanted>, QueryRejection>,
 ) -> Result<Response, ApiError> {
     let wanted = query(wanted)?;
@@ -134,6 +137,10 @@ pub(crate) async fn list(
         let why = "limit is 1 at least, and delimiter has one character at least";
         return Err(ApiError::bad_request("invalid_query", why));
     }
+    // Where requests are not counted by client, listings are not either.
+    let peer = peer.filter(|_| app.limits.max_requests_per_client > 0);
+    let counted = peer.map(|peer| app.listers.count(peer.0, PAGES_PER_CLIENT, "listings"));
+    let counted = counted.transpose()?;
     let full = |_| ApiError::unavailable("busy", "as many listings as may be are under way");
     let mut slots = app.listed.clone().try_acquire_many_owned(PAGE_KIB).map_err(full)?;
     // One more, to know whether there is another page.
@@ -153,5 +160,5 @@ pub(crate) async fn list(
     // From here on it takes its length, until it has gone.
     let kept = slots.split(json.len().div_ceil(1024).min(PAGE_KIB as usize));
     drop(slots);
-    Ok(([(CONTENT_TYPE, "application/json")], charged(json, kept)).into_response())
+    Ok(([(CONTENT_TYPE, "application/json")], charged(json, (kept, counted))).into_response())
 }

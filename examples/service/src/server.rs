@@ -24,7 +24,7 @@ use tower::ServiceExt;
 use vmem::{VirtualMemory, VirtualMemoryError};
 
 use crate::config::{Config, Limits};
-use crate::limits::Peer;
+use crate::limits::{Clients, Peer};
 use crate::pace::Paced;
 use crate::routes::router;
 use crate::state::{App, Shared};
@@ -120,6 +120,7 @@ fn listen(address: SocketAddr, limits: &Limits) -> std::io::Result<TcpListener> 
 async fn accept(listener: TcpListener, router: Router, app: App) {
     let mut closing = app.closing();
     let slots = Arc::new(Semaphore::new(app.limits.max_connections));
+    let clients = Arc::new(Clients::default());
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     loop {
@@ -140,9 +141,16 @@ async fn accept(listener: TcpListener, router: Router, app: App) {
                 continue;
             }
         };
+        // A client that has enough keeps no other out.
+        let max = app.limits.max_connections_per_client;
+        let counted = (max > 0).then(|| clients.try_count(peer.ip(), max));
+        if let Some(None) = counted {
+            tracing::debug!(%peer, max, "a client has as many connections as it may");
+            continue;
+        }
         let connection = graceful.watch(connection(stream, peer, router.clone(), &app.limits));
         connections.spawn(async move {
-            let _slot = slot;
+            let _kept = (slot, counted);
             if let Err(error) = connection.await {
                 tracing::debug!(%peer, %error, "a connection ended");
             }

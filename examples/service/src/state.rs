@@ -33,6 +33,8 @@ pub(crate) struct Shared {
     pub(crate) copied: Arc<Semaphore>,
     /// KiB of memory for listings.
     pub(crate) listed: Arc<Semaphore>,
+    /// Those that list.
+    pub(crate) listers: Arc<Clients>,
     /// Commits read it, and a DELETE on a condition writes it.
     pub(crate) changes: Arc<RwLock<()>>,
     pub(crate) scrapes: Arc<Semaphore>,
@@ -57,6 +59,7 @@ impl Shared {
             changes: Arc::default(),
             copied: Arc::new(Semaphore::new((limits.max_copied / 1024) as usize)),
             listed: Arc::new(Semaphore::new(LISTED_KIB)),
+            listers: Arc::default(),
             scrapes: Arc::new(Semaphore::new(SCRAPES_MAX)),
             closing: watch::Sender::new(false),
             is_loopback,

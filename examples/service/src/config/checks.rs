@@ -46,9 +46,10 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
 }
 
 /// Each count, and whether it may be zero.
-fn counts(limits: &Limits) -> [(&'static str, usize, bool); 6] {
+fn counts(limits: &Limits) -> [(&'static str, usize, bool); 7] {
     [
         ("limits.max_connections", limits.max_connections, false),
+        ("limits.max_connections_per_client", limits.max_connections_per_client, true),
         ("limits.max_requests", limits.max_requests, false),
         ("limits.max_requests_per_client", limits.max_requests_per_client, true),
         ("limits.max_listed", limits.max_listed, false),

@@ -81,6 +81,9 @@ pub struct Limits {
     pub max_object: u64,
     /// Connections that are open at once; others wait to be accepted. Default: 4,096.
     pub max_connections: usize,
+    /// Of them, those of one address, or of one /64 of IPv6; others are closed at once. 0 is no
+    /// limit of its own, as behind a proxy. Default: 1,024.
+    pub max_connections_per_client: usize,
     /// Requests that are served at once, to the end of their bodies; others get 503.
     /// Default: 1,024.
     pub max_requests: usize,
@@ -169,6 +172,7 @@ impl Default for Limits {
         Limits {
             max_object: 1 << 30,
             max_connections: 4096,
+            max_connections_per_client: 1024,
             max_requests: 1024,
             max_requests_per_client: 256,
             max_listed: 1000,

@@ -109,6 +109,7 @@ fn values_beyond_what_can_be_counted_or_added_are_refused_by_field() {
     for count in [
         "max_connections",
         "max_requests",
+        "max_connections_per_client",
         "max_requests_per_client",
         "max_listed",
         "max_pins",

@@ -17,7 +17,7 @@ use crate::support::{Served, expect_error};
 
 pub(crate) const BOUND: Duration = Duration::from_secs(120);
 
-async fn connect(served: &Served, text: &str) -> TcpStream {
+pub(crate) async fn connect(served: &Served, text: &str) -> TcpStream {
     let mut raw = TcpStream::connect(served.service.local_addr()).await.unwrap();
     raw.write_all(text.as_bytes()).await.unwrap();
     raw
@@ -86,7 +86,7 @@ async fn pins_above_their_budget_are_answered_with_503() {
 }
 
 /// What comes before the connection ends.
-async fn rest(mut raw: TcpStream) -> String {
+pub(crate) async fn rest(mut raw: TcpStream) -> String {
     let mut answer = Vec::new();
     let read = timeout(BOUND, raw.read_to_end(&mut answer)).await;
     let _ = read.expect("the service ends the connection");
@@ -296,16 +296,6 @@ async fn client_that_reads_below_the_mean_rate_gives_its_place_back() {
         freed = timeout(BOUND, free) => freed.expect("it is cut off"),
         () = reading => unreachable!("it reads on"),
     }
-    served.stop().await;
-}
-
-#[tokio::test]
-async fn headers_that_do_not_come_end_the_connection() {
-    let served =
-        Served::start(|config| config.limits.header_timeout = Duration::from_millis(200)).await;
-    let half = connect(&served, "GET /objects/a HTTP/1.1\r\nho").await;
-    let silent = connect(&served, "").await;
-    futures::join!(rest(half), rest(silent));
     served.stop().await;
 }
 

@@ -16,6 +16,7 @@
 
 mod conditions;
 mod config;
+mod connections;
 mod life;
 mod limits;
 mod load;
