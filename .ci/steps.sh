@@ -103,6 +103,10 @@ step nightly "build the example service" cargo build --release --package vmem-se
 # What a service promises of clients that do not read: the others are served nearly as before.
 step nightly "example service: a minute of clients, and 400 that do not read" bounded 1800 env VMEM_BUILT="$built/release" \
     examples/service/load.sh --seconds 60 --stalled 400 --rounds 7 --max-ratio 2
+step nightly "example service: a minute of kills" needs python bounded 600 \
+    examples/service/survive.py --service "$built/release/vmem-service" --seconds 60
+# The schema comes over the network.
+step nightly "the dashboard for Grafana is of its schema" needs python bounded 300 scripts/check-grafana.sh
 # Builds the tests of it with that flag, where `full` builds the program alone.
 step nightly "what tokio-console is sent" ran_some env RUSTFLAGS="--cfg tokio_unstable" \
     CARGO_TARGET_DIR="$built/unstable" cargo test -p vmem-console --test wire
