@@ -132,7 +132,7 @@ impl Mixed {
 }
 
 /// How long a round is.
-pub(crate) fn long(quick: bool) -> Duration {
+fn long(quick: bool) -> Duration {
     Duration::from_secs(if quick { 2 } else { 4 })
 }
 

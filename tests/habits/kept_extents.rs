@@ -145,7 +145,7 @@ async fn promise(first: First, polls: usize, slow: bool) -> Result<(), String> {
     };
     if slow {
         let is_with_its_task = first == First::LeftWithItsTask;
-        store.slow(Duration::from_millis(if is_with_its_task { 50 } else { 8 }), 1);
+        store.slow(Duration::from_millis(if is_with_its_task { 20 } else { 8 }), 1);
     }
     let kept = Kept::polled(write(vmem.clone(), subject.clone(), 1), polls).await;
     if !kept.is_pending() {

@@ -229,7 +229,7 @@ impl Default for VirtualMemoryConfigBuilder {
             catalog_cache: 8 << 20,
             wait_timeout: Duration::from_secs(30),
             slow_read_threshold: Duration::from_secs(1),
-            spans_per_second: 1000,
+            spans_per_second: 500,
         }
     }
 }

@@ -114,7 +114,7 @@ async fn give_apart(
         let stream = stream.clone();
         async move {
             if !vmem_core::planted!("gather-order") {
-                caught_up(tier(&access)?, &stream).await?;
+                caught_up(&access, &stream).await?;
             }
             // The task keeps no stream of the user's alive.
             drop(stream);

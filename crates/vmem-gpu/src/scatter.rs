@@ -45,7 +45,7 @@ pub(crate) async fn scatter(
         let objects = by_object(pieces);
         let stream = stream.clone();
         async move {
-            caught_up(tier(&access)?, &stream).await?;
+            caught_up(&access, &stream).await?;
             // The task keeps no stream of the user's alive.
             drop(stream);
             let written = stream::iter(objects)

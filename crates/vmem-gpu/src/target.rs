@@ -180,7 +180,8 @@ async fn run_apart(
 /// # Errors
 ///
 /// `TimedOut`, `Closed`, `Device`.
-pub(crate) async fn caught_up(tier: &CudaTier, stream: &Arc<CudaStream>) -> Result<()> {
+pub(crate) async fn caught_up(access: &DeviceAccess, stream: &Arc<CudaStream>) -> Result<()> {
+    let tier = tier(access)?;
     let card = tier.card()?;
     if card.has_caught_up(stream) {
         return Ok(());
@@ -188,7 +189,7 @@ pub(crate) async fn caught_up(tier: &CudaTier, stream: &Arc<CudaStream>) -> Resu
     let passed = tier.keep_until_passed(&card, stream, Vec::new(), Box::new(()));
     drop(card);
     let passed = tier.within("waiting for the stream of a buffer", passed).await?;
-    passed.map_err(|_| VirtualMemoryError::Closed)?.map_err(DeviceError::public)
+    passed.map_err(|_| VirtualMemoryError::Closed)?.map_err(|error| access.fault(error))
 }
 
 /// A call over the caller's memory. When it ends, for whatever reason, nothing more begins, and

@@ -4,6 +4,7 @@
 //! with them. Called by the handlers.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use axum::http::header::{
     CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_TYPE,
@@ -64,8 +65,13 @@ impl Attributes {
             let Ok(value) = value.to_str() else {
                 return invalid(format!("{name} is not of visible ASCII characters"));
             };
-            if kept.insert(key.to_owned(), value.to_owned()).is_some() {
-                return invalid(format!("{name} is given twice"));
+            match kept.entry(key.to_owned()) {
+                Entry::Vacant(free) => drop(free.insert(value.to_owned())),
+                // Lines of a list are one list.
+                Entry::Occupied(mut list) if KEPT.contains(name) => {
+                    list.get_mut().extend([", ", value]);
+                }
+                Entry::Occupied(_) => return invalid(format!("{name} is given twice")),
             }
         }
         if attributes.to_bytes().len() > METADATA_LEN_MAX {
@@ -84,12 +90,22 @@ impl Attributes {
         serde_json::to_vec(self).expect("strings are JSON")
     }
 
+    /// Adds what a response without a body carries too.
+    pub(crate) fn add_caching(&self, headers: &mut HeaderMap) {
+        let value = self.headers.get(CACHE_CONTROL.as_str());
+        let value = value.and_then(|value| HeaderValue::try_from(value).ok());
+        headers.extend(value.map(|value| (CACHE_CONTROL, value)));
+    }
+
     /// Adds what a response carries.
     pub(crate) fn add_to(&self, headers: &mut HeaderMap) {
         let kind = self.content_type.as_deref().unwrap_or("application/octet-stream");
         headers.extend(HeaderValue::try_from(kind).ok().map(|value| (CONTENT_TYPE, value)));
         let own = self.metadata.iter().map(|(name, value)| (format!("{META_PREFIX}{name}"), value));
-        let kept = self.headers.iter().map(|(name, value)| (name.clone(), value));
+        // Another program may have named the object: no other header is sent.
+        let is_kept =
+            |(name, _): &(&String, &String)| KEPT.iter().any(|kept| kept.as_str() == *name);
+        let kept = self.headers.iter().filter(is_kept).map(|(name, value)| (name.clone(), value));
         for (name, value) in own.chain(kept) {
             let Ok(name) = HeaderName::try_from(name) else { continue };
             headers.extend(HeaderValue::try_from(value).ok().map(|value| (name, value)));

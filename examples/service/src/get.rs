@@ -117,6 +117,7 @@ fn describe(entry: &NamedEntry) -> HeaderMap {
 
 fn not_modified(entry: &NamedEntry) -> Response {
     let mut headers = HeaderMap::new();
+    Attributes::of_entry(entry).add_caching(&mut headers);
     add_validators(entry, &mut headers);
     (StatusCode::NOT_MODIFIED, headers).into_response()
 }

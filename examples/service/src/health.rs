@@ -25,7 +25,7 @@ pub(crate) async fn healthz() -> &'static str {
 pub(crate) async fn readyz(State(app): State<App>) -> Result<&'static str, ApiError> {
     app.check_open()?;
     if app.vmem.stats().commits_stopped {
-        // Until a restart, so it is not for `Retry-After` to say when.
+        // Until a restart.
         return Err(ApiError::unavailable("not_ready", "the disk failed: nothing can be stored"));
     }
     match tokio::time::timeout(ANSWERS, app.vmem.entry(PROBE)).await {

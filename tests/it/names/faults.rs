@@ -41,7 +41,7 @@ async fn poisons(place: Place, fail: impl FnOnce(&Place)) {
     assert!(is_eio(&failed), "{failed:?}");
     assert!(vmem.stats().commits_stopped);
     let faults = vmem.tier_stats(MemoryTier::Disk).faults;
-    assert!(faults > 0, "a sync that fails is a fault of the disk");
+    assert_eq!(faults, 1, "a sync that fails is a fault of the disk");
     // The cause has gone; what it hit is still not known to be durable.
     place.disk.clear();
     place.catalog_fails.sync.store(false, Ordering::SeqCst);

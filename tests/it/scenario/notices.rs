@@ -201,13 +201,13 @@ async fn refusal_of_what_is_evicted_is_counted() {
     let vmem = support::over(faults.clone(), 4 * LEN, 64 * MIB as u64, |builder| {
         builder.promotion(Promotion::Never).write_back(WriteBack::OnEvict).wait_timeout(WAIT)
     });
-    let mut handles = put_all(&vmem, 2, LEN, HOST).await;
+    let cold = vmem.put(bytes(1, 1, LEN), DISK).await.unwrap();
+    let dirty = put_all(&vmem, 4, LEN, HOST).await;
     faults.set(FaultPlan::new().on(OpKind::Write, When::ALWAYS, Fault::Error(Errno::NOSPC)));
-    for version in 2..8 {
-        handles.extend(vmem.put(bytes(version, 1, LEN), HOST).await);
-    }
+    // It writes nothing itself.
+    vmem.promote(&cold, HOST).await.unwrap_err();
     support::eventually("it is counted", || vmem.tier_stats(DISK).refusals > 0).await;
     faults.clear();
-    drop(handles);
+    drop(dirty);
     vmem.close().await.unwrap();
 }

@@ -246,3 +246,45 @@ async fn spans_of_prefetches_are_left_out_beyond_the_rate_too() {
     assert!(seen.spans("read").is_empty(), "a hit");
     vmem.close().await.unwrap();
 }
+
+/// One prefetch of very many objects is no way around the rate, and others wait for it no longer
+/// than seconds.
+#[tokio::test(start_paused = true)]
+async fn parts_of_one_prefetch_have_a_bound_too() {
+    let (seen, _watching) = Seen::watch();
+    let vmem = open_with(|b| b.spans_per_second(3));
+    let handles = support::put_all(&vmem, 16, LEN / 4, DISK).await;
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    let before = seen.spans("migration").len();
+    vmem.prefetch_many(&handles, HOST).await.unwrap();
+    let moved = seen.spans("migration").len() - before;
+    assert!((3..10).contains(&moved), "{moved} of 16 at three a second");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    vmem.demote(&handles[0], DISK).await.unwrap();
+    vmem.prefetch(&handles[0], HOST).await.unwrap();
+    assert_eq!(seen.spans("prefetch").len(), 2, "the next one has a span again");
+    vmem.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn flush_of_all_is_in_the_trace_of_its_request() {
+    let (seen, _watching) = Seen::watch();
+    let vmem = open(SLOW * 100);
+    let handle = vmem.put(bytes(1, 1, 4 * LEN), DISK).await.unwrap();
+    vmem.promote(&handle, HOST).await.unwrap();
+    let flushed = request();
+    async {
+        vmem.write(&handle, bytes(1, 2, 4 * LEN)).await.unwrap();
+        vmem.flush_all().await.unwrap();
+    }
+    .instrument(flushed.clone())
+    .await;
+    let migrations = seen.spans("migration");
+    let flushes: Vec<_> =
+        migrations.iter().filter(|span| span.fields.text("cause") == "flush").collect();
+    assert!(!flushes.is_empty(), "{migrations:?}");
+    for migration in flushes {
+        assert_eq!(migration.parent, Some(id_of(&flushed)), "{migration:?}");
+    }
+    vmem.close().await.unwrap();
+}

@@ -362,11 +362,15 @@ impl Evicting for InStorage {
         deadline: Deadline,
     ) -> BoxFuture<'static, Took> {
         let written = async move {
-            match demote_between(batch, fate, cause, &deadline).await {
+            let Some(shared) = batch.first().map(Demotion::shared) else { return Took::All };
+            let Err(error) = demote_between(batch, fate, cause, &deadline).await else {
+                return Took::All;
+            };
+            match shared.refused(error) {
                 // Damage is that of an object, which is not asked to leave again.
-                Ok(()) | Err(VirtualMemoryError::Corrupt { .. }) => Took::All,
-                Err(VirtualMemoryError::TierFull { .. }) => Took::NoSpace,
-                Err(_) => Took::Failed,
+                VirtualMemoryError::Corrupt { .. } => Took::All,
+                VirtualMemoryError::TierFull { .. } => Took::NoSpace,
+                _ => Took::Failed,
             }
         };
         written.boxed()

@@ -172,7 +172,7 @@ impl VirtualMemoryConfigBuilder {
     /// how many prefetches and migrations have that run for no read. What was not used is kept for
     /// a second. Beyond it reads and prefetches have none, nor what moves for them, and the next
     /// span has the number of those in its field `left_out`: a subscriber takes microseconds for
-    /// each. 0: none has one; `u32::MAX`: all have. Default: 1,000.
+    /// each. 0: none has one; `u32::MAX`: all have. Default: 500.
     pub fn spans_per_second(mut self, spans: u32) -> Self {
         self.spans_per_second = spans;
         self

@@ -17,7 +17,7 @@ use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
-use crate::object::{GatePass, Object};
+use crate::object::{GatePass, Object, Shared};
 use crate::stats::add;
 use crate::storage::{Extent, TierError};
 use crate::tier::Need;
@@ -32,6 +32,10 @@ pub(crate) struct Demotion {
 }
 
 impl Demotion {
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        self.pass.object().shared.clone()
+    }
+
     /// Reserves extents for what neither the tier `level` nor a slower one has. An error returns
     /// the pass.
     pub(crate) fn prepare(
@@ -77,7 +81,7 @@ impl Demotion {
 ///
 /// # Errors
 ///
-/// Those of reading and of writing; `TimedOut`.
+/// Those of reading and of writing; `TimedOut`. A refusal is for the caller to count.
 pub(crate) async fn demote_between(
     mut batch: Vec<Demotion>,
     fate: CopyFate,
@@ -86,10 +90,8 @@ pub(crate) async fn demote_between(
 ) -> Result<()> {
     let Err(error) = demote_batch(&mut batch, fate, cause, deadline).await else { return Ok(()) };
     let is_over = batch.len() < 2 || crate::planted!("below-all-or-none");
-    let Some(Demotion { pass, .. }) = batch.first() else { return Err(error) };
-    let shared = pass.object().shared.clone();
     if is_over || matches!(error, VirtualMemoryError::Closed) {
-        return Err(shared.refused(error));
+        return Err(error);
     }
     let mut outcome = Ok(());
     for Demotion { pass, level, .. } in batch {
@@ -100,7 +102,7 @@ pub(crate) async fn demote_between(
         };
         outcome = outcome.and(alone);
     }
-    outcome.map_err(|error| shared.refused(error))
+    outcome
 }
 
 /// Demotes a batch, all or none. After an error the batch still has its passes.
@@ -176,7 +178,7 @@ pub(crate) async fn demote_one(
     }
     let object = pass.object().clone();
     let prepared = Demotion::prepare(pass, level);
-    let one = prepared.map_err(|(_pass, error)| object.shared.tier_error(object.id, error))?;
+    let one = prepared.map_err(|(_pass, error)| object.shared.attempt_error(object.id, error))?;
     demote_between(vec![one], fate, cause, deadline).await
 }
 

@@ -127,9 +127,11 @@ impl DiskWrite {
             // set aside and then taken back.
             let is_lent = matches!(extents, Err(TierError::Full { .. }))
                 && object.has_nothing()
-                && !object.is_dead()
                 && !crate::planted!("lent-extents");
-            if !is_lent || deadline.is_past() {
+            if is_lent && object.is_dead() {
+                return Err(object.not_found());
+            }
+            if !is_lent || deadline.is_past() || shared.is_closed() {
                 let public = |error| shared.tier_error(object.id, error);
                 self.extents = extents.map_err(public)?.into();
                 return Ok(());

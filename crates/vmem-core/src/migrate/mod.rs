@@ -167,10 +167,8 @@ impl<'a> Record<'a> {
         let own = |asker: &Span| shared.migration_spans.span(|left_out| span_in(asker, left_out));
         // In the trace of its read, whichever task this is, or else of its request.
         let span = match asker::current() {
-            Asker::Read(read) => Some(shared.read_spans.part(|| span_in(&read, None))),
-            Asker::Prefetch(prefetch) => {
-                Some(shared.migration_spans.part(|| span_in(&prefetch, None)))
-            }
+            Asker::Read(read) => shared.read_spans.part(|| span_in(&read, None)),
+            Asker::Prefetch(prefetch) => shared.migration_spans.part(|| span_in(&prefetch, None)),
             Asker::Call(call) => own(&call),
             Asker::Nobody => own(&Span::none()),
             Asker::LeftOut => None,

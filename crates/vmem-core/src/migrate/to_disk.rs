@@ -235,7 +235,8 @@ pub(crate) async fn demote(
         let demoted = demote_unwritten(&pass, level);
         return demoted.map_err(|error| object.shared.tier_error(object.id, error));
     }
-    move_one(pass, level, CopyFate::Detach, MigrationCause::Demote, deadline).await
+    let moved = move_one(pass, level, CopyFate::Detach, MigrationCause::Demote, deadline).await;
+    moved.map_err(|error| object.shared.refused(error))
 }
 
 /// Whether an object may leave host memory and what is below it for the tier `level`.
@@ -260,13 +261,20 @@ pub(crate) async fn flush(
     object: &Arc<Object>,
     deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
+    let outcome = flush_one(object, deadline).await;
+    outcome.map_err(|error| object.shared.refused(error))
+}
+
+/// As [`flush`]; a refusal is for the caller to count.
+async fn flush_one(object: &Arc<Object>, deadline: &Deadline) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
     write_back_from_device(&pass, MigrationCause::Flush, deadline).await?;
     move_one(pass, object.home_level(), CopyFate::Keep, MigrationCause::Flush, deadline).await
 }
 
 /// Writes the chunks of these objects that no tier below host memory has, many in one run; their
-/// host copies stay. All objects are tried. Returns how many failed, and the first error.
+/// host copies stay. All objects are tried. Returns how many failed, and the first error; a refusal
+/// is for the caller to count.
 pub(crate) async fn flush_many(
     shared: &Arc<Shared>,
     objects: Vec<Arc<Object>>,
@@ -326,15 +334,15 @@ async fn flush_batch(
         }
     };
     let written = write_back(batch, CopyFate::Keep, MigrationCause::Flush, deadline).await;
-    note(written.map_err(|error| shared.tier_error(0, error)));
+    note(written.map_err(|error| shared.attempt_error(0, error)));
     for object in alone {
-        note(flush(&object, deadline).await);
+        note(flush_one(&object, deadline).await);
     }
     (failed, first_error)
 }
 
 /// Moves one object to the tier `level`, or copies it there: from host memory if that has it, else
-/// from the faster tiers below.
+/// from the faster tiers below. A refusal is for the caller to count.
 async fn move_one(
     pass: GatePass,
     level: usize,
@@ -346,7 +354,7 @@ async fn move_one(
     if !object.copy.is_some() {
         return demote_one(pass, level, fate, cause, deadline).await;
     }
-    let public = |error| object.shared.tier_error(object.id, error);
+    let public = |error| object.shared.attempt_error(object.id, error);
     let victim = Leaving::prepare(pass, level).map_err(|(_pass, error)| public(error))?;
     write_back(vec![victim], fate, cause, deadline).await.map_err(public)
 }

@@ -78,7 +78,7 @@ impl Names {
         let start = |catalog: &Arc<dyn Catalog>| {
             let told = Arc::downgrade(shared);
             let stops = move |error: &VirtualMemoryError| {
-                let shared = told.upgrade();
+                let shared = told.upgrade().filter(|shared| !shared.is_closed());
                 shared.iter().for_each(|shared| shared.notices(MemoryTier::Disk).fault(error));
             };
             Commits::start(catalog.clone(), shared.disk().clone(), stops)

@@ -13,6 +13,7 @@ use futures::{Stream, TryStreamExt};
 
 use super::entries::{ListOptions, Listed, NamedEntry, PutMode, PutOptions};
 use super::{Result, VirtualMemory};
+use crate::asker;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
@@ -250,7 +251,7 @@ impl VirtualMemory {
     {
         let names = self.names.clone();
         let deadline = self.shared.deadline();
-        let change = make(names.clone(), deadline);
+        let change = asker::awaited(make(names.clone(), deadline));
         let (delivery, answer) = parcel();
         let (begun, begins) = parcel();
         self.shared.spawn("vmem-name", async move {

@@ -270,7 +270,8 @@ async fn flush_unnamed(shared: Arc<Shared>, deadline: Deadline) -> Result<()> {
             _ => {}
         }
     }
-    let (mut failed, mut first_error) = migrate::flush_many(&shared, to_disk, &deadline).await;
+    let (mut failed, first_error) = migrate::flush_many(&shared, to_disk, &deadline).await;
+    let mut first_error = first_error.map(|error| shared.refused(error));
     let moves = to_home.into_iter().map(|(object, what)| {
         let shared = shared.clone();
         async move {

@@ -267,7 +267,12 @@ impl ObjectReader {
         let object = self.handle.object().clone();
         let source = self.source.clone();
         let all = self.range.as_ref().is_ok_and(|all| *all == range);
-        let read = Read::of_window(&object, range.len());
+        // The version that the stream has begun with may be another one than that in host memory.
+        let is_near = match &self.source {
+            Some(source) => matches!(**source, Source::Host(_)),
+            None => object.copy.is_some(),
+        };
+        let read = Read::of_window(&object, range.len(), is_near);
         let filling = fill_window(object, source, range, all, window, deadline);
         let filling = timed_unless(read, filling, |filled| !filled.missed);
         let parcel = shared.spawn_for_caller("vmem-stream", filling);

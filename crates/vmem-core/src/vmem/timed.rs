@@ -33,9 +33,9 @@ impl Read {
         Read { op, object: object.clone(), objects: 1, bytes, is_near: false }
     }
 
-    /// A window of a stream, which may be served by host memory.
-    pub(super) fn of_window(object: &Arc<Object>, bytes: usize) -> Self {
-        Read { is_near: object.copy.is_some(), ..Read::of(ReadOp::Stream, object, bytes) }
+    /// A window of a stream; with `is_near` host memory serves it.
+    pub(super) fn of_window(object: &Arc<Object>, bytes: usize, is_near: bool) -> Self {
+        Read { is_near, ..Read::of(ReadOp::Stream, object, bytes) }
     }
 
     /// A read of several objects, of one at least.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use super::read::check_range;
 use super::{Result, VirtualMemory};
+use crate::asker;
 use crate::buffer::IoBuf;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
@@ -308,7 +309,8 @@ impl VirtualMemory {
             return Ok(());
         }
         let (reply, parcel) = parcel();
-        self.shared.spawn("vmem-write", migrate::publish_version(version, range, *deadline, reply));
+        let work = migrate::publish_version(version, range, *deadline, reply);
+        self.shared.spawn("vmem-write", asker::awaited(work));
         self.shared.answer(&parcel, deadline, "publishing a write").await.map(drop)
     }
 
@@ -336,7 +338,8 @@ impl VirtualMemory {
             }
         };
         let (reply, parcel) = parcel();
-        self.shared.spawn("vmem-write", migrate::finish_disk_write(write, *deadline, reply));
+        let work = migrate::finish_disk_write(write, *deadline, reply);
+        self.shared.spawn("vmem-write", asker::awaited(work));
         let finished = self.shared.answer(&parcel, deadline, "writing to disk").await?;
         // This answer is not taken back; if it were, the write would begin again.
         Ok(finished.unwrap_or(Finished::Pinned))

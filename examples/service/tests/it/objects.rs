@@ -51,6 +51,10 @@ async fn objects_come_back_as_they_were_stored() {
         assert_eq!(head.header(name), get.header(name), "{name}");
     }
 
+    let etag = put.header("etag");
+    let same = served.get("/objects/a/b%20c", &[("if-none-match", etag)]).await;
+    assert_eq!((same.status.as_u16(), same.header("cache-control")), (304, "max-age=60"));
+
     let again = served.put("/objects/a/b%20c", &[], b"").await;
     assert_eq!(again.status, 200);
     assert_ne!(again.header("etag"), put.header("etag"));

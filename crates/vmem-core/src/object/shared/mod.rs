@@ -245,8 +245,8 @@ impl Shared {
             events: Events::new(),
             counters: Counters::default(),
             latencies: Latencies::new(config.slow_read_threshold()),
-            read_spans: SpanRate::new(config.spans_per_second()),
-            migration_spans: SpanRate::new(config.spans_per_second()),
+            read_spans: SpanRate::of_reads(config.spans_per_second()),
+            migration_spans: SpanRate::of_migrations(config.spans_per_second()),
             totals: Arc::default(),
             #[cfg(feature = "metrics")]
             published: parking_lot::Mutex::default(),
