@@ -38,6 +38,10 @@ use crate::report::{Bar, Report, Rounds, process_cpu_ns};
 /// The most that being seen may cost.
 const BAR: f64 = 1.05;
 
+/// A round, and what is not measured before it.
+const LONG: Duration = Duration::from_secs(1);
+const SETTLE: Duration = Duration::from_millis(200);
+
 /// What is on in a round.
 #[derive(Clone, Copy, Debug)]
 struct Parts {
@@ -179,12 +183,11 @@ impl Recorder for Switched {
 pub(crate) fn v1(report: &mut Report, quick: bool, rounds: usize) -> anyhow::Result<()> {
     let watch = Watch::install()?;
     // The machine drifts by more than what is looked for: many short rounds.
-    let long = Duration::from_secs(1);
     let rounds = 4 * rounds;
     let set = Set { len: 4096, count: 65_536, reads: 200_000 };
     let ours = Ours::with(&set)?;
     let here = Builder::new_current_thread().enable_all().build()?;
-    let hits = |seed: u64| {
+    let hits = |long: Duration, seed: u64| {
         let order = set.order(seed);
         let began = Instant::now();
         let cpu = process_cpu_ns();
@@ -201,7 +204,7 @@ pub(crate) fn v1(report: &mut Report, quick: bool, rounds: usize) -> anyhow::Res
     alternate(report, &watch, (ALL, bar), format!("hits of {}", set.what()), rounds, store, hits)?;
     drop(ours);
     let mut under_load = |mixed: Mixed, parts: &[Parts], bar| {
-        let round = |seed| mixed.round(long, seed);
+        let round = |long, seed| mixed.round(long, seed);
         let store = (&mixed.vmem, mixed.runtime.handle());
         for &parts in parts {
             let what = format!("mixed, {}", mixed.what());
@@ -226,7 +229,7 @@ fn alternate(
     what: String,
     rounds: usize,
     (vmem, runtime): (&VirtualMemory, &tokio::runtime::Handle),
-    round_of: impl Fn(u64) -> anyhow::Result<Cost>,
+    round_of: impl Fn(Duration, u64) -> anyhow::Result<Cost>,
 ) -> anyhow::Result<()> {
     let mut sides: [[Rounds; 2]; 2] = Default::default();
     for round in 0..=rounds {
@@ -234,7 +237,10 @@ fn alternate(
             let is_on = side == 0;
             let tasks = if is_on { Some(runtime.block_on(watch.on(parts, vmem))?) } else { None };
             // Each its own choices: what the side before has read is nearer.
-            let cost = round_of((2 * round + nth) as u64)?;
+            let seed = (2 * round + nth) as u64;
+            // The spans that were kept while nobody watched are soon used up.
+            round_of(SETTLE, seed)?;
+            let cost = round_of(LONG, seed + (1 << 32))?;
             if let Some(mut tasks) = tasks {
                 runtime.block_on(tasks.shutdown());
                 watch.off()?;
