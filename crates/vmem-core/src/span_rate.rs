@@ -101,7 +101,8 @@ impl SpanRate {
         Some(self.counted(make()))
     }
 
-    /// Those that were left out since the store was opened, without their parts.
+    /// Those that were left out since the store was opened, without what would have been part of
+    /// one of them.
     pub(crate) fn left_out_total(&self) -> u64 {
         self.left_out_total.load(Ordering::Relaxed)
     }
