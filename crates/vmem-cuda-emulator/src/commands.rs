@@ -9,7 +9,7 @@ use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::codes::Code;
-use crate::world::{CHANGED, OpKind, World, has_owner, world};
+use crate::world::{CHANGED, Device, OpKind, World, has_owner, world};
 
 /// Carries out the line at `text`, and writes the answer to `answer`. Returns its whole length.
 ///
@@ -48,7 +48,7 @@ fn obey(world: &mut World, words: &[&str]) -> Option<String> {
     match *words.first()? {
         "reset" => world.reset(),
         "devices" => {
-            world.devices = number(1)? as i32;
+            world.devices = number(1)? as Device;
             world.initialized = false;
         }
         "memory" => world.total = number(1)?,
@@ -72,7 +72,8 @@ fn obey(world: &mut World, words: &[&str]) -> Option<String> {
             code => drop(world.refused.insert(words.get(1)?.to_string(), code)),
         },
         "invalidate" => world.invalidate(|_| true),
-        "sticky" => world.sticky = Some(number(1)? as Code).filter(|&code| code != 0),
+        "sticky" => world.fail(number(1)? as Device, number(2)? as Code),
+        "heal" => world.heal(),
         "calls" => return Some(world.calls.get(words.get(1)?).copied().unwrap_or(0).to_string()),
         "violations" => return Some(world.violations.join("\n")),
         "counters" => return Some(counters(world)),
@@ -87,7 +88,7 @@ fn counters(world: &World) -> String {
     let streams = world.streams.iter();
     let owned = streams.filter(|&(&handle, stream)| has_owner(handle) && !stream.destroyed);
     let live = [
-        ("device_bytes", world.used()),
+        ("device_bytes", world.used(None)),
         ("allocations", world.allocations.len() as u64),
         ("events", world.events.len() as u64),
         ("streams", owned.count() as u64),

@@ -193,9 +193,17 @@ impl Emulator {
         self.command("invalidate");
     }
 
-    /// The device fails for good with this code; 0 heals it.
+    /// The first device fails for good with this code; 0 heals all devices.
     pub fn sticky(&self, code: i32) {
-        self.command(&format!("sticky {code}"));
+        self.sticky_on(0, code);
+    }
+
+    /// This device fails for good with this code, and no other one does; 0 heals all devices.
+    pub fn sticky_on(&self, device: u32, code: i32) {
+        match code {
+            0 => self.command("heal"),
+            code => self.command(&format!("sticky {device} {code}")),
+        };
     }
 
     /// How often this function was called.

@@ -10,7 +10,7 @@
 //!   line of text each.
 //! - `symbols`: the functions of the driver, with their C signatures; each is thin.
 //! - `world`: everything that the driver knows, under one lock: devices, contexts, memory, streams,
-//!   events.
+//!   events. Each device has one context, its primary one, and fails by itself.
 //! - `stream`: the operations and the thread of each stream.
 //! - `races`: which operations are ordered before which; pure.
 //! - `pages`: the pages behind registered memory, as a device sees them.

@@ -1,8 +1,8 @@
 //! The operations of a stream, and the thread that carries them out.
 //!
 //! Invariant: operations of one stream run one after the other, in order; each counts as done only
-//! after its effects. After a sticky error none has effects any more, and host functions are not
-//! called. Called by the symbols.
+//! after its effects. After a sticky error of its device none has effects any more, and host
+//! functions are not called. Called by the symbols.
 
 mod work;
 
@@ -18,7 +18,9 @@ use crate::codes::{
 };
 use crate::races::Clock;
 use crate::raw::HostMemory;
-use crate::world::{CHANGED, Capture, IN_HOST_FUNCTION, OpKind, Reach, World, wait, world};
+use crate::world::{
+    Allocation, CHANGED, Capture, Device, IN_HOST_FUNCTION, OpKind, Reach, World, wait, world,
+};
 
 /// One host function runs at a time, whatever its stream, as on a card: a slow one delays all
 /// others.
@@ -26,6 +28,8 @@ static HOST_FUNCTIONS: Mutex<()> = Mutex::new(());
 
 #[derive(Debug, Default)]
 pub(crate) struct Stream {
+    /// In whose context it was made.
+    pub(crate) device: Device,
     queue: VecDeque<Op>,
     /// The host memory of the operation that runs.
     running: Vec<HostMemory>,
@@ -58,8 +62,8 @@ impl Stream {
 }
 
 /// Puts a stream into the world and starts its thread.
-pub(crate) fn create(world: &mut World, handle: u64, flags: u32, priority: i32) {
-    let stream = Stream { flags, priority, ..Stream::default() };
+pub(crate) fn create(world: &mut World, handle: u64, device: Device, flags: u32, priority: i32) {
+    let stream = Stream { device, flags, priority, ..Stream::default() };
     world.streams.insert(handle, stream);
     std::thread::spawn(move || run(handle));
 }
@@ -70,6 +74,10 @@ pub(crate) fn submit(
     handle: u64,
     work: Work,
 ) -> Result<u64, Code> {
+    let device = guard.streams.get(&handle).ok_or(INVALID_HANDLE)?.device;
+    if let Some(code) = guard.sticky(device) {
+        return Err(code);
+    }
     // What a kernel reads is looked at when it runs.
     let is_kernel = matches!(work, Work::Pieces { .. });
     let memory = work.host().first().copied().filter(|_| !is_kernel);
@@ -126,7 +134,7 @@ pub(crate) fn submit(
         let mut seen = Clock::default();
         seen.set(handle, count);
         guard.seen.join(&seen);
-        if let Some(code) = guard.sticky {
+        if let Some(code) = guard.sticky(device) {
             return Err(code);
         }
     }
@@ -160,16 +168,17 @@ pub(crate) fn synchronize(mut guard: MutexGuard<'static, World>, handle: u64) ->
         guard.invalidate(|other| other.id == capture.id);
         return CAPTURE_UNSUPPORTED;
     }
+    let device = stream.device;
     let last = stream.submitted;
     let clock = stream.clock.clone();
     while !guard.has_ended((handle, last)) {
-        if let Some(code) = guard.sticky {
+        if let Some(code) = guard.sticky(device) {
             return code;
         }
         guard = wait(guard);
     }
     guard.seen.join(&clock);
-    guard.sticky.unwrap_or(OK)
+    guard.sticky(device).unwrap_or(OK)
 }
 
 /// The thread of a stream.
@@ -191,7 +200,8 @@ fn run(handle: u64) {
             Work::Wait { until } => !guard.has_ended(*until),
             _ => guard.gates.get(&kind) == Some(&0),
         };
-        if blocked && guard.sticky.is_none() {
+        let device = stream.device;
+        if blocked && guard.sticky(device).is_none() {
             guard = wait(guard);
             continue;
         }
@@ -209,7 +219,7 @@ fn run(handle: u64) {
         let outcome = execute(handle, op);
         guard = world();
         if let Err(code) = outcome {
-            guard.sticky.get_or_insert(code);
+            guard.fail(device, code);
         }
         if let Some(stream) = guard.streams.get_mut(&handle) {
             stream.running.clear();
@@ -221,10 +231,18 @@ fn run(handle: u64) {
 
 fn execute(handle: u64, op: Op) -> Result<(), Code> {
     let mut guard = world();
-    if guard.sticky.is_some() {
+    let Some(device) = guard.streams.get(&handle).map(|stream| stream.device) else {
+        return Ok(());
+    };
+    if guard.sticky(device).is_some() {
         return Ok(());
     }
     let place = |guard: &World, address, len| guard.find(address, len).ok_or(ILLEGAL_ADDRESS);
+    // A copy finds the memory of any device; a kernel has no access to a peer's.
+    let own = |guard: &World, address, len| {
+        let found: (Allocation, usize) = place(guard, address, len)?;
+        if found.0.device == device { Ok(found) } else { Err(ILLEGAL_ADDRESS) }
+    };
     match op.work {
         Work::Up { to, from } => {
             let (allocation, at) = place(&guard, to, from.len as u64)?;
@@ -271,8 +289,8 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
             guard.count("kernels", 1);
             match name {
                 "vmem_copy" | "vmem_slow_copy" => {
-                    let (source, from) = place(&guard, b, c)?;
-                    let (target, to) = place(&guard, a, c)?;
+                    let (source, from) = own(&guard, b, c)?;
+                    let (target, to) = own(&guard, a, c)?;
                     drop(guard);
                     let bytes = lock(&source.bytes)[from..from + c as usize].to_vec();
                     lock(&target.bytes)[to..to + bytes.len()].copy_from_slice(&bytes);
@@ -282,7 +300,7 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
                     std::thread::sleep(Duration::from_nanos(a));
                 }
                 _ => {
-                    let (target, to) = place(&guard, a, b)?;
+                    let (target, to) = own(&guard, a, b)?;
                     drop(guard);
                     for byte in &mut lock(&target.bytes)[to..to + b as usize] {
                         *byte =
@@ -299,6 +317,11 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
                 return Err(ILLEGAL_ADDRESS);
             }
             drop(used);
+            let mut ranges = copies.iter().flat_map(|copy| copy.work.accesses(&guard));
+            ranges.try_for_each(|access| {
+                own(&guard, access.range.start, access.range.end - access.range.start).map(drop)
+            })?;
+            drop(ranges);
             drop(guard);
             if op.watched.is_some_and(|before| before != table.checksum()) {
                 world().violation("the table of a kernel changed in flight".into());

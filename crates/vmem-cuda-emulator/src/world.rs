@@ -4,25 +4,28 @@
 //! without it, on the threads of the streams, and `CHANGED` is rung after every change. Called by
 //! the symbols and the streams.
 
+mod memory;
+
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 
-use crate::codes::{ALREADY_REGISTERED, CAPTURED_EVENT, Code, INVALID_VALUE, OK, OUT_OF_MEMORY};
-use crate::pages::Pages;
+pub(crate) use memory::{Allocation, Pinned, Reach};
+
+use crate::codes::{CAPTURED_EVENT, Code, INVALID_VALUE};
 use crate::races::{Clock, Races};
-use crate::raw::HostMemory;
 use crate::stream::Stream;
 
-/// The stream that exists without being created.
-pub(crate) const DEFAULT_STREAM: u64 = 0;
+/// A device, as the driver counts them.
+pub(crate) type Device = i32;
+
+/// Streams that were created, and all else that has a handle, are numbered from here; below are the
+/// streams that exist without being created, one for each device.
+const HANDLES: u64 = 0x5000;
 /// The threads' own streams are numbered from here.
 pub(crate) const PER_THREAD: u64 = 1 << 40;
 /// Where device memory begins: addresses of it lead nowhere on the host.
 const DEVICE_BASE: u64 = 0x0dea_0000_0000;
-/// The gap between two allocations, so that an access past the end of one hits no other.
-const GUARD: u64 = 4096;
-const GARBAGE: u8 = 0xC7;
 
 pub(crate) static CHANGED: Condvar = Condvar::new();
 static WORLD: LazyLock<Mutex<World>> = LazyLock::new(|| Mutex::new(World::new()));
@@ -72,34 +75,10 @@ impl OpKind {
     }
 }
 
-/// Device memory.
-#[derive(Clone, Debug)]
-pub(crate) struct Allocation {
-    pub(crate) len: u64,
-    pub(crate) bytes: Arc<Mutex<Vec<u8>>>,
-}
-
-/// Host memory that the device reaches directly.
-#[derive(Clone, Debug)]
-pub(crate) struct Pinned {
-    pub(crate) memory: HostMemory,
-    /// None where the system pins nothing.
-    pub(crate) pages: Option<Arc<Pages>>,
-    /// Allocated by the driver, not registered.
-    pub(crate) allocated: bool,
-}
-
-/// How some host memory lies to what is pinned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Reach {
-    Pinned,
-    Pageable,
-    /// Across a border.
-    Broken,
-}
-
 #[derive(Debug, Default)]
 pub(crate) struct Event {
+    /// In whose context it was made.
+    pub(crate) device: Device,
     /// The stream and the count of the last record.
     pub(crate) last: Option<(u64, u64)>,
     pub(crate) clock: Clock,
@@ -121,9 +100,10 @@ pub(crate) struct Capture {
 #[derive(Debug)]
 pub(crate) struct World {
     pub(crate) initialized: bool,
-    pub(crate) devices: i32,
+    pub(crate) devices: Device,
+    /// The memory of each device.
     pub(crate) total: u64,
-    /// What other processes have taken.
+    /// What other processes have taken of each.
     pub(crate) others: u64,
     pub(crate) registered_max: u64,
     pub(crate) queue_max: usize,
@@ -138,15 +118,16 @@ pub(crate) struct World {
     pub(crate) injected: Vec<(String, u64, Code)>,
     /// Functions that fail until further notice.
     pub(crate) refused: HashMap<String, Code>,
-    pub(crate) sticky: Option<Code>,
+    /// The devices that have failed for good, and of what.
+    sticky: HashMap<Device, Code>,
     pub(crate) retained: HashMap<u64, i64>,
     pub(crate) allocations: BTreeMap<u64, Allocation>,
     pub(crate) pinned: BTreeMap<usize, Pinned>,
     pub(crate) streams: HashMap<u64, Stream>,
     pub(crate) events: HashMap<u64, Event>,
-    /// The entries of each module, and what a function is called.
-    pub(crate) modules: HashMap<u64, Vec<String>>,
-    pub(crate) functions: HashMap<u64, String>,
+    /// The entries of each module, and what a function is called; with the device of each.
+    pub(crate) modules: HashMap<u64, (Device, Vec<String>)>,
+    pub(crate) functions: HashMap<u64, (Device, String)>,
     pub(crate) races: Races,
     /// What the host saw end.
     pub(crate) seen: Clock,
@@ -168,7 +149,7 @@ fn memory() -> u64 {
 
 /// Whether a caller created this stream, unlike the null stream and those of the threads.
 pub(crate) fn has_owner(stream: u64) -> bool {
-    stream != DEFAULT_STREAM && stream < PER_THREAD
+    (HANDLES..PER_THREAD).contains(&stream)
 }
 
 impl World {
@@ -187,7 +168,7 @@ impl World {
             gates: HashMap::new(),
             injected: Vec::new(),
             refused: HashMap::new(),
-            sticky: None,
+            sticky: HashMap::new(),
             retained: HashMap::new(),
             allocations: BTreeMap::new(),
             pinned: BTreeMap::new(),
@@ -201,7 +182,7 @@ impl World {
             calls: HashMap::new(),
             counters: BTreeMap::new(),
             next_address: DEVICE_BASE,
-            next_handle: 0x5000,
+            next_handle: HANDLES,
         }
     }
 
@@ -229,7 +210,7 @@ impl World {
         self.gates.clear();
         self.injected.clear();
         self.refused.clear();
-        self.sticky = None;
+        self.sticky.clear();
         self.violations.clear();
         self.calls.clear();
         self.counters.clear();
@@ -249,91 +230,21 @@ impl World {
         self.violations.push(text);
     }
 
-    // ---- Memory ------------------------------------------------------------------------------
+    // ---- Errors that stick -------------------------------------------------------------------
 
-    pub(crate) fn used(&self) -> u64 {
-        self.allocations.values().map(|allocation| allocation.len).sum()
+    /// The error of which a device has failed for good.
+    pub(crate) fn sticky(&self, device: Device) -> Option<Code> {
+        self.sticky.get(&device).copied()
     }
 
-    pub(crate) fn free_bytes(&self) -> u64 {
-        self.total.saturating_sub(self.used()).saturating_sub(self.others)
+    /// A device fails for good; it keeps the first error.
+    pub(crate) fn fail(&mut self, device: Device, code: Code) {
+        self.sticky.entry(device).or_insert(code);
     }
 
-    pub(crate) fn allocate(&mut self, len: u64) -> Result<u64, Code> {
-        if len == 0 {
-            return Err(INVALID_VALUE);
-        }
-        if len > self.free_bytes() {
-            return Err(OUT_OF_MEMORY);
-        }
-        let address = self.next_address;
-        self.next_address += len.next_multiple_of(512) + GUARD;
-        let bytes = Arc::new(Mutex::new(vec![GARBAGE; len as usize]));
-        self.allocations.insert(address, Allocation { len, bytes });
-        Ok(address)
-    }
-
-    /// The allocation that holds all of this range, and where in it the range begins.
-    pub(crate) fn find(&self, address: u64, len: u64) -> Option<(Allocation, usize)> {
-        let (&start, allocation) = self.allocations.range(..=address).next_back()?;
-        let offset = address - start;
-        (offset.checked_add(len)? <= allocation.len).then(|| (allocation.clone(), offset as usize))
-    }
-
-    /// Whether an address is one of device memory, live or not.
-    pub(crate) fn is_of_device(&self, address: u64) -> bool {
-        (DEVICE_BASE..DEVICE_BASE + (1 << 40)).contains(&address)
-    }
-
-    pub(crate) fn reach(&self, memory: HostMemory) -> Reach {
-        let end = memory.address + memory.len;
-        let mut touched = self.pinned.values().filter(|pinned| {
-            let other = pinned.memory;
-            other.address < end && memory.address < other.address + other.len
-        });
-        match (touched.next(), touched.next()) {
-            (None, _) => Reach::Pageable,
-            (Some(one), None)
-                if one.memory.address <= memory.address
-                    && end <= one.memory.address + one.memory.len =>
-            {
-                Reach::Pinned
-            }
-            _ => Reach::Broken,
-        }
-    }
-
-    /// The pages behind host memory, if it is pinned.
-    pub(crate) fn pages(&self, memory: HostMemory) -> Option<Arc<Pages>> {
-        let (_, pinned) = self.pinned.range(..=memory.address).next_back()?;
-        let end = pinned.memory.address + pinned.memory.len;
-        if memory.address + memory.len <= end { pinned.pages.clone() } else { None }
-    }
-
-    /// Makes host memory pinned.
-    pub(crate) fn pin(&mut self, memory: HostMemory, allocated: bool) -> Code {
-        if memory.len == 0 || memory.address == 0 {
-            return INVALID_VALUE;
-        }
-        if self.reach(memory) != Reach::Pageable {
-            return ALREADY_REGISTERED;
-        }
-        let registered: u64 = self.pinned.values().map(|pinned| pinned.memory.len as u64).sum();
-        if registered + memory.len as u64 > self.registered_max {
-            return OUT_OF_MEMORY;
-        }
-        let pages = Pages::pin(memory).map(Arc::new);
-        self.pinned.insert(memory.address, Pinned { memory, pages, allocated });
-        OK
-    }
-
-    /// Whether an operation that has not ended uses this host memory.
-    pub(crate) fn is_in_flight(&self, memory: HostMemory) -> bool {
-        let end = memory.address + memory.len;
-        self.streams
-            .values()
-            .flat_map(Stream::host_memory)
-            .any(|used| used.address < end && memory.address < used.address + used.len)
+    /// All devices work again.
+    pub(crate) fn heal(&mut self) {
+        self.sticky.clear();
     }
 
     // ---- Captures ----------------------------------------------------------------------------
@@ -375,17 +286,24 @@ impl World {
         self.streams.get(&stream).is_none_or(|stream| stream.done >= count)
     }
 
-    pub(crate) fn is_idle(&self) -> bool {
-        self.streams.values().all(|stream| stream.done == stream.submitted)
+    /// Whether nothing is in flight on any device, or on one; a device that has failed has nothing
+    /// in flight.
+    pub(crate) fn is_idle(&self, device: Option<Device>) -> bool {
+        let counts = |stream: &&Stream| device.is_none_or(|device| stream.device == device);
+        let mut busy = self.streams.values().filter(|stream| stream.done < stream.submitted);
+        busy.all(|stream| !counts(&stream) || self.sticky(stream.device).is_some())
     }
 }
 
-/// Waits until nothing is in flight, and says so if something was.
-pub(crate) fn drain(mut guard: MutexGuard<'static, World>) -> MutexGuard<'static, World> {
-    if !guard.is_idle() {
+/// Waits until nothing is in flight on any device, or on one, and says so if something was.
+pub(crate) fn drain(
+    mut guard: MutexGuard<'static, World>,
+    device: Option<Device>,
+) -> MutexGuard<'static, World> {
+    if !guard.is_idle(device) {
         guard.count("implicit_synchronisations", 1);
     }
-    while !guard.is_idle() && guard.sticky.is_none() {
+    while !guard.is_idle(device) {
         guard = wait(guard);
     }
     guard

@@ -4,7 +4,9 @@
 
 use std::ffi::c_char;
 
-use super::{CONTEXT, Guard, Handle, Needs, address, enter, handle, host, is_device};
+use super::{
+    CONTEXT, Guard, Handle, Needs, address, current_device, enter, handle, host, is_device,
+};
 use crate::codes::{Code, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, OK};
 use crate::raw::{self};
 use crate::world::{CAPTURE_MODE, CURRENT, wait};
@@ -81,7 +83,7 @@ driver! {
         if !is_device(&guard, device) {
             return INVALID_DEVICE;
         }
-        if let Some(code) = guard.sticky {
+        if let Some(code) = guard.sticky(device) {
             return code;
         }
         let number = CONTEXT + device as u64;
@@ -97,6 +99,9 @@ driver! {
             return INVALID_CONTEXT;
         }
         *retained -= 1;
+        if *retained == 0 {
+            guard.end_context(device);
+        }
         OK
     }
     Init fn cuCtxGetCurrent(context: *mut Handle) |_guard| {
@@ -130,21 +135,22 @@ driver! {
         }
     }
     Context fn cuCtxGetDevice(device: *mut i32) |_guard| {
-        let current = CURRENT.with_borrow(|stack| stack.last().copied().unwrap_or(CONTEXT));
-        raw::put(device, (current - CONTEXT) as i32);
+        raw::put(device, current_device());
         OK
     }
     Quiet fn cuCtxSynchronize() |guard| {
         let mut guard = guard;
         guard.count("context_synchronisations", 1);
-        while !guard.is_idle() && guard.sticky.is_none() {
+        let device = current_device();
+        while !guard.is_idle(Some(device)) {
             guard = wait(guard);
         }
-        let clocks: Vec<_> = guard.streams.values().map(|stream| stream.clock.clone()).collect();
+        let streams = guard.streams.values().filter(|stream| stream.device == device);
+        let clocks: Vec<_> = streams.map(|stream| stream.clock.clone()).collect();
         for clock in &clocks {
             guard.seen.join(clock);
         }
-        guard.sticky.unwrap_or(OK)
+        guard.sticky(device).unwrap_or(OK)
     }
     Context fn cuCtxGetStreamPriorityRange(least: *mut i32, greatest: *mut i32) |_guard| {
         raw::put(least, 0);

@@ -8,31 +8,35 @@
 use std::ffi::c_void;
 
 use super::{
-    DevicePointer, Guard, Handle, Needs, copy_between, enter, host, issue, issue_and_wait,
+    DevicePointer, Guard, Handle, Needs, copy_between, current_device, enter, host, issue,
+    issue_and_wait, stream_of,
 };
-use crate::codes::{Code, INVALID_VALUE, NOT_REGISTERED, OK};
+use crate::codes::{Code, INVALID_HANDLE, INVALID_VALUE, NOT_REGISTERED, OK};
 use crate::raw::{self};
 use crate::stream::Work;
-use crate::world::{drain, world};
+use crate::world::{Device, drain, world};
+
+fn allocate(mut guard: Guard, place: *mut DevicePointer, device: Device, bytes: usize) -> Code {
+    match guard.allocate(device, bytes as u64) {
+        Ok(address) => {
+            raw::put(place, address);
+            OK
+        }
+        Err(code) => code,
+    }
+}
 
 driver! {
     Context fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) |guard| {
-        raw::put(free, guard.free_bytes() as usize);
+        raw::put(free, guard.free_bytes(current_device()) as usize);
         raw::put(total, guard.total as usize);
         OK
     }
     Quiet fn cuMemAlloc_v2(pointer: *mut DevicePointer, bytes: usize) |guard| {
-        let mut guard = guard;
-        match guard.allocate(bytes as u64) {
-            Ok(address) => {
-                raw::put(pointer, address);
-                OK
-            }
-            Err(code) => code,
-        }
+        allocate(guard, pointer, current_device(), bytes)
     }
     Quiet fn cuMemFree_v2(pointer: DevicePointer) |guard| {
-        let mut guard = drain(guard);
+        let mut guard = drain(guard, Some(current_device()));
         match guard.allocations.remove(&pointer) {
             Some(_) => OK,
             None => {
@@ -41,22 +45,20 @@ driver! {
             }
         }
     }
-    Context fn cuMemAllocAsync(pointer: *mut DevicePointer, bytes: usize, _stream: Handle) |guard| {
+    Context fn cuMemAllocAsync(pointer: *mut DevicePointer, bytes: usize, stream: Handle) |guard| {
         let mut guard = guard;
-        match guard.allocate(bytes as u64) {
-            Ok(address) => {
-                raw::put(pointer, address);
-                OK
-            }
-            Err(code) => code,
-        }
+        let number = stream_of(&mut guard, stream);
+        let Some(device) = guard.streams.get(&number).map(|stream| stream.device) else {
+            return INVALID_HANDLE;
+        };
+        allocate(guard, pointer, device, bytes)
     }
     Context fn cuMemFreeAsync(pointer: DevicePointer, stream: Handle) |guard| {
         issue(guard, stream, Work::Free { address: pointer })
     }
     Quiet fn cuMemHostRegister_v2(pointer: Handle, bytes: usize, _flags: u32) |guard| {
         let mut guard = guard;
-        guard.pin(host(pointer, bytes), false)
+        guard.pin(current_device(), host(pointer, bytes), false)
     }
     Quiet fn cuMemHostUnregister(pointer: Handle) |guard| {
         let mut guard = guard;
@@ -67,7 +69,7 @@ driver! {
                     guard.violation("host memory was unregistered under a copy in flight".into());
                 }
                 // Real drivers do so too: they wait for all kernels, whatever memory these use.
-                guard = drain(guard);
+                guard = drain(guard, None);
                 guard.pinned.remove(&address);
                 OK
             }
@@ -79,7 +81,7 @@ driver! {
         // Only `cuMemFreeHost` frees it.
         let memory = Box::leak(vec![0_u8; bytes].into_boxed_slice());
         let pointer: Handle = memory.as_mut_ptr().cast();
-        let code = guard.pin(host(pointer, bytes), true);
+        let code = guard.pin(current_device(), host(pointer, bytes), true);
         raw::put(place, pointer);
         code
     }
@@ -91,7 +93,7 @@ driver! {
                 if guard.is_in_flight(pinned.memory) {
                     guard.violation("host memory was freed under a copy in flight".into());
                 }
-                guard = drain(guard);
+                guard = drain(guard, None);
                 guard.pinned.remove(&address);
                 drop(guard);
                 let len = pinned.memory.len;

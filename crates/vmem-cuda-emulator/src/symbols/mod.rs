@@ -1,13 +1,16 @@
 //! The driver's functions, as C knows them.
 //!
 //! Invariant: none of them panics across the border; each checks, in this order: a host function
-//! may call none, a failure that was injected, an error that sticks, initialisation, a current
-//! context. Called by cudarc.
+//! may call none, a failure that was injected, initialisation, a current context, an error that
+//! sticks to its device. What it does on a stream fails with the error of the stream's device too.
+//! Called by cudarc.
 
 #![allow(unsafe_code)]
 #![allow(non_snake_case, reason = "the names are the driver's")]
 #![allow(unreachable_pub, reason = "they are exported from the library, not from the crate")]
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ffi::{c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::MutexGuard;
@@ -20,7 +23,7 @@ use crate::codes::{
 use crate::raw::{self, HostMemory};
 use crate::stream::{self, Work};
 use crate::world::{
-    CAPTURE_MODE, CURRENT, Capture, DEFAULT_STREAM, IN_HOST_FUNCTION, PER_THREAD, World, world,
+    CAPTURE_MODE, CURRENT, Capture, Device, IN_HOST_FUNCTION, PER_THREAD, World, world,
 };
 
 type Handle = *mut c_void;
@@ -67,7 +70,7 @@ fn enter(name: &'static str, needs: Needs, work: impl FnOnce(Guard) -> Code) -> 
         if CURRENT.with_borrow(|stack| stack.last().is_none_or(|&context| context == 0)) {
             return INVALID_CONTEXT;
         }
-        if let Some(code) = guard.sticky {
+        if let Some(code) = guard.sticky(current_device()) {
             return code;
         }
         let mut streams = guard.streams.values();
@@ -106,6 +109,12 @@ mod memory;
 mod modules;
 mod streams;
 
+/// The device of the context that is current on this thread; the first one if none is.
+fn current_device() -> Device {
+    let current = CURRENT.with_borrow(|stack| stack.last().copied().unwrap_or(CONTEXT));
+    current.saturating_sub(CONTEXT) as Device
+}
+
 fn address(handle: Handle) -> u64 {
     handle.addr() as u64
 }
@@ -118,24 +127,22 @@ fn host(pointer: *const c_void, len: usize) -> HostMemory {
     HostMemory { address: pointer.expose_provenance(), len }
 }
 
-/// The stream behind a handle: the null stream and each thread's own are made when they are first
-/// used.
+/// The stream behind a handle: the null stream and each thread's own, of each device, are made when
+/// they are first used.
 fn stream_of(guard: &mut Guard, given: Handle) -> u64 {
     thread_local! {
-        static MINE: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+        static MINE: RefCell<HashMap<Device, u64>> = RefCell::default();
     }
+    let device = current_device();
     let number = match address(given) {
-        0 | 1 => DEFAULT_STREAM,
-        2 => {
-            if MINE.get() == 0 {
-                MINE.set(PER_THREAD + guard.handle());
-            }
-            MINE.get()
-        }
+        0 | 1 => device as u64,
+        2 => MINE.with_borrow_mut(|mine| {
+            *mine.entry(device).or_insert_with(|| PER_THREAD + guard.handle())
+        }),
         number => return number,
     };
     if !guard.streams.contains_key(&number) {
-        stream::create(guard, number, 0, 0);
+        stream::create(guard, number, device, 0, 0);
     }
     number
 }
@@ -165,7 +172,7 @@ fn issue_and_wait(mut guard: Guard, work: Work) -> Code {
     }
 }
 
-fn is_device(guard: &Guard, device: i32) -> bool {
+fn is_device(guard: &Guard, device: Device) -> bool {
     (0..guard.devices).contains(&device)
 }
 

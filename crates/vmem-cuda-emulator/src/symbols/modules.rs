@@ -4,7 +4,9 @@
 
 use std::ffi::{c_char, c_void};
 
-use super::{Guard, Handle, Needs, address, copy_between, enter, handle, issue};
+use super::{
+    Guard, Handle, Needs, address, copy_between, current_device, enter, handle, issue, stream_of,
+};
 use crate::codes::{Code, INVALID_DEVICE_FUNCTION, INVALID_HANDLE, INVALID_VALUE, NOT_FOUND, OK};
 use crate::raw::{self, HostMemory};
 use crate::stream::{Op, Work};
@@ -18,7 +20,7 @@ fn load_module(mut guard: Guard, place: *mut Handle, image: *const c_void) -> Co
     let entries =
         text.split(".entry").skip(1).filter_map(|part| entry(part.trim_start())).collect();
     let number = guard.handle();
-    guard.modules.insert(number, entries);
+    guard.modules.insert(number, (current_device(), entries));
     raw::put(place, handle(number));
     OK
 }
@@ -63,12 +65,15 @@ driver! {
     ) |guard| {
         let mut guard = guard;
         let Some(name) = raw::text(name) else { return INVALID_VALUE };
-        let entries = guard.modules.get(&address(module));
-        if !entries.is_some_and(|entries| entries.contains(&name)) {
+        let Some((device, entries)) = guard.modules.get(&address(module)) else {
+            return NOT_FOUND;
+        };
+        if !entries.contains(&name) {
             return NOT_FOUND;
         }
+        let device = *device;
         let number = guard.handle();
-        guard.functions.insert(number, name);
+        guard.functions.insert(number, (device, name));
         raw::put(function, handle(number));
         OK
     }
@@ -81,7 +86,15 @@ driver! {
         _block_z: u32, _shared: u32, stream: Handle, parameters: *mut *mut c_void,
         _extra: *mut *mut c_void,
     ) |guard| {
-        let Some(name) = guard.functions.get(&address(function)) else { return INVALID_HANDLE };
+        let mut guard = guard;
+        let number = stream_of(&mut guard, stream);
+        let Some((device, name)) = guard.functions.get(&address(function)) else {
+            return INVALID_HANDLE;
+        };
+        // A function belongs to a context, and runs on streams of that alone.
+        if guard.streams.get(&number).is_none_or(|stream| stream.device != *device) {
+            return INVALID_HANDLE;
+        }
         if name == "vmem_pieces" {
             return launch_pieces(guard, stream, parameters);
         }

@@ -3,7 +3,7 @@
 //! Invariant: an event says of its last record, and of no earlier one, whether it has passed.
 //! Called as the driver's.
 
-use super::{Guard, Handle, Needs, address, enter, handle, issue, stream_of};
+use super::{Guard, Handle, Needs, address, current_device, enter, handle, issue, stream_of};
 use crate::codes::{
     CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, Code, INVALID_HANDLE, INVALID_VALUE, NOT_READY, OK,
 };
@@ -13,7 +13,7 @@ use crate::world::{CHANGED, Capture, Event, World, wait};
 
 fn new_stream(mut guard: Guard, place: *mut Handle, flags: u32, priority: i32) -> Code {
     let number = guard.handle();
-    stream::create(&mut guard, number, flags, priority);
+    stream::create(&mut guard, number, current_device(), flags, priority);
     guard.count("live_streams", 1);
     raw::put(place, handle(number));
     OK
@@ -61,6 +61,9 @@ driver! {
         let mut guard = guard;
         let number = stream_of(&mut guard, stream);
         let Some(stream) = guard.streams.get(&number) else { return INVALID_HANDLE };
+        if let Some(code) = guard.sticky(stream.device) {
+            return code;
+        }
         if let Some(capture) = stream.capturing {
             guard.invalidate(|other| other.id == capture.id);
             return CAPTURE_UNSUPPORTED;
@@ -74,6 +77,9 @@ driver! {
     }
     Context fn cuStreamWaitEvent(stream: Handle, event: Handle, _flags: u32) |guard| {
         let Some(event) = guard.events.get(&address(event)) else { return INVALID_HANDLE };
+        if let Some(code) = guard.sticky(event.device) {
+            return code;
+        }
         let last = event.last;
         let clock = event.clock.clone();
         let captured = event.captured;
@@ -136,7 +142,7 @@ driver! {
     Context fn cuEventCreate(event: *mut Handle, _flags: u32) |guard| {
         let mut guard = guard;
         let number = guard.handle();
-        guard.events.insert(number, Event::default());
+        guard.events.insert(number, Event { device: current_device(), ..Event::default() });
         raw::put(event, handle(number));
         OK
     }
@@ -145,7 +151,11 @@ driver! {
         guard.events.remove(&address(event)).map_or(INVALID_HANDLE, |_| OK)
     }
     Context fn cuEventRecord(event: Handle, stream: Handle) |guard| {
-        if !guard.events.contains_key(&address(event)) {
+        let mut guard = guard;
+        let number = stream_of(&mut guard, stream);
+        let Some(recorded) = guard.events.get(&address(event)) else { return INVALID_HANDLE };
+        // Both are of one context.
+        if guard.streams.get(&number).is_none_or(|stream| stream.device != recorded.device) {
             return INVALID_HANDLE;
         }
         issue(guard, stream, Work::Record { event: address(event) })
@@ -153,6 +163,9 @@ driver! {
     Quiet fn cuEventQuery(event: Handle) |guard| {
         let mut guard = guard;
         let Some(event) = guard.events.get(&address(event)) else { return INVALID_HANDLE };
+        if let Some(code) = guard.sticky(event.device) {
+            return code;
+        }
         let last = event.last;
         let clock = event.clock.clone();
         let captured = event.captured;
@@ -168,17 +181,18 @@ driver! {
     Quiet fn cuEventSynchronize(event: Handle) |guard| {
         let mut guard = guard;
         let Some(event) = guard.events.get(&address(event)) else { return INVALID_HANDLE };
+        let device = event.device;
         let last = event.last;
         let clock = event.clock.clone();
         let captured = event.captured;
         if let Some(code) = guard.captured_event(captured) {
             return code;
         }
-        while last.is_some_and(|last| !guard.has_ended(last)) && guard.sticky.is_none() {
+        while last.is_some_and(|last| !guard.has_ended(last)) && guard.sticky(device).is_none() {
             guard = wait(guard);
         }
         guard.seen.join(&clock);
-        guard.sticky.unwrap_or(OK)
+        guard.sticky(device).unwrap_or(OK)
     }
     Context fn cuEventElapsedTime(milliseconds: *mut f32, from: Handle, to: Handle) |guard| {
         let at = |event: Handle| guard.events.get(&address(event)).and_then(|event| event.at);

@@ -6,6 +6,7 @@
 #![allow(missing_docs, clippy::unwrap_used, unsafe_code)]
 #![cfg(target_os = "linux")]
 
+mod devices;
 mod memory;
 mod tools;
 
