@@ -1,8 +1,9 @@
 //! Leases of several objects, taken all at once, beside others that want the same.
 //!
 //! Excluded: a range that goes to another object of the set, a stale copy on a sibling, a busy core
-//! while a kernel or a budget is waited for, and a set that can never fit and waits nevertheless.
-//! Noticed by the lengths of ranges, by the processor time of the thread, and by the errors.
+//! while a kernel or a budget is waited for, a set that can never fit and waits nevertheless, and
+//! copies of one set, or of several, that wait for each other. Noticed by the lengths of ranges, by
+//! the processor time of the thread, by the errors, and by what a device that stands still has.
 #![cfg(target_os = "linux")]
 
 use std::sync::Arc;
@@ -199,4 +200,56 @@ async fn more_devices_than_can_be_told_apart_are_refused() {
         matches!(refused, VirtualMemoryError::InvalidConfig { field: "gpus", .. }),
         "{refused:?}"
     );
+}
+
+/// All copies of a set are handed to the device before the first of them has ended.
+#[tokio::test]
+async fn copies_of_a_set_are_under_way_together() {
+    const OBJECTS: usize = 12;
+    let (vmem, devices) = open(8 * MIB, &[MIB], Duration::from_secs(60));
+    let mut handles = Vec::new();
+    for n in 0..OBJECTS {
+        handles.push(vmem.put(vec![n as u8; 4 * KIB], HOST).await.unwrap());
+    }
+    devices[0].hold();
+    let device = access(&vmem, 0);
+    let writes = handles.split_off(OBJECTS / 2);
+    let reads = handles;
+    let set = tokio::spawn(async move { device.set(&reads, &writes).await });
+    support::eventually("all copies", || devices[0].in_flight() == OBJECTS).await;
+    // All or nothing: the last of them counts.
+    devices[0].release(OBJECTS as u64 - 1);
+    support::eventually("one copy is left", || devices[0].in_flight() == 1).await;
+    assert!(!set.is_finished());
+    devices[0].release_all();
+    let set = set.await.unwrap().unwrap();
+    assert_eq!((set.reads.len(), set.writes.len()), (OBJECTS / 2, OBJECTS / 2));
+    drop(set);
+    vmem.close().await.unwrap();
+}
+
+/// Sets over other objects do not wait for each other's copies; nor do those of single objects.
+#[tokio::test]
+async fn sets_over_other_objects_are_promoted_at_once() {
+    const SETS: usize = 6;
+    for each in [1, 3] {
+        let (vmem, devices) = open(8 * MIB, &[MIB], Duration::from_secs(60));
+        devices[0].hold();
+        let mut sets = Vec::new();
+        for n in 0..SETS {
+            let mut handles = Vec::new();
+            for _ in 0..each {
+                handles.push(vmem.put(vec![n as u8; 4 * KIB], HOST).await.unwrap());
+            }
+            let device = access(&vmem, 0);
+            sets.push(tokio::spawn(async move { device.set(&handles, &[]).await.map(drop) }));
+        }
+        support::eventually("copies of all", || devices[0].in_flight() == SETS * each).await;
+        assert!(sets.iter().all(|set| !set.is_finished()));
+        devices[0].release_all();
+        for set in sets {
+            set.await.unwrap().unwrap();
+        }
+        vmem.close().await.unwrap();
+    }
 }
