@@ -23,6 +23,7 @@ mod faults;
 mod gather;
 mod kernels;
 mod leases;
+mod loss;
 mod open;
 mod pressure;
 mod refuted;

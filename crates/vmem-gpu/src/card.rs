@@ -21,6 +21,7 @@ use crate::lane::Lost;
 use crate::pieces::Pieces;
 use crate::queued::{Queued, Streams};
 use crate::reach::{pin, unpin};
+use crate::siblings;
 
 /// Where objects begin is a multiple of this, in bytes.
 pub(crate) const UNIT: u64 = 512;
@@ -90,6 +91,8 @@ pub(crate) struct Card {
     /// What the streams of users hold.
     streams: Arc<Streams>,
     lost: Lost,
+    /// Which cards it shares host memory with, once it has some.
+    store: Arc<OnceLock<usize>>,
 }
 
 impl Card {
@@ -144,6 +147,7 @@ impl Card {
                         batches,
                         streams: Arc::default(),
                         lost,
+                        store: Arc::default(),
                     }));
                 }
                 // Others took some meanwhile, or it lies in pieces.
@@ -217,10 +221,17 @@ impl Card {
     /// # Errors
     ///
     /// What the driver says.
-    pub(crate) fn register(&self, memory: StagingMemory) -> Result<(), DriverError> {
-        pin(memory.address(), memory.len())?;
+    pub(crate) fn register(self: &Arc<Self>, memory: StagingMemory) -> Result<(), DriverError> {
+        let store = memory.address();
+        siblings::join(store, self, || pin(store, memory.len()))?;
+        let _ = self.store.set(store);
         *self.staging.lock() = Some(memory);
         Ok(())
+    }
+
+    /// Which cards it shares host memory with, once it does.
+    pub(crate) fn store(&self) -> &Arc<OnceLock<usize>> {
+        &self.store
     }
 
     /// Why the device serves no more, once it does not.
@@ -306,14 +317,17 @@ impl Card {
     ) -> Result<(), DriverError> {
         // A dead context takes no more part, whatever it says.
         let dead = self.is_dead();
+        // The others copy on from what they share.
+        let is_last = self.store.get().is_none_or(|&store| siblings::leave(store));
         if let Some(memory) = staging
+            && is_last
             && unpin(memory.address()).is_err()
             && !dead
         {
             // It may still be known to the device: it is never to be unmapped then.
             std::mem::forget(memory);
         }
-        if let Some(space) = self.space.get() {
+        if let Some(space) = self.space.get().filter(|_| is_last) {
             space.retire(&|address, _| unpin(address).is_ok() || dead);
         }
         let unloaded = pieces.map_or(Ok(()), Pieces::unload);

@@ -8,7 +8,8 @@
 //! - `probe`: whether there is a driver with everything that is needed, found out without calling
 //!   it.
 //! - `card`: the context and its memory; whether it is dead.
-//! - `reach`: memory of the host that the device reaches directly.
+//! - `reach`: memory of the host that the device reaches directly; `siblings`: the cards that share
+//!   it.
 //! - `event`: how far streams have come, and which follows which; `notices`: what is woken then.
 //! - `copy`: copies and the ownership of what they touch; `call`: those over memory of a user.
 //! - `issue`: which of them the driver gets how: by a kernel of ours (`pieces`), many in one call
@@ -46,6 +47,7 @@ mod queued;
 mod reach;
 mod scatter;
 mod set;
+mod siblings;
 mod target;
 mod tier;
 mod watch;

@@ -7,18 +7,19 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use cudarc::driver::{DriverError, sys};
 use vmem_core::backend::{InUse, ObjectSpace, Part, Registrar};
 
 use crate::card::{Card, told};
+use crate::siblings;
 
 impl Card {
     /// Registers slabs of this memory from now on, as copies pass through them.
     pub(crate) fn serve(self: &Arc<Self>, space: ObjectSpace) {
         if self.space().set(space.clone()).is_ok() {
-            space.serve(Arc::new(Slabs(Arc::downgrade(self))));
+            space.serve(Arc::new(Slabs(Arc::downgrade(self), self.store().clone())));
         }
     }
 
@@ -55,30 +56,45 @@ impl Card {
     }
 }
 
-/// What registers slabs of object space. It keeps no card alive: that has everything unregistered
-/// when it goes.
+/// What registers slabs of object space: the first card of the store, or, once that is lost or has
+/// gone, another one. It keeps no card alive: the last one has everything unregistered when it
+/// goes.
 #[derive(Debug)]
-struct Slabs(Weak<Card>);
+struct Slabs(Weak<Card>, Arc<OnceLock<usize>>);
 
 impl Slabs {
-    fn visit(&self, work: impl FnOnce() -> Result<(), DriverError>) -> io::Result<()> {
-        let card = self.0.upgrade().ok_or(io::ErrorKind::NotConnected)?;
-        let done = card.visit(work).and_then(|done| done);
-        done.map_err(|error| io::Error::other(told("registering memory", error)))
+    /// Works in the first context that lives. None if there is none.
+    fn visit(&self, work: impl Fn() -> Result<(), DriverError>) -> Option<Result<(), DriverError>> {
+        let first = self.0.upgrade().filter(|card| card.lost().is_none());
+        let others = || {
+            let store = self.1.get().filter(|_| !vmem_core::planted!("gpu-siblings"));
+            store.map(|&store| siblings::living(store)).unwrap_or_default()
+        };
+        for card in first.into_iter().chain(others()) {
+            match card.visit(&work).and_then(|done| done) {
+                // A dead context takes no more part, whatever it says.
+                Err(_) if card.is_dead() => {}
+                done => return Some(done),
+            }
+        }
+        None
     }
 }
 
 impl Registrar for Slabs {
     fn register(&self, address: usize, len: usize) -> io::Result<()> {
-        self.visit(|| pin(address, len))
+        let registered = self.visit(|| pin(address, len)).ok_or(io::ErrorKind::NotConnected)?;
+        registered.map_err(|error| io::Error::other(told("registering memory", error)))
     }
 
     fn unregister(&self, address: usize, _len: usize) -> io::Result<()> {
-        self.visit(|| unpin(address)).or_else(|error| {
-            // A dead context takes no more part, whatever it says.
-            let dead = self.0.upgrade().is_some_and(|card| card.is_dead());
-            if dead { Ok(()) } else { Err(error) }
-        })
+        match self.visit(|| unpin(address)) {
+            Some(Err(error)) => Err(io::Error::other(told("unregistering memory", error))),
+            Some(Ok(())) => Ok(()),
+            // All that knew it are dead.
+            None if self.0.upgrade().is_some() => Ok(()),
+            None => Err(io::ErrorKind::NotConnected.into()),
+        }
     }
 }
 
