@@ -119,6 +119,7 @@ impl Card {
         let wanted = budget.resolve("vram_capacity", free as u64, three_quarters);
         let mut wanted = wanted.map_err(|error| error.to_string())?.min(free as u64) / UNIT * UNIT;
         let events = EventPool::new(context.clone());
+        events.prepare();
         let asked = budget.bytes().or(budget.percent().map(|_| wanted));
         let least = CAPACITY_MIN.min(asked.unwrap_or(u64::MAX)) / UNIT * UNIT;
         loop {

@@ -21,6 +21,10 @@ use crate::lend::Lent;
 
 /// Events that a pool keeps; further ones are destroyed.
 const SPARE_MAX: usize = 4096;
+/// Events that are made at a time, in one visit of the context, and lots that there are from the
+/// start.
+const LOT: usize = 64;
+const LOTS_MIN: usize = 8;
 
 /// An event of the driver.
 #[derive(Clone, Copy, Debug)]
@@ -50,12 +54,31 @@ impl EventPool {
         let spare = self.spare.lock().pop();
         let raw = match spare {
             Some(raw) => raw,
-            None => {
-                let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
-                Raw(enter(&self.context, || result::event::create(flags))??)
-            }
+            None => self.make_lot()?,
         };
         Ok(Event { raw: Some(raw), pool: self.clone(), span: Span::default() })
+    }
+
+    /// Makes the first events, on a thread of ours. Where the driver refuses, they are made when
+    /// they are needed.
+    pub(crate) fn prepare(&self) {
+        let first: Vec<Raw> = (0..LOTS_MIN).map_while(|_| self.make_lot().ok()).collect();
+        self.spare.lock().extend(first);
+    }
+
+    /// Makes some events, and returns one of them. Entering the context costs as much as two
+    /// events, so it is not done for each.
+    fn make_lot(&self) -> Result<Raw, DriverError> {
+        let create = || result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map(Raw);
+        let (first, others) = enter(&self.context, || {
+            let first = create()?;
+            // What is refused now is asked for when it is needed.
+            let others: Vec<Raw> =
+                std::iter::repeat_with(create).map_while(Result::ok).take(LOT - 1).collect();
+            Ok::<_, DriverError>((first, others))
+        })??;
+        self.spare.lock().extend(others);
+        Ok(first)
     }
 
     fn destroy(&self, events: Vec<Raw>) {
