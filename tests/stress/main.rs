@@ -2,13 +2,14 @@
 //! emulated devices, with a fifth of the futures dropped at random moments: no wrong byte, never
 //! above a budget, no lease or pin on the other device, nothing left at the end.
 //!
-//! `VMEM_STRESS_SECONDS` sets how long (20 by default), `VMEM_SEED` which choices, and with them
-//! when what leases wrote is written back.
+//! There is a test for each time of writing back what leases wrote. `VMEM_STRESS_SECONDS` sets how
+//! long all of them take together (20 by default), `VMEM_SEED` which choices they make.
 
 #![allow(missing_docs, unsafe_code, clippy::unwrap_used, reason = "a test that calls the driver")]
 
 mod leases;
 mod object;
+mod pieces;
 mod worker;
 
 use std::sync::Arc;
@@ -42,12 +43,25 @@ fn random_len(rng: &mut SmallRng) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_operation_at_random() {
-    let seconds: u64 =
-        std::env::var("VMEM_STRESS_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(20);
+async fn every_operation_at_random_written_back_eagerly() {
+    every_operation_at_random(WriteBack::Eager).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_operation_at_random_written_back_soon() {
+    every_operation_at_random(WriteBack::After(Duration::from_millis(2))).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_operation_at_random_written_back_on_eviction() {
+    every_operation_at_random(WriteBack::OnEvict).await;
+}
+
+/// A third of the time, since there are three of them.
+async fn every_operation_at_random(write_back: WriteBack) {
+    let seconds: f64 =
+        std::env::var("VMEM_STRESS_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(20.0);
     let seed = Seed::from_env_or(|| 7).value();
-    let after = WriteBack::After(Duration::from_millis(2));
-    let write_back = [WriteBack::Eager, after, WriteBack::OnEvict][(seed % 3) as usize];
     println!("VMEM_SEED={seed} VMEM_STRESS_SECONDS={seconds}, {write_back:?}");
     let emulator = Emulator::load().expect("the emulated driver");
     emulator.devices(DEVICES as u32);
@@ -69,6 +83,7 @@ async fn every_operation_at_random() {
     let operations = Arc::new(AtomicU64::new(0));
     let dropped = Arc::new(AtomicU64::new(0));
     let leases = Arc::new([const { AtomicU64::new(0) }; DEVICES]);
+    let pieces = Arc::new([const { AtomicU64::new(0) }; 2]);
     let mut workers = Vec::new();
     for task in 0..TASKS {
         let mut rng = SmallRng::seed_from_u64(seed << 8 | task);
@@ -84,6 +99,7 @@ async fn every_operation_at_random() {
         let dropped = dropped.clone();
         let streams = contexts.each_ref().map(|context| context.new_stream().unwrap());
         let leases = leases.clone();
+        let pieces = pieces.clone();
         let vmem = vmem.clone();
         workers.push(Worker {
             vmem,
@@ -95,10 +111,11 @@ async fn every_operation_at_random() {
             operations,
             dropped,
             leases,
+            pieces,
         });
     }
     let stop = Arc::new(AtomicBool::new(false));
-    let until = Instant::now() + Duration::from_secs(seconds);
+    let until = Instant::now() + Duration::from_secs_f64(seconds / 3.0);
     let tasks: Vec<_> = workers
         .into_iter()
         .map(|mut worker| {
@@ -133,7 +150,8 @@ async fn every_operation_at_random() {
         }
     }
     println!(
-        "{} operations, {} dropped, {leases:?} leases read, peak {peak} of {}, {:?}",
+        "{} operations, {} dropped, {leases:?} leases read, {pieces:?} pieces gathered and \
+         scattered, peak {peak} of {}, {:?}",
         operations.load(Ordering::Relaxed),
         dropped.load(Ordering::Relaxed),
         vmem.stats().host.capacity_bytes,
@@ -160,6 +178,7 @@ async fn every_operation_at_random() {
     for (tier, leases) in tiers.into_iter().zip(&*leases) {
         assert!(vmem.tier_stats(tier).hits > 0 && leases.load(Ordering::Relaxed) > 0, "{tier}");
     }
+    assert!(pieces.iter().all(|count| count.load(Ordering::Relaxed) > 0), "{pieces:?}");
     vmem.close().await.expect("closes");
     assert_eq!(emulator.violations(), [""; 0]);
     assert_eq!(emulator.counter("device_bytes"), 0);

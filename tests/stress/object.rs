@@ -58,8 +58,12 @@ impl Object {
                 return;
             }
         }
+        let older = (0..from).rev().find(|&version| {
+            fill(self.salt, version, range.start, &mut expected);
+            expected == read
+        });
         panic!(
-            "object {} range {range:?}: not one of the versions {from}..={until}: {:?}...",
+            "object {} range {range:?}: version {older:?}, not one of {from}..={until}: {:?}...",
             self.handle.id(),
             &read[..read.len().min(16)]
         );

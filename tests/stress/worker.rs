@@ -17,7 +17,7 @@ use vmem::{MemoryTier, ReadClass, ReadOptions, VirtualMemory, VirtualMemoryError
 use crate::object::Object;
 use crate::{DEVICES, random_len};
 
-fn random_range(rng: &mut SmallRng, len: usize) -> Range<usize> {
+pub(crate) fn random_range(rng: &mut SmallRng, len: usize) -> Range<usize> {
     let start = rng.random_range(0..=len);
     start..rng.random_range(start..=len)
 }
@@ -63,6 +63,8 @@ pub(crate) struct Worker {
     pub(crate) dropped: Arc<AtomicU64>,
     /// What was leased for reading on each device.
     pub(crate) leases: Arc<[AtomicU64; DEVICES]>,
+    /// Pieces that were gathered, and scattered.
+    pub(crate) pieces: Arc<[AtomicU64; 2]>,
 }
 
 impl Worker {
@@ -112,7 +114,9 @@ impl Worker {
             25..=59 => self.read().await,
             60..=64 => self.read_many().await,
             65..=84 => self.place().await,
-            85..=94 => self.lease().await,
+            85..=90 => self.lease().await,
+            91..=92 => self.gather().await,
+            93..=94 => self.scatter().await,
             _ => self.pin().await,
         }
     }

@@ -18,12 +18,13 @@
 //!   events.
 //! - `watch`: a thread that waits for the kernels of users.
 //! - `gather`, `scatter`: copies between objects and one device buffer of the user, a `target`;
-//!   `given`: the pieces on their way there.
+//!   `given`: the pieces on their way there; `apart`: what of a call does not wait for its caller.
 //! - `ext`, `lease`, `set`: objects for kernels, on streams of the user, one or several; `lend`: as
 //!   slices of cudarc's.
 //! - `dlpack`, behind the feature of that name: a lease as a tensor of PyTorch and others.
 //! - `tier`: the ledger of device memory, and what the core calls.
 
+mod apart;
 mod batch;
 mod call;
 mod card;

@@ -6,14 +6,12 @@
 
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::task::Poll;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
-use tokio::runtime::Handle;
-use tokio_util::task::AbortOnDropHandle;
-use vmem_core::backend::{DeviceAccess, DeviceError, spawn_named};
+use vmem_core::backend::{DeviceAccess, DeviceError};
 use vmem_core::{VMemHandle, VirtualMemoryError};
 
+use crate::apart::run_apart;
 use crate::call::{Call, Foreign};
 use crate::card::{Card, failed};
 use crate::copy::{Flight, Issued};
@@ -153,25 +151,6 @@ impl<'a> DeviceTarget<'a> {
     /// The stream in whose order it is used.
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
-    }
-}
-
-/// Runs `work` where it does not wait for the caller; dropped, it ends. What is at hand comes at
-/// once, without a task.
-async fn run_apart(
-    runtime: Option<Handle>,
-    work: impl Future<Output = Result<()>> + Send + 'static,
-) -> Result<()> {
-    let mut work = Box::pin(work);
-    if let Poll::Ready(outcome) = futures::poll!(&mut work) {
-        return outcome;
-    }
-    match runtime.filter(|_| !vmem_core::planted!("gpu-neglect")) {
-        Some(runtime) => {
-            let task = AbortOnDropHandle::new(spawn_named(&runtime, "vmem-gpu-gather", work));
-            task.await.unwrap_or(Err(VirtualMemoryError::Closed))
-        }
-        None => work.await,
     }
 }
 
