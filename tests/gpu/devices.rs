@@ -124,7 +124,10 @@ async fn gathers_and_scatters_of_the_second_device_reach_every_tier() {
     vmem.gather(&pieces, &DeviceTarget::from_slice(&mut buffer)).await.unwrap();
     // What the second device has went nowhere else for that.
     let down = emulator.counter("bytes_down") - down;
-    assert!((1..=LEN as u64).contains(&down), "{down} bytes came down, of one object");
+    assert!(
+        (1..=LEN as u64).contains(&down),
+        "{down} bytes were copied to the host, of one object"
+    );
     assert!(only(3, second_tier()), "{:?}", vmem.residency(&handles[3]));
     let got = second.clone_dtoh(&buffer).unwrap();
     for (n, got) in got.chunks(part).enumerate() {

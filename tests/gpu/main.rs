@@ -27,6 +27,8 @@ mod loss;
 mod open;
 mod pressure;
 mod refuted;
+mod scenario_46;
+mod scenario_47;
 mod scratch;
 mod separate;
 mod sets;

@@ -16,7 +16,7 @@ use crate::support::{HANGS, HOST, VRAM, end, launch, stream, until};
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
 
-async fn open(vram: usize, max_pinned: f64, wait_timeout: Duration) -> VirtualMemory {
+pub(crate) async fn open(vram: usize, max_pinned: f64, wait_timeout: Duration) -> VirtualMemory {
     let config = VirtualMemoryConfig::builder()
         .host_capacity(32 << 20)
         .disk_capacity(64 << 20)
@@ -26,7 +26,7 @@ async fn open(vram: usize, max_pinned: f64, wait_timeout: Duration) -> VirtualMe
     vmem::open(config.build().unwrap()).await.unwrap()
 }
 
-async fn put(vmem: &VirtualMemory, count: usize, len: usize) -> Vec<VMemHandle> {
+pub(crate) async fn put(vmem: &VirtualMemory, count: usize, len: usize) -> Vec<VMemHandle> {
     let mut handles = Vec::new();
     for n in 0..count {
         handles.push(vmem.put(vec![n as u8; len], HOST).await.unwrap());
