@@ -141,6 +141,15 @@ impl Env {
     pub(crate) fn user(&self) -> Result<User> {
         User::new(self.device)
     }
+
+    /// A user of another device.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn user_on(device: usize) -> Result<User> {
+        User::new(device)
+    }
 }
 
 /// A stream of a context object of its own.

@@ -97,6 +97,7 @@ parts! {
     scenario_32_lost_notices = "scenario-32"
     scenario_33_neighbours = "scenario-33"
     scenario_47_written_back = "scenario-47"
+    scenario_two_devices = "scenario-two-devices"
     bar_g1_the_link = "bar-g1"
     bar_g2_disk_to_device = "bar-g2"
     bar_g3_completion = "bar-g3"
@@ -104,6 +105,8 @@ parts! {
     bar_g5_random_access = "bar-g5"
     bar_g6_many_pieces = "bar-g6"
     cost_step_of_2000_leases = "cost-step"
+    cost_crossover_of_small_copies = "cost-crossover"
+    cost_write_back_of_what_kernels_wrote = "cost-write-back"
 }
 
 /// What has passed is not run again; what is half written counts as not run.

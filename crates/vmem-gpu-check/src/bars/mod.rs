@@ -7,12 +7,14 @@
 //!
 //! - `g1` to `g6`: the bars. G1: the link. G2: disk to device. G3: the end of work on the device.
 //!   G4: a model larger than device memory. G5: random access. G6: many pieces.
-//! - `step`: what leases cost the thread that launches.
+//! - `step`: what leases cost the thread that launches. `crossover`: from which lengths and counts
+//!   on which call copies quickest. `write_back`: what it costs to copy down what kernels wrote.
 //! - `timing`: contenders in turn, medians, spreads.
 //! - `report`: what a bar found, and whether it holds.
 //! - `raw`: what a user writes by hand on the driver; all unsafe code of the bars.
 //! - `pump`: copies by hand, a fixed number in flight.
 
+mod crossover;
 mod g1;
 mod g2;
 mod g3;
@@ -24,6 +26,7 @@ mod raw;
 mod report;
 mod step;
 mod timing;
+mod write_back;
 
 use std::future::Future;
 use std::time::Duration;
@@ -62,6 +65,8 @@ pub(crate) fn parts() -> Vec<Part> {
             "many pieces into one buffer, against batches, kernels and packing",
         ),
         part("cost-step", step::run, "what leases cost the thread that launches kernels"),
+        part("cost-crossover", crossover::run, "small copies by a kernel, a batch, one by one"),
+        part("cost-write-back", write_back::run, "copies of what kernels wrote to host memory"),
     ]
 }
 

@@ -7,6 +7,7 @@
 
 #![allow(unsafe_code, reason = "a user launches kernels over device memory")]
 
+mod devices;
 mod dirty;
 mod order;
 mod pressure;
@@ -86,6 +87,12 @@ pub(crate) fn parts() -> Vec<Part> {
             On::Both,
             dirty::written_back,
             "what a device alone has, under each policy of writing back; scratch",
+        ),
+        part(
+            "scenario-two-devices",
+            On::Both,
+            devices::two,
+            "two devices in one store, where there are two",
         ),
     ]
 }

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use cudarc::driver::{CudaStream, result, sys};
 
 use super::batch::BatchCopy;
+use super::tables::Tables;
 use super::{Piece, Source};
 use crate::user::{DeviceMemory, Env, Pinned, User};
 
@@ -21,6 +22,7 @@ pub(in crate::bars) struct Link {
     lanes: Vec<Arc<CudaStream>>,
     batch: std::result::Result<BatchCopy, String>,
     rows: Option<Rows>,
+    tables: Option<Tables>,
 }
 
 /// Where rows are in pinned memory, as a kernel takes it.
@@ -57,7 +59,8 @@ impl Link {
         let device = user.allocate(device)?;
         let lanes = (0..lanes).map(|_| user.context.new_stream());
         let lanes = lanes.collect::<std::result::Result<Vec<_>, _>>().context("streams")?;
-        let mut link = Link { pinned, device, lanes, batch: BatchCopy::find(env), rows: None };
+        let mut link =
+            Link { pinned, device, lanes, batch: BatchCopy::find(env), rows: None, tables: None };
         if link.batch.is_ok() {
             // Found is not yet working.
             let tried = link.batch(0, true, &Piece::row(2, 16)).and_then(|()| link.wait());
@@ -177,6 +180,26 @@ impl Link {
         addresses.write(&list, &self.lanes[0])?;
         self.rows = Some(Rows { addresses, count: pieces.len(), len });
         Ok(())
+    }
+
+    /// Tells the tier's own kernel what it is to copy.
+    pub(in crate::bars) fn set_tables(&mut self, user: &User, pieces: &[Piece]) -> Result<()> {
+        self.wait()?;
+        let copy = |&piece: &Piece| {
+            let (host, device) = self.places(piece)?;
+            Ok((device, host.expose_provenance() as u64, piece.len))
+        };
+        let copies = pieces.iter().map(copy).collect::<Result<Vec<_>>>()?;
+        self.tables = Some(Tables::new(user, &copies)?);
+        Ok(())
+    }
+
+    /// Queues these copies, by the tier's own kernel.
+    pub(in crate::bars) fn tables(&self, lane: usize) -> Result<()> {
+        let tables = self.tables.as_ref().context("no tables were set")?;
+        // SAFETY: the copies are within memory of the link, which waits for its lanes before it is
+        // looked at or freed, and keeps the tables as long.
+        unsafe { tables.launch(&self.lanes[lane]) }
     }
 
     /// Queues a kernel that copies the rows into device memory, one behind the other.

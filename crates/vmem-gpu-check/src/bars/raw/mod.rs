@@ -8,6 +8,7 @@ mod batch;
 mod ends;
 mod kernels;
 mod link;
+mod tables;
 
 pub(super) use ends::{Signal, Small, sleeping_event, target, timed_event};
 pub(super) use kernels::{Reader, Sink, Source, add};
