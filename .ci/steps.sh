@@ -98,6 +98,7 @@ step full-only "address sanitizer: everything dropped while the kernel has it" \
 
 step nightly "the tests of the smallest build" ran_some cargo test --package vmem --no-default-features --test it
 step nightly "gpu-check, for machines with a card and no Rust" scripts/build-gpu-check.sh
+step nightly "gpu-check, all of it on the emulated driver" tested 1600 scripts/rehearse-gpu-check.sh "$built/debug/gpu-check"
 step nightly "build the examples" cargo build --release --examples
 step nightly "build the example service" cargo build --release --package vmem-service
 # What a service promises of clients that do not read: the others are served nearly as before.
