@@ -34,3 +34,4 @@ mod separate;
 mod sets;
 mod slabs;
 mod small;
+mod unused;

@@ -92,8 +92,8 @@ impl Worker {
             maybe_dropped(drop_after, asked).await
         };
         let Some(lease) = Self::expect("device_mut_on", lease) else { return };
-        if !overwrites && self.rng.random_bool(0.1) {
-            // Nobody has used it. One that overwrites would publish zeros.
+        if self.rng.random_bool(0.1) {
+            // Nobody has used it: the version before stays.
             return;
         }
         // SAFETY: read by the copy alone, which has ended when the call returns.

@@ -108,7 +108,7 @@ impl Call {
         if state.in_flight == 0 || vmem_core::planted!("gather-cancel") {
             return false;
         }
-        if order() {
+        if !vmem_core::planted!("gather-blocks") && order() {
             return true;
         }
         drop(state);

@@ -6,12 +6,13 @@
 //! that waits for it; where there is no event, the thread asks again. A drop waits for nothing.
 //! Called by users.
 
+mod ending;
 mod leased;
 mod scratch;
 
-use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 use futures::FutureExt;
@@ -19,100 +20,11 @@ use futures::future::BoxFuture;
 use vmem_core::VirtualMemoryError;
 use vmem_core::backend::{DeviceAccess, VramChange, VramHold};
 
-use self::leased::{Leased, Scope, answered, strayed};
+pub(crate) use self::ending::end_together;
+use self::leased::{Leased, Scope};
 pub use self::scratch::Scratch;
-use crate::card::Card;
-use crate::ext::tier;
-use crate::lend::Lent;
-use crate::watch::{Answer, Keep};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
-
-/// Leases of one stream that end together.
-struct Ending {
-    card: Option<Arc<Card>>,
-    stream: Arc<CudaStream>,
-    access: DeviceAccess,
-    lent: Vec<Lent>,
-    strays: bool,
-    keeps: Vec<Keep>,
-}
-
-impl Ending {
-    /// What a lease has, but for what it keeps.
-    fn of(leased: &mut Leased) -> Self {
-        assert!(leased.card.is_some(), "a lease ends once");
-        Ending {
-            card: leased.card.take(),
-            stream: leased.stream.clone(),
-            access: leased.access.clone(),
-            lent: leased.lent.take().into_iter().collect(),
-            strays: *leased.strays.get_mut(),
-            keeps: Vec::new(),
-        }
-    }
-
-    /// One more.
-    fn join(&mut self, leased: &mut Leased, keep: Keep) {
-        assert!(leased.is_on(&self.stream), "leases that end together are on one stream");
-        let card = leased.card.take();
-        assert!(card.is_some(), "a lease ends once");
-        self.lent.extend(leased.lent.take());
-        self.keeps.push(keep);
-    }
-
-    /// `None` if the memory has a user whose end cannot be known: then it is kept for ever.
-    fn end(self) -> Option<Answer> {
-        let Ending { card, stream, access, lent, strays, keeps } = self;
-        let (Some(card), Ok(tier), false) = (card, tier(&access), strays) else {
-            tracing::error!(target: "vmem::gpu", "memory of a lease is never reused");
-            std::mem::forget((keeps, lent));
-            return None;
-        };
-        let keeps = Some(keeps).filter(|_| !vmem_core::planted!("lease-ownership"));
-        let keep: Box<dyn Any + Send> = Box::new((keeps, card.clone()));
-        Some(tier.keep_until_passed(&card, &stream, lent, keep))
-    }
-}
-
-/// Ends leases, those on this stream with one event. The answers are of those that kernels changed.
-pub(crate) fn end_together(
-    stream: &CudaStream,
-    read: Vec<DeviceLease>,
-    write: Vec<DeviceLeaseMut>,
-) -> Vec<BoxFuture<'static, Result<()>>> {
-    let mut ending: Option<Ending> = None;
-    let mut join = |leased: &mut Leased, keep: Keep| match &mut ending {
-        Some(ending) => ending.join(leased, keep),
-        None => ending = Some(Ending { keeps: vec![keep], ..Ending::of(leased) }),
-    };
-    for mut lease in read {
-        // Those of other streams, which the caller put there, end by themselves.
-        if lease.leased.is_on(stream)
-            && let Some(hold) = lease.hold.take()
-        {
-            join(&mut lease.leased, Box::new(hold.end()));
-        }
-    }
-    let mut answers = Vec::new();
-    let mut changes = Vec::new();
-    for mut lease in write {
-        match lease.change.take_if(|_| lease.leased.is_on(stream)) {
-            Some(change) => {
-                join(&mut lease.leased, Box::new(change.unused_range()));
-                changes.push(change);
-            }
-            None => answers.push(lease.end_now()),
-        }
-    }
-    let passed = match ending.and_then(Ending::end) {
-        Some(answer) => answered(answer).boxed(),
-        None => futures::future::ready(Err(strayed())).boxed(),
-    };
-    let passed = passed.shared();
-    answers.extend(changes.into_iter().map(|change| change.finish(passed.clone().boxed()).boxed()));
-    answers
-}
 
 /// An object in device memory that kernels read.
 #[derive(Debug)]
@@ -192,12 +104,19 @@ impl Drop for DeviceLease {
 
 /// An object in device memory that kernels change. Dropping it publishes what they wrote, once they
 /// have ended; [`abandon`](Self::abandon) does not.
+///
+/// A lease that was not used is abandoned by its drop: nobody has asked for its bytes or its
+/// address, nor said that anything was [`touched`](Self::touched). Nothing is copied then, and an
+/// object that was to be overwritten keeps its bytes. [`finish`](Self::finish) always publishes.
 #[derive(Debug)]
 #[must_use = "dropping it ends the lease"]
 pub struct DeviceLeaseMut {
     leased: Leased,
     /// None while it is being dropped.
     change: Option<VramChange>,
+    /// Somebody has asked for the bytes, or said that they were written. The change cannot tell:
+    /// what begins as zeros counts there as written.
+    is_used: AtomicBool,
 }
 
 impl DeviceLeaseMut {
@@ -207,11 +126,12 @@ impl DeviceLeaseMut {
         change: VramChange,
     ) -> Result<Self> {
         let leased = Leased::new(access, stream, change.unused_range().as_deref())?;
-        Ok(DeviceLeaseMut { leased, change: Some(change) })
+        Ok(DeviceLeaseMut { leased, change: Some(change), is_used: AtomicBool::new(false) })
     }
 
     /// The bytes, for kernels on the stream of the lease.
     pub fn view(&self) -> CudaView<'_, u8> {
+        self.is_used.store(true, Ordering::Relaxed);
         self.leased.view()
     }
 
@@ -236,6 +156,7 @@ impl DeviceLeaseMut {
 
     /// From now on a kernel may write to it.
     fn mark_used(&self) {
+        self.is_used.store(true, Ordering::Relaxed);
         if let Some(change) = &self.change {
             change.mark_used();
         }
@@ -291,11 +212,15 @@ impl DeviceLeaseMut {
     ///
     /// `OutOfRange`.
     pub fn touched(&mut self, range: Range<usize>) -> Result<()> {
-        self.change.as_mut().map_or(Ok(()), |change| change.touched(range))
+        let Some(change) = &mut self.change else { return Ok(()) };
+        change.touched(range)?;
+        self.is_used.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
-    /// Ends the lease as the drop does, and says how that went. It waits for what was queued, and
-    /// for its copy, where the store writes back eagerly.
+    /// Publishes what kernels wrote, and says how that went; where none did, the bytes as they are,
+    /// which are zeros in a lease that overwrites. It waits for what was queued, and for its copy,
+    /// where the store writes back eagerly.
     ///
     /// # Errors
     ///
@@ -337,7 +262,15 @@ impl DeviceLeaseMut {
         self.give_up();
     }
 
+    /// Whether nobody can have written to it.
+    fn is_unused(&self) -> bool {
+        !self.is_used.load(Ordering::Relaxed) && !vmem_core::planted!("lease-unused")
+    }
+
     fn give_up(&mut self) {
+        if vmem_core::planted!("lease-abandon") {
+            return drop(self.end());
+        }
         let Some(change) = self.change.take() else { return };
         // The thread keeps the memory, whether the answer is awaited or not.
         drop(self.leased.release(Box::new(change.unused_range())));
@@ -359,8 +292,8 @@ impl DeviceLeaseMut {
 
 impl Drop for DeviceLeaseMut {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            // Half of a change is no version.
+        // Half of a change is no version, and none of it is no new one.
+        if std::thread::panicking() || self.is_unused() {
             return self.give_up();
         }
         // The future is not needed: the end goes on without it.

@@ -71,7 +71,8 @@ impl DeviceSetRequest {
 
 /// Several objects in device memory, each a lease, in the order in which they were asked for.
 ///
-/// A lease that is taken out of it ends on its own.
+/// A lease that is taken out of it ends on its own. Those that kernels change and that nobody has
+/// used are abandoned when the set is dropped, as [single ones](DeviceLeaseMut) are.
 #[derive(Debug)]
 #[must_use = "dropping it ends the leases"]
 pub struct DeviceSet {
@@ -90,16 +91,16 @@ impl DeviceSet {
     /// The first of [`DeviceLeaseMut::finish`].
     pub async fn finish(mut self) -> Result<()> {
         let mut outcome = Ok(());
-        for finished in self.end() {
+        for finished in self.end(false) {
             outcome = outcome.and(finished.await);
         }
         outcome
     }
 
-    fn end(&mut self) -> Vec<BoxFuture<'static, Result<()>>> {
+    fn end(&mut self, dropped: bool) -> Vec<BoxFuture<'static, Result<()>>> {
         let read = std::mem::take(&mut self.read);
         let write = std::mem::take(&mut self.write);
-        end_together(&self.stream, read, write)
+        end_together(&self.stream, read, write, dropped)
     }
 }
 
@@ -110,6 +111,6 @@ impl Drop for DeviceSet {
             return;
         }
         // The future is not needed: the end goes on without it.
-        drop(self.end());
+        drop(self.end(true));
     }
 }

@@ -104,6 +104,7 @@ pub(super) async fn wait(
             until_unheld(shared, device.tier(), footprint, deadline).await
         }
         Obstacle::Used(object) => loop {
+            let _gate = crate::planted!("writer-holds").then(|| object.try_gate());
             // Before the look, so that no drop in between is missed.
             let released = device.released();
             if shared.is_closed() {

@@ -9,7 +9,8 @@ use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 use futures::FutureExt;
 use vmem_core::backend::{DeviceAccess, DeviceAnswer, DeviceError, DeviceRange};
 
-use super::{Ending, Result};
+use super::Result;
+use super::ending::Ending;
 use crate::card::Card;
 use crate::ext::tier;
 use crate::lend::Lent;
@@ -80,8 +81,7 @@ impl Leased {
         &mut self,
         keep: Keep,
     ) -> DeviceAnswer<std::result::Result<(), DeviceError>> {
-        let ending = Ending { keeps: vec![keep], ..Ending::of(self) };
-        match ending.end() {
+        match Ending::of(self, keep).end() {
             Some(answer) => answered(answer).boxed(),
             None => futures::future::ready(Err(strayed())).boxed(),
         }
