@@ -20,18 +20,18 @@ async fn tensor(vmem: &VirtualMemory, handle: &VMemHandle) -> DlPackTensor {
 }
 
 /// A tensor in the hands of another library, which may call on any thread.
-struct Consumer(*mut DLManagedTensor);
+pub(crate) struct Consumer(pub(crate) *mut DLManagedTensor);
 
 // SAFETY: the deleter may be called on any thread, which is what is tested.
 unsafe impl Send for Consumer {}
 
 impl Consumer {
-    fn tensor(&self) -> DLTensor {
+    pub(crate) fn tensor(&self) -> DLTensor {
         // SAFETY: it lives until `delete`.
         unsafe { (*self.0).dl_tensor }
     }
 
-    fn delete(self) {
+    pub(crate) fn delete(self) {
         // SAFETY: it lives until now.
         let deleter = unsafe { (*self.0).deleter }.unwrap();
         // SAFETY: called once, for it takes `self`.

@@ -34,4 +34,5 @@ mod separate;
 mod sets;
 mod slabs;
 mod small;
+mod tensors;
 mod unused;

@@ -89,7 +89,7 @@ impl DeviceLease {
     /// The device that the object is on, as the driver counts them.
     #[cfg(feature = "dlpack")]
     pub(crate) fn ordinal(&self) -> usize {
-        self.leased.card.as_ref().map_or(0, |card| card.ordinal())
+        self.leased.ordinal()
     }
 }
 
@@ -186,6 +186,12 @@ impl DeviceLeaseMut {
     pub unsafe fn device_ptr(&self) -> u64 {
         self.mark_used();
         self.leased.address
+    }
+
+    /// The device that the object is on, as the driver counts them.
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn ordinal(&self) -> usize {
+        self.leased.ordinal()
     }
 
     /// Says that kernels write to this range of the object, in bytes, and to none that no such call

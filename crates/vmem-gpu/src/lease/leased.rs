@@ -53,6 +53,12 @@ impl Leased {
         })
     }
 
+    /// The device that it is on, as the driver counts them.
+    #[cfg(feature = "dlpack")]
+    pub(super) fn ordinal(&self) -> usize {
+        self.card.as_ref().map_or(0, |card| card.ordinal())
+    }
+
     /// Whether it can end with others on this stream.
     pub(super) fn is_on(&self, stream: &CudaStream) -> bool {
         self.stream.cu_stream() == stream.cu_stream() && !self.strays.load(Ordering::Relaxed)
