@@ -36,7 +36,7 @@
 //!   blocking calls.
 //! - `metrics`: `VirtualMemory::publish_metrics`, and `metrics`, what it publishes.
 //! - `serde`: a [`VirtualMemoryConfig`] is read from a file.
-//! - `dlpack`: leases become tensors for PyTorch and others; implies `gpu`.
+//! - `dlpack`: leases become tensors for PyTorch and others, and theirs buffers; implies `gpu`.
 //! - `tokio-console`: shows tasks, migrations, tiers and waiting reads in tokio-console, where
 //!   `--cfg tokio_unstable` is set too.
 //!

@@ -42,7 +42,7 @@ async fn dropped_in_flight(
 
 /// An object that is on disk alone, and will be read into memory that the device reaches directly;
 /// behind it others, which keep the slabs around it as they are.
-async fn on_disk(
+pub(crate) async fn on_disk(
     vmem: &vmem::VirtualMemory,
     emulator: &Emulator,
     stream: &Arc<CudaStream>,

@@ -34,5 +34,6 @@ mod separate;
 mod sets;
 mod slabs;
 mod small;
+mod taken;
 mod tensors;
 mod unused;

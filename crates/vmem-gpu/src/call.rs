@@ -9,6 +9,8 @@ use std::time::Duration;
 use cudarc::driver::{DriverError, sys};
 use parking_lot::{Mutex, MutexGuard};
 
+use crate::owner::Held;
+
 /// Between two looks at copies for which the caller has to wait itself.
 const LOOK_PAUSE: Duration = Duration::from_micros(50);
 
@@ -21,8 +23,12 @@ pub(crate) struct Foreign {
 }
 
 /// One call over memory of a caller.
-#[derive(Debug, Default)]
-pub(crate) struct Call(Mutex<State>);
+#[derive(Debug)]
+pub(crate) struct Call {
+    state: Mutex<State>,
+    /// So a copy that has begun keeps the memory, where that was handed over.
+    _owner: Option<Arc<Held>>,
+}
 
 #[derive(Debug, Default)]
 pub(crate) struct State {
@@ -38,7 +44,7 @@ pub(crate) struct Entered(Arc<Call>);
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        let mut state = self.0.0.lock();
+        let mut state = self.0.state.lock();
         assert!(state.in_flight > 0, "what ends has begun");
         state.in_flight -= 1;
     }
@@ -67,7 +73,7 @@ pub(crate) struct Open<'a> {
 impl<'a> Open<'a> {
     /// Only one thread opens several calls at once.
     pub(crate) fn of(call: &'a Arc<Call>) -> Self {
-        Open { call, state: call.0.lock() }
+        Open { call, state: call.state.lock() }
     }
 
     pub(crate) fn is_of(&self, call: &Arc<Call>) -> bool {
@@ -99,11 +105,16 @@ impl<'a> Open<'a> {
 }
 
 impl Call {
+    /// A call over memory that `owner` keeps, if the caller does not.
+    pub(crate) fn over(owner: Option<Arc<Held>>) -> Arc<Self> {
+        Arc::new(Call { state: Mutex::default(), _owner: owner })
+    }
+
     /// Lets nothing more begin. Where copies are in flight, `order` puts the caller's work behind
     /// them; if it cannot, this waits for their ends.
     /// True if it was put behind any.
     pub(crate) fn cancel(&self, order: impl FnOnce() -> bool) -> bool {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         state.cancelled = true;
         if state.in_flight == 0 || vmem_core::planted!("gather-cancel") {
             return false;
@@ -112,7 +123,7 @@ impl Call {
             return true;
         }
         drop(state);
-        while self.0.lock().in_flight > 0 {
+        while self.state.lock().in_flight > 0 {
             std::thread::sleep(LOOK_PAUSE);
         }
         false

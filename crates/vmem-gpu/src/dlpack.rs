@@ -1,4 +1,5 @@
-//! A lease as a tensor of DLPack, which PyTorch, JAX, CuPy and others take without a copy.
+//! Tensors of DLPack, which PyTorch, JAX, CuPy and others give and take without a copy: a lease as
+//! a tensor for them, and one of theirs as the buffer of gathers and scatters.
 //!
 //! Invariant: the lease lives until the consumer has called the deleter of its tensor, on any
 //! thread, and ends with that call; a tensor that was not handed out ends it when it is dropped.
@@ -35,10 +36,17 @@
 //! from a panic of Rust's: half of a change is no version. An exception of Python is none, so the
 //! deleter publishes then. To have the choice, keep the lease instead of the tensor, and give the
 //! consumer its address.
+//!
+//! # Targets
+//!
+//! [`DeviceTarget::from_dlpack`](crate::DeviceTarget::from_dlpack) takes a tensor of another
+//! library over. So no future that is dropped and no order of drops gives its memory back under a
+//! copy: the deleter is called once the target was dropped and the last copy has ended.
 
 #![allow(unsafe_code)]
 
 mod elements;
+mod taken;
 
 use std::ptr;
 use std::sync::Arc;

@@ -18,10 +18,12 @@
 //!   events.
 //! - `watch`: a thread that waits for the kernels of users.
 //! - `gather`, `scatter`: copies between objects and one device buffer of the user, a `target`;
-//!   `given`: the pieces on their way there; `apart`: what of a call does not wait for its caller.
+//!   `given`: the pieces on their way there; `apart`: what of a call does not wait for its caller;
+//!   `owner`: what keeps a buffer that was handed over.
 //! - `ext`, `lease`, `set`: objects for kernels, on streams of the user, one or several; `lend`: as
 //!   slices of cudarc's.
-//! - `dlpack`, behind the feature of that name: a lease as a tensor of PyTorch and others.
+//! - `dlpack`, behind the feature of that name: a lease as a tensor of PyTorch and others, and a
+//!   tensor of theirs as a target.
 //! - `tier`: the ledger of device memory, and what the core calls.
 
 mod apart;
@@ -42,6 +44,7 @@ mod lease;
 mod lend;
 mod line;
 mod notices;
+mod owner;
 mod pieces;
 mod probe;
 mod queued;

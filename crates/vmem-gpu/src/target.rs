@@ -19,6 +19,7 @@ use crate::event::is_capturing;
 use crate::ext::tier;
 use crate::given::{Given, reach};
 use crate::issue::{Plan, carry_out};
+use crate::owner::Owner;
 use crate::tier::CudaTier;
 use crate::watch::Answer;
 
@@ -32,6 +33,8 @@ pub struct DeviceTarget<'a> {
     stream: Arc<CudaStream>,
     /// For cudarc's own record of its uses.
     slice: Option<&'a CudaSlice<u8>>,
+    /// Keeps memory that was handed over.
+    owner: Option<Owner>,
     borrowed: PhantomData<&'a mut [u8]>,
 }
 
@@ -43,7 +46,8 @@ impl<'a> DeviceTarget<'a> {
         // Whatever used it on other streams comes before what its stream does from here on.
         let (address, before) = slice.device_ptr_mut(&stream);
         drop(before);
-        DeviceTarget { address, len, stream, slice: Some(slice), borrowed: PhantomData }
+        let borrowed = PhantomData;
+        DeviceTarget { address, len, stream, slice: Some(slice), owner: None, borrowed }
     }
 
     /// `len` bytes of device memory, in the order of `stream`.
@@ -56,7 +60,20 @@ impl<'a> DeviceTarget<'a> {
     #[allow(unsafe_code)]
     pub unsafe fn from_raw(address: u64, len: usize, stream: &Arc<CudaStream>) -> Self {
         let stream = stream.clone();
-        DeviceTarget { address, len, stream, slice: None, borrowed: PhantomData }
+        DeviceTarget { address, len, stream, slice: None, owner: None, borrowed: PhantomData }
+    }
+
+    /// The same memory, which `owner` keeps until this was dropped and no copy uses it any more.
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn kept_by(mut self, owner: Owner) -> Self {
+        self.owner = Some(owner);
+        self
+    }
+
+    /// It, for the copies of one call.
+    fn foreign(&self) -> Foreign {
+        let call = Call::over(self.owner.as_ref().and_then(Owner::share));
+        Foreign { address: self.address, len: self.len, call }
     }
 
     /// Its length, in bytes.
@@ -98,9 +115,10 @@ impl<'a> DeviceTarget<'a> {
         W: Future<Output = Result<()>> + Send + 'static,
     {
         let card = tier(access)?.card()?;
-        let running = Running { target: self, access, card, call: Arc::default() };
+        let foreign = self.foreign();
+        let _running = Running { target: self, access, card, call: foreign.call.clone() };
         let runtime = tier(access)?.runtime();
-        run_apart(runtime, work(access.clone(), running.foreign())).await
+        run_apart(runtime, work(access.clone(), foreign)).await
     }
 
     /// Copies pieces into the buffer on its own stream, behind what that has: those that the device
@@ -116,8 +134,8 @@ impl<'a> DeviceTarget<'a> {
         card: &Arc<Card>,
         pieces: Vec<Given>,
     ) -> std::result::Result<(Option<Answer>, Vec<Given>), DeviceError> {
-        let DeviceTarget { address, len, stream, slice, .. } = self;
-        let to = Foreign { address: *address, len: *len, call: Arc::default() };
+        let DeviceTarget { stream, slice, .. } = self;
+        let to = self.foreign();
         let failed = |error| failed("gathering", error);
         let mut reached = reach(card, &to, pieces).map_err(failed)?;
         let mut others = std::mem::take(&mut reached.others);
@@ -178,13 +196,6 @@ struct Running<'a> {
     access: &'a DeviceAccess,
     card: Arc<Card>,
     call: Arc<Call>,
-}
-
-impl Running<'_> {
-    fn foreign(&self) -> Foreign {
-        let DeviceTarget { address, len, .. } = *self.target;
-        Foreign { address, len, call: self.call.clone() }
-    }
 }
 
 impl Drop for Running<'_> {
