@@ -54,7 +54,7 @@ pub mod gpu {
     pub use vmem_gpu::dlpack;
     pub use vmem_gpu::{
         DeviceLease, DeviceLeaseMut, DeviceSet, DeviceSetRequest, DeviceTarget, Gathered,
-        Scattered, VramExt,
+        Scattered, VramExt, adopt_stream,
     };
 }
 

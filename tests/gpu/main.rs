@@ -16,6 +16,7 @@
 
 mod support;
 
+mod adopted;
 mod devices;
 mod dirty;
 mod dlpack;

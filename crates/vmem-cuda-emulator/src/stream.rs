@@ -19,7 +19,8 @@ use crate::codes::{
 use crate::races::Clock;
 use crate::raw::HostMemory;
 use crate::world::{
-    Allocation, CHANGED, Capture, Device, IN_HOST_FUNCTION, OpKind, Reach, World, wait, world,
+    Allocation, CHANGED, Capture, Device, IN_HOST_FUNCTION, OpKind, Reach, World, current, wait,
+    world,
 };
 
 /// One host function runs at a time, whatever its stream, as on a card: a slow one delays all
@@ -38,6 +39,8 @@ pub(crate) struct Stream {
     pub(crate) clock: Clock,
     pub(crate) priority: i32,
     pub(crate) flags: u32,
+    /// Its context.
+    pub(crate) context: u64,
     /// The capture that it takes part in.
     pub(crate) capturing: Option<Capture>,
     /// Whether its handle was destroyed.
@@ -63,7 +66,7 @@ impl Stream {
 
 /// Puts a stream into the world and starts its thread.
 pub(crate) fn create(world: &mut World, handle: u64, device: Device, flags: u32, priority: i32) {
-    let stream = Stream { device, flags, priority, ..Stream::default() };
+    let stream = Stream { device, flags, priority, context: current(), ..Stream::default() };
     world.streams.insert(handle, stream);
     std::thread::spawn(move || run(handle));
 }

@@ -39,6 +39,11 @@ thread_local! {
     pub(crate) static CAPTURE_MODE: Cell<i32> = const { Cell::new(0) };
 }
 
+/// The current context of this thread; 0 if it has none.
+pub(crate) fn current() -> u64 {
+    CURRENT.with_borrow(|stack| stack.last().copied().unwrap_or(0))
+}
+
 /// The world, locked.
 pub(crate) fn world() -> MutexGuard<'static, World> {
     WORLD.lock().unwrap_or_else(PoisonError::into_inner)

@@ -175,6 +175,10 @@ fn contexts(env: &Env) -> Result<Outcome> {
     // SAFETY: the context is retained by `user`.
     unsafe { sys::cuCtxPushCurrent_v2(user.context.cu_ctx()) }.result()?;
     ensure!(crate::user::current_context()? == user.context.cu_ctx().addr(), "pushed");
+    let mut named = std::ptr::null_mut();
+    // SAFETY: a stream of the user's, and a place for its context.
+    unsafe { sys::cuStreamGetCtx(user.stream.cu_stream(), &mut named) }.result()?;
+    ensure!(named == user.context.cu_ctx(), "a stream names another context");
     let mut popped = std::ptr::null_mut();
     // SAFETY: a place for what was pushed.
     unsafe { sys::cuCtxPopCurrent_v2(&mut popped) }.result()?;

@@ -9,8 +9,9 @@
 //!
 //! The bytes are on the device before the lease is granted, so any stream may use them at once.
 //! Only the end needs an order: the deleter ends the lease as its drop does, behind all that is
-//! queued *on the stream of the lease* by then. Use the tensor on that stream, or make that stream
-//! wait for yours before the deleter is called. In PyTorch:
+//! queued *on the stream of the lease* by then. Take the lease on the stream on which the tensor is
+//! used ([`adopt_stream`](crate::adopt_stream)), or make the stream of the lease wait for that one
+//! before the deleter is called. In PyTorch:
 //!
 //! ```python
 //! lease_stream = torch.cuda.ExternalStream(pointer_of_the_stream)  # `tensor.stream().cu_stream()`

@@ -22,10 +22,12 @@
 //!   `owner`: what keeps a buffer that was handed over.
 //! - `ext`, `lease`, `set`: objects for kernels, on streams of the user, one or several; `lend`: as
 //!   slices of cudarc's.
+//! - `adopt`: streams of other libraries.
 //! - `dlpack`, behind the feature of that name: a lease as a tensor of PyTorch and others, and a
 //!   tensor of theirs as a target.
 //! - `tier`: the ledger of device memory, and what the core calls.
 
+mod adopt;
 mod apart;
 mod batch;
 mod call;
@@ -62,6 +64,7 @@ use std::time::Duration;
 use vmem_core::backend::DeviceBackend;
 use vmem_core::{Budget, GpuSelection, MemoryTier, VirtualMemoryError};
 
+pub use crate::adopt::adopt_stream;
 use crate::card::Listed;
 pub use crate::ext::VramExt;
 pub use crate::gather::Gathered;

@@ -19,7 +19,7 @@ const NAMES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 const NAMES: [&str; 1] = ["nvcuda.dll"];
 
 /// Every function of the driver that this crate reaches, through cudarc or directly.
-const FUNCTIONS: [&str; 46] = [
+const FUNCTIONS: [&str; 47] = [
     "cuCtxGetCurrent",
     "cuCtxGetStreamPriorityRange",
     "cuCtxPopCurrent_v2",
@@ -62,6 +62,7 @@ const FUNCTIONS: [&str; 46] = [
     "cuStreamCreate",
     "cuStreamCreateWithPriority",
     "cuStreamDestroy_v2",
+    "cuStreamGetCtx",
     "cuStreamIsCapturing",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::codes::{Code, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, OK};
 use crate::raw::{self};
-use crate::world::{CAPTURE_MODE, CURRENT, wait};
+use crate::world::{CAPTURE_MODE, CURRENT, current, wait};
 
 driver! {
     Nothing fn cuDriverGetVersion(version: *mut i32) |_guard| {
@@ -105,8 +105,7 @@ driver! {
         OK
     }
     Init fn cuCtxGetCurrent(context: *mut Handle) |_guard| {
-        let current = CURRENT.with_borrow(|stack| stack.last().copied().unwrap_or(0));
-        raw::put(context, handle(current));
+        raw::put(context, handle(current()));
         OK
     }
     Init fn cuCtxSetCurrent(context: Handle) |_guard| {

@@ -23,7 +23,7 @@ use crate::codes::{
 use crate::raw::{self, HostMemory};
 use crate::stream::{self, Work};
 use crate::world::{
-    CAPTURE_MODE, CURRENT, Capture, Device, IN_HOST_FUNCTION, PER_THREAD, World, world,
+    CAPTURE_MODE, CURRENT, Capture, Device, IN_HOST_FUNCTION, PER_THREAD, World, current, world,
 };
 
 type Handle = *mut c_void;
@@ -67,7 +67,7 @@ fn enter(name: &'static str, needs: Needs, work: impl FnOnce(Guard) -> Code) -> 
         if needs == Needs::Init {
             return work(guard);
         }
-        if CURRENT.with_borrow(|stack| stack.last().is_none_or(|&context| context == 0)) {
+        if current() == 0 {
             return INVALID_CONTEXT;
         }
         if let Some(code) = guard.sticky(current_device()) {

@@ -9,7 +9,7 @@ use crate::codes::{
 };
 use crate::raw::{self, HostFunction};
 use crate::stream::{self, Stream, Work};
-use crate::world::{CHANGED, Capture, Event, World, wait};
+use crate::world::{CHANGED, Capture, Event, World, current, wait};
 
 fn new_stream(mut guard: Guard, place: *mut Handle, flags: u32, priority: i32) -> Code {
     let number = guard.handle();
@@ -103,6 +103,14 @@ driver! {
     Context fn cuStreamGetFlags(stream: Handle, flags: *mut u32) |guard| {
         let found = guard.streams.get(&address(stream)).map(|stream| stream.flags);
         found.map_or(INVALID_HANDLE, |found| { raw::put(flags, found); OK })
+    }
+    Context fn cuStreamGetCtx(stream: Handle, context: *mut Handle) |guard| {
+        // The first handles mean a stream of whichever context is current.
+        let found = match address(stream) {
+            0..=2 => Some(current()),
+            number => guard.streams.get(&number).map(|stream| stream.context),
+        };
+        found.map_or(INVALID_HANDLE, |found| { raw::put(context, handle(found)); OK })
     }
     Context fn cuStreamIsCapturing(stream: Handle, status: *mut i32) |guard| {
         let capturing = guard.streams.get(&address(stream)).and_then(|stream| stream.capturing);

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::time::Duration;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::{CudaContext, result, sys};
 use vmem_cuda_emulator::{Emulator, Kind};
 
 use self::tools::*;
@@ -158,6 +158,25 @@ fn contexts_belong_to_threads() {
     })
     .join()
     .unwrap();
+}
+
+/// Whichever context is current, and the first handles name none.
+#[test]
+fn streams_name_their_context() {
+    let emulator = Emulator::load().unwrap();
+    emulator.devices(2);
+    let contexts = [0, 1].map(|gpu| CudaContext::new(gpu).unwrap());
+    let stream = contexts[0].new_stream().unwrap();
+    contexts[1].bind_to_thread().unwrap();
+    assert_eq!(context_of(stream.cu_stream()), contexts[0].cu_ctx());
+    assert_eq!(context_of(std::ptr::null_mut()), contexts[1].cu_ctx());
+}
+
+fn context_of(stream: sys::CUstream) -> sys::CUcontext {
+    let mut context = std::ptr::null_mut();
+    // SAFETY: a stream of a test, and a place for its context.
+    unsafe { sys::cuStreamGetCtx(stream, &mut context) }.result().unwrap();
+    context
 }
 
 #[test]

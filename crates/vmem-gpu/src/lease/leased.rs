@@ -61,7 +61,10 @@ impl Leased {
 
     /// Whether it can end with others on this stream.
     pub(super) fn is_on(&self, stream: &CudaStream) -> bool {
-        self.stream.cu_stream() == stream.cu_stream() && !self.strays.load(Ordering::Relaxed)
+        // The handle of the default stream is the same in each context.
+        self.stream.cu_stream() == stream.cu_stream()
+            && self.stream.context().cu_ctx() == stream.context().cu_ctx()
+            && !self.strays.load(Ordering::Relaxed)
     }
 
     pub(super) fn view(&self) -> CudaView<'_, u8> {
