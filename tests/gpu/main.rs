@@ -22,6 +22,7 @@ mod dirty;
 mod dlpack;
 mod faults;
 mod gather;
+mod gathered;
 mod kernels;
 mod leases;
 mod loss;

@@ -27,4 +27,6 @@ pub use crate::object::Backends;
 
 pub use crate::runtime::{check_runtime, current_runtime, quietly};
 
-pub use crate::vmem::{DeviceAccess, VramChange, VramHold, VramScratch, VramSet, VramShare};
+pub use crate::vmem::{
+    DeviceAccess, GatherCount, VramChange, VramHold, VramScratch, VramSet, VramShare,
+};

@@ -52,7 +52,9 @@ pub const GPUS_MAX: usize = 32;
 /// - `io_driver`: `"auto"`, `"reactor"`, `"tokio-uring"` or `"blocking"`.
 /// - `watermarks`: two numbers, low and high. `max_pinned`, `max_held`: a number.
 /// - `policy`, `vram_policy`: `"lru"`, `"sieve"`, or `"s3-fifo"`, also written `"s3fifo"`.
-/// - `promotion`: the number of the read, from 1 on, or `"never"`.
+/// - `promotion`: the number of the read, from 1 on, or `"never"`; or `"gather:2"`, which is
+///   `gather_promotion = 2`.
+/// - `gather_promotion`: the number of the gather, from 1 on, or `"never"`.
 /// - `write_back`: `"eager"`, `"on-evict"`, or after how long, such as `"250ms"`.
 /// - `wait_timeout`, `slow_read_threshold`: text such as `"30s"`, `"1m 30s"` or `"250ms"`.
 /// - `spans_per_second`: a number; 4294967295 is no bound.
@@ -156,6 +158,11 @@ impl VirtualMemoryConfig {
         self.fields.promotion
     }
 
+    /// When a gather promotes an object.
+    pub fn gather_promotion(&self) -> Promotion {
+        self.fields.gather_promotion
+    }
+
     /// When what kernels wrote in device memory is written back.
     pub fn write_back(&self) -> WriteBack {
         self.fields.write_back
@@ -200,6 +207,7 @@ pub struct VirtualMemoryConfigBuilder {
     policy: PolicyChoice,
     vram_policy: Option<PolicyChoice>,
     promotion: Promotion,
+    gather_promotion: Promotion,
     write_back: WriteBack,
     catalog_cache: u64,
     wait_timeout: Duration,
@@ -225,6 +233,7 @@ impl Default for VirtualMemoryConfigBuilder {
             policy: PolicyChoice::default(),
             vram_policy: None,
             promotion: Promotion::default(),
+            gather_promotion: Promotion::Never,
             write_back: WriteBack::default(),
             catalog_cache: 8 << 20,
             wait_timeout: Duration::from_secs(30),

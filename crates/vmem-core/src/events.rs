@@ -26,6 +26,8 @@ pub enum MigrationCause {
     Promote,
     /// `prefetch`.
     Prefetch,
+    /// Gathers: see [`Promotion::OnNthGather`](crate::Promotion::OnNthGather).
+    Gather,
     /// `demote`.
     Demote,
     /// Space was needed.
@@ -44,6 +46,7 @@ impl fmt::Display for MigrationCause {
             MigrationCause::Read => "read",
             MigrationCause::Promote => "promote",
             MigrationCause::Prefetch => "prefetch",
+            MigrationCause::Gather => "gather",
             MigrationCause::Demote => "demote",
             MigrationCause::Evict => "evict",
             MigrationCause::Kernel => "kernel",

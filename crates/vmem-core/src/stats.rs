@@ -51,7 +51,8 @@ pub struct VirtualMemoryStats {
     /// left memory yet.
     pub objects: u64,
     /// Memory of objects and names beside their payload, in bytes: computed from their number, the
-    /// sizes of their entries, and their chunks on disk. Not counted: the order of eviction (about
+    /// sizes of their entries, and their chunks on disk; with what is counted of gathers, if these
+    /// promote. Not counted: the order of eviction (about
     /// 32 bytes for each object in host memory or VRAM), what the allocator rounds up, some 128
     /// bytes for each object in host memory that was never written, and the catalog's cache. A
     /// name without a handle leaves memory once its object is durable and on disk alone; the last

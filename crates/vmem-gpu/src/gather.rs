@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
-use vmem_core::backend::DeviceAccess;
+use vmem_core::backend::{DeviceAccess, GatherCount};
 use vmem_core::{ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::call::Foreign;
@@ -54,23 +54,29 @@ pub(crate) async fn gather(
         let first = pieces.iter().filter(|(handle, ..)| told.insert(handle.id()));
         first.for_each(|(handle, ..)| access.tell_plans(handle));
     }
-    let (answers, rest) = give_in_order(&access, target, pieces).await?;
+    let mut count = access.count_gather();
+    let (answers, rest) = give_in_order(&access, target, pieces, count.as_mut()).await?;
     if !rest.is_empty() {
         give_apart(&access, target, rest).await?;
     }
     let copied = futures::future::try_join_all(answers);
     let copied = tier(&access)?.within("copying to a buffer", copied).await?;
     let mut copied = copied.map_err(|_| VirtualMemoryError::Closed)?.into_iter();
-    copied.try_for_each(|copied| copied.map_err(|error| access.fault(error)))
+    copied.try_for_each(|copied| copied.map_err(|error| access.fault(error)))?;
+    if let Some(count) = count {
+        count.end();
+    }
+    Ok(())
 }
 
 /// Has the pieces that the device reaches copied on the buffer's own stream, so that nothing waits
-/// for what that does now. Returns their answers, and the other pieces. Between polls it holds
-/// nothing.
+/// for what that does now. Returns their answers, and the other pieces. Counts the pieces that the
+/// device does not have. Between polls it holds nothing.
 async fn give_in_order(
     access: &DeviceAccess,
     target: &DeviceTarget<'_>,
     pieces: &[Gathered<'_>],
+    mut count: Option<&mut GatherCount<'_>>,
 ) -> Result<(Vec<Answer>, Vec<Piece>)> {
     let tier = tier(access)?;
     let mut answers = Vec::new();
@@ -82,7 +88,12 @@ async fn give_in_order(
         }
         let mut there = Vec::with_capacity(group.len());
         for piece in group.iter().filter(|(_, range, _)| !range.is_empty()) {
-            match at_hand(access, piece.0, &piece.1, piece.2)? {
+            let given = at_hand(access, piece.0, &piece.1, piece.2)?;
+            let is_there = given.as_ref().is_some_and(|given| given.source.is_on_device());
+            if let (Some(count), false) = (&mut count, is_there) {
+                count.add(piece.0, piece.1.len());
+            }
+            match given {
                 Some(given) => there.push(given),
                 None => rest.push(owned(piece)),
             }

@@ -20,6 +20,12 @@ pub(crate) enum Source {
     Host(Bytes),
 }
 
+impl Source {
+    pub(crate) fn is_on_device(&self) -> bool {
+        matches!(self, Source::Device { .. })
+    }
+}
+
 /// What goes to an offset of device memory of a caller.
 pub(crate) struct Given {
     pub(crate) offset: usize,

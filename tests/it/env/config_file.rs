@@ -25,6 +25,7 @@ fn every_field_is_read() {
         policy = "s3-fifo"
         vram_policy = "sieve"
         promotion = "never"
+        gather_promotion = 3
         write_back = "1m 30s"
         catalog_cache = "32MiB"
         wait_timeout = "1m 30s"
@@ -45,6 +46,7 @@ fn every_field_is_read() {
     assert_eq!(config.policy(), PolicyKind::S3Fifo);
     assert_eq!(config.vram_policy(), PolicyKind::Sieve);
     assert_eq!(config.promotion(), Promotion::Never);
+    assert_eq!(config.gather_promotion(), Promotion::OnNthGather(3));
     assert_eq!(config.write_back(), WriteBack::After(Duration::from_secs(90)));
     assert_eq!(config.catalog_cache(), 32 << 20);
     assert_eq!(config.wait_timeout(), Duration::from_secs(90));
@@ -57,6 +59,7 @@ fn missing_field_has_its_default() {
     let config: VirtualMemoryConfig = toml::from_str("promotion = 3\ngpu = \"off\"").unwrap();
     let default = VirtualMemoryConfig::default();
     assert_eq!(config.promotion(), Promotion::OnNthRead(3));
+    assert_eq!(config.gather_promotion(), Promotion::Never);
     assert_eq!(config.gpus(), [GpuSelection::Off]);
     assert_eq!(config.host_capacity(), None);
     assert_eq!(config.watermarks(), default.watermarks());
@@ -78,6 +81,8 @@ fn unworkable_value_is_refused_with_its_field() {
         ("write_back = \"lazy\"", "write_back"),
         ("promotion = \"always\"", "promotion"),
         ("promotion = 0", "promotion"),
+        ("promotion = \"gather:0\"", "promotion"),
+        ("gather_promotion = -1", "gather_promotion"),
         ("wait_timeout = \"soon\"", "wait_timeout"),
         ("wait_timeout = \"0s\"", "wait_timeout"),
         ("slow_read_threshold = 1", "slow_read_threshold"),
@@ -134,10 +139,14 @@ fn field(error: &VirtualMemoryError) -> &'static str {
 /// Environment variables are words, whatever they stand for.
 #[test]
 fn numbers_are_read_as_words_too() {
-    let words = r#"{"gpu": "1", "promotion": "3", "host_capacity": "1048576", "policy": "s3fifo"}"#;
+    let words = r#"{
+        "gpu": "1", "promotion": "3", "gather_promotion": "2", "host_capacity": "1048576",
+        "policy": "s3fifo"
+    }"#;
     let config: VirtualMemoryConfig = serde_json::from_str(words).unwrap();
     assert_eq!(config.gpus(), [GpuSelection::Device(1)]);
     assert_eq!(config.promotion(), Promotion::OnNthRead(3));
+    assert_eq!(config.gather_promotion(), Promotion::OnNthGather(2));
     assert_eq!(config.host_capacity(), Some(1 << 20));
     assert_eq!(config.policy(), PolicyKind::S3Fifo);
 }
@@ -188,6 +197,29 @@ fn written_configuration_is_read_as_the_same() {
     }
     for promotion in ["1", "4294967295", "never"] {
         there_and_back(&builder().promotion(promotion.parse().unwrap()).build().unwrap());
+    }
+    for gathers in [Promotion::Never, Promotion::OnNthGather(1), Promotion::OnNthGather(u32::MAX)] {
+        there_and_back(&builder().gather_promotion(gathers).build().unwrap());
+    }
+}
+
+/// A rule for gathers is one beside that for reads, however it is given.
+#[test]
+fn reads_and_gathers_have_a_rule_each() {
+    let both = |config: &VirtualMemoryConfig| (config.promotion(), config.gather_promotion());
+    let builder = VirtualMemoryConfig::builder;
+    let set = builder().promotion(Promotion::OnNthRead(3)).promotion(Promotion::OnNthGather(2));
+    let expected = (Promotion::OnNthRead(3), Promotion::OnNthGather(2));
+    assert_eq!(both(&set.build().unwrap()), expected);
+    let set = builder().promotion(Promotion::OnNthGather(2)).promotion(Promotion::Never);
+    assert_eq!(both(&set.build().unwrap()), (Promotion::Never, Promotion::OnNthGather(2)));
+    for text in ["promotion = \"gather:4\"", "gather_promotion = 4"] {
+        let config: VirtualMemoryConfig = toml::from_str(text).unwrap();
+        assert_eq!(both(&config), (Promotion::default(), Promotion::OnNthGather(4)), "{text}");
+    }
+    for wrong in [Promotion::OnNthGather(0), Promotion::OnNthRead(2)] {
+        let refused = builder().gather_promotion(wrong).build().unwrap_err();
+        assert_eq!(field(&refused), "gather_promotion", "{refused}");
     }
 }
 

@@ -24,9 +24,12 @@ fn refused_values_are_told_what_would_do() {
         ("[gpu]", "\"auto\", \"off\", an ordinal such as 0, or a UUID"),
         ("gpu = -1", "\"auto\", \"off\", an ordinal such as 0, or a UUID"),
         ("gpu = \"none\"", "\"auto\", \"off\", an ordinal such as 0, or a UUID"),
-        ("promotion = \"always\"", "the number of a read from 1 on, or \"never\""),
-        ("promotion = 0", "the number of a read from 1 on, or \"never\""),
-        ("promotion = 1.5", "the number of a read from 1 on, or \"never\""),
+        ("promotion = \"always\"", "the number of a read from 1 on, \"gather:2\""),
+        ("promotion = 0", "the number of a read from 1 on, \"gather:2\""),
+        ("promotion = 1.5", "the number of a read from 1 on, \"gather:2\""),
+        ("gather_promotion = \"2nd\"", "the number of a gather from 1 on, or \"never\""),
+        ("gather_promotion = 0", "the number of a gather from 1 on, or \"never\""),
+        ("promotion = \"gather:2\"\ngather_promotion = 3", "one is enough"),
         ("io_driver = \"fastest\"", "auto, reactor, tokio-uring, blocking"),
     ] {
         let refused = refusal(text);

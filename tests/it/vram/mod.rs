@@ -5,6 +5,7 @@
 
 mod devices;
 mod dirty;
+mod gathered;
 mod lease_sets;
 mod tiers;
 mod waiters;

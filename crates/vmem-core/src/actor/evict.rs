@@ -5,13 +5,15 @@
 //! above the low one. A look for victims is one pass of the policy, which ends; a new one begins
 //! only once something has happened. Run by the actor, between two sleeps; it never waits.
 
+mod stuck;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::look::Look;
+use super::look::{Look, Spares};
 use super::plan::{Plan, Situation, Stop, Victim, plan};
 use super::tiers::Evicting;
 use super::{Ended, Took};
@@ -23,7 +25,7 @@ use crate::policy::Probe;
 use crate::stats::add;
 use crate::storage::TierError;
 use crate::task::spawn_into;
-use crate::tier::{Class, Refused, Space, TierState, Wanted};
+use crate::tier::{Refused, Space, TierState, Wanted};
 
 /// Batches that are written at once.
 const BATCHES_MAX: usize = 4;
@@ -38,8 +40,6 @@ const SETTLE_STEPS: usize = 1024;
 /// After the file system said that it has no space, or failed several times in a row, it is left
 /// alone for so long.
 const DISK_REST: Duration = Duration::from_millis(50);
-/// It is looked for what has cooled down at most this often.
-const COOLS_MIN: Duration = Duration::from_millis(20);
 /// Moves within the tier for one look. What they free is seen at once, so a need for more is a sign
 /// that they do not help.
 const COMPACTIONS_MAX: usize = 256;
@@ -75,17 +75,6 @@ enum Step<L> {
     NoDisk,
     /// Nothing is written for a while.
     Rests,
-}
-
-/// Why this evictor cannot help the waiters, for now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stuck {
-    /// Nothing can be taken but what is held or busy.
-    Held,
-    /// What could be taken is too hot to make way for a prefetch.
-    TooHot,
-    /// What could be taken finds no space below.
-    FullBelow,
 }
 
 impl<T: Evicting> Evictor<T> {
@@ -208,13 +197,18 @@ impl<T: Evicting> Evictor<T> {
 
     fn plan(&mut self, shared: &Shared, situation: &Situation, target: u64) -> Plan {
         let wanted = &situation.wanted;
-        let spared_since = situation.spares_hot().then(|| self.tier.spared_since(shared, wanted));
-        self.look.spare(spared_since);
+        let spares = situation.spares_hot().then(|| match wanted.spares_since {
+            Some(since) => Spares { since, unused: true },
+            None => Spares { since: self.tier.spared_since(shared, wanted), unused: false },
+        });
+        self.look.spare(spares);
         let neighbours = if wanted.is_scattered() && !self.look.neighbours_stay {
             let ids = self.tier.neighbours(shared, wanted);
             let found: Vec<_> = ids.into_iter().filter_map(|id| shared.find(id)).collect();
-            let spared =
-                |object: &Arc<Object>| spared_since.is_some_and(|since| object.stamp() >= since);
+            let spared = |object: &Arc<Object>| {
+                let since = |spares: Spares| object.stamp() >= spares.since;
+                spares.is_some_and(|spares| since(spares) || self.tier.is_spared(object, spares))
+            };
             // All of them or none: some would be no use.
             match found.iter().any(spared) {
                 true => Vec::new(),
@@ -223,6 +217,10 @@ impl<T: Evicting> Evictor<T> {
         } else {
             Vec::new()
         };
+        if neighbours.is_empty() && wanted.is_scattered() && wanted.spares_since.is_some() {
+            // Others would go for nothing.
+            return Plan { victims: neighbours, stop: Stop::Nothing };
+        }
         let Evictor { tier, look, .. } = self;
         let plan = plan(target, neighbours, &mut || look.next(tier, shared));
         self.unsettled |= std::mem::take(&mut self.look.is_hurried);
@@ -314,39 +312,6 @@ impl<T: Evicting> Evictor<T> {
         spawn_into(tasks, name, async move {
             let took = written.await;
             Ended::Evicted { tier, leaves_bytes, took }
-        });
-    }
-
-    /// Why a look that has ended found nothing; and when it may be worth another one.
-    fn why_stuck(&mut self, shared: &Shared) -> Stuck {
-        if self.look.clean_only {
-            return Stuck::FullBelow;
-        }
-        let Some(spared_since) = self.look.spared_since else { return Stuck::Held };
-        // What is filed as too hot is not even asked.
-        let mut coldest = None;
-        self.tier.state(shared).order.lock().coldest(1, &mut |id| coldest = Some(id));
-        let filed = coldest.and_then(|id| shared.find(id)).map(|object| object.stamp());
-        let hot = filed.filter(|&stamp| stamp >= spared_since).into_iter().chain(self.look.spared);
-        let Some(stamp) = hot.min() else { return Stuck::Held };
-        if let Some(cools_in) = self.tier.cools_in(shared, stamp) {
-            let cools_at = Instant::now() + cools_in.max(COOLS_MIN);
-            self.wakes_at = self.wakes_at.into_iter().chain([cools_at]).min();
-        }
-        Stuck::TooHot
-    }
-
-    /// Fails the waiters that no amount of waiting for the evictor would help.
-    fn refuse_hopeless(&self, shared: &Shared, wanted: &Wanted, stuck: Stuck) {
-        if !wanted.any() || self.batches > 0 {
-            return;
-        }
-        let state = self.tier.state(shared);
-        state.set_blocked_by_holds(stuck == Stuck::Held);
-        let is_full = stuck == Stuck::FullBelow;
-        state.queue.refuse(|need, footprint| match need.class {
-            Class::Demand if need.may_spill => Some(Refused::Spill),
-            _ => is_full.then(|| Refused::Error(state.full(footprint))),
         });
     }
 

@@ -12,8 +12,8 @@ use crate::policy::{Pass, Pick, Probe};
 #[derive(Debug, Default)]
 pub(super) struct Look {
     pass: Pass,
-    /// What was used since is not to go; where nothing is spared, none.
-    pub(super) spared_since: Option<u64>,
+    /// What is not to go; where nothing is spared, none.
+    pub(super) spares: Option<Spares>,
     /// It has met an object that the disk has no space for: clean ones can still be evicted.
     pub(super) clean_only: bool,
     /// Nothing is written for a while: only what needs no write can be evicted.
@@ -30,14 +30,34 @@ pub(super) struct Look {
     pub(super) is_hurried: bool,
 }
 
+/// What a look spares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Spares {
+    /// What was used at this stamp or later, in nanoseconds of the store's clock.
+    pub(super) since: u64,
+    /// What was prefetched and not used yet, too.
+    pub(super) unused: bool,
+}
+
+impl Spares {
+    /// Whether a look that spares this sees the same objects as one that spares `other`. For
+    /// prefetches the time moves a little with each reckoning.
+    fn is_like(&self, other: &Spares) -> bool {
+        self.unused == other.unused && (!self.unused || self.since == other.since)
+    }
+}
+
 impl Look {
-    /// From now on it spares what was used since, or nothing; if that is new it begins at the cold
-    /// end again.
-    pub(super) fn spare(&mut self, since: Option<u64>) {
-        if self.spared_since.is_some() != since.is_some() {
-            let pass = since.map_or_else(Pass::default, Pass::colder_than);
+    /// From now on it spares this, or nothing; if that is new it begins at the cold end again.
+    pub(super) fn spare(&mut self, spares: Option<Spares>) {
+        let is_old = match (&self.spares, &spares) {
+            (Some(before), Some(now)) => before.is_like(now),
+            (before, now) => before.is_none() && now.is_none(),
+        };
+        if !is_old {
+            let pass = spares.map_or_else(Pass::default, |spares| Pass::colder_than(spares.since));
             let before = std::mem::take(self);
-            *self = Look { pass, spared_since: since, is_over: false, ..before };
+            *self = Look { pass, spares, is_over: false, ..before };
         }
     }
 
@@ -52,12 +72,15 @@ impl Look {
         if self.is_over {
             return Candidate::End;
         }
-        let Look { pass, clean_only, writes_nothing, spared, .. } = self;
-        let spared_since = self.spared_since.unwrap_or(u64::MAX);
+        let Look { pass, clean_only, writes_nothing, spared, spares, .. } = self;
+        let spared_since = spares.map_or(u64::MAX, |spares| spares.since);
         let pick = tier.state(shared).order.lock().victim(pass, &mut |id| {
             let Some(object) = shared.find(id) else { return Probe::Gone };
             let needs_space = *clean_only && tier.needs_space_below(&object);
             if needs_space || *writes_nothing && tier.is_written_first(&object) {
+                return Probe::Unfit;
+            }
+            if spares.is_some_and(|spares| tier.is_spared(&object, spares)) {
                 return Probe::Unfit;
             }
             let probe = tier.probe(&object, spared_since);

@@ -12,6 +12,7 @@ use futures::future::BoxFuture;
 use tokio::time::Instant;
 
 use super::Took;
+use super::look::Spares;
 use super::plan::Victim;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
@@ -54,6 +55,11 @@ pub(super) trait Evicting {
     fn spared_since(&self, shared: &Shared, wanted: &Wanted) -> u64 {
         let ago = |asked: Instant| asked.elapsed().as_nanos() as u64;
         shared.recency.now().saturating_sub(wanted.prefetch_asked.map_or(0, ago))
+    }
+
+    /// Whether an object is spared that was used before.
+    fn is_spared(&self, _object: &Object, _spares: Spares) -> bool {
+        false
     }
 
     /// In how long what was used at `stamp` makes way for a prefetch; none if it never does.
@@ -235,6 +241,10 @@ impl Evicting for OnDevice {
 
     fn probe(&self, object: &Object, spared_since: u64) -> Probe {
         object.probe_on(self.0, spared_since)
+    }
+
+    fn is_spared(&self, object: &Object, spares: Spares) -> bool {
+        spares.unused && object.is_unused_on(self.0)
     }
 
     fn may_leave(&self, object: &Object) -> bool {

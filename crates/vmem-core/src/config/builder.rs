@@ -132,9 +132,30 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
-    /// When a read promotes an object. Default: at the second read.
+    /// When a read promotes an object to host memory. Default: at the second read.
+    /// [`Promotion::OnNthGather`] is the rule for gathers, as if it were given to
+    /// [`gather_promotion`](Self::gather_promotion), and changes nothing for reads.
     pub fn promotion(mut self, promotion: Promotion) -> Self {
-        self.promotion = promotion;
+        match promotion {
+            Promotion::OnNthGather(_) => self.gather_promotion = promotion,
+            Promotion::OnNthRead(_) | Promotion::Never => self.promotion = promotion,
+        }
+        self
+    }
+
+    /// When a gather promotes an object to the memory of the device that it is for:
+    /// [`Promotion::OnNthGather`], or [`Promotion::Never`], which is the default.
+    ///
+    /// ```
+    /// use vmem::{Promotion, VirtualMemoryConfig};
+    ///
+    /// let config = VirtualMemoryConfig::builder().gather_promotion(Promotion::OnNthGather(2));
+    /// let config = config.build().unwrap();
+    /// assert_eq!(config.gather_promotion(), Promotion::OnNthGather(2));
+    /// assert_eq!(config.promotion(), Promotion::OnNthRead(2), "reads have a rule of their own");
+    /// ```
+    pub fn gather_promotion(mut self, promotion: Promotion) -> Self {
+        self.gather_promotion = promotion;
         self
     }
 
@@ -198,6 +219,15 @@ impl VirtualMemoryConfigBuilder {
         }
         if self.promotion == Promotion::OnNthRead(0) {
             return refuse("promotion", "reads are counted from 1".into());
+        }
+        match self.gather_promotion {
+            Promotion::Never | Promotion::OnNthGather(1..) => {}
+            Promotion::OnNthGather(0) => {
+                return refuse("gather_promotion", "gathers are counted from 1".into());
+            }
+            Promotion::OnNthRead(_) => {
+                return refuse("gather_promotion", "OnNthGather or Never, not OnNthRead".into());
+            }
         }
         self.check_gpus()?;
         if self.wait_timeout.is_zero() {

@@ -121,20 +121,30 @@ impl FromStr for IoDriver {
     }
 }
 
-/// When a read promotes an object.
+/// When a read, or a gather, promotes an object.
 ///
 /// ```
 /// use vmem::Promotion;
 ///
-/// for word in ["1", "2", "never"] {
+/// for word in ["1", "2", "gather:2", "never"] {
 ///     assert_eq!(word.parse::<Promotion>().unwrap().to_string(), word);
 /// }
 /// ```
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Promotion {
-    /// At the n-th read from a slower tier; 1 is the first.
+    /// At the n-th read from a slower tier, to host memory; 1 is the first.
     OnNthRead(u32),
+    /// At the n-th gather that has to read it from host memory or below, to the device; 1 is the
+    /// first. An object that is gathered in pieces: at the next gather once `n - 1` times as many
+    /// bytes were copied as it has.
+    ///
+    /// The object comes in the background, after the gather. It takes free memory, or that of what
+    /// was not used since its own first gather; never that of what is pinned or leased, or was
+    /// prefetched and not used yet. Where there is none it stays, and gathers are counted anew, as
+    /// they are once it has left the device. What is counted are the last 262,144 objects that are
+    /// gathered, for each device.
+    OnNthGather(u32),
     /// Only when asked for by `promote`, `pin` or `prefetch`.
     Never,
 }
@@ -149,6 +159,7 @@ impl fmt::Display for Promotion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Promotion::OnNthRead(nth) => write!(f, "{nth}"),
+            Promotion::OnNthGather(nth) => write!(f, "gather:{nth}"),
             Promotion::Never => f.write_str("never"),
         }
     }
@@ -157,16 +168,23 @@ impl fmt::Display for Promotion {
 impl FromStr for Promotion {
     type Err = VirtualMemoryError;
 
-    /// Parses the number of a read, from 1 on, or `never`.
+    /// Parses the number of a read, from 1 on, `gather:2` with the number of a gather, or `never`.
     ///
     /// # Errors
     ///
     /// [`VirtualMemoryError::InvalidConfig`] for any other word.
     fn from_str(word: &str) -> Result<Self, Self::Err> {
-        match (word, word.parse()) {
-            ("never", _) => Ok(Promotion::Never),
-            (_, Ok(nth)) if nth > 0 => Ok(Promotion::OnNthRead(nth)),
-            _ => Err(unknown("promotion", word, "never, or the number of a read from 1 on")),
+        let (rule, number): (fn(u32) -> Self, _) = match word.strip_prefix("gather:") {
+            Some(number) => (Promotion::OnNthGather, number),
+            None => (Promotion::OnNthRead, word),
+        };
+        match number.parse() {
+            _ if word == "never" => Ok(Promotion::Never),
+            Ok(nth) if nth > 0 => Ok(rule(nth)),
+            _ => {
+                let expected = "never, the number of a read from 1 on, or gather:2";
+                Err(unknown("promotion", word, expected))
+            }
         }
     }
 }

@@ -36,6 +36,7 @@ struct Fields {
     policy: Option<String>,
     vram_policy: Option<String>,
     promotion: Option<Promotion>,
+    gather_promotion: Option<Gathers>,
     write_back: Option<String>,
     catalog_cache: Option<Size>,
     #[serde(with = "humantime_serde")]
@@ -96,7 +97,7 @@ macro_rules! read_as_number_or_word {
     )+};
 }
 
-read_as_number_or_word!(Size, Budget, GpuSelection, Promotion);
+read_as_number_or_word!(Size, Budget, GpuSelection, Promotion, Gathers);
 
 /// A size in bytes.
 struct Size(u64);
@@ -143,7 +144,8 @@ impl NumberOrWord for GpuSelection {
 }
 
 impl NumberOrWord for Promotion {
-    const EXPECTED: &'static str = "the number of a read from 1 on, or \"never\"";
+    const EXPECTED: &'static str =
+        "the number of a read from 1 on, \"gather:2\" with that of a gather, or \"never\"";
 
     fn of_number(number: u64) -> Option<Self> {
         let nth = u32::try_from(number).ok().filter(|&nth| nth > 0)?;
@@ -152,6 +154,25 @@ impl NumberOrWord for Promotion {
 
     fn of_word(word: &str) -> Option<Self> {
         word.parse().ok()
+    }
+}
+
+/// When a gather promotes.
+struct Gathers(Promotion);
+
+impl NumberOrWord for Gathers {
+    const EXPECTED: &'static str = "the number of a gather from 1 on, or \"never\"";
+
+    fn of_number(number: u64) -> Option<Self> {
+        let nth = u32::try_from(number).ok().filter(|&nth| nth > 0)?;
+        Some(Gathers(Promotion::OnNthGather(nth)))
+    }
+
+    fn of_word(word: &str) -> Option<Self> {
+        match word {
+            "never" => Some(Gathers(Promotion::Never)),
+            number => Gathers::of_number(number.parse().ok()?),
+        }
     }
 }
 
@@ -191,7 +212,17 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
         let kind = policy.parse::<PolicyKind>().map_err(|error| format!("{error}"))?;
         builder.vram_policy = Some(kind.into());
     }
-    builder.promotion = fields.promotion.unwrap_or(builder.promotion);
+    match (fields.promotion, fields.gather_promotion) {
+        (Some(Promotion::OnNthGather(_)), Some(_)) => {
+            return Err("promotion and gather_promotion say the same: one is enough".to_owned());
+        }
+        (promotion, gathers) => {
+            builder = promotion.into_iter().fold(builder, VirtualMemoryConfigBuilder::promotion);
+            if let Some(Gathers(gathers)) = gathers {
+                builder.gather_promotion = gathers;
+            }
+        }
+    }
     if let Some(word) = fields.write_back {
         builder.write_back = write_back(&word)?;
     }

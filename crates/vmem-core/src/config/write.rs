@@ -41,6 +41,8 @@ struct Fields<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     vram_policy: Option<String>,
     promotion: Promotion,
+    #[serde(serialize_with = "gathers")]
+    gather_promotion: Promotion,
     write_back: String,
     catalog_cache: u64,
     #[serde(with = "humantime_serde")]
@@ -88,6 +90,7 @@ impl Serialize for VirtualMemoryConfig {
             policy,
             vram_policy,
             promotion: fields.promotion,
+            gather_promotion: fields.gather_promotion,
             write_back: match fields.write_back {
                 WriteBack::Eager => "eager".to_owned(),
                 WriteBack::OnEvict => "on-evict".to_owned(),
@@ -131,7 +134,15 @@ impl Serialize for Promotion {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             Promotion::OnNthRead(nth) => serializer.serialize_u32(*nth),
-            Promotion::Never => serializer.collect_str(self),
+            Promotion::OnNthGather(_) | Promotion::Never => serializer.collect_str(self),
         }
+    }
+}
+
+/// The rule for gathers, by their number alone.
+fn gathers<S: Serializer>(rule: &Promotion, serializer: S) -> Result<S::Ok, S::Error> {
+    match rule {
+        Promotion::OnNthGather(nth) => serializer.serialize_u32(*nth),
+        other => other.serialize(serializer),
     }
 }

@@ -10,6 +10,7 @@ mod copying;
 mod disk_write;
 mod edges;
 mod from_device;
+mod gathered;
 mod kernel;
 mod load;
 mod part;
@@ -40,6 +41,7 @@ pub(crate) use disk_write::{
 pub(crate) use from_device::{
     LeavingDevice, host_space, write_back_from_device, write_back_from_devices,
 };
+pub(crate) use gathered::request_gathered;
 pub(crate) use kernel::Changed;
 pub(crate) use load::load;
 pub(crate) use part::{Copied, Piece, read_part, read_piece};
@@ -80,6 +82,8 @@ pub(crate) struct Job {
     pub(crate) stay: bool,
     /// Whether the caller can do without host space: it hears at once if eviction cannot make any.
     pub(crate) may_spill: bool,
+    /// The job does without space that what was used at this stamp or later has.
+    pub(crate) spares_since: Option<u64>,
     /// The bytes of object space that the caller will hold; 0 if they do not count towards
     /// `max_held`.
     pub(crate) to_hold: u64,
@@ -97,6 +101,7 @@ impl Job {
             cause,
             stay: true,
             may_spill: false,
+            spares_since: None,
             to_hold: 0,
             deadline,
             unwanted: None,
@@ -105,7 +110,11 @@ impl Job {
 
     /// The space that the object takes.
     fn need(&self) -> Need {
-        Need::one(self.object.len, self.object.id, self.class)
+        let need = Need::one(self.object.len, self.object.id, self.class);
+        match self.spares_since {
+            Some(since) => need.sparing(since),
+            None => need,
+        }
     }
 
     /// Waits for space until the caller has gone.

@@ -21,7 +21,7 @@ use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
 use crate::object::{GatePass, Object};
 use crate::stats::add;
-use crate::tier::{Class, Device};
+use crate::tier::Device;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -73,7 +73,8 @@ pub(crate) async fn fill_device(
     }
     match space {
         Some(space) if !object.has_space_on(number) => {
-            object.set_space_on(pass, number, space, job.class == Class::Prefetch);
+            let is_prefetched = job.cause == MigrationCause::Prefetch;
+            object.set_space_on(pass, number, space, is_prefetched);
         }
         Some(_) => {}
         // The object has left the device meanwhile.

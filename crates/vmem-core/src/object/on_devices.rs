@@ -31,6 +31,9 @@ pub(super) struct Place {
     pub(super) token: Token,
     /// The accesses that the policy has seen.
     pub(super) seen: u32,
+    /// Whether it was prefetched, and how many accesses there were then.
+    prefetched: bool,
+    touches: u32,
 }
 
 /// Ranges that were taken out of the object, for `Object::left_devices`.
@@ -198,7 +201,9 @@ impl Object {
         let footprint = range.footprint();
         let prefetched = prefetched && !crate::planted!("prefetch-unprotected");
         let token = tier.enter(Entry { id, stamp, footprint, prefetched }, &range);
-        let place = Place { range, is_valid: false, token, seen: self.touches() };
+        let touches = self.touches();
+        let is_valid = false;
+        let place = Place { range, is_valid, token, seen: touches, prefetched, touches };
         self.inner.lock().change_on(device, |on| on.place = Some(place));
         stats::add(&tier.state.objects, 1);
     }
@@ -297,6 +302,13 @@ impl Object {
             let touches = now.wrapping_sub(std::mem::replace(&mut place.seen, now));
             Probe::Evictable { stamp, touches }
         }
+    }
+
+    /// Whether it was prefetched to this device and not used yet.
+    pub(crate) fn is_unused_on(&self, device: usize) -> bool {
+        let inner = self.inner.lock();
+        let is_unused = |place: &Place| place.prefetched && place.touches == self.touches();
+        inner.place(device).is_some_and(is_unused)
     }
 
     /// Whether a copy or a kernel uses its memory on this device right now; a hint.

@@ -13,6 +13,7 @@ use crate::locks::{self, Lock};
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
+use super::gathers::Gathers;
 use super::{NoSpace, Queue, Space, TierState, Watermarks};
 use crate::device::{DeviceBackend, DeviceError, DeviceRange, DeviceUsage, ShareWatcher};
 use crate::error::VirtualMemoryError;
@@ -29,6 +30,8 @@ pub(crate) struct Device {
     /// Reads that a copy there served. Host memory counts its own on the hot path, apart for each
     /// few threads.
     pub(crate) hits: AtomicU64,
+    /// What gathers copied of objects that it does not have.
+    pub(crate) gathers: Gathers,
     /// Rung when a share of a range was dropped, or the store has ended.
     released: Arc<Notify>,
 }
@@ -60,7 +63,7 @@ impl Device {
         let tier = MemoryTier::of_device(number);
         let queue = Queue::new(tier, space, all, wake.clone(), unclaimed.clone());
         let state = TierState::new(tier, queue, order, max_held, marks);
-        Device { backend, state, hits: AtomicU64::new(0), released }
+        Device { backend, state, hits: AtomicU64::new(0), gathers: Gathers::default(), released }
     }
 
     /// Tells operators that an operation failed, unless the store ends. The error for its caller.

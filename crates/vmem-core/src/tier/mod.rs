@@ -5,6 +5,7 @@
 //! ask, and by the actor, which serves.
 
 mod device;
+mod gathers;
 mod holds;
 mod host;
 mod link;

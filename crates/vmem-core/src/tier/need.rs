@@ -63,18 +63,29 @@ pub(crate) struct Need {
     pub(crate) class: Class,
     /// The caller goes to disk rather than wait for what is held or pinned.
     pub(crate) may_spill: bool,
+    /// The caller does without rather than wait, or take the space of what was used at this stamp
+    /// or later, or of what was prefetched and not used yet.
+    pub(crate) spares_since: Option<u64>,
 }
 
 impl Need {
     /// Space for one object of `len` bytes.
     pub(crate) fn one(len: usize, owner: u64, class: Class) -> Self {
-        Need { objects: SmallVec::from_buf([(len, owner)]), class, may_spill: false }
+        let objects = SmallVec::from_buf([(len, owner)]);
+        Need { objects, class, may_spill: false, spares_since: None }
     }
 
     /// Space for several objects, for a caller that waits.
     pub(crate) fn set(objects: impl IntoIterator<Item = (usize, u64)>) -> Self {
         let objects = objects.into_iter().collect();
-        Need { objects, class: Class::Demand, may_spill: false }
+        Need { objects, class: Class::Demand, may_spill: false, spares_since: None }
+    }
+
+    /// As a prefetch, but behind all of them, and only in place of what was not used since.
+    pub(crate) fn sparing(mut self, since: u64) -> Self {
+        self.class = Class::Prefetch;
+        self.spares_since = Some(since);
+        self
     }
 
     /// The caller has another way where waiting for eviction does not help.
@@ -110,6 +121,8 @@ pub(crate) struct Wanted {
     pub(crate) smallest_prefetch: u64,
     /// When the first prefetch was asked for.
     pub(crate) prefetch_asked: Option<Instant>,
+    /// Since when what was used is spared, if the first prefetch request says so.
+    pub(crate) spares_since: Option<u64>,
     /// As `scattered`, for the first prefetch request.
     pub(crate) prefetch_scattered: bool,
     /// The first request would fit by its footprint, but the space lies in pieces.
@@ -131,6 +144,24 @@ impl Wanted {
         if self.demand_bytes > 0 { self.scattered } else { self.prefetch_scattered }
     }
 
+    /// Enters the prefetches that wait.
+    pub(super) fn add_prefetches(&mut self, served: &Served) {
+        self.prefetch_bytes = served.bytes;
+        self.first_prefetch = served.first;
+        self.prefetch_scattered = served.scattered;
+        self.smallest_prefetch = served.smallest;
+        self.prefetch_asked = served.asked;
+    }
+
+    /// Enters those that spare more than a prefetch does: the first alone, since each spares
+    /// something else.
+    pub(super) fn add_sparing(&mut self, served: &Served) {
+        self.add_prefetches(served);
+        self.prefetch_bytes = served.first;
+        self.smallest_prefetch = served.first;
+        self.spares_since = served.spares_since;
+    }
+
     pub(crate) fn any(&self) -> bool {
         self.demand_bytes + self.prefetch_bytes > 0 || self.out_of_reach > 0
     }
@@ -143,6 +174,7 @@ pub(super) struct Served {
     pub(super) first: u64,
     pub(super) smallest: u64,
     pub(super) asked: Option<Instant>,
+    pub(super) spares_since: Option<u64>,
     pub(super) unblocks_at: Option<Instant>,
     pub(super) scattered: bool,
     pub(super) out_of_reach: usize,

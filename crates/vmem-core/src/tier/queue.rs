@@ -21,7 +21,7 @@ use futures::FutureExt;
 use tokio::time::Instant;
 
 use super::need::{Answer, Served};
-use super::waiters::{BLOCK_MAX, Waiter, Waiters};
+use super::waiters::{BLOCK_MAX, Turn, Waiter, Waiters};
 use super::{Class, Grant, Need, NoSpace, Refused, Space, Wanted};
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
@@ -55,9 +55,7 @@ impl<S: Space> Queue<S> {
         wake: Arc<Wake>,
         unclaimed: Arc<Unclaimed>,
     ) -> Self {
-        let demand = VecDeque::new();
-        let prefetch = VecDeque::new();
-        let waiters = Lock::new(Waiters { next_ticket: 0, demand, prefetch, closed: false });
+        let waiters = Lock::new(Waiters::new());
         let len = AtomicUsize::new(0);
         let notices = Notices::new(tier);
         Queue { space, waiters, prefetch_limit_bytes, len, wake, unclaimed, notices }
@@ -159,7 +157,10 @@ impl<S: Space> Queue<S> {
         if let Some(grant) = self.try_take(need) {
             return Ok(grant);
         }
-        self.notices.pressure(|| (self.footprint(need), self.space.used_bytes(), self.len() + 1));
+        if need.spares_since.is_none() {
+            let pressure = || (self.footprint(need), self.space.used_bytes(), self.len() + 1);
+            self.notices.pressure(pressure);
+        }
         let _stage = latency::enter(ReadStage::Space);
         let mut ticket = None;
         loop {
@@ -190,7 +191,7 @@ impl<S: Space> Queue<S> {
             waiters.next_ticket += 1;
             waiters.next_ticket
         });
-        let class = need.class;
+        let turn = Turn::of(need);
         if !waiters.closed {
             let deadline = *deadline;
             let waiter = Waiter {
@@ -202,7 +203,7 @@ impl<S: Space> Queue<S> {
                 deadline,
                 reply,
             };
-            let queue = waiters.of(class);
+            let queue = waiters.of(turn);
             let place = queue.partition_point(|before| before.ticket < ticket);
             let behind = queue.get(place);
             assert!(behind.is_none_or(|behind| behind.ticket > ticket), "a request stands once");
@@ -212,7 +213,7 @@ impl<S: Space> Queue<S> {
         drop(waiters);
         self.wake.add_waiting();
         self.wake.now();
-        Waiting { queue: self, class, ticket }
+        Waiting { queue: self, turn, ticket }
     }
 
     /// Grants free space to the waiters, in order. At least `held_bytes` of the tier cannot be
@@ -235,11 +236,11 @@ impl<S: Space> Queue<S> {
         };
         if demand.bytes == 0 {
             let prefetch = self.serve_class(&mut waiters.prefetch, reach, &mut answers);
-            wanted.prefetch_bytes = prefetch.bytes;
-            wanted.first_prefetch = prefetch.first;
-            wanted.prefetch_scattered = prefetch.scattered;
-            wanted.smallest_prefetch = prefetch.smallest;
-            wanted.prefetch_asked = prefetch.asked;
+            wanted.add_prefetches(&prefetch);
+            if waiters.prefetch.is_empty() {
+                let sparing = self.serve_class(&mut waiters.sparing, reach, &mut answers);
+                wanted.add_sparing(&sparing);
+            }
         }
         self.len.store(waiters.len(), Ordering::SeqCst);
         drop(waiters);
@@ -262,8 +263,7 @@ impl<S: Space> Queue<S> {
                 drop(waiters.remove(at));
                 continue;
             }
-            if waiter.deadline.is_past() {
-                let refused = Refused::Deadline(waiter.deadline.waited());
+            if let Some(refused) = waiter.refusal(reach) {
                 answers.extend(waiters.remove(at).map(|waiter| (waiter.reply, Err(refused))));
                 continue;
             }
@@ -288,6 +288,7 @@ impl<S: Space> Queue<S> {
                         blocked = Some(at);
                         served.first = footprint;
                         served.asked = Some(waiters[at].deadline.asked());
+                        served.spares_since = waiters[at].need.spares_since;
                         let scattered = matches!(refused, Some(Err(why)) if why.scattered);
                         served.scattered = scattered && footprint <= reach;
                         let since = waiters[at].blocks_since;
@@ -334,11 +335,11 @@ impl<S: Space> Queue<S> {
     pub(crate) fn refuse(&self, verdict: impl Fn(&Need, u64) -> Option<Refused>) {
         let mut answers = Answers::<S>::new();
         let mut waiters = self.waiters.lock();
-        for class in [Class::Demand, Class::Prefetch] {
-            for waiter in std::mem::take(waiters.of(class)) {
+        for turn in Turn::ALL {
+            for waiter in std::mem::take(waiters.of(turn)) {
                 match verdict(&waiter.need, waiter.footprint) {
                     Some(refused) => answers.push((waiter.reply, Err(refused))),
-                    None => waiters.of(class).push_back(waiter),
+                    None => waiters.of(turn).push_back(waiter),
                 }
             }
         }
@@ -365,7 +366,7 @@ impl<S: Space> std::fmt::Debug for Queue<S> {
 /// Takes a request out of the queue, however its future ends.
 struct Waiting<'a, S: Space> {
     queue: &'a Queue<S>,
-    class: Class,
+    turn: Turn,
     ticket: u64,
 }
 
@@ -373,7 +374,7 @@ impl<S: Space> Drop for Waiting<'_, S> {
     fn drop(&mut self) {
         let mut waiters = self.queue.waiters.lock();
         let before = waiters.len();
-        waiters.of(self.class).retain(|waiter| waiter.ticket != self.ticket);
+        waiters.of(self.turn).retain(|waiter| waiter.ticket != self.ticket);
         assert!(before - waiters.len() <= 1, "a request stood in the queue once");
         self.queue.len.store(waiters.len(), Ordering::SeqCst);
         drop(waiters);

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::deadline::Deadline;
 use crate::parcel::Delivery;
 use crate::tier::need::Answer;
-use crate::tier::{Class, Need, Space};
+use crate::tier::{Class, Need, Refused, Space};
 
 /// How often smaller requests may pass the first one that does not fit.
 pub(super) const PASSES_MAX: u32 = 64;
@@ -40,6 +40,15 @@ impl<S: Space> Waiter<S> {
         self.passed < PASSES_MAX
     }
 
+    /// Why it is not served any more, where eviction can free `reach` bytes.
+    pub(super) fn refusal(&self, reach: u64) -> Option<Refused> {
+        if self.deadline.is_past() {
+            return Some(Refused::Deadline(self.deadline.waited()));
+        }
+        let does_without = self.need.spares_since.is_some() && self.footprint > reach;
+        does_without.then_some(Refused::Spill)
+    }
+
     pub(super) fn pass(&mut self) {
         self.passed += 1;
         if self.passed == PASSES_MAX {
@@ -50,23 +59,56 @@ impl<S: Space> Waiter<S> {
     }
 }
 
+/// Which requests come first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    Demand,
+    Prefetch,
+    /// Requests that spare more than a prefetch does: served while no prefetch waits.
+    Sparing,
+}
+
+impl Turn {
+    pub(super) const ALL: [Turn; 3] = [Turn::Demand, Turn::Prefetch, Turn::Sparing];
+
+    pub(super) fn of(need: &Need) -> Self {
+        match (need.class, need.spares_since) {
+            (Class::Demand, _) => Turn::Demand,
+            (Class::Prefetch, None) => Turn::Prefetch,
+            (Class::Prefetch, Some(_)) => Turn::Sparing,
+        }
+    }
+}
+
 pub(super) struct Waiters<S: Space> {
     pub(super) next_ticket: u64,
     pub(super) demand: VecDeque<Waiter<S>>,
     pub(super) prefetch: VecDeque<Waiter<S>>,
+    pub(super) sparing: VecDeque<Waiter<S>>,
     /// Whether no space is made any more.
     pub(super) closed: bool,
 }
 
 impl<S: Space> Waiters<S> {
-    pub(super) fn of(&mut self, class: Class) -> &mut VecDeque<Waiter<S>> {
-        match class {
-            Class::Demand => &mut self.demand,
-            Class::Prefetch => &mut self.prefetch,
+    pub(super) fn new() -> Self {
+        Waiters {
+            next_ticket: 0,
+            demand: VecDeque::new(),
+            prefetch: VecDeque::new(),
+            sparing: VecDeque::new(),
+            closed: false,
+        }
+    }
+
+    pub(super) fn of(&mut self, turn: Turn) -> &mut VecDeque<Waiter<S>> {
+        match turn {
+            Turn::Demand => &mut self.demand,
+            Turn::Prefetch => &mut self.prefetch,
+            Turn::Sparing => &mut self.sparing,
         }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.demand.len() + self.prefetch.len()
+        self.demand.len() + self.prefetch.len() + self.sparing.len()
     }
 }

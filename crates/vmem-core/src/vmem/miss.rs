@@ -111,8 +111,9 @@ impl VirtualMemory {
     pub(super) fn miss(&self, object: &Arc<Object>, chunks: usize) -> bool {
         add(&self.shared.counters.misses, 1);
         object.touch();
-        let moved = object.count_moved(chunks);
-        promotion::promotes(self.shared.limits.promotion, moved, chunk_count(object.len))
+        let moved = object.count_moved(chunks).into();
+        let whole = chunk_count(object.len) as u64;
+        promotion::promotes(self.shared.limits.promotion, moved, whole)
     }
 
     /// A task writes to the copy, or takes it away: that takes a memory copy.

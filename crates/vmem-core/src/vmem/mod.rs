@@ -6,6 +6,7 @@
 
 mod entries;
 mod figures;
+mod gathered;
 mod into;
 mod lease;
 mod lease_request;
@@ -32,6 +33,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 pub use entries::{ListOptions, Listed, NamedEntry, PutMode, PutOptions};
+pub use gathered::GatherCount;
 pub use lease::{DeviceAccess, VramChange, VramHold, VramSet, VramShare};
 pub use pin::PinGuard;
 pub use place::Prefetch;

@@ -151,6 +151,7 @@ impl Shared {
             objects,
             metadata_bytes: objects * OBJECT_BYTES
                 + self.objects_with_rare_fields() * RARE_BYTES
+                + self.devices.iter().map(|device| device.gathers.memory_bytes()).sum::<u64>()
                 + get(&counters.map_bytes),
             staging_bytes: self.limits.staging_capacity,
             stream_bytes: self.windows.used_bytes(),

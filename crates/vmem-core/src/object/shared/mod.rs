@@ -84,6 +84,7 @@ pub(crate) struct Limits {
     /// What readers may hold of object space, where that is bound.
     pub(crate) max_held_bytes: Option<u64>,
     pub(crate) promotion: Promotion,
+    pub(crate) gather_promotion: Promotion,
     pub(crate) write_back: WriteBack,
     pub(crate) wait_timeout: Duration,
 }
@@ -116,6 +117,7 @@ impl Limits {
             },
             max_held_bytes: (config.max_held() < 1.0).then_some((space * config.max_held()) as u64),
             promotion: config.promotion(),
+            gather_promotion: config.gather_promotion(),
             write_back: config.write_back(),
             wait_timeout: config.wait_timeout(),
         })
