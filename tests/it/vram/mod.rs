@@ -7,5 +7,6 @@ mod devices;
 mod dirty;
 mod gathered;
 mod lease_sets;
+mod reads;
 mod tiers;
 mod waiters;

@@ -57,6 +57,11 @@ impl StagingPool {
         self.piece_bytes
     }
 
+    /// How many pieces there are: two at least.
+    pub(crate) fn pieces(&self) -> usize {
+        self.pieces
+    }
+
     /// A piece, in turn, with whatever bytes are in it.
     pub(crate) async fn acquire(self: &Arc<Self>) -> StagingPiece {
         let permit = self.permits.clone().acquire_owned().await;

@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use futures::StreamExt;
-use futures::stream::FuturesOrdered;
+use futures::stream::FuturesUnordered;
 
 use super::{Job, Record, fetch_into, host_space, load, write_back_from_device};
 use crate::chunk::{CHUNK_BYTES, chunk_count};
@@ -21,11 +21,11 @@ use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
 use crate::object::{GatePass, Object};
 use crate::stats::add;
-use crate::tier::Device;
+use crate::tier::{Class, Device};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
-/// Pieces of one object that are uploaded at once.
+/// Pieces of one object that are read and uploaded at once.
 const PIECES_MAX: usize = 4;
 
 /// Promotes the current version of an object to the memory of this device.
@@ -176,45 +176,67 @@ async fn fill_from_below(
         drop(shared.host_spaces_or_error(&job.need(), &job.deadline).await?);
     }
     let per_piece = (shared.staging.piece_bytes() / CHUNK_BYTES).max(1);
-    let mut uploads: FuturesOrdered<DeviceAnswer<std::result::Result<(), DeviceError>>> =
-        FuturesOrdered::new();
-    let mut outcome = Ok(());
-    // The first one that fails says why, once.
-    let note = |uploaded: std::result::Result<(), DeviceError>, outcome: &mut Result<()>| {
-        if let (Err(error), true) = (uploaded, outcome.is_ok()) {
-            *outcome = Err(device.fault(error));
-        }
+    let count = chunk_count(object.len);
+    // A read takes its piece itself, and then never waits for another one; one that is dropped
+    // gives it back once the disk has let go of it.
+    let version = &version;
+    let read = |first: usize| async move {
+        let chunks = first..(first + per_piece).min(count);
+        let len = object.len.min(chunks.end * CHUNK_BYTES) - first * CHUNK_BYTES;
+        let piece = shared.staging(&job.deadline).await?;
+        let (piece, loaded) = load(object, version, chunks, piece, 0, job.class).await;
+        loaded.map(|()| (first * CHUNK_BYTES, piece.freeze().slice(..len)))
     };
-    for first in (0..chunk_count(object.len)).step_by(per_piece) {
-        let chunks = first..(first + per_piece).min(chunk_count(object.len));
-        let start = first * CHUNK_BYTES;
-        let end = object.len.min(chunks.end * CHUNK_BYTES);
-        // An upload that has started goes on whether it is polled or not, and gives its piece back.
-        let piece = match shared.staging(&job.deadline).await {
-            Ok(piece) => piece,
-            Err(error) => {
-                outcome = Err(error);
-                break;
-            }
-        };
-        let (piece, loaded) = load(object, &version, chunks, piece, 0, job.class).await;
-        outcome = outcome.and(loaded);
-        if outcome.is_err() {
-            break;
-        }
-        let bytes = piece.freeze().slice(..end - start);
-        uploads.push_back(device.backend.upload(Arc::new(range.share()), start, bytes));
-        while uploads.len() >= PIECES_MAX
-            && let Some(uploaded) = uploads.next().await
+    let reads_max = reads_at_once(job.class, shared.staging.pieces());
+    let mut parts = (0..count).step_by(per_piece);
+    let mut reads = FuturesUnordered::new();
+    let mut uploads: FuturesUnordered<DeviceAnswer<std::result::Result<(), DeviceError>>> =
+        FuturesUnordered::new();
+    let mut outcome = Ok(());
+    loop {
+        while reads.len() < reads_max
+            && reads.len() + uploads.len() < PIECES_MAX
+            && outcome.is_ok()
+            && let Some(first) = parts.next()
         {
-            note(uploaded, &mut outcome);
+            reads.push(read(first));
+        }
+        let error = tokio::select! {
+            biased;
+            Some(uploaded) = uploads.next() => {
+                uploaded.err().filter(|_| outcome.is_ok()).map(|error| device.fault(error))
+            }
+            Some(loaded) = reads.next() => match loaded {
+                Ok((start, bytes)) => {
+                    // An upload that has started goes on whether it is polled or not, and gives its
+                    // piece back.
+                    uploads.push(device.backend.upload(Arc::new(range.share()), start, bytes));
+                    None
+                }
+                Err(error) => Some(error),
+            },
+            // All uploads have ended, also after an error, so that the space is idle again.
+            else => return outcome,
+        };
+        // The first one that fails says why, once; nothing more is read for it.
+        if let Some(error) = error {
+            outcome = outcome.and(Err(error));
+            reads.clear();
         }
     }
-    // Waits for all uploads, also after an error, so that the space is idle again.
-    while let Some(uploaded) = uploads.next().await {
-        note(uploaded, &mut outcome);
+}
+
+/// Reads of one object that are in flight at once: at most half of staging where a caller waits for
+/// it, else a quarter.
+fn reads_at_once(class: Class, pieces: usize) -> usize {
+    if crate::planted!("read-by-read") {
+        return 1;
     }
-    outcome
+    let share = match class {
+        Class::Demand => pieces / 2,
+        Class::Prefetch => pieces / 4,
+    };
+    share.clamp(1, PIECES_MAX)
 }
 
 /// Takes an object out of the memory of devices, to host memory if there is space for it; else it
