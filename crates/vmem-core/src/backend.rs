@@ -8,6 +8,7 @@ pub use crate::catalog::{
     Answer, Catalog, CatalogChange, CatalogObject, CatalogRecord, METADATA_LEN_MAX, NAME_LEN_MAX,
     SEGMENT_CHUNKS,
 };
+pub use crate::checksum::{Slices, checksums, crc32c};
 pub use crate::chunk::{CHUNK_BYTES, Run, Runs, StoredChunk};
 pub use crate::deadline::Clock;
 pub use crate::device::{

@@ -30,6 +30,7 @@ pub mod backend;
 mod buffer;
 mod capabilities;
 mod catalog;
+mod checksum;
 mod chunk;
 mod config;
 mod console;

@@ -7,6 +7,8 @@
 //! call until the completion, whatever happens to the future. Called by the migrations; implemented
 //! in `vmem-io`, and by backends for other media.
 
+mod error;
+
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +18,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use once_cell::race::OnceBox;
 
+pub use self::error::TierError;
 use crate::buffer::IoBuf;
 use crate::chunk::{CHUNK_BYTES, Run, Runs, StoredChunk};
 use crate::deadline::Clock;
@@ -355,42 +358,4 @@ pub struct TierUsage {
     pub largest_free_bytes: u64,
     /// How many runs the extents that exist have: one each, but where free space is in pieces.
     pub extents: u64,
-}
-
-/// Why an operation of such a tier failed.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum TierError {
-    /// No space: the budget is used up, or the file system is full and `source` says so.
-    #[error("no space for {requested_bytes} bytes: {free_bytes} are free in the budget")]
-    Full {
-        /// Bytes asked for, rounding included.
-        requested_bytes: u64,
-        /// Bytes free in the budget.
-        free_bytes: u64,
-        /// The cause, where the operating system refused.
-        source: Option<Arc<io::Error>>,
-    },
-    /// A chunk is not what was written.
-    #[error(
-        "chunk {chunk} is not what was written: its checksum is {actual:#x}, not {expected:#x}"
-    )]
-    Corrupt {
-        /// Index into the chunks of the call.
-        chunk: usize,
-        /// CRC-32C of what was written.
-        expected: u32,
-        /// CRC-32C of what was read.
-        actual: u32,
-    },
-    /// The operating system refused.
-    #[error("{operation} failed: {source}")]
-    Io {
-        /// What was attempted.
-        operation: &'static str,
-        /// The cause, with its errno.
-        source: Arc<io::Error>,
-    },
-    /// The backend was closed.
-    #[error("the backend was closed")]
-    Closed,
 }

@@ -10,7 +10,6 @@
 
 pub mod catalog;
 mod cgroup;
-mod checksum;
 mod directory;
 pub mod driver;
 mod ledger;
@@ -20,6 +19,7 @@ mod open;
 mod plan;
 mod pool;
 mod process;
+mod settle;
 mod space;
 mod stale;
 mod sync_gate;

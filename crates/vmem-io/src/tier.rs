@@ -21,17 +21,17 @@ use tokio::sync::Notify;
 use vmem_core::VirtualMemoryError;
 use vmem_core::backend::{
     CHUNK_BYTES, Clock, Durable, Extent, IoBuf, ReadChunk, SharedOwner, StagingMemory, StoredChunk,
-    Tier, TierError, TierUsage,
+    Tier, TierError, TierUsage, checksums,
 };
 
 pub(crate) use self::inner::Inner;
 
 use self::inner::{failure, invalid};
-use crate::checksum::{checksums, settle};
 use crate::directory::StoreDirectory;
 use crate::driver::{Driver, Keep};
 use crate::ledger::Ledger;
 use crate::plan;
+use crate::settle::settle;
 use crate::space::Space;
 use crate::sync_gate::SyncGate;
 

@@ -9,10 +9,9 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use vmem_core::VirtualMemoryError;
-use vmem_core::backend::{CHUNK_BYTES, CatalogObject, Run};
+use vmem_core::backend::{CHUNK_BYTES, CatalogObject, Run, crc32c};
 
 use crate::catalog::NameCatalog;
-use crate::checksum::crc32c;
 use crate::directory::{StoreDirectory, UNKNOWN};
 
 /// What [`verify`] found.

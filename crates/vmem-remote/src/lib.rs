@@ -38,7 +38,6 @@
 //! requests, bounded and tried again; `error`: what of their failures may be shown.
 
 mod buffers;
-mod checksum;
 mod circuit;
 mod client;
 mod error;

@@ -46,7 +46,7 @@ impl Landing for Probe {
         if actual == self.expected {
             return Ok(());
         }
-        let [expected, actual] = [self.expected, actual].map(|it| crate::checksum::crc32c(&it));
+        let [expected, actual] = [self.expected, actual].map(|it| vmem_core::backend::crc32c(&it));
         Err(RequestError::Altered { expected, actual, chunk: 0 })
     }
 }

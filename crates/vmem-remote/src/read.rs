@@ -10,9 +10,8 @@ use std::sync::Arc;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
-use vmem_core::backend::{IoBuf, ReadChunk, TierError};
+use vmem_core::backend::{IoBuf, ReadChunk, Slices, TierError, crc32c};
 
-use crate::checksum::{Turn, crc32c};
 use crate::client::Landing;
 use crate::error::{RequestError, invalid};
 use crate::inner::{Inner, Pins};
@@ -144,9 +143,9 @@ impl<B: DerefMut<Target = [u8]> + Send> Landing for Chunks<'_, B> {
     }
 
     async fn verify(&self) -> Result<(), RequestError> {
-        let mut turn = Turn::default();
+        let mut slices = Slices::default();
         for Wanted { placed, to, chunk } in &self.group.chunks {
-            turn.took(placed.len as usize).await;
+            slices.took(placed.len as usize).await;
             let actual = {
                 let mut buf = self.buf.lock();
                 crc32c(&bytes_of(&mut buf)[*to..*to + placed.len as usize])

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
+use vmem_core::backend::checksums;
 
-use crate::checksum::checksums;
 use crate::error::RequestError;
 use crate::gather::{Call, Slot};
 use crate::inner::Inner;
@@ -19,7 +19,7 @@ pub(crate) async fn put_segment(inner: Arc<Inner>, calls: Vec<Call>, slot: Slot)
     // What nobody awaits any more gives its space back here.
     let mut calls: Vec<_> = calls.into_iter().filter(|call| !call.reply.is_closed()).collect();
     let pieces: Vec<Bytes> = calls.iter().flat_map(|call| call.payloads.iter().cloned()).collect();
-    let sums = checksums(&pieces).await;
+    let sums = checksums(pieces.iter().cloned()).await;
     let mut unsealed = sums.iter();
     for call in &mut calls {
         for (extent, sum) in call.extents.iter_mut().zip(&mut unsealed) {

@@ -8,8 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::copying::{Copying, Moved, NotCopied, copy};
-use super::transfer::write_chunks;
+use super::copying::{Copying, Moved, NotCopied, copy, write};
 use super::{CopyFate, Job, Record};
 use crate::chunk::{CHUNK_BYTES, chunk_len, chunk_lens, range_of};
 use crate::copy::Found;
@@ -278,20 +277,9 @@ async fn copy_from_host(
     chunks: Vec<Copying>,
     host: Bytes,
 ) -> std::result::Result<Vec<Moved>, (usize, NotCopied)> {
-    let mut known = Vec::with_capacity(chunks.len());
-    let mut pieces = Vec::with_capacity(chunks.len());
-    for Copying { object: nth, index, from, to } in chunks {
-        pieces.push((to, host.slice(range_of(object.len, index))));
-        known.push((nth, index, from));
-    }
+    let chunks = chunks.into_iter();
+    let chunks = chunks.map(|one| (host.slice(range_of(object.len, one.index)), one)).collect();
     drop(host);
-    let written = write_chunks(&object.shared, pieces).await;
-    let written = written.map_err(|error| (0, NotCopied::Storage(error)))?;
-    let moved = known.into_iter().zip(written).map(|((object, index, from), to)| Moved {
-        object,
-        index,
-        from,
-        to: Arc::new(to),
-    });
-    Ok(moved.collect())
+    let written = write(&object.shared, chunks).await;
+    written.map_err(|error| (0, NotCopied::Storage(error)))
 }

@@ -109,19 +109,34 @@ async fn copy_piece(
     let places: Vec<_> = reads.iter().map(|read| read.at).collect();
     let (piece, outcome) = read_chunks(shared, reads, piece, class).await;
     outcome.map_err(|error| {
-        (damaged(&chunks, &error), NotCopied::Storage(of_chunk(&chunks, error)))
+        let object = damaged(&chunks, &error);
+        let number = |nth: usize| chunks.get(nth).map(|one| one.index);
+        (object, NotCopied::Storage(error.renumbered(number)))
     })?;
     let bytes: Bytes = piece.freeze();
+    let slice = |one: &Copying, at: usize| bytes.slice(at..at + one.to.len() as usize);
+    let writes = chunks.into_iter().zip(places);
+    let writes = writes.map(|(one, at)| (slice(&one, at), one)).collect();
+    drop(bytes);
+    write(shared, writes).await.map_err(|error| (first, NotCopied::Storage(error)))
+}
+
+/// Writes the bytes of chunks to where they are copied to.
+///
+/// # Errors
+///
+/// What the tier says.
+pub(super) async fn write(
+    shared: &Shared,
+    chunks: Vec<(Bytes, Copying)>,
+) -> std::result::Result<Vec<Moved>, TierError> {
     let mut known = Vec::with_capacity(chunks.len());
-    let mut writes = Vec::with_capacity(chunks.len());
-    for (Copying { object, index, from, to }, at) in chunks.into_iter().zip(places) {
-        let len = to.len() as usize;
-        writes.push((to, bytes.slice(at..at + len)));
+    let mut pieces = Vec::with_capacity(chunks.len());
+    for (bytes, Copying { object, index, from, to }) in chunks {
+        pieces.push((to, bytes));
         known.push((object, index, from));
     }
-    drop(bytes);
-    let written = write_chunks(shared, writes).await;
-    let written = written.map_err(|error| (first, NotCopied::Storage(error)))?;
+    let written = write_chunks(shared, pieces).await?;
     let moved = known.into_iter().zip(written).map(|((object, index, from), to)| Moved {
         object,
         index,
@@ -138,15 +153,4 @@ fn damaged(chunks: &[Copying], error: &TierError) -> usize {
         TierError::Full { .. } | TierError::Io { .. } | TierError::Closed => 0,
     };
     chunks.get(nth).map_or(0, |one| one.object)
-}
-
-/// The error with the number that a damaged chunk has in its object.
-fn of_chunk(chunks: &[Copying], error: TierError) -> TierError {
-    match error {
-        TierError::Corrupt { chunk, expected, actual } => {
-            let chunk = chunks.get(chunk).map_or(chunk, |one| one.index);
-            TierError::Corrupt { chunk, expected, actual }
-        }
-        other => other,
-    }
 }

@@ -120,14 +120,8 @@ fn in_object(
     piece: Range<usize>,
     error: TierError,
 ) -> VirtualMemoryError {
-    let error = match error {
-        TierError::Corrupt { chunk: nth, expected, actual } => {
-            let sealed = |&index: &usize| disk.chunk(index).is_some_and(|e| e.sum().is_some());
-            let chunk = piece.filter(sealed).nth(nth).unwrap_or(nth);
-            TierError::Corrupt { chunk, expected, actual }
-        }
-        other => other,
-    };
+    let sealed = |&index: &usize| disk.chunk(index).is_some_and(|e| e.sum().is_some());
+    let error = error.renumbered(|nth| piece.filter(sealed).nth(nth));
     let error = object.shared.tier_error(object.id, error);
     if matches!(error, VirtualMemoryError::Corrupt { .. }) {
         object.set_damage(disk, error.clone());

@@ -89,7 +89,8 @@ pub(crate) async fn read_chunks(
         // What only this tier has is read again without the others: one of them may have failed.
         let (elsewhere, only_here): (Vec<_>, Vec<_>) = now.iter().cloned().partition(is_below);
         if elsewhere.is_empty() {
-            return (buf, Err(numbered(error, &now)));
+            let number = |nth: usize| now.get(nth).map(|(number, _)| *number);
+            return (buf, Err(error.renumbered(number)));
         }
         shared.storage()[level].state.notices().fallback(&error);
         add(&shared.counters.errors, 1);
@@ -102,17 +103,6 @@ pub(crate) async fn read_chunks(
 fn below((nth, read): &(usize, ReadChunk)) -> Option<(usize, ReadChunk)> {
     let extent: &Arc<Extent> = read.extent.below()?;
     Some((*nth, ReadChunk { extent: extent.clone(), at: read.at }))
-}
-
-/// The error with the number that the chunk had in the whole call.
-fn numbered(error: TierError, reads: &[(usize, ReadChunk)]) -> TierError {
-    match error {
-        TierError::Corrupt { chunk, expected, actual } => {
-            let chunk = reads.get(chunk).map_or(chunk, |(nth, _)| *nth);
-            TierError::Corrupt { chunk, expected, actual }
-        }
-        other => other,
-    }
 }
 
 async fn read_in(

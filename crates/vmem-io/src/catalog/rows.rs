@@ -9,10 +9,8 @@ use std::time::{Duration, SystemTime};
 use bytes::{Buf, BufMut, Bytes};
 use vmem_core::MemoryTier;
 use vmem_core::backend::{
-    CHUNK_BYTES, CatalogRecord, METADATA_LEN_MAX, Run, Runs, SEGMENT_CHUNKS, StoredChunk,
+    CHUNK_BYTES, CatalogRecord, METADATA_LEN_MAX, Run, Runs, SEGMENT_CHUNKS, StoredChunk, crc32c,
 };
-
-use crate::checksum::crc32c;
 
 /// The version of the format that is written, and the only one that is read.
 pub(super) const FORMAT: u32 = 1;
