@@ -35,8 +35,9 @@ pub enum Clock {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Timing {
     pub(crate) clock: Clock,
-    /// The runtime of the store, whose timer serves the waiters that run on it.
-    pub(crate) runtime: runtime::Id,
+    /// The runtime of the store, whose timer serves the waiters that run on it; none where that is
+    /// to be left alone, since a paused clock goes on for each timer.
+    pub(crate) runtime: Option<runtime::Id>,
 }
 
 /// When a request was made, and when it gives up.
@@ -73,6 +74,13 @@ impl Deadline {
     /// The deadline of the next wait of a request that has made progress: as long, from now.
     pub(crate) fn renewed(&self) -> Self {
         Deadline::after(self.wait, self.timing)
+    }
+
+    /// The same in the time of the machine, for what is no simulated I/O.
+    pub(crate) fn in_real_time(&self) -> Self {
+        let is_real = self.timing.clock == Clock::Real;
+        let runtime = self.timing.runtime.filter(|_| is_real);
+        Deadline { timing: Timing { clock: Clock::Real, runtime }, ..*self }
     }
 
     /// When the request was made, in the runtime's time.
@@ -117,7 +125,7 @@ async fn bound<F: Future>(
     left: impl Fn() -> Duration,
 ) -> Result<F::Output, Late> {
     let mut future = pin!(future);
-    let at_home = Handle::try_current().is_ok_and(|handle| handle.id() == timing.runtime);
+    let at_home = Handle::try_current().is_ok_and(|handle| Some(handle.id()) == timing.runtime);
     if at_home {
         if let Ok(output) = tokio::time::timeout(left(), &mut future).await {
             return Ok(output);
@@ -141,7 +149,7 @@ mod tests {
     use super::*;
 
     fn timing(clock: Clock) -> Timing {
-        Timing { clock, runtime: Handle::current().id() }
+        Timing { clock, runtime: Some(Handle::current().id()) }
     }
 
     #[tokio::test(start_paused = true)]
@@ -167,6 +175,16 @@ mod tests {
         assert!(deadline.is_past());
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn real_time_over_simulated_io_leaves_the_clock_of_the_runtime_alone() {
+        let deadline = Deadline::after(Duration::from_millis(30), timing(Clock::Runtime));
+        let before = Instant::now();
+        let real = deadline.in_real_time();
+        assert_eq!(real.bound(std::future::pending::<()>()).await, Err(Late));
+        assert!(real.waited() >= Duration::from_millis(30));
+        assert!(before.elapsed().is_zero(), "{:?}", before.elapsed());
+    }
+
     #[tokio::test]
     async fn an_endless_wait_is_no_overflow() {
         let deadline = Deadline::after(Duration::MAX, timing(Clock::Real));
@@ -179,7 +197,7 @@ mod tests {
     fn a_wait_without_a_runtime_has_a_deadline() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
         let runtime = runtime.expect("a runtime starts");
-        let timing = Timing { clock: Clock::Real, runtime: runtime.handle().id() };
+        let timing = Timing { clock: Clock::Real, runtime: Some(runtime.handle().id()) };
         let deadline = Deadline::after(Duration::from_millis(30), timing);
         let waited = futures::executor::block_on(deadline.bound(std::future::pending::<()>()));
         assert_eq!(waited, Err(Late));

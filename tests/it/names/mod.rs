@@ -12,3 +12,4 @@ mod faults;
 mod kills;
 mod life;
 mod power_cuts;
+mod stuck;

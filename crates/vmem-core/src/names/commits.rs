@@ -31,6 +31,9 @@ pub(crate) struct Commits {
 struct Counts {
     changes: AtomicU64,
     commits: AtomicU64,
+    /// Batches, with their syncs, whatever came of them.
+    begun: AtomicU64,
+    ended: AtomicU64,
     /// What the catalog leads to is not known: the last commit may have been made.
     unknown: AtomicBool,
     stopped: AtomicBool,
@@ -86,6 +89,13 @@ impl Commits {
         (get(&self.counts.changes), get(&self.counts.commits))
     }
 
+    /// Batches that were begun, and those that have ended, well or not.
+    pub(super) fn begun_and_ended(&self) -> (u64, u64) {
+        // In this order: one that ends between is not taken for one under way.
+        let begun = get(&self.counts.begun);
+        (begun, get(&self.counts.ended))
+    }
+
     /// Whether a sync failed, after which nothing is committed.
     pub(super) fn have_stopped(&self) -> bool {
         self.counts.stopped.load(Ordering::Acquire)
@@ -121,10 +131,12 @@ async fn commit_in_turn(
     let mut poisoned: Option<NotCommitted> = None;
     let mut batch = Vec::new();
     while inbox.recv_many(&mut batch, BATCH_MAX).await > 0 {
+        add(&counts.begun, 1);
         let outcomes = match &poisoned {
             Some(why) => vec![Err(why.clone()); batch.len()],
             None => commit_all(&batch, &*catalog, &*disk, &counts).await,
         };
+        add(&counts.ended, 1);
         assert!(outcomes.len() == batch.len(), "each change has its outcome");
         let mut failures = outcomes.iter().filter_map(|outcome| outcome.as_ref().err());
         if let (None, Some(failed)) = (&poisoned, failures.find(|failed| failed.poison)) {

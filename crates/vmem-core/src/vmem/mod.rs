@@ -4,6 +4,7 @@
 //! owns; so dropping the future gives everything back. Each method checks, in this order: closed, a
 //! handle of ours, alive, its arguments.
 
+mod change;
 mod entries;
 mod figures;
 mod gathered;

@@ -1,10 +1,8 @@
 //! Named objects: those that are found again after a restart.
 //!
-//! Invariant: every change of a name runs as a task of its own, which has the turn of the name; the
-//! caller's future waits for the answer and owns nothing. A change whose caller went away may have
-//! happened, or happens still, whole.
+//! Invariant: every change of a name runs as a task of its own (`change.rs`), which has the turn of
+//! the name.
 
-use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,14 +11,10 @@ use futures::{Stream, TryStreamExt};
 
 use super::entries::{ListOptions, Listed, NamedEntry, PutMode, PutOptions};
 use super::{Result, VirtualMemory};
-use crate::asker;
-use crate::deadline::{Deadline, Late};
-use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
-use crate::names::{self, Names, Turn};
+use crate::names::{self, Turn};
 use crate::object::Object;
-use crate::parcel::parcel;
 
 impl VirtualMemory {
     /// [`allocate`](Self::allocate) under a name: 1 to 1024 bytes of UTF-8. The name, and zeros,
@@ -199,7 +193,7 @@ impl VirtualMemory {
     pub async fn snapshot(&self, directory: &Path) -> Result<()> {
         self.check_open()?;
         let directory = directory.to_owned();
-        self.change(move |names, _| async move {
+        self.change_however_long(move |names, _| async move {
             names::flush_all(&names).await?;
             let frozen = names.freeze();
             let copied = names.catalog()?.snapshot(directory).await;
@@ -237,39 +231,5 @@ impl VirtualMemory {
         names::check_name(name)?;
         self.names.catalog()?;
         Ok(name.into())
-    }
-
-    /// Runs a change as a task of its own, and waits for its answer. The task waits for its place
-    /// among others.
-    pub(super) async fn change<T, F>(
-        &self,
-        make: impl FnOnce(Arc<Names>, Deadline) -> F + Send,
-    ) -> Result<T>
-    where
-        T: Send + 'static,
-        F: Future<Output = Result<T>> + Send + 'static,
-    {
-        let names = self.names.clone();
-        let deadline = self.shared.deadline();
-        let change = asker::awaited(make(names.clone(), deadline));
-        let (delivery, answer) = parcel();
-        let (begun, begins) = parcel();
-        self.shared.spawn("vmem-name", async move {
-            let _ = begun.deliver((), None);
-            let permit = deadline.bound(names.task()).await;
-            let outcome = match permit {
-                Ok(Ok(_permit)) if !names.shared.is_closed() => change.await,
-                Ok(Ok(_)) => Err(VirtualMemoryError::Closed),
-                Ok(Err(error)) => Err(error),
-                Err(Late) => Err(deadline.error("other changes of names")),
-            };
-            drop(delivery.deliver(outcome, None));
-        });
-        if let Err(Late) = deadline.bound(begins.claim()).await {
-            return Err(deadline.error("the runtime of the store"));
-        }
-        // It takes as long as it takes: what it waits for has deadlines. Without an answer the
-        // runtime has gone.
-        answer.claim().await.unwrap_or(Err(VirtualMemoryError::Closed))
     }
 }

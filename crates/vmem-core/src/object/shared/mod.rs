@@ -230,7 +230,7 @@ impl Shared {
             table: Table::new(),
             next_id: AtomicU64::new(1),
             recency: Recency::new(),
-            timing: Timing { clock, runtime: runtime.id() },
+            timing: Timing { clock, runtime: Some(runtime.id()) },
             host,
             devices,
             no_device,

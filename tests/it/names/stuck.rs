@@ -1,0 +1,131 @@
+//! Changes of names where a commit does not end, or takes its time.
+//!
+//! Excluded: a caller that waits for a dead disk for ever, and one that is given up although its
+//! change goes on.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use vmem::backend::{Answer, Backends, Catalog, CatalogChange};
+use vmem::{Capabilities, MemoryTier, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
+use vmem_io::DiskTier;
+use vmem_io::catalog::NameCatalog;
+use vmem_testkit::tape::Image;
+use vmem_testkit::{Tape, TapeDriver, TapeStorage};
+
+/// What does not come by then does not come.
+const HANGS: Duration = Duration::from_secs(60);
+const WAIT: Duration = Duration::from_millis(250);
+
+/// A catalog whose commits need a permit, and take as long as this.
+#[derive(Debug)]
+struct Slow(NameCatalog, Arc<Semaphore>, Duration);
+
+impl Catalog for Slow {
+    vmem_testkit::hand_on!(
+        attempts,
+        is_poisoned,
+        is_shut,
+        find,
+        record,
+        names,
+        time,
+        snapshot,
+        next_id,
+        close
+    );
+
+    fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
+        let commit = self.0.commit(changes);
+        let held = self.1.clone();
+        let long = self.2;
+        Box::pin(async move {
+            drop(held.acquire().await);
+            tokio::time::sleep(long).await;
+            commit.await
+        })
+    }
+}
+
+fn open(commit: Duration) -> (VirtualMemory, Arc<Semaphore>) {
+    let tape = Tape::of(Image::default());
+    let (catalog, taken) = NameCatalog::over(Arc::new(TapeStorage(tape.clone())), 512).unwrap();
+    let commits = Arc::new(Semaphore::new(1));
+    let backends = Backends {
+        remote: None,
+        host_capacity_bytes: 4 << 20,
+        disk: DiskTier::with_taken(TapeDriver::new(&tape, false), 8 << 20, &taken, None).unwrap(),
+        catalog: Some(Arc::new(Slow(catalog, commits.clone(), commit))),
+        devices: Vec::new(),
+        capabilities: Capabilities::new("tape".into(), "none".into()),
+    };
+    let config = VirtualMemoryConfig::builder().wait_timeout(WAIT).build().unwrap();
+    (VirtualMemory::with_backends(&config, backends).unwrap(), commits)
+}
+
+fn is_late(error: &VirtualMemoryError) -> bool {
+    matches!(error, VirtualMemoryError::TimedOut { .. }) && error.is_retryable()
+}
+
+/// Each kind of change ends with an error that says so; what was under way is made once the disk
+/// goes on, whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_end_in_time_where_a_commit_does_not() {
+    let (vmem, commits) = open(Duration::ZERO);
+    let kept = vmem.put_named("kept", vec![1; 1000], MemoryTier::Host).await.unwrap();
+    let held = commits.acquire().await.unwrap();
+    vmem.write(&kept, vec![2; 1000]).await.unwrap();
+    let in_time = tokio::time::timeout(HANGS, async {
+        let error = vmem.put_named("new", vec![3; 1000], MemoryTier::Disk).await.unwrap_err();
+        assert!(error.to_string().contains("may still be made"), "{error}");
+        for error in [
+            error,
+            vmem.flush(&kept).await.unwrap_err(),
+            vmem.set_metadata("kept", b"m").await.unwrap_err(),
+            vmem.rename_named("kept", "other").await.unwrap_err(),
+            vmem.remove_many(&["kept"]).await.unwrap_err(),
+        ] {
+            assert!(is_late(&error), "{error:?}");
+        }
+        match vmem.flush_all().await.unwrap_err() {
+            VirtualMemoryError::NotFlushed { source, .. } => assert!(is_late(&source)),
+            error => assert!(is_late(&error), "{error:?}"),
+        }
+        // What needs no commit does not care.
+        assert_eq!(vmem.read(&kept).await.unwrap()[..], [2; 1000]);
+    });
+    in_time.await.expect("each wait has a deadline");
+    drop(held);
+    let goes_on = async {
+        while vmem.flush(&kept).await.is_err() {}
+        loop {
+            match vmem.open_named("new").await {
+                Ok(new) => break vmem.read(&new).await.unwrap(),
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+    };
+    let new = tokio::time::timeout(HANGS, goes_on).await.expect("the disk goes on");
+    assert_eq!(new[..], [3; 1000]);
+    drop(kept);
+    vmem.close().await.unwrap();
+}
+
+/// Many changes, which take several times as long as any wait may.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_that_go_on_are_waited_for() {
+    const NAMES: usize = 1000;
+    let (vmem, _commits) = open(WAIT / 2);
+    let names: Vec<_> = (0..NAMES).map(|n| format!("name/{n}")).collect();
+    let puts = names.iter().map(|name| vmem.put_named(name, [7; 10], MemoryTier::Disk));
+    for put in futures::future::join_all(puts).await {
+        drop(put.unwrap());
+    }
+    let before = vmem.stats().commits;
+    let removed = vmem.remove_many(&names).await.unwrap();
+    let commits = vmem.stats().commits - before;
+    assert_eq!(removed, NAMES as u64);
+    assert!(commits > 2, "{commits} commits of half a wait are no test");
+    vmem.close().await.unwrap();
+}
