@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use vmem::gpu::VramExt;
 use vmem::{VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
-use vmem_cuda_emulator::Emulator;
+use vmem_cuda_emulator::{Emulator, Kind};
 
 use crate::support::{HANGS, HOST, VRAM, end, launch, stream, until};
 
@@ -137,5 +137,49 @@ async fn leases_of_old_versions_count_and_the_error_names_what_holds() {
     drop(lease);
     let pin = vmem.pin(&handles[1], VRAM).await.unwrap();
     drop(pin);
+    end(vmem, handles, &emulator).await;
+}
+
+/// The link is busy with objects that no caller waits for, many more than it takes at a time.
+#[tokio::test]
+async fn a_lease_passes_prefetches_that_wait_for_the_link() {
+    const PREFETCHED: usize = 30;
+    let emulator = Emulator::load().unwrap();
+    // A prefetch has no more in flight than staging has.
+    let config = VirtualMemoryConfig::builder()
+        .host_capacity(96 << 20)
+        .staging_capacity(32 << 20)
+        .disk_capacity(64 << 20)
+        .vram_capacity(64 << 20)
+        .wait_timeout(HANGS);
+    let vmem = vmem::open(config.build().unwrap()).await.unwrap();
+    let stream = stream();
+    let mut handles = put(&vmem, PREFETCHED, MIB - 4 * KIB).await;
+    let wanted = put(&vmem, 1, MIB).await.remove(0);
+    emulator.hold(Kind::Up);
+    vmem.prefetch_many(&handles, VRAM).detach();
+    let all = ((PREFETCHED * (MIB - 4 * KIB)) >> 20) as u64;
+    until("each has its space", || vmem.stats().vram.used_bytes >> 20 >= all).await;
+    let mut lease = Box::pin(vmem.device_on(&wanted, &stream));
+    assert!((&mut lease).now_or_never().is_none(), "its copy is held");
+    until("it has its space", || vmem.stats().vram.used_bytes >> 20 > all).await;
+    // Its task hands it to the link.
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let resident = || {
+        let on_device = |handle: &&VMemHandle| vmem.residency(handle).unwrap().vram;
+        handles.iter().filter(on_device).count()
+    };
+    while (&mut lease).now_or_never().is_none() {
+        let before = resident();
+        assert!(before <= 16, "two batches of 8 MiB at most are before it: {before}");
+        emulator.release(Kind::Up, 1);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let before = resident();
+    assert!(before <= 17, "{before} of {PREFETCHED} came before it");
+    drop(lease);
+    emulator.release_all();
+    until("the others come", || resident() == PREFETCHED).await;
+    handles.push(wanted);
     end(vmem, handles, &emulator).await;
 }

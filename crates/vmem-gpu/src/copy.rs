@@ -79,6 +79,14 @@ impl Work {
         }
     }
 
+    /// The bytes of an object that it copies to the device.
+    pub(crate) fn uploaded(&self) -> usize {
+        match self {
+            Work::Upload { bytes, .. } => bytes.len(),
+            _ => 0,
+        }
+    }
+
     /// Gives back what it owns and answers.
     pub(crate) fn end(self, outcome: Result<(), DeviceError>) {
         // Before the answer, since its receiver may look at the ledger.

@@ -17,14 +17,13 @@ use futures::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 use vmem_core::backend::DeviceError;
 
+use crate::backlog::{BATCH_MAX, Backlog, Urgency};
 use crate::card::{Card, told};
 use crate::copy::{Batch, CopyStream, Work};
 use crate::event::Bell;
 
 /// How long a lost notice goes unnoticed.
 pub(crate) const WATCHDOG: Duration = Duration::from_millis(100);
-/// Copies that are handed to the driver at a time: fewer than its launch queue holds.
-const BATCH_MAX: usize = 256;
 /// The pause before the driver is asked again after an error that passed.
 const RETRY: Duration = Duration::from_millis(2);
 /// Batches in flight.
@@ -87,7 +86,7 @@ struct Inbox {
 
 #[derive(Default)]
 struct Queue {
-    works: VecDeque<Work>,
+    works: Backlog,
     closed: bool,
 }
 
@@ -130,12 +129,21 @@ impl Lane {
 
     /// Hands an operation in; it starts whether its answer is awaited or not.
     pub(crate) fn submit(&self, work: Work) {
+        self.submit_as(work, Urgency::Awaited);
+    }
+
+    /// As `submit`, for an operation that comes behind those that callers wait for.
+    pub(crate) fn submit_behind(&self, work: Work) {
+        self.submit_as(work, Urgency::Behind);
+    }
+
+    fn submit_as(&self, work: Work, urgency: Urgency) {
         let mut queue = self.inbox.queue.lock();
         if queue.closed {
             drop(queue);
             return work.end(Err(DeviceError::Closed));
         }
-        queue.works.push_back(work);
+        queue.works.push(work, urgency);
         drop(queue);
         self.inbox.bell.ring();
     }
@@ -162,7 +170,8 @@ impl Drop for Lane {
 struct Driving {
     inbox: Arc<Inbox>,
     stream: CopyStream,
-    in_flight: VecDeque<Batch>,
+    /// In the order in which they end.
+    in_flight: VecDeque<(Batch, Urgency)>,
     card: Arc<Card>,
 }
 
@@ -170,10 +179,10 @@ impl Driving {
     fn run(mut self) {
         let watchdog = if vmem_core::planted!("watchdog") { Duration::MAX } else { WATCHDOG };
         loop {
-            let works = self.take();
-            let idle = works.is_empty();
-            if !works.is_empty() {
-                self.start(works);
+            let batch = self.take();
+            let idle = batch.is_none();
+            if let Some((works, urgency)) = batch {
+                self.start(works, urgency);
             }
             match self.reap() {
                 Reaped::Some => {}
@@ -190,40 +199,33 @@ impl Driving {
         }
     }
 
-    fn take(&mut self) -> Vec<Work> {
+    fn take(&mut self) -> Option<(Vec<Work>, Urgency)> {
         if self.in_flight.len() >= BATCHES_MAX {
-            return Vec::new();
+            return None;
         }
-        let mut queue = self.inbox.queue.lock();
-        let mut copies = 0;
-        let fits = |work: &&Work| {
-            copies += work.copies();
-            copies <= BATCH_MAX
-        };
-        // One at least.
-        let count = queue.works.iter().take_while(fits).count().max(1);
-        let count = count.min(queue.works.len());
-        queue.works.drain(..count).collect()
+        let behind = self.in_flight.iter().filter(|(_, urgency)| *urgency == Urgency::Behind);
+        let behind = behind.count();
+        self.inbox.queue.lock().works.take(behind)
     }
 
-    fn start(&mut self, works: Vec<Work>) {
+    fn start(&mut self, works: Vec<Work>, urgency: Urgency) {
         if let Some(reason) = self.card.lost() {
             let error = DeviceError::Lost(reason);
             return works.into_iter().for_each(|work| work.end(Err(error.clone())));
         }
         assert!(works.len() <= BATCH_MAX, "a batch fits the launch queue of the driver");
-        self.in_flight.push_back(self.stream.submit(works));
+        self.in_flight.push_back((self.stream.submit(works), urgency));
         assert!(self.in_flight.len() <= BATCHES_MAX, "no more is in flight than may be");
     }
 
     /// Answers the batches that have ended.
     fn reap(&mut self) -> Reaped {
         let mut reaped = Reaped::None;
-        while let Some(batch) = self.in_flight.front_mut() {
+        while let Some((batch, _)) = self.in_flight.front_mut() {
             match self.stream.has_ended(batch) {
                 Ok(false) => break,
                 Ok(true) => {
-                    if let Some(batch) = self.in_flight.pop_front() {
+                    if let Some((batch, _)) = self.in_flight.pop_front() {
                         batch.end();
                     }
                     reaped = Reaped::Some;
@@ -246,7 +248,7 @@ impl Driving {
         self.stream.drain();
         let reason = self.card.lost().unwrap_or_else(|| told("the device failed", error).into());
         let error = DeviceError::Lost(reason);
-        self.in_flight.drain(..).for_each(|batch| batch.end_dead(&error));
+        self.in_flight.drain(..).for_each(|(batch, _)| batch.end_dead(&error));
         Reaped::Some
     }
 }

@@ -15,7 +15,7 @@
 //! - `issue`: which of them the driver gets how: by a kernel of ours (`pieces`), many in one call
 //!   (`batch`), or one by one.
 //! - `lane`: a thread for each direction, which hands copies to the driver and waits for their
-//!   events.
+//!   events; `backlog`: what waits for it, in two classes.
 //! - `watch`: a thread that waits for the kernels of users.
 //! - `gather`, `scatter`: copies between objects and one device buffer of the user, a `target`;
 //!   `given`: the pieces on their way there; `apart`: what of a call does not wait for its caller;
@@ -29,6 +29,7 @@
 
 mod adopt;
 mod apart;
+mod backlog;
 mod batch;
 mod call;
 mod card;

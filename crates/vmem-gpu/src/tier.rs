@@ -14,7 +14,7 @@ use cudarc::driver::CudaStream;
 use futures::FutureExt;
 use futures::channel::oneshot;
 use futures::executor::block_on;
-use futures::future::{Either, select};
+use futures::future::{Either, join_all, select};
 use futures_timer::Delay;
 use parking_lot::Mutex;
 use vmem_core::backend::{
@@ -24,6 +24,7 @@ use vmem_core::backend::{
 
 use vmem_core::{Budget, MemoryTier, VirtualMemoryError};
 
+use crate::backlog::parts;
 use crate::call::{Call, Foreign};
 use crate::card::{Card, UNIT};
 use crate::copy::Work;
@@ -266,6 +267,23 @@ impl DeviceBackend for CudaTier {
         let (reply, answer) = oneshot::channel();
         self.up.submit(Work::Upload { to, offset, bytes, reply });
         answer.map(answered).boxed()
+    }
+
+    fn upload_behind(
+        &self,
+        to: Arc<DeviceRange>,
+        offset: usize,
+        bytes: Bytes,
+    ) -> DeviceAnswer<Result<(), DeviceError>> {
+        let submit = |(at, bytes)| {
+            let (reply, answer) = oneshot::channel();
+            let offset = offset + at;
+            self.up.submit_behind(Work::Upload { to: to.clone(), offset, bytes, reply });
+            answer.map(answered)
+        };
+        // The error comes once all have ended.
+        let all = join_all(parts(&bytes).map(submit).collect::<Vec<_>>());
+        all.map(|ended| ended.into_iter().collect()).boxed()
     }
 
     fn zero(&self, range: Arc<DeviceRange>) -> DeviceAnswer<Result<(), DeviceError>> {

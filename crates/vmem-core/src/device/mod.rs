@@ -45,6 +45,17 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
         bytes: Bytes,
     ) -> DeviceAnswer<Result<(), DeviceError>>;
 
+    /// As `upload`, for bytes that no caller waits for: it may come behind all that some caller
+    /// waits for. A backend without such an order does the same for both.
+    fn upload_behind(
+        &self,
+        to: Arc<DeviceRange>,
+        offset: usize,
+        bytes: Bytes,
+    ) -> DeviceAnswer<Result<(), DeviceError>> {
+        self.upload(to, offset, bytes)
+    }
+
     /// Makes the whole range zeros.
     fn zero(&self, range: Arc<DeviceRange>) -> DeviceAnswer<Result<(), DeviceError>>;
 

@@ -137,8 +137,7 @@ async fn fill(job: &Job, device: &Device, pass: &GatePass, range: &DeviceRange) 
     let record = Record::start(shared, object, route, job.cause, &job.deadline);
     let outcome = match host {
         Some(bytes) => device
-            .backend
-            .upload(Arc::new(range.share()), 0, bytes)
+            .upload(Arc::new(range.share()), 0, bytes, job.class)
             .await
             .map_err(|error| device.fault(error)),
         None => fill_from_below(job, device, pass, range).await,
@@ -210,7 +209,8 @@ async fn fill_from_below(
                 Ok((start, bytes)) => {
                     // An upload that has started goes on whether it is polled or not, and gives its
                     // piece back.
-                    uploads.push(device.backend.upload(Arc::new(range.share()), start, bytes));
+                    let to = Arc::new(range.share());
+                    uploads.push(device.upload(to, start, bytes, job.class));
                     None
                 }
                 Err(error) => Some(error),

@@ -9,14 +9,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use crate::locks::{self, Lock};
+use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
 use super::gathers::Gathers;
-use super::{NoSpace, Queue, Space, TierState, Watermarks};
-use crate::device::{DeviceBackend, DeviceError, DeviceRange, DeviceUsage, ShareWatcher};
+use super::{Class, NoSpace, Queue, Space, TierState, Watermarks};
+use crate::device::{
+    DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, ShareWatcher,
+};
 use crate::error::VirtualMemoryError;
+use crate::locks::{self, Lock};
 use crate::memory_tier::MemoryTier;
 use crate::parcel::Unclaimed;
 use crate::policy::{Entry, Policy, Token};
@@ -64,6 +67,20 @@ impl Device {
         let queue = Queue::new(tier, space, all, wake.clone(), unclaimed.clone());
         let state = TierState::new(tier, queue, order, max_held, marks);
         Device { backend, state, hits: AtomicU64::new(0), gathers: Gathers::default(), released }
+    }
+
+    /// Copies bytes up: behind all that callers wait for, if none waits for these.
+    pub(crate) fn upload(
+        &self,
+        to: Arc<DeviceRange>,
+        offset: usize,
+        bytes: Bytes,
+        class: Class,
+    ) -> DeviceAnswer<Result<(), DeviceError>> {
+        match class {
+            Class::Demand => self.backend.upload(to, offset, bytes),
+            Class::Prefetch => self.backend.upload_behind(to, offset, bytes),
+        }
     }
 
     /// Tells operators that an operation failed, unless the store ends. The error for its caller.
