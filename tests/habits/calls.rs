@@ -8,7 +8,11 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use futures::future::{BoxFuture, FutureExt};
-use vmem::{PinGuard, ReadClass, ReadOptions, VMemHandle, VirtualMemory, VirtualMemoryError};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use vmem::{
+    ObjectWriter, PinGuard, PutOptions, ReadClass, ReadOptions, VMemHandle, VirtualMemory,
+    VirtualMemoryError,
+};
 
 use crate::stores::{DISK, HOST, KIB, bytes, check};
 
@@ -29,9 +33,11 @@ pub(crate) enum Call {
     ReadBackground,
     ReadToStay,
     ReadMany,
+    Stream,
     Write,
     WriteAt,
     WriteWith,
+    WriteStream,
     Allocate,
     AllocateOnDisk,
     Put,
@@ -51,6 +57,11 @@ pub(crate) enum Call {
     RemoveNamed,
     SetMetadata,
     Names,
+    PutNamedWith,
+    WriteStreamNamed,
+    OpenEntry,
+    Adopt,
+    RemoveMany,
     Snapshot,
 }
 
@@ -90,6 +101,8 @@ impl Call {
                 | Call::RemoveNamed
                 | Call::SetMetadata
                 | Call::Names
+                | Call::OpenEntry
+                | Call::RemoveMany
                 | Call::Snapshot
         )
     }
@@ -120,7 +133,8 @@ impl Call {
             | Call::ReadInto
             | Call::ReadWith
             | Call::ReadBackground
-            | Call::ReadToStay => read(self, vmem, handle, i).boxed(),
+            | Call::ReadToStay
+            | Call::Stream => read(self, vmem, handle, i).boxed(),
             Call::AllocateNamed
             | Call::PutNamed
             | Call::OpenNamed
@@ -128,6 +142,10 @@ impl Call {
             | Call::RemoveNamed
             | Call::SetMetadata
             | Call::Names
+            | Call::PutNamedWith
+            | Call::WriteStreamNamed
+            | Call::OpenEntry
+            | Call::RemoveMany
             | Call::Snapshot => of_names(self, vmem, subject.dir.clone(), i).boxed(),
             _ => change(self, vmem, handle, i).boxed(),
         }
@@ -182,6 +200,11 @@ async fn read(call: Call, vmem: VirtualMemory, handle: VMemHandle, i: usize) -> 
             (0, vmem.read_with(&handle, all.class(ReadClass::Background)).await?)
         }
         Call::ReadToStay => (0, vmem.read_with(&handle, all.promote(true)).await?),
+        Call::Stream => {
+            let mut read = Vec::new();
+            vmem.reader(&handle, part.clone()).read_to_end(&mut read).await.map_err(of_io)?;
+            (part.start, read.into())
+        }
         other => unreachable!("{other:?} is no read"),
     };
     Ok(Got::Bytes(i, offset, bytes))
@@ -210,6 +233,8 @@ async fn change(call: Call, vmem: VirtualMemory, handle: VMemHandle, i: usize) -
         Call::Demote => vmem.demote(&handle, DISK).await?,
         Call::Pin => return vmem.pin(&handle, HOST).await.map(Got::Pin),
         Call::Prefetch => vmem.prefetch(&handle, HOST).await?,
+        Call::WriteStream => return stream(vmem.writer(DISK), &new).await,
+        Call::Adopt => vmem.adopt(&handle, &format!("adopted {i}")).await?,
         Call::Flush => vmem.flush(&handle).await?,
         Call::FlushAll => vmem.flush_all().await?,
         other => unreachable!("{other:?} is no change of an object"),
@@ -227,6 +252,19 @@ async fn of_names(call: Call, vmem: VirtualMemory, dir: PathBuf, i: usize) -> Ou
         Call::PutNamed => {
             return vmem.put_named(&name, bytes(i, 2, LEN), HOST).await.map(Got::Object);
         }
+        Call::PutNamedWith => {
+            let options = PutOptions::new(HOST).metadata(vec![7; 100]);
+            let put = vmem.put_named_with(&name, bytes(i, 2, LEN), options);
+            return put.await.map(Got::Object);
+        }
+        Call::WriteStreamNamed => {
+            let writer = vmem.writer_named(&name, PutOptions::new(DISK));
+            return stream(writer, &bytes(i, 2, LEN)).await;
+        }
+        Call::OpenEntry => return vmem.open_entry(&name).await.map(|(it, _)| Got::Object(it)),
+        Call::RemoveMany => {
+            return vmem.remove_many(&[name]).await.map(|count| Got::Count(count as usize));
+        }
         Call::OpenNamed => return vmem.open_named(&name).await.map(Got::Object),
         Call::RenameNamed => vmem.rename_named(&name, &format!("{name} renamed")).await?,
         Call::RemoveNamed => vmem.remove_named(&name).await?,
@@ -239,4 +277,20 @@ async fn of_names(call: Call, vmem: VirtualMemory, dir: PathBuf, i: usize) -> Ou
         other => unreachable!("{other:?} is not about names"),
     }
     Ok(Got::Nothing)
+}
+
+/// Writes an object of unknown length, in two parts.
+async fn stream(mut writer: ObjectWriter, new: &[u8]) -> Outcome {
+    let (front, rest) = new.split_at(PATCH.start);
+    writer.write_all(front).await.map_err(of_io)?;
+    writer.write_all(rest).await.map_err(of_io)?;
+    writer.commit().await.map(Got::Object)
+}
+
+/// The error of the store in that of a stream.
+fn of_io(error: std::io::Error) -> VirtualMemoryError {
+    match error.downcast() {
+        Ok(error) => error,
+        Err(error) => VirtualMemoryError::io("streaming", error),
+    }
 }

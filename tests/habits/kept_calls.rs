@@ -54,9 +54,11 @@ table! {
     kept_background_reads_delay_nobody: ReadBackground,
     kept_promoting_reads_delay_nobody: ReadToStay,
     kept_sets_delay_nobody: ReadMany,
+    kept_streams_delay_nobody: Stream,
     kept_writes_delay_nobody: Write,
     kept_partial_writes_delay_nobody: WriteAt,
     kept_writes_in_place_delay_nobody: WriteWith,
+    kept_streamed_writes_delay_nobody: WriteStream,
     kept_allocations_delay_nobody: Allocate,
     kept_allocations_on_disk_delay_nobody: AllocateOnDisk,
     kept_puts_delay_nobody: Put,
@@ -76,6 +78,11 @@ table! {
     kept_removals_delay_nobody: RemoveNamed,
     kept_changes_of_metadata_delay_nobody: SetMetadata,
     kept_listings_delay_nobody: Names,
+    kept_conditional_puts_delay_nobody: PutNamedWith,
+    kept_streamed_named_writes_delay_nobody: WriteStreamNamed,
+    kept_openings_of_entries_delay_nobody: OpenEntry,
+    kept_adoptions_delay_nobody: Adopt,
+    kept_removals_of_many_delay_nobody: RemoveMany,
 }
 
 /// A snapshot needs a directory below.
