@@ -57,6 +57,8 @@ async fn scenario_46_last_drop_of_a_share_wakes_the_waiter_on_any_thread() {
                 LastUse::Read => {
                     // Host memory has it too, but a copy down is made for a kernel's version.
                     let lease = vmem.device_mut_on(&used, &stream).await.unwrap();
+                    // SAFETY: never followed. A lease that nobody has used would be given up.
+                    let _ = unsafe { lease.device_ptr() };
                     emulator.hold(Kind::Down);
                     drop(lease.finish());
                     until("the copy down", || emulator.counter("in_flight") > 0).await;

@@ -49,6 +49,10 @@ use crate::context::enter;
 /// stream are never destroyed. A library whose 0 means each thread's own default stream (one that
 /// was compiled so) must not give 0 or 1 here.
 ///
+/// Where the context has made no stream of its own, cudarc orders nothing between adopted streams:
+/// then order them yourself wherever two of them use one slice, its drop included. Make one stream
+/// of the context first, and cudarc does it.
+///
 /// # Errors
 ///
 /// `InvalidConfig` for a stream of another context than `context`, and for handle 2: it is another

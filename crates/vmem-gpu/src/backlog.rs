@@ -3,11 +3,13 @@
 //! Invariant: an operation that a caller waits for passes those that none waits for, and stands
 //! behind at most [`BEHIND_MAX`] batches of these, each of at most [`BEHIND_BYTES`]. Within a
 //! class the order is that of arrival, and one batch in [`TURNS`] is of the lower class however
-//! much there is of the other. Filled and emptied by the lane.
+//! much there is of the other. What of the lower class nobody awaits any more is not begun. Filled
+//! and emptied by the lane.
 
 use std::collections::VecDeque;
 
 use bytes::Bytes;
+use vmem_core::backend::DeviceError;
 
 use crate::copy::Work;
 
@@ -17,6 +19,8 @@ pub(crate) const BATCH_MAX: usize = 256;
 const BEHIND_MAX: usize = 2;
 /// The most bytes of such a batch: a third of a millisecond on a link of 25 GB/s.
 const BEHIND_BYTES: usize = 8 << 20;
+/// The most bytes of any batch, unless one copy alone has more.
+const AWAITED_BYTES: usize = 32 << 20;
 /// After this many batches but one that callers wait for comes one of the others.
 const TURNS: usize = 8;
 
@@ -55,6 +59,12 @@ impl Backlog {
 
     /// The next batch; none if nothing may go now. `behind_in_flight` counts batches.
     pub(crate) fn take(&mut self, behind_in_flight: usize) -> Option<(Vec<Work>, Urgency)> {
+        while self.behind.front().is_some_and(Work::is_abandoned)
+            && let Some(work) = self.behind.pop_front()
+        {
+            // It was not begun, and nobody can use it any more.
+            work.end(Err(DeviceError::Closed));
+        }
         let may_behind = !self.behind.is_empty() && behind_in_flight < BEHIND_MAX;
         let is_turn = self.awaited.is_empty() || self.turns + 1 >= TURNS;
         if may_behind && is_turn {
@@ -65,7 +75,7 @@ impl Backlog {
             return None;
         }
         self.turns += 1;
-        Some((front(&mut self.awaited, usize::MAX), Urgency::Awaited))
+        Some((front(&mut self.awaited, AWAITED_BYTES), Urgency::Awaited))
     }
 }
 
@@ -104,9 +114,11 @@ mod tests {
         fn release(&self, _: u64, _: u64) {}
     }
 
-    fn upload(range: &Arc<DeviceRange>, bytes: Bytes) -> Work {
-        let (reply, _) = oneshot::channel();
-        Work::Upload { to: range.clone(), offset: 0, bytes, reply }
+    type Answer = oneshot::Receiver<Result<(), DeviceError>>;
+
+    fn upload(range: &Arc<DeviceRange>, bytes: Bytes) -> (Work, Answer) {
+        let (reply, answer) = oneshot::channel();
+        (Work::Upload { to: range.clone(), offset: 0, bytes, reply }, answer)
     }
 
     #[test]
@@ -114,11 +126,14 @@ mod tests {
         let range = Arc::new(DeviceRange::new(0, 1, 1, Arc::new(Nobody)));
         let quarter = Bytes::from(vec![0; BEHIND_BYTES / 4]);
         let mut backlog = Backlog::default();
+        let mut answers = Vec::new();
         for _ in 0..10 {
-            backlog.push(upload(&range, quarter.clone()), Urgency::Behind);
+            let (work, answer) = upload(&range, quarter.clone());
+            backlog.push(work, Urgency::Behind);
+            answers.push(answer);
         }
         for _ in 0..4 * TURNS * BATCH_MAX {
-            backlog.push(upload(&range, Bytes::new()), Urgency::Awaited);
+            backlog.push(upload(&range, Bytes::new()).0, Urgency::Awaited);
         }
         let order: Vec<_> = (0..2 * TURNS)
             .map(|_| backlog.take(0).map(|(works, urgency)| (works.len(), urgency)).unwrap())
@@ -137,6 +152,10 @@ mod tests {
         let last = backlog.take(BEHIND_MAX - 1).map(|(works, urgency)| (works.len(), urgency));
         assert_eq!(last, Some((2, Urgency::Behind)));
         assert!(backlog.is_empty());
+        // Nobody awaits these any more: they give their bytes back, and go nowhere.
+        drop(answers);
+        backlog.push(upload(&range, quarter.clone()).0, Urgency::Behind);
+        assert!(backlog.take(0).is_none() && backlog.is_empty());
     }
 
     #[test]

@@ -87,6 +87,11 @@ impl Work {
         }
     }
 
+    /// Whether it is for an object, and nobody awaits it any more.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        matches!(self, Work::Upload { reply, .. } if reply.is_canceled())
+    }
+
     /// Gives back what it owns and answers.
     pub(crate) fn end(self, outcome: Result<(), DeviceError>) {
         // Before the answer, since its receiver may look at the ledger.

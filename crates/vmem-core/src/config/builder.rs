@@ -177,8 +177,8 @@ impl VirtualMemoryConfigBuilder {
     /// for another change of the object, for the disk and for a device count together, but those
     /// of [`read_into`](crate::VirtualMemory::read_into) and of streams, which have it for each
     /// piece. So a promotion or a write of very many GiB may need more. A change of names, a
-    /// flush of one among them, is waited for while the disk goes on, however long that is; it
-    /// fails once nothing was written and no commit has ended for this long, and may still be made.
+    /// flush of one among them, takes as long as its bytes do; it fails once one commit, with the
+    /// sync before it, has not ended for this long, and may still be made then.
     pub fn wait_timeout(mut self, timeout: Duration) -> Self {
         self.wait_timeout = timeout;
         self

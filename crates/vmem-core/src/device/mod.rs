@@ -46,7 +46,8 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
     ) -> DeviceAnswer<Result<(), DeviceError>>;
 
     /// As `upload`, for bytes that no caller waits for: it may come behind all that some caller
-    /// waits for. A backend without such an order does the same for both.
+    /// waits for, and what was not begun when the future is dropped may be left out. A backend
+    /// without such an order does the same for both.
     fn upload_behind(
         &self,
         to: Arc<DeviceRange>,

@@ -37,7 +37,6 @@ use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
 use crate::memory_tier::MemoryTier;
 use crate::object::{ExtentMap, Object, Shared};
-use crate::stats::get;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -73,22 +72,17 @@ struct Frozen {
     limbo: Vec<ExtentMap>,
 }
 
-/// What the disk has done, in counters that grow.
+/// How many commits, with their syncs, have begun and ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Progress {
-    /// Commits.
     begun: u64,
     ended: u64,
-    /// Bytes.
-    written: u64,
 }
 
 impl Progress {
-    /// Whether nothing was written, and no commit ended; or the commit that was under way still is,
-    /// whatever else is written.
+    /// Whether the commit that was under way then still is.
     pub(crate) fn is_none_since(&self, before: &Progress) -> bool {
-        let is_same_commit = before.begun > before.ended && self.ended == before.ended;
-        is_same_commit || self == before
+        before.begun > before.ended && self.ended == before.ended
     }
 }
 
@@ -157,12 +151,10 @@ impl Names {
         self.commits.as_ref().map_or((0, 0), Commits::committed)
     }
 
-    /// What the disk has done for changes of names by now.
+    /// How far the commits are.
     pub(crate) fn progress(&self) -> Progress {
         let (begun, ended) = self.commits.as_ref().map_or((0, 0), Commits::begun_and_ended);
-        let storage = self.shared.storage();
-        let written = storage.iter().map(|tier| get(&tier.written_bytes)).sum();
-        Progress { begun, ended, written }
+        Progress { begun, ended }
     }
 
     /// Whether a sync failed, after which nothing is committed any more.
@@ -264,19 +256,16 @@ mod tests {
     use super::Progress;
 
     #[test]
-    fn a_disk_stands_still_if_nothing_is_written_or_one_commit_does_not_end() {
-        let progress = |begun, ended, written| Progress { begun, ended, written };
+    fn commits_stand_still_if_the_one_under_way_has_not_ended() {
         let cases = [
-            ((0, 0, 0), (0, 0, 0), true),
-            ((0, 0, 0), (0, 0, 1), false),
-            ((3, 3, 5), (4, 3, 5), false), // It began meanwhile.
-            ((4, 3, 5), (4, 3, 5), true),
-            ((4, 3, 5), (4, 3, 900), true), // Others write, and this commit stands still.
-            ((4, 3, 5), (5, 4, 5), false),
-            ((4, 4, 5), (9, 9, 5), false),
+            ((3, 3), (3, 3), false), // None is under way.
+            ((3, 3), (4, 3), false), // It began meanwhile.
+            ((4, 3), (4, 3), true),
+            ((4, 3), (5, 4), false),
+            ((4, 4), (9, 9), false),
         ];
         for (before, now, is_still) in cases {
-            let of = |(begun, ended, written)| progress(begun, ended, written);
+            let of = |(begun, ended)| Progress { begun, ended };
             assert_eq!(of(now).is_none_since(&of(before)), is_still, "{before:?} {now:?}");
         }
     }

@@ -1,9 +1,9 @@
 //! How a change of names is run: as a task of its own, for which the caller waits.
 //!
 //! Invariant: the caller's future owns nothing, and a change whose caller went away may have
-//! happened, or happens still, whole. The caller waits for as long as the disk goes on, since a
-//! change may be of any size; but not longer than `wait_timeout` while nothing is written and no
-//! commit ends. Called by `named.rs`, `entries.rs` and `place.rs`.
+//! happened, or happens still, whole. The caller waits as long as it takes, since a change may be
+//! of any size; unless one commit has not ended for a whole `wait_timeout`. Called by `named.rs`,
+//! `entries.rs` and `place.rs`.
 
 use std::future::Future;
 use std::pin::pin;
@@ -16,48 +16,15 @@ use crate::error::VirtualMemoryError;
 use crate::names::Names;
 use crate::parcel::parcel;
 
-/// How long the caller waits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Until {
-    /// While the disk goes on.
-    Progress,
-    /// To the end, whatever the counters say.
-    End,
-}
-
 impl VirtualMemory {
     /// Runs a change as a task of its own, and waits for its answer. The task waits for its place
     /// among others.
     ///
     /// # Errors
     ///
-    /// What the change says. `TimedOut` if the disk stands still: then it may be made later.
+    /// What the change says. `TimedOut` if a commit does not end: then it may be made later.
     pub(super) async fn change<T, F>(
         &self,
-        make: impl FnOnce(Arc<Names>, Deadline) -> F + Send,
-    ) -> Result<T>
-    where
-        T: Send + 'static,
-        F: Future<Output = Result<T>> + Send + 'static,
-    {
-        self.run_change(Until::Progress, make).await
-    }
-
-    /// As `change`, for one that copies files, of which no counter tells.
-    pub(super) async fn change_however_long<T, F>(
-        &self,
-        make: impl FnOnce(Arc<Names>, Deadline) -> F + Send,
-    ) -> Result<T>
-    where
-        T: Send + 'static,
-        F: Future<Output = Result<T>> + Send + 'static,
-    {
-        self.run_change(Until::End, make).await
-    }
-
-    async fn run_change<T, F>(
-        &self,
-        until: Until,
         make: impl FnOnce(Arc<Names>, Deadline) -> F + Send,
     ) -> Result<T>
     where
@@ -95,8 +62,7 @@ impl VirtualMemory {
                 return answered.unwrap_or(Err(VirtualMemoryError::Closed));
             }
             let now = self.names.progress();
-            let is_over = until == Until::Progress && now.is_none_since(&before);
-            if is_over && !crate::planted!("change-endless") {
+            if now.is_none_since(&before) && !crate::planted!("change-endless") {
                 return Err(all.error("a change of names, which may still be made,"));
             }
             before = now;

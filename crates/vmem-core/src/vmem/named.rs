@@ -193,7 +193,7 @@ impl VirtualMemory {
     pub async fn snapshot(&self, directory: &Path) -> Result<()> {
         self.check_open()?;
         let directory = directory.to_owned();
-        self.change_however_long(move |names, _| async move {
+        self.change(move |names, _| async move {
             names::flush_all(&names).await?;
             let frozen = names.freeze();
             let copied = names.catalog()?.snapshot(directory).await;
