@@ -6,7 +6,6 @@
 mod held;
 mod large;
 mod plans;
-mod prefetches;
 mod refuted_space;
 mod refuted_writes;
 mod sets;
