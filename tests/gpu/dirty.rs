@@ -14,9 +14,9 @@ use vmem::gpu::cudarc::driver::CudaStream;
 use vmem::{VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError, WriteBack};
 use vmem_cuda_emulator::{Emulator, Kind};
 
-use crate::support::{HOST, LEN, bytes, launch, plus, stream, until};
-
-const COPY_DOWN: &str = "cuMemcpyDtoHAsync_v2";
+use crate::support::{
+    HOST, LEN, bytes, launch, plus, refuse_copies_down, refuse_next_copy_down, stream, until,
+};
 
 async fn open(folder: &Path, write_back: WriteBack) -> VirtualMemory {
     let config = VirtualMemoryConfig::builder()
@@ -179,7 +179,7 @@ async fn copies_that_are_refused_lose_nothing_and_are_reported() {
         vmem.flush(&handle).await.unwrap();
         add(&vmem, &handle, 2, &stream).await;
         // Once: the next one succeeds.
-        emulator.fail(COPY_DOWN, 1, 1);
+        refuse_next_copy_down(&emulator, 1);
         let error = vmem.flush(&handle).await.unwrap_err();
         let is_told = matches!(
             error,
@@ -188,25 +188,26 @@ async fn copies_that_are_refused_lose_nothing_and_are_reported() {
         assert!(is_told, "{error:?}");
         vmem.flush(&handle).await.unwrap();
         assert_eq!(vmem.stats().vram_dirty_bytes, 0);
+        refuse_copies_down(&emulator, 0);
         // For as long as one likes: the version stays where it is.
         add(&vmem, &handle, 3, &stream).await;
-        emulator.refuse(COPY_DOWN, 1);
+        refuse_copies_down(&emulator, 1);
         for _ in 0..3 {
             let error = vmem.read(&handle).await.unwrap_err();
             assert!(matches!(error, VirtualMemoryError::Device { code: 1, .. }), "{error:?}");
             vmem.flush(&handle).await.unwrap_err();
         }
-        emulator.refuse(COPY_DOWN, 0);
+        refuse_copies_down(&emulator, 0);
         assert!(vmem.read(&handle).await.unwrap() == plus(&bytes(1), 5));
         vmem.flush(&handle).await.unwrap();
         // Nor does the close wait for ever: it says whose last version it leaves behind.
         add(&vmem, &handle, 4, &stream).await;
-        emulator.refuse(COPY_DOWN, 1);
+        refuse_copies_down(&emulator, 1);
         drop((handle, stream));
         let refused = vmem.close().await.unwrap_err();
         let VirtualMemoryError::NotFlushed { names, .. } = refused else { panic!("{refused:?}") };
         assert_eq!(names.len(), 1);
-        emulator.refuse(COPY_DOWN, 0);
+        refuse_copies_down(&emulator, 0);
         assert_durable(folder.path(), &[("weights", plus(&bytes(1), 5))]).await;
     }
     until("the end of every use", || emulator.counter("device_bytes") == 0).await;

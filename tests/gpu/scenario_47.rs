@@ -14,11 +14,12 @@ use vmem::gpu::{DeviceLeaseMut, VramExt};
 use vmem::{VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError, WriteBack};
 use vmem_cuda_emulator::{Emulator, Kind};
 
-use crate::support::{HANGS, HOST, LEN, bytes, launch, plus, stream, until};
+use crate::support::{
+    HANGS, HOST, LEN, bytes, launch, plus, refuse_copies_down, refuse_next_copy_down, stream, until,
+};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
-const COPY_DOWN: &str = "cuMemcpyDtoHAsync_v2";
 const LAUNCH_FAILED: i32 = 719;
 const REFUSED: i32 = 1;
 const NAMES: [&str; 3] = ["changing", "dirty", "flushed"];
@@ -122,9 +123,9 @@ impl Bench {
             return self.end_change(fault, emulator, lease).await;
         }
         if fault == Fault::RefusedOnce {
-            emulator.fail(COPY_DOWN, 1, REFUSED);
+            refuse_next_copy_down(emulator, REFUSED);
         } else {
-            emulator.refuse(COPY_DOWN, REFUSED);
+            refuse_copies_down(emulator, REFUSED);
         }
         meanwhile();
         lease.finish().await
@@ -186,6 +187,7 @@ impl Bench {
             let mut part = [0; 16];
             let again = self.vmem.read_into(handle, 0..16, &mut part).await;
             let is_once = fault == Fault::RefusedOnce;
+            let read = read.map(drop);
             assert!(again.is_ok() == read.is_ok() || is_once, "{what}: {again:?} after {read:?}");
             errors.push(again.is_err());
         }
@@ -233,7 +235,7 @@ async fn scenario_47_a_fault_under_what_a_device_alone_has_is_told() {
             if write_back == WriteBack::Eager {
                 assert!(!errors[1], "{what}: it was below before the lease ended");
             }
-            emulator.refuse(COPY_DOWN, 0);
+            refuse_copies_down(&emulator, 0);
             let mut newest = [CHANGED, NEWEST[1], NEWEST[2]];
             let is_for_a_while = matches!(fault, Fault::RefusedOnce | Fault::RefusedForEver);
             for (nth, handle) in bench.handles.iter().enumerate() {
@@ -305,7 +307,7 @@ async fn scenario_47_a_flush_and_a_close_beside_a_fault_keep_what_was_flushed() 
                 Err(error) => panic!("{what}: {error:?}"),
             }
             drop(bench);
-            emulator.refuse(COPY_DOWN, 0);
+            refuse_copies_down(&emulator, 0);
             emulator.sticky(0);
             assert_durable(folder.path(), least, [CHANGED, 2, FLUSHED], &what).await;
         }

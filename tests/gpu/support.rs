@@ -50,6 +50,25 @@ pub(crate) fn stream() -> Arc<CudaStream> {
     CudaContext::new(0).unwrap().new_stream().unwrap()
 }
 
+/// Copies to the host by the other ways of the driver: in one call with others, and by a kernel.
+const OTHER_COPIES: [&str; 2] = ["cuMemcpyBatchAsync", "cuLaunchKernel"];
+const COPY_DOWN: &str = "cuMemcpyDtoHAsync_v2";
+
+/// The driver refuses every copy to the host with this code, and every kernel; 0 allows them.
+pub(crate) fn refuse_copies_down(emulator: &Emulator, code: i32) {
+    for function in OTHER_COPIES.into_iter().chain([COPY_DOWN]) {
+        emulator.refuse(function, code);
+    }
+}
+
+/// The driver refuses the next copy to the host, and kernels until copies are allowed.
+pub(crate) fn refuse_next_copy_down(emulator: &Emulator, code: i32) {
+    for function in OTHER_COPIES {
+        emulator.refuse(function, code);
+    }
+    emulator.fail(COPY_DOWN, 1, code);
+}
+
 /// Launches one of the kernels that the emulator knows by name.
 pub(crate) fn launch(name: &str, first: u64, second: u64, third: u64, stream: &CudaStream) {
     let text = CString::new(".entry vmem_fill( .entry vmem_add( .entry vmem_slow_copy(").unwrap();
