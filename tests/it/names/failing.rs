@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use redb::StorageBackend;
-use vmem::backend::Backends;
+use tokio::sync::Semaphore;
+use vmem::backend::{Answer, Backends, Catalog, CatalogChange};
 use vmem::{Capabilities, VirtualMemory, VirtualMemoryConfig};
 use vmem_io::DiskTier;
 use vmem_io::catalog::NameCatalog;
@@ -100,4 +101,53 @@ pub(super) fn open_where(image: Image, buffered: bool, all_writes: bool) -> Plac
     };
     let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
     Place { vmem, tape, disk, catalog_fails }
+}
+
+/// A catalog whose commits need a permit, and take this long then.
+#[derive(Debug)]
+pub(super) struct Slow(pub(super) NameCatalog, pub(super) Arc<Semaphore>, pub(super) Duration);
+
+impl Catalog for Slow {
+    vmem_testkit::hand_on!(
+        attempts,
+        is_poisoned,
+        is_shut,
+        find,
+        record,
+        names,
+        time,
+        snapshot,
+        next_id,
+        close
+    );
+
+    fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
+        let commit = self.0.commit(changes);
+        let permits = self.1.clone();
+        let long = self.2;
+        Box::pin(async move {
+            drop(permits.acquire().await);
+            tokio::time::sleep(long).await;
+            commit.await
+        })
+    }
+}
+
+/// A store over a tape, with what `make` makes of the tape's catalog, and with this `wait_timeout`.
+pub(super) fn open_with<C: Catalog + 'static>(
+    wait: Duration,
+    make: impl FnOnce(NameCatalog) -> C,
+) -> VirtualMemory {
+    let tape = Tape::of(Image::default());
+    let (catalog, taken) = NameCatalog::over(Arc::new(TapeStorage(tape.clone())), 512).unwrap();
+    let backends = Backends {
+        remote: None,
+        host_capacity_bytes: 4 << 20,
+        disk: DiskTier::with_taken(TapeDriver::new(&tape, false), 8 << 20, &taken, None).unwrap(),
+        catalog: Some(Arc::new(make(catalog))),
+        devices: Vec::new(),
+        capabilities: Capabilities::new("tape".into(), "none".into()),
+    };
+    let config = VirtualMemoryConfig::builder().wait_timeout(wait).build().unwrap();
+    VirtualMemory::with_backends(&config, backends).unwrap()
 }

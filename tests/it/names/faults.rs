@@ -6,16 +6,13 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::TryStreamExt;
-use vmem::backend::{Answer, Backends, Catalog, CatalogChange};
-use vmem::{Capabilities, MemoryTier, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
-use vmem_io::DiskTier;
+use vmem::backend::{Answer, Catalog, CatalogChange};
+use vmem::{MemoryTier, VirtualMemory, VirtualMemoryError};
 use vmem_io::catalog::NameCatalog;
 use vmem_testkit::tape::Image;
-use vmem_testkit::{
-    Errno, Fault, FaultPlan, OpKind, Tape, TapeDriver, TapeStorage, When, exhaust_with,
-};
+use vmem_testkit::{Errno, Fault, FaultPlan, OpKind, When, exhaust_with};
 
-use super::failing::{Place, open, open_where};
+use super::failing::{Place, Slow, open, open_where, open_with};
 
 fn is_eio(error: &VirtualMemoryError) -> bool {
     let VirtualMemoryError::Io { source, .. } = error else { return false };
@@ -241,7 +238,7 @@ async fn quiet(vmem: &VirtualMemory) -> bool {
 
 /// A catalog of which the rows of one name are damaged.
 #[derive(Debug)]
-struct Picky(NameCatalog, Option<Arc<tokio::sync::Semaphore>>);
+struct Picky(NameCatalog);
 
 impl Catalog for Picky {
     vmem_testkit::hand_on!(
@@ -267,32 +264,14 @@ impl Catalog for Picky {
             let reason = "its row is not what was written".into();
             return Box::pin(async { Err(VirtualMemoryError::Damaged { path, reason }) });
         }
-        let commit = self.0.commit(changes);
-        let Some(held) = self.1.clone() else { return commit };
-        Box::pin(async move {
-            drop(held.acquire().await);
-            commit.await
-        })
+        self.0.commit(changes)
     }
 }
 
 /// A damaged name fails its own changes, and no others that were to be committed with them.
 #[tokio::test]
 async fn damage_of_one_name_is_the_matter_of_one() {
-    let tape = Tape::of(Image::default());
-    let storage = Arc::new(TapeStorage(tape.clone()));
-    let (catalog, taken) = NameCatalog::over(storage, 512).unwrap();
-    let disk = TapeDriver::new(&tape, false);
-    let backends = Backends {
-        remote: None,
-        host_capacity_bytes: 4 << 20,
-        disk: DiskTier::with_taken(disk, 8 << 20, &taken, None).unwrap(),
-        catalog: Some(Arc::new(Picky(catalog, None))),
-        devices: Vec::new(),
-        capabilities: Capabilities::new("tape".into(), "none".into()),
-    };
-    let config = VirtualMemoryConfig::builder().build().unwrap();
-    let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
+    let vmem = open_with(Duration::from_secs(30), Picky);
     let puts = ["a", "bad", "b", "c"].map(|name| vmem.put_named(name, b"bytes", MemoryTier::Host));
     let outcomes = futures::future::join_all(puts).await;
     for (nth, outcome) in outcomes.iter().enumerate() {
@@ -310,20 +289,9 @@ async fn damage_of_one_name_is_the_matter_of_one() {
 /// for; so `close` ends soon after the one that is under way, however many there are.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn changes_that_wait_in_line_do_not_add_up() {
-    let tape = Tape::of(Image::default());
-    let (catalog, taken) = NameCatalog::over(Arc::new(TapeStorage(tape.clone())), 512).unwrap();
     let held = Arc::new(tokio::sync::Semaphore::new(1));
-    let backends = Backends {
-        remote: None,
-        host_capacity_bytes: 4 << 20,
-        disk: DiskTier::with_taken(TapeDriver::new(&tape, false), 8 << 20, &taken, None).unwrap(),
-        catalog: Some(Arc::new(Picky(catalog, Some(held.clone())))),
-        devices: Vec::new(),
-        capabilities: Capabilities::new("tape".into(), "none".into()),
-    };
     let wait = Duration::from_millis(500);
-    let config = VirtualMemoryConfig::builder().wait_timeout(wait).build().unwrap();
-    let vmem = VirtualMemory::with_backends(&config, backends).unwrap();
+    let vmem = open_with(wait, |catalog| Slow(catalog, held.clone(), Duration::ZERO));
     drop(vmem.put_named("a", [1; 100], MemoryTier::Host).await.unwrap());
     let commit = held.acquire().await.unwrap();
     // The first is under way, the others wait for it.

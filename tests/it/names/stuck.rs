@@ -7,61 +7,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
-use vmem::backend::{Answer, Backends, Catalog, CatalogChange};
-use vmem::{Capabilities, MemoryTier, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
-use vmem_io::DiskTier;
-use vmem_io::catalog::NameCatalog;
-use vmem_testkit::tape::Image;
-use vmem_testkit::{Tape, TapeDriver, TapeStorage};
+use vmem::{MemoryTier, VirtualMemory, VirtualMemoryError};
+
+use super::failing::{Slow, open_with};
 
 /// What does not come by then does not come.
 const HANGS: Duration = Duration::from_secs(60);
 const WAIT: Duration = Duration::from_millis(250);
 
-/// A catalog whose commits need a permit, and take as long as this.
-#[derive(Debug)]
-struct Slow(NameCatalog, Arc<Semaphore>, Duration);
-
-impl Catalog for Slow {
-    vmem_testkit::hand_on!(
-        attempts,
-        is_poisoned,
-        is_shut,
-        find,
-        record,
-        names,
-        time,
-        snapshot,
-        next_id,
-        close
-    );
-
-    fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
-        let commit = self.0.commit(changes);
-        let held = self.1.clone();
-        let long = self.2;
-        Box::pin(async move {
-            drop(held.acquire().await);
-            tokio::time::sleep(long).await;
-            commit.await
-        })
-    }
-}
-
 fn open(commit: Duration) -> (VirtualMemory, Arc<Semaphore>) {
-    let tape = Tape::of(Image::default());
-    let (catalog, taken) = NameCatalog::over(Arc::new(TapeStorage(tape.clone())), 512).unwrap();
-    let commits = Arc::new(Semaphore::new(1));
-    let backends = Backends {
-        remote: None,
-        host_capacity_bytes: 4 << 20,
-        disk: DiskTier::with_taken(TapeDriver::new(&tape, false), 8 << 20, &taken, None).unwrap(),
-        catalog: Some(Arc::new(Slow(catalog, commits.clone(), commit))),
-        devices: Vec::new(),
-        capabilities: Capabilities::new("tape".into(), "none".into()),
-    };
-    let config = VirtualMemoryConfig::builder().wait_timeout(WAIT).build().unwrap();
-    (VirtualMemory::with_backends(&config, backends).unwrap(), commits)
+    let permits = Arc::new(Semaphore::new(1));
+    (open_with(WAIT, |catalog| Slow(catalog, permits.clone(), commit)), permits)
 }
 
 fn is_late(error: &VirtualMemoryError) -> bool {

@@ -31,9 +31,8 @@ pub(crate) struct Commits {
 struct Counts {
     changes: AtomicU64,
     commits: AtomicU64,
-    /// Batches, with their syncs, whatever came of them.
-    begun: AtomicU64,
-    ended: AtomicU64,
+    /// Beginnings and ends of batches, with their syncs: odd while one is under way.
+    edges: AtomicU64,
     /// What the catalog leads to is not known: the last commit may have been made.
     unknown: AtomicBool,
     stopped: AtomicBool,
@@ -69,6 +68,13 @@ impl NotCommitted {
     }
 }
 
+impl Counts {
+    fn under_way(&self) -> Option<u64> {
+        let edges = get(&self.edges);
+        (edges % 2 == 1).then_some(edges)
+    }
+}
+
 impl Commits {
     /// `stops` gets the error after which nothing is committed any more.
     pub(super) fn start(
@@ -89,11 +95,9 @@ impl Commits {
         (get(&self.counts.changes), get(&self.counts.commits))
     }
 
-    /// Batches that were begun, and those that have ended, well or not.
-    pub(super) fn begun_and_ended(&self) -> (u64, u64) {
-        // In this order: one that ends between is not taken for one under way.
-        let begun = get(&self.counts.begun);
-        (begun, get(&self.counts.ended))
+    /// Which batch is being committed; none between two.
+    pub(super) fn under_way(&self) -> Option<u64> {
+        self.counts.under_way()
     }
 
     /// Whether a sync failed, after which nothing is committed.
@@ -131,12 +135,12 @@ async fn commit_in_turn(
     let mut poisoned: Option<NotCommitted> = None;
     let mut batch = Vec::new();
     while inbox.recv_many(&mut batch, BATCH_MAX).await > 0 {
-        add(&counts.begun, 1);
+        add(&counts.edges, 1);
         let outcomes = match &poisoned {
             Some(why) => vec![Err(why.clone()); batch.len()],
             None => commit_all(&batch, &*catalog, &*disk, &counts).await,
         };
-        add(&counts.ended, 1);
+        add(&counts.edges, 1);
         assert!(outcomes.len() == batch.len(), "each change has its outcome");
         let mut failures = outcomes.iter().filter_map(|outcome| outcome.as_ref().err());
         if let (None, Some(failed)) = (&poisoned, failures.find(|failed| failed.poison)) {
@@ -218,5 +222,26 @@ fn after(error: &VirtualMemoryError) -> VirtualMemoryError {
             source: source.clone(),
         },
         other => other.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_under_way_have_numbers_of_their_own() {
+        let counts = Counts::default();
+        assert_eq!(counts.under_way(), None);
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            add(&counts.edges, 1);
+            let number = counts.under_way().unwrap();
+            assert_eq!(counts.under_way(), Some(number), "it has not ended");
+            assert!(!seen.contains(&number), "it is another one");
+            seen.push(number);
+            add(&counts.edges, 1);
+            assert_eq!(counts.under_way(), None);
+        }
     }
 }

@@ -72,20 +72,6 @@ struct Frozen {
     limbo: Vec<ExtentMap>,
 }
 
-/// How many commits, with their syncs, have begun and ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Progress {
-    begun: u64,
-    ended: u64,
-}
-
-impl Progress {
-    /// Whether the commit that was under way then still is.
-    pub(crate) fn is_none_since(&self, before: &Progress) -> bool {
-        before.begun > before.ended && self.ended == before.ended
-    }
-}
-
 impl Names {
     /// Starts what commits, if there is a catalog, on the current runtime.
     pub(crate) fn start(shared: &Arc<Shared>, catalog: Option<Arc<dyn Catalog>>) -> Arc<Self> {
@@ -151,10 +137,9 @@ impl Names {
         self.commits.as_ref().map_or((0, 0), Commits::committed)
     }
 
-    /// How far the commits are.
-    pub(crate) fn progress(&self) -> Progress {
-        let (begun, ended) = self.commits.as_ref().map_or((0, 0), Commits::begun_and_ended);
-        Progress { begun, ended }
+    /// Which commit is under way; none between two.
+    pub(crate) fn commit_under_way(&self) -> Option<u64> {
+        self.commits.as_ref().and_then(Commits::under_way)
     }
 
     /// Whether a sync failed, after which nothing is committed any more.
@@ -249,24 +234,4 @@ pub(crate) fn check_metadata(metadata: &[u8]) -> Result<()> {
     let len = metadata.len();
     let reason = format!("at most {METADATA_LEN_MAX} bytes, not {len}");
     Err(VirtualMemoryError::invalid_config("metadata", reason))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Progress;
-
-    #[test]
-    fn commits_stand_still_if_the_one_under_way_has_not_ended() {
-        let cases = [
-            ((3, 3), (3, 3), false), // None is under way.
-            ((3, 3), (4, 3), false), // It began meanwhile.
-            ((4, 3), (4, 3), true),
-            ((4, 3), (5, 4), false),
-            ((4, 4), (9, 9), false),
-        ];
-        for (before, now, is_still) in cases {
-            let of = |(begun, ended)| Progress { begun, ended };
-            assert_eq!(of(now).is_none_since(&of(before)), is_still, "{before:?} {now:?}");
-        }
-    }
 }

@@ -55,14 +55,14 @@ impl VirtualMemory {
         // catalog works in real time, whatever the tiers do.
         let all = deadline.in_real_time();
         let mut wait = all;
-        let mut before = self.names.progress();
+        let mut before = self.names.commit_under_way();
         loop {
             if let Ok(answered) = wait.bound_answer(&mut answer).await {
                 // Without an answer the runtime has gone.
                 return answered.unwrap_or(Err(VirtualMemoryError::Closed));
             }
-            let now = self.names.progress();
-            if now.is_none_since(&before) && !crate::planted!("change-endless") {
+            let now = self.names.commit_under_way();
+            if now.is_some() && now == before && !crate::planted!("change-endless") {
                 return Err(all.error("a change of names, which may still be made,"));
             }
             before = now;
