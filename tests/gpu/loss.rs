@@ -10,7 +10,7 @@ use futures::FutureExt;
 use rand::Rng;
 use vmem::gpu::cudarc::driver::DevicePtr;
 use vmem::gpu::{DeviceTarget, VramExt};
-use vmem::{VMemHandle, VirtualMemoryError, WriteBack};
+use vmem::{VMemHandle, VirtualMemory, VirtualMemoryError, WriteBack};
 use vmem_cuda_emulator::{Emulator, Kind};
 use vmem_testkit::Seed;
 
@@ -173,18 +173,36 @@ async fn a_device_lost_under_kernels_and_copies_ends_its_own_calls_alone() {
     emulator.sticky(0);
 }
 
+/// What registers host memory with a device.
+const REGISTER: &str = "cuMemHostRegister_v2";
+
 /// Mechanism: host memory that both devices reach was registered by one of them, and was taken for
 /// unregistered once that was lost. Effect: its pages were given back under the registration, and
 /// the other device copied those instead of the bytes that were at their addresses. Fix: a device
-/// that lives unregisters it.
+/// that lives unregisters it, also where neither could register staging.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn host_memory_is_unregistered_after_the_loss_of_the_device_that_registered_it() {
+    for refused in [0, 2] {
+        let emulator = Emulator::load().unwrap();
+        emulator.refuse(REGISTER, refused);
+        let vmem = open(&emulator, 4 << 20, WriteBack::Eager).await;
+        emulator.refuse(REGISTER, 0);
+        let reason = vmem.capabilities().vram_reason.to_string();
+        assert_eq!(reason.is_empty(), refused == 0, "{reason}");
+        change_host_memory_beside_a_loss(vmem, &emulator).await;
+        until("the end of what was registered", || emulator.counter("registrations") == 0).await;
+        assert_eq!(emulator.violations(), [""; 0]);
+        emulator.sticky(0);
+    }
+}
+
+/// Objects of random lengths come, go and are found on both devices, until one is lost, and then on
+/// the other one. Closes the store.
+async fn change_host_memory_beside_a_loss(vmem: VirtualMemory, emulator: &Emulator) {
     const KIB: usize = 1024;
     fn content(seed: usize, len: usize) -> Vec<u8> {
         (0..len).map(|at| ((at >> 3) as u8).wrapping_mul(seed as u8 | 1) ^ 0x35).collect()
     }
-    let emulator = Emulator::load().unwrap();
-    let vmem = open(&emulator, 4 << 20, WriteBack::Eager).await;
     let [first, second] = streams();
     let seed = Seed::from_env_or(|| 5);
     let _guard = seed.guard("host_memory_is_unregistered_after_the_loss");
@@ -227,20 +245,10 @@ async fn host_memory_is_unregistered_after_the_loss_of_the_device_that_registere
     live.clear();
     drop((first, second));
     vmem.close().await.unwrap();
-    assert_eq!(emulator.violations(), [""; 0]);
-    assert_eq!(emulator.counter("registrations"), 0, "nothing stays registered");
-    emulator.sticky(0);
 }
 
-/// Mechanism: the first device that was closed unregistered host memory for all. Effect: it was
-/// unregistered under a copy of the other one. Fix: the last device does.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_device_that_closes_leaves_host_memory_to_the_copies_of_the_other() {
-    let emulator = Emulator::load().unwrap();
-    let vmem = open(&emulator, 16 << 20, WriteBack::Eager).await;
-    assert_eq!(vmem.capabilities().vram_reason.to_string(), "", "staging is known to both");
-    let [_first, second] = streams();
-    // Slabs are registered that are in use as a whole.
+/// Objects all of whose bytes both devices reach directly.
+async fn registered(vmem: &VirtualMemory) -> Vec<VMemHandle> {
     let mut handles = Vec::new();
     for seed in 0..30 {
         handles.push(vmem.put(bytes(seed), HOST).await.unwrap());
@@ -254,6 +262,19 @@ async fn a_device_that_closes_leaves_host_memory_to_the_copies_of_the_other() {
         }
     };
     tokio::time::timeout(HANGS, registered).await.expect("host memory is registered");
+    handles
+}
+
+/// Mechanism: the first device that was closed unregistered host memory for all. Effect: it was
+/// unregistered under a copy of the other one. Fix: the last device does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_that_closes_leaves_host_memory_to_the_copies_of_the_other() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(&emulator, 16 << 20, WriteBack::Eager).await;
+    assert_eq!(vmem.capabilities().vram_reason.to_string(), "", "staging is known to both");
+    let [_first, second] = streams();
+    // Slabs are registered that are in use as a whole.
+    let handles = registered(&vmem).await;
     let mut buffer = second.alloc_zeros::<u8>(LEN).unwrap();
     second.synchronize().unwrap();
     emulator.hold(Kind::Up);
@@ -264,12 +285,34 @@ async fn a_device_that_closes_leaves_host_memory_to_the_copies_of_the_other() {
         assert!((&mut gather).now_or_never().is_none());
         until("the copy", || emulator.counter("queued_up") > 0).await;
     }
-    handles.clear();
+    drop(handles);
     let closing = tokio::spawn(vmem.close());
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert!(!closing.is_finished(), "a copy is under way");
     emulator.release_all();
     tokio::time::timeout(HANGS, closing).await.expect("the close ends").unwrap().unwrap();
     assert!(second.clone_dtoh(&buffer).unwrap() == bytes(10));
+    until("the end of what was registered", || emulator.counter("registrations") == 0).await;
     assert_eq!(emulator.violations(), [""; 0]);
+}
+
+/// Mechanism: a device whose context was dead, which nobody had noticed, counted as one that would
+/// unregister host memory. Effect: nobody did, and it was unmapped while the driver knew it. Fix:
+/// it is unregistered in a context that works, whichever of the devices goes last.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn host_memory_is_unregistered_where_nobody_noticed_the_loss_of_a_device() {
+    for lost in [0, 1] {
+        let emulator = Emulator::load().unwrap();
+        let vmem = open(&emulator, 16 << 20, WriteBack::Eager).await;
+        let [first, second] = streams();
+        let handles = registered(&vmem).await;
+        assert!(emulator.counter("registrations") > 1);
+        emulator.sticky_on(lost, LAUNCH_FAILED);
+        drop(handles);
+        tokio::time::timeout(HANGS, vmem.close()).await.expect("the close ends").unwrap();
+        until("the end of both", || emulator.counter("registrations") == 0).await;
+        assert_eq!(emulator.violations(), [""; 0]);
+        drop((first, second));
+        emulator.sticky(0);
+    }
 }

@@ -1,35 +1,30 @@
-//! The driver: a context, the memory of the tier, and the memory of the host that it knows.
+//! A device: its context, and the memory of the tier.
 //!
-//! Invariant: device memory is freed, and host memory unmapped, only after the last use of it, or
-//! in a context that is proven dead. Of the unsafe code that touches the driver this is the part
-//! for memory; that for order is in `event`, that for copies in `copy`. Called by all of the crate.
+//! Invariant: device memory is freed only after the last use of it, or in a context that is proven
+//! dead. Of the unsafe code that touches the driver this is the part for memory of the device; that
+//! for memory of the host is in `siblings`, that for order in `event`, that for copies in `copy`.
+//! Called by all of the crate.
 
 #![allow(unsafe_code)]
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
-use parking_lot::Mutex;
 use vmem_core::Budget;
-use vmem_core::backend::{DeviceError, ObjectSpace, StagingMemory};
+use vmem_core::backend::DeviceError;
 
 use crate::batch::Batches;
-use crate::context::relax_capture;
+use crate::context::{Context, relax_capture};
 use crate::event::EventPool;
 use crate::lane::Lost;
 use crate::pieces::Pieces;
 use crate::queued::{Queued, Streams};
-use crate::reach::{pin, unpin};
-use crate::siblings;
+use crate::siblings::Siblings;
 
 /// Where objects begin is a multiple of this, in bytes.
 pub(crate) const UNIT: u64 = 512;
 /// A tier smaller than this is none, in bytes.
 const CAPACITY_MIN: u64 = 4 << 20;
-/// Looks at a context that all have to fail before it counts as dead, and the pause between two.
-const LOOKS: usize = 3;
-const LOOK_PAUSE: Duration = Duration::from_millis(2);
 
 /// What the driver said, in words.
 pub(crate) fn told(what: &str, error: DriverError) -> String {
@@ -77,22 +72,17 @@ pub(crate) fn list() -> Result<Vec<Listed>, String> {
 /// ended.
 #[derive(Debug)]
 pub(crate) struct Card {
-    context: Arc<CudaContext>,
+    context: Arc<Context>,
     /// 0 where each object has an allocation of its own.
     base: u64,
     capacity: u64,
-    staging: Mutex<Option<StagingMemory>>,
-    /// Slabs of it are registered as copies pass through them.
-    space: OnceLock<ObjectSpace>,
     events: Arc<EventPool>,
     /// For small copies, and for many at once; none where the driver has no such thing.
     pieces: Option<Pieces>,
     batches: Option<Batches>,
     /// What the streams of users hold.
     streams: Arc<Streams>,
-    lost: Lost,
-    /// Which cards it shares host memory with, once it has some.
-    store: Arc<OnceLock<usize>>,
+    siblings: OnceLock<Arc<Siblings>>,
 }
 
 impl Card {
@@ -133,22 +123,15 @@ impl Card {
             };
             match block {
                 Ok(base) => {
-                    let staging = Mutex::new(None);
-                    let space = OnceLock::new();
-                    let pieces = Pieces::load(&context);
-                    let batches = Batches::find();
                     return Ok(Arc::new(Card {
-                        context,
+                        pieces: Pieces::load(&context),
+                        context: Arc::new(Context::new(context, lost)),
                         base,
                         capacity: wanted,
-                        staging,
-                        space,
                         events,
-                        pieces,
-                        batches,
+                        batches: Batches::find(),
                         streams: Arc::default(),
-                        lost,
-                        store: Arc::default(),
+                        siblings: OnceLock::new(),
                     }));
                 }
                 // Others took some meanwhile, or it lies in pieces.
@@ -162,11 +145,10 @@ impl Card {
 
     /// Whether a stream belongs to this context.
     pub(crate) fn has(&self, stream: &CudaStream) -> bool {
-        stream.context().cu_ctx() == self.context.cu_ctx()
+        stream.context().cu_ctx() == self.context.cuda().cu_ctx()
     }
 
-    /// The context object of the tier, which tracks no events.
-    pub(crate) fn context(&self) -> &Arc<CudaContext> {
+    pub(crate) fn context(&self) -> &Arc<Context> {
         &self.context
     }
 
@@ -178,19 +160,20 @@ impl Card {
     /// Which device it is, as the driver counts them.
     #[cfg(feature = "dlpack")]
     pub(crate) fn ordinal(&self) -> usize {
-        self.context.ordinal()
+        self.context.cuda().ordinal()
     }
 
     /// An allocation for one object; none if there is no memory.
     pub(crate) fn allocate(&self, len: usize) -> Option<u64> {
         // SAFETY: as for the block.
-        self.visit(|| unsafe { result::malloc_sync(len) }).and_then(|address| address).ok()
+        self.context.visit(|| unsafe { result::malloc_sync(len) }).and_then(|address| address).ok()
     }
 
     /// Frees memory that `allocate` made and that is not used any more.
     pub(crate) fn free_one(&self, address: u64) {
         // SAFETY: its one caller is the end of the range that had it.
-        let freed = self.visit(|| unsafe { result::free_sync(address) }).and_then(|freed| freed);
+        let freed =
+            self.context.visit(|| unsafe { result::free_sync(address) }).and_then(|freed| freed);
         if let Err(error) = freed {
             tracing::warn!(
                 target: "vmem::gpu", error = %told("freeing device memory", error), "refused"
@@ -206,78 +189,9 @@ impl Card {
         self.capacity
     }
 
-    /// Makes the context that of the calling thread, which is one of ours.
-    ///
-    /// # Errors
-    ///
-    /// What the driver says.
-    pub(crate) fn bind(&self) -> Result<(), DriverError> {
-        self.context.bind_to_thread()?;
-        relax_capture()
-    }
-
-    /// Lets the device read and write this memory directly, from any context. On a thread that is
-    /// bound.
-    ///
-    /// # Errors
-    ///
-    /// What the driver says.
-    pub(crate) fn register(self: &Arc<Self>, memory: StagingMemory) -> Result<(), DriverError> {
-        let store = memory.address();
-        siblings::join(store, self, || pin(store, memory.len()))?;
-        let _ = self.store.set(store);
-        *self.staging.lock() = Some(memory);
-        Ok(())
-    }
-
-    /// Which cards it shares host memory with, once it does.
-    pub(crate) fn store(&self) -> &Arc<OnceLock<usize>> {
-        &self.store
-    }
-
-    /// Why the device serves no more, once it does not.
-    pub(crate) fn lost(&self) -> Option<Arc<str>> {
-        self.lost.get().cloned()
-    }
-
-    /// Whether the context is dead, also if that was not noticed before.
-    ///
-    /// Called after an error, on any thread. An error that passes, of whatever function, is no
-    /// proof: several looks in a row have to fail, each with an error that can stick.
-    pub(crate) fn is_dead(&self) -> bool {
-        let one_look = vmem_core::planted!("gpu-sticky") && self.lost.set("an error".into());
-        if one_look || self.lost.get().is_some() {
-            return true;
-        }
-        let mut last = None;
-        for look in 0..LOOKS {
-            if look > 0 {
-                std::thread::sleep(LOOK_PAUSE);
-            }
-            match self.visit(result::mem_get_info).and_then(|free| free) {
-                Err(error) if can_stick(error) => last = Some(error),
-                _ => return false,
-            }
-        }
-        let Some(error) = last else { return false };
-        let reason: Arc<str> = told("the device failed", error).into();
-        if self.lost.set(reason.clone()) {
-            tracing::error!(
-                target: "vmem::fallback", error = %reason,
-                "the VRAM tier is lost; the copies below serve"
-            );
-        }
-        true
-    }
-
-    /// Object space, once it is served.
-    pub(crate) fn space(&self) -> &OnceLock<ObjectSpace> {
-        &self.space
-    }
-
-    /// The staging reserve, once it is registered.
-    pub(crate) fn staging(&self) -> &Mutex<Option<StagingMemory>> {
-        &self.staging
+    /// The host memory that it shares with the other cards of its store, once it is known.
+    pub(crate) fn siblings(&self) -> &OnceLock<Arc<Siblings>> {
+        &self.siblings
     }
 
     /// The kernel for small copies, if there is one.
@@ -299,54 +213,22 @@ impl Card {
 impl Drop for Card {
     /// With the last stream or the last lease; all copies have ended.
     fn drop(&mut self) {
-        let staging = self.staging.get_mut().take();
         let pieces = self.pieces.take();
-        let freed = self.visit(|| self.free(staging, pieces));
-        if let Err(error) = freed.and_then(|freed| freed) {
+        let freed = self.context.visit(|| {
+            let unloaded = pieces.map_or(Ok(()), Pieces::unload);
+            if self.base == 0 {
+                return unloaded;
+            }
+            // SAFETY: it was allocated once, is freed here alone, and no copy uses it any more; the
+            // driver waits for kernels.
+            unsafe { result::free_sync(self.base) }.and(unloaded)
+        });
+        if let Err(error) = freed.and_then(|freed| freed)
+            && !self.context.is_dead()
+        {
             tracing::warn!(
                 target: "vmem::gpu", error = %told("freeing device memory", error), "refused"
             );
         }
     }
-}
-
-impl Card {
-    fn free(
-        &self,
-        staging: Option<StagingMemory>,
-        pieces: Option<Pieces>,
-    ) -> Result<(), DriverError> {
-        // A dead context takes no more part, whatever it says.
-        let dead = self.is_dead();
-        // The others copy on from what they share.
-        let is_last = self.store.get().is_none_or(|&store| siblings::leave(store));
-        if let Some(memory) = staging
-            && is_last
-            && unpin(memory.address()).is_err()
-            && !dead
-        {
-            // It may still be known to the device: it is never to be unmapped then.
-            std::mem::forget(memory);
-        }
-        if let Some(space) = self.space.get().filter(|_| is_last) {
-            space.retire(&|address, _| unpin(address).is_ok() || dead);
-        }
-        let unloaded = pieces.map_or(Ok(()), Pieces::unload);
-        if self.base == 0 {
-            return unloaded;
-        }
-        // SAFETY: it was allocated once, is freed here alone, and no copy uses it any more; the
-        // driver waits for kernels.
-        unsafe { result::free_sync(self.base) }.and(unloaded)
-    }
-}
-
-/// Whether an error may be one that ends its context: not for want of memory, or of a capture.
-pub(crate) fn can_stick(DriverError(code): DriverError) -> bool {
-    let passing = [
-        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY,
-        sys::CUresult::CUDA_ERROR_NOT_READY,
-        sys::CUresult::CUDA_ERROR_NOT_PERMITTED,
-    ];
-    !passing.contains(&code) && !(900..910).contains(&(code as u32))
 }

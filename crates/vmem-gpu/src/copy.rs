@@ -202,7 +202,7 @@ impl CopyStream {
     ///
     /// What the driver says.
     pub(crate) fn new(card: Arc<Card>, bell: Arc<Bell>) -> Result<Self, DriverError> {
-        let context = card.context();
+        let context = card.context().cuda();
         // A kernel that copies does not queue behind those of users.
         let (_, greatest) = result::stream::get_priority_range()?;
         let stream = context.new_stream_with_priority(greatest)?;

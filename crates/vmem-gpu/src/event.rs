@@ -230,9 +230,9 @@ impl Card {
             Ok(Some(event))
         };
         let marked = if is_lent {
-            self.enter(mark).and_then(|marked| marked)
+            self.context().enter(mark).and_then(|marked| marked)
         } else {
-            self.on_stream(stream, &mut mark)
+            self.context().on_stream(stream, &mut mark)
         };
         let mut event = marked.map_err(Unmarked::Refused)?.ok_or(Unmarked::Captured)?;
         event.span = Span { began, ended: stamp() };
@@ -242,7 +242,7 @@ impl Card {
     /// Whether a stream has done all that it has by now. On any thread; false where that cannot be
     /// said.
     pub(crate) fn has_caught_up(&self, stream: &CudaStream) -> bool {
-        let passed = self.visit(|| {
+        let passed = self.context().visit(|| {
             let event = self.mark(stream, &mut Vec::new()).ok();
             event.is_some_and(|event| event.has_passed().unwrap_or(false))
         });
@@ -252,7 +252,7 @@ impl Card {
     /// What `then` gets from here on comes after what `first` has, without a wait of the host.
     /// False if that cannot be had.
     pub(crate) fn order(&self, first: &CudaStream, then: &CudaStream) -> bool {
-        let ordered = self.enter(|| {
+        let ordered = self.context().enter(|| {
             // An event from outside of a capture would break it.
             if is_capturing(then)? && !is_capturing(first)? {
                 return Err(DriverError(sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION));
@@ -280,7 +280,7 @@ impl Card {
             // SAFETY: the stream is alive.
             unsafe { result::stream::synchronize(first.cu_stream()) }
         };
-        self.order(first, then) || self.visit(wait).and_then(|waited| waited).is_ok()
+        self.order(first, then) || self.context().visit(wait).and_then(|waited| waited).is_ok()
     }
 }
 

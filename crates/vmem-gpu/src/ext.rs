@@ -253,7 +253,7 @@ fn check_stream(card: &Card, stream: &Arc<CudaStream>) -> Result<()> {
     if is_per_thread(stream) {
         return invalid("it is another one on each thread, and a future may move between threads");
     }
-    let capturing = card.on_stream(stream, || is_capturing(stream));
+    let capturing = card.context().on_stream(stream, || is_capturing(stream));
     match capturing.map_err(|error| device_error("asking a stream", error))? {
         true => invalid("a graph is being captured on it"),
         false => Ok(()),

@@ -72,7 +72,7 @@ impl Plan {
         let mut launches = Vec::new();
         match card.pieces().filter(|_| small.len() >= SMALL_MIN) {
             Some(kernel) => {
-                let is_of_tier = Arc::ptr_eq(stream.context(), card.context());
+                let is_of_tier = Arc::ptr_eq(stream.context(), card.context().cuda());
                 for placed in small.chunks(PIECES_MAX) {
                     match kernel.table(is_of_tier) {
                         Some(table) => launches.push((table, placed.to_vec())),

@@ -103,7 +103,7 @@ impl Lane {
         let theirs = inbox.clone();
         let run = move || {
             theirs.bell.hang(thread::current());
-            let bound = card.bind();
+            let bound = card.context().bind();
             let stream = bound.and_then(|()| CopyStream::new(card.clone(), theirs.bell.clone()));
             match stream {
                 Err(error) => drop(ready.send(Err(told("making a stream", error)))),
@@ -209,7 +209,7 @@ impl Driving {
     }
 
     fn start(&mut self, works: Vec<Work>, urgency: Urgency) {
-        if let Some(reason) = self.card.lost() {
+        if let Some(reason) = self.card.context().lost() {
             let error = DeviceError::Lost(reason);
             return works.into_iter().for_each(|work| work.end(Err(error.clone())));
         }
@@ -239,14 +239,15 @@ impl Driving {
     /// The driver did not say whether a batch has ended. In a dead context nothing runs any more;
     /// else it is asked again.
     fn refused(&mut self, error: DriverError) -> Reaped {
-        if !self.card.is_dead() {
+        if !self.card.context().is_dead() {
             tracing::debug!(
                 target: "vmem::gpu", error = %told("a query", error), "it is tried again"
             );
             return Reaped::Refused;
         }
         self.stream.drain();
-        let reason = self.card.lost().unwrap_or_else(|| told("the device failed", error).into());
+        let reason =
+            self.card.context().lost().unwrap_or_else(|| told("the device failed", error).into());
         let error = DeviceError::Lost(reason);
         self.in_flight.drain(..).for_each(|(batch, _)| batch.end_dead(&error));
         Reaped::Some

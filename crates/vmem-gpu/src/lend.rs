@@ -34,9 +34,9 @@ impl Lent {
             context.record_err(stale);
             slice
         };
-        let slice = card.visit(tracked).ok().flatten().unwrap_or_else(|| {
+        let slice = card.context().visit(tracked).ok().flatten().unwrap_or_else(|| {
             // SAFETY: the stream is kept for as long as the lease, which has this.
-            let plain = unsafe { card.context().wrap_borrowed_stream(stream.cu_stream()) };
+            let plain = unsafe { card.context().cuda().wrap_borrowed_stream(stream.cu_stream()) };
             lend(&plain)
         });
         Lent(ManuallyDrop::new(slice))

@@ -146,8 +146,8 @@ impl Group {
         // It may have been recorded in a capture that began meanwhile.
         self.event.take().into_iter().for_each(Event::discard);
         if let Unmarked::Refused(error) = error {
-            if card.is_dead() {
-                return Some(Err(DeviceError::Lost(card.lost()?)));
+            if card.context().is_dead() {
+                return Some(Err(DeviceError::Lost(card.context().lost()?)));
             }
             let error = told("the end of a lease", error);
             tracing::debug!(target: "vmem::gpu", %error, "it is tried again");

@@ -50,7 +50,7 @@ impl Notices {
     /// What the driver says. It is tried again where a stream is needed.
     pub(crate) fn prepare(&mut self) -> Result<(), DriverError> {
         while self.streams.len() < STREAMS_MIN {
-            self.streams.push((self.card.context().new_stream()?, 0));
+            self.streams.push((self.card.context().cuda().new_stream()?, 0));
         }
         Ok(())
     }
@@ -78,7 +78,7 @@ impl Notices {
         let busy = least.is_none_or(|nth| self.streams[nth].1 > 0);
         if busy
             && self.streams.len() < STREAMS_MAX
-            && let Ok(stream) = self.card.context().new_stream()
+            && let Ok(stream) = self.card.context().cuda().new_stream()
         {
             self.streams.push((stream, 0));
             return Some(self.streams.len() - 1);

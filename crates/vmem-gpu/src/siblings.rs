@@ -1,60 +1,157 @@
-//! The cards of one store, which share what the driver knows of host memory.
+//! Host memory that the cards of one store reach directly, whichever of them had it registered.
 //!
-//! What one of them registered is known to all, and any of them can have the driver forget it.
-//!
-//! Invariant: staging is registered once, whichever card asks first; and what is registered is
-//! unregistered in a context that lives, as long as there is one, and all of it only once no other
-//! card can copy from there. Called by `card` and `reach`.
+//! Invariant: what is registered stays mapped, with all its pages, until it was unregistered. It is
+//! registered once, in a context that stays until the last of the cards has gone, and unregistered
+//! in one that lives, as long as there is one. The cards own it together: so what is registered
+//! when the last one goes, after its copies, is unregistered then. Called by `tier` and `reach`.
+
+#![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Weak};
+use std::io;
+use std::sync::{Arc, OnceLock, Weak};
 
+use cudarc::driver::{DriverError, sys};
 use parking_lot::Mutex;
+use vmem_core::backend::{ObjectSpace, Registrar, StagingMemory};
 
-use crate::card::Card;
+use crate::card::told;
+use crate::context::Context;
 
-/// By where the staging memory is, which no two stores share.
-static STORES: Mutex<BTreeMap<usize, Vec<Weak<Card>>>> = Mutex::new(BTreeMap::new());
+/// Those of each store, by where its object space is.
+static STORES: Mutex<BTreeMap<usize, Weak<Siblings>>> = Mutex::new(BTreeMap::new());
 
-/// A card joins those of a store. `first` is called for the first of them: where it fails, the card
-/// does not join.
-///
-/// # Errors
-///
-/// That of `first`.
-pub(crate) fn join<E>(
-    store: usize,
-    card: &Arc<Card>,
-    first: impl FnOnce() -> Result<(), E>,
-) -> Result<(), E> {
-    let mut stores = STORES.lock();
-    let cards = stores.entry(store).or_default();
-    let joined =
-        if cards.is_empty() || vmem_core::planted!("gpu-siblings") { first() } else { Ok(()) };
-    match &joined {
-        Ok(()) => cards.push(Arc::downgrade(card)),
-        Err(_) if cards.is_empty() => drop(stores.remove(&store)),
-        Err(_) => {}
-    }
-    joined
+/// What the cards of one store share.
+#[derive(Debug)]
+pub(crate) struct Siblings {
+    space: ObjectSpace,
+    /// Once it is registered.
+    staging: OnceLock<StagingMemory>,
+    contexts: Mutex<Vec<Arc<Context>>>,
 }
 
-/// The cards of a store whose contexts live.
-pub(crate) fn living(store: usize) -> Vec<Arc<Card>> {
-    let stores = STORES.lock();
-    let cards = stores.get(&store).into_iter().flatten().filter_map(Weak::upgrade);
-    let cards: Vec<_> = cards.collect();
-    drop(stores);
-    // Outside of the lock: the last share of a card may end here.
-    cards.into_iter().filter(|card| card.lost().is_none()).collect()
+impl Siblings {
+    /// Those of the store with this object space, which a card joins. From the first one on, slabs
+    /// are registered as copies pass through them.
+    pub(crate) fn join(space: ObjectSpace, context: &Arc<Context>) -> Arc<Self> {
+        let mut stores = STORES.lock();
+        stores.retain(|_, siblings| siblings.strong_count() > 0);
+        let known = stores.get(&space.address()).and_then(Weak::upgrade);
+        let siblings =
+            known.filter(|_| !vmem_core::planted!("gpu-siblings")).unwrap_or_else(|| {
+                let contexts = Mutex::default();
+                let first = Arc::new(Siblings { space, staging: OnceLock::new(), contexts });
+                stores.insert(first.space.address(), Arc::downgrade(&first));
+                first.space.serve(Arc::new(Slabs(Arc::downgrade(&first))));
+                first
+            });
+        siblings.contexts.lock().push(context.clone());
+        siblings
+    }
+
+    /// Has the devices reach staging directly, unless they do. On a thread that is bound.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub(crate) fn register(&self, memory: StagingMemory) -> Result<(), DriverError> {
+        let _one_at_a_time = self.contexts.lock();
+        if self.staging.get().is_none() {
+            pin(memory.address(), memory.len())?;
+            let _ = self.staging.set(memory);
+        }
+        Ok(())
+    }
+
+    /// Object space, some slabs of which are registered.
+    pub(crate) fn space(&self) -> &ObjectSpace {
+        &self.space
+    }
+
+    /// Whether memory is part of staging, which is registered in one piece.
+    pub(crate) fn is_staging(&self, memory: &[u8]) -> bool {
+        self.staging.get().is_some_and(|staging| {
+            let at = memory.as_ptr().addr().checked_sub(staging.address());
+            at.is_some_and(|at| at < staging.len() && memory.len() <= staging.len() - at)
+        })
+    }
+
+    /// Works in the first context that lives. None if there is none.
+    fn visit(&self, work: impl Fn() -> Result<(), DriverError>) -> Option<Result<(), DriverError>> {
+        let contexts = self.contexts.lock().clone();
+        for context in contexts.iter().filter(|context| context.lost().is_none()) {
+            match context.visit(&work).and_then(|done| done) {
+                // A dead context takes no more part, whatever it says.
+                Err(_) if context.is_dead() => {}
+                done => return Some(done),
+            }
+        }
+        None
+    }
+
+    /// Has the driver forget memory that no copy uses.
+    ///
+    /// # Errors
+    ///
+    /// What it says: a context that lives may know it still.
+    fn forget(&self, address: usize) -> Result<(), DriverError> {
+        self.visit(|| unpin(address)).unwrap_or(Ok(()))
+    }
 }
 
-/// A card that is being dropped leaves its store. True for the last one whose context lives, which
-/// has everything unregistered, or for the last of all.
-pub(crate) fn leave(store: usize) -> bool {
-    // One that is dropped at this moment counts no more.
-    if !living(store).is_empty() {
-        return false;
+impl Drop for Siblings {
+    /// With the last card; all copies have ended.
+    fn drop(&mut self) {
+        if let Some(memory) = self.staging.take()
+            && let Err(error) = self.forget(memory.address())
+        {
+            let error = told("unregistering staging memory", error);
+            tracing::warn!(target: "vmem::gpu", %error, "it is never unmapped");
+            std::mem::forget(memory);
+        }
+        self.space.retire(&|address, _| self.forget(address).is_ok());
     }
-    STORES.lock().remove(&store).is_some()
+}
+
+/// What registers slabs of object space. It keeps no card: the last one has everything unregistered
+/// when it goes.
+#[derive(Debug)]
+struct Slabs(Weak<Siblings>);
+
+impl Slabs {
+    fn siblings(&self) -> io::Result<Arc<Siblings>> {
+        self.0.upgrade().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
+impl Registrar for Slabs {
+    fn register(&self, address: usize, len: usize) -> io::Result<()> {
+        let registered = self.siblings()?.visit(|| pin(address, len));
+        let registered = registered.ok_or(io::ErrorKind::NotConnected)?;
+        registered.map_err(|error| io::Error::other(told("registering memory", error)))
+    }
+
+    fn unregister(&self, address: usize, _len: usize) -> io::Result<()> {
+        let forgotten = self.siblings()?.forget(address);
+        forgotten.map_err(|error| io::Error::other(told("unregistering memory", error)))
+    }
+}
+
+/// Has the devices know memory of the host that stays mapped, with all its pages, until `unpin`.
+fn pin(address: usize, len: usize) -> Result<(), DriverError> {
+    let address = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: the callers have staging, which stays as it is while it lives, and slabs of object
+    // space, of which no page is given back before `unpin`.
+    unsafe { sys::cuMemHostRegister_v2(address, len, sys::CU_MEMHOSTREGISTER_PORTABLE) }.result()
+}
+
+/// Has the devices forget memory that no copy uses.
+fn unpin(address: usize) -> Result<(), DriverError> {
+    let address = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: it was registered, and no copy uses it any more: that is counted.
+    match unsafe { sys::cuMemHostUnregister(address) }.result() {
+        // Another thread was quicker, or its context has gone.
+        Err(DriverError(sys::CUresult::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED)) => Ok(()),
+        unregistered => unregistered,
+    }
 }

@@ -144,7 +144,7 @@ impl<'a> DeviceTarget<'a> {
         // In a capture the copies would become part of the graph, which outlives what they use.
         let is_captured = || {
             !vmem_core::planted!("gather-capture")
-                && card.on_stream(stream, || is_capturing(stream)).unwrap_or(true)
+                && card.context().on_stream(stream, || is_capturing(stream)).unwrap_or(true)
         };
         let may_queue = plan.places() > 0 && !vmem_core::planted!("gather-order") && !is_captured();
         let queued = may_queue.then(|| card.try_queue(stream, plan.places())).flatten();
@@ -153,7 +153,7 @@ impl<'a> DeviceTarget<'a> {
             return Ok((None, others));
         };
         let mut flight = Flight::of(vec![Issued::reached(to, reached)]);
-        let issued = card.visit(|| {
+        let issued = card.context().visit(|| {
             carry_out(plan, card, stream, flight.inner());
             // So what writes to it on another stream comes after that.
             drop(slice.map(|slice| slice.device_ptr(stream)));
@@ -206,7 +206,7 @@ impl Drop for Running<'_> {
             && let Some(slice) = self.target.slice
         {
             // So a later write on another stream is ordered after that too.
-            let _ = self.card.visit(|| drop(slice.device_ptr(stream)));
+            let _ = self.card.context().visit(|| drop(slice.device_ptr(stream)));
         }
     }
 }

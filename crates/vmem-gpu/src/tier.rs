@@ -31,6 +31,7 @@ use crate::copy::Work;
 use crate::given::Given;
 use crate::lane::{Lane, Lost};
 use crate::lend::Lent;
+use crate::siblings::Siblings;
 use crate::watch::{Answer, Keep, Watch, Watched};
 
 /// With the value `separate` each object has an allocation of its own, for checkers of memory.
@@ -202,8 +203,9 @@ impl CudaTier {
     pub(crate) fn cancel(&self, call: &Call, card: &Card, stream: &CudaStream) -> bool {
         call.cancel(|| {
             // The last share of the stream may end here.
-            let ordered =
-                card.visit(|| self.side.stream().is_none_or(|side| card.order(&side, stream)));
+            let ordered = card
+                .context()
+                .visit(|| self.side.stream().is_none_or(|side| card.order(&side, stream)));
             ordered.unwrap_or(false)
         })
     }
@@ -308,9 +310,10 @@ impl DeviceBackend for CudaTier {
 
     fn register(&self, memory: StagingMemory) -> io::Result<()> {
         let card = self.card.lock().clone().ok_or(io::ErrorKind::NotConnected)?;
+        let siblings = card.siblings().get().ok_or(io::ErrorKind::NotConnected)?.clone();
         // The thread belongs to the caller that opens the store, and keeps its context.
         let registering = std::thread::spawn(move || {
-            card.bind().and_then(|()| card.register(memory)).map_err(|error| {
+            card.context().bind().and_then(|()| siblings.register(memory)).map_err(|error| {
                 io::Error::other(crate::card::told("registering staging memory", error))
             })
         });
@@ -319,7 +322,7 @@ impl DeviceBackend for CudaTier {
 
     fn register_space(&self, space: ObjectSpace) {
         if let Some(card) = &*self.card.lock() {
-            card.serve(space);
+            card.siblings().get_or_init(|| Siblings::join(space, card.context()));
         }
     }
 

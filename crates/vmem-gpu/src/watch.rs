@@ -162,7 +162,7 @@ fn spawn(
         theirs.hang(thread::current());
         let _gone = Gone(&inbox, &theirs);
         let mut notices = Notices::new(card.clone(), theirs.clone());
-        let mut bound = card.bind().and_then(|()| notices.prepare());
+        let mut bound = card.context().bind().and_then(|()| notices.prepare());
         if let Some(ready) = ready {
             let said = bound.map_err(|error| told("making a stream", error));
             let refused = said.is_err();
@@ -171,9 +171,9 @@ fn spawn(
                 return;
             }
         }
-        while bound.is_err() && !card.is_dead() {
+        while bound.is_err() && !card.context().is_dead() {
             thread::sleep(WATCHDOG);
-            bound = card.bind();
+            bound = card.context().bind();
         }
         Watching { inbox: inbox.clone(), card, notices, lines: HashMap::new() }.run();
         drop(end);

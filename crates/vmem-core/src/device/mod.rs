@@ -71,8 +71,9 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
         at: usize,
     ) -> DeviceAnswer<(IoBuf, Result<(), DeviceError>)>;
 
-    /// Registers staging memory, so that the device reaches it directly. Called once, before
-    /// anything else; the backend keeps `memory` until it is unregistered.
+    /// Registers staging memory, so that the device reaches it directly. Called once, after
+    /// [`register_space`](Self::register_space) and before any copy; the backend keeps `memory`
+    /// until it is unregistered.
     ///
     /// # Errors
     ///
@@ -80,7 +81,7 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
     fn register(&self, memory: StagingMemory) -> io::Result<()>;
 
     /// Object space, parts of which the device may register as copies pass through them. Called
-    /// once, before any copy from or to it. A device that gains nothing by that does nothing.
+    /// once, before anything else. A device that gains nothing by that does nothing.
     fn register_space(&self, space: ObjectSpace) {
         drop(space);
     }

@@ -82,6 +82,11 @@ impl ObjectSpace {
         self.0.pages().serve(registrar);
     }
 
+    /// Where it is; no other store has the same place as long as this lives.
+    pub fn address(&self) -> usize {
+        self.0.pages().mapping().at(0).as_ptr().addr()
+    }
+
     /// The length of a slab, in bytes; 0 before `serve`.
     pub fn slab_bytes(&self) -> usize {
         self.0.pages().slab_bytes()

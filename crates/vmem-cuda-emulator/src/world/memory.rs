@@ -125,11 +125,15 @@ impl World {
     }
 
     /// The context of a device that has failed goes, and with it what belongs to it. That of a
-    /// device that works is to be empty by then.
+    /// device that works is to be empty by then, but for host memory that no copy uses.
     pub(crate) fn end_context(&mut self, device: Device) {
         if self.sticky(device).is_some() {
             self.allocations.retain(|_, allocation| allocation.device != device);
             self.pinned.retain(|_, pinned| pinned.allocated || pinned.device != device);
+        }
+        let mut of_it = self.pinned.values().filter(|pinned| pinned.device == device);
+        if of_it.any(|pinned| self.is_in_flight(pinned.memory)) {
+            self.violation("host memory went with its context under a copy in flight".into());
         }
     }
 

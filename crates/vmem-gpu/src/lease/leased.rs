@@ -130,7 +130,7 @@ impl<'a> Scope<'a> {
 
 impl Drop for Scope<'_> {
     fn drop(&mut self) {
-        if !self.card.order_or_wait(&self.own, self.stream) && !self.card.is_dead() {
+        if !self.card.order_or_wait(&self.own, self.stream) && !self.card.context().is_dead() {
             self.strays.store(true, Ordering::Relaxed);
         }
     }
