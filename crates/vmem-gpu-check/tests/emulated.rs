@@ -80,6 +80,7 @@ parts! {
     contract_memory = "contract-memory"
     contract_queue = "contract-queue"
     contract_order = "contract-order"
+    contract_two_devices = "contract-two-devices"
     contract_sticky = "contract-sticky"
     conformance_device = "conformance-device"
     scenario_01_staging_exhaustion = "scenario-01"

@@ -8,7 +8,7 @@ use std::ffi::c_void;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use cudarc::driver::{CudaStream, result, sys};
+use cudarc::driver::{CudaContext, CudaStream, result, sys};
 use serde_json::json;
 
 use super::{KIB, MIB, SPIN, code};
@@ -129,6 +129,38 @@ pub(super) fn registration(env: &Env) -> Result<Outcome> {
     ensure!(again == 713, "unregistered twice: {again}");
     ensure!(memory.unregister(0) == 0, "unregistering");
     Ok(Outcome::Passed(json!({"a_copy_across_two_registrations": crossing})))
+}
+
+/// What was registered in the context of one device all devices reach, and the context of another
+/// one has the driver forget it.
+pub(super) fn two_devices(env: &Env) -> Result<Outcome> {
+    if let Some(emulator) = &env.emulator {
+        emulator.devices(2);
+    }
+    let devices = CudaContext::device_count()? as usize;
+    if devices < 2 {
+        return Ok(Outcome::Skipped("one device".into()));
+    }
+    let users = [env.user()?, Env::user_on((env.device + 1) % devices)?];
+    let mut memory = Mapped::new(MIB)?;
+    memory.bytes().fill(5);
+    users[0].stream.context().bind_to_thread()?;
+    ensure!(memory.register(0, MIB) == 0, "registering");
+    for user in &users {
+        let device = user.allocate(MIB)?;
+        ensure!(up(device.address, memory.bytes(), &user.stream) == 0, "a copy");
+        user.stream.synchronize()?;
+        ensure!(device.read(&user.stream)?.iter().all(|&byte| byte == 5), "what was copied");
+    }
+    users[1].stream.context().bind_to_thread()?;
+    let elsewhere = memory.unregister(0);
+    users[0].stream.context().bind_to_thread()?;
+    let again = memory.unregister(0);
+    ensure!(
+        elsewhere == 0 && again == 713,
+        "unregistered by the other device: {elsewhere}, then by the first: {again}"
+    );
+    Ok(Outcome::Passed(json!({})))
 }
 
 pub(super) fn stale_pages(env: &Env) -> Result<Outcome> {
