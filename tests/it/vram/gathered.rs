@@ -5,6 +5,8 @@
 //! where it finds no space. Noticed by residency and by the counters. The counts are given here as
 //! a gather gives them; real gathers are in `tests/gpu/gathered.rs`.
 
+mod bounds;
+
 use std::sync::Arc;
 use std::time::Duration;
 

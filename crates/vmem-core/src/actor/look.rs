@@ -1,12 +1,16 @@
 //! A look for victims.
 //!
 //! Invariant: a look is one pass of the policy and ends; what it has passed over it does not ask
-//! again. Begun by the evictor once something has happened.
+//! again. One that spares more than prefetches do ends where it has passed over `SPARED_MAX`. Begun
+//! by the evictor once something has happened.
 
 use super::plan::Candidate;
 use super::tiers::Evicting;
 use crate::object::Shared;
 use crate::policy::{Pass, Pick, Probe};
+
+/// What a look passes over for a request that does without rather than wait.
+const SPARED_MAX: usize = 1024;
 
 /// A look for victims, over several turns.
 #[derive(Debug, Default)]
@@ -20,6 +24,8 @@ pub(super) struct Look {
     writes_nothing: bool,
     /// The longest unused of what it met and spared, in nanoseconds of the store's clock.
     pub(super) spared: Option<u64>,
+    /// How many it has passed over.
+    passed_over: usize,
     /// It has ended.
     is_over: bool,
     /// Moves within the tier that it has made.
@@ -57,7 +63,7 @@ impl Look {
         if !is_old {
             let pass = spares.map_or_else(Pass::default, |spares| Pass::colder_than(spares.since));
             let before = std::mem::take(self);
-            *self = Look { pass, spares, is_over: false, ..before };
+            *self = Look { pass, spares, passed_over: 0, is_over: false, ..before };
         }
     }
 
@@ -72,9 +78,9 @@ impl Look {
         if self.is_over {
             return Candidate::End;
         }
-        let Look { pass, clean_only, writes_nothing, spared, spares, .. } = self;
+        let Look { pass, clean_only, writes_nothing, spared, spares, passed_over, .. } = self;
         let spared_since = spares.map_or(u64::MAX, |spares| spares.since);
-        let pick = tier.state(shared).order.lock().victim(pass, &mut |id| {
+        let mut ask = |id| {
             let Some(object) = shared.find(id) else { return Probe::Gone };
             let needs_space = *clean_only && tier.needs_space_below(&object);
             if needs_space || *writes_nothing && tier.is_written_first(&object) {
@@ -88,7 +94,15 @@ impl Look {
                 *spared = spared.iter().copied().chain([object.stamp()]).min();
             }
             probe
+        };
+        let pick = tier.state(shared).order.lock().victim(pass, &mut |id| {
+            let probe = ask(id);
+            *passed_over += usize::from(probe == Probe::Unfit);
+            probe
         });
+        let does_without = self.spares.is_some_and(|spares| spares.unused);
+        self.is_over =
+            does_without && self.passed_over >= SPARED_MAX && !crate::planted!("look-unbounded");
         match pick {
             Pick::Victim { id, hurried } => {
                 self.is_hurried |= hurried;

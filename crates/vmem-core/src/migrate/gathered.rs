@@ -29,7 +29,8 @@ impl Drop for Asked {
 pub(crate) fn request_gathered(object: &Arc<Object>, device: usize) {
     let shared = &object.shared;
     let gathers = &shared.devices()[device].gathers;
-    let Some(since) = gathers.ask(object.id, object.len as u64) else { return };
+    let pieces = shared.staging.pieces();
+    let Some(since) = gathers.ask(object.id, object.len as u64, pieces) else { return };
     let asked = Asked { object: object.clone(), device };
     let mut job = Job::new(object.clone(), MigrationCause::Gather, shared.deadline());
     job.class = Class::Prefetch;

@@ -14,9 +14,12 @@ use crate::locks::{self, Lock};
 
 /// Objects that are remembered.
 const COUNTED_MAX: usize = 256 * 1024;
-/// Objects that are being promoted at once, and how many bytes they have unless one alone has more.
+/// Objects that are being promoted at once, if there is staging for more; and the bytes of these
+/// from which on none is added.
 const ASKED_MAX: usize = 32;
 const ASKED_BYTES_MAX: u64 = 16 << 20;
+/// Each may hold a piece of staging, of which they leave the rest to others.
+const STAGING_SHARE: usize = 4;
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
@@ -57,13 +60,14 @@ impl Gathers {
         Some(0)
     }
 
-    /// The object is going to be promoted, unless it is already or many others are. Returns since
-    /// when it was counted.
-    pub(crate) fn ask(&self, object: u64, len: u64) -> Option<u64> {
+    /// The object is going to be promoted, unless it is already or many others are, for this many
+    /// pieces of staging. Returns since when it was counted.
+    pub(crate) fn ask(&self, object: u64, len: u64, staging_pieces: usize) -> Option<u64> {
         let mut counts = self.0.lock();
         let asked_bytes: u64 = counts.asked.iter().map(|(_, bytes)| bytes).sum();
-        let are_many = counts.asked.len() >= ASKED_MAX || asked_bytes + len > ASKED_BYTES_MAX;
-        if are_many && !counts.asked.is_empty() || counts.is_asked(object) {
+        let asked_max = (staging_pieces / STAGING_SHARE).clamp(1, ASKED_MAX);
+        let are_many = counts.asked.len() >= asked_max || asked_bytes >= ASKED_BYTES_MAX;
+        if are_many || counts.is_asked(object) {
             return None;
         }
         let count = counts.by_object.remove(&object)?;
@@ -109,34 +113,42 @@ impl Counts {
 mod tests {
     use super::*;
 
+    const PIECES: usize = STAGING_SHARE * ASKED_MAX;
+
     #[test]
     fn counts_begin_anew_once_the_object_was_asked_for() {
         let gathers = Gathers::default();
-        assert_eq!(gathers.ask(7, 100), None, "it was never gathered");
+        assert_eq!(gathers.ask(7, 100, PIECES), None, "it was never gathered");
         assert_eq!(gathers.count(7, 60, 1000), Some(0));
         assert_eq!(gathers.count(7, 60, 2000), Some(60));
-        assert_eq!(gathers.ask(7, 100), Some(1000), "since the first gather");
+        assert_eq!(gathers.ask(7, 100, PIECES), Some(1000), "since the first gather");
         assert_eq!(gathers.count(7, 60, 3000), None, "it is being promoted");
-        assert_eq!(gathers.ask(7, 100), None, "once at a time");
+        assert_eq!(gathers.ask(7, 100, PIECES), None, "once at a time");
         gathers.end(7);
-        assert_eq!(gathers.ask(7, 100), None, "nothing was counted since");
+        assert_eq!(gathers.ask(7, 100, PIECES), None, "nothing was counted since");
         assert_eq!(gathers.count(7, 60, 4000), Some(0));
     }
 
     #[test]
-    fn few_are_asked_for_at_once_and_one_at_least() {
+    fn few_are_asked_for_at_once_and_large_ones_in_their_turn() {
         let gathers = Gathers::default();
         let ask = |object, len| {
             gathers.count(object, len, 1);
-            gathers.ask(object, len).is_some()
+            gathers.ask(object, len, PIECES).is_some()
         };
-        assert!(ask(1, 1 << 40), "one alone may be of any length");
-        assert!(!ask(2, 1));
+        assert!(ask(1, ASKED_BYTES_MAX - 1));
+        assert!(ask(2, 1 << 40), "of any length, while the others have few bytes");
+        assert!(!ask(3, 1), "they have too many");
         gathers.end(1);
+        gathers.end(2);
         assert!((10..100).filter(|&object| ask(object, 1)).count() == ASKED_MAX);
         gathers.end(10);
-        assert!(!ask(3, ASKED_BYTES_MAX), "with the others it has too many bytes");
         assert!(ask(4, 1), "one has ended");
+        (11..42).chain([4]).for_each(|object| gathers.end(object));
+        gathers.count(5, 1, 1);
+        gathers.count(6, 1, 1);
+        assert!(gathers.ask(5, 1, 2).is_some(), "one, however little staging there is");
+        assert!(gathers.ask(6, 1, 2).is_none());
     }
 
     #[test]
@@ -153,7 +165,7 @@ mod tests {
         // Counts that end leave no more behind.
         for round in 0..4 * most {
             gathers.count(5, 1, 10 * most + round);
-            assert!(gathers.ask(5, 1).is_some());
+            assert!(gathers.ask(5, 1, PIECES).is_some());
             gathers.end(5);
         }
         assert!(gathers.memory_bytes() <= bytes);

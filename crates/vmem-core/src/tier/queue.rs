@@ -8,7 +8,9 @@
 //! Requests are served in the order in which they came. A smaller one may pass one that does not
 //! fit yet, at most `PASSES_MAX` times; then it waits for that one, but no longer than `BLOCK_MAX`,
 //! if pins and holds keep the large one from being served anyway: then as many may pass again. A
-//! request for several objects is granted whole or not at all.
+//! request for several objects is granted whole or not at all. Prefetches are served while no
+//! demand waits that eviction can serve; what spares more than they do stands behind neither, and
+//! is refused instead.
 //!
 //! Called by migrations and public calls; served by the actor alone.
 
@@ -237,10 +239,13 @@ impl<S: Space> Queue<S> {
         if demand.bytes == 0 {
             let prefetch = self.serve_class(&mut waiters.prefetch, reach, &mut answers);
             wanted.add_prefetches(&prefetch);
-            if waiters.prefetch.is_empty() {
-                let sparing = self.serve_class(&mut waiters.sparing, reach, &mut answers);
-                wanted.add_sparing(&sparing);
-            }
+        }
+        if demand.bytes == 0 && waiters.prefetch.is_empty() {
+            let sparing = self.serve_class(&mut waiters.sparing, reach, &mut answers);
+            wanted.add_sparing(&sparing);
+        } else if !crate::planted!("gather-waits") {
+            let sparing = std::mem::take(&mut waiters.sparing);
+            answers.extend(sparing.into_iter().map(|waiter| (waiter.reply, Err(Refused::Spill))));
         }
         self.len.store(waiters.len(), Ordering::SeqCst);
         drop(waiters);

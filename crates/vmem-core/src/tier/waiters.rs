@@ -64,7 +64,7 @@ impl<S: Space> Waiter<S> {
 pub(super) enum Turn {
     Demand,
     Prefetch,
-    /// Requests that spare more than a prefetch does: served while no prefetch waits.
+    /// Requests that spare more than a prefetch does, and do without while others wait.
     Sparing,
 }
 
