@@ -145,7 +145,14 @@ async fn leases_of_old_versions_count_and_the_error_names_what_holds() {
 async fn a_lease_passes_prefetches_that_wait_for_the_link() {
     const PREFETCHED: usize = 30;
     let emulator = Emulator::load().unwrap();
-    let vmem = open(64 * MIB, 1.0, HANGS).await;
+    // A prefetch has no more bytes in flight at once than staging has.
+    let config = VirtualMemoryConfig::builder()
+        .host_capacity(96 << 20)
+        .staging_capacity(32 << 20)
+        .disk_capacity(64 << 20)
+        .vram_capacity(64 << 20)
+        .wait_timeout(HANGS);
+    let vmem = vmem::open(config.build().unwrap()).await.unwrap();
     let stream = stream();
     let mut handles = put(&vmem, PREFETCHED, MIB - 4 * KIB).await;
     let wanted = put(&vmem, 1, MIB).await.remove(0);

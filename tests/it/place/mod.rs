@@ -6,6 +6,7 @@
 mod held;
 mod large;
 mod plans;
+mod prefetches;
 mod refuted_space;
 mod refuted_writes;
 mod sets;

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use tokio::sync::{Notify, oneshot};
 
 use super::{Changed, Job};
@@ -25,8 +26,11 @@ use crate::tier::Class;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
-/// Objects of one prefetch that are in flight at once.
+/// Objects of one prefetch that are in flight at once, if they have no more bytes than staging.
 const PREFETCHED_AT_ONCE: usize = 32;
+/// This many are in flight in any case: what one waits for does not hold up the next, and large
+/// ones come in about the order in which they are needed.
+const PREFETCHED_LEAST: usize = 4;
 
 /// Where an object is to move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,11 +195,15 @@ pub(crate) fn request_prefetch(
     deadline: Deadline,
     mut end: PrefetchEnd,
 ) {
+    let bytes_at_once = match crate::planted!("prefetch-unbounded") {
+        true => u64::MAX,
+        false => shared.limits.staging_capacity,
+    };
     let work = asker::prefetch(&shared.migration_spans, objects.len(), to, async move {
         let outcome = tokio::select! {
             biased;
             () = end.cancelled() => return,
-            outcome = prefetch(objects, to, deadline) => outcome,
+            outcome = prefetch(objects, to, bytes_at_once, deadline) => outcome,
         };
         drop(end.reply.send(outcome));
     });
@@ -234,22 +242,48 @@ where
     work.await
 }
 
-/// Promotes objects in order. One that fails does not keep the others; the first error counts.
-async fn prefetch(objects: Vec<Arc<Object>>, to: MemoryTier, deadline: Deadline) -> Result<()> {
-    let one = |object| async move {
+/// Promotes objects in order, as many at once as have `bytes_at_once` bytes, and a few at least.
+/// One that fails does not keep the others; the error of the first one counts.
+async fn prefetch(
+    objects: Vec<Arc<Object>>,
+    to: MemoryTier,
+    bytes_at_once: u64,
+    deadline: Deadline,
+) -> Result<()> {
+    let one = |place, object: Arc<Object>| async move {
+        let len = object.len as u64;
         let mut job = Job::new(object, MigrationCause::Prefetch, deadline);
         job.class = Class::Prefetch;
-        match to.position() {
+        let outcome = match to.position() {
             Position::Device(device) => super::promote_to_device(&job, device).await,
             Position::Host => super::fetch(&job).await.map(drop),
             Position::Below(_) if job.object.has_host_space() => Ok(()),
             Position::Below(level) => super::promote_between(&job, level).await,
-        }
+        };
+        (place, len, outcome)
     };
-    let mut ended = futures::stream::iter(objects).map(one).buffered(PREFETCHED_AT_ONCE);
-    let mut outcome = Ok(());
-    while let Some(one) = ended.next().await {
-        outcome = outcome.and(one);
+    let least = if crate::planted!("prefetch-one-by-one") { 1 } else { PREFETCHED_LEAST };
+    let mut left = objects.into_iter().enumerate().peekable();
+    let mut running = FuturesUnordered::new();
+    let mut bytes = 0;
+    let mut first_error: Option<(usize, VirtualMemoryError)> = None;
+    loop {
+        let begins = |(_, object): &(usize, Arc<Object>)| {
+            let fits = bytes + object.len as u64 <= bytes_at_once;
+            running.len() < least || fits && running.len() < PREFETCHED_AT_ONCE
+        };
+        if let Some((place, object)) = left.next_if(begins) {
+            bytes += object.len as u64;
+            running.push(one(place, object));
+            continue;
+        }
+        let Some((place, len, outcome)) = running.next().await else { break };
+        bytes -= len;
+        if let Err(error) = outcome
+            && first_error.as_ref().is_none_or(|(before, _)| place < *before)
+        {
+            first_error = Some((place, error));
+        }
     }
-    outcome
+    first_error.map_or(Ok(()), |(_, error)| Err(error))
 }

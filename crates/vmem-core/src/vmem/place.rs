@@ -147,8 +147,10 @@ impl VirtualMemory {
         self.prefetch_many(std::slice::from_ref(handle), to)
     }
 
-    /// As [`prefetch`](Self::prefetch), for several objects in this order. It ends with the first
-    /// error, after all were tried.
+    /// As [`prefetch`](Self::prefetch), for several objects in this order. It ends with the error
+    /// of the first that failed, after all were tried. At once come 32 of them at most, and no more
+    /// bytes than `staging_capacity`, but four in any case: so the first of many large objects
+    /// are there soon.
     pub fn prefetch_many(&self, handles: &[VMemHandle], to: MemoryTier) -> Prefetch {
         let objects = handles
             .iter()
