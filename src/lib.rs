@@ -169,12 +169,12 @@ fn host_capacity_bytes(config: &VirtualMemoryConfig) -> Result<u64, VirtualMemor
 /// The devices, and why there are none.
 #[cfg(feature = "gpu")]
 fn open_devices(config: &VirtualMemoryConfig) -> Result<Devices, VirtualMemoryError> {
-    let vram = config.vram_budget();
     let wait = config.wait_timeout();
     let mut devices = Vec::new();
     let mut no_device = "".into();
-    for selection in config.gpus() {
-        let opened = vmem_gpu::open_device_within(selection, vram, wait)?;
+    for (number, selection) in config.gpus().iter().enumerate() {
+        let budget = config.vram_budget_of(number);
+        let opened = vmem_gpu::open_device_within(selection, budget, wait)?;
         devices.extend(opened.device);
         no_device = opened.reason;
     }

@@ -60,6 +60,36 @@ pub(crate) async fn found(
     stream.clone_dtoh(&lease.view()).unwrap()
 }
 
+#[tokio::test]
+async fn devices_have_budgets_of_their_own() {
+    const MEMORY: [u64; 2] = [1 << 20, 3 << 20];
+    let emulator = Emulator::load().unwrap();
+    emulator.devices(2);
+    let config = VirtualMemoryConfig::builder()
+        .host_capacity(16 << 20)
+        .disk_capacity(64 << 20)
+        .gpus([GpuSelection::Device(0), GpuSelection::Device(1)])
+        .vram_capacities(MEMORY);
+    let vmem = vmem::open(config.build().unwrap()).await.unwrap();
+    let mut handles = Vec::new();
+    for seed in 0..40 {
+        handles.push(vmem.put(bytes(seed), HOST).await.unwrap());
+    }
+    for (device, memory) in (0..).zip(MEMORY) {
+        let tier = MemoryTier::of_device(device);
+        assert_eq!(vmem.tier_stats(tier).capacity_bytes, memory);
+        assert_eq!(vmem.config().vram_budget_of(device.into()).bytes(), Some(memory));
+        for handle in &handles {
+            vmem.promote(handle, tier).await.unwrap();
+        }
+        let used = vmem.tier_stats(tier).used_bytes;
+        assert!(used <= memory && used > memory / 2, "{used} bytes of {memory}");
+    }
+    drop(handles);
+    vmem.close().await.unwrap();
+    assert_eq!(emulator.violations(), [""; 0]);
+}
+
 /// Kernels on two GPUs change one object in turn: each lease is where its stream is, and what
 /// one wrote the other reads.
 #[tokio::test]

@@ -46,6 +46,7 @@ pub const GPUS_MAX: usize = 32;
 ///   `"512MiB"` or `"1.5 GB"`, with the units B, kB, MB, GB, TB, PB, EB (powers of 1000) and KiB,
 ///   MiB, GiB, TiB, PiB, EiB (powers of 1024); or a percentage such as `"25%"`, as
 ///   [`host_percent`](VirtualMemoryConfigBuilder::host_percent) and its siblings say.
+/// - `vram_capacities`, in place of `vram_capacity`: a list of such, one for each of `gpus`.
 /// - `staging_capacity`, `stream_capacity`, `catalog_cache`: the same, without percentages.
 /// - `gpu`: `"auto"`, `"off"`, an ordinal such as `0`, or text with the UUID of a device; or
 ///   `gpus`, a list of ordinals and UUIDs.
@@ -113,9 +114,9 @@ impl VirtualMemoryConfig {
         self.fields.disk_capacity.bytes()
     }
 
-    /// Device memory, if it was given in bytes.
+    /// Memory of each device, if it was given in bytes, as one number for all.
     pub fn vram_capacity(&self) -> Option<u64> {
-        self.fields.vram_capacity.bytes()
+        self.fields.vram_capacity.bytes().filter(|_| self.fields.vram_capacities.is_none())
     }
 
     /// Which GPU.
@@ -199,6 +200,8 @@ pub struct VirtualMemoryConfigBuilder {
     stream_capacity: Option<u64>,
     disk_capacity: Budget,
     vram_capacity: Budget,
+    /// Of each device by itself, where they are not alike.
+    vram_capacities: Option<Vec<Budget>>,
     gpus: Vec<GpuSelection>,
     io_driver: IoDriver,
     watermarks: (f64, f64),
@@ -225,6 +228,7 @@ impl Default for VirtualMemoryConfigBuilder {
             stream_capacity: None,
             disk_capacity: Budget::Default,
             vram_capacity: Budget::Default,
+            vram_capacities: None,
             gpus: vec![GpuSelection::default()],
             io_driver: IoDriver::default(),
             watermarks: (0.85, 0.95),

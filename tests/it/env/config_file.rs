@@ -96,10 +96,28 @@ fn unworkable_value_is_refused_with_its_field() {
         ("staging_capacity = \"25%\"", "staging_capacity"),
         ("catalog_cache = \"25%\"", "catalog_cache"),
         ("gpu = 0\ngpus = [1]", "gpus"),
+        ("gpus = [0, 1]\nvram_capacities = [5, 0]", "vram_capacities"),
+        ("gpus = [0, 1]\nvram_capacities = [5]", "1 for 2 GPUs"),
+        ("vram_capacities = []", "0 for 1 GPUs"),
+        ("gpus = [0, 1]\nvram_capacity = 5\nvram_capacities = [5, 5]", "vram_capacities"),
     ] {
         let refused = toml::from_str::<VirtualMemoryConfig>(text).unwrap_err().to_string();
         assert!(refused.contains(named), "{text}: {refused}");
     }
+}
+
+#[test]
+fn memory_of_each_device_is_read_and_written() {
+    let text = "gpus = [0, 1]\nvram_capacities = [\"1 GiB\", \"25%\"]";
+    let config: VirtualMemoryConfig = toml::from_str(text).unwrap();
+    let written = toml::to_string(&config).unwrap();
+    for config in [config, toml::from_str(&written).unwrap()] {
+        let budgets = [0, 1].map(|device| config.vram_budget_of(device));
+        assert_eq!(budgets, [Budget::Bytes(1 << 30), Budget::Percent(25.0)]);
+        assert_eq!(config.vram_capacity(), None, "they have no one number");
+    }
+    let one = VirtualMemoryConfig::builder().vram_capacities([5]).vram_capacity(7).build();
+    assert_eq!(one.unwrap().vram_budget_of(0), Budget::Bytes(7), "the last call counts");
 }
 
 #[test]

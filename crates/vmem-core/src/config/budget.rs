@@ -116,9 +116,15 @@ impl VirtualMemoryConfig {
         self.fields.disk_capacity
     }
 
-    /// Memory of each device, as it was asked for.
+    /// Memory of each device, as it was asked for, unless that was done for each by itself.
     pub fn vram_budget(&self) -> Budget {
         self.fields.vram_capacity
+    }
+
+    /// Memory of the device with this number in [`gpus`](Self::gpus), as it was asked for.
+    pub fn vram_budget_of(&self, device: usize) -> Budget {
+        let by_itself = self.fields.vram_capacities.as_ref().and_then(|each| each.get(device));
+        by_itself.copied().unwrap_or(self.fields.vram_capacity)
     }
 }
 
@@ -148,8 +154,13 @@ impl VirtualMemoryConfig {
             [] => fields.gpus = vec![GpuSelection::Off],
             [first, ref others @ ..] if others.iter().all(|&bytes| bytes == first) => {
                 fields.vram_capacity = Budget::Bytes(first);
+                fields.vram_capacities = None;
             }
-            // One number does not say it.
+            ref all if all.len() == fields.gpus.len() => {
+                fields.vram_capacity = Budget::Default;
+                fields.vram_capacities = Some(all.iter().copied().map(Budget::Bytes).collect());
+            }
+            // Devices of a program's own, which no configuration lists.
             _ => {}
         }
         config
@@ -183,6 +194,7 @@ impl VirtualMemoryConfigBuilder {
     /// 0, at most 100.
     pub fn vram_percent(mut self, percent: f64) -> Self {
         self.vram_capacity = Budget::Percent(percent);
+        self.vram_capacities = None;
         self
     }
 }

@@ -69,6 +69,25 @@ impl VirtualMemoryConfigBuilder {
     /// Memory of each device in bytes. Default: three quarters of what is free on it.
     pub fn vram_capacity(mut self, bytes: u64) -> Self {
         self.vram_capacity = Budget::Bytes(bytes);
+        self.vram_capacities = None;
+        self
+    }
+
+    /// [`vram_capacity`](Self::vram_capacity) of each device by itself, in the order of
+    /// [`gpus`](Self::gpus), and as many as these.
+    ///
+    /// ```
+    /// use vmem::{GpuSelection, VirtualMemoryConfig};
+    ///
+    /// let two = VirtualMemoryConfig::builder().gpus([0, 1].map(GpuSelection::Device));
+    /// let config = two.clone().vram_capacities([16 << 30, 40 << 30]).build()?;
+    /// assert_eq!(config.vram_budget_of(1).bytes(), Some(40 << 30));
+    /// assert!(two.vram_capacities([16 << 30]).build().is_err());
+    /// # Ok::<(), vmem::VirtualMemoryError>(())
+    /// ```
+    pub fn vram_capacities(mut self, bytes: impl IntoIterator<Item = u64>) -> Self {
+        self.vram_capacity = Budget::Default;
+        self.vram_capacities = Some(bytes.into_iter().map(Budget::Bytes).collect());
         self
     }
 
@@ -262,6 +281,15 @@ impl VirtualMemoryConfigBuilder {
         at_least("stream_capacity", self.stream_capacity, STREAM_CAPACITY_MIN)?;
         self.disk_capacity.check("disk_capacity", 1)?;
         self.vram_capacity.check("vram_capacity", 1)?;
+        for budget in self.vram_capacities.iter().flatten() {
+            budget.check("vram_capacities", 1)?;
+        }
+        let gpus = self.gpus.len();
+        if let Some(budgets) = self.vram_capacities.as_ref().map(Vec::len)
+            && budgets != gpus
+        {
+            return refuse("vram_capacities", format!("{budgets} for {gpus} GPUs"));
+        }
         at_least("catalog_cache", Some(self.catalog_cache), 64 << 10)?;
         match (self.staging_capacity, self.host_capacity.bytes()) {
             (Some(staging), Some(host)) if staging >= host => {

@@ -27,6 +27,7 @@ struct Fields {
     stream_capacity: Option<Size>,
     disk_capacity: Option<Budget>,
     vram_capacity: Option<Budget>,
+    vram_capacities: Option<Vec<Budget>>,
     gpu: Option<GpuSelection>,
     gpus: Option<Vec<GpuSelection>>,
     io_driver: Option<String>,
@@ -192,7 +193,11 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
     builder.staging_capacity = bytes(fields.staging_capacity);
     builder.stream_capacity = bytes(fields.stream_capacity);
     builder.disk_capacity = fields.disk_capacity.unwrap_or_default();
+    if fields.vram_capacity.is_some() && fields.vram_capacities.is_some() {
+        return Err("vram_capacity and vram_capacities say the same: one is enough".to_owned());
+    }
     builder.vram_capacity = fields.vram_capacity.unwrap_or_default();
+    builder.vram_capacities = fields.vram_capacities;
     builder.gpus = match (fields.gpu, fields.gpus) {
         (Some(_), Some(_)) => {
             return Err("gpu and gpus say the same: one of them is enough".to_owned());

@@ -30,6 +30,8 @@ struct Fields<'a> {
     #[serde(skip_serializing_if = "is_default")]
     vram_capacity: Budget,
     #[serde(skip_serializing_if = "Option::is_none")]
+    vram_capacities: Option<&'a [Budget]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     gpu: Option<&'a GpuSelection>,
     #[serde(skip_serializing_if = "Option::is_none")]
     gpus: Option<&'a [GpuSelection]>,
@@ -81,6 +83,7 @@ impl Serialize for VirtualMemoryConfig {
             stream_capacity: fields.stream_capacity,
             disk_capacity: fields.disk_capacity,
             vram_capacity: fields.vram_capacity,
+            vram_capacities: fields.vram_capacities.as_deref(),
             gpu,
             gpus,
             io_driver: fields.io_driver.to_string(),

@@ -38,7 +38,7 @@ impl VirtualMemory {
     /// The effective configuration: budgets in bytes, the driver that serves, and no GPU where none
     /// was found. The path of a temporary directory is not in it, but in
     /// [`capabilities`](Self::capabilities). Where devices got different amounts of memory,
-    /// `vram_capacity` is as configured, and [`tier_stats`](Self::tier_stats) has the amounts.
+    /// `vram_capacities` has them.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
