@@ -23,6 +23,7 @@ mod dlpack;
 mod faults;
 mod gather;
 mod gathered;
+mod graphs;
 mod kernels;
 mod leases;
 mod loss;

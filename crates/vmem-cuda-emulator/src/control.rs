@@ -215,7 +215,7 @@ impl Emulator {
     /// them by the system, `contexts`, `in_flight`, `queued_up`, `queued_within`) or a counter
     /// (`calls` of all functions, `copies_up`, `bytes_up`, `copies_down`, `bytes_down`, `kernels`,
     /// `host_functions`, `blocking_copies`, `implicit_synchronisations`,
-    /// `context_synchronisations`, `captures_broken`, `captured_operations`,
+    /// `context_synchronisations`, `captures_broken`, `captured_operations`, `graphs_launched`,
     /// `suppressed_host_functions`).
     pub fn counter(&self, name: &str) -> u64 {
         let counters = self.command("counters");

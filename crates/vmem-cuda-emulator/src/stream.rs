@@ -92,7 +92,7 @@ pub(crate) fn submit(
         let max = guard.queue_max;
         let stream = guard.streams.get(&handle).ok_or(INVALID_HANDLE)?;
         if let Some(capture) = stream.capturing {
-            return capture_work(&mut guard, capture, &work);
+            return capture_work(&mut guard, capture, work);
         }
         if stream.queue.len() < max {
             break;
@@ -145,13 +145,13 @@ pub(crate) fn submit(
 }
 
 /// Work that is given to a stream in a capture becomes part of a graph, and is not carried out.
-fn capture_work(world: &mut World, capture: Capture, work: &Work) -> Result<u64, Code> {
+fn capture_work(world: &mut World, capture: Capture, work: Work) -> Result<u64, Code> {
     if capture.invalid {
         return Err(CAPTURE_INVALIDATED);
     }
     match work {
         Work::Record { event } => {
-            if let Some(event) = world.events.get_mut(event) {
+            if let Some(event) = world.events.get_mut(&event) {
                 event.captured = Some(capture.id);
             }
         }
@@ -159,7 +159,10 @@ fn capture_work(world: &mut World, capture: Capture, work: &Work) -> Result<u64,
             world.invalidate(|other| other.id == capture.id);
             return Err(CAPTURE_ISOLATION);
         }
-        _ => world.count("captured_operations", 1),
+        _ => {
+            world.count("captured_operations", 1);
+            world.graphs.entry(capture.id).or_default().push(work);
+        }
     }
     Ok(0)
 }

@@ -14,7 +14,7 @@ pub(crate) use memory::{Allocation, Pinned, Reach};
 
 use crate::codes::{CAPTURED_EVENT, Code, INVALID_VALUE};
 use crate::races::{Clock, Races};
-use crate::stream::Stream;
+use crate::stream::{Stream, Work};
 
 /// A device, as the driver counts them.
 pub(crate) type Device = i32;
@@ -133,6 +133,8 @@ pub(crate) struct World {
     /// The entries of each module, and what a function is called; with the device of each.
     pub(crate) modules: HashMap<u64, (Device, Vec<String>)>,
     pub(crate) functions: HashMap<u64, (Device, String)>,
+    /// The work of each capture, and of each graph that was made of one.
+    pub(crate) graphs: HashMap<u64, Vec<Work>>,
     pub(crate) races: Races,
     /// What the host saw end.
     pub(crate) seen: Clock,
@@ -181,6 +183,7 @@ impl World {
             events: HashMap::new(),
             modules: HashMap::new(),
             functions: HashMap::new(),
+            graphs: HashMap::new(),
             races: Races::default(),
             seen: Clock::default(),
             violations: Vec::new(),
@@ -196,6 +199,7 @@ impl World {
     pub(crate) fn reset(&mut self) {
         self.allocations.clear();
         self.events.clear();
+        self.graphs.clear();
         self.retained.clear();
         self.pinned.retain(|_, pinned| pinned.allocated);
         for (&handle, stream) in &mut self.streams {

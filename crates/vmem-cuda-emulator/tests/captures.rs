@@ -9,7 +9,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaStream, DevicePtr, DriverError, result, sys};
 use vmem_cuda_emulator::Emulator;
 
 const RELAXED: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -86,6 +86,43 @@ fn waiting_on_a_capturing_stream_breaks_its_capture() {
     emulator.invalidate_captures();
     assert_eq!((status(&stream), end(&stream)), (2, 901));
     assert_eq!(emulator.counter("captures_broken"), 3);
+}
+
+/// A graph does what was captured, with the addresses of then, each time that it is launched.
+#[test]
+fn a_graph_does_again_what_was_captured() {
+    let emulator = Emulator::load().unwrap();
+    let context = context();
+    let stream = context.new_stream().unwrap();
+    let buffer = stream.alloc_zeros::<u8>(100).unwrap();
+    let (at, guard) = buffer.device_ptr(&stream);
+    drop(guard);
+    stream.synchronize().unwrap();
+    let fill = |first: u64, value| {
+        // SAFETY: within the buffer, which lives until the end.
+        unsafe { result::memset_d8_async(at + first, value, 10, stream.cu_stream()) }.unwrap();
+    };
+    stream.begin_capture(RELAXED).unwrap();
+    fill(0, 1);
+    fill(5, 2);
+    let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap().unwrap();
+    let content = || stream.clone_dtoh(&buffer).unwrap();
+    assert_eq!(content(), [0; 100], "a capture does nothing");
+    for round in 0..2 {
+        graph.launch().unwrap();
+        let expected = [&[1; 5][..], &[2; 10], &[0; 85]].concat();
+        assert_eq!(content(), expected, "launch {round}");
+        fill(0, 0);
+        fill(5, 0);
+    }
+    assert_eq!(emulator.counter("graphs_launched"), 2);
+    drop(graph);
+    // One that was broken gives no graph.
+    begin(&stream);
+    fill(0, 9);
+    emulator.invalidate_captures();
+    assert_eq!(end(&stream), 901);
+    assert_eq!(content(), [0; 100]);
 }
 
 #[test]

@@ -105,6 +105,7 @@ macro_rules! driver {
 
 // Behind the macro that they use.
 mod devices;
+mod graphs;
 mod memory;
 mod modules;
 mod streams;

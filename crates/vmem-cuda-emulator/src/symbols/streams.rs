@@ -137,7 +137,13 @@ driver! {
             stream.capturing.is_some_and(|capture| capture.id == ended.id)
         };
         guard.streams.values_mut().filter(takes_part).for_each(|stream| stream.capturing = None);
-        if ended.invalid { CAPTURE_INVALIDATED } else { OK }
+        if ended.invalid {
+            guard.graphs.remove(&ended.id);
+            return CAPTURE_INVALIDATED;
+        }
+        guard.graphs.entry(ended.id).or_default();
+        raw::put(graph, handle(ended.id));
+        OK
     }
     Context fn cuLaunchHostFunc(
         stream: Handle, function: Option<unsafe extern "C" fn(Handle)>, argument: Handle,
