@@ -1,9 +1,11 @@
 //! Which requests are answered at all: what they call this service, and which pages make them.
 //!
-//! Invariant: a page of another origin changes nothing, and while the service listens on loopback
-//! it answers to names of this machine alone, so that no page reads it under a name that was made
-//! to lead here (DNS rebinding). The names of a proxy in between are in `names`. Called by
-//! `routes`, for each request.
+//! Invariant: a page of another origin changes nothing; and while the service listens on loopback,
+//! or `names` says what it is called, it answers to its own names, to those of this machine and to
+//! addresses, so that no page reads it under a name that was made to lead here (DNS rebinding).
+//! Called by `routes`, for each request.
+
+use std::net::IpAddr;
 
 use axum::extract::{Request, State};
 use axum::http::header::{HOST, ORIGIN};
@@ -40,11 +42,15 @@ pub(crate) async fn refuse(request: Request, next: Next) -> Response {
     ApiError::new(StatusCode::FORBIDDEN, "foreign_origin", why).into_response()
 }
 
-/// Refuses names that are not of this machine, and not configured, on a loopback address.
+/// Refuses names that are not of this machine, and not configured: on a loopback address, and
+/// wherever names are configured. An address is no name, and cannot be made to lead elsewhere.
 pub(crate) async fn own_names(State(app): State<App>, request: Request, next: Next) -> Response {
     // Programs of HTTP/1.0 name no host; a page always does.
     let Some(host) = request.headers().get(HOST) else { return next.run(request).await };
-    if !app.is_loopback || host.to_str().is_ok_and(|host| app.is_own_name(host)) {
+    let is_own = |host: &str| {
+        app.is_own_name(host) || !app.is_loopback && (!app.has_names() || is_address(host))
+    };
+    if host.to_str().is_ok_and(is_own) {
         return next.run(request).await;
     }
     vmem_dashboard::local_names(request, next).await
@@ -72,6 +78,14 @@ fn check_host(version: Version, headers: &HeaderMap) -> Result<(), ApiError> {
     };
     let why = "a request has one Host header, with a name or an address and no more than a port";
     if is_valid { Ok(()) } else { Err(ApiError::bad_request("invalid_host", why)) }
+}
+
+/// Whether a Host header, which may have a port, names an address.
+fn is_address(host: &str) -> bool {
+    let Ok(host) = host.parse::<Authority>() else { return false };
+    let host = host.host();
+    let inside = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    inside.parse::<IpAddr>().is_ok()
 }
 
 fn is_host(text: &str) -> bool {

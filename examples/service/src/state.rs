@@ -75,6 +75,11 @@ impl Shared {
         self.names.iter().any(|own| own.eq_ignore_ascii_case(host.host()))
     }
 
+    /// Whether the configuration says what it is called.
+    pub(crate) fn has_names(&self) -> bool {
+        !self.names.is_empty()
+    }
+
     /// From now on the service is not ready.
     pub(crate) fn close(&self) {
         self.closing.send_replace(true);

@@ -27,9 +27,9 @@ pub const ENV_FILE: &str = "VMEM_SERVICE_CONFIG";
 pub struct Config {
     /// Where the service listens. Default: `127.0.0.1:8080`, which no other machine reaches.
     pub listen: SocketAddr,
-    /// Names that the service answers to while it listens on loopback, besides those of this
-    /// machine, and whose pages may change objects: those of a proxy that passes them on, without
-    /// a port. Default: none.
+    /// Names that the service answers to, besides those of this machine, and whose pages may change
+    /// objects: its own, and those of a proxy that passes them on, without a port. Default: none;
+    /// then it answers to any name where it does not listen on loopback.
     pub names: Vec<String>,
     /// Which clients see the live page below `/dashboard/`. Default: `"loopback"`.
     pub dashboard: DashboardAccess,

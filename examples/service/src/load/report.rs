@@ -84,9 +84,9 @@ impl Report {
         quantile(self.gets_us.clone(), fraction)
     }
 
-    /// Whether each answer came and was right.
+    /// Whether each answer came and was right, and some had bodies to compare.
     pub fn is_right(&self) -> bool {
-        self.wrong.is_empty() && self.lost == 0 && self.requests() > 0
+        self.wrong.is_empty() && self.lost == 0 && self.compared > 0
     }
 }
 

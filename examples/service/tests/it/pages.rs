@@ -2,6 +2,7 @@
 
 use axum::http::Method;
 
+use crate::seeing::other_address;
 use crate::support::{Served, exchange, expect_error};
 
 /// A page that makes its own name lead to loopback is of the same origin as what it asks there.
@@ -31,6 +32,46 @@ async fn loopback_service_refuses_names_of_others() {
         assert_eq!(&got.body[..], b"secret", "{host}");
     }
     served.stop().await;
+}
+
+/// Where it does not listen on loopback it goes by `names`, if it has any.
+#[tokio::test]
+async fn service_with_names_refuses_those_of_others() {
+    let Some(address) = other_address() else {
+        eprintln!("SKIPPED: there is no address but loopback here");
+        return;
+    };
+    for names in [vec![], vec!["objects.example".to_owned()]] {
+        let has_names = !names.is_empty();
+        let served = Served::start(|config| {
+            config.listen = (address, 0).into();
+            config.names = names;
+        })
+        .await;
+        served.stored("/objects/a", b"a").await;
+        let by_address = served.service.local_addr().to_string();
+        for host in ["objects.example", "localhost", "192.0.2.1:80", "[2001:db8::1]", &by_address] {
+            let got = served.get("/objects/a", &[("host", host)]).await;
+            assert_eq!(&got.body[..], b"a", "{host}");
+        }
+        for host in ["evil.example", "192.0.2.1.evil.example"] {
+            for (method, path) in [
+                (Method::GET, "/objects/a"),
+                (Method::GET, "/metrics"),
+                (Method::PUT, "/objects/a"),
+                (Method::DELETE, "/objects/b"),
+            ] {
+                let origin = format!("http://{host}");
+                let headers = [("host", host), ("origin", &*origin), ("content-length", "0")];
+                let answer = served.ask(method, path, &headers).await;
+                match has_names {
+                    true => expect_error(&answer, 403, "foreign_origin"),
+                    false => assert_ne!(answer.status, 403, "{host}: {answer:?}"),
+                }
+            }
+        }
+        served.stop().await;
+    }
 }
 
 /// A form, or a script without a look at the answer, needs no leave of the service.

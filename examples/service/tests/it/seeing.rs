@@ -126,7 +126,7 @@ async fn dashboard_is_shown_to_names_of_this_machine() {
 }
 
 /// An address of this machine that is not loopback, as another machine would see it.
-fn other_address() -> Option<std::net::IpAddr> {
+pub(crate) fn other_address() -> Option<std::net::IpAddr> {
     let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
     // Nothing is sent: the system only chooses an address.
     socket.connect("192.0.2.1:9").ok()?;
