@@ -74,6 +74,18 @@ impl Store {
         self.gather_bytes(0, handle, LEN).await;
     }
 
+    /// A gather of an object beside one caller that waits: its promotion does not stay in the line.
+    async fn gather_beside_a_waiter(&self, handle: &VMemHandle) {
+        let access = self.access(0);
+        let mut count = access.count_gather().unwrap();
+        count.add(handle, LEN);
+        count.end();
+        let begun = std::time::Instant::now();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        support::eventually("it went", || self.vmem.stats().waiters == 1).await;
+        assert!(begun.elapsed() < HANGS / 3, "it waited for its deadline");
+    }
+
     fn is_on(&self, handle: &VMemHandle) -> bool {
         self.vmem.residency(handle).unwrap().vram
     }
@@ -246,14 +258,7 @@ async fn gathered_object_stands_in_no_queue() {
     let mut demand = Box::pin(store.vmem.promote(&handles[1], VRAM));
     assert!((&mut demand).now_or_never().is_none());
     support::eventually("it waits", || store.vmem.stats().waiters == 1).await;
-    let access = store.access(0);
-    let mut count = access.count_gather().unwrap();
-    count.add(&handles[2], LEN);
-    count.end();
-    let begun = std::time::Instant::now();
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    support::eventually("it went", || store.vmem.stats().waiters == 1).await;
-    assert!(begun.elapsed() < HANGS / 3, "it waited for its deadline");
+    store.gather_beside_a_waiter(&handles[2]).await;
     drop(lease);
     demand.await.unwrap();
     settle(&store.vmem, &store.driver).await;

@@ -3,8 +3,6 @@
 //! Excluded: one that waits behind callers, and one that asks every object of a device. Noticed by
 //! waiters and residency.
 
-use std::time::Duration;
-
 use futures::FutureExt;
 use vmem::{Promotion, VMemHandle, VirtualMemoryConfigBuilder, WriteBack};
 
@@ -30,18 +28,12 @@ async fn gathered_object_does_without_while_others_wait() {
     access.backend().upload(range, 0, bytes(0, 1, LEN).into()).await.unwrap();
     change.finish(std::future::ready(Ok(())).boxed()).await.unwrap();
     store.devices[0].hold();
-    let mut second = Box::pin(store.vmem.promote(&handles[1], VRAM));
-    assert!((&mut second).now_or_never().is_none());
+    let mut demand = Box::pin(store.vmem.promote(&handles[1], VRAM));
+    assert!((&mut demand).now_or_never().is_none());
     support::eventually("the copy", || store.devices[0].in_flight() > 0).await;
-    let mut count = access.count_gather().unwrap();
-    count.add(&handles[2], LEN);
-    count.end();
-    let begun = std::time::Instant::now();
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    support::eventually("it went", || store.vmem.stats().waiters == 1).await;
-    assert!(begun.elapsed() < HANGS / 3, "it waited for its deadline");
+    store.gather_beside_a_waiter(&handles[2]).await;
     store.devices[0].release_all();
-    second.await.unwrap();
+    demand.await.unwrap();
     settle(&store.vmem, &store.driver).await;
     assert!(store.is_on(&handles[1]) && !store.is_on(&handles[2]));
     store.close(handles).await;
