@@ -28,6 +28,7 @@ mod kernels;
 mod leases;
 mod loss;
 mod open;
+mod pages;
 mod pressure;
 mod refuted;
 mod scenario_46;

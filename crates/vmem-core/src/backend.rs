@@ -12,7 +12,8 @@ pub use crate::checksum::{Slices, checksums, crc32c};
 pub use crate::chunk::{CHUNK_BYTES, Run, Runs, StoredChunk};
 pub use crate::deadline::Clock;
 pub use crate::device::{
-    DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, RangeLedger, RangeOwner,
+    DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, MissingPages, RangeLedger,
+    RangeOwner,
 };
 pub use crate::storage::{
     Durable, Extent, ExtentOwner, ReadChunk, SharedOwner, Tier, TierError, TierUsage,

@@ -53,6 +53,7 @@ pub const GPUS_MAX: usize = 32;
 /// - `io_driver`: `"auto"`, `"reactor"`, `"tokio-uring"` or `"blocking"`.
 /// - `watermarks`: two numbers, low and high. `max_pinned`, `max_held`: a number.
 /// - `policy`, `vram_policy`: `"lru"`, `"sieve"`, or `"s3-fifo"`, also written `"s3fifo"`.
+/// - `vram_policies`, in place of `vram_policy`: a list of such, one for each of `gpus`.
 /// - `promotion`: the number of the read, from 1 on, or `"never"`; or `"gather:2"`, which is
 ///   `gather_promotion = 2`.
 /// - `gather_promotion`: the number of the gather, from 1 on, or `"never"`.
@@ -149,9 +150,15 @@ impl VirtualMemoryConfig {
         self.fields.policy.clone()
     }
 
-    /// The order of eviction in device memory.
+    /// The order of eviction in device memory, unless it was given for each device by itself.
     pub fn vram_policy(&self) -> PolicyChoice {
         self.fields.vram_policy.clone().unwrap_or_else(|| self.policy())
+    }
+
+    /// The order of eviction in the memory of the device with this number in [`gpus`](Self::gpus).
+    pub fn vram_policy_of(&self, device: usize) -> PolicyChoice {
+        let by_itself = self.fields.vram_policies.as_ref().and_then(|each| each.get(device));
+        by_itself.cloned().unwrap_or_else(|| self.vram_policy())
     }
 
     /// When a read promotes an object.
@@ -209,6 +216,8 @@ pub struct VirtualMemoryConfigBuilder {
     max_held: f64,
     policy: PolicyChoice,
     vram_policy: Option<PolicyChoice>,
+    /// Of each device by itself.
+    vram_policies: Option<Vec<PolicyChoice>>,
     promotion: Promotion,
     gather_promotion: Promotion,
     write_back: WriteBack,
@@ -236,6 +245,7 @@ impl Default for VirtualMemoryConfigBuilder {
             max_held: 1.0,
             policy: PolicyChoice::default(),
             vram_policy: None,
+            vram_policies: None,
             promotion: Promotion::default(),
             gather_promotion: Promotion::Never,
             write_back: WriteBack::default(),

@@ -61,6 +61,11 @@ impl Ranges {
         self.by_len.last().map_or(0, |&(len, _)| len)
     }
 
+    /// The ranges by their length, the longest first.
+    pub fn longest_first(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.by_len.iter().rev().map(|&(len, start)| start..start + len)
+    }
+
     /// The ranges that start at `from` or later, in ascending order.
     pub fn starting_at(&self, from: u64) -> impl Iterator<Item = Range<u64>> + '_ {
         self.by_start.range(from..).map(|(&start, &end)| start..end)

@@ -19,6 +19,7 @@ pub(crate) const ILLEGAL_ADDRESS: Code = 700;
 pub(crate) const ALREADY_REGISTERED: Code = 712;
 pub(crate) const NOT_REGISTERED: Code = 713;
 pub(crate) const NOT_PERMITTED: Code = 800;
+pub(crate) const NOT_SUPPORTED: Code = 801;
 pub(crate) const CAPTURE_UNSUPPORTED: Code = 900;
 pub(crate) const CAPTURE_INVALIDATED: Code = 901;
 pub(crate) const CAPTURE_ISOLATION: Code = 905;

@@ -60,6 +60,8 @@ fn obey(world: &mut World, words: &[&str]) -> Option<String> {
         "release" => *world.gates.get_mut(&kind(1)?)? += number(2)?,
         "release-all" => world.gates.clear(),
         "addressed-alike" => world.addressed_alike = number(1)? != 0,
+        "paged" => world.paged = number(1)? != 0,
+        "unmap-waits" => world.unmap_waits = number(1)? != 0,
         "suppress" => world.suppress_host_functions = number(1)? != 0,
         "double" => world.double_host_functions = number(1)? != 0,
         "fail" => {
@@ -90,6 +92,9 @@ fn counters(world: &World) -> String {
     let live = [
         ("device_bytes", world.used(None)),
         ("allocations", world.allocations.len() as u64),
+        ("created", world.mapped.created()),
+        ("mapped_bytes", world.mapped.mapped_bytes()),
+        ("reserved_bytes", world.mapped.reserved_bytes()),
         ("events", world.events.len() as u64),
         ("streams", owned.count() as u64),
         ("registrations", registered.count() as u64),

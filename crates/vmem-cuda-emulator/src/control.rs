@@ -168,6 +168,17 @@ impl Emulator {
         self.command(&format!("addressed-alike {}", u8::from(on)));
     }
 
+    /// Whether devices support virtual memory management, as they do at first.
+    pub fn paged(&self, on: bool) {
+        self.command(&format!("paged {}", u8::from(on)));
+    }
+
+    /// Whether memory is unmapped only once its device has nothing in flight, as memory is freed;
+    /// not so at first.
+    pub fn unmap_waits(&self, on: bool) {
+        self.command(&format!("unmap-waits {}", u8::from(on)));
+    }
+
     /// From now on host functions are dropped silently.
     pub fn suppress_host_functions(&self, on: bool) {
         self.command(&format!("suppress {}", u8::from(on)));
@@ -211,8 +222,10 @@ impl Emulator {
         self.command(&format!("calls {function}")).parse().unwrap_or(0)
     }
 
-    /// A gauge (`device_bytes`, `allocations`, `events`, `streams`, `registrations`, `pinned` of
-    /// them by the system, `contexts`, `in_flight`, `queued_up`, `queued_within`) or a counter
+    /// A gauge (`device_bytes` with those of handles, `allocations`, `created` handles whose memory
+    /// is not gone, `mapped_bytes`, `reserved_bytes` of addresses, `events`, `streams`,
+    /// `registrations`, `pinned` of them by the system, `contexts`, `in_flight`, `queued_up`,
+    /// `queued_within`) or a counter
     /// (`calls` of all functions, `copies_up`, `bytes_up`, `copies_down`, `bytes_down`, `kernels`,
     /// `host_functions`, `blocking_copies`, `implicit_synchronisations`,
     /// `context_synchronisations`, `captures_broken`, `captured_operations`, `graphs_launched`,
@@ -224,7 +237,7 @@ impl Emulator {
     }
 
     /// What was done against the rules: races on device memory, host memory that was used, freed or
-    /// unregistered under a copy, memory that was freed twice.
+    /// unregistered under a copy, memory that was freed or released twice, or unmapped in flight.
     pub fn violations(&self) -> Vec<String> {
         self.command("violations").lines().map(str::to_owned).collect()
     }

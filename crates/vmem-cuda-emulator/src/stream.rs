@@ -16,11 +16,10 @@ use crate::codes::{
     CAPTURE_INVALIDATED, CAPTURE_ISOLATION, CAPTURE_UNSUPPORTED, Code, ILLEGAL_ADDRESS,
     INVALID_HANDLE, INVALID_VALUE, OK,
 };
-use crate::races::Clock;
+use crate::races::{Access, Clock};
 use crate::raw::HostMemory;
 use crate::world::{
-    Allocation, CHANGED, Capture, Device, IN_HOST_FUNCTION, OpKind, Reach, World, current, wait,
-    world,
+    CHANGED, Capture, Device, IN_HOST_FUNCTION, OpKind, Reach, World, current, wait, world,
 };
 
 /// One host function runs at a time, whatever its stream, as on a card: a slow one delays all
@@ -34,6 +33,8 @@ pub(crate) struct Stream {
     queue: VecDeque<Op>,
     /// The host memory of the operation that runs.
     running: Vec<HostMemory>,
+    /// What that operation does to device memory.
+    accesses: Vec<Access>,
     pub(crate) submitted: u64,
     pub(crate) done: u64,
     pub(crate) clock: Clock,
@@ -61,6 +62,11 @@ impl Stream {
 
     pub(crate) fn host_memory(&self) -> impl Iterator<Item = HostMemory> + '_ {
         self.queue.iter().flat_map(|op| op.work.host()).chain(self.running.iter().copied())
+    }
+
+    /// What operations in flight do to device memory.
+    pub(crate) fn device_memory(&self) -> impl Iterator<Item = &Access> {
+        self.queue.iter().flat_map(|op| &op.accesses).chain(&self.accesses)
     }
 }
 
@@ -100,6 +106,7 @@ pub(crate) fn submit(
         guard = wait(guard);
     }
     let accesses = work.accesses(&guard);
+    let failures = guard.failures(device);
     let name = work.name();
     let waited_for = match &work {
         Work::Wait { until } => Some(*until),
@@ -125,8 +132,8 @@ pub(crate) fn submit(
         event.at = None;
         event.captured = None;
     }
-    stream.queue.push_back(Op::issued(work, reach));
     let found = world.races.submit(handle, count, name, &accesses, &clock, &world.seen);
+    stream.queue.push_back(Op { accesses, failures, ..Op::issued(work, reach) });
     world.violations.extend(found);
     CHANGED.notify_all();
     if reach == Reach::Pageable {
@@ -216,53 +223,53 @@ fn run(handle: u64) {
         }
         let delay = guard.delays_us.get(&kind).copied().unwrap_or(0);
         let Some(stream) = guard.streams.get_mut(&handle) else { return };
-        let Some(op) = stream.queue.pop_front() else { continue };
+        let Some(mut op) = stream.queue.pop_front() else { continue };
         stream.running = op.work.host();
+        stream.accesses = std::mem::take(&mut op.accesses);
         drop(guard);
         if delay > 0 {
             std::thread::sleep(Duration::from_micros(delay * op.work.count()));
         }
-        let outcome = execute(handle, op);
+        let failures = op.failures;
+        let outcome = execute(handle, op, failures);
         guard = world();
-        if let Err(code) = outcome {
+        if let Err(code) = outcome
+            && guard.failures(device) == failures
+        {
             guard.fail(device, code);
         }
         if let Some(stream) = guard.streams.get_mut(&handle) {
             stream.running.clear();
+            stream.accesses.clear();
             stream.done += 1;
         }
         CHANGED.notify_all();
     }
 }
 
-fn execute(handle: u64, op: Op) -> Result<(), Code> {
+/// Carries out an operation of a device that had failed so often when it was submitted.
+fn execute(handle: u64, op: Op, failures: u64) -> Result<(), Code> {
     let mut guard = world();
     let Some(device) = guard.streams.get(&handle).map(|stream| stream.device) else {
         return Ok(());
     };
-    if guard.sticky(device).is_some() {
+    // What it uses may be gone since, also if the device works again.
+    if guard.sticky(device).is_some() || guard.failures(device) != failures {
         return Ok(());
     }
-    let place = |guard: &World, address, len| guard.find(address, len).ok_or(ILLEGAL_ADDRESS);
-    // A copy finds the memory of any device; a kernel has no access to a peer's.
-    let own = |guard: &World, address, len| {
-        let found: (Allocation, usize) = place(guard, address, len)?;
-        if found.0.device == device { Ok(found) } else { Err(ILLEGAL_ADDRESS) }
-    };
     match op.work {
         Work::Up { to, from } => {
-            let (allocation, at) = place(&guard, to, from.len as u64)?;
+            let target = guard.writable(None, to, from.len as u64)?;
             guard.count("copies_up", 1);
             guard.count("bytes_up", from.len as u64);
             drop(guard);
             if op.watched.is_some_and(|before| before != from.checksum()) {
                 world().violation("the source of a copy to the device changed in flight".into());
             }
-            let bytes = from_host(from)?;
-            lock(&allocation.bytes)[at..at + bytes.len()].copy_from_slice(&bytes);
+            target.write(&from_host(from)?);
         }
         Work::Down { to, from } => {
-            let (allocation, at) = place(&guard, from, to.len as u64)?;
+            let source = guard.readable(None, from, to.len as u64)?;
             guard.count("copies_down", 1);
             guard.count("bytes_down", to.len as u64);
             drop(guard);
@@ -270,7 +277,7 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
                 let text = "the destination of a copy from the device was used in flight";
                 world().violation(text.into());
             }
-            let bytes = lock(&allocation.bytes)[at..at + to.len].to_vec();
+            let bytes = source.read();
             let pages = world().pages(to);
             match pages {
                 Some(pages) => pages.write(to, &bytes).map_err(|_| ILLEGAL_ADDRESS)?,
@@ -278,40 +285,40 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
             }
         }
         Work::Copy { to, from, len } => {
-            let (source, from) = place(&guard, from, len)?;
-            let (target, to) = place(&guard, to, len)?;
+            let source = guard.readable(None, from, len)?;
+            let target = guard.writable(None, to, len)?;
             drop(guard);
-            let bytes = lock(&source.bytes)[from..from + len as usize].to_vec();
-            lock(&target.bytes)[to..to + bytes.len()].copy_from_slice(&bytes);
+            target.write(&source.read());
         }
         Work::Fill { to, pattern, len } => {
-            let (target, to) = place(&guard, to, len)?;
+            let target = guard.writable(None, to, len)?;
             drop(guard);
-            for part in lock(&target.bytes)[to..to + len as usize].chunks_mut(pattern.len()) {
-                part.copy_from_slice(&pattern[..part.len()]);
-            }
+            let mut bytes = pattern.repeat((len as usize).div_ceil(pattern.len()));
+            bytes.truncate(len as usize);
+            target.write(&bytes);
         }
         Work::Kernel { name, arguments: [a, b, c, _] } => {
             guard.count("kernels", 1);
             match name {
                 "vmem_copy" | "vmem_slow_copy" => {
-                    let (source, from) = own(&guard, b, c)?;
-                    let (target, to) = own(&guard, a, c)?;
+                    let source = guard.readable(Some(device), b, c)?;
+                    let target = guard.writable(Some(device), a, c)?;
                     drop(guard);
-                    let bytes = lock(&source.bytes)[from..from + c as usize].to_vec();
-                    lock(&target.bytes)[to..to + bytes.len()].copy_from_slice(&bytes);
+                    target.write(&source.read());
                 }
                 "vmem_spin" => {
                     drop(guard);
                     std::thread::sleep(Duration::from_nanos(a));
                 }
                 _ => {
-                    let (target, to) = own(&guard, a, b)?;
+                    let target = guard.writable(Some(device), a, b)?;
                     drop(guard);
-                    for byte in &mut lock(&target.bytes)[to..to + b as usize] {
+                    let mut bytes = target.read();
+                    for byte in &mut bytes {
                         *byte =
                             if name == "vmem_fill" { c as u8 } else { byte.wrapping_add(c as u8) };
                     }
+                    target.write(&bytes);
                 }
             }
         }
@@ -324,15 +331,16 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
             }
             drop(used);
             let mut ranges = copies.iter().flat_map(|copy| copy.work.accesses(&guard));
-            ranges.try_for_each(|access| {
-                own(&guard, access.range.start, access.range.end - access.range.start).map(drop)
+            ranges.try_for_each(|Access { range, writes }| {
+                let find = if writes { World::writable } else { World::readable };
+                find(&guard, Some(device), range.start, range.end - range.start).map(drop)
             })?;
             drop(ranges);
             drop(guard);
             if op.watched.is_some_and(|before| before != table.checksum()) {
                 world().violation("the table of a kernel changed in flight".into());
             }
-            copies.into_iter().try_for_each(|copy| execute(handle, copy))?;
+            copies.into_iter().try_for_each(|copy| execute(handle, copy, failures))?;
         }
         Work::HostFunction(function) => {
             if guard.suppress_host_functions {
@@ -342,7 +350,7 @@ fn execute(handle: u64, op: Op) -> Result<(), Code> {
             guard.count("host_functions", 1);
             let times = 1 + u32::from(guard.double_host_functions);
             drop(guard);
-            let _alone = lock(&HOST_FUNCTIONS);
+            let _alone = HOST_FUNCTIONS.lock().unwrap_or_else(PoisonError::into_inner);
             IN_HOST_FUNCTION.set(true);
             (0..times).for_each(|_| function.call());
             IN_HOST_FUNCTION.set(false);
@@ -372,8 +380,4 @@ fn from_host(memory: HostMemory) -> Result<Vec<u8>, Code> {
         Some(pages) => pages.read(memory).map_err(|_| ILLEGAL_ADDRESS),
         None => Ok(memory.read()),
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -4,12 +4,16 @@
 //! without it, on the threads of the streams, and `CHANGED` is rung after every change. Called by
 //! the symbols and the streams.
 
+mod mapped;
 mod memory;
+mod segments;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 
+pub(crate) use mapped::GRANULARITY;
+use mapped::Mapped;
 pub(crate) use memory::{Allocation, Pinned, Reach};
 
 use crate::codes::{CAPTURED_EVENT, Code, INVALID_VALUE};
@@ -26,6 +30,8 @@ const HANDLES: u64 = 0x5000;
 pub(crate) const PER_THREAD: u64 = 1 << 40;
 /// Where device memory begins: addresses of it lead nowhere on the host.
 const DEVICE_BASE: u64 = 0x0dea_0000_0000;
+/// Where it ends: addresses are used once, so that what is gone is never taken for what is new.
+const DEVICE_END: u64 = DEVICE_BASE + (1 << 44);
 
 pub(crate) static CHANGED: Condvar = Condvar::new();
 static WORLD: LazyLock<Mutex<World>> = LazyLock::new(|| Mutex::new(World::new()));
@@ -114,6 +120,10 @@ pub(crate) struct World {
     pub(crate) queue_max: usize,
     /// Whether registered memory has the same address for the device.
     pub(crate) addressed_alike: bool,
+    /// Whether devices support virtual memory management.
+    pub(crate) paged: bool,
+    /// Whether memory is unmapped only once the device has nothing in flight.
+    pub(crate) unmap_waits: bool,
     pub(crate) suppress_host_functions: bool,
     pub(crate) double_host_functions: bool,
     pub(crate) delays_us: HashMap<OpKind, u64>,
@@ -125,8 +135,11 @@ pub(crate) struct World {
     pub(crate) refused: HashMap<String, Code>,
     /// The devices that have failed for good, and of what.
     sticky: HashMap<Device, Code>,
+    /// How often each device has failed.
+    failures: HashMap<Device, u64>,
     pub(crate) retained: HashMap<u64, i64>,
     pub(crate) allocations: BTreeMap<u64, Allocation>,
+    pub(crate) mapped: Mapped,
     pub(crate) pinned: BTreeMap<usize, Pinned>,
     pub(crate) streams: HashMap<u64, Stream>,
     pub(crate) events: HashMap<u64, Event>,
@@ -169,6 +182,8 @@ impl World {
             registered_max: u64::MAX,
             queue_max: 1024,
             addressed_alike: true,
+            paged: true,
+            unmap_waits: false,
             suppress_host_functions: false,
             double_host_functions: false,
             delays_us: HashMap::new(),
@@ -176,8 +191,10 @@ impl World {
             injected: Vec::new(),
             refused: HashMap::new(),
             sticky: HashMap::new(),
+            failures: HashMap::new(),
             retained: HashMap::new(),
             allocations: BTreeMap::new(),
+            mapped: Mapped::default(),
             pinned: BTreeMap::new(),
             streams: HashMap::new(),
             events: HashMap::new(),
@@ -198,6 +215,7 @@ impl World {
     /// forgotten.
     pub(crate) fn reset(&mut self) {
         self.allocations.clear();
+        self.mapped = Mapped::default();
         self.events.clear();
         self.graphs.clear();
         self.retained.clear();
@@ -213,6 +231,8 @@ impl World {
         self.others = fresh.others;
         self.registered_max = fresh.registered_max;
         self.queue_max = fresh.queue_max;
+        self.paged = fresh.paged;
+        self.unmap_waits = fresh.unmap_waits;
         self.suppress_host_functions = false;
         self.double_host_functions = false;
         self.delays_us.clear();
@@ -248,7 +268,16 @@ impl World {
 
     /// A device fails for good; it keeps the first error.
     pub(crate) fn fail(&mut self, device: Device, code: Code) {
-        self.sticky.entry(device).or_insert(code);
+        if self.sticky.contains_key(&device) {
+            return;
+        }
+        self.sticky.insert(device, code);
+        *self.failures.entry(device).or_default() += 1;
+    }
+
+    /// How often a device has failed: what it was given before the last time has no effects.
+    pub(crate) fn failures(&self, device: Device) -> u64 {
+        self.failures.get(&device).copied().unwrap_or(0)
     }
 
     /// All devices work again.

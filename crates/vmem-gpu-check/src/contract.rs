@@ -8,6 +8,7 @@
 
 mod habits;
 mod memory;
+mod pages;
 
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
@@ -78,6 +79,7 @@ pub(crate) fn parts() -> Vec<Part> {
         part("contract-memory", memory::memory, "memory that runs out, and comes again"),
         part("contract-queue", queue, "many launches behind a kernel"),
         part("contract-order", order, "streams without an event between them run side by side"),
+        part("contract-pages", pages::pages, "device memory as pages that are mapped, and move"),
         part("contract-two-devices", memory::two_devices, "registered memory, where there are two"),
         part("contract-sticky", sticky, "an error that sticks"),
         part("conformance-device", conformance, "the backend: copies at random against a model"),

@@ -147,6 +147,12 @@ fn passed(options: &Options) -> Result<HashSet<String>> {
     Ok(passed.filter_map(|line| line["part"].as_str().map(str::to_owned)).collect())
 }
 
+/// What a part found that printed this.
+pub(crate) fn found(text: &str) -> Option<Value> {
+    let result = text.lines().rev().find_map(|line| line.strip_prefix(RESULT))?;
+    serde_json::from_str(result).ok()
+}
+
 /// Runs a part in a process of its own, and returns what it found.
 fn apart(part: &Part, options: &Options) -> Result<Value> {
     let mut child = Command::new(std::env::current_exe().context("finding this program")?);
@@ -184,8 +190,7 @@ fn apart(part: &Part, options: &Options) -> Result<Value> {
         thread::sleep(Duration::from_millis(20));
     };
     let text = reader.join().unwrap_or_default();
-    let result = text.lines().rev().find_map(|line| line.strip_prefix(RESULT));
-    let result = result.and_then(|result| serde_json::from_str::<Value>(result).ok());
+    let result = found(&text);
     let ended_well = status.is_some_and(|status| status.success());
     Ok(match (result, status) {
         (Some(result), _) if ended_well || result["outcome"] == "failed" => result,

@@ -6,8 +6,10 @@
 
 #![allow(unsafe_code)]
 
+mod batch;
 mod machine;
 mod memory;
+mod pages;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -24,10 +26,12 @@ use rand::rngs::SmallRng;
 use vmem::{GpuSelection, VirtualMemory, VirtualMemoryConfig, VirtualMemoryConfigBuilder};
 use vmem_cuda_emulator::Emulator;
 
+pub(crate) use batch::BatchCopy;
 pub(crate) use machine::{
     capture_until, current_context, describe, processor_time, without_context,
 };
 pub(crate) use memory::{DeviceMemory, Pinned};
+pub(crate) use pages::{Pages, Paging};
 
 use crate::Options;
 
@@ -308,7 +312,7 @@ impl User {
         self.context.bind_to_thread()?;
         // SAFETY: plain bytes, which are not read before they are written.
         let address = unsafe { result::malloc_sync(len) }.context("allocating device memory")?;
-        Ok(DeviceMemory { address, len, context: self.context.clone() })
+        Ok(DeviceMemory { address, len, pages: None, context: self.context.clone() })
     }
 
     /// Host memory that the device reaches directly.

@@ -17,6 +17,7 @@ use crate::batch::Batches;
 use crate::context::{Context, relax_capture};
 use crate::event::EventPool;
 use crate::lane::Lost;
+use crate::mapped::Mapped;
 use crate::pieces::Pieces;
 use crate::queued::{Queued, Streams};
 use crate::siblings::Siblings;
@@ -68,13 +69,78 @@ pub(crate) fn list() -> Result<Vec<Listed>, String> {
     (0..count).map(one).collect::<Result<_, _>>().map_err(|error| told("asking a device", error))
 }
 
+/// Takes `wanted` bytes, or less if others are faster, but `least`; and how many that are. None if
+/// there are fewer.
+///
+/// # Errors
+///
+/// What the driver says, in words.
+fn take(
+    context: &CudaContext,
+    way: Way,
+    mut wanted: u64,
+    least: u64,
+) -> Result<Option<(Taken, u64)>, String> {
+    if way == Way::Pages {
+        match Mapped::open(context, wanted, least) {
+            Ok(None) => {}
+            Ok(Some(pages)) => {
+                let bytes = pages.count() * pages.page_bytes();
+                return Ok(Some((Taken::Pages(pages), bytes)));
+            }
+            Err(error) => tracing::warn!(
+                target: "vmem::fallback", error = %told("taking device memory as pages", error),
+                "device memory is one block"
+            ),
+        }
+    }
+    while wanted >= least {
+        let block = match way {
+            Way::Separate => Ok(Taken::Separate),
+            Way::Pages | Way::Block => {
+                // SAFETY: the memory is plain bytes, and no byte is read before it is written.
+                unsafe { result::malloc_sync(wanted as usize) }.map(Taken::Block)
+            }
+        };
+        match block {
+            Ok(taken) => return Ok(Some((taken, wanted))),
+            // Others took some meanwhile, or it lies in pieces.
+            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                wanted = wanted / 8 * 7 / UNIT * UNIT;
+            }
+            Err(error) => return Err(told("allocating device memory", error)),
+        }
+    }
+    Ok(None)
+}
+
+/// How the memory of a device is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// As pages, where the device has such a thing; else as one block.
+    Pages,
+    Block,
+    /// An allocation for each object, for checkers of memory: they see where each one ends. Slow,
+    /// for each waits for the device.
+    Separate,
+}
+
+/// The memory that was taken.
+#[derive(Debug)]
+enum Taken {
+    Pages(Mapped),
+    /// Where it begins.
+    Block(u64),
+    /// Nothing before there are objects.
+    Separate,
+}
+
 /// The context of the tier and the memory that it has. It is freed when the last of its streams has
 /// ended.
 #[derive(Debug)]
 pub(crate) struct Card {
     context: Arc<Context>,
-    /// 0 where each object has an allocation of its own.
-    base: u64,
+    memory: Taken,
     capacity: u64,
     events: Arc<EventPool>,
     /// For small copies, and for many at once; none where the driver has no such thing.
@@ -86,7 +152,7 @@ pub(crate) struct Card {
 }
 
 impl Card {
-    /// Takes memory on a device: `bytes`, or three quarters of what is free; less if others
+    /// Takes memory on a device: its budget, or three quarters of what is free; less if others
     /// are faster. Called on a thread of ours, which it binds to the context.
     ///
     /// # Errors
@@ -96,7 +162,7 @@ impl Card {
         ordinal: usize,
         budget: Budget,
         lost: Lost,
-        separate: bool,
+        way: Way,
     ) -> Result<Arc<Self>, String> {
         let context =
             CudaContext::new(ordinal).map_err(|error| told("opening a context", error))?;
@@ -107,40 +173,23 @@ impl Card {
         let (free, _) = result::mem_get_info().map_err(|error| told("asking for memory", error))?;
         let three_quarters = || free as u64 / 4 * 3;
         let wanted = budget.resolve("vram_capacity", free as u64, three_quarters);
-        let mut wanted = wanted.map_err(|error| error.to_string())?.min(free as u64) / UNIT * UNIT;
+        let wanted = wanted.map_err(|error| error.to_string())?.min(free as u64) / UNIT * UNIT;
         let events = EventPool::new(context.clone());
         events.prepare();
         let asked = budget.bytes().or(budget.percent().map(|_| wanted));
         let least = CAPACITY_MIN.min(asked.unwrap_or(u64::MAX)) / UNIT * UNIT;
-        loop {
-            if wanted < least.max(UNIT) {
-                return Err(format!("the device has {free} bytes free, which is too little"));
-            }
-            let block = match separate {
-                true => Ok(0),
-                // SAFETY: the memory is plain bytes, and no byte is read before it is written.
-                false => unsafe { result::malloc_sync(wanted as usize) },
-            };
-            match block {
-                Ok(base) => {
-                    return Ok(Arc::new(Card {
-                        pieces: Pieces::load(&context),
-                        context: Arc::new(Context::new(context, lost)),
-                        base,
-                        capacity: wanted,
-                        events,
-                        batches: Batches::find(),
-                        streams: Arc::default(),
-                        siblings: OnceLock::new(),
-                    }));
-                }
-                // Others took some meanwhile, or it lies in pieces.
-                Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
-                    wanted = wanted / 8 * 7 / UNIT * UNIT;
-                }
-                Err(error) => return Err(told("allocating device memory", error)),
-            }
-        }
+        let (memory, capacity) = take(&context, way, wanted, least.max(UNIT))?
+            .ok_or_else(|| format!("the device has {free} bytes free, which is too little"))?;
+        Ok(Arc::new(Card {
+            pieces: Pieces::load(&context),
+            context: Arc::new(Context::new(context, lost)),
+            memory,
+            capacity,
+            events,
+            batches: Batches::find(),
+            streams: Arc::default(),
+            siblings: OnceLock::new(),
+        }))
     }
 
     /// Whether a stream belongs to this context.
@@ -181,8 +230,21 @@ impl Card {
         }
     }
 
+    /// The first address of the memory; 0 where each object has an allocation of its own.
     pub(crate) fn base(&self) -> u64 {
-        self.base
+        match &self.memory {
+            Taken::Pages(pages) => pages.base(),
+            Taken::Block(base) => *base,
+            Taken::Separate => 0,
+        }
+    }
+
+    /// The memory, where it is pages.
+    pub(crate) fn pages(&self) -> Option<&Mapped> {
+        match &self.memory {
+            Taken::Pages(pages) => Some(pages),
+            Taken::Block(_) | Taken::Separate => None,
+        }
     }
 
     pub(crate) fn capacity(&self) -> u64 {
@@ -214,14 +276,17 @@ impl Drop for Card {
     /// With the last stream or the last lease; all copies have ended.
     fn drop(&mut self) {
         let pieces = self.pieces.take();
+        let memory = std::mem::replace(&mut self.memory, Taken::Separate);
         let freed = self.context.visit(|| {
             let unloaded = pieces.map_or(Ok(()), Pieces::unload);
-            if self.base == 0 {
-                return unloaded;
-            }
-            // SAFETY: it was allocated once, is freed here alone, and no copy uses it any more; the
-            // driver waits for kernels.
-            unsafe { result::free_sync(self.base) }.and(unloaded)
+            let freed = match memory {
+                Taken::Pages(pages) => pages.free(),
+                // SAFETY: it was allocated once, is freed here alone, and no copy uses it any more;
+                // the driver waits for kernels.
+                Taken::Block(base) => unsafe { result::free_sync(base) },
+                Taken::Separate => Ok(()),
+            };
+            freed.and(unloaded)
         });
         if let Err(error) = freed.and_then(|freed| freed)
             && !self.context.is_dead()

@@ -32,7 +32,7 @@ const BATCHES_MAX: usize = 8;
 /// Why a device serves no more, once it does not.
 pub(crate) type Lost = Arc<Loss>;
 
-/// The end of a device, and the reason that all waiters get.
+/// The end of a device, with the reason that all waiters get, and the bell of its tier.
 #[derive(Default)]
 pub(crate) struct Loss {
     reason: OnceLock<Arc<str>>,
@@ -47,16 +47,23 @@ impl Loss {
     /// It is lost, for this reason. False if it was lost before.
     pub(crate) fn set(&self, reason: Arc<str>) -> bool {
         let is_first = self.reason.set(reason).is_ok();
-        if is_first && let Some(hook) = self.hook.get() {
-            hook();
+        if is_first {
+            self.ring();
         }
         is_first
     }
 
-    /// `hook` is called once it is lost. Set once.
+    /// Memory may be free, or none will be.
+    pub(crate) fn ring(&self) {
+        if let Some(hook) = self.hook.get() {
+            hook();
+        }
+    }
+
+    /// `hook` is called once it is lost, and when it rings. Set once.
     pub(crate) fn tell(&self, hook: Box<dyn Fn() + Send + Sync>) {
         let is_first = self.hook.set(hook).is_ok();
-        assert!(is_first, "a device has one hook for its loss");
+        assert!(is_first, "a device has one hook");
     }
 }
 

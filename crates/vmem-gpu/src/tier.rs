@@ -1,9 +1,8 @@
-//! The VRAM tier over CUDA: one block of device memory, a thread for each direction.
+//! The VRAM tier over CUDA: memory of the device, a thread for each direction.
 //!
-//! Invariant: the ranges of the ledger are disjoint parts of the block, and one that is free is
-//! used by no copy and no kernel: each user of a range has a share of it. Called by the core.
+//! Invariant: a range that is free is used by no copy and no kernel: each user of a range has a
+//! share of it. Called by the core.
 
-use std::collections::HashMap;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
@@ -18,23 +17,26 @@ use futures::future::{Either, join_all, select};
 use futures_timer::Delay;
 use parking_lot::Mutex;
 use vmem_core::backend::{
-    DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, IoBuf, ObjectSpace,
-    RangeLedger, RangeOwner, StagingMemory,
+    DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, IoBuf, MissingPages,
+    ObjectSpace, StagingMemory,
 };
 
 use vmem_core::{Budget, MemoryTier, VirtualMemoryError};
 
 use crate::backlog::parts;
 use crate::call::{Call, Foreign};
-use crate::card::{Card, UNIT};
+use crate::card::{Card, Way};
 use crate::copy::Work;
 use crate::given::Given;
 use crate::lane::{Lane, Lost};
 use crate::lend::Lent;
+use crate::memory::{Memory, Reserved};
+use crate::mover::Mover;
 use crate::siblings::Siblings;
 use crate::watch::{Answer, Keep, Watch, Watched};
 
-/// With the value `separate` each object has an allocation of its own, for checkers of memory.
+/// How memory is taken: with the value `separate` each object has an allocation of its own, for
+/// checkers of memory; with `block` all is one block.
 const ALLOCATIONS: &str = "VMEM_GPU_ALLOCATIONS";
 /// What is copied to see whether copying works, in bytes.
 const TRIAL_BYTES: usize = 4096;
@@ -48,7 +50,9 @@ pub struct CudaTier {
     /// `None` after the tier was closed. First, so that a thread that is bound to it drops its last
     /// share.
     card: Mutex<Option<Arc<Card>>>,
-    inner: Arc<Inner>,
+    memory: Arc<Memory>,
+    /// Where memory is pages.
+    mover: Option<Mover>,
     up: Lane,
     down: Lane,
     /// For copies from and to memory of callers, which wait for what those have queued.
@@ -68,21 +72,6 @@ pub(crate) struct Settings {
     pub(crate) runtime: Option<tokio::runtime::Handle>,
 }
 
-struct Inner {
-    base: u64,
-    ledger: Mutex<RangeLedger>,
-    /// Where each object has an allocation of its own.
-    separate: Option<Separate>,
-}
-
-/// Allocations of single objects: a checker of memory sees where each one ends. Slow, for each
-/// waits for the device.
-struct Separate {
-    card: Arc<Card>,
-    /// Where in the ledger each address is.
-    offsets: Mutex<HashMap<u64, u64>>,
-}
-
 impl CudaTier {
     /// Takes memory on the device and starts the threads.
     ///
@@ -96,22 +85,28 @@ impl CudaTier {
         settings: Settings,
     ) -> Result<Arc<Self>, String> {
         let lost = Lost::default();
-        let separate = std::env::var_os(ALLOCATIONS).is_some_and(|value| value == "separate");
-        let card = Card::open(ordinal, budget, lost.clone(), separate)?;
+        let card = Card::open(ordinal, budget, lost.clone(), way())?;
         let up = Lane::start("vmem-gpu-up", card.clone())?;
         let down = Lane::start("vmem-gpu-down", card.clone())?;
         let side = Lane::start("vmem-gpu-side", card.clone())?;
         let watch = Watch::start(card.clone())?;
-        let ledger = RangeLedger::new(card.capacity(), UNIT);
         let described = format!("{name} (device {ordinal}), {} bytes", card.capacity()).into();
-        let separate =
-            separate.then(|| Separate { card: card.clone(), offsets: Mutex::new(HashMap::new()) });
-        let ledger = Mutex::new(ledger);
-        let inner = Inner { base: card.base(), ledger, separate };
-        let inner = Arc::new(inner);
+        let memory = Memory::new(&card);
+        let start = |_| Mover::start(card.clone(), memory.clone(), lost.clone());
+        let mover = card.pages().map(start).transpose()?;
         let card = Mutex::new(Some(card));
-        let tier =
-            Arc::new(CudaTier { card, inner, up, down, side, watch, lost, described, settings });
+        let tier = Arc::new(CudaTier {
+            card,
+            memory,
+            mover,
+            up,
+            down,
+            side,
+            watch,
+            lost,
+            described,
+            settings,
+        });
         tier.try_it()?;
         Ok(tier)
     }
@@ -210,15 +205,16 @@ impl CudaTier {
         })
     }
 
-    /// Copies some bytes up and down again.
+    /// Copies some bytes up and down again: where memory is pages, across the border of two.
     fn try_it(&self) -> Result<(), String> {
         let refused = |error: DeviceError| format!("a trial copy failed: {error}");
-        let range = self.reserve(TRIAL_BYTES).ok_or("a trial found no memory")?;
+        let border = self.memory.page_bytes().map_or(0, |bytes| bytes as usize - TRIAL_BYTES / 2);
+        let range = self.reserve(border + TRIAL_BYTES).ok_or("a trial found no memory")?;
         let range = Arc::new(range);
         let bytes: Vec<u8> = (0..TRIAL_BYTES).map(|at| (at % 251) as u8 ^ 0x5a).collect();
-        block_on(self.upload(range.clone(), 0, bytes.clone().into())).map_err(refused)?;
+        block_on(self.upload(range.clone(), border, bytes.clone().into())).map_err(refused)?;
         let back = IoBuf::from_vec(vec![0; TRIAL_BYTES]);
-        let (back, outcome) = block_on(self.download(range.clone(), 0, TRIAL_BYTES, back, 0));
+        let (back, outcome) = block_on(self.download(range.clone(), border, TRIAL_BYTES, back, 0));
         outcome.map_err(refused)?;
         if back[..] != bytes[..] {
             return Err("a trial copy came back with other bytes".to_owned());
@@ -232,32 +228,36 @@ impl DeviceBackend for CudaTier {
         if self.lost.get().is_some() {
             return None;
         }
-        let (offset, footprint) = self.inner.ledger.lock().take(len)?;
-        let address = match &self.inner.separate {
-            None => self.inner.base + offset,
-            Some(separate) => {
-                let Some(address) = separate.card.allocate(len) else {
-                    self.inner.ledger.lock().give_back(offset, footprint);
-                    return None;
+        match self.memory.reserve(len) {
+            Reserved::Range(range) => Some(range),
+            Reserved::After(plan) => {
+                let submitted = match &self.mover {
+                    Some(mover) => mover.submit(plan),
+                    None => Err(plan),
                 };
-                separate.offsets.lock().insert(address, offset);
-                address
+                if let Err(plan) = submitted {
+                    self.memory.settle(plan, false);
+                }
+                None
             }
-        };
-        Some(DeviceRange::new(address, len, footprint, self.inner.clone()))
+            Reserved::None => None,
+        }
     }
 
     fn footprint(&self, len: usize) -> u64 {
-        self.inner.ledger.lock().footprint(len)
+        self.memory.footprint(len)
     }
 
     fn free_from(&self, address: u64) -> u64 {
-        let inner = &self.inner;
-        // Allocations of their own lie beside nothing.
-        if inner.separate.is_some() {
-            return 0;
-        }
-        address.checked_sub(inner.base).map_or(0, |at| inner.ledger.lock().free_from(at))
+        self.memory.free_from(address)
+    }
+
+    fn coming_bytes(&self) -> u64 {
+        self.memory.coming_bytes()
+    }
+
+    fn missing_pages(&self, footprint: u64) -> Option<MissingPages> {
+        self.memory.missing_pages(footprint)
     }
 
     fn upload(
@@ -331,7 +331,7 @@ impl DeviceBackend for CudaTier {
     }
 
     fn usage(&self) -> DeviceUsage {
-        self.inner.ledger.lock().usage()
+        self.memory.usage()
     }
 
     fn lost(&self) -> Option<Arc<str>> {
@@ -349,7 +349,11 @@ impl DeviceBackend for CudaTier {
         self.side.close();
         self.watch.close();
         let lanes = futures::future::join3(self.up.ended(), self.down.ended(), self.side.ended());
-        let ended = futures::future::join(lanes, self.watch.ended());
+        let moved = self.mover.as_ref().map(|mover| {
+            mover.close();
+            mover.ended()
+        });
+        let ended = futures::future::join3(lanes, self.watch.ended(), join_all(moved));
         async move {
             let in_time = in_real_time(LAST_COPIES, ended).await;
             in_time.map(drop).ok_or_else(|| DeviceError::Failed {
@@ -359,6 +363,15 @@ impl DeviceBackend for CudaTier {
             })
         }
         .boxed()
+    }
+}
+
+/// How the environment wants memory to be taken.
+fn way() -> Way {
+    match std::env::var(ALLOCATIONS).as_deref() {
+        Ok("separate") => Way::Separate,
+        Ok("block") => Way::Block,
+        _ => Way::Pages,
     }
 }
 
@@ -375,26 +388,4 @@ async fn in_real_time<T>(limit: Duration, wait: impl Future<Output = T>) -> Opti
 
 fn answered(answer: Result<Result<(), DeviceError>, oneshot::Canceled>) -> Result<(), DeviceError> {
     answer.unwrap_or(Err(DeviceError::Closed))
-}
-
-impl RangeOwner for Inner {
-    fn release(&self, address: u64, footprint: u64) {
-        let offset = match &self.separate {
-            None => Some(address - self.base),
-            Some(separate) => {
-                let offset = separate.offsets.lock().remove(&address);
-                separate.card.free_one(address);
-                offset
-            }
-        };
-        if let Some(offset) = offset {
-            self.ledger.lock().give_back(offset, footprint);
-        }
-    }
-}
-
-impl std::fmt::Debug for Inner {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Inner").field("usage", &self.ledger.lock().usage()).finish()
-    }
 }

@@ -39,8 +39,9 @@ pub(crate) struct Watched {
     pub(crate) event: Option<Event>,
     /// Ended before there is an event.
     pub(crate) lent: Vec<Lent>,
-    /// None once it was given back: whatever else ends this leaks it.
+    /// None once it was given back: whatever else ends this leaks it, and the card with it.
     keep: Option<Keep>,
+    card: Option<Arc<Card>>,
     reply: Option<oneshot::Sender<Result<(), DeviceError>>>,
 }
 
@@ -57,11 +58,13 @@ impl Watched {
         keep: Keep,
     ) -> (Self, Answer) {
         let (reply, answer) = oneshot::channel();
-        (Watched { stream, event, lent, keep: Some(keep), reply: Some(reply) }, answer)
+        let keep = Some(keep);
+        let reply = Some(reply);
+        (Watched { stream, event, lent, keep, card: None, reply }, answer)
     }
 
     pub(crate) fn end(mut self, outcome: Result<(), DeviceError>) {
-        drop((self.event.take(), self.keep.take()));
+        drop((self.event.take(), self.keep.take(), self.card.take()));
         if let Some(reply) = self.reply.take() {
             drop(reply.send(outcome));
         }
@@ -71,7 +74,7 @@ impl Watched {
 impl Drop for Watched {
     /// A panic of the thread proves nothing about the device.
     fn drop(&mut self) {
-        std::mem::forget(self.keep.take());
+        std::mem::forget((self.keep.take(), self.card.take()));
     }
 }
 
@@ -109,7 +112,8 @@ impl Watch {
     }
 
     /// Keeps it until its time has come. On any thread; waits for nothing.
-    pub(crate) fn submit(&self, watched: Watched, card: &Arc<Card>) {
+    pub(crate) fn submit(&self, mut watched: Watched, card: &Arc<Card>) {
+        watched.card = Some(card.clone());
         let mut queue = self.inbox.0.lock();
         queue.new.push(watched);
         if let Some(bell) = &queue.bell

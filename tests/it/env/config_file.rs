@@ -99,6 +99,9 @@ fn unworkable_value_is_refused_with_its_field() {
         ("gpus = [0, 1]\nvram_capacities = [5, 0]", "vram_capacities"),
         ("gpus = [0, 1]\nvram_capacities = [5]", "1 for 2 GPUs"),
         ("vram_capacities = []", "0 for 1 GPUs"),
+        ("gpus = [0, 1]\nvram_policies = [\"lru\", \"mru\"]", "mru"),
+        ("gpus = [0, 1]\nvram_policies = [\"lru\"]", "1 for 2 GPUs"),
+        ("vram_policy = \"lru\"\nvram_policies = [\"lru\"]", "vram_policies"),
         ("gpus = [0, 1]\nvram_capacity = 5\nvram_capacities = [5, 5]", "vram_capacities"),
     ] {
         let refused = toml::from_str::<VirtualMemoryConfig>(text).unwrap_err().to_string();
@@ -108,12 +111,15 @@ fn unworkable_value_is_refused_with_its_field() {
 
 #[test]
 fn memory_of_each_device_is_read_and_written() {
-    let text = "gpus = [0, 1]\nvram_capacities = [\"1 GiB\", \"25%\"]";
+    let text = "gpus = [0, 1]\nvram_capacities = [\"1 GiB\", \"25%\"]\n\
+                vram_policies = [\"sieve\", \"lru\"]";
     let config: VirtualMemoryConfig = toml::from_str(text).unwrap();
     let written = toml::to_string(&config).unwrap();
     for config in [config, toml::from_str(&written).unwrap()] {
         let budgets = [0, 1].map(|device| config.vram_budget_of(device));
         assert_eq!(budgets, [Budget::Bytes(1 << 30), Budget::Percent(25.0)]);
+        let policies = [0, 1].map(|device| config.vram_policy_of(device));
+        assert_eq!(policies, [PolicyKind::Sieve, PolicyKind::Lru]);
         assert_eq!(config.vram_capacity(), None, "they have no one number");
     }
     let one = VirtualMemoryConfig::builder().vram_capacities([5]).vram_capacity(7).build();

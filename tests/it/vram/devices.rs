@@ -12,7 +12,7 @@ use futures::FutureExt;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use vmem::backend::DeviceAccess;
-use vmem::{MemoryTier, PolicyKind, VMemHandle, VirtualMemory, VirtualMemoryError};
+use vmem::{GpuSelection, MemoryTier, PolicyKind, VMemHandle, VirtualMemory, VirtualMemoryError};
 use vmem_testkit::SimDevice;
 
 use crate::support::{self, DISK, HOST, KIB, MIB, bytes};
@@ -235,4 +235,30 @@ async fn policy_of_device_memory_is_its_own() {
         assert_eq!(found > 0, finds, "{policy:?}: {found} of 160");
         vmem.close().await.unwrap();
     }
+}
+
+/// The same layers on two devices, of which only one finds any.
+#[tokio::test]
+async fn policies_of_two_devices_are_their_own() {
+    let devices = [(); 2].map(|()| Arc::new(SimDevice::new(MIB as u64)) as Arc<_>);
+    let (vmem, _) = support::open_below(devices, 8 * MIB, MIB, |config| {
+        let config = config.gpus([0, 1].map(GpuSelection::Device));
+        config.vram_policies([PolicyKind::S3Fifo, PolicyKind::Lru])
+    });
+    let mut layers = Vec::new();
+    for layer in 1..=16 {
+        layers.push(vmem.put(bytes(layer, 1, 88 * KIB), HOST).await.unwrap());
+    }
+    let mut found = [0; 2];
+    for _ in 0..10 {
+        for layer in &layers {
+            for (number, found) in (0..).zip(&mut found) {
+                let tier = MemoryTier::of_device(number);
+                *found += usize::from(vmem.residency(layer).unwrap().is_in(tier));
+                vmem.promote(layer, tier).await.unwrap();
+            }
+        }
+    }
+    assert!(found[0] > 0 && found[1] == 0, "{found:?} of 160");
+    vmem.close().await.unwrap();
 }

@@ -151,7 +151,7 @@ impl<T: Evicting> Evictor<T> {
         let mut situation = Situation {
             wanted,
             capacity_bytes: state.space().capacity_bytes(),
-            used_bytes: state.space().used_bytes(),
+            used_bytes: state.space().used_bytes() + state.space().coming_bytes(),
             leaving_bytes: self.leaving_bytes,
             marks: state.marks,
             is_above_mark: self.is_above_mark,
@@ -221,6 +221,14 @@ impl<T: Evicting> Evictor<T> {
             // Others would go for nothing.
             return Plan { victims: neighbours, stop: Stop::Nothing };
         }
+        let space = self.tier.state(shared).space();
+        if wanted.is_scattered() && space.coming_bytes() > 0 {
+            // Since it was refused. The next turn sees it.
+            return Plan { victims: Vec::new(), stop: Stop::Enough };
+        }
+        // What else is wanted is for the next turn, which may need what lies together too.
+        let apart = neighbours.is_empty() || !space.needs_together(wanted.first());
+        let target = if apart || crate::planted!("pages-and-more") { target } else { 0 };
         let Evictor { tier, look, .. } = self;
         let plan = plan(target, neighbours, &mut || look.next(tier, shared));
         self.unsettled |= std::mem::take(&mut self.look.is_hurried);

@@ -303,7 +303,7 @@ impl Evicting for OnDevice {
         written.boxed()
     }
 
-    /// The coldest copies that lie beside each other, with what is free between them.
+    /// The coldest copies that make space together.
     fn neighbours(&self, shared: &Shared, wanted: &Wanted) -> Vec<u64> {
         let state = self.state(shared);
         let mut seeds = Vec::new();
@@ -316,7 +316,9 @@ impl Evicting for OnDevice {
                 object.is_evictable_on(self.0) && !crate::planted!("evict-neighbours");
             is_evictable.then(|| object.stamp())
         };
-        state.space().coldest_window(&addresses, wanted.first(), &stamp)
+        // Others do without rather than have some of it.
+        let parts = wanted.demand_bytes > 0;
+        state.space().coldest_neighbours(&addresses, wanted.first(), parts, &stamp)
     }
 }
 

@@ -148,6 +148,27 @@ impl VirtualMemoryConfigBuilder {
     /// the layers of a model, finds none there under `lru`, and some under `s3-fifo`.
     pub fn vram_policy(mut self, policy: impl Into<PolicyChoice>) -> Self {
         self.vram_policy = Some(policy.into());
+        self.vram_policies = None;
+        self
+    }
+
+    /// [`vram_policy`](Self::vram_policy) of each device by itself, in the order of
+    /// [`gpus`](Self::gpus), and as many as these.
+    ///
+    /// ```
+    /// use vmem::{GpuSelection, PolicyKind, VirtualMemoryConfig};
+    ///
+    /// let two = VirtualMemoryConfig::builder().gpus([0, 1].map(GpuSelection::Device));
+    /// let config = two.vram_policies([PolicyKind::Lru, PolicyKind::S3Fifo]).build()?;
+    /// assert_eq!(config.vram_policy_of(1), PolicyKind::S3Fifo);
+    /// # Ok::<(), vmem::VirtualMemoryError>(())
+    /// ```
+    pub fn vram_policies<P: Into<PolicyChoice>>(
+        mut self,
+        policies: impl IntoIterator<Item = P>,
+    ) -> Self {
+        self.vram_policy = None;
+        self.vram_policies = Some(policies.into_iter().map(Into::into).collect());
         self
     }
 
@@ -289,6 +310,11 @@ impl VirtualMemoryConfigBuilder {
             && budgets != gpus
         {
             return refuse("vram_capacities", format!("{budgets} for {gpus} GPUs"));
+        }
+        if let Some(policies) = self.vram_policies.as_ref().map(Vec::len)
+            && policies != gpus
+        {
+            return refuse("vram_policies", format!("{policies} for {gpus} GPUs"));
         }
         at_least("catalog_cache", Some(self.catalog_cache), 64 << 10)?;
         match (self.staging_capacity, self.host_capacity.bytes()) {

@@ -14,7 +14,7 @@ use serde::de::{Deserialize, Deserializer, Error, Unexpected, Visitor};
 use super::{
     Budget, GpuSelection, Promotion, VirtualMemoryConfig, VirtualMemoryConfigBuilder, WriteBack,
 };
-use crate::policy::PolicyKind;
+use crate::policy::{PolicyChoice, PolicyKind};
 
 /// The fields by the names of their setters; one that is missing has its default.
 #[derive(Default, serde::Deserialize)]
@@ -36,6 +36,7 @@ struct Fields {
     max_held: Option<f64>,
     policy: Option<String>,
     vram_policy: Option<String>,
+    vram_policies: Option<Vec<String>>,
     promotion: Option<Promotion>,
     gather_promotion: Option<Gathers>,
     write_back: Option<String>,
@@ -209,14 +210,19 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
     if let Some(driver) = fields.io_driver {
         builder.io_driver = driver.parse().map_err(|error| format!("{error}"))?;
     }
-    if let Some(policy) = fields.policy {
-        let kind = policy.parse::<PolicyKind>().map_err(|error| format!("{error}"))?;
-        builder.policy = kind.into();
+    let policy = |word: String| match word.parse::<PolicyKind>() {
+        Ok(kind) => Ok(PolicyChoice::from(kind)),
+        Err(error) => Err(format!("{error}")),
+    };
+    if let Some(word) = fields.policy {
+        builder.policy = policy(word)?;
     }
-    if let Some(policy) = fields.vram_policy {
-        let kind = policy.parse::<PolicyKind>().map_err(|error| format!("{error}"))?;
-        builder.vram_policy = Some(kind.into());
+    if fields.vram_policy.is_some() && fields.vram_policies.is_some() {
+        return Err("vram_policy and vram_policies say the same: one is enough".to_owned());
     }
+    builder.vram_policy = fields.vram_policy.map(policy).transpose()?;
+    let each = fields.vram_policies.map(|words| words.into_iter().map(policy).collect());
+    builder.vram_policies = each.transpose()?;
     match (fields.promotion, fields.gather_promotion) {
         (Some(Promotion::OnNthGather(_)), Some(_)) => {
             return Err("promotion and gather_promotion say the same: one is enough".to_owned());

@@ -42,6 +42,8 @@ struct Fields<'a> {
     policy: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     vram_policy: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vram_policies: Option<Vec<String>>,
     promotion: Promotion,
     #[serde(serialize_with = "gathers")]
     gather_promotion: Promotion,
@@ -71,6 +73,8 @@ impl Serialize for VirtualMemoryConfig {
         };
         let policy = word(&fields.policy)?;
         let vram_policy = fields.vram_policy.as_ref().map(word).transpose()?;
+        let each = fields.vram_policies.as_ref();
+        let vram_policies = each.map(|each| each.iter().map(word).collect()).transpose()?;
         let (gpu, gpus) = match &fields.gpus[..] {
             [one] => (Some(one), None),
             several => (None, Some(several)),
@@ -92,6 +96,7 @@ impl Serialize for VirtualMemoryConfig {
             max_held: fields.max_held,
             policy,
             vram_policy,
+            vram_policies,
             promotion: fields.promotion,
             gather_promotion: fields.gather_promotion,
             write_back: match fields.write_back {

@@ -98,6 +98,20 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
         0
     }
 
+    /// Where memory is pages that are mapped to any address: how many whole pages would have to
+    /// become free for an object of this footprint; none of them while memory is on its way,
+    /// of which the hook tells. None where the object would lie in one piece of memory that has to
+    /// become free, and where memory is no pages.
+    fn missing_pages(&self, footprint: u64) -> Option<MissingPages> {
+        let _ = footprint;
+        None
+    }
+
+    /// The free bytes that nobody gets now, for they are on their way to where they are needed.
+    fn coming_bytes(&self) -> u64 {
+        0
+    }
+
     /// The ledger, now.
     fn usage(&self) -> DeviceUsage;
 
@@ -215,6 +229,15 @@ impl fmt::Debug for DeviceRange {
     }
 }
 
+/// Pages that have to become free. A page begins at a multiple of its size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MissingPages {
+    /// The size of a page, in bytes.
+    pub page_bytes: u64,
+    /// How many.
+    pub count: u64,
+}
+
 /// The ledger of a device. Bytes are footprints: rounding included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeviceUsage {
@@ -224,7 +247,7 @@ pub struct DeviceUsage {
     pub capacity_bytes: u64,
     /// The largest that `used_bytes` ever was.
     pub peak_bytes: u64,
-    /// The largest object that would fit now.
+    /// An object of this length would fit now.
     pub largest_free_bytes: u64,
 }
 

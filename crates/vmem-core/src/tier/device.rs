@@ -5,7 +5,6 @@
 //! share that is dropped, so no waiter for memory, or for the last user of a range, misses it.
 //! Asked by the migrations to and from the device; served by the actor.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -14,6 +13,7 @@ use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
 use super::gathers::Gathers;
+use super::neighbours::{Resident, Residents, Surroundings};
 use super::{Class, NoSpace, Queue, Space, TierState, Watermarks};
 use crate::device::{
     DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, ShareWatcher,
@@ -151,103 +151,6 @@ impl std::fmt::Debug for Device {
     }
 }
 
-/// A copy in device memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Resident {
-    pub(crate) footprint: u64,
-    pub(crate) object: u64,
-}
-
-/// The copies by their address, for the search for neighbours.
-#[derive(Debug, Default)]
-struct Residents {
-    by_address: BTreeMap<u64, Resident>,
-    bytes: u64,
-}
-
-impl Residents {
-    fn insert(&mut self, address: u64, resident: Resident) {
-        self.bytes += resident.footprint;
-        let before = self.by_address.insert(address, resident);
-        assert!(before.is_none(), "two copies lie at one address of the device");
-    }
-
-    /// The copies within `need` bytes of `seed`, on both sides.
-    fn around(&self, seed: u64, need: u64) -> BTreeMap<u64, Resident> {
-        let from = seed.saturating_sub(need);
-        // One more on the low side: it may reach into the stretch.
-        let first =
-            self.by_address.range(..=from).next_back().map_or(from, |(&address, _)| address);
-        let near = self.by_address.range(first..seed.saturating_add(need));
-        near.map(|(&address, &resident)| (address, resident)).collect()
-    }
-
-    fn remove(&mut self, address: u64) {
-        let resident =
-            self.by_address.remove(&address).expect("invariant: a copy that leaves had entered");
-        assert!(self.bytes >= resident.footprint, "copies take what they took");
-        self.bytes -= resident.footprint;
-        assert!(self.bytes == 0 || !self.by_address.is_empty(), "bytes that are no copy's");
-    }
-}
-
-/// A stretch of copies that lie beside each other.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Window {
-    objects: Vec<u64>,
-    /// The last access of any of them.
-    newest: u64,
-    /// What they take.
-    bytes: u64,
-}
-
-/// The copies from the one at `seed` upwards, then downwards, until they and what is free between
-/// them come to `need` bytes. None if something that cannot go is in the way.
-fn window(
-    around: &BTreeMap<u64, Resident>,
-    seed: u64,
-    need: u64,
-    free_from: &dyn Fn(u64) -> u64,
-    stamp: &dyn Fn(u64) -> Option<u64>,
-) -> Option<Window> {
-    let mut window = Window::default();
-    let mut add = |resident: &Resident| {
-        let stamp = stamp(resident.object)?;
-        window.objects.push(resident.object);
-        window.newest = window.newest.max(stamp);
-        window.bytes += resident.footprint;
-        Some(())
-    };
-    let mut start = seed;
-    let mut end = seed;
-    while end - start < need {
-        match around.get(&end) {
-            Some(resident) => match add(resident) {
-                Some(()) => end += resident.footprint,
-                None => break,
-            },
-            None => match free_from(end) {
-                0 => break,
-                free => end += free,
-            },
-        }
-    }
-    while end - start < need {
-        let missing = need - (end - start);
-        if start >= missing && free_from(start - missing) >= missing {
-            break;
-        }
-        let (&address, resident) = around.range(..start).next_back()?;
-        let gap = start.checked_sub(address + resident.footprint)?;
-        if gap > 0 && free_from(address + resident.footprint) < gap {
-            return None;
-        }
-        add(resident)?;
-        start = address;
-    }
-    Some(window)
-}
-
 /// The memory of one device as space that is granted.
 pub(crate) struct DeviceSpace {
     backend: Arc<dyn DeviceBackend>,
@@ -256,24 +159,25 @@ pub(crate) struct DeviceSpace {
 }
 
 impl DeviceSpace {
-    /// Neighbours that leave one free piece of `need` bytes when they go: around one of these
-    /// addresses, the ones that were used longest ago. `stamp` tells the last access of an object
-    /// that can go. Empty if there are none.
-    pub(crate) fn coldest_window(
+    /// Objects that leave space for one object of `need` bytes when they go: near one of these
+    /// addresses, those that were used longest ago. `stamp` tells the last access of an object
+    /// that can go; a caller that goes on takes `parts` of what is needed too. Empty if there are
+    /// none.
+    pub(crate) fn coldest_neighbours(
         &self,
         seeds: &[u64],
         need: u64,
+        parts: bool,
         stamp: &dyn Fn(u64) -> Option<u64>,
     ) -> Vec<u64> {
-        let windows = seeds.iter().filter_map(|&seed| {
-            // Copied first: no object is asked anything under this lock.
-            let around = self.residents.lock().around(seed, need);
-            let free_from = |address| self.backend.free_from(address);
-            window(&around, seed, need, &free_from, stamp)
-        });
-        windows
-            .min_by_key(|window| (window.newest, window.bytes))
-            .map_or_else(Vec::new, |w| w.objects)
+        let free_from = |address| self.backend.free_from(address);
+        // A copy at a time: no object is asked anything under this lock.
+        let from = |address| self.residents.lock().from(address);
+        let below = |address| self.residents.lock().below(address);
+        let space = Surroundings { from: &from, below: &below, free_from: &free_from, stamp };
+        let missing = self.backend.missing_pages(need);
+        let missing = missing.filter(|_| !crate::planted!("pages-as-windows"));
+        space.coldest(seeds, need, missing, parts)
     }
 
     pub(crate) fn usage(&self) -> DeviceUsage {
@@ -298,8 +202,16 @@ impl Space for DeviceSpace {
 
     /// Ranges of versions that have passed, which kernels or copies still use.
     fn held_bytes(&self) -> u64 {
-        let resident_bytes = self.residents.lock().bytes;
+        let resident_bytes = self.residents.lock().bytes();
         self.used_bytes().saturating_sub(resident_bytes)
+    }
+
+    fn coming_bytes(&self) -> u64 {
+        self.backend.coming_bytes()
+    }
+
+    fn needs_together(&self, footprint: u64) -> bool {
+        self.backend.missing_pages(footprint).is_some()
     }
 
     fn try_take(&self, len: usize, _owner: u64) -> Result<DeviceRange, NoSpace> {
@@ -313,7 +225,14 @@ impl Space for DeviceSpace {
             None => {
                 let usage = self.usage();
                 let free = usage.capacity_bytes.saturating_sub(usage.used_bytes);
-                Err(NoSpace { scattered: self.backend.footprint(len) <= free })
+                let footprint = self.backend.footprint(len);
+                Err(match self.backend.missing_pages(footprint) {
+                    None => NoSpace::scattered(footprint <= free),
+                    // What is on pages goes from the first: what else goes would go for nothing.
+                    Some(missing) => {
+                        NoSpace { scattered: missing.count > 0, coming: missing.count == 0 }
+                    }
+                })
             }
         }
     }

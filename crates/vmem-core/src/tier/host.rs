@@ -42,7 +42,7 @@ impl Space for HostSpace {
     }
 
     fn try_take(&self, len: usize, owner: u64) -> Result<HostSlot, NoSpace> {
-        self.arena.try_alloc(len, owner).map_err(|why| NoSpace { scattered: why.scattered })
+        self.arena.try_alloc(len, owner).map_err(|why| NoSpace::scattered(why.scattered))
     }
 
     fn put_back(&self, slot: HostSlot) {

@@ -10,6 +10,7 @@ mod holds;
 mod host;
 mod link;
 mod need;
+mod neighbours;
 mod queue;
 mod state;
 mod storage;

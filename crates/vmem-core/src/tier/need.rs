@@ -13,8 +13,17 @@ use crate::error::VirtualMemoryError;
 /// Why there is no space now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct NoSpace {
-    /// By its footprint it would fit: the space lies in pieces, or in spans of other objects.
+    /// By its footprint it would fit: the space lies in pieces, or in spans of other objects. Or
+    /// only what lies together makes space for it.
     pub(crate) scattered: bool,
+    /// There will be space without an eviction.
+    pub(crate) coming: bool,
+}
+
+impl NoSpace {
+    pub(crate) fn scattered(scattered: bool) -> Self {
+        NoSpace { scattered, coming: false }
+    }
 }
 
 /// Memory within a budget.
@@ -34,6 +43,16 @@ pub(crate) trait Space: Send + Sync + 'static {
     /// Bytes in use that are no object's current copy: readers or kernels keep them, and no
     /// eviction frees them.
     fn held_bytes(&self) -> u64;
+
+    /// What is free and nobody's, for it is on its way to where it is needed.
+    fn coming_bytes(&self) -> u64 {
+        0
+    }
+
+    /// Whether only what lies together makes space for an object of this footprint.
+    fn needs_together(&self, _footprint: u64) -> bool {
+        false
+    }
 
     /// Space for `len` bytes of the object `owner`, at once or not at all.
     fn try_take(&self, len: usize, owner: u64) -> Result<Self::Slot, NoSpace>;
@@ -109,7 +128,7 @@ pub(crate) enum Refused {
 /// What waits, as the evictor sees it. Bytes are footprints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Wanted {
-    /// Of all demand requests that eviction can serve.
+    /// Of the demand requests for which objects are evicted now.
     pub(crate) demand_bytes: u64,
     /// Of all prefetch requests.
     pub(crate) prefetch_bytes: u64,
@@ -125,7 +144,7 @@ pub(crate) struct Wanted {
     pub(crate) spares_since: Option<u64>,
     /// As `scattered`, for the first prefetch request.
     pub(crate) prefetch_scattered: bool,
-    /// The first request would fit by its footprint, but the space lies in pieces.
+    /// The first request needs what lies together.
     pub(crate) scattered: bool,
     /// Requests that no eviction can serve, for what is pinned and held.
     pub(crate) out_of_reach: usize,
@@ -139,7 +158,7 @@ impl Wanted {
         if self.demand_bytes > 0 { self.first_demand } else { self.first_prefetch }
     }
 
-    /// Whether the first request would fit by its footprint, but the space lies in pieces.
+    /// Whether the first request needs what lies together.
     pub(crate) fn is_scattered(&self) -> bool {
         if self.demand_bytes > 0 { self.scattered } else { self.prefetch_scattered }
     }
@@ -177,5 +196,7 @@ pub(super) struct Served {
     pub(super) spares_since: Option<u64>,
     pub(super) unblocks_at: Option<Instant>,
     pub(super) scattered: bool,
+    /// The first one waits for what is on its way.
+    pub(super) coming: bool,
     pub(super) out_of_reach: usize,
 }

@@ -89,7 +89,7 @@ impl<S: Space> Queue<S> {
             // A prefetch that alone exceeds the limit gets space while nothing else has any.
             let limit = self.prefetch_limit_bytes.max(footprint);
             if self.space.used_bytes() + footprint > limit {
-                return Err(NoSpace { scattered: false });
+                return Err(NoSpace::scattered(false));
             }
         }
         let mut grant = Grant::<S>::new();
@@ -236,11 +236,12 @@ impl<S: Space> Queue<S> {
             unblocks_at: demand.unblocks_at,
             ..Wanted::default()
         };
-        if demand.bytes == 0 {
+        let none_demanded = demand.bytes == 0 && !demand.coming;
+        if none_demanded {
             let prefetch = self.serve_class(&mut waiters.prefetch, reach, &mut answers);
             wanted.add_prefetches(&prefetch);
         }
-        if demand.bytes == 0 && waiters.prefetch.is_empty() {
+        if none_demanded && waiters.prefetch.is_empty() {
             let sparing = self.serve_class(&mut waiters.sparing, reach, &mut answers);
             wanted.add_sparing(&sparing);
         } else if !crate::planted!("gather-waits") {
@@ -294,16 +295,21 @@ impl<S: Space> Queue<S> {
                         served.first = footprint;
                         served.asked = Some(waiters[at].deadline.asked());
                         served.spares_since = waiters[at].need.spares_since;
-                        let scattered = matches!(refused, Some(Err(why)) if why.scattered);
-                        served.scattered = scattered && footprint <= reach;
+                        if let Some(Err(why)) = refused {
+                            served.scattered = why.scattered && footprint <= reach;
+                            served.coming = why.coming;
+                        }
                         let since = waiters[at].blocks_since;
                         let until = since.map(|since| since + BLOCK_MAX);
                         served.unblocks_at = until.filter(|until| *until > Instant::now());
                     }
+                    let is_first = blocked == Some(at);
                     // What eviction cannot serve is not evicted for.
                     if footprint > reach {
                         served.out_of_reach += 1;
-                    } else {
+                    } else if is_first && !served.coming
+                        || !is_first && !self.space.needs_together(footprint)
+                    {
                         served.bytes += footprint;
                     }
                     at += 1;

@@ -143,7 +143,7 @@ impl Space for StorageSpace {
     fn try_take(&self, len: usize, _owner: u64) -> Result<Vec<Extent>, NoSpace> {
         let lens = chunk_lens(len, 0..chunk_count(len));
         // A chunk goes into pieces where the free space is in pieces, so that is never in the way.
-        self.reserve(&lens).map_err(|_| NoSpace { scattered: false })
+        self.reserve(&lens).map_err(|_| NoSpace::scattered(false))
     }
 
     fn put_back(&self, slot: Vec<Extent>) {

@@ -13,6 +13,10 @@ pub(crate) struct Op {
     pub(crate) work: Work,
     /// What its source held when it was issued, or that its destination was spoiled.
     pub(super) watched: Option<u64>,
+    /// What it does to device memory, once a stream has it.
+    pub(super) accesses: Vec<Access>,
+    /// How often its device had failed by then: after one more it has no effects.
+    pub(super) failures: u64,
 }
 
 impl Op {
@@ -27,7 +31,7 @@ impl Op {
             (Work::Pieces { table, .. }, _) => Some(table.checksum()),
             _ => None,
         };
-        Op { work, watched }
+        Op { work, watched, accesses: Vec::new(), failures: 0 }
     }
 }
 

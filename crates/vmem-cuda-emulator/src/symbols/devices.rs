@@ -63,7 +63,7 @@ driver! {
             return INVALID_DEVICE;
         }
         // Threads of a block, of a warp, multiprocessors, capability, addressing, priorities,
-        // pools.
+        // pools; mappings of memory.
         let known = match attribute {
             1 => 1024,
             10 => 32,
@@ -72,6 +72,7 @@ driver! {
             76 => 0,
             41 | 78 | 115 => 1,
             91 => i32::from(guard.addressed_alike),
+            102 => i32::from(guard.paged),
             _ => 0,
         };
         raw::put(value, known);

@@ -18,7 +18,7 @@ use std::sync::MutexGuard;
 use crate::codes::{
     CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, Code, INVALID_CONTEXT, INVALID_DEVICE,
     INVALID_DEVICE_FUNCTION, INVALID_HANDLE, INVALID_VALUE, NO_DEVICE, NOT_FOUND, NOT_INITIALIZED,
-    NOT_PERMITTED, NOT_READY, NOT_REGISTERED, OK, UNKNOWN,
+    NOT_PERMITTED, NOT_READY, NOT_REGISTERED, NOT_SUPPORTED, OK, UNKNOWN,
 };
 use crate::raw::{self, HostMemory};
 use crate::stream::{self, Work};
@@ -106,6 +106,7 @@ macro_rules! driver {
 // Behind the macro that they use.
 mod devices;
 mod graphs;
+mod mapped;
 mod memory;
 mod modules;
 mod streams;
@@ -214,6 +215,7 @@ fn describe(code: Code) -> &'static std::ffi::CStr {
         NOT_REGISTERED => c"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
         719 => c"CUDA_ERROR_LAUNCH_FAILED",
         NOT_PERMITTED => c"CUDA_ERROR_NOT_PERMITTED",
+        NOT_SUPPORTED => c"CUDA_ERROR_NOT_SUPPORTED",
         CAPTURE_UNSUPPORTED => c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
         CAPTURE_INVALIDATED => c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
         905 => c"CUDA_ERROR_STREAM_CAPTURE_ISOLATION",

@@ -1,26 +1,28 @@
 //! Memory of the devices, and of the host as far as devices reach it.
 //!
-//! Invariant: allocations are disjoint, with a gap behind each; so are ranges of pinned memory.
-//! Called by the symbols and the streams, under the world's lock.
+//! Invariant: allocations and reservations are disjoint, with a gap behind each; so are ranges of
+//! pinned memory. Called by the symbols and the streams, under the world's lock.
 
 use std::sync::{Arc, Mutex};
 
-use super::{DEVICE_BASE, Device, World};
+use super::segments::Bytes;
+use super::{DEVICE_BASE, DEVICE_END, Device, World};
 use crate::codes::{ALREADY_REGISTERED, Code, INVALID_VALUE, OK, OUT_OF_MEMORY};
 use crate::pages::Pages;
 use crate::raw::HostMemory;
 use crate::stream::Stream;
 
-/// The gap between two allocations, so that an access past the end of one hits no other.
+/// The gap behind an allocation or a reservation, so that an access past its end hits no other.
 const GUARD: u64 = 4096;
-const GARBAGE: u8 = 0xC7;
+/// What fresh memory holds.
+pub(super) const GARBAGE: u8 = 0xC7;
 
 /// Device memory.
 #[derive(Clone, Debug)]
 pub(crate) struct Allocation {
     pub(crate) device: Device,
     pub(crate) len: u64,
-    pub(crate) bytes: Arc<Mutex<Vec<u8>>>,
+    pub(crate) bytes: Bytes,
 }
 
 /// Host memory that all devices reach directly.
@@ -45,11 +47,11 @@ pub(crate) enum Reach {
 }
 
 impl World {
-    /// The bytes that are allocated on all devices, or on one.
+    /// The bytes that are allocated or created on all devices, or on one.
     pub(crate) fn used(&self, device: Option<Device>) -> u64 {
         let all = self.allocations.values();
         let of = all.filter(|one| device.is_none_or(|device| one.device == device));
-        of.map(|one| one.len).sum()
+        of.map(|one| one.len).sum::<u64>() + self.mapped.created_bytes(device)
     }
 
     pub(crate) fn free_bytes(&self, device: Device) -> u64 {
@@ -63,23 +65,28 @@ impl World {
         if len > self.free_bytes(device) {
             return Err(OUT_OF_MEMORY);
         }
-        let address = self.next_address;
-        self.next_address += len.next_multiple_of(512) + GUARD;
+        let address = self.addresses(len, 512)?;
         let bytes = Arc::new(Mutex::new(vec![GARBAGE; len as usize]));
         self.allocations.insert(address, Allocation { device, len, bytes });
         Ok(address)
     }
 
-    /// The allocation that holds all of this range, and where in it the range begins.
-    pub(crate) fn find(&self, address: u64, len: u64) -> Option<(Allocation, usize)> {
-        let (&start, allocation) = self.allocations.range(..=address).next_back()?;
-        let offset = address - start;
-        (offset.checked_add(len)? <= allocation.len).then(|| (allocation.clone(), offset as usize))
+    /// Addresses that were never used: a multiple of `alignment`, which is a power of two.
+    pub(super) fn addresses(&mut self, len: u64, alignment: u64) -> Result<u64, Code> {
+        let address = self.next_address.checked_next_multiple_of(alignment);
+        let end = address.and_then(|address| address.checked_add(len)?.checked_add(GUARD));
+        match (address, end) {
+            (Some(address), Some(end)) if end <= DEVICE_END => {
+                self.next_address = end;
+                Ok(address)
+            }
+            _ => Err(OUT_OF_MEMORY),
+        }
     }
 
     /// Whether an address is one of device memory, live or not.
     pub(crate) fn is_of_device(&self, address: u64) -> bool {
-        (DEVICE_BASE..DEVICE_BASE + (1 << 40)).contains(&address)
+        (DEVICE_BASE..DEVICE_END).contains(&address)
     }
 
     pub(crate) fn reach(&self, memory: HostMemory) -> Reach {
@@ -129,6 +136,7 @@ impl World {
     pub(crate) fn end_context(&mut self, device: Device) {
         if self.sticky(device).is_some() {
             self.allocations.retain(|_, allocation| allocation.device != device);
+            self.mapped.forget(device);
             self.pinned.retain(|_, pinned| pinned.allocated || pinned.device != device);
         }
         let mut of_it = self.pinned.values().filter(|pinned| pinned.device == device);

@@ -7,7 +7,9 @@
 #![cfg(target_os = "linux")]
 
 mod devices;
+mod mapped;
 mod memory;
+mod pages;
 mod tools;
 
 use std::ffi::c_void;

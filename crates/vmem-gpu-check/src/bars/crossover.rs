@@ -78,7 +78,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
 fn cell(env: &Env, user: &User, report: &mut Report, len: usize, count: usize) -> Result<Cell> {
     let all = len * count;
     let data = Data::new(env, 1, all - SHIFT.min(all));
-    let mut link = Link::registered(env, user, all, all, 1)?;
+    let mut link = Link::registered(user, all, all, 1)?;
     link.host()?.copy_from_slice(&data.0[..all]);
     let mut places: Vec<usize> = (0..count).collect();
     shuffle(env, &mut places);

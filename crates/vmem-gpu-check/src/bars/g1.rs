@@ -77,9 +77,9 @@ fn one_length(
         |set: vmem::VirtualMemoryConfigBuilder| set.max_pinned(1.0).disk_capacity(256 * MIB as u64);
     let bench = Bench::open(env, all + all / 8 + 4 * MIB, 3 * all + 64 * MIB, set)?;
     let mut ours = Ours::new(env, &bench, user, &data, count, len, in_flight)?;
-    let mut link = Link::new(env, user, all, all, 2)?;
+    let mut link = Link::new(user, all, all, 2)?;
     // What the kind of memory alone costs.
-    let mut registered = Link::registered(env, user, all, all, 2)?;
+    let mut registered = Link::registered(user, all, all, 2)?;
     for link in [&mut link, &mut registered] {
         for (object, bytes) in link.host()?.chunks_mut(len).enumerate() {
             bytes.copy_from_slice(data.of(object, len));

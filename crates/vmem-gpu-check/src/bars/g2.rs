@@ -52,7 +52,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
     })?;
     shuffle(env, &mut objects);
     let raw = RawFile::write(&folder.path().join("raw"), &data, count, len)?;
-    let mut link = Link::new(env, &user, all, all, 2)?;
+    let mut link = Link::new(&user, all, all, 2)?;
     for (object, bytes) in link.host()?.chunks_mut(len).enumerate() {
         bytes.copy_from_slice(data.of(object, len));
     }

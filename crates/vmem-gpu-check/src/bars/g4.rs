@@ -137,7 +137,7 @@ impl Model {
             }
             Ok(handles)
         })?;
-        let mut link = Link::new(env, &user, all, all, 1)?;
+        let mut link = Link::new(&user, all, all, 1)?;
         for (layer, bytes) in link.host()?.chunks_mut(len).enumerate() {
             bytes.copy_from_slice(data.of(layer, len));
         }

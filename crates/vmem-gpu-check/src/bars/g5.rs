@@ -55,7 +55,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
     })?;
     let sink = Sink::new(&user, len, reads, &user.stream)?;
     let ours = Ours { bench: &bench, user: &user, handles: &handles, sink: &sink };
-    let lru = RefCell::new(Lru::new(env, &user, &data, len, held, count)?);
+    let lru = RefCell::new(Lru::new(&user, &data, len, held, count)?);
     for (order, trace) in
         [("uniform", uniform(env.rng(), count, reads)), ("skewed", skewed(env.rng(), count, reads))]
     {
@@ -181,16 +181,9 @@ struct Slot {
 }
 
 impl Lru {
-    fn new(
-        env: &Env,
-        user: &User,
-        data: &Data,
-        len: usize,
-        held: usize,
-        count: usize,
-    ) -> Result<Self> {
+    fn new(user: &User, data: &Data, len: usize, held: usize, count: usize) -> Result<Self> {
         ensure!(held > 2 * EARLY, "what is copied early would evict what is to be read");
-        let mut link = Link::new(env, user, count * len, (held + EARLY) * len, 1)?;
+        let mut link = Link::new(user, count * len, (held + EARLY) * len, 1)?;
         for (object, bytes) in link.host()?.chunks_mut(len).enumerate() {
             bytes.copy_from_slice(data.of(object, len));
         }

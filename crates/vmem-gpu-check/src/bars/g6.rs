@@ -75,7 +75,7 @@ fn one_length(env: &Env, report: &mut Report, len: usize, count: usize) -> Resul
     let mut buffer = user.allocate(all)?;
 
     // The same objects in pinned memory, and behind them space to pack pieces in.
-    let mut link = Link::new(env, &user, set_len + all, all, 1)?;
+    let mut link = Link::new(&user, set_len + all, all, 1)?;
     for (object, bytes) in link.host()?[..set_len].chunks_mut(object_len).enumerate() {
         bytes.copy_from_slice(data.of(object, object_len));
     }

@@ -7,6 +7,7 @@
 //!
 //! - `g1` to `g6`: the bars. G1: the link. G2: disk to device. G3: the end of work on the device.
 //!   G4: a model larger than device memory. G5: random access. G6: many pieces.
+//! - `pages`: device memory as pages against one block, and what it costs to map them.
 //! - `step`: what leases cost the thread that launches. `crossover`: from which lengths and counts
 //!   on which call copies quickest. `write_back`: what it costs to copy down what kernels wrote.
 //! - `timing`: contenders in turn, medians, spreads.
@@ -21,6 +22,7 @@ mod g3;
 mod g4;
 mod g5;
 mod g6;
+mod pages;
 mod pump;
 mod raw;
 mod report;
@@ -64,6 +66,11 @@ pub(crate) fn parts() -> Vec<Part> {
             g6::run,
             "many pieces into one buffer, against batches, kernels and packing",
         ),
+        part("bar-pages", pages::run, "device memory as pages, against a block"),
+        Part {
+            on: On::Within,
+            ..part("opened-tier", pages::opened_tier, "how long a tier takes to open")
+        },
         part("cost-step", step::run, "what leases cost the thread that launches kernels"),
         part("cost-crossover", crossover::run, "small copies by a kernel, a batch, one by one"),
         part("cost-write-back", write_back::run, "copies of what kernels wrote to host memory"),

@@ -65,7 +65,7 @@ pub(super) fn run(env: &Env) -> Result<Outcome> {
 
 /// The rate of copies down by hand, all of them queued at once, in GiB/s.
 fn by_hand(env: &Env, user: &User, len: usize, count: usize) -> Result<f64> {
-    let link = Link::registered(env, user, len * count, len * count, 1)?;
+    let link = Link::registered(user, len * count, len * count, 1)?;
     let pieces = Piece::row(count, len);
     let copy = || {
         let begun = Instant::now();

@@ -10,6 +10,7 @@
 mod devices;
 mod dirty;
 mod order;
+mod pages;
 mod pressure;
 mod residency;
 mod trouble;
@@ -87,6 +88,12 @@ pub(crate) fn parts() -> Vec<Part> {
             On::Both,
             dirty::written_back,
             "what a device alone has, under each policy of writing back; scratch",
+        ),
+        part(
+            "scenario-pages",
+            On::Both,
+            pages::rearranged,
+            "device memory in pieces, whose pages are brought together",
         ),
         part(
             "scenario-two-devices",

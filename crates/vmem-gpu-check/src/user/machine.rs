@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use cudarc::driver::{CudaContext, result, sys};
+use libloading::Library;
 
 use super::{Env, User};
 
@@ -60,6 +61,25 @@ pub(crate) fn current_context() -> Result<usize> {
 pub(crate) fn without_context() -> Result<()> {
     // SAFETY: null is no context.
     unsafe { result::ctx::set_current(std::ptr::null_mut()) }.context("leaving the context")
+}
+
+/// The driver, for functions that cudarc does not have in the form of every version.
+///
+/// # Errors
+///
+/// Why it does not load.
+pub(super) fn driver() -> std::result::Result<&'static Library, String> {
+    let mut refused = String::new();
+    // In the order of cudarc; the emulated one has the first name.
+    for name in ["libcuda.so", "libcuda.so.1"] {
+        // SAFETY: the driver, which is loaded already.
+        match unsafe { Library::new(name) } {
+            // For the life of the process, as the driver itself.
+            Ok(library) => return Ok(Box::leak(Box::new(library))),
+            Err(error) => refused = error.to_string(),
+        }
+    }
+    Err(refused)
 }
 
 /// Processor time of this process so far.

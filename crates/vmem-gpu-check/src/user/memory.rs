@@ -10,10 +10,14 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
+use super::pages::Pages;
+
 /// Device memory of the user.
 pub(crate) struct DeviceMemory {
     pub(crate) address: u64,
     pub(crate) len: usize,
+    /// What it consists of, if that is pages.
+    pub(super) pages: Option<Pages>,
     pub(super) context: Arc<CudaContext>,
 }
 
@@ -53,6 +57,9 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
+        if self.pages.is_some() {
+            return;
+        }
         let _ = self.context.bind_to_thread();
         // SAFETY: allocated once; the driver waits for what uses it.
         let _ = unsafe { result::free_sync(self.address) };

@@ -211,7 +211,8 @@ impl Shared {
             TierState::new(tier, queue, order, config.max_pinned(), limits.marks)
         };
         let device = |(number, backend): (u8, Arc<dyn DeviceBackend>)| {
-            let order = config.vram_policy().build(backend.usage().capacity_bytes);
+            let policy = config.vram_policy_of(usize::from(number));
+            let order = policy.build(backend.usage().capacity_bytes);
             Device::new(number, backend, order, config.max_pinned(), &wake, &unclaimed)
         };
         let devices = (0..).zip(devices).map(device).collect();

@@ -10,10 +10,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use cudarc::driver::{CudaStream, result, sys};
 
-use super::batch::BatchCopy;
 use super::tables::Tables;
 use super::{Piece, Source};
-use crate::user::{DeviceMemory, Env, Pinned, User};
+use crate::user::{BatchCopy, DeviceMemory, Pinned, User};
 
 /// Pinned memory, device memory, and streams on which is copied between them.
 pub(in crate::bars) struct Link {
@@ -35,32 +34,35 @@ struct Rows {
 impl Link {
     /// With `len` bytes of each memory, and `streams` streams.
     pub(in crate::bars) fn new(
-        env: &Env,
         user: &User,
         pinned: usize,
         device: usize,
         lanes: usize,
     ) -> Result<Self> {
-        Self::over(env, user, user.pinned(pinned)?, device, lanes)
+        Self::over(user, user.pinned(pinned)?, user.allocate(device)?, lanes)
     }
 
     /// With host memory of the kind that a store has: mapped, and registered afterwards.
     pub(in crate::bars) fn registered(
-        env: &Env,
         user: &User,
         pinned: usize,
         device: usize,
         lanes: usize,
     ) -> Result<Self> {
-        Self::over(env, user, user.registered(pinned)?, device, lanes)
+        Self::over(user, user.registered(pinned)?, user.allocate(device)?, lanes)
     }
 
-    fn over(env: &Env, user: &User, pinned: Pinned, device: usize, lanes: usize) -> Result<Self> {
-        let device = user.allocate(device)?;
+    /// With memory of these kinds.
+    pub(in crate::bars) fn over(
+        user: &User,
+        pinned: Pinned,
+        device: DeviceMemory,
+        lanes: usize,
+    ) -> Result<Self> {
         let lanes = (0..lanes).map(|_| user.context.new_stream());
         let lanes = lanes.collect::<std::result::Result<Vec<_>, _>>().context("streams")?;
-        let mut link =
-            Link { pinned, device, lanes, batch: BatchCopy::find(env), rows: None, tables: None };
+        let batch = BatchCopy::find();
+        let mut link = Link { pinned, device, lanes, batch, rows: None, tables: None };
         if link.batch.is_ok() {
             // Found is not yet working.
             let tried = link.batch(0, true, &Piece::row(2, 16)).and_then(|()| link.wait());

@@ -4,7 +4,6 @@
 //! the owner of memory waits before it lends it for reading, and before it frees it. Called by the
 //! bars.
 
-mod batch;
 mod ends;
 mod kernels;
 mod link;

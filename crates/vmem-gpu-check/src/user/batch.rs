@@ -1,7 +1,7 @@
 //! The driver's copies of many pieces in one call, in the two forms that drivers have.
 //!
 //! Invariant: nothing is copied by a function whose form the driver did not name. Called by the
-//! link.
+//! bars and by `contract`.
 
 #![allow(unsafe_code)]
 
@@ -10,10 +10,12 @@ use std::ffi::c_uint;
 use anyhow::{Result, ensure};
 use cudarc::driver::{CudaStream, sys};
 
-use crate::user::Env;
+use super::machine::driver;
 
 /// `cuMemcpyBatchAsync`, which drivers have since 12.8, and with other arguments since 13.0.
-pub(super) enum BatchCopy {
+pub(crate) struct BatchCopy(Form);
+
+enum Form {
     V1(CopyV1),
     V2(CopyV2),
 }
@@ -43,7 +45,7 @@ type CopyV2 = unsafe extern "C" fn(
 /// How the copies of a batch are ordered, with two hints that are not given.
 #[repr(C)]
 #[derive(Default)]
-pub(super) struct Attributes {
+struct Attributes {
     source_order: c_uint,
     source: [c_uint; 2],
     target: [c_uint; 2],
@@ -58,22 +60,15 @@ impl BatchCopy {
     /// # Errors
     ///
     /// Why there is none.
-    pub(super) fn find(env: &Env) -> std::result::Result<Self, String> {
-        if env.emulator.is_some() {
-            return Err("the emulated driver has none".into());
-        }
-        // SAFETY: the driver, which is loaded already.
-        let library = unsafe { libloading::Library::new("libcuda.so.1") };
-        let library = library.map_err(|error| error.to_string())?;
-        // For the life of the process, as the driver itself.
-        let library: &'static libloading::Library = Box::leak(Box::new(library));
+    pub(crate) fn find() -> std::result::Result<Self, String> {
+        let library = driver()?;
         // SAFETY: its type is that of the symbol of this version.
         if let Ok(found) = unsafe { library.get::<CopyV2>(b"cuMemcpyBatchAsync_v2\0") } {
-            return Ok(BatchCopy::V2(*found));
+            return Ok(BatchCopy(Form::V2(*found)));
         }
         // SAFETY: as above.
         match unsafe { library.get::<CopyV1>(b"cuMemcpyBatchAsync\0") } {
-            Ok(found) => Ok(BatchCopy::V1(*found)),
+            Ok(found) => Ok(BatchCopy(Form::V1(*found))),
             Err(error) => Err(error.to_string()),
         }
     }
@@ -81,7 +76,7 @@ impl BatchCopy {
     /// # Safety
     ///
     /// The memory stays until the stream has done everything.
-    pub(super) unsafe fn copy(
+    pub(crate) unsafe fn copy(
         &self,
         to: &mut [u64],
         from: &mut [u64],
@@ -100,14 +95,14 @@ impl BatchCopy {
         let attributes = &raw mut attributes;
         let first = &raw mut first;
         let stream = stream.cu_stream();
-        let code = match self {
-            BatchCopy::V1(copy) => {
+        let code = match &self.0 {
+            Form::V1(copy) => {
                 // SAFETY: the lists are that long, and the caller promises what they point to.
                 unsafe {
                     copy(to, from, lens, count, attributes, first, 1, &raw mut failed, stream)
                 }
             }
-            BatchCopy::V2(copy) => {
+            Form::V2(copy) => {
                 // SAFETY: as above.
                 unsafe { copy(to, from, lens, count, attributes, first, 1, stream) }
             }
