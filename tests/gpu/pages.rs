@@ -292,14 +292,19 @@ async fn kernel_that_keeps_pages_from_moving_delays_nobody_else() {
         assert_eq!(vmem.stats().evictions - before, u64::from(n == 5));
     }
     assert!(vmem.read(&handles[2]).await.unwrap() == vec![2; PAGE][..]);
+    // Another large one is next, and what goes for it goes once it is the first.
+    let second = vmem.put(vec![8; 3 * PAGE], HOST).await.unwrap();
+    let mut next = Box::pin(vmem.promote(&second, VRAM));
+    assert!((&mut next).now_or_never().is_none());
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert!((&mut promotion).now_or_never().is_none(), "the kernel still runs");
     assert_eq!(vmem.stats().evictions, before + 1, "there is memory enough");
     emulator.release_all();
     promotion.await.unwrap();
+    next.await.unwrap();
     assert!(on_device(&vmem, &large).await == vec![9; 3 * PAGE]);
     assert!(vmem.read(&handles[0]).await.unwrap() == vec![1; PAGE][..]);
-    handles.push(large);
+    handles.extend([large, second]);
     end_all(vmem, handles, &emulator).await;
 }
 

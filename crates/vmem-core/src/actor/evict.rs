@@ -228,7 +228,7 @@ impl<T: Evicting> Evictor<T> {
         }
         // What else is wanted is for the next turn, which may need what lies together too.
         let apart = neighbours.is_empty() || !space.needs_together(wanted.first());
-        let target = if apart || crate::planted!("pages-and-more") { target } else { 0 };
+        let target = if apart { target } else { 0 };
         let Evictor { tier, look, .. } = self;
         let plan = plan(target, neighbours, &mut || look.next(tier, shared));
         self.unsettled |= std::mem::take(&mut self.look.is_hurried);

@@ -303,13 +303,16 @@ impl<S: Space> Queue<S> {
                         let until = since.map(|since| since + BLOCK_MAX);
                         served.unblocks_at = until.filter(|until| *until > Instant::now());
                     }
-                    let is_first = blocked == Some(at);
-                    // What eviction cannot serve is not evicted for.
+                    let is_later = match blocked == Some(at) {
+                        true => served.coming,
+                        _ if crate::planted!("pages-and-more") => false,
+                        false => self.space.needs_together(footprint),
+                    };
+                    // What eviction cannot serve is not evicted for; nor what is on its way; nor,
+                    // before it is the first, what needs neighbours to go.
                     if footprint > reach {
                         served.out_of_reach += 1;
-                    } else if is_first && !served.coming
-                        || !is_first && !self.space.needs_together(footprint)
-                    {
+                    } else if !is_later {
                         served.bytes += footprint;
                     }
                     at += 1;
