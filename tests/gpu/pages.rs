@@ -308,6 +308,32 @@ async fn kernel_that_keeps_pages_from_moving_delays_nobody_else() {
     end_all(vmem, handles, &emulator).await;
 }
 
+/// A kernel that does not end before the promotion: neighbours go for it after a while.
+#[tokio::test]
+async fn driver_that_hangs_is_not_waited_for() {
+    let emulator = Emulator::load().unwrap();
+    emulator.unmap_waits(true);
+    let vmem = open().await;
+    let stream = stream();
+    let mut handles = fill(&vmem, PAGE).await;
+    for handle in handles.iter().skip(1).step_by(2) {
+        vmem.demote(handle, HOST).await.unwrap();
+    }
+    emulator.hold(Kind::Kernel);
+    let lease = vmem.device_mut_on(&handles[0], &stream).await.unwrap();
+    // SAFETY: the kernel is launched on the stream of the lease.
+    launch("vmem_add", unsafe { lease.device_ptr() }, PAGE as u64, 1, &stream);
+    drop(lease);
+    let large = vmem.put(vec![9; 3 * PAGE], HOST).await.unwrap();
+    let served = tokio::time::timeout(HANGS, vmem.promote(&large, VRAM)).await;
+    served.expect("it waits for the driver").unwrap();
+    assert!(emulator.counter("in_flight") > 0, "the kernel still runs");
+    emulator.release_all();
+    assert!(on_device(&vmem, &large).await == vec![9; 3 * PAGE]);
+    handles.push(large);
+    end_all(vmem, handles, &emulator).await;
+}
+
 /// Kernels, promotions and evictions of all lengths, with bytes compared at the end of each use.
 #[tokio::test]
 async fn pages_move_under_no_copy_and_no_kernel() {

@@ -23,7 +23,7 @@ const REST_MAX: Duration = Duration::from_secs(2);
 /// So often it is asked again before other ways are taken.
 const REFUSALS_MAX: u32 = 3;
 /// What is not moved by then is not waited for.
-const HANGS: Duration = Duration::from_secs(1);
+const HANGS: Duration = Duration::from_secs(5);
 
 /// The memory of a tier.
 pub(crate) struct Memory {
@@ -200,7 +200,11 @@ impl Memory {
     /// As `DeviceBackend::coming_bytes`.
     pub(crate) fn coming_bytes(&self) -> u64 {
         match &*self.ledger.lock() {
-            Ledger::Pages { pages, moves: Moves::UnderWaySince(_), .. } => pages.bare_bytes(),
+            Ledger::Pages { pages, moves: Moves::UnderWaySince(since), .. }
+                if since.elapsed() < HANGS =>
+            {
+                pages.bare_bytes()
+            }
             _ => 0,
         }
     }

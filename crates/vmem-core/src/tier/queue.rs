@@ -299,17 +299,18 @@ impl<S: Space> Queue<S> {
                             served.scattered = why.scattered && footprint <= reach;
                             served.coming = why.coming;
                         }
-                        let since = waiters[at].blocks_since;
-                        let until = since.map(|since| since + BLOCK_MAX);
-                        served.unblocks_at = until.filter(|until| *until > Instant::now());
+                        let now = Instant::now();
+                        let until = waiters[at].blocks_since.map(|since| since + BLOCK_MAX);
+                        let again = served.coming.then(|| now + BLOCK_MAX); // It may never come.
+                        served.unblocks_at = until.filter(|until| *until > now).or(again);
                     }
+                    // Nothing is evicted yet for what is on its way, or needs neighbours later.
                     let is_later = match blocked == Some(at) {
                         true => served.coming,
                         _ if crate::planted!("pages-and-more") => false,
                         false => self.space.needs_together(footprint),
                     };
-                    // What eviction cannot serve is not evicted for; nor what is on its way; nor,
-                    // before it is the first, what needs neighbours to go.
+                    // What eviction cannot serve is not evicted for.
                     if footprint > reach {
                         served.out_of_reach += 1;
                     } else if !is_later {
