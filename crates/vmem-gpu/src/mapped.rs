@@ -167,7 +167,7 @@ impl Mapped {
                 sys::CUresult::CUDA_SUCCESS => self.memory.push(handle),
                 // Others have taken the rest. They, and what else a store needs, are left some.
                 sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY if self.count() >= least.max(PAGES_MIN) => {
-                    let kept = (self.count() / 8 * 7).max(least).max(PAGES_MIN);
+                    let kept = (self.count() - self.count() / 8).max(least).max(PAGES_MIN);
                     for handle in self.memory.drain(kept as usize..) {
                         // SAFETY: it was created above, and is mapped nowhere.
                         unsafe { (self.driver.release)(handle) }.result()?;

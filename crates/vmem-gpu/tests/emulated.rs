@@ -240,11 +240,17 @@ async fn probe_agrees_with_the_emulated_machine() {
     let some = device(4096 * MIB);
     assert_eq!(some.usage().capacity_bytes, 56 * MIB);
     some.close().await.unwrap();
-    // Another user takes the memory first.
+    // Another user takes the memory first: as one block, and as pages.
     emulator.others(0);
+    emulator.paged(false);
     emulator.fail("cuMemAlloc_v2", 1, 2);
     let less = device(64 * MIB);
     assert_eq!(less.usage().capacity_bytes, 56 * MIB);
+    end(less, &emulator).await;
+    emulator.paged(true);
+    emulator.fail("cuMemCreate", 31, 2);
+    let less = device(64 * MIB);
+    assert_eq!(less.usage().capacity_bytes, 27 * 2 * MIB, "an eighth of the 30 is left");
     end(less, &emulator).await;
 
     // It starts, and cannot copy.
