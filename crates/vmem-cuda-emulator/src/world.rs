@@ -155,6 +155,9 @@ pub(crate) struct World {
     pub(crate) calls: HashMap<&'static str, u64>,
     pub(crate) counters: BTreeMap<&'static str, u64>,
     next_address: u64,
+    /// Addresses below are of before the last reset.
+    begins_at: u64,
+    resets: u64,
     next_handle: u64,
 }
 
@@ -207,6 +210,8 @@ impl World {
             calls: HashMap::new(),
             counters: BTreeMap::new(),
             next_address: DEVICE_BASE,
+            begins_at: DEVICE_BASE,
+            resets: 0,
             next_handle: HANDLES,
         }
     }
@@ -214,6 +219,8 @@ impl World {
     /// As it was at first: what an owner could not give up, after an error that sticks, is
     /// forgotten.
     pub(crate) fn reset(&mut self) {
+        self.begins_at = self.next_address;
+        self.resets += 1;
         self.allocations.clear();
         self.mapped = Mapped::default();
         self.events.clear();
@@ -275,9 +282,10 @@ impl World {
         *self.failures.entry(device).or_default() += 1;
     }
 
-    /// How often a device has failed: what it was given before the last time has no effects.
+    /// How often a device has failed, or was reset: what it was given before the last time has no
+    /// effects.
     pub(crate) fn failures(&self, device: Device) -> u64 {
-        self.failures.get(&device).copied().unwrap_or(0)
+        self.resets + self.failures.get(&device).copied().unwrap_or(0)
     }
 
     /// All devices work again.

@@ -37,13 +37,7 @@ driver! {
     }
     Quiet fn cuMemFree_v2(pointer: DevicePointer) |guard| {
         let mut guard = drain(guard, Some(current_device()));
-        match guard.allocations.remove(&pointer) {
-            Some(_) => OK,
-            None => {
-                guard.violation(format!("device memory {pointer:x} was freed twice"));
-                INVALID_VALUE
-            }
-        }
+        guard.free(pointer).map_or_else(|code| code, |()| OK)
     }
     Context fn cuMemAllocAsync(pointer: *mut DevicePointer, bytes: usize, stream: Handle) |guard| {
         let mut guard = guard;

@@ -84,6 +84,15 @@ impl World {
         }
     }
 
+    /// Frees an allocation. One of before a reset is gone already, and its owner late.
+    pub(crate) fn free(&mut self, address: u64) -> Result<(), Code> {
+        if self.allocations.remove(&address).is_none() && address >= self.begins_at {
+            self.violation(format!("device memory {address:x} was freed twice"));
+            return Err(INVALID_VALUE);
+        }
+        Ok(())
+    }
+
     /// Whether an address is one of device memory, live or not.
     pub(crate) fn is_of_device(&self, address: u64) -> bool {
         (DEVICE_BASE..DEVICE_END).contains(&address)
