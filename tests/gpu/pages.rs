@@ -263,15 +263,13 @@ async fn memory_is_what_others_have_left() {
     end_all(vmem, Vec::new(), &emulator).await;
 }
 
-/// A driver that moves pages only once no kernel runs delays the one that lacks them, and nobody
-/// else; and what waits for its memory evicts nothing meanwhile.
-#[tokio::test]
-async fn kernel_that_keeps_pages_from_moving_delays_nobody_else() {
-    let emulator = Emulator::load().unwrap();
+/// A store in which half of the pages are free, none beside another, and do not move before a
+/// kernel has ended, which is held; its objects, and one of three pages, which has no place.
+async fn behind_a_kernel(emulator: &Emulator) -> (VirtualMemory, Vec<VMemHandle>, VMemHandle) {
     emulator.unmap_waits(true);
     let vmem = open().await;
     let stream = stream();
-    let mut handles = fill(&vmem, PAGE).await;
+    let handles = fill(&vmem, PAGE).await;
     for handle in handles.iter().skip(1).step_by(2) {
         vmem.demote(handle, HOST).await.unwrap();
     }
@@ -281,6 +279,15 @@ async fn kernel_that_keeps_pages_from_moving_delays_nobody_else() {
     launch("vmem_add", unsafe { lease.device_ptr() }, PAGE as u64, 1, &stream);
     drop(lease);
     let large = vmem.put(vec![9; 3 * PAGE], HOST).await.unwrap();
+    (vmem, handles, large)
+}
+
+/// A driver that moves pages only once no kernel runs delays the one that lacks them, and nobody
+/// else; and what waits for its memory evicts nothing meanwhile.
+#[tokio::test]
+async fn kernel_that_keeps_pages_from_moving_delays_nobody_else() {
+    let emulator = Emulator::load().unwrap();
+    let (vmem, mut handles, large) = behind_a_kernel(&emulator).await;
     let before = vmem.stats().evictions;
     let mut promotion = Box::pin(vmem.promote(&large, VRAM));
     assert!((&mut promotion).now_or_never().is_none());
@@ -312,19 +319,7 @@ async fn kernel_that_keeps_pages_from_moving_delays_nobody_else() {
 #[tokio::test]
 async fn driver_that_hangs_is_not_waited_for() {
     let emulator = Emulator::load().unwrap();
-    emulator.unmap_waits(true);
-    let vmem = open().await;
-    let stream = stream();
-    let mut handles = fill(&vmem, PAGE).await;
-    for handle in handles.iter().skip(1).step_by(2) {
-        vmem.demote(handle, HOST).await.unwrap();
-    }
-    emulator.hold(Kind::Kernel);
-    let lease = vmem.device_mut_on(&handles[0], &stream).await.unwrap();
-    // SAFETY: the kernel is launched on the stream of the lease.
-    launch("vmem_add", unsafe { lease.device_ptr() }, PAGE as u64, 1, &stream);
-    drop(lease);
-    let large = vmem.put(vec![9; 3 * PAGE], HOST).await.unwrap();
+    let (vmem, mut handles, large) = behind_a_kernel(&emulator).await;
     let served = tokio::time::timeout(HANGS, vmem.promote(&large, VRAM)).await;
     served.expect("it waits for the driver").unwrap();
     assert!(emulator.counter("in_flight") > 0, "the kernel still runs");
