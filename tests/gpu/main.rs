@@ -31,6 +31,7 @@ mod open;
 mod pages;
 mod pressure;
 mod refuted;
+mod resize;
 mod scenario_46;
 mod scenario_47;
 mod scratch;

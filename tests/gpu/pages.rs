@@ -16,7 +16,7 @@ use vmem::gpu::cudarc::driver::result;
 use vmem::{VMemHandle, VirtualMemory, VirtualMemoryConfig};
 use vmem_cuda_emulator::{Emulator, Kind};
 
-use crate::support::{HANGS, HOST, VRAM, end, launch, plus, stream, until};
+use crate::support::{HANGS, HOST, VRAM, end_all, launch, plus, stream, until};
 
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
@@ -59,14 +59,6 @@ async fn on_device(vmem: &VirtualMemory, handle: &VMemHandle) -> Vec<u8> {
     // waits.
     unsafe { result::memcpy_dtoh_async(&mut bytes, at, stream.cu_stream()) }.unwrap();
     bytes
-}
-
-/// As `end`; and nothing is left in the driver.
-async fn end_all(vmem: VirtualMemory, handles: Vec<VMemHandle>, emulator: &Emulator) {
-    end(vmem, handles, emulator).await;
-    for gauge in ["created", "mapped_bytes", "reserved_bytes", "device_bytes"] {
-        assert_eq!(emulator.counter(gauge), 0, "{gauge}");
-    }
 }
 
 #[tokio::test]
@@ -157,6 +149,29 @@ async fn large_promotions_at_once_evict_what_they_lack_together() {
         handles.extend(large);
         end_all(vmem, handles, &emulator).await;
     }
+}
+
+/// A large one that nothing serves before pins go stands first, and is not in the way of another.
+#[tokio::test]
+async fn large_promotion_is_served_behind_one_that_pins_keep_out() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open().await;
+    let mut handles = fill(&vmem, 64 * KIB).await;
+    let mut pins = Vec::new();
+    for handle in &handles[..MEMORY / 2 / (64 * KIB)] {
+        pins.push(vmem.pin(handle, VRAM).await.unwrap());
+    }
+    let out_of_reach = vmem.put(vec![8; MEMORY / 4 * 3], HOST).await.unwrap();
+    let mut waiting = Box::pin(vmem.promote(&out_of_reach, VRAM));
+    assert!((&mut waiting).now_or_never().is_none());
+    let large = vmem.put(vec![9; 3 * PAGE], HOST).await.unwrap();
+    let served = tokio::time::timeout(HANGS / 2, vmem.promote(&large, VRAM)).await;
+    served.expect("it waits for what waits for pins").unwrap();
+    assert!((&mut waiting).now_or_never().is_none(), "half is pinned");
+    drop(pins);
+    waiting.await.unwrap();
+    handles.extend([out_of_reach, large]);
+    end_all(vmem, handles, &emulator).await;
 }
 
 /// Nothing but moved pages serves this one: every other page is pinned.

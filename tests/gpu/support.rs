@@ -134,3 +134,11 @@ pub(crate) async fn end(vmem: VirtualMemory, handles: Vec<VMemHandle>, emulator:
     vmem.close().await.unwrap();
     assert_eq!(emulator.violations(), [""; 0]);
 }
+
+/// As `end`; and nothing is left in the driver.
+pub(crate) async fn end_all(vmem: VirtualMemory, handles: Vec<VMemHandle>, emulator: &Emulator) {
+    end(vmem, handles, emulator).await;
+    for gauge in ["created", "mapped_bytes", "reserved_bytes", "device_bytes"] {
+        assert_eq!(emulator.counter(gauge), 0, "{gauge}");
+    }
+}

@@ -69,8 +69,8 @@ pub(crate) fn list() -> Result<Vec<Listed>, String> {
     (0..count).map(one).collect::<Result<_, _>>().map_err(|error| told("asking a device", error))
 }
 
-/// Takes `wanted` bytes, or less if others are faster, but `least`; and how many that are. None if
-/// there are fewer.
+/// Takes `wanted` bytes of a device that has `all`, or less if others are faster, but `least`; and
+/// how many that are. None if there are fewer.
 ///
 /// # Errors
 ///
@@ -80,9 +80,10 @@ fn take(
     way: Way,
     mut wanted: u64,
     least: u64,
+    all: u64,
 ) -> Result<Option<(Taken, u64)>, String> {
     if way == Way::Pages {
-        match Mapped::open(context, wanted, least) {
+        match Mapped::open(context, wanted, least, all) {
             Ok(None) => {}
             Ok(Some(pages)) => {
                 let bytes = pages.count() * pages.page_bytes();
@@ -170,7 +171,8 @@ impl Card {
         // to track the use of one. With it, the first stream would synchronise the whole context.
         unsafe { context.disable_event_tracking() };
         relax_capture().map_err(|error| told("exchanging the capture mode", error))?;
-        let (free, _) = result::mem_get_info().map_err(|error| told("asking for memory", error))?;
+        let (free, all) =
+            result::mem_get_info().map_err(|error| told("asking for memory", error))?;
         let three_quarters = || free as u64 / 4 * 3;
         let wanted = budget.resolve("vram_capacity", free as u64, three_quarters);
         let wanted = wanted.map_err(|error| error.to_string())?.min(free as u64) / UNIT * UNIT;
@@ -178,7 +180,7 @@ impl Card {
         events.prepare();
         let asked = budget.bytes().or(budget.percent().map(|_| wanted));
         let least = CAPACITY_MIN.min(asked.unwrap_or(u64::MAX)) / UNIT * UNIT;
-        let (memory, capacity) = take(&context, way, wanted, least.max(UNIT))?
+        let (memory, capacity) = take(&context, way, wanted, least.max(UNIT), all as u64)?
             .ok_or_else(|| format!("the device has {free} bytes free, which is too little"))?;
         Ok(Arc::new(Card {
             pieces: Pieces::load(&context),

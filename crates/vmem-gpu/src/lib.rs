@@ -61,6 +61,7 @@ mod set;
 mod siblings;
 mod target;
 mod tier;
+mod trial;
 mod watch;
 
 use std::sync::Arc;

@@ -13,14 +13,14 @@ use std::ops::Range;
 use cudarc::driver::{CudaContext, DriverError, sys};
 use parking_lot::Mutex;
 
-use crate::paged::PageMove;
+use crate::paged::{Left, PageLeaving, PageMove};
 
 /// Fewer pages are one block: that is as good for so little memory.
 const PAGES_MIN: u64 = 16;
 /// With more of them opening takes long; they are larger then.
 const PAGES_MAX: u64 = 16 * 1024;
-/// How many times the memory there are addresses, where there are as many: so that free pages find
-/// addresses side by side, whatever lies between.
+/// How many times the memory of the device there are addresses, where there are as many: so that
+/// free pages find addresses side by side, whatever lies between, and more memory finds some too.
 const ADDRESSES: [u64; 3] = [16, 8, 4];
 /// The driver's kinds of what is asked for, by number.
 const PINNED: c_uint = 1;
@@ -107,14 +107,15 @@ pub(crate) struct Mapped {
     /// In pages.
     addresses: u64,
     device: c_int,
-    memory: Vec<Handle>,
+    /// By number; none where it was given back.
+    memory: Mutex<Vec<Option<Handle>>>,
     /// The pages of addresses with memory behind.
     mapped: Mutex<BTreeSet<u64>>,
 }
 
 impl Mapped {
-    /// Takes `bytes` of a device, rounded down to pages, or less if there is less, but `least`.
-    /// None if the device or the driver has no such thing, or `bytes` is little.
+    /// Takes `bytes` of a device that has `all`, rounded down to pages, or less if there is less,
+    /// but `least`. None if the device or the driver has no such thing, or `bytes` is little.
     ///
     /// # Errors
     ///
@@ -123,6 +124,7 @@ impl Mapped {
         context: &CudaContext,
         bytes: u64,
         least: u64,
+        all: u64,
     ) -> Result<Option<Self>, DriverError> {
         let supported =
             sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED;
@@ -144,10 +146,11 @@ impl Mapped {
             return Ok(None);
         }
         let mapped = Mutex::default();
-        let memory = Vec::new();
+        let memory = Mutex::default();
         let mut pages =
             Mapped { driver, base: 0, page_bytes, addresses: 0, device, memory, mapped };
-        match pages.fill(wanted, least.div_ceil(page_bytes)) {
+        let least = least.div_ceil(page_bytes).max(PAGES_MIN);
+        match pages.fill(wanted, least, all / page_bytes) {
             Ok(()) => Ok(Some(pages)),
             Err(error) => {
                 // What it says of what it never had is no matter.
@@ -158,28 +161,14 @@ impl Mapped {
     }
 
     /// Takes memory and addresses, and maps the first to the first.
-    fn fill(&mut self, wanted: u64, least: u64) -> Result<(), DriverError> {
-        let kind = kind(self.device);
-        for _ in 0..wanted {
-            let mut handle = 0;
-            // SAFETY: a place for the answer, and a description that outlives the call.
-            match unsafe { (self.driver.create)(&mut handle, self.page_bytes as usize, &kind, 0) } {
-                sys::CUresult::CUDA_SUCCESS => self.memory.push(handle),
-                // Others have taken the rest. They, and what else a store needs, are left some.
-                sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY if self.count() >= least.max(PAGES_MIN) => {
-                    let kept = (self.count() - self.count() / 8).max(least).max(PAGES_MIN);
-                    for handle in self.memory.drain(kept as usize..) {
-                        // SAFETY: it was created above, and is mapped nowhere.
-                        unsafe { (self.driver.release)(handle) }.result()?;
-                    }
-                    break;
-                }
-                error => error.result()?,
-            }
+    fn fill(&mut self, wanted: u64, least: u64, all: u64) -> Result<(), DriverError> {
+        let memory = self.create(wanted, least)?;
+        if (memory.len() as u64) < least {
+            return Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY));
         }
         let mut reserved = Ok(());
         for times in ADDRESSES {
-            let addresses = self.count() * times;
+            let addresses = all.max(wanted) * times;
             let bytes = (addresses * self.page_bytes) as usize;
             let mut base = 0;
             let alignment = self.page_bytes as usize;
@@ -197,8 +186,78 @@ impl Mapped {
             return Err(DriverError(sys::CUresult::CUDA_ERROR_MISALIGNED_ADDRESS));
         }
         let all = |memory| PageMove { memory, from: None, to: u64::from(memory) };
-        let moves: Vec<_> = (0..self.memory.len() as u32).map(all).collect();
+        let moves: Vec<_> = memory.into_iter().map(all).collect();
         self.try_carry_out(&moves)
+    }
+
+    /// Takes this many pages of memory, or fewer if there are fewer: by their numbers. Then others,
+    /// and what else a store needs, are left some, but `least` are kept.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says, but of too little memory; none is kept then.
+    pub(crate) fn create(&self, wanted: u64, least: u64) -> Result<Vec<u32>, DriverError> {
+        let kind = kind(self.device);
+        let mut created = Vec::new();
+        let mut outcome = Ok(());
+        for _ in 0..wanted {
+            let mut handle = 0;
+            // SAFETY: a place for the answer, and a description that outlives the call.
+            match unsafe { (self.driver.create)(&mut handle, self.page_bytes as usize, &kind, 0) } {
+                sys::CUresult::CUDA_SUCCESS => created.push(handle),
+                // Others have taken the rest.
+                sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                    let kept = created.len() - created.len() / 8;
+                    let kept = kept.max((least as usize).min(created.len()));
+                    outcome = self.release_all(created.drain(kept..));
+                    break;
+                }
+                error => {
+                    outcome = error.result();
+                    break;
+                }
+            }
+        }
+        if outcome.is_err() {
+            // The first error is the one to tell.
+            self.release_all(created.drain(..)).ok();
+        }
+        outcome?;
+        let mut memory = self.memory.lock();
+        let unused: Vec<usize> = (0..memory.len()).filter(|&at| memory[at].is_none()).collect();
+        let numbers = unused.into_iter().chain(memory.len()..);
+        let number = |(number, handle)| {
+            let count = memory.len().max(number + 1);
+            memory.resize(count, None);
+            memory[number] = Some(handle);
+            number as u32
+        };
+        Ok(numbers.zip(created).map(number).collect())
+    }
+
+    /// Gives one page of memory back to the device, which nobody uses; what became of it.
+    pub(crate) fn give_up(&self, page: &PageLeaving) -> (Left, Result<(), DriverError>) {
+        if let Err(error) = page.from.map_or(Ok(()), |from| self.unmap(from)) {
+            return (Left::Stays, Err(error));
+        }
+        let place = page.memory as usize;
+        let handle = self.memory.lock()[place].take();
+        let released = self.release_all(handle);
+        if released.is_err() {
+            self.memory.lock()[place] = handle;
+            return (Left::Unmapped, released);
+        }
+        (Left::Gone, Ok(()))
+    }
+
+    /// Releases memory that is mapped nowhere.
+    fn release_all(&self, memory: impl IntoIterator<Item = Handle>) -> Result<(), DriverError> {
+        let mut outcome = Ok(());
+        for handle in memory {
+            // SAFETY: it was created once, is mapped nowhere, and its number is forgotten.
+            outcome = outcome.and(unsafe { (self.driver.release)(handle) }.result());
+        }
+        outcome
     }
 
     /// The first address.
@@ -212,7 +271,7 @@ impl Mapped {
 
     /// How many pages of memory there are.
     pub(crate) fn count(&self) -> u64 {
-        self.memory.len() as u64
+        self.memory.lock().iter().flatten().count() as u64
     }
 
     /// How many pages of addresses there are.
@@ -246,7 +305,8 @@ impl Mapped {
     }
 
     fn map(&self, memory: u32, page: u64) -> Result<(), DriverError> {
-        let handle = self.memory[memory as usize];
+        let handle = self.memory.lock()[memory as usize];
+        let handle = handle.expect("invariant: memory that moves was not given back");
         // SAFETY: the addresses are reserved, of the length of this memory, and nothing is mapped
         // there: the driver refuses it otherwise.
         unsafe { (self.driver.map)(self.address(page), self.page_bytes as usize, 0, handle, 0) }
@@ -281,16 +341,14 @@ impl Mapped {
     /// # Errors
     ///
     /// The first that the driver says; it goes on then.
-    pub(crate) fn free(mut self) -> Result<(), DriverError> {
+    pub(crate) fn free(self) -> Result<(), DriverError> {
         let mapped = std::mem::take(&mut *self.mapped.lock());
         let mut outcome = Ok(());
         for page in mapped {
             outcome = outcome.and(self.unmap(page));
         }
-        for handle in self.memory.drain(..) {
-            // SAFETY: it was created once, and is released here alone.
-            outcome = outcome.and(unsafe { (self.driver.release)(handle) }.result());
-        }
+        let memory = std::mem::take(&mut *self.memory.lock());
+        outcome = outcome.and(self.release_all(memory.into_iter().flatten()));
         if self.base != 0 {
             let bytes = (self.addresses * self.page_bytes) as usize;
             // SAFETY: they were reserved as one, and nothing is mapped to them any more: the driver

@@ -14,7 +14,7 @@ use vmem_core::backend::{DeviceRange, DeviceUsage, MissingPages, RangeLedger, Ra
 
 use crate::card::{Card, UNIT};
 use crate::mapped::Mapped;
-use crate::paged::{PageLedger, PagePlan};
+use crate::paged::{Left, PageLeaving, PageLedger, PagePlan};
 
 /// After the driver refused to move pages they stay where they are for so long, and twice as long
 /// each time that it refuses again.
@@ -30,13 +30,15 @@ pub(crate) struct Memory {
     base: u64,
     ledger: Mutex<Ledger>,
     page_bytes: Option<u64>,
+    /// One at a time makes pages leave.
+    shrinking: Mutex<()>,
     /// Where each object has an allocation of its own.
     separate: Option<Separate>,
 }
 
 enum Ledger {
     Block(RangeLedger),
-    Pages { pages: PageLedger, moves: Moves, refusals: u32 },
+    Pages { pages: Box<PageLedger>, moves: Moves, refusals: u32 },
 }
 
 /// Whether pages can be moved.
@@ -71,14 +73,16 @@ impl Memory {
                 let count = mapped.count() as u32;
                 let addresses = mapped.addresses();
                 let pages = PageLedger::new(UNIT, mapped.page_bytes(), count, addresses);
-                Ledger::Pages { pages, moves: Moves::Ready, refusals: 0 }
+                Ledger::Pages { pages: Box::new(pages), moves: Moves::Ready, refusals: 0 }
             }
             None => Ledger::Block(RangeLedger::new(card.capacity(), UNIT)),
         };
         let separate =
             (card.base() == 0).then(|| Separate { card: card.clone(), offsets: Mutex::default() });
         let page_bytes = card.pages().map(Mapped::page_bytes);
-        Arc::new(Memory { base: card.base(), ledger: Mutex::new(ledger), page_bytes, separate })
+        let shrinking = Mutex::default();
+        let ledger = Mutex::new(ledger);
+        Arc::new(Memory { base: card.base(), ledger, page_bytes, shrinking, separate })
     }
 
     /// The size of a page, where memory is pages.
@@ -132,6 +136,67 @@ impl Memory {
     pub(crate) fn rested(&self) {
         if let Ledger::Pages { moves, .. } = &mut *self.ledger.lock() {
             *moves = Moves::Ready;
+        }
+    }
+
+    /// As `DeviceBackend::set_budget`.
+    pub(crate) fn set_budget(&self, bytes: u64) {
+        if let Ledger::Pages { pages, .. } = &mut *self.ledger.lock() {
+            pages.set_budget(bytes);
+        }
+    }
+
+    /// As `DeviceBackend::budget`.
+    pub(crate) fn budget(&self) -> u64 {
+        match &*self.ledger.lock() {
+            Ledger::Block(ledger) => ledger.usage().capacity_bytes,
+            Ledger::Pages { pages, .. } => pages.budget(),
+        }
+    }
+
+    /// Pages of which nothing is used, and that are beyond the budget, are nobody's from now on,
+    /// for the caller to give to the device: no more than `bytes` of them. `range` is dropped, and
+    /// what it had is among them.
+    pub(crate) fn let_leave(&self, bytes: u64, range: Option<DeviceRange>) -> Vec<PageLeaving> {
+        let _one = self.shrinking.lock();
+        if let Ledger::Pages { pages, .. } = &mut *self.ledger.lock() {
+            pages.begin_leaving(bytes);
+        }
+        // Not under the lock: it comes back to the ledger.
+        drop(range);
+        match &mut *self.ledger.lock() {
+            Ledger::Pages { pages, .. } => pages.end_leaving(),
+            Ledger::Block(_) => Vec::new(),
+        }
+    }
+
+    /// How many pages the budget lacks.
+    pub(crate) fn lacking_pages(&self) -> u64 {
+        match &*self.ledger.lock() {
+            Ledger::Pages { pages, .. } => pages.lacking(),
+            Ledger::Block(_) => 0,
+        }
+    }
+
+    /// What became of a page that was to leave.
+    pub(crate) fn settle_leaving(&self, page: PageLeaving, left: Left) {
+        if let Ledger::Pages { pages, .. } = &mut *self.ledger.lock() {
+            pages.settle_leaving(page, left);
+        }
+    }
+
+    /// Where new pages of memory go, and those that are beyond the budget.
+    pub(crate) fn plan_new(&self, memory: Vec<u32>) -> Option<(PagePlan, Vec<PageLeaving>)> {
+        match &mut *self.ledger.lock() {
+            Ledger::Pages { pages, .. } => Some(pages.plan_new(memory)),
+            Ledger::Block(_) => None,
+        }
+    }
+
+    /// They are there, or are behind no address.
+    pub(crate) fn settle_new(&self, plan: PagePlan, done: bool) {
+        if let Ledger::Pages { pages, .. } = &mut *self.ledger.lock() {
+            pages.settle_new(plan, done);
         }
     }
 

@@ -7,10 +7,14 @@
 //!
 //! Like a heap that grows: what comes next begins where the last one ended, and shares its page.
 
+mod budget;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use vmem_core::backend::{DeviceUsage, End, MissingPages, Ranges};
+
+pub(crate) use budget::{Left, PageLeaving};
 
 /// Requests below this length, in bytes, take the high end of a range, so that they do not end up
 /// between long ones.
@@ -52,6 +56,10 @@ pub(crate) struct PageLedger {
     unit: u64,
     page_bytes: u64,
     capacity_bytes: u64,
+    /// What the capacity is to become.
+    budget_bytes: u64,
+    /// What is on its way to become part of it.
+    joining_bytes: u64,
     /// The free addresses.
     free: Ranges,
     /// Those of them with memory behind.
@@ -62,6 +70,9 @@ pub(crate) struct PageLedger {
     idle: BTreeSet<u64>,
     /// Memory that is behind no address.
     spare: Vec<u32>,
+    /// How many pages leave as soon as nothing of them is used, and those that have.
+    owed: u64,
+    leaving: Vec<PageLeaving>,
     used_bytes: u64,
     peak_bytes: u64,
 }
@@ -79,11 +90,15 @@ impl PageLedger {
             unit,
             page_bytes,
             capacity_bytes,
+            budget_bytes: capacity_bytes,
+            joining_bytes: 0,
             free,
             ready,
             pages: (0..count).map(page).collect(),
             idle: (0..u64::from(count)).collect(),
             spare: Vec::new(),
+            owed: 0,
+            leaving: Vec::new(),
             used_bytes: 0,
             peak_bytes: 0,
         }
@@ -179,6 +194,7 @@ impl PageLedger {
                 self.idle.insert(number);
             }
         }
+        self.let_leave();
     }
 
     /// How many bytes with memory behind them are free from this offset on.
@@ -245,7 +261,8 @@ impl PageLedger {
         self.pages.get_mut(&number).expect("invariant: what is used has memory behind it")
     }
 
-    /// Memory for one page, from where nothing is used; not from the pages of `range`.
+    /// Memory for one page, from where nothing is used; not from the pages of `range`. The
+    /// addresses before which it was are nobody's until the caller adds them.
     fn find_memory(&mut self, range: &Range<u64>) -> (u32, Option<u64>) {
         if let Some(memory) = self.spare.pop() {
             return (memory, None);
@@ -254,14 +271,19 @@ impl PageLedger {
         let above = self.idle.range(own.end..).next_back();
         let number = above.or_else(|| self.idle.range(..own.start).next_back()).copied();
         let number = number.expect("invariant: the cost of a place was asked first");
+        (self.take_idle(number), Some(number))
+    }
+
+    /// The memory of an idle page.
+    fn take_idle(&mut self, number: u64) -> u32 {
         let page = self.pages.remove(&number).expect("invariant: an idle page has memory");
         self.idle.remove(&number);
         let addresses = self.page(number);
         assert!(self.ready.take_exact(&addresses), "an idle page is ready");
-        // They have memory behind them until the move is done.
+        // They have memory behind them until it has gone.
         let is_kept = !vmem_core::planted!("page-addresses");
         assert!(!is_kept || self.free.take_exact(&addresses), "an idle page is free");
-        (page.memory, Some(number))
+        page.memory
     }
 
     /// How many whole pages a range takes: those without memory, which get some, and idle ones.

@@ -12,8 +12,7 @@ use bytes::Bytes;
 use cudarc::driver::CudaStream;
 use futures::FutureExt;
 use futures::channel::oneshot;
-use futures::executor::block_on;
-use futures::future::{Either, join_all, select};
+use futures::future::{Either, join_all, ready, select};
 use futures_timer::Delay;
 use parking_lot::Mutex;
 use vmem_core::backend::{
@@ -33,13 +32,12 @@ use crate::lend::Lent;
 use crate::memory::{Memory, Reserved};
 use crate::mover::Mover;
 use crate::siblings::Siblings;
+use crate::trial;
 use crate::watch::{Answer, Keep, Watch, Watched};
 
 /// How memory is taken: with the value `separate` each object has an allocation of its own, for
 /// checkers of memory; with `block` all is one block.
 const ALLOCATIONS: &str = "VMEM_GPU_ALLOCATIONS";
-/// What is copied to see whether copying works, in bytes.
-const TRIAL_BYTES: usize = 4096;
 /// Copies that have not ended by then, after the tier was closed, are left behind with all that
 /// they own.
 const LAST_COPIES: Duration = Duration::from_secs(10);
@@ -107,7 +105,7 @@ impl CudaTier {
             described,
             settings,
         });
-        tier.try_it()?;
+        trial::copy(&tier)?;
         Ok(tier)
     }
 
@@ -204,23 +202,6 @@ impl CudaTier {
             ordered.unwrap_or(false)
         })
     }
-
-    /// Copies some bytes up and down again: where memory is pages, across the border of two.
-    fn try_it(&self) -> Result<(), String> {
-        let refused = |error: DeviceError| format!("a trial copy failed: {error}");
-        let border = self.memory.page_bytes().map_or(0, |bytes| bytes as usize - TRIAL_BYTES / 2);
-        let range = self.reserve(border + TRIAL_BYTES).ok_or("a trial found no memory")?;
-        let range = Arc::new(range);
-        let bytes: Vec<u8> = (0..TRIAL_BYTES).map(|at| (at % 251) as u8 ^ 0x5a).collect();
-        block_on(self.upload(range.clone(), border, bytes.clone().into())).map_err(refused)?;
-        let back = IoBuf::from_vec(vec![0; TRIAL_BYTES]);
-        let (back, outcome) = block_on(self.download(range.clone(), border, TRIAL_BYTES, back, 0));
-        outcome.map_err(refused)?;
-        if back[..] != bytes[..] {
-            return Err("a trial copy came back with other bytes".to_owned());
-        }
-        block_on(self.zero(range)).map_err(refused)
-    }
 }
 
 impl DeviceBackend for CudaTier {
@@ -258,6 +239,32 @@ impl DeviceBackend for CudaTier {
 
     fn missing_pages(&self, footprint: u64) -> Option<MissingPages> {
         self.memory.missing_pages(footprint)
+    }
+
+    fn resizes_by(&self) -> Option<u64> {
+        self.memory.page_bytes()
+    }
+
+    fn set_budget(&self, bytes: u64) {
+        self.memory.set_budget(bytes);
+    }
+
+    fn budget(&self) -> u64 {
+        self.memory.budget()
+    }
+
+    fn grow(&self) -> DeviceAnswer<Result<u64, DeviceError>> {
+        let grown = self.mover.as_ref().map(Mover::take_more);
+        grown.unwrap_or_else(|| ready(Ok(0)).boxed())
+    }
+
+    fn shrink(
+        &self,
+        bytes: u64,
+        range: Option<DeviceRange>,
+    ) -> DeviceAnswer<Result<u64, DeviceError>> {
+        let given = |mover: &Mover| mover.give_back(self.memory.let_leave(bytes, range));
+        self.mover.as_ref().map_or_else(|| ready(Ok(0)).boxed(), given)
     }
 
     fn upload(

@@ -148,12 +148,13 @@ impl<T: Evicting> Evictor<T> {
     }
 
     fn situation(&self, state: &TierState<T::Space>, wanted: Wanted) -> Situation {
+        let capacity_bytes = state.space().capacity_bytes();
         let mut situation = Situation {
             wanted,
-            capacity_bytes: state.space().capacity_bytes(),
+            capacity_bytes,
             used_bytes: state.space().used_bytes() + state.space().coming_bytes(),
             leaving_bytes: self.leaving_bytes,
-            marks: state.marks,
+            marks: state.marks.within(capacity_bytes),
             is_above_mark: self.is_above_mark,
         };
         situation.is_above_mark = situation.is_still_above();

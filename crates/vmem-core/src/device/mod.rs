@@ -112,6 +112,39 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
         0
     }
 
+    /// In what pieces the budget can change while the device serves, in bytes; none if it cannot.
+    fn resizes_by(&self) -> Option<u64> {
+        None
+    }
+
+    /// What [`grow`](Self::grow) and [`shrink`](Self::shrink) go for from now on, in bytes, also
+    /// those that are under way: neither goes beyond it.
+    fn set_budget(&self, bytes: u64) {
+        let _ = bytes;
+    }
+
+    /// What was set last, or else what it was opened with.
+    fn budget(&self) -> u64 {
+        self.usage().capacity_bytes
+    }
+
+    /// Takes what the budget lacks from the device, in whole pieces: how many bytes there were.
+    fn grow(&self) -> DeviceAnswer<Result<u64, DeviceError>> {
+        Box::pin(std::future::ready(Ok(0)))
+    }
+
+    /// Gives what is beyond the budget back to the device, but no more than this, in whole pieces
+    /// of which nothing is used: how many bytes it gave. `range` is dropped first, and nobody else
+    /// has what it had before that was given back.
+    fn shrink(
+        &self,
+        bytes: u64,
+        range: Option<DeviceRange>,
+    ) -> DeviceAnswer<Result<u64, DeviceError>> {
+        let _ = (bytes, range);
+        Box::pin(std::future::ready(Ok(0)))
+    }
+
     /// The ledger, now.
     fn usage(&self) -> DeviceUsage;
 

@@ -58,13 +58,12 @@ impl Device {
         let freed = watcher.clone();
         backend.set_freed_hook(Box::new(move || freed()));
         // Dropping copies is cheap, and what kernels wrote may be written again: nothing is evicted
-        // early.
-        let all = backend.usage().capacity_bytes;
-        let marks = Watermarks { low_bytes: all, high_bytes: all };
+        // before the budget is used, whatever it is by then.
+        let marks = Watermarks { low_bytes: u64::MAX, high_bytes: u64::MAX };
         let residents = Lock::default();
         let space = DeviceSpace { backend: backend.clone(), watcher, residents };
         let tier = MemoryTier::of_device(number);
-        let queue = Queue::new(tier, space, all, wake.clone(), unclaimed.clone());
+        let queue = Queue::new(tier, space, u64::MAX, wake.clone(), unclaimed.clone());
         let state = TierState::new(tier, queue, order, max_held, marks);
         Device { backend, state, hits: AtomicU64::new(0), gathers: Gathers::default(), released }
     }
@@ -122,6 +121,11 @@ impl Device {
     pub(crate) fn leave(&self, token: Token, range: &DeviceRange) {
         self.state.space().residents.lock().remove(range.address());
         self.state.leave(token);
+    }
+
+    /// The budget has changed.
+    pub(crate) fn resized(&self) {
+        self.state.resize(self.backend.usage().capacity_bytes);
     }
 
     /// Its figures, now.

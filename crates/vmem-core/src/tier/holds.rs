@@ -1,6 +1,7 @@
 //! What keeps a tier from being evicted: pins and leases, each object counted once.
 //!
-//! Invariant: what is charged never exceeds the most that the configuration allows. An object is
+//! Invariant: nothing is charged beyond the most that the configuration allows of the budget; a
+//! budget that shrinks leaves what was charged before. An object is
 //! charged by its first hold in the tier, whatever kind that is, and uncharged with its last, so no
 //! object is counted twice; and it is in the list of what is held from its first hold to its last.
 //! Charged by the pins and leases of `vmem`; read by the evictor, by errors that say why there is
@@ -11,6 +12,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{BinaryHeap, HashMap};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::locks::{self, Lock};
 use crate::memory_tier::MemoryTier;
@@ -131,14 +133,14 @@ pub(crate) struct Holds {
     bytes: Lock<HeldBytes, { locks::HOLDS }>,
     /// Each object that is held, by its number.
     objects: Lock<HashMap<u64, Listed, FixedState>, { locks::HOLDS }>,
-    max: u64,
+    max: AtomicU64,
     gone: Notify,
 }
 
 impl Holds {
     pub(crate) fn new(max: u64) -> Self {
         let objects = Lock::new(HashMap::default());
-        Holds { bytes: Lock::default(), objects, max, gone: Notify::new() }
+        Holds { bytes: Lock::default(), objects, max: AtomicU64::new(max), gone: Notify::new() }
     }
 
     /// This object has its first hold, and was charged. Its last one before may be about to be
@@ -184,17 +186,22 @@ impl Holds {
     }
 
     pub(crate) fn max(&self) -> u64 {
-        self.max
+        self.max.load(Ordering::SeqCst)
+    }
+
+    /// From now on this much may be held.
+    pub(crate) fn set_max(&self, max: u64) {
+        self.max.store(max, Ordering::SeqCst);
+        self.ring();
     }
 
     /// Charges one object, if the budget allows it.
     pub(crate) fn try_charge(&self, hold: HoldKind, footprint: u64) -> bool {
         let mut bytes = self.bytes.lock();
-        let fits = bytes.total().checked_add(footprint).is_some_and(|sum| sum <= self.max);
+        let fits = bytes.total().checked_add(footprint).is_some_and(|sum| sum <= self.max());
         if fits {
             *bytes.of(hold) += footprint;
         }
-        assert!(bytes.total() <= self.max, "{bytes:?} are held of {}", self.max);
         fits
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
+use super::waiters::{BLOCK_MAX, Waiter};
 use crate::error::VirtualMemoryError;
 
 /// Why there is no space now.
@@ -186,7 +187,8 @@ impl Wanted {
     }
 }
 
-/// What was found in one class. Bytes are footprints of those that wait on.
+/// What was found in one class. The first is the first that eviction can serve, or else the first
+/// of all. Bytes are footprints of those that wait on.
 #[derive(Default)]
 pub(super) struct Served {
     pub(super) bytes: u64,
@@ -199,4 +201,24 @@ pub(super) struct Served {
     /// The first one waits for what is on its way.
     pub(super) coming: bool,
     pub(super) out_of_reach: usize,
+}
+
+impl Served {
+    /// This one is the first.
+    pub(super) fn lead<S: Space>(&mut self, waiter: &Waiter<S>) {
+        self.first = waiter.footprint;
+        self.asked = Some(waiter.deadline.asked());
+        self.spares_since = waiter.need.spares_since;
+    }
+
+    /// It found no space, for this reason.
+    pub(super) fn wait_for(&mut self, why: NoSpace, footprint: u64) {
+        (self.scattered, self.coming) = (why.scattered, why.coming);
+        if why.coming {
+            // It may never come.
+            self.unblocks_at = self.unblocks_at.or(Some(Instant::now() + BLOCK_MAX));
+        } else {
+            self.bytes += footprint;
+        }
+    }
 }

@@ -262,6 +262,8 @@ impl<S: Space> Queue<S> {
     ) -> Served {
         let mut served = Served::default();
         let mut blocked: Option<usize> = None;
+        // Whether there is one that objects are evicted for first.
+        let mut is_led = false;
         let mut at = 0;
         while at < waiters.len() {
             let waiter = &waiters[at];
@@ -290,31 +292,29 @@ impl<S: Space> Queue<S> {
                         None => footprint,
                         Some(_) => served.smallest.min(footprint),
                     };
+                    let waiter = &waiters[at];
                     if blocked.is_none() {
                         blocked = Some(at);
-                        served.first = footprint;
-                        served.asked = Some(waiters[at].deadline.asked());
-                        served.spares_since = waiters[at].need.spares_since;
-                        if let Some(Err(why)) = refused {
-                            served.scattered = why.scattered && footprint <= reach;
-                            served.coming = why.coming;
-                        }
-                        let now = Instant::now();
-                        let until = waiters[at].blocks_since.map(|since| since + BLOCK_MAX);
-                        let again = served.coming.then(|| now + BLOCK_MAX); // It may never come.
-                        served.unblocks_at = until.filter(|until| *until > now).or(again);
+                        served.lead(waiter);
+                        let until = waiter.blocks_since.map(|since| since + BLOCK_MAX);
+                        served.unblocks_at = until.filter(|until| *until > Instant::now());
                     }
-                    // Nothing is evicted yet for what is on its way, or needs neighbours later.
-                    let is_later = match blocked == Some(at) {
-                        true => served.coming,
-                        _ if crate::planted!("pages-and-more") => false,
-                        false => self.space.needs_together(footprint),
-                    };
-                    // What eviction cannot serve is not evicted for.
-                    if footprint > reach {
-                        served.out_of_reach += 1;
-                    } else if !is_later {
-                        served.bytes += footprint;
+                    match refused {
+                        // What eviction cannot serve is not evicted for.
+                        _ if footprint > reach => served.out_of_reach += 1,
+                        Some(Err(why))
+                            if !is_led
+                                && (blocked == Some(at)
+                                    || !crate::planted!("behind-out-of-reach")) =>
+                        {
+                            is_led = true;
+                            served.lead(waiter);
+                            served.wait_for(why, footprint);
+                        }
+                        // Nothing is evicted yet for what needs neighbours later.
+                        _ if !crate::planted!("pages-and-more")
+                            && self.space.needs_together(footprint) => {}
+                        _ => served.bytes += footprint,
                     }
                     at += 1;
                 }

@@ -25,12 +25,22 @@ pub(crate) struct Watermarks {
     pub(crate) high_bytes: u64,
 }
 
+impl Watermarks {
+    /// Neither beyond this budget.
+    pub(crate) fn within(self, capacity_bytes: u64) -> Self {
+        let low_bytes = self.low_bytes.min(capacity_bytes);
+        Watermarks { low_bytes, high_bytes: self.high_bytes.min(capacity_bytes) }
+    }
+}
+
 /// See the module's documentation.
 pub(crate) struct TierState<S: Space> {
     pub(crate) tier: MemoryTier,
     pub(crate) queue: Queue<S>,
     pub(crate) order: Lock<Box<dyn Policy>, { locks::ORDER }>,
     pub(crate) holds: Holds,
+    /// What they may have of the budget.
+    max_held: f64,
     pub(crate) marks: Watermarks,
     /// Objects with a copy, or with space set apart, in this tier.
     pub(crate) objects: AtomicU64,
@@ -52,6 +62,7 @@ impl<S: Space> TierState<S> {
             tier,
             order: Lock::new(order),
             holds: Holds::new(max_held_bytes as u64),
+            max_held,
             marks,
             objects: AtomicU64::new(0),
             blocked_by_holds: AtomicBool::new(false),
@@ -91,6 +102,16 @@ impl<S: Space> TierState<S> {
     /// What operators learn of this tier.
     pub(crate) fn notices(&self) -> &Notices {
         self.queue.notices()
+    }
+
+    /// The budget is this from now on: what waits and can never fit is refused, and holds may have
+    /// their part of it. What is held already stays.
+    pub(crate) fn resize(&self, capacity_bytes: u64) {
+        self.holds.set_max((capacity_bytes as f64 * self.max_held) as u64);
+        self.queue.refuse(|_, footprint| {
+            let refused = check_capacity(self.tier, footprint, capacity_bytes).err();
+            refused.map(Refused::Error)
+        });
     }
 
     /// Whether this many bytes of footprint could ever fit.

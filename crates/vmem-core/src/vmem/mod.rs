@@ -23,6 +23,7 @@ mod publish;
 mod read;
 mod reader;
 mod residency;
+mod resize;
 mod scratch;
 mod timed;
 mod write;

@@ -26,7 +26,7 @@ impl Object {
 }
 
 /// Every other page is pinned, and an object of half the memory comes to the others; then lengths,
-/// kernels, promotions and demotions at random.
+/// kernels, promotions and demotions at random; then the budget is halved and doubled again.
 pub(super) fn rearranged(env: &Env) -> Result<Outcome> {
     let user = env.user()?;
     let page = match Paging::find(&user)? {
@@ -44,6 +44,7 @@ pub(super) fn rearranged(env: &Env) -> Result<Outcome> {
         let moved = mapped().zip(before).map(|(now, before)| now - before);
         ensure!(moved.is_none_or(|moved| moved > 0), "no page moved");
         let evictions = vmem.stats().evictions;
+        let (shrunk, grown) = resized(&vmem, &user, &objects).await.context("another budget")?;
         let count = objects.len();
         drop(user);
         end(env, vmem, objects.into_iter().map(|object| object.handle).collect()).await?;
@@ -53,6 +54,7 @@ pub(super) fn rearranged(env: &Env) -> Result<Outcome> {
         passed(json!({
             "vram_bytes": vram, "page_bytes": page, "evictions_for_half_of_the_memory": evicted,
             "objects": count, "steps": steps, "evictions": evictions, "pages_moved": moved,
+            "halved_ms": shrunk.as_secs_f64() * 1e3, "doubled_ms": grown.as_secs_f64() * 1e3,
         }))
     })
 }
@@ -154,6 +156,48 @@ async fn at_random(
         }
     }
     Ok(objects)
+}
+
+/// Half of the memory goes back to the device and comes again, with objects used meanwhile; how
+/// long each took.
+async fn resized(
+    vmem: &VirtualMemory,
+    user: &User,
+    objects: &[Object],
+) -> Result<(Duration, Duration)> {
+    let all = vmem.stats().vram.capacity_bytes;
+    let free = || {
+        user.context.bind_to_thread()?;
+        anyhow::Ok(cudarc::driver::result::mem_get_info()?.0 as u64)
+    };
+    let mut took = [Duration::ZERO; 2];
+    let mut free_before = free()?;
+    for (place, wanted) in [all / 2, all].into_iter().enumerate() {
+        let begun = std::time::Instant::now();
+        let changed = async {
+            let capacity = vmem.set_vram_capacity(VRAM, wanted).await?;
+            took[place] = begun.elapsed();
+            anyhow::Ok(capacity)
+        };
+        let used = async {
+            for (at, object) in objects.iter().enumerate() {
+                let found = kernel_reads(vmem, user, &object.handle).await?;
+                ensure!(found == object.bytes(), "object {at} while the budget changes");
+            }
+            Ok(())
+        };
+        let (capacity, ()) = futures::try_join!(changed, used)?;
+        ensure!(capacity == wanted, "{capacity} bytes in place of {wanted}");
+        let now = free()?;
+        let differs = now.abs_diff(free_before);
+        // Others may have changed it by a little.
+        ensure!(differs.abs_diff(all / 2) <= all / 8, "{free_before} bytes were free, {now} are");
+        free_before = now;
+    }
+    for (at, object) in objects.iter().enumerate() {
+        ensure!(vmem.read(&object.handle).await? == object.bytes(), "object {at}");
+    }
+    Ok((took[0], took[1]))
 }
 
 /// As many short ones as long ones, by their logarithm.

@@ -154,9 +154,33 @@ fn ledger_agrees_with_a_driver_at_random() {
         let mut driver = Driver((0..16).map(|at| (u64::from(at), at)).collect());
         let mut taken: Vec<Taken> = Vec::new();
         let mut under_way: Option<PagePlan> = None;
+        let mut given_up: Vec<u32> = Vec::new();
         for _ in 0..2000 {
-            let step = random.random_range(0..10);
-            if step < 4 && !taken.is_empty() {
+            let step = random.random_range(0..12);
+            if step == 10 {
+                ledger.set_budget(random.random_range(4..16) * PAGE);
+                ledger.begin_leaving(random.random_range(1..4) * PAGE);
+                let held = (!taken.is_empty()).then(|| taken.swap_remove(0));
+                held.iter().for_each(|one| give(&mut ledger, one));
+                for page in ledger.end_leaving() {
+                    let left = [Left::Gone, Left::Unmapped, Left::Stays][random.random_range(0..3)];
+                    if let Some(from) = page.from.filter(|_| left != Left::Stays) {
+                        assert_eq!(driver.0.remove(&from), Some(page.memory));
+                    }
+                    given_up.extend((left == Left::Gone).then_some(page.memory));
+                    ledger.settle_leaving(page, left);
+                }
+            } else if step == 11 {
+                ledger.set_budget(random.random_range(10..=16) * PAGE);
+                let (plan, surplus) = ledger.plan_new(std::mem::take(&mut given_up));
+                for page in surplus {
+                    given_up.push(page.memory);
+                    ledger.settle_leaving(page, Left::Gone);
+                }
+                let done = random.random_bool(0.8);
+                driver.carry_out(&plan, done);
+                ledger.settle_new(plan, done);
+            } else if step < 4 && !taken.is_empty() {
                 let one = taken.swap_remove(random.random_range(0..taken.len()));
                 give(&mut ledger, &one);
             } else if step < 6 {
@@ -194,6 +218,10 @@ fn ledger_agrees_with_a_driver_at_random() {
         if let Some(plan) = under_way {
             ledger.settle(plan, false);
         }
+        ledger.set_budget(16 * PAGE);
+        let (plan, surplus) = ledger.plan_new(given_up);
+        assert_eq!((ledger.lacking(), surplus.len()), (0, 0));
+        ledger.settle_new(plan, true);
         for one in taken.drain(..) {
             give(&mut ledger, &one);
         }
@@ -201,6 +229,66 @@ fn ledger_agrees_with_a_driver_at_random() {
         assert!(take(&mut ledger, 16 * 64).is_some());
     }
     assert!(moved > 100, "{moved} pages moved");
+}
+
+#[test]
+fn pages_leave_as_soon_as_nothing_of_them_is_used() {
+    let mut ledger = ledger(6);
+    let taken: Vec<_> = (0..4).map(|_| take(&mut ledger, 64).unwrap()).collect();
+    ledger.begin_leaving(3 * PAGE);
+    assert_eq!(ledger.usage().capacity_bytes, 6 * PAGE, "none is beyond the budget");
+    ledger.set_budget(3 * PAGE);
+    ledger.begin_leaving(3 * PAGE);
+    assert_eq!(ledger.usage().capacity_bytes, 4 * PAGE, "two were free");
+    assert_eq!(take(&mut ledger, 1), None, "what leaves is nobody's to take");
+    give(&mut ledger, &taken[1]);
+    assert_eq!(take(&mut ledger, 1), None, "so is what is owed");
+    give(&mut ledger, &taken[2]);
+    let leaving = ledger.end_leaving();
+    let mut from: Vec<_> = leaving.iter().map(|page| page.from).collect();
+    from.sort_unstable();
+    assert_eq!(from, [Some(0), Some(1), Some(4)]);
+    check(&ledger, &[taken[0], taken[3]]);
+    for (page, left) in leaving.into_iter().zip([Left::Gone, Left::Unmapped, Left::Stays]) {
+        ledger.settle_leaving(page, left);
+        check(&ledger, &[taken[0], taken[3]]);
+    }
+    assert_eq!(ledger.usage().capacity_bytes, 5 * PAGE);
+    assert_eq!(ledger.usage().largest_free_bytes, 3 * PAGE);
+    assert!(take(&mut ledger, 3 * 64).is_some());
+}
+
+#[test]
+fn new_pages_are_ready_wherever_others_lie() {
+    let mut ledger = ledger(4);
+    let taken: Vec<_> = (0..4).map(|_| take(&mut ledger, 64).unwrap()).collect();
+    for done in [true, false] {
+        let first = if done { 4 } else { 7 };
+        ledger.set_budget(7 * PAGE);
+        assert_eq!(ledger.lacking(), 3);
+        let (plan, surplus) = ledger.plan_new((first..first + 5).collect());
+        assert_eq!((plan.moves.len(), surplus.len(), ledger.lacking()), (3, 2, 0));
+        assert_eq!(take(&mut ledger, 1), None, "not before they are there");
+        ledger.settle_new(plan, done);
+        check(&ledger, &taken);
+        let placed = ledger.take(3 * PAGE as usize);
+        assert_eq!(placed.is_some(), done);
+        let placed = placed.or_else(|| take(&mut ledger, 3 * 64)).unwrap();
+        give(&mut ledger, &placed);
+        ledger.set_budget(4 * PAGE);
+        ledger.begin_leaving(9 * PAGE);
+        for page in ledger.end_leaving() {
+            ledger.settle_leaving(page, Left::Gone);
+        }
+        assert_eq!(ledger.usage().capacity_bytes, 4 * PAGE);
+    }
+    // More than there are addresses for are spare.
+    ledger.set_budget(40 * PAGE);
+    let (plan, surplus) = ledger.plan_new((10..40).collect());
+    assert_eq!((plan.moves.len(), surplus.len()), (28, 0));
+    ledger.settle_new(plan, true);
+    check(&ledger, &taken);
+    assert_eq!(ledger.usage().capacity_bytes, 34 * PAGE);
 }
 
 #[test]
