@@ -54,7 +54,7 @@ pub mod gpu {
     pub use vmem_gpu::dlpack;
     pub use vmem_gpu::{
         DeviceLease, DeviceLeaseMut, DeviceSet, DeviceSetRequest, DeviceTarget, Gathered,
-        Scattered, VramExt, adopt_stream,
+        Scattered, Scratch, VramExt, adopt_stream,
     };
 }
 
@@ -174,7 +174,8 @@ fn open_devices(config: &VirtualMemoryConfig) -> Result<Devices, VirtualMemoryEr
     let mut no_device = "".into();
     for (number, selection) in config.gpus().iter().enumerate() {
         let budget = config.vram_budget_of(number);
-        let opened = vmem_gpu::open_device_within(selection, budget, wait)?;
+        let points = config.switch_points();
+        let opened = vmem_gpu::open_device_within(selection, budget, points, wait)?;
         devices.extend(opened.device);
         no_device = opened.reason;
     }

@@ -11,7 +11,9 @@ use vmem::gpu::{DeviceTarget, VramExt};
 use vmem::{MemoryTier, VirtualMemoryConfig, VirtualMemoryError};
 use vmem_cuda_emulator::{Emulator, Kind};
 
-use crate::support::{HOST, LEN, VRAM, bytes, end, launch, open_small as open, plus, stream};
+use crate::support::{
+    HANGS, HOST, LEN, VRAM, bytes, end, launch, open_small as open, plus, stream,
+};
 
 /// Readers share, a writer is alone.
 #[tokio::test]
@@ -39,24 +41,25 @@ async fn a_writer_waits_for_readers() {
     // SAFETY: read by the kernel below, on the stream of the lease.
     launch("vmem_slow_copy", sink, unsafe { second.device_ptr() }, LEN as u64, &other);
     drop(second);
-    tokio::select! {
-        _ = &mut writer => panic!("a kernel still reads"),
-        () = tokio::time::sleep(Duration::from_millis(150)) => {}
-    }
-    emulator.release_all();
-    let lease = writer.await.unwrap();
+    // The device has the writer's kernel wait for that one.
+    let lease = tokio::time::timeout(HANGS / 2, writer).await.expect("readers are gone").unwrap();
     // SAFETY: used by the kernel below, on the stream of the lease.
     launch("vmem_add", unsafe { lease.device_ptr() }, LEN as u64, 1, &stream);
     drop(lease);
+    emulator.release_all();
+    let read = |copied: &mut [u8]| {
+        // SAFETY: both are as long as the object; the memory is pageable, so the call waits.
+        unsafe { result::memcpy_dtoh_async(copied, sink, other.cu_stream()) }.unwrap();
+    };
+    let mut copied = vec![0; LEN];
+    read(&mut copied);
+    assert!(copied == bytes(5), "it came before the writer");
     // The next reader sees what it wrote.
     let lease = vmem.device_on(&handle, &other).await.unwrap();
     // SAFETY: as above.
     launch("vmem_slow_copy", sink, unsafe { lease.device_ptr() }, LEN as u64, &other);
     drop(lease);
-    let mut copied = vec![0; LEN];
-    // SAFETY: both are as long as the object; the memory of the vector is pageable, so the call
-    // waits.
-    unsafe { result::memcpy_dtoh_async(&mut copied, sink, other.cu_stream()) }.unwrap();
+    read(&mut copied);
     assert!(copied == plus(&bytes(5), 1));
     // SAFETY: it was leaked above, and nothing uses it any more.
     unsafe { result::free_sync(sink) }.unwrap();

@@ -17,6 +17,7 @@
 mod support;
 
 mod adopted;
+mod behind;
 mod devices;
 mod dirty;
 mod dlpack;

@@ -8,7 +8,7 @@ use futures::FutureExt;
 use futures::future::{join_all, try_join_all};
 use vmem::gpu::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use vmem::gpu::{DeviceTarget, VramExt};
-use vmem::{VMemHandle, VirtualMemory, VirtualMemoryConfig};
+use vmem::{SwitchPoints, VMemHandle, VirtualMemory, VirtualMemoryConfig};
 use vmem_cuda_emulator::{Emulator, Kind};
 
 use crate::support::{HANGS, HOST, VRAM, begin_capture, end, end_capture, launch, stream, until};
@@ -24,10 +24,15 @@ fn bytes(seed: usize, len: usize) -> Vec<u8> {
 
 /// A store with objects of this length, all in host memory that the device reaches directly.
 async fn open(len: usize) -> (VirtualMemory, Vec<VMemHandle>) {
+    open_with(len, SwitchPoints::default()).await
+}
+
+async fn open_with(len: usize, points: SwitchPoints) -> (VirtualMemory, Vec<VMemHandle>) {
     let config = VirtualMemoryConfig::builder()
         .host_capacity(16 << 20)
         .disk_capacity(64 << 20)
         .vram_capacity(16 << 20)
+        .switch_points(points)
         .max_pinned(1.0);
     let vmem = vmem::open(config.build().unwrap()).await.unwrap();
     let mut handles = Vec::new();
@@ -111,6 +116,27 @@ async fn small_objects_come_up_by_kernels() {
 
 /// Mechanism: copies of some length were handed in one by one. Effect: 16 GiB/s of a link of 50 at
 /// 64 KiB. Fix: one call of the driver takes those that come together.
+#[tokio::test]
+async fn copies_go_the_way_that_the_configuration_says() {
+    let emulator = Emulator::load().unwrap();
+    let default = SwitchPoints::default();
+    for (len, points, ways) in [
+        (64 * KIB, SwitchPoints { small_max: 64 * KIB, ..default }, [true, false]),
+        (16 * KIB, SwitchPoints { small_max: 8 * KIB, ..default }, [false, true]),
+        (16 * KIB, SwitchPoints { small_min: usize::MAX, ..default }, [false, true]),
+        (16 * KIB, SwitchPoints { small_max: 0, batch_min: usize::MAX, ..default }, [false, false]),
+    ] {
+        let (vmem, handles) = open_with(len, points).await;
+        let count = || [emulator.counter("piece_kernels"), emulator.calls("cuMemcpyBatchAsync")];
+        let before = count();
+        promote_together(&vmem, &handles, &emulator).await;
+        let are_taken = [0, 1].map(|way| count()[way] > before[way]);
+        assert_eq!(are_taken, ways, "{len} bytes, {points:?}");
+        are_there(&vmem, &handles, &stream(), len).await;
+        end(vmem, handles, &emulator).await;
+    }
+}
+
 #[tokio::test]
 async fn many_objects_come_up_by_one_call() {
     let emulator = Emulator::load().unwrap();

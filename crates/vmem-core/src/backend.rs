@@ -13,7 +13,7 @@ pub use crate::chunk::{CHUNK_BYTES, Run, Runs, StoredChunk};
 pub use crate::deadline::Clock;
 pub use crate::device::{
     DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, MissingPages, RangeLedger,
-    RangeOwner,
+    RangeOwner, UseEnd,
 };
 pub use crate::storage::{
     Durable, Extent, ExtentOwner, ReadChunk, SharedOwner, Tier, TierError, TierUsage,

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 pub use budget::Budget;
 pub(crate) use budget::Effective;
-pub use choices::{GpuSelection, IoDriver, Promotion, WriteBack};
+pub use choices::{GpuSelection, IoDriver, Promotion, SwitchPoints, WriteBack};
 
 use crate::policy::PolicyChoice;
 
@@ -58,6 +58,7 @@ pub const GPUS_MAX: usize = 32;
 ///   `gather_promotion = 2`.
 /// - `gather_promotion`: the number of the gather, from 1 on, or `"never"`.
 /// - `write_back`: `"eager"`, `"on-evict"`, or after how long, such as `"250ms"`.
+/// - `switch_points`: a table with some of `small_max`, `small_min` and `batch_min`, whole numbers.
 /// - `wait_timeout`, `slow_read_threshold`: text such as `"30s"`, `"1m 30s"` or `"250ms"`.
 /// - `spans_per_second`: a number; 4294967295 is no bound.
 ///
@@ -176,6 +177,11 @@ impl VirtualMemoryConfig {
         self.fields.write_back
     }
 
+    /// Which way copies to and from a device go.
+    pub fn switch_points(&self) -> SwitchPoints {
+        self.fields.switch_points
+    }
+
     /// What the catalog of names keeps of itself in memory, in bytes.
     pub fn catalog_cache(&self) -> u64 {
         self.fields.catalog_cache
@@ -221,6 +227,7 @@ pub struct VirtualMemoryConfigBuilder {
     promotion: Promotion,
     gather_promotion: Promotion,
     write_back: WriteBack,
+    switch_points: SwitchPoints,
     catalog_cache: u64,
     wait_timeout: Duration,
     slow_read_threshold: Duration,
@@ -249,6 +256,7 @@ impl Default for VirtualMemoryConfigBuilder {
             promotion: Promotion::default(),
             gather_promotion: Promotion::Never,
             write_back: WriteBack::default(),
+            switch_points: SwitchPoints::default(),
             catalog_cache: 8 << 20,
             wait_timeout: Duration::from_secs(30),
             slow_read_threshold: Duration::from_secs(1),

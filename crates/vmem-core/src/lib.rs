@@ -73,8 +73,8 @@ mod windows;
 pub use capabilities::Capabilities;
 pub use config::{
     Budget, GPUS_MAX, GpuSelection, HOST_CAPACITY_MIN, IoDriver, Promotion, STAGING_CAPACITY_MAX,
-    STAGING_CAPACITY_MIN, STREAM_CAPACITY_MAX, STREAM_CAPACITY_MIN, VirtualMemoryConfig,
-    VirtualMemoryConfigBuilder, WriteBack,
+    STAGING_CAPACITY_MIN, STREAM_CAPACITY_MAX, STREAM_CAPACITY_MIN, SwitchPoints,
+    VirtualMemoryConfig, VirtualMemoryConfigBuilder, WriteBack,
 };
 pub use error::VirtualMemoryError;
 pub use events::{MigrationCause, MigrationEvent};

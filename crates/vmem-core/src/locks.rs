@@ -17,6 +17,7 @@
 //! | `COPIES`, `STAGING`, `WINDOWS` | free descriptors, pieces and windows | `OBJECT` |
 //! | `CLOCK`, `SLOW` | in which stage a read is; the slowest reads | |
 //! | `GATHERS` | what gathers have copied of objects that are not on a device | |
+//! | `SUCCESSORS`, `USES` | leases behind a kernel; users of a range that are gone | `OBJECT` |
 //!
 //! Not ranked: the pages of host memory, whose lock a condition variable needs as it is; the
 //! listeners of events and the check of a runtime, under which nothing is locked; and the shards of
@@ -54,6 +55,8 @@ pub(crate) const WINDOWS: u32 = 13;
 pub(crate) const CLOCK: u32 = 14;
 pub(crate) const SLOW: u32 = 15;
 pub(crate) const GATHERS: u32 = 16;
+pub(crate) const SUCCESSORS: u32 = 17;
+pub(crate) const USES: u32 = 18;
 
 /// A lock of `parking_lot` that knows its place.
 pub(crate) struct Ranked<const RANK: u32>(parking_lot::RawMutex);

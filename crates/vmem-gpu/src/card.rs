@@ -10,8 +10,8 @@
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
-use vmem_core::Budget;
 use vmem_core::backend::DeviceError;
+use vmem_core::{Budget, SwitchPoints};
 
 use crate::batch::Batches;
 use crate::context::{Context, relax_capture};
@@ -22,6 +22,9 @@ use crate::pieces::Pieces;
 use crate::queued::{Queued, Streams};
 use crate::siblings::Siblings;
 
+/// How memory is taken: with the value `separate` each object has an allocation of its own, for
+/// checkers of memory; with `block` all is one block.
+const ALLOCATIONS: &str = "VMEM_GPU_ALLOCATIONS";
 /// Where objects begin is a multiple of this, in bytes.
 pub(crate) const UNIT: u64 = 512;
 /// A tier smaller than this is none, in bytes.
@@ -126,6 +129,17 @@ pub(crate) enum Way {
     Separate,
 }
 
+impl Way {
+    /// What the environment says.
+    pub(crate) fn wanted() -> Self {
+        match std::env::var(ALLOCATIONS).as_deref() {
+            Ok("separate") => Way::Separate,
+            Ok("block") => Way::Block,
+            _ => Way::Pages,
+        }
+    }
+}
+
 /// The memory that was taken.
 #[derive(Debug)]
 enum Taken {
@@ -147,6 +161,7 @@ pub(crate) struct Card {
     /// For small copies, and for many at once; none where the driver has no such thing.
     pieces: Option<Pieces>,
     batches: Option<Batches>,
+    switch_points: SwitchPoints,
     /// What the streams of users hold.
     streams: Arc<Streams>,
     siblings: OnceLock<Arc<Siblings>>,
@@ -162,6 +177,7 @@ impl Card {
     pub(crate) fn open(
         ordinal: usize,
         budget: Budget,
+        switch_points: SwitchPoints,
         lost: Lost,
         way: Way,
     ) -> Result<Arc<Self>, String> {
@@ -189,6 +205,7 @@ impl Card {
             capacity,
             events,
             batches: Batches::find(),
+            switch_points,
             streams: Arc::default(),
             siblings: OnceLock::new(),
         }))
@@ -266,6 +283,11 @@ impl Card {
     /// Counts calls on a stream of a user; none if it holds too many.
     pub(crate) fn try_queue(&self, stream: &CudaStream, calls: usize) -> Option<Queued> {
         self.streams.try_queue(stream, calls)
+    }
+
+    /// From when on copies go another way.
+    pub(crate) fn switch_points(&self) -> SwitchPoints {
+        self.switch_points
     }
 
     /// The driver's copies of many pieces in one call, if it has them.

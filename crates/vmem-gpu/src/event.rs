@@ -32,6 +32,8 @@ struct Raw(sys::CUevent);
 
 // SAFETY: the driver's events may be used from any thread.
 unsafe impl Send for Raw {}
+// SAFETY: and from several at once; what is shared is the handle alone.
+unsafe impl Sync for Raw {}
 
 /// Events that can be recorded again.
 #[derive(Debug)]
@@ -56,7 +58,12 @@ impl EventPool {
             Some(raw) => raw,
             None => self.make_lot()?,
         };
-        Ok(Event { raw: Some(raw), pool: self.clone(), span: Span::default() })
+        Ok(Event {
+            raw: Some(raw),
+            pool: self.clone(),
+            span: Span::default(),
+            is_spoilt: AtomicBool::new(false),
+        })
     }
 
     /// Makes the first events, on a thread of ours. Where the driver refuses, they are made when
@@ -105,11 +112,12 @@ impl Drop for EventPool {
 /// A place in the order of a stream.
 #[derive(Debug)]
 pub(crate) struct Event {
-    /// None once it was discarded.
+    /// None while it is being dropped.
     raw: Option<Raw>,
     pool: Arc<EventPool>,
     /// When it was recorded.
     span: Span,
+    is_spoilt: AtomicBool,
 }
 
 /// Some time between two stamps, each later than all before.
@@ -173,15 +181,20 @@ impl Event {
     /// # Errors
     ///
     /// What the driver says.
-    fn hold_back(&self, stream: &CudaStream) -> Result<(), DriverError> {
+    pub(crate) fn hold_back(&self, stream: &CudaStream) -> Result<(), DriverError> {
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: both are alive.
         unsafe { result::stream::wait_event(stream.cu_stream(), self.handle(), flags) }
     }
 
-    /// Destroys an event that the driver fails on, so that it is not used again.
-    pub(crate) fn discard(mut self) {
-        self.pool.destroy(self.raw.take().into_iter().collect());
+    /// The driver fails on it: it is destroyed in the end, and not used again.
+    pub(crate) fn discard(&self) {
+        self.is_spoilt.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the driver has failed on it.
+    pub(crate) fn is_spoilt(&self) -> bool {
+        self.is_spoilt.load(Ordering::Relaxed)
     }
 }
 
@@ -189,7 +202,7 @@ impl Drop for Event {
     fn drop(&mut self) {
         let Some(raw) = self.raw.take() else { return };
         let mut spare = self.pool.spare.lock();
-        if spare.len() < SPARE_MAX {
+        if spare.len() < SPARE_MAX && !*self.is_spoilt.get_mut() {
             return spare.push(raw);
         }
         drop(spare);
@@ -227,6 +240,11 @@ impl Card {
                 let _ = stream.synchronize();
             }
             event.record(stream)?;
+            // One that began meanwhile has the event as part of its graph.
+            if is_capturing(stream)? && !vmem_core::planted!("gpu-capture") {
+                event.discard();
+                return Ok(None);
+            }
             Ok(Some(event))
         };
         let marked = if is_lent {
@@ -247,40 +265,6 @@ impl Card {
             event.is_some_and(|event| event.has_passed().unwrap_or(false))
         });
         passed.unwrap_or(false)
-    }
-
-    /// What `then` gets from here on comes after what `first` has, without a wait of the host.
-    /// False if that cannot be had.
-    pub(crate) fn order(&self, first: &CudaStream, then: &CudaStream) -> bool {
-        let ordered = self.context().enter(|| {
-            // An event from outside of a capture would break it.
-            if is_capturing(then)? && !is_capturing(first)? {
-                return Err(DriverError(sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION));
-            }
-            let event = self.events().take()?;
-            event.record(first)?;
-            event.hold_back(then)
-        });
-        let ordered = ordered.and_then(|ordered| ordered);
-        if let Err(error) = ordered {
-            tracing::debug!(
-                target: "vmem::gpu", error = %told("ordering streams", error), "refused"
-            );
-        }
-        ordered.is_ok()
-    }
-
-    /// As `order`, but where that cannot be had the calling thread waits for `first`.
-    pub(crate) fn order_or_wait(&self, first: &CudaStream, then: &CudaStream) -> bool {
-        let wait = || {
-            // A wait would break its capture.
-            if is_capturing(first)? {
-                return Err(DriverError(sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED));
-            }
-            // SAFETY: the stream is alive.
-            unsafe { result::stream::synchronize(first.cu_stream()) }
-        };
-        self.order(first, then) || self.context().visit(wait).and_then(|waited| waited).is_ok()
     }
 }
 

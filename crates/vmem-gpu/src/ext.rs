@@ -15,6 +15,7 @@ use crate::card::{Card, failed};
 use crate::event::{is_capturing, is_per_thread};
 use crate::gather::{self, Gathered};
 use crate::lease::{DeviceLease, DeviceLeaseMut, Scratch};
+use crate::order::follow;
 use crate::scatter::{self, Scattered};
 use crate::set::DeviceSetRequest;
 use crate::target::DeviceTarget;
@@ -59,8 +60,10 @@ pub trait VramExt {
 
     /// The object in device memory, for kernels on `stream` that change it, alone.
     ///
-    /// Waits until other leases have ended. What the kernels wrote is the current version once they
-    /// have ended and it was copied down; a read that comes after the drop waits for that.
+    /// Waits until other leases were dropped, and comes after what they have queued, in the order
+    /// of the streams. What the kernels wrote is the current version once they have ended and,
+    /// where the store [writes back eagerly](vmem_core::WriteBack::Eager), it was copied down,
+    /// which the next lease waits for; a read that comes after the drop waits for that too.
     ///
     /// # Errors
     ///
@@ -160,7 +163,8 @@ impl VramExt for VirtualMemory {
         stream: &Arc<CudaStream>,
     ) -> Result<DeviceLease> {
         let access = device_of(self, stream)?;
-        let hold = access.hold(handle).await?;
+        let mut hold = access.hold(handle).await?;
+        follow(&access, stream, hold.take_after())?;
         DeviceLease::new(&access, stream, hold)
     }
 
@@ -206,7 +210,8 @@ async fn change(
     overwrite: bool,
 ) -> Result<DeviceLeaseMut> {
     let access = device_of(vmem, stream)?;
-    let change = access.change(handle, overwrite).await?;
+    let mut change = access.change(handle, overwrite).await?;
+    follow(&access, stream, change.take_after())?;
     DeviceLeaseMut::new(&access, stream, change)
 }
 

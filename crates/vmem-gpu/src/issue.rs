@@ -14,18 +14,13 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, DriverError, result, sys};
 
+use vmem_core::SwitchPoints;
+
 use crate::batch::Listed;
 use crate::call::{Call, Open};
 use crate::card::{Card, told};
 use crate::copy::{InFlight, Work};
 use crate::pieces::{ALIGNED, PIECES_MAX, Piece, Table};
-
-/// Copies that are longer go to a copy engine, in bytes.
-const SMALL_MAX: usize = 32 << 10;
-/// Fewer small copies are quicker one by one.
-const SMALL_MIN: usize = 4;
-/// The same of copies in one call.
-const BATCH_MIN: usize = 2;
 
 /// A copy, as the driver takes it.
 #[derive(Clone, Copy, Debug)]
@@ -65,12 +60,13 @@ impl Plan {
     /// For copies on this stream. What the driver lacks, and tables that are all in use, leave more
     /// to be done one by one.
     pub(crate) fn of(card: &Card, stream: &CudaStream, moves: Vec<Placed>) -> Plan {
+        let SwitchPoints { small_max, small_min, batch_min } = card.switch_points();
         let moves = moves.into_iter().filter(|(_, one)| one.len > 0);
         let (direct, detours): (Vec<_>, Vec<_>) = moves.partition(|(_, one)| one.direct);
         let (small, mut rest): (Vec<_>, Vec<_>) =
-            direct.into_iter().partition(|(_, one)| is_small(one));
+            direct.into_iter().partition(|(_, one)| is_small(one, small_max));
         let mut launches = Vec::new();
-        match card.pieces().filter(|_| small.len() >= SMALL_MIN) {
+        match card.pieces().filter(|_| small.len() >= small_min) {
             Some(kernel) => {
                 let is_of_tier = Arc::ptr_eq(stream.context(), card.context().cuda());
                 for placed in small.chunks(PIECES_MAX) {
@@ -83,7 +79,7 @@ impl Plan {
             None => rest.extend(small),
         }
         let takes_lists = card.batches().is_some() && takes_batches(stream);
-        let (listed, single) = match takes_lists && rest.len() >= BATCH_MIN {
+        let (listed, single) = match takes_lists && rest.len() >= batch_min {
             true => (rest, Vec::new()),
             false => (Vec::new(), rest),
         };
@@ -233,8 +229,8 @@ fn takes_batches(stream: &CudaStream) -> bool {
     stream.cu_stream().addr() > 1
 }
 
-fn is_small(one: &Move) -> bool {
-    one.direct && one.len <= SMALL_MAX && one.to % ALIGNED == one.from % ALIGNED
+fn is_small(one: &Move, small_max: usize) -> bool {
+    one.direct && one.len <= small_max && one.to % ALIGNED == one.from % ALIGNED
 }
 
 fn copy(stream: &Arc<CudaStream>, one: Move) -> Result<(), DriverError> {

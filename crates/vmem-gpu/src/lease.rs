@@ -21,7 +21,8 @@ use vmem_core::VirtualMemoryError;
 use vmem_core::backend::{DeviceAccess, VramChange, VramHold};
 
 pub(crate) use self::ending::end_together;
-use self::leased::{Leased, Scope};
+use self::ending::kept;
+use self::leased::{Leased, Passed, Scope};
 pub use self::scratch::Scratch;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
@@ -97,7 +98,7 @@ impl Drop for DeviceLease {
     fn drop(&mut self) {
         if let Some(hold) = self.hold.take() {
             // The pin ends now; the thread keeps the memory, whether the answer is awaited or not.
-            drop(self.leased.release(Box::new(hold.end())));
+            drop(self.leased.release(kept(hold.end())));
         }
     }
 }
@@ -226,7 +227,8 @@ impl DeviceLeaseMut {
 
     /// Publishes what kernels wrote, and says how that went; where none did, the bytes as they are,
     /// which are zeros in a lease that overwrites. It waits for what was queued, and for its copy,
-    /// where the store writes back eagerly.
+    /// where the store writes back eagerly. Where it does not, and another lease came behind this
+    /// one before its kernels had ended, what both wrote is published at the end of that.
     ///
     /// # Errors
     ///
@@ -279,7 +281,7 @@ impl DeviceLeaseMut {
         }
         let Some(change) = self.change.take() else { return };
         // The thread keeps the memory, whether the answer is awaited or not.
-        drop(self.leased.release(Box::new(change.unused_range())));
+        drop(self.leased.release(kept(change.share())));
         drop(change);
     }
 
@@ -291,8 +293,8 @@ impl DeviceLeaseMut {
     fn end(&mut self) -> Option<BoxFuture<'static, Result<()>>> {
         let change = self.change.take()?;
         // However the change ends, the range is not reused before the kernel has ended.
-        let ready = self.leased.release(Box::new(change.unused_range()));
-        Some(change.finish(ready).boxed())
+        let Passed { answer, end } = self.leased.release(kept(change.share()));
+        Some(change.finish(answer, end).boxed())
     }
 }
 

@@ -50,6 +50,7 @@ mod mapped;
 mod memory;
 mod mover;
 mod notices;
+mod order;
 mod owner;
 mod paged;
 mod pieces;
@@ -68,7 +69,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vmem_core::backend::DeviceBackend;
-use vmem_core::{Budget, GpuSelection, MemoryTier, VirtualMemoryError};
+use vmem_core::{Budget, GpuSelection, MemoryTier, SwitchPoints, VirtualMemoryError};
 
 pub use crate::adopt::adopt_stream;
 use crate::card::Listed;
@@ -111,10 +112,12 @@ pub fn open_device(
     selection: &GpuSelection,
     capacity: Option<u64>,
 ) -> Result<Opened, VirtualMemoryError> {
-    open_device_within(selection, capacity.into(), WAIT_TIMEOUT)
+    let points = SwitchPoints::default();
+    open_device_within(selection, capacity.into(), points, WAIT_TIMEOUT)
 }
 
-/// As [`open_device`], for a store of which no call waits longer than `wait_timeout` for others.
+/// As [`open_device`], for a store whose copies go the way that `switch_points` says, and of which
+/// no call waits longer than `wait_timeout` for others.
 /// Within a tokio runtime, that is where the work goes on that must not wait for a caller.
 ///
 /// # Errors
@@ -123,6 +126,7 @@ pub fn open_device(
 pub fn open_device_within(
     selection: &GpuSelection,
     budget: Budget,
+    switch_points: SwitchPoints,
     wait_timeout: Duration,
 ) -> Result<Opened, VirtualMemoryError> {
     if *selection == GpuSelection::Off {
@@ -130,7 +134,7 @@ pub fn open_device_within(
     }
     let selected = selection.clone();
     let runtime = tokio::runtime::Handle::try_current().ok();
-    let settings = Settings { wait_timeout, runtime };
+    let settings = Settings { switch_points, wait_timeout, runtime };
     // A thread of its own, so that the caller's current context does not change.
     let opening = std::thread::spawn(move || find_and_open(&selected, budget, settings));
     let opened = opening.join().unwrap_or_else(|_| Err("the CUDA driver panicked".to_owned()));

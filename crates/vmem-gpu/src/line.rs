@@ -33,7 +33,7 @@ pub(crate) struct Line {
 /// What ends with one event.
 struct Group {
     /// None where the driver has given none yet.
-    event: Option<Event>,
+    event: Option<Arc<Event>>,
     members: Vec<Watched>,
 }
 
@@ -46,7 +46,7 @@ fn is_last_last(spans: impl Iterator<Item = Span> + Clone) -> bool {
 
 impl Line {
     /// Puts one at the end.
-    pub(crate) fn push(&mut self, event: Option<Event>, watched: Watched) {
+    pub(crate) fn push(&mut self, event: Option<Arc<Event>>, watched: Watched) {
         match (event, self.groups.back_mut()) {
             (None, Some(group)) if group.event.is_none() => group.members.push(watched),
             (event, _) => self.groups.push_back(Group { event, members: vec![watched] }),
@@ -110,7 +110,7 @@ impl Line {
                 && Option::zip(stream, group.stream()).is_some_and(|(a, b)| Arc::ptr_eq(a, b))
         };
         let count = self.groups.iter().take(limit).take_while(is_same).count();
-        let window = || self.groups.iter().take(count).filter_map(|group| group.event.as_ref());
+        let window = || self.groups.iter().take(count).filter_map(|group| group.event.as_deref());
         let has_passed = |event: &Event| {
             matches!(event.has_passed(), Ok(true)) || vmem_core::planted!("gpu-early-end")
         };
@@ -144,7 +144,9 @@ impl Group {
             Err(error) => error,
         };
         // It may have been recorded in a capture that began meanwhile.
-        self.event.take().into_iter().for_each(Event::discard);
+        if let Some(event) = self.event.take() {
+            event.discard();
+        }
         if let Unmarked::Refused(error) = error {
             if card.context().is_dead() {
                 return Some(Err(DeviceError::Lost(card.context().lost()?)));
@@ -168,7 +170,7 @@ impl Group {
             if let Some(first) = self.members.first_mut() {
                 first.lent = lent;
             }
-            self.event = Some(marked?);
+            self.event = Some(Arc::new(marked?));
         }
         match &self.event {
             Some(event) => event.has_passed().map_err(Unmarked::Refused),

@@ -170,6 +170,14 @@ impl Memory {
         }
     }
 
+    /// Whether a page that is to leave is beyond the budget still.
+    pub(crate) fn may_leave(&self) -> bool {
+        match &*self.ledger.lock() {
+            Ledger::Pages { pages, .. } => pages.lacking() == 0,
+            Ledger::Block(_) => false,
+        }
+    }
+
     /// How many pages the budget lacks.
     pub(crate) fn lacking_pages(&self) -> u64 {
         match &*self.ledger.lock() {

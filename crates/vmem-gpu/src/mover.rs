@@ -28,7 +28,7 @@ type Resized = Result<u64, DeviceError>;
 enum Job {
     Move(PagePlan),
     GiveBack(Vec<PageLeaving>, oneshot::Sender<Resized>),
-    TakeMore(oneshot::Sender<Resized>),
+    TakeMore(u64, oneshot::Sender<Resized>),
 }
 
 /// The sending end.
@@ -59,7 +59,7 @@ impl Mover {
                 match job {
                     Ok(Job::Move(plan)) => rests_until = pages.carry_out(plan),
                     Ok(Job::GiveBack(leaving, reply)) => drop(reply.send(pages.give_back(leaving))),
-                    Ok(Job::TakeMore(reply)) => drop(reply.send(pages.take_more())),
+                    Ok(Job::TakeMore(bytes, reply)) => drop(reply.send(pages.take_more(bytes))),
                     Err(RecvTimeoutError::Timeout) => {
                         memory.rested();
                         rests_until = None;
@@ -93,10 +93,10 @@ impl Mover {
         self.resize(Job::GiveBack(leaving, reply), answer)
     }
 
-    /// Takes the pages that the budget lacks; how many bytes there were.
-    pub(crate) fn take_more(&self) -> DeviceAnswer<Resized> {
+    /// Takes the pages that the budget lacks, but no more than these bytes; how many there were.
+    pub(crate) fn take_more(&self, bytes: u64) -> DeviceAnswer<Resized> {
         let (reply, answer) = oneshot::channel();
-        self.resize(Job::TakeMore(reply), answer)
+        self.resize(Job::TakeMore(bytes, reply), answer)
     }
 
     fn resize(&self, job: Job, answer: oneshot::Receiver<Resized>) -> DeviceAnswer<Resized> {
@@ -143,7 +143,8 @@ impl Pages<'_> {
         let mut refused = None;
         for page in leaving {
             let mut left = Left::Stays;
-            if refused.is_none() {
+            // The budget may have changed since.
+            if refused.is_none() && self.memory.may_leave() {
                 let outcome = self.visit(|pages| {
                     let (what, outcome) = pages.give_up(&page);
                     left = what;
@@ -161,9 +162,9 @@ impl Pages<'_> {
     }
 
     /// Takes the pages that the budget lacks, as many as there are.
-    fn take_more(&self) -> Resized {
-        let lacking = self.memory.lacking_pages();
-        let created = self.visit(|pages| pages.create(lacking, 0));
+    fn take_more(&self, bytes: u64) -> Resized {
+        let wanted = self.memory.lacking_pages().min(bytes / self.page_bytes());
+        let created = self.visit(|pages| pages.create(wanted, 0));
         let created = created.map_err(|error| failed("taking device memory", error))?;
         let taken = created.len() as u64 * self.page_bytes();
         if let Some((plan, surplus)) = self.memory.plan_new(created) {
@@ -171,6 +172,7 @@ impl Pages<'_> {
             self.memory.settle_new(plan, done);
             // The budget has changed meanwhile.
             self.give_back(surplus).ok();
+            self.give_back(self.memory.let_leave(u64::MAX, None)).ok();
         }
         Ok(taken)
     }
@@ -186,7 +188,7 @@ impl Pages<'_> {
     }
 
     fn page_bytes(&self) -> u64 {
-        self.memory.page_bytes().unwrap_or(0)
+        self.memory.page_bytes().unwrap_or(u64::MAX)
     }
 
     /// Works in the context. An error is noticed if it sticks.

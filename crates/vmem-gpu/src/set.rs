@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 use futures::future::BoxFuture;
-use vmem_core::backend::VramSet;
+use vmem_core::backend::{VramChange, VramHold, VramSet};
 use vmem_core::{VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::ext::device_of;
 use crate::lease::{DeviceLease, DeviceLeaseMut, end_together};
+use crate::order::follow;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -58,9 +59,12 @@ impl DeviceSetRequest {
     pub async fn acquire(self) -> Result<DeviceSet> {
         let DeviceSetRequest { vmem, stream, read, write } = self;
         let access = device_of(&vmem, &stream)?;
-        let VramSet { reads, writes } = access.set(&read, &write).await?;
+        let VramSet { mut reads, mut writes } = access.set(&read, &write).await?;
         let granted = reads.len() == read.len() && writes.len() == write.len();
         assert!(granted, "a set is granted whole");
+        let mut after: Vec<_> = reads.iter_mut().flat_map(VramHold::take_after).collect();
+        after.extend(writes.iter_mut().flat_map(VramChange::take_after));
+        follow(&access, &stream, after)?;
         let read = reads.into_iter().map(|hold| DeviceLease::new(&access, &stream, hold));
         let read = read.collect::<Result<_>>()?;
         let write = writes.into_iter().map(|change| DeviceLeaseMut::new(&access, &stream, change));

@@ -161,7 +161,7 @@ impl<'a> DeviceTarget<'a> {
         let refused = flight.refused();
         let kept = Some(flight.kept()).filter(|_| !vmem_core::planted!("gather-keep"));
         let keep = Box::new((kept, queued));
-        let answer = tier.keep_until_passed(card, stream, Vec::new(), keep);
+        let (answer, _end) = tier.keep_until_passed(card, stream, Vec::new(), |_| keep);
         issued.map_err(failed)?;
         refused.map_or(Ok((Some(answer), others)), Err)
     }
@@ -183,7 +183,7 @@ pub(crate) async fn caught_up(access: &DeviceAccess, stream: &Arc<CudaStream>) -
     if card.has_caught_up(stream) {
         return Ok(());
     }
-    let passed = tier.keep_until_passed(&card, stream, Vec::new(), Box::new(()));
+    let (passed, _end) = tier.keep_until_passed(&card, stream, Vec::new(), |_| Box::new(()));
     drop(card);
     let passed = tier.within("waiting for the stream of a buffer", passed).await?;
     passed.map_err(|_| VirtualMemoryError::Closed)?.map_err(|error| access.fault(error))

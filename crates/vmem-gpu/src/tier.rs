@@ -17,10 +17,10 @@ use futures_timer::Delay;
 use parking_lot::Mutex;
 use vmem_core::backend::{
     DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, IoBuf, MissingPages,
-    ObjectSpace, StagingMemory,
+    ObjectSpace, StagingMemory, UseEnd,
 };
 
-use vmem_core::{Budget, MemoryTier, VirtualMemoryError};
+use vmem_core::{Budget, MemoryTier, SwitchPoints, VirtualMemoryError};
 
 use crate::backlog::parts;
 use crate::call::{Call, Foreign};
@@ -31,13 +31,11 @@ use crate::lane::{Lane, Lost};
 use crate::lend::Lent;
 use crate::memory::{Memory, Reserved};
 use crate::mover::Mover;
+use crate::order::StreamEnd;
 use crate::siblings::Siblings;
 use crate::trial;
 use crate::watch::{Answer, Keep, Watch, Watched};
 
-/// How memory is taken: with the value `separate` each object has an allocation of its own, for
-/// checkers of memory; with `block` all is one block.
-const ALLOCATIONS: &str = "VMEM_GPU_ALLOCATIONS";
 /// Copies that have not ended by then, after the tier was closed, are left behind with all that
 /// they own.
 const LAST_COPIES: Duration = Duration::from_secs(10);
@@ -64,6 +62,7 @@ pub struct CudaTier {
 /// What a tier is opened with, besides its device.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
+    pub(crate) switch_points: SwitchPoints,
     /// How long a call waits for what others have, or do.
     pub(crate) wait_timeout: Duration,
     /// The runtime of the store, where one opened it.
@@ -83,7 +82,8 @@ impl CudaTier {
         settings: Settings,
     ) -> Result<Arc<Self>, String> {
         let lost = Lost::default();
-        let card = Card::open(ordinal, budget, lost.clone(), way())?;
+        let points = settings.switch_points;
+        let card = Card::open(ordinal, budget, points, lost.clone(), Way::wanted())?;
         let up = Lane::start("vmem-gpu-up", card.clone())?;
         let down = Lane::start("vmem-gpu-down", card.clone())?;
         let side = Lane::start("vmem-gpu-side", card.clone())?;
@@ -92,9 +92,8 @@ impl CudaTier {
         let memory = Memory::new(&card);
         let start = |_| Mover::start(card.clone(), memory.clone(), lost.clone());
         let mover = card.pages().map(start).transpose()?;
-        let card = Mutex::new(Some(card));
         let tier = Arc::new(CudaTier {
-            card,
+            card: Mutex::new(Some(card)),
             memory,
             mover,
             up,
@@ -171,23 +170,25 @@ impl CudaTier {
 
     /// Keeps `keep` until everything has ended that the stream, and what was lent on it, has by
     /// now. On any thread; waits for nothing. Where the driver gives no event now, it is asked
-    /// again.
+    /// again; where it gives one, that is where the work ends.
     pub(crate) fn keep_until_passed(
         &self,
         card: &Arc<Card>,
         stream: &Arc<CudaStream>,
         mut lent: Vec<Lent>,
-        keep: Keep,
-    ) -> Answer {
+        keep: impl FnOnce(Option<UseEnd>) -> Keep,
+    ) -> (Answer, Option<UseEnd>) {
         let marked = card.mark(stream, &mut lent);
         let unmarked = marked.as_ref().err().map(|unmarked| format!("{unmarked:?}"));
-        let (watched, answer) = Watched::new(stream.clone(), marked.ok(), lent, keep);
+        let event = marked.ok().map(Arc::new);
+        let end = event.as_ref().map(|event| StreamEnd::of(stream, event));
+        let (watched, answer) = Watched::new(stream.clone(), event, lent, keep(end.clone()));
         self.watch.submit(watched, card);
-        // Last: a subscriber that panics takes nothing with it.
         if let Some(error) = unmarked {
+            // Last: a subscriber that panics takes nothing with it.
             tracing::debug!(target: "vmem::gpu", error, "a stream gives no event now");
         }
-        answer
+        (answer, end)
     }
 
     /// Ends a call over memory of a caller: what of it was not begun is not begun any more, and
@@ -253,8 +254,8 @@ impl DeviceBackend for CudaTier {
         self.memory.budget()
     }
 
-    fn grow(&self) -> DeviceAnswer<Result<u64, DeviceError>> {
-        let grown = self.mover.as_ref().map(Mover::take_more);
+    fn grow(&self, bytes: u64) -> DeviceAnswer<Result<u64, DeviceError>> {
+        let grown = self.mover.as_ref().map(|mover| mover.take_more(bytes));
         grown.unwrap_or_else(|| ready(Ok(0)).boxed())
     }
 
@@ -370,15 +371,6 @@ impl DeviceBackend for CudaTier {
             })
         }
         .boxed()
-    }
-}
-
-/// How the environment wants memory to be taken.
-fn way() -> Way {
-    match std::env::var(ALLOCATIONS).as_deref() {
-        Ok("separate") => Way::Separate,
-        Ok("block") => Way::Block,
-        _ => Way::Pages,
     }
 }
 

@@ -36,7 +36,7 @@ const RETRY_MIN: Duration = Duration::from_millis(1);
 pub(crate) struct Watched {
     pub(crate) stream: Arc<CudaStream>,
     /// None if there is none yet.
-    pub(crate) event: Option<Event>,
+    pub(crate) event: Option<Arc<Event>>,
     /// Ended before there is an event.
     pub(crate) lent: Vec<Lent>,
     /// None once it was given back: whatever else ends this leaks it, and the card with it.
@@ -53,7 +53,7 @@ impl Watched {
     /// the stream has by then has.
     pub(crate) fn new(
         stream: Arc<CudaStream>,
-        event: Option<Event>,
+        event: Option<Arc<Event>>,
         lent: Vec<Lent>,
         keep: Keep,
     ) -> (Self, Answer) {

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use vmem::policy::Lru;
 use vmem::{
-    Budget, GpuSelection, IoDriver, PolicyChoice, PolicyKind, Promotion, VirtualMemoryConfig,
-    VirtualMemoryConfigBuilder, VirtualMemoryError, WriteBack,
+    Budget, GpuSelection, IoDriver, PolicyChoice, PolicyKind, Promotion, SwitchPoints,
+    VirtualMemoryConfig, VirtualMemoryConfigBuilder, VirtualMemoryError, WriteBack,
 };
 
 #[test]
@@ -27,6 +27,7 @@ fn every_field_is_read() {
         promotion = "never"
         gather_promotion = 3
         write_back = "1m 30s"
+        switch_points = { small_max = 65536, batch_min = 3 }
         catalog_cache = "32MiB"
         wait_timeout = "1m 30s"
         slow_read_threshold = "250ms"
@@ -48,6 +49,8 @@ fn every_field_is_read() {
     assert_eq!(config.promotion(), Promotion::Never);
     assert_eq!(config.gather_promotion(), Promotion::OnNthGather(3));
     assert_eq!(config.write_back(), WriteBack::After(Duration::from_secs(90)));
+    let points = SwitchPoints { small_max: 64 << 10, small_min: 4, batch_min: 3 };
+    assert_eq!(config.switch_points(), points);
     assert_eq!(config.catalog_cache(), 32 << 20);
     assert_eq!(config.wait_timeout(), Duration::from_secs(90));
     assert_eq!(config.slow_read_threshold(), Duration::from_millis(250));
@@ -76,6 +79,9 @@ fn unworkable_value_is_refused_with_its_field() {
         ("host_capacity = 5", "host_capacity"),
         ("watermarks = [0.9, 0.5]", "watermarks"),
         ("io_driver = \"fastest\"", "io_driver"),
+        ("switch_points = { small_max = 2000000 }", "small_max at most 1048576"),
+        ("switch_points = { small_min = 0 }", "switch_points"),
+        ("switch_points = { largest = 1 }", "largest"),
         ("policy = \"mru\"", "policy"),
         ("vram_policy = \"mru\"", "mru"),
         ("write_back = \"lazy\"", "write_back"),

@@ -91,7 +91,7 @@ async fn no_sibling_shares_the_version_before_one_that_is_pending() {
         let _ = kernel.await;
         Ok(())
     };
-    let finished = tokio::spawn(change.finish(ready.boxed()));
+    let finished = tokio::spawn(change.finish(ready.boxed(), None));
     assert!(access(&vmem, 1).share(&handle).unwrap().is_none(), "the previous version");
     assert!(!vmem.residency(&handle).unwrap().is_in(MemoryTier::of_device(1)));
     ended.send(()).unwrap();

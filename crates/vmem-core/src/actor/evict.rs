@@ -152,7 +152,9 @@ impl<T: Evicting> Evictor<T> {
         let mut situation = Situation {
             wanted,
             capacity_bytes,
-            used_bytes: state.space().used_bytes() + state.space().coming_bytes(),
+            // A budget may change between the looks at it.
+            used_bytes: (state.space().used_bytes() + state.space().coming_bytes())
+                .min(capacity_bytes),
             leaving_bytes: self.leaving_bytes,
             marks: state.marks.within(capacity_bytes),
             is_above_mark: self.is_above_mark,
@@ -204,7 +206,10 @@ impl<T: Evicting> Evictor<T> {
         });
         self.look.spare(spares);
         let neighbours = if wanted.is_scattered() && !self.look.neighbours_stay {
-            let ids = self.tier.neighbours(shared, wanted);
+            let Some(ids) = self.tier.neighbours(shared, wanted) else {
+                // Whatever else went would go for nothing.
+                return Plan { victims: Vec::new(), stop: Stop::Nothing };
+            };
             let found: Vec<_> = ids.into_iter().filter_map(|id| shared.find(id)).collect();
             let spared = |object: &Arc<Object>| {
                 let since = |spares: Spares| object.stamp() >= spares.since;

@@ -8,10 +8,13 @@ use std::time::Duration;
 
 use super::{
     Budget, GPUS_MAX, GpuSelection, HOST_CAPACITY_MIN, IoDriver, Promotion, STAGING_CAPACITY_MIN,
-    STREAM_CAPACITY_MIN, VirtualMemoryConfig, VirtualMemoryConfigBuilder, WriteBack,
+    STREAM_CAPACITY_MIN, SwitchPoints, VirtualMemoryConfig, VirtualMemoryConfigBuilder, WriteBack,
 };
 use crate::error::VirtualMemoryError;
 use crate::policy::PolicyChoice;
+
+/// Copies that are longer are never small, in bytes.
+const SMALL_MAX: usize = 1 << 20;
 
 impl VirtualMemoryConfigBuilder {
     /// The directory of the store. If it does not exist it is created, private to the user. One
@@ -206,6 +209,13 @@ impl VirtualMemoryConfigBuilder {
         self
     }
 
+    /// From which length and count on copies to and from a device go another way, see
+    /// [`SwitchPoints`]. Default: that of an H200.
+    pub fn switch_points(mut self, points: SwitchPoints) -> Self {
+        self.switch_points = points;
+        self
+    }
+
     /// The cache of the catalog of names, in bytes, at least 64 KiB; beside `host_capacity`.
     /// Default: 8 MiB.
     pub fn catalog_cache(mut self, bytes: u64) -> Self {
@@ -270,6 +280,14 @@ impl VirtualMemoryConfigBuilder {
             Promotion::OnNthRead(_) => {
                 return refuse("gather_promotion", "OnNthGather or Never, not OnNthRead".into());
             }
+        }
+        let SwitchPoints { small_max, small_min, batch_min } = self.switch_points;
+        if small_max > SMALL_MAX || small_min == 0 || batch_min == 0 {
+            let reason = format!(
+                "small_max at most {SMALL_MAX}, small_min and batch_min at least 1, not \
+                 {small_max}, {small_min} and {batch_min}"
+            );
+            return refuse("switch_points", reason);
         }
         self.check_gpus()?;
         if self.wait_timeout.is_zero() {

@@ -189,6 +189,38 @@ impl FromStr for Promotion {
     }
 }
 
+/// Which way copies between host memory and a device go: small ones by a kernel, several at once by
+/// one call of the driver, and the others one by one, by the copy engines.
+///
+/// The default is what an H200 does best. `gpu-check --only cost-crossover`, in the repository,
+/// measures a device and prints the values for it.
+///
+/// ```
+/// use vmem::{SwitchPoints, VirtualMemoryConfig};
+///
+/// let points = SwitchPoints { small_max: 64 << 10, ..SwitchPoints::default() };
+/// let config = VirtualMemoryConfig::builder().switch_points(points).build()?;
+/// assert_eq!(config.switch_points().small_min, 4);
+/// # Ok::<(), vmem::VirtualMemoryError>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct SwitchPoints {
+    /// The longest copy that is small, in bytes, at most 1 MiB; 0 for none. Default: 32 KiB.
+    pub small_max: usize,
+    /// This many small copies are handed to the kernel; fewer go one by one. Default: 4.
+    pub small_min: usize,
+    /// This many other copies are handed to the driver in one call. Default: 2.
+    pub batch_min: usize,
+}
+
+impl Default for SwitchPoints {
+    fn default() -> Self {
+        SwitchPoints { small_max: 32 << 10, small_min: 4, batch_min: 2 }
+    }
+}
+
 /// When what kernels wrote in device memory is written back to host memory.
 ///
 /// Until then the device alone has that version. It is written back earlier where a reader on the

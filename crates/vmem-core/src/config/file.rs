@@ -12,7 +12,8 @@ use bytesize::ByteSize;
 use serde::de::{Deserialize, Deserializer, Error, Unexpected, Visitor};
 
 use super::{
-    Budget, GpuSelection, Promotion, VirtualMemoryConfig, VirtualMemoryConfigBuilder, WriteBack,
+    Budget, GpuSelection, Promotion, SwitchPoints, VirtualMemoryConfig, VirtualMemoryConfigBuilder,
+    WriteBack,
 };
 use crate::policy::{PolicyChoice, PolicyKind};
 
@@ -40,6 +41,7 @@ struct Fields {
     promotion: Option<Promotion>,
     gather_promotion: Option<Gathers>,
     write_back: Option<String>,
+    switch_points: Option<SwitchPoints>,
     catalog_cache: Option<Size>,
     #[serde(with = "humantime_serde")]
     wait_timeout: Option<Duration>,
@@ -237,6 +239,7 @@ fn builder(fields: Fields) -> Result<VirtualMemoryConfigBuilder, String> {
     if let Some(word) = fields.write_back {
         builder.write_back = write_back(&word)?;
     }
+    builder.switch_points = fields.switch_points.unwrap_or_default();
     builder.watermarks = fields.watermarks.unwrap_or(builder.watermarks);
     builder.max_pinned = fields.max_pinned.unwrap_or(builder.max_pinned);
     builder.max_held = fields.max_held.unwrap_or(builder.max_held);

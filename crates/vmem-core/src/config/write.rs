@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::ser::{Error, Serialize, Serializer};
 
-use super::{Budget, GpuSelection, Promotion, VirtualMemoryConfig, WriteBack};
+use super::{Budget, GpuSelection, Promotion, SwitchPoints, VirtualMemoryConfig, WriteBack};
 use crate::policy::PolicyChoice;
 
 /// The fields by the names of their setters; those that are not set are left out.
@@ -48,6 +48,8 @@ struct Fields<'a> {
     #[serde(serialize_with = "gathers")]
     gather_promotion: Promotion,
     write_back: String,
+    #[serde(skip_serializing_if = "is_default")]
+    switch_points: SwitchPoints,
     catalog_cache: u64,
     #[serde(with = "humantime_serde")]
     wait_timeout: Duration,
@@ -106,6 +108,7 @@ impl Serialize for VirtualMemoryConfig {
                     humantime_serde::re::humantime::format_duration(after).to_string()
                 }
             },
+            switch_points: fields.switch_points,
             catalog_cache: fields.catalog_cache,
             wait_timeout: fields.wait_timeout,
             slow_read_threshold: fields.slow_read_threshold,

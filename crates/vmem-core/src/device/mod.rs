@@ -7,6 +7,7 @@
 //! by backends for other devices.
 
 mod ledger;
+mod uses;
 
 use std::any::Any;
 use std::fmt;
@@ -20,7 +21,11 @@ use crate::buffer::IoBuf;
 use crate::error::VirtualMemoryError;
 use crate::host::{ObjectSpace, StagingMemory};
 
+use uses::Uses;
+
 pub use ledger::RangeLedger;
+pub(crate) use uses::EndedUse;
+pub use uses::UseEnd;
 
 /// The outcome of a device operation, once it has ended.
 pub type DeviceAnswer<T> = BoxFuture<'static, T>;
@@ -128,8 +133,10 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
         self.usage().capacity_bytes
     }
 
-    /// Takes what the budget lacks from the device, in whole pieces: how many bytes there were.
-    fn grow(&self) -> DeviceAnswer<Result<u64, DeviceError>> {
+    /// Takes what the budget lacks from the device, but no more than this, in whole pieces: how
+    /// many bytes there were. It ends after all of these, and of `shrink`, that began before.
+    fn grow(&self, bytes: u64) -> DeviceAnswer<Result<u64, DeviceError>> {
+        let _ = bytes;
         Box::pin(std::future::ready(Ok(0)))
     }
 
@@ -180,13 +187,17 @@ struct Owned {
     footprint: u64,
     owner: Arc<dyn RangeOwner>,
     watcher: OnceLock<ShareWatcher>,
+    /// The shares of users that are gone.
+    uses: Uses,
 }
 
 impl DeviceRange {
     /// A range of this memory, which goes back to `owner`; for backends.
     pub fn new(address: u64, len: usize, footprint: u64, owner: Arc<dyn RangeOwner>) -> Self {
         let watcher = OnceLock::new();
-        DeviceRange { range: Some(Arc::new(Owned { address, len, footprint, owner, watcher })) }
+        let uses = Uses::default();
+        let owned = Owned { address, len, footprint, owner, watcher, uses };
+        DeviceRange { range: Some(Arc::new(owned)) }
     }
 
     fn owned(&self) -> &Arc<Owned> {
@@ -241,9 +252,13 @@ impl Drop for DeviceRange {
         let watcher = range.watcher.get().cloned();
         drop(range);
         // Last, so that the watcher finds the share gone.
-        if let Some(watcher) = watcher.filter(|_| !crate::planted!("share-silent")) {
-            watcher();
-        }
+        tell(watcher.as_ref());
+    }
+}
+
+fn tell(watcher: Option<&ShareWatcher>) {
+    if let Some(watcher) = watcher.filter(|_| !crate::planted!("share-silent")) {
+        watcher();
     }
 }
 

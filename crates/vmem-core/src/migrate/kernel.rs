@@ -20,11 +20,11 @@ use crate::buffer::IoBuf;
 use crate::config::WriteBack;
 use crate::copy::OwnedCopy;
 use crate::deadline::Deadline;
-use crate::device::{DeviceAnswer, DeviceError, DeviceRange};
+use crate::device::{DeviceAnswer, DeviceError, DeviceRange, EndedUse, UseEnd};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
-use crate::object::GatePass;
+use crate::object::{GatePass, Next, Object, Successor, Successors};
 use crate::stats::add;
 
 /// What is copied within host memory before others run, in bytes.
@@ -49,51 +49,96 @@ fn joined(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
     joined
 }
 
+/// The memory that a kernel writes to.
+enum Written {
+    By(DeviceRange),
+    /// Other work of the device can be put behind it.
+    Until(EndedUse),
+}
+
+impl Written {
+    fn get(&self) -> &DeviceRange {
+        match self {
+            Written::By(range) => range,
+            Written::Until(ended) => ended.range(),
+        }
+    }
+}
+
+/// A change was given up that had begun to write over the one before it.
+fn abandoned() -> VirtualMemoryError {
+    let message = "a change after it was abandoned".into();
+    VirtualMemoryError::Device { operation: "changing an object", code: 0, message }
+}
+
 /// A version that a kernel wrote, or is still writing, in device memory.
 pub(crate) struct Changed {
     pass: GatePass,
     device: usize,
-    range: DeviceRange,
+    range: Written,
     /// Space for the new version; `None` once the copy has it, and where the object has such space.
     space: Option<OwnedCopy>,
     /// What the kernel writes; all of it if this is empty.
     touched: Vec<Range<usize>>,
-    /// The host copy of the previous version.
+    /// The host copy of the previous version, as long as that may come back.
     old: Option<Bytes>,
+    /// Whether it had one.
+    had_copy: bool,
     deadline: Deadline,
+    /// Leases that go on behind it, if any may.
+    successors: Option<Arc<Successors>>,
     /// Gets the outcome; the caller may have dropped the other end.
     reply: Option<oneshot::Sender<Result<(), VirtualMemoryError>>>,
 }
 
 impl Changed {
-    /// Begins the change: readers wait until it ends.
+    /// Begins the change: readers on the host wait until it ends. Other leases of the device go on
+    /// behind it if it is known where it `ends`, and the version is not copied down first.
     pub(crate) fn begin(
         pass: GatePass,
-        (device, range): (usize, DeviceRange),
+        (device, range, end): (usize, DeviceRange, Option<UseEnd>),
         (space, touched): (Option<OwnedCopy>, Vec<Range<usize>>),
         reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
     ) -> Self {
-        let old = pass.object().begin_pending(&pass, device);
-        let deadline = pass.object().shared.deadline();
-        Changed { pass, device, range, space, touched, old, deadline, reply: Some(reply) }
+        let object = pass.object();
+        let pause = Self::pause(object);
+        let range = match end {
+            Some(end) => Written::Until(range.ends_at(end, true)),
+            None => Written::By(range),
+        };
+        let is_followed = matches!(range, Written::Until(_)) && pause != Some(Duration::ZERO);
+        let successors = is_followed.then(|| Successors::new(pause));
+        let old = object.begin_pending(&pass, device, successors.clone());
+        let deadline = object.shared.deadline();
+        let reply = Some(reply);
+        let had_copy = old.is_some();
+        Changed { pass, device, range, space, touched, old, had_copy, deadline, successors, reply }
+    }
+
+    /// After how long its version is written back; none if only once something asks for that.
+    fn pause(object: &Object) -> Option<Duration> {
+        // What is pinned to host memory has a copy there.
+        let is_pinned = object.pins() > 0 && !crate::planted!("dirty-unpins");
+        match object.shared.limits.write_back {
+            WriteBack::After(pause) if !is_pinned => Some(pause),
+            WriteBack::OnEvict if !is_pinned => None,
+            _ => Some(Duration::ZERO),
+        }
     }
 
     /// Waits for the kernel and publishes the new version: with a copy in host memory, or, where
     /// the configuration says so, without.
     pub(crate) async fn finish(mut self, ready: DeviceAnswer<Result<(), DeviceError>>) {
-        let object = self.pass.object().clone();
-        // What is pinned to host memory has a copy there.
-        let is_pinned = object.pins() > 0 && !crate::planted!("dirty-unpins");
-        let pause = match object.shared.limits.write_back {
-            WriteBack::After(pause) if !is_pinned => Some(pause),
-            WriteBack::OnEvict if !is_pinned => None,
-            _ => Some(Duration::ZERO),
+        let successors = self.successors.clone();
+        let is_eager = Self::pause(self.pass.object()) == Some(Duration::ZERO);
+        let outcome = match &successors {
+            Some(successors) => self.finish_with_successors(ready, successors).await,
+            None if is_eager && self.space.is_some() => self.finish_with_copy(ready).await,
+            None => self.finish_on_device(ready).await,
         };
-        let outcome = if pause == Some(Duration::ZERO) && self.space.is_some() {
-            self.finish_with_copy(ready).await
-        } else {
-            self.finish_on_device(ready, pause).await
-        };
+        if let (Some(successors), Err(error)) = (&successors, &outcome) {
+            successors.fail(error);
+        }
         let reply = self.reply.take();
         // After a failure this restores the previous version.
         drop(self);
@@ -102,21 +147,59 @@ impl Changed {
         }
     }
 
-    /// The device alone has the new version, and for so long.
+    /// Waits for those that go on behind it too: what the last of them wrote is the new version.
+    async fn finish_with_successors(
+        &mut self,
+        mut ready: DeviceAnswer<Result<(), DeviceError>>,
+        successors: &Successors,
+    ) -> Result<(), VirtualMemoryError> {
+        // What a later one overwrites was whole, and nothing else has it.
+        let mut is_written = false;
+        let failed = loop {
+            match self.wait(ready).await {
+                Ok(()) => {
+                    is_written = true;
+                    self.old = None;
+                }
+                Err(error) => break error,
+            }
+            let reply = self.reply.take();
+            drop(reply.map(|reply| reply.send(Ok(()))));
+            match self.unless_closed(successors.next()).await {
+                Ok(Next::Successor(Successor { ready: next, reply })) => {
+                    ready = next;
+                    self.reply = Some(reply);
+                }
+                Ok(Next::Abandoned) => break abandoned(),
+                Ok(Next::None) => return self.stay_on_device().await,
+                Err(error) => break error,
+            }
+        };
+        if is_written {
+            self.pass.object().publish_lost(&self.pass, self.space.take(), self.had_copy);
+        }
+        Err(failed)
+    }
+
+    /// The device alone has the new version.
     async fn finish_on_device(
         &mut self,
         ready: DeviceAnswer<Result<(), DeviceError>>,
-        pause: Option<Duration>,
     ) -> Result<(), VirtualMemoryError> {
         self.wait(ready).await?;
+        self.stay_on_device().await
+    }
+
+    /// Publishes it there, and has it written back when its time comes.
+    async fn stay_on_device(&mut self) -> Result<(), VirtualMemoryError> {
         let object = self.pass.object();
-        object.publish_dirty(&self.pass, self.space.take(), self.old.is_some());
-        match pause {
+        object.publish_dirty(&self.pass, self.space.take(), self.had_copy);
+        match Self::pause(object) {
             None => Ok(()),
             Some(_) if object.is_dead() => Ok(()),
             Some(Duration::ZERO) => {
                 // The object had its space already.
-                let deadline = &self.deadline;
+                let deadline = &self.deadline.renewed();
                 let written =
                     write_back_from_device(&self.pass, MigrationCause::Kernel, deadline).await;
                 match written {
@@ -177,7 +260,7 @@ impl Changed {
                     return Err(error);
                 }
                 let _keeps = KeepsFloor(&self.pass);
-                object.publish_dirty(&self.pass, self.space.take(), self.old.is_some());
+                object.publish_dirty(&self.pass, self.space.take(), self.had_copy);
                 self.stays(&error);
                 Ok(())
             }
@@ -189,11 +272,22 @@ impl Changed {
         ready: DeviceAnswer<Result<(), DeviceError>>,
     ) -> Result<(), VirtualMemoryError> {
         let shared = &self.pass.object().shared;
+        let ready = self.unless_closed(ready).await?;
+        ready.map_err(|error| shared.devices()[self.device].fault(error))
+    }
+
+    /// # Errors
+    ///
+    /// `Closed` once the store waits for kernels no more: what they have written so far is no
+    /// version.
+    async fn unless_closed<T>(
+        &self,
+        wait: impl Future<Output = T>,
+    ) -> Result<T, VirtualMemoryError> {
         tokio::select! {
             biased;
-            ready = ready => ready.map_err(|error| shared.devices()[self.device].fault(error)),
-            // What the kernel has written so far is no version.
-            _ = shared.kernels_abandoned.acquire() => {
+            output = wait => Ok(output),
+            _ = self.pass.object().shared.kernels_abandoned.acquire() => {
                 Err(VirtualMemoryError::Closed)
             }
         }
@@ -224,7 +318,7 @@ impl Changed {
                 if attempt > 0 {
                     tokio::time::sleep(COPY_PAUSE).await;
                 }
-                let range = Arc::new(self.range.share());
+                let range = Arc::new(self.range.get().share());
                 (buf, outcome) = device.backend.download(range, start, len, buf, start).await;
                 if !matches!(outcome, Err(DeviceError::Failed { .. })) {
                     break;

@@ -1,30 +1,39 @@
 //! An object while a kernel changes it on a device: claimed, pending, published or given up.
 //!
 //! Invariant: while a change is pending no read begins that could see the previous version, and the
-//! new one is not read until it is published. Called by leases that change, under the gate, and by
-//! `migrate/kernel`.
+//! new one is not read until it is published, but by kernels that come after it on its device
+//! (`successors.rs`). Called by leases that change, under the gate, and by `migrate/kernel`.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::successors::{Pending, Successors};
 use super::{ExtentMap, GatePass, Object};
 use crate::copy::{Found, OwnedCopy};
-use crate::device::DeviceRange;
+use crate::device::{DeviceRange, UseEnd};
 
 impl Object {
     /// Takes the current copy, or the space, on this device for a kernel that will write to it:
-    /// from now on it is not the current version. `None` if it is in use.
-    pub(crate) fn claim_on(&self, _pass: &GatePass, device: usize) -> Option<DeviceRange> {
+    /// from now on it is not the current version. `None` if it is in use; users that are gone, and
+    /// whose work has not ended, are no reason unless it is to be `idle`: it comes after these.
+    pub(crate) fn claim_on(
+        &self,
+        _pass: &GatePass,
+        device: usize,
+        idle: bool,
+    ) -> Option<(DeviceRange, Vec<UseEnd>)> {
         let mut inner = self.inner.lock();
         let place = inner.place_mut(device)?;
-        if !place.range.is_idle() && !crate::planted!("lease-alone") {
+        let is_free = if idle { place.range.is_idle() } else { place.range.others_are_gone(1) };
+        if !is_free && !crate::planted!("lease-alone") {
             return None;
         }
         place.is_valid = false;
         let range = place.range.share();
+        let after = range.ends(false);
         inner.set_claimed(true);
-        Some(range)
+        Some((range, after))
     }
 
     /// What was claimed was not written: it is as it was.
@@ -38,7 +47,12 @@ impl Object {
 
     /// Hides the version that is in host memory or on disk until what a kernel wrote on this device
     /// is published or given up. Reads that have begun go on. Returns the host copy.
-    pub(crate) fn begin_pending(&self, _pass: &GatePass, device: usize) -> Option<Bytes> {
+    pub(crate) fn begin_pending(
+        &self,
+        _pass: &GatePass,
+        device: usize,
+        successors: Option<Arc<Successors>>,
+    ) -> Option<Bytes> {
         let before = self.standing();
         let old = match self.copy.acquire(&self.shared.copies) {
             Found::Copy(guard) => Some(guard.into_bytes()),
@@ -46,7 +60,7 @@ impl Object {
         };
         let flight = {
             let mut inner = self.inner.lock();
-            inner.rare.change(|rare| rare.pending = Some(device));
+            inner.rare.change(|rare| rare.pending = Some(Pending { device, successors }));
             if !crate::planted!("lease-pending") {
                 self.copy.detach(&self.shared.copies);
             }

@@ -124,12 +124,31 @@ impl Object {
     /// What a kernel wrote on this device is the current version, which only the device has.
     /// `space` is its floor, unless it has one; the version before was whole below host memory, or
     /// zeros, if it had no copy above it (`had_copy`) or the map says so.
-    pub(crate) fn publish_dirty(&self, _pass: &GatePass, space: Option<OwnedCopy>, had_copy: bool) {
+    pub(crate) fn publish_dirty(&self, pass: &GatePass, space: Option<OwnedCopy>, had_copy: bool) {
+        self.publish_on_device(pass, space, had_copy, false);
+    }
+
+    /// What kernels wrote on this device was the current version, and is lost by now.
+    pub(crate) fn publish_lost(&self, pass: &GatePass, space: Option<OwnedCopy>, had_copy: bool) {
+        self.publish_on_device(pass, space, had_copy, true);
+    }
+
+    fn publish_on_device(
+        &self,
+        _pass: &GatePass,
+        space: Option<OwnedCopy>,
+        had_copy: bool,
+        is_lost: bool,
+    ) {
         let durable = self.named.get().and_then(Named::state).and_then(|(_, durable)| durable);
         let before = self.standing();
         let (left, replaced) = {
             let mut inner = self.inner.lock();
             let map = std::mem::take(&mut inner.extents);
+            if is_lost {
+                // No range has it.
+                inner.rare.change(|rare| rare.pending = None);
+            }
             let left = inner.outdate_devices(self.home);
             let flight = inner.flight.take();
             let replaced = inner.rare.change(|rare| {

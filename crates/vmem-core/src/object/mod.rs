@@ -20,6 +20,7 @@ mod on_devices;
 mod on_storage;
 mod rare;
 mod shared;
+mod successors;
 mod versions;
 
 use std::sync::Arc;
@@ -36,6 +37,7 @@ pub(crate) use leave::Leave;
 pub(crate) use named::{Claim, Named};
 pub use shared::Backends;
 pub(crate) use shared::{FREE_BYTES, Limits, Shared};
+pub(crate) use successors::{Next, Successor, Successors};
 
 use crate::copy::CopyCell;
 use crate::device::DeviceRange;

@@ -86,7 +86,7 @@ impl Inner {
     pub(super) fn outdate_devices(&mut self, home: MemoryTier) -> Left {
         let mut left = Left::default();
         // What a kernel wrote is what is being published.
-        let written = self.rare.pending;
+        let written = self.rare.pending.as_ref().map(|pending| pending.device);
         let Some(rare) = self.rare.get_mut() else { return left };
         for on in &mut rare.devices {
             let Some(place) = &mut on.place else { continue };
@@ -103,6 +103,11 @@ impl Inner {
         }
         self.forget_empty();
         left
+    }
+
+    /// One more hold of what is held there: without the gate, since nothing that is held leaves.
+    pub(super) fn add_hold_again(&mut self, device: usize) -> bool {
+        self.on_mut(device).is_some_and(|on| on.holds.try_add())
     }
 
     /// Everything, of an object that is freed.
@@ -312,8 +317,12 @@ impl Object {
     }
 
     /// Whether a copy or a kernel uses its memory on this device right now; a hint.
-    pub(crate) fn is_used_on(&self, device: usize) -> bool {
-        self.inner.lock().place(device).is_some_and(|place| !place.range.is_idle())
+    pub(crate) fn is_used_on(&self, device: usize, until_passed: bool) -> bool {
+        let inner = self.inner.lock();
+        inner.place(device).is_some_and(|place| match until_passed {
+            true => !place.range.is_idle(),
+            false => !place.range.others_are_gone(1),
+        })
     }
 
     // ---- Holds -----------------------------------------------------------------------------
@@ -328,7 +337,7 @@ impl Object {
 
     /// One more hold, unless it were the first.
     pub(super) fn try_add_hold_on(&self, device: usize) -> bool {
-        self.inner.lock().on_mut(device).is_some_and(|on| on.holds.try_add())
+        self.inner.lock().add_hold_again(device)
     }
 
     /// One hold less. Returns what to uncharge if it was the last.

@@ -12,6 +12,7 @@ use super::dirty_on_device::DirtyOnDevice;
 use super::gate::Line;
 use super::on_devices::OnDevice;
 use super::on_storage::OnStorages;
+use super::successors::Pending;
 use crate::copy::OwnedCopy;
 use crate::error::VirtualMemoryError;
 
@@ -29,7 +30,7 @@ pub(super) struct Fields {
     pub(super) devices: SmallVec<[OnDevice; 1]>,
     /// A kernel on this device has written a new version that is not published yet: readers wait
     /// for it.
-    pub(super) pending: Option<usize>,
+    pub(super) pending: Option<Pending>,
     /// Only devices have the current version.
     pub(super) dirty: Option<Box<DirtyOnDevice>>,
     /// Wakes the timer that will look whether that is so, if there is one.
@@ -107,10 +108,10 @@ mod tests {
         let mut rare = Rare::default();
         rare.change(|fields| assert!(fields.spare.take().is_none()));
         assert!(rare.0.is_none() && rare.get_mut().is_none(), "nothing was put there");
-        rare.change(|fields| fields.pending = Some(3));
-        assert_eq!(rare.pending, Some(3));
+        rare.change(|fields| fields.pending = Some(Pending { device: 3, successors: None }));
+        assert_eq!(rare.pending.as_ref().map(|pending| pending.device), Some(3));
         assert!(rare.get_mut().is_some());
-        assert_eq!(rare.change(|fields| fields.pending.take()), Some(3));
+        assert!(rare.change(|fields| fields.pending.take()).is_some());
         assert!(rare.0.is_none(), "the last field was emptied");
     }
 }

@@ -14,7 +14,7 @@ use tokio::sync::futures::Notified;
 
 use super::gathers::Gathers;
 use super::neighbours::{Resident, Residents, Surroundings};
-use super::{Class, NoSpace, Queue, Space, TierState, Watermarks};
+use super::{Class, Holds, NoSpace, Queue, Space, TierState, Watermarks};
 use crate::device::{
     DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, ShareWatcher,
 };
@@ -37,6 +37,8 @@ pub(crate) struct Device {
     pub(crate) gathers: Gathers,
     /// Rung when a share of a range was dropped, or the store has ended.
     released: Arc<Notify>,
+    /// Rung when the budget was changed, or is to change.
+    pub(crate) resized: Notify,
 }
 
 impl Device {
@@ -56,7 +58,6 @@ impl Device {
             bell.if_waiting();
         });
         let freed = watcher.clone();
-        backend.set_freed_hook(Box::new(move || freed()));
         // Dropping copies is cheap, and what kernels wrote may be written again: nothing is evicted
         // before the budget is used, whatever it is by then.
         let marks = Watermarks { low_bytes: u64::MAX, high_bytes: u64::MAX };
@@ -64,8 +65,18 @@ impl Device {
         let space = DeviceSpace { backend: backend.clone(), watcher, residents };
         let tier = MemoryTier::of_device(number);
         let queue = Queue::new(tier, space, u64::MAX, wake.clone(), unclaimed.clone());
-        let state = TierState::new(tier, queue, order, max_held, marks);
-        Device { backend, state, hits: AtomicU64::new(0), gathers: Gathers::default(), released }
+        let budget = backend.clone();
+        let max = move || (budget.usage().capacity_bytes as f64 * max_held) as u64;
+        let state = TierState::new(tier, queue, order, Holds::new(max), marks);
+        let gone = state.holds.bell();
+        // A budget that has grown has space for more holds, too.
+        backend.set_freed_hook(Box::new(move || {
+            freed();
+            gone.notify_waiters();
+        }));
+        let hits = AtomicU64::new(0);
+        let gathers = Gathers::default();
+        Device { backend, state, hits, gathers, released, resized: Notify::new() }
     }
 
     /// Copies bytes up: behind all that callers wait for, if none waits for these.
@@ -123,11 +134,6 @@ impl Device {
         self.state.leave(token);
     }
 
-    /// The budget has changed.
-    pub(crate) fn resized(&self) {
-        self.state.resize(self.backend.usage().capacity_bytes);
-    }
-
     /// Its figures, now.
     pub(crate) fn stats(&self) -> TierStats {
         let usage = self.backend.usage();
@@ -166,14 +172,14 @@ impl DeviceSpace {
     /// Objects that leave space for one object of `need` bytes when they go: near one of these
     /// addresses, those that were used longest ago. `stamp` tells the last access of an object
     /// that can go; a caller that goes on takes `parts` of what is needed too. Empty if there are
-    /// none.
+    /// none, and none if nothing that can go would help.
     pub(crate) fn coldest_neighbours(
         &self,
         seeds: &[u64],
         need: u64,
         parts: bool,
         stamp: &dyn Fn(u64) -> Option<u64>,
-    ) -> Vec<u64> {
+    ) -> Option<Vec<u64>> {
         let free_from = |address| self.backend.free_from(address);
         // A copy at a time: no object is asked anything under this lock.
         let from = |address| self.residents.lock().from(address);

@@ -12,7 +12,6 @@ use std::collections::hash_map::Entry;
 use std::collections::{BinaryHeap, HashMap};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::locks::{self, Lock};
 use crate::memory_tier::MemoryTier;
@@ -128,19 +127,25 @@ struct Listed {
 }
 
 /// See the module's documentation.
-#[derive(Debug)]
 pub(crate) struct Holds {
     bytes: Lock<HeldBytes, { locks::HOLDS }>,
     /// Each object that is held, by its number.
     objects: Lock<HashMap<u64, Listed, FixedState>, { locks::HOLDS }>,
-    max: AtomicU64,
-    gone: Notify,
+    /// The most that the configuration allows, now.
+    max: Box<dyn Fn() -> u64 + Send + Sync>,
+    gone: Arc<Notify>,
 }
 
 impl Holds {
-    pub(crate) fn new(max: u64) -> Self {
+    pub(crate) fn new(max: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
         let objects = Lock::new(HashMap::default());
-        Holds { bytes: Lock::default(), objects, max: AtomicU64::new(max), gone: Notify::new() }
+        Holds { bytes: Lock::default(), objects, max: Box::new(max), gone: Arc::default() }
+    }
+
+    /// Of a tier whose budget stays as it is.
+    pub(crate) fn of(capacity_bytes: u64, max_held: f64) -> Self {
+        let max = (capacity_bytes as f64 * max_held) as u64;
+        Holds::new(move || max)
     }
 
     /// This object has its first hold, and was charged. Its last one before may be about to be
@@ -186,19 +191,19 @@ impl Holds {
     }
 
     pub(crate) fn max(&self) -> u64 {
-        self.max.load(Ordering::SeqCst)
+        (self.max)()
     }
 
-    /// From now on this much may be held.
-    pub(crate) fn set_max(&self, max: u64) {
-        self.max.store(max, Ordering::SeqCst);
-        self.ring();
+    /// Rung when a hold goes, or the store, or more may be held.
+    pub(crate) fn bell(&self) -> Arc<Notify> {
+        self.gone.clone()
     }
 
     /// Charges one object, if the budget allows it.
     pub(crate) fn try_charge(&self, hold: HoldKind, footprint: u64) -> bool {
+        let max = self.max();
         let mut bytes = self.bytes.lock();
-        let fits = bytes.total().checked_add(footprint).is_some_and(|sum| sum <= self.max());
+        let fits = bytes.total().checked_add(footprint).is_some_and(|sum| sum <= max);
         if fits {
             *bytes.of(hold) += footprint;
         }
@@ -221,5 +226,11 @@ impl Holds {
 
     pub(crate) fn ring(&self) {
         self.gone.notify_waiters();
+    }
+}
+
+impl fmt::Debug for Holds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Holds").field("bytes", &self.bytes()).field("max", &self.max()).finish()
     }
 }

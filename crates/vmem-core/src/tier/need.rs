@@ -120,6 +120,8 @@ impl Need {
 pub(crate) enum Refused {
     /// Nothing can be evicted now, and the caller said that it has another way.
     Spill,
+    /// It could never fit in these bytes.
+    TooLarge { capacity_bytes: u64 },
     /// The deadline passed after so long a wait.
     Deadline(Duration),
     /// Something that waiting does not change.

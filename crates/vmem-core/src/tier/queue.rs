@@ -261,6 +261,7 @@ impl<S: Space> Queue<S> {
         answers: &mut Answers<S>,
     ) -> Served {
         let mut served = Served::default();
+        let capacity_bytes = self.space.capacity_bytes();
         let mut blocked: Option<usize> = None;
         // Whether there is one that objects are evicted for first.
         let mut is_led = false;
@@ -271,7 +272,7 @@ impl<S: Space> Queue<S> {
                 drop(waiters.remove(at));
                 continue;
             }
-            if let Some(refused) = waiter.refusal(reach) {
+            if let Some(refused) = waiter.refusal(reach, capacity_bytes) {
                 answers.extend(waiters.remove(at).map(|waiter| (waiter.reply, Err(refused))));
                 continue;
             }
@@ -299,15 +300,12 @@ impl<S: Space> Queue<S> {
                         let until = waiter.blocks_since.map(|since| since + BLOCK_MAX);
                         served.unblocks_at = until.filter(|until| *until > Instant::now());
                     }
+                    let is_planted = crate::planted!("behind-out-of-reach") && blocked != Some(at);
                     match refused {
                         // What eviction cannot serve is not evicted for.
                         _ if footprint > reach => served.out_of_reach += 1,
-                        Some(Err(why))
-                            if !is_led
-                                && (blocked == Some(at)
-                                    || !crate::planted!("behind-out-of-reach")) =>
-                        {
-                            is_led = true;
+                        Some(Err(why)) if !is_led && !is_planted => {
+                            (is_led, blocked) = (true, Some(at));
                             served.lead(waiter);
                             served.wait_for(why, footprint);
                         }

@@ -39,8 +39,6 @@ pub(crate) struct TierState<S: Space> {
     pub(crate) queue: Queue<S>,
     pub(crate) order: Lock<Box<dyn Policy>, { locks::ORDER }>,
     pub(crate) holds: Holds,
-    /// What they may have of the budget.
-    max_held: f64,
     pub(crate) marks: Watermarks,
     /// Objects with a copy, or with space set apart, in this tier.
     pub(crate) objects: AtomicU64,
@@ -53,16 +51,14 @@ impl<S: Space> TierState<S> {
         tier: MemoryTier,
         queue: Queue<S>,
         order: Box<dyn Policy>,
-        max_held: f64,
+        holds: Holds,
         marks: Watermarks,
     ) -> Self {
         assert!(marks.low_bytes <= marks.high_bytes, "{marks:?}");
-        let max_held_bytes = queue.space().capacity_bytes() as f64 * max_held;
         TierState {
             tier,
             order: Lock::new(order),
-            holds: Holds::new(max_held_bytes as u64),
-            max_held,
+            holds,
             marks,
             objects: AtomicU64::new(0),
             blocked_by_holds: AtomicBool::new(false),
@@ -104,16 +100,6 @@ impl<S: Space> TierState<S> {
         self.queue.notices()
     }
 
-    /// The budget is this from now on: what waits and can never fit is refused, and holds may have
-    /// their part of it. What is held already stays.
-    pub(crate) fn resize(&self, capacity_bytes: u64) {
-        self.holds.set_max((capacity_bytes as f64 * self.max_held) as u64);
-        self.queue.refuse(|_, footprint| {
-            let refused = check_capacity(self.tier, footprint, capacity_bytes).err();
-            refused.map(Refused::Error)
-        });
-    }
-
     /// Whether this many bytes of footprint could ever fit.
     ///
     /// # Errors
@@ -128,6 +114,11 @@ impl<S: Space> TierState<S> {
         let requested_bytes = self.queue.footprint(need);
         match refused {
             Refused::Error(error) => error,
+            Refused::TooLarge { capacity_bytes } => VirtualMemoryError::ExceedsCapacity {
+                tier: self.tier,
+                requested_bytes,
+                capacity_bytes,
+            },
             Refused::Deadline(waited) => self.why_no_space(requested_bytes, waited),
             Refused::Spill => self.full(requested_bytes),
         }

@@ -15,7 +15,7 @@ use crate::stats::{TierStats, get};
 use crate::storage::{Extent, Tier, TierError};
 use crate::wake::Wake;
 
-use super::{Link, NoSpace, Queue, Space, TierState, Watermarks};
+use super::{Holds, Link, NoSpace, Queue, Space, TierState, Watermarks};
 
 /// One tier below host memory.
 pub(crate) struct Storage {
@@ -48,11 +48,12 @@ impl Storage {
         let freed = (!is_last).then(|| wake.clone());
         let space = StorageSpace { backend: backend.clone(), level, freed };
         let tier = MemoryTier::of_level(level);
+        let holds = Holds::of(backend.usage().capacity_bytes, max_held);
         let queue = Queue::new(tier, space, marks.high_bytes, wake.clone(), unclaimed.clone());
         Storage {
             backend,
             link: Link::default(),
-            state: TierState::new(tier, queue, order, max_held, marks),
+            state: TierState::new(tier, queue, order, holds, marks),
             hits: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),

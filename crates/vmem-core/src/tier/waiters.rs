@@ -40,8 +40,12 @@ impl<S: Space> Waiter<S> {
         self.passed < PASSES_MAX
     }
 
-    /// Why it is not served any more, where eviction can free `reach` bytes.
-    pub(super) fn refusal(&self, reach: u64) -> Option<Refused> {
+    /// Why it is not served any more, where eviction can free `reach` bytes of these.
+    pub(super) fn refusal(&self, reach: u64, capacity_bytes: u64) -> Option<Refused> {
+        if self.footprint > capacity_bytes && !self.need.may_spill {
+            // The budget has shrunk since it was asked for.
+            return Some(Refused::TooLarge { capacity_bytes });
+        }
         if self.deadline.is_past() {
             return Some(Refused::Deadline(self.deadline.waited()));
         }

@@ -28,8 +28,9 @@ pub(super) enum Obstacle {
     Missing,
     /// A change of this object is under way.
     Changing(Arc<Object>),
-    /// Copies or kernels use what is to be written.
-    Used(Arc<Object>),
+    /// Copies or kernels use what is to be written, and that has to wait until they have ended, or
+    /// until it is known where they end.
+    Used(Arc<Object>, bool),
     /// The budget for holds has no place for this many bytes more.
     Budget(u64),
 }
@@ -50,6 +51,12 @@ impl LeaseRequest {
     /// Whether the bytes of this object do not matter.
     pub(super) fn overwrites(&self, object: &Object) -> bool {
         self.overwrite && self.writes.iter().any(|handle| handle.object().id == object.id)
+    }
+
+    /// Whether it may go on behind a kernel that has not ended.
+    pub(super) fn follows(&self, object: &Object, number: usize) -> bool {
+        let is_written = self.writes.iter().any(|handle| handle.object().id == object.id);
+        object.is_followed_on(number, is_written) && !(self.overwrite && is_written)
     }
 
     /// Whether the device has what the lease needs of this object.
@@ -103,14 +110,14 @@ pub(super) async fn wait(
         Obstacle::Budget(footprint) => {
             until_unheld(shared, device.tier(), footprint, deadline).await
         }
-        Obstacle::Used(object) => loop {
+        Obstacle::Used(object, until_passed) => loop {
             let _gate = crate::planted!("writer-holds").then(|| object.try_gate());
             // Before the look, so that no drop in between is missed.
             let released = device.released();
             if shared.is_closed() {
                 return Err(VirtualMemoryError::Closed);
             }
-            if !object.is_used_on(number) {
+            if !object.is_used_on(number, until_passed) {
                 return Ok(());
             }
             // Other waiters for the same kernel notify too, when they give up what they had.

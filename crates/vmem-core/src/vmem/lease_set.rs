@@ -15,12 +15,12 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 
 use super::Result;
-use super::lease::{Claim, LEASE, VramChange, VramHold, VramSet};
+use super::lease::{Claim, LEASE, Taken, Turn, VramChange, VramHold, VramSet};
 use super::lease_request::{LeaseRequest, Obstacle, wait};
 use super::pin::{HoldGuard, Prepaid};
 use crate::copy::OwnedCopy;
 use crate::deadline::Deadline;
-use crate::device::DeviceRange;
+use crate::device::{DeviceRange, UseEnd};
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
 use crate::migrate::{Job, fill_device, write_back_from_device};
@@ -61,7 +61,9 @@ async fn attempt(
     request: &LeaseRequest,
     deadline: &Deadline,
 ) -> Result<std::result::Result<VramSet, Obstacle>> {
-    let objects = request.objects();
+    let mut objects = request.objects();
+    // They are there, and held.
+    objects.retain(|object| !request.follows(object, number));
     for object in objects.iter().filter(|object| request.overwrites(object)) {
         keep_version(object, deadline).await?;
     }
@@ -71,7 +73,8 @@ async fn attempt(
     }
     let (there, missing): (Vec<_>, Vec<_>) =
         objects.iter().cloned().partition(|object| request.is_there(object, number));
-    let (mut spaces, host_spaces) = spaces(shared, number, &missing, request, deadline).await?;
+    let (mut spaces, host_spaces) =
+        spaces(shared, number, (&objects, &missing), request, deadline).await?;
     let tier = shared.device(number)?.tier();
     let mut prepaid = match Prepaid::try_charge(shared, tier, HoldKind::Lease, &objects)? {
         Ok(prepaid) => prepaid,
@@ -124,7 +127,7 @@ async fn attempt(
 async fn spaces(
     shared: &Arc<Shared>,
     number: usize,
-    missing: &[Arc<Object>],
+    (objects, missing): (&[Arc<Object>], &[Arc<Object>]),
     request: &LeaseRequest,
     deadline: &Deadline,
 ) -> Result<(HashMap<u64, DeviceRange>, HostSpaces)> {
@@ -139,8 +142,11 @@ async fn spaces(
         spaceless.iter().map(|object| object.id).zip(spaces).collect::<HashMap<_, _>>()
     };
     let written = request.writes.iter().map(VMemHandle::object);
-    let written: Vec<_> =
-        written.filter(|object| object.len > 0 && !object.has_floor()).cloned().collect();
+    let is_claimed = |object: &Object| objects.iter().any(|one| one.id == object.id);
+    let written: Vec<_> = written
+        .filter(|object| object.len > 0 && !object.has_floor() && is_claimed(object))
+        .cloned()
+        .collect();
     let in_host = lens(&mut written.iter());
     let by_id = |spaces: Vec<OwnedCopy>| -> HostSpaces {
         written.iter().map(|object| object.id).zip(spaces).collect()
@@ -257,27 +263,36 @@ fn try_take(
         }
     }
     // One for each write, none where there is nothing to write.
-    let mut claimed: Vec<Option<Claim>> = Vec::with_capacity(request.writes.len());
+    let mut claimed: Vec<Option<(Taken, Vec<UseEnd>)>> = Vec::with_capacity(request.writes.len());
     for handle in &request.writes {
         if handle.is_empty() {
             claimed.push(None);
             continue;
         }
+        let turn = (!request.overwrite).then(|| try_turn(handle, number)).flatten();
         let space = host_spaces.remove(&handle.object().id);
-        match try_claim(shared, number, handle, space, request.overwrite) {
-            Ok(Ok(claim)) => claimed.push(Some(claim)),
+        let taken = match turn {
+            Some(turn) => Ok(Ok(turn)),
+            None => try_claim(shared, number, handle, space, request.overwrite),
+        };
+        match taken {
+            Ok(Ok(taken)) => claimed.push(Some(taken)),
             refused => {
-                claimed.into_iter().flatten().for_each(Claim::give_up);
+                claimed.into_iter().flatten().for_each(|(taken, _)| taken.give_up());
                 return refused.map(|refused| refused.map(|_| unreachable!("it was refused")));
             }
         }
     }
     let in_order = claimed.into_iter().zip(&request.writes);
-    let writes = in_order.map(|(claimed, handle)| VramChange {
-        inner: claimed,
-        handle: handle.clone(),
-        is_used: AtomicBool::new(false),
-        touched: Vec::new(),
+    let writes = in_order.map(|(claimed, handle)| {
+        let (inner, after) = claimed.unzip();
+        VramChange {
+            inner,
+            after: after.unwrap_or_default(),
+            handle: handle.clone(),
+            is_used: AtomicBool::new(false),
+            touched: Vec::new(),
+        }
     });
     let writes = writes.collect();
     Ok(Ok(VramSet { reads, writes }))
@@ -295,6 +310,9 @@ fn try_lease(
 ) -> Result<std::result::Result<VramHold, Obstacle>> {
     let object = handle.object();
     let device = shared.device(number)?;
+    if let Some(hold) = follow(handle, number) {
+        return Ok(Ok(hold));
+    }
     let pass = match gate(object)? {
         Ok(pass) => pass,
         Err(blocked) => return Ok(Err(blocked)),
@@ -304,7 +322,9 @@ fn try_lease(
         return Ok(Err(Obstacle::Missing));
     }
     Ok(match HoldGuard::try_count(&pass, device.tier(), HoldKind::Lease)? {
-        Some(held) => Ok(VramHold { range, _held: held, _handle: handle.clone() }),
+        Some(held) => {
+            Ok(VramHold { range, after: Vec::new(), _held: held, _handle: handle.clone() })
+        }
         None => Err(Obstacle::Budget(device.backend.footprint(object.len))),
     })
 }
@@ -315,7 +335,7 @@ fn try_claim(
     handle: &VMemHandle,
     space: Option<OwnedCopy>,
     overwrite: bool,
-) -> Result<std::result::Result<Claim, Obstacle>> {
+) -> Result<std::result::Result<(Taken, Vec<UseEnd>), Obstacle>> {
     let object = handle.object();
     let device = shared.device(number)?;
     let pass = match gate(object)? {
@@ -336,9 +356,27 @@ fn try_claim(
     let Some(held) = HoldGuard::try_count(&pass, device.tier(), HoldKind::Lease)? else {
         return Ok(Err(Obstacle::Budget(device.backend.footprint(object.len))));
     };
-    let Some(range) = object.claim_on(&pass, number) else {
-        return Ok(Err(Obstacle::Used(object.clone())));
+    // The zeros come by a copy stream, which nothing of the user's is behind.
+    let Some((range, after)) = object.claim_on(&pass, number, overwrite) else {
+        return Ok(Err(Obstacle::Used(object.clone(), overwrite)));
     };
     let is_overwritten = overwrite;
-    Ok(Ok(Claim { device: number, range, was_valid, is_overwritten, space, pass, held }))
+    let claim = Claim { device: number, range, was_valid, is_overwritten, space, pass, held };
+    Ok(Ok((Taken::Claim(claim), after)))
+}
+
+/// A turn behind a kernel that has not ended, and what it is to come after.
+fn try_turn(handle: &VMemHandle, number: usize) -> Option<(Taken, Vec<UseEnd>)> {
+    let object = handle.object();
+    let (successors, range, after) = object.succeed_on(number)?;
+    let held = HoldGuard::counted(object, object.shared.devices()[number].tier());
+    Some((Taken::Turn(Turn { range, successors, held }), after))
+}
+
+/// The version that a kernel writes which has not ended, for a kernel that comes behind it.
+pub(super) fn follow(handle: &VMemHandle, number: usize) -> Option<VramHold> {
+    let object = handle.object();
+    let (range, after) = object.follow_on(number)?;
+    let held = HoldGuard::counted(object, object.shared.devices()[number].tier());
+    Some(VramHold { range: Some(range), after, _held: held, _handle: handle.clone() })
 }

@@ -4,6 +4,7 @@
 //! owns; so dropping the future gives everything back. Each method checks, in this order: closed, a
 //! handle of ours, alive, its arguments.
 
+mod access;
 mod change;
 mod entries;
 mod figures;
@@ -34,9 +35,10 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+pub use access::DeviceAccess;
 pub use entries::{ListOptions, Listed, NamedEntry, PutMode, PutOptions};
 pub use gathered::GatherCount;
-pub use lease::{DeviceAccess, VramChange, VramHold, VramSet, VramShare};
+pub use lease::{VramChange, VramHold, VramSet, VramShare};
 pub use pin::PinGuard;
 pub use place::Prefetch;
 pub use plan::{PlannedPrefetch, PrefetchPlan};

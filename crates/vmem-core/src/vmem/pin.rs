@@ -103,6 +103,11 @@ impl HoldGuard {
         Ok(Some(HoldGuard { object: object.clone(), tier }))
     }
 
+    /// One more hold of an object that has one there, which was counted already.
+    pub(super) fn counted(object: &Arc<Object>, tier: MemoryTier) -> Self {
+        HoldGuard { object: object.clone(), tier }
+    }
+
     /// A hold of an object that is where it is to be kept, if nothing has to be waited for.
     pub(super) fn now(
         handle: &VMemHandle,

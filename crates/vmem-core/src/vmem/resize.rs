@@ -1,8 +1,11 @@
 //! The call that changes how much memory of a device a store has, while it serves.
 //!
-//! Invariant: what a step of it gives back was granted like the space of any object, so nothing
-//! that is pinned, leased or in flight loses its memory; and each step stands for itself, so a call
-//! that is dropped leaves a budget between the old one and the new one. Called by users.
+//! Invariant: what a step of it gives back was free while nobody waited, or was granted like the
+//! space of any object, so nothing that is pinned, leased or in flight loses its memory; and each
+//! step stands for itself, so a call that is dropped leaves a budget between the old one and the
+//! new one. Called by users.
+
+use tokio::sync::futures::Notified;
 
 use super::{Result, VirtualMemory};
 use crate::deadline::Deadline;
@@ -11,7 +14,7 @@ use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
 use crate::tier::{Class, Device, Need, Space};
 
-/// What is evicted for one step, in bytes: other requests come between two.
+/// What is given back or taken in one step, in bytes: other requests come between two.
 const STEP_BYTES: u64 = 32 << 20;
 /// A budget has this many pieces at least.
 const PIECES_MIN: u64 = 2;
@@ -47,9 +50,9 @@ impl VirtualMemory {
     ///
     /// `TierNotAvailable` if the tier is no device of this store; `InvalidConfig` for less than two
     /// pages, and where the memory of the device is one block: a budget below 32 MiB, a driver
-    /// without mapped memory, `VMEM_GPU_ALLOCATIONS`. `AllPinned` or `TimedOut` if what is held
-    /// leaves no memory to give back within `wait_timeout`, and `Device` if the driver refuses:
-    /// what was given back by then has been.
+    /// without mapped memory, `VMEM_GPU_ALLOCATIONS`. `AllPinned` or `TimedOut` if what is held,
+    /// or a driver that waits, leaves no memory to give back within `wait_timeout`; each step waits
+    /// by itself. `Device` if the driver refuses. What was given back by then has been.
     ///
     /// [`max_pinned`]: crate::VirtualMemoryConfigBuilder::max_pinned
     pub async fn set_vram_capacity(&self, tier: MemoryTier, bytes: u64) -> Result<u64> {
@@ -69,29 +72,27 @@ impl VirtualMemory {
             return Err(VirtualMemoryError::invalid_config(FIELD, reason));
         }
         device.backend.set_budget(wanted);
-        let resize = Resize { device, piece_bytes };
+        device.resized.notify_waiters();
+        let resize = Resize { device, piece_bytes, wanted };
         loop {
             self.check_open()?;
             let device = self.shared.device(number)?;
+            // Before the look, so that no later call is missed.
+            let changed = device.resized.notified();
+            // Behind what is under way, and whatever that came to.
+            let grown = resize.grow(&self.shared.deadline()).await?;
             let capacity = device.backend.usage().capacity_bytes;
-            let is_last = || device.backend.budget() == wanted;
-            if capacity == wanted || !is_last() {
+            if !resize.is_last() || capacity == wanted {
                 return Ok(capacity);
             }
-            let deadline = self.shared.deadline();
-            let step = match capacity < wanted {
-                true => resize.grow(&deadline).await,
-                false => resize.shrink(&deadline, capacity - wanted).await,
-            };
-            match step {
-                // A later call may have made it so small that this step could not be.
-                Err(error) if is_last() => return Err(error),
-                // There is no more.
-                Ok(bytes) if bytes < wanted.saturating_sub(capacity).max(1) => {
-                    return Ok(device.backend.usage().capacity_bytes);
+            if capacity < wanted {
+                match grown {
+                    // There is no more.
+                    0..STEP_BYTES => return Ok(capacity),
+                    _ => continue,
                 }
-                _ => {}
             }
+            resize.shrink(&self.shared.deadline(), capacity - wanted, changed).await?;
         }
     }
 }
@@ -100,33 +101,60 @@ impl VirtualMemory {
 struct Resize<'a> {
     device: &'a Device,
     piece_bytes: u64,
+    wanted: u64,
 }
 
 impl Resize<'_> {
+    /// Whether no call came after this one.
+    fn is_last(&self) -> bool {
+        self.device.backend.budget() == self.wanted
+    }
+
+    /// Whether nothing is left to do for it: others may have done it.
+    fn is_done(&self) -> bool {
+        let capacity_bytes = self.device.backend.usage().capacity_bytes;
+        capacity_bytes <= self.wanted || !self.is_last()
+    }
+
+    /// Takes some more, if there is any.
     async fn grow(&self, deadline: &Deadline) -> Result<u64> {
-        self.ended(deadline, self.device.backend.grow()).await
+        self.ended(deadline, self.device.backend.grow(STEP_BYTES)).await
     }
 
-    /// Gives back what is free, or what is free once something was evicted.
-    async fn shrink(&self, deadline: &Deadline, bytes: u64) -> Result<u64> {
-        let given = self.give_back(deadline, bytes, None).await?;
-        if given > 0 {
-            return Ok(given);
-        }
-        let step = self.step_bytes().min(bytes);
-        // Wherever it begins, it has all of as many pieces.
-        let len = step + self.piece_bytes - 1;
-        let need = Need::one(len as usize, 0, Class::Demand);
-        let range = self.device.state.take(&need, deadline).await?.into_iter().next();
-        self.give_back(deadline, step, range).await
-    }
-
-    /// How much is evicted at once: no more than half of what could be.
-    fn step_bytes(&self) -> u64 {
+    /// Gives back some of what is free, or of what is free once something was evicted, unless the
+    /// budget is `changed`.
+    async fn shrink(&self, deadline: &Deadline, bytes: u64, changed: Notified<'_>) -> Result<()> {
+        let step = STEP_BYTES.min(bytes);
         let state = &self.device.state;
+        // What is free may be what others wait for.
+        if state.queue.len() == 0 && self.give_back(deadline, step, None).await? > 0 {
+            return Ok(());
+        }
+        // Wherever it begins, it has all of as many pieces; but no more than could be evicted.
         let reach = state.space().capacity_bytes().saturating_sub(state.unevictable_bytes());
-        let pieces = STEP_BYTES.min(reach / 2) / self.piece_bytes;
-        pieces.max(1) * self.piece_bytes
+        let len = (step + self.piece_bytes - 1).min(reach.max(self.piece_bytes));
+        let need = Need::one(len as usize, 0, Class::Demand);
+        let taken = tokio::select! {
+            biased;
+            taken = state.take(&need, deadline) => taken,
+            () = changed => return Ok(()),
+        };
+        let given = match taken {
+            Ok(range) => self.give_back(deadline, step, range.into_iter().next()).await?,
+            // Another call has made it smaller.
+            Err(VirtualMemoryError::ExceedsCapacity { .. }) => return Ok(()),
+            Err(error) => {
+                // Some may be free, though not as much.
+                match self.give_back(&deadline.renewed(), step, None).await? {
+                    0 if !self.is_done() => return Err(error),
+                    given => given,
+                }
+            }
+        };
+        if given == 0 && !self.is_done() {
+            return Err(state.all_held(step, deadline.waited()));
+        }
+        Ok(())
     }
 
     async fn give_back(
@@ -135,7 +163,12 @@ impl Resize<'_> {
         bytes: u64,
         range: Option<DeviceRange>,
     ) -> Result<u64> {
-        self.ended(deadline, self.device.backend.shrink(bytes, range)).await
+        let given = self.ended(deadline, self.device.backend.shrink(bytes, range)).await;
+        if given.as_ref().is_ok_and(|&given| given > 0) {
+            // Others may have nothing left to wait for.
+            self.device.resized.notify_waiters();
+        }
+        given
     }
 
     async fn ended(
@@ -143,9 +176,7 @@ impl Resize<'_> {
         deadline: &Deadline,
         answer: DeviceAnswer<std::result::Result<u64, DeviceError>>,
     ) -> Result<u64> {
-        let ended = deadline.bound(answer).await;
-        self.device.resized();
-        match ended {
+        match deadline.bound(answer).await {
             Ok(ended) => ended.map_err(|error| self.device.fault(error)),
             Err(_late) => Err(deadline.error("changing the memory of a device")),
         }

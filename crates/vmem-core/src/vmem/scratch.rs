@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use super::Result;
-use super::lease::{DeviceAccess, LEASE};
+use super::access::DeviceAccess;
+use super::lease::LEASE;
 use super::pin::until_unheld;
 use crate::deadline::Deadline;
 use crate::device::DeviceRange;

@@ -2,8 +2,8 @@
 //! driver, a call for each.
 //!
 //! Invariant: all ways make the same copies, from pinned memory in no order, and what each made is
-//! compared. The tier's switch points are constants, `SMALL_MAX`, `SMALL_MIN` and `BATCH_MIN` of
-//! `issue`; this says what they would be on this card. There is no bar. Called by `bars`.
+//! compared. What it says the switch points would be on this card is for `switch_points` in the
+//! configuration of a store. There is no bar. Called by `bars`.
 
 use std::cell::RefCell;
 use std::time::Instant;
@@ -39,7 +39,7 @@ struct Cell {
     single: f64,
 }
 
-/// What the constants of the tier would be.
+/// What the configuration is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct SwitchPoints {
     small_max: Option<usize>,
@@ -169,7 +169,7 @@ fn switch_points(cells: &[Cell]) -> SwitchPoints {
 impl SwitchPoints {
     fn value(self) -> Value {
         json!({
-            "SMALL_MAX": self.small_max, "SMALL_MIN": self.small_min, "BATCH_MIN": self.batch_min,
+            "small_max": self.small_max, "small_min": self.small_min, "batch_min": self.batch_min,
         })
     }
 }

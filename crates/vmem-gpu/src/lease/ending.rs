@@ -3,20 +3,27 @@
 //! Invariant: what a lease keeps goes only after all that its stream had at its end; where that
 //! cannot be known it stays for ever. Called by the leases, and by sets.
 
-use std::any::Any;
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use vmem_core::backend::DeviceAccess;
+use vmem_core::backend::{DeviceAccess, UseEnd, VramChange, VramShare};
 
-use super::leased::{Leased, answered, strayed};
+use super::leased::{Leased, Passed};
 use super::{DeviceLease, DeviceLeaseMut, Result};
 use crate::card::Card;
 use crate::ext::tier;
 use crate::lend::Lent;
 use crate::watch::{Answer, Keep};
+
+/// What is kept for a lease, made when it is known where that ends, if it is.
+pub(super) type KeepUntil = Box<dyn FnOnce(Option<UseEnd>) -> Keep + Send>;
+
+/// Keeps memory until work has ended that may use it.
+pub(super) fn kept(share: Option<VramShare>) -> KeepUntil {
+    Box::new(|end| Box::new(share.map(|share| share.until(end))))
+}
 
 /// Leases of one stream that end together.
 pub(super) struct Ending {
@@ -25,12 +32,12 @@ pub(super) struct Ending {
     access: DeviceAccess,
     lent: Vec<Lent>,
     strays: bool,
-    keeps: Vec<Keep>,
+    keeps: Vec<KeepUntil>,
 }
 
 impl Ending {
     /// What a lease has, and what is kept for it.
-    pub(super) fn of(leased: &mut Leased, keep: Keep) -> Self {
+    pub(super) fn of(leased: &mut Leased, keep: KeepUntil) -> Self {
         assert!(leased.card.is_some(), "a lease ends once");
         Ending {
             card: leased.card.take(),
@@ -43,7 +50,7 @@ impl Ending {
     }
 
     /// One more.
-    fn join(&mut self, leased: &mut Leased, keep: Keep) {
+    fn join(&mut self, leased: &mut Leased, keep: KeepUntil) {
         assert!(leased.is_on(&self.stream), "leases that end together are on one stream");
         let card = leased.card.take();
         assert!(card.is_some(), "a lease ends once");
@@ -52,15 +59,19 @@ impl Ending {
     }
 
     /// `None` if the memory has a user whose end cannot be known: then it is kept for ever.
-    pub(super) fn end(self) -> Option<Answer> {
+    pub(super) fn end(self) -> Option<(Answer, Option<UseEnd>)> {
         let Ending { card, stream, access, lent, strays, keeps } = self;
         let (Some(card), Ok(tier), false) = (card, tier(&access), strays) else {
             tracing::error!(target: "vmem::gpu", "memory of a lease is never reused");
             std::mem::forget((keeps, lent));
             return None;
         };
-        let keeps = Some(keeps).filter(|_| !vmem_core::planted!("lease-ownership"));
-        let keep: Box<dyn Any + Send> = Box::new((keeps, card.clone()));
+        let last = card.clone();
+        let keep = move |end: Option<UseEnd>| -> Keep {
+            let keeps: Vec<Keep> = keeps.into_iter().map(|keep| keep(end.clone())).collect();
+            let keeps = Some(keeps).filter(|_| !vmem_core::planted!("lease-ownership"));
+            Box::new((keeps, last))
+        };
         Some(tier.keep_until_passed(&card, &stream, lent, keep))
     }
 }
@@ -74,7 +85,7 @@ pub(crate) fn end_together(
     dropped: bool,
 ) -> Vec<BoxFuture<'static, Result<()>>> {
     let mut ending: Option<Ending> = None;
-    let mut join = |leased: &mut Leased, keep: Keep| match &mut ending {
+    let mut join = |leased: &mut Leased, keep: KeepUntil| match &mut ending {
         Some(ending) => ending.join(leased, keep),
         None => ending = Some(Ending::of(leased, keep)),
     };
@@ -83,7 +94,7 @@ pub(crate) fn end_together(
         if lease.leased.is_on(stream)
             && let Some(hold) = lease.hold.take()
         {
-            join(&mut lease.leased, Box::new(hold.end()));
+            join(&mut lease.leased, kept(hold.end()));
         }
     }
     let mut answers = Vec::new();
@@ -93,19 +104,17 @@ pub(crate) fn end_together(
         let unused = dropped && lease.is_unused();
         match lease.change.take_if(|_| lease.leased.is_on(stream)) {
             Some(change) => {
-                join(&mut lease.leased, Box::new(change.unused_range()));
+                join(&mut lease.leased, kept(change.share()));
                 if unused { given_up.push(change) } else { changes.push(change) }
             }
             None if unused => drop(lease),
             None => answers.push(lease.end_now()),
         }
     }
-    let passed = match ending.and_then(Ending::end) {
-        Some(answer) => answered(answer).boxed(),
-        None => futures::future::ready(Err(strayed())).boxed(),
-    };
+    let Passed { answer, end } = Passed::of(ending.and_then(Ending::end));
     drop(given_up);
-    let passed = passed.shared();
-    answers.extend(changes.into_iter().map(|change| change.finish(passed.clone().boxed()).boxed()));
+    let answer = answer.shared();
+    let finish = |change: VramChange| change.finish(answer.clone().boxed(), end.clone()).boxed();
+    answers.extend(changes.into_iter().map(finish));
     answers
 }

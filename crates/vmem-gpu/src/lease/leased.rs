@@ -7,14 +7,15 @@ use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 use futures::FutureExt;
-use vmem_core::backend::{DeviceAccess, DeviceAnswer, DeviceError, DeviceRange};
+use futures::future::ready;
+use vmem_core::backend::{DeviceAccess, DeviceAnswer, DeviceError, DeviceRange, UseEnd};
 
 use super::Result;
-use super::ending::Ending;
+use super::ending::{Ending, KeepUntil};
 use crate::card::Card;
 use crate::ext::tier;
 use crate::lend::Lent;
-use crate::watch::{Answer, Keep};
+use crate::watch::Answer;
 
 /// What both kinds of leases have.
 #[derive(Debug)]
@@ -86,22 +87,33 @@ impl Leased {
 
     /// Keeps `keep` until the stream has come to where it is now, and the card as long, which so
     /// does not go on a thread of the user's. Once.
-    pub(super) fn release(
-        &mut self,
-        keep: Keep,
-    ) -> DeviceAnswer<std::result::Result<(), DeviceError>> {
-        match Ending::of(self, keep).end() {
-            Some(answer) => answered(answer).boxed(),
-            None => futures::future::ready(Err(strayed())).boxed(),
+    pub(super) fn release(&mut self, keep: KeepUntil) -> Passed {
+        Passed::of(Ending::of(self, keep).end())
+    }
+}
+
+/// The end of a lease.
+pub(super) struct Passed {
+    /// How it went.
+    pub(super) answer: DeviceAnswer<std::result::Result<(), DeviceError>>,
+    /// Where it is, if that is known.
+    pub(super) end: Option<UseEnd>,
+}
+
+impl Passed {
+    pub(super) fn of(ended: Option<(Answer, Option<UseEnd>)>) -> Self {
+        match ended {
+            Some((answer, end)) => Passed { answer: answered(answer).boxed(), end },
+            None => Passed { answer: ready(Err(strayed())).boxed(), end: None },
         }
     }
 }
 
-pub(super) async fn answered(answer: Answer) -> std::result::Result<(), DeviceError> {
+async fn answered(answer: Answer) -> std::result::Result<(), DeviceError> {
     answer.await.unwrap_or(Err(DeviceError::Closed))
 }
 
-pub(super) fn strayed() -> DeviceError {
+fn strayed() -> DeviceError {
     let message = "the memory of the lease is never reused";
     DeviceError::Failed { operation: "ordering streams", code: 0, message: message.into() }
 }

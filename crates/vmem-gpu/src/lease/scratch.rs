@@ -70,7 +70,7 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         if let Some(memory) = self.memory.take() {
             // The thread keeps the memory, whether the answer is awaited or not.
-            drop(self.leased.release(Box::new(memory)));
+            drop(self.leased.release(Box::new(|_| Box::new(memory))));
         }
     }
 }

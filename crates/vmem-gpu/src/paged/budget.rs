@@ -103,7 +103,9 @@ impl PageLedger {
         let longest = self.free.longest().unwrap_or(0..0);
         let end = longest.end / self.page_bytes;
         let first = longest.start.div_ceil(self.page_bytes);
-        let below = (first..end).rev().take_while(|number| !self.pages.contains_key(number));
+        let is_bare = |number: &u64| !self.pages.contains_key(number);
+        let end = (first..end).rev().find(is_bare).map_or(end, |last| last + 1);
+        let below = (first..end).rev().take_while(is_bare);
         let start = below.take(memory.len()).last().unwrap_or(end);
         let range = start * self.page_bytes..end * self.page_bytes;
         assert!(self.free.take_exact(&range), "the addresses are free");

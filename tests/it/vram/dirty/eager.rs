@@ -44,7 +44,7 @@ async fn version_that_cannot_be_copied_yet_stays_on_the_device() {
             write_by_kernel(vmem, 0, &change, 0, bytes(1, version, 5000)).await;
             change.touched(0..5000).unwrap();
             bench.devices[0].fail_next(u64::MAX);
-            let finished = change.finish(futures::future::ready(Ok(())).boxed());
+            let finished = change.finish(futures::future::ready(Ok(())).boxed(), None);
             if is_awaited {
                 finished.await.unwrap();
             } else {
@@ -75,7 +75,7 @@ async fn freed_objects_are_not_copied() {
         let change = access(vmem, 0).change(&handle, is_overwritten).await.unwrap();
         write_by_kernel(vmem, 0, &change, 0, bytes(1, 2, LEN)).await;
         let (written, kernel) = oneshot::channel();
-        let finished = change.finish(async { kernel.await.unwrap() }.boxed());
+        let finished = change.finish(async { kernel.await.unwrap() }.boxed(), None);
         drop(handle);
         let done = bench.devices[0].done();
         written.send(Ok(())).unwrap();

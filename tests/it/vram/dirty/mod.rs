@@ -64,7 +64,7 @@ async fn write_by_kernel(
 }
 
 async fn finish(change: VramChange) -> Result<(), VirtualMemoryError> {
-    change.finish(futures::future::ready(Ok(())).boxed()).await
+    change.finish(futures::future::ready(Ok(())).boxed(), None).await
 }
 
 /// A lease that writes all of an object, and ends.
@@ -318,7 +318,7 @@ async fn changes_over_what_a_device_alone_has_are_kept_or_lost_and_never_half() 
         write_by_kernel(vmem, 0, &change, 0, vec![1; 100]).await;
         if is_failed {
             let failed = vmem::backend::DeviceError::Closed;
-            change.finish(futures::future::ready(Err(failed)).boxed()).await.unwrap_err();
+            change.finish(futures::future::ready(Err(failed)).boxed(), None).await.unwrap_err();
         } else {
             drop(change);
         }

@@ -5,13 +5,14 @@
 //!
 //! `VMEM_DEVICE_RUNS=1000 cargo test --test it vram::dirty::random -- --nocapture` for more.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::FutureExt;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use vmem::backend::DeviceError;
+use vmem::backend::{DeviceError, UseEnd, VramHold};
 use vmem::{VMemHandle, VirtualMemory, VirtualMemoryError, WriteBack};
 
 use super::{VRAM, access, assert_all_back, is_lost, open};
@@ -94,61 +95,22 @@ async fn step(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> Op
             }
             write
         }
-        7..=10 => {
-            let change = match access(vmem, 0).change(&handle, rng.random_ratio(1, 8)).await {
-                Ok(change) => change,
-                Err(error) => return told(owned, Err(error)),
-            };
-            if rng.random_ratio(1, 10) {
-                // Nobody knew where it is, unless it was zeroed.
-                drop(change);
-                return Some(true);
-            }
-            let new: Bytes = bytes(rng.random(), 1, len).into();
-            let range = change.range().unwrap();
-            let written = access(vmem, 0).backend().upload(range, 0, new.clone()).await;
-            // A read under the lease waits for its end, and is never told that the bytes are lost.
-            let read = rng.random_ratio(1, 4).then(|| {
-                let vmem = vmem.clone();
-                let handle = handle.clone();
-                tokio::spawn(async move { vmem.read(&handle).await })
-            });
-            if rng.random_ratio(1, 2) {
-                tokio::task::yield_now().await;
-            }
-            let fails = rng.random_ratio(1, 5);
-            let fails = fails || written.is_err();
-            let ended = if fails { Err(DeviceError::Closed) } else { written };
-            let outcome = change.finish(futures::future::ready(ended).boxed()).await;
-            let read = match read {
-                Some(read) => Some(read.await.unwrap()),
-                None => None,
-            };
-            match read.unwrap_or_else(|| Ok(new.clone())) {
-                Ok(read) => {
-                    let is_one = owned.may_have.iter().any(|one| one[..] == read[..]);
-                    assert!(is_one || new == read, "object {} under a lease", handle.id());
-                }
-                Err(error) if is_lost(&error) => {
-                    let is_expected = fails || access(vmem, 0).backend().lost().is_some();
-                    assert!(is_expected, "{error:?} of a lease that ends");
-                }
-                Err(VirtualMemoryError::Device { .. }) => {}
-                Err(error) if support::is_pressure(&error) => {}
-                Err(error) => panic!("{error:?}"),
-            }
-            // Else the previous version stays, or is lost.
-            if outcome.is_ok() {
-                owned.is_now(new.to_vec());
-            }
-            return told(owned, outcome);
-        }
+        7..=10 => return leases(vmem, rng, owned).await,
         11 => tokio::time::timeout(limit, vmem.promote(&handle, tier)).await,
         12 => tokio::time::timeout(limit, vmem.demote(&handle, tier)).await,
         13 => tokio::time::timeout(limit, vmem.flush(&handle)).await,
         14 => {
             let hold = tokio::time::timeout(limit, access(vmem, 0).hold(&handle)).await;
-            hold.map(|hold| hold.map(drop))
+            let pause = Duration::from_micros(rng.random_range(0..500));
+            // Its kernel has not ended when the lease does.
+            let ends = |hold: VramHold| {
+                let share = hold.end().map(|share| share.until(Some(Arc::new(()))));
+                tokio::spawn(async move {
+                    tokio::time::sleep(pause).await;
+                    drop(share);
+                });
+            };
+            hold.map(|hold| hold.map(ends))
         }
         _ => {
             vmem.prefetch(&handle, tier).detach();
@@ -159,6 +121,78 @@ async fn step(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> Op
         Ok(outcome) => told(owned, outcome),
         Err(_dropped) => None,
     }
+}
+
+/// One lease that writes all of the object, or several of which each begins before the kernel of
+/// the one before has ended, where that is known and the store does not wait for it.
+async fn leases(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> Option<bool> {
+    let handle = owned.handle.clone();
+    let len = handle.len();
+    let count = if rng.random_ratio(1, 2) { 1 } else { rng.random_range(2..5) };
+    let mut refused = Ok(());
+    let mut finished = Vec::new();
+    let mut reads = Vec::new();
+    let mut fails = false;
+    for _ in 0..count {
+        let change = match access(vmem, 0).change(&handle, rng.random_ratio(1, 8)).await {
+            Ok(change) => change,
+            Err(error) => {
+                refused = Err(error);
+                break;
+            }
+        };
+        if rng.random_ratio(1, 10) {
+            // Nobody knew where it is, unless it was zeroed.
+            drop(change);
+            continue;
+        }
+        let new: Bytes = bytes(rng.random(), 1, len).into();
+        let range = change.range().unwrap();
+        let written = access(vmem, 0).backend().upload(range, 0, new.clone()).await;
+        // A read under the lease waits for its end, and never finds the bytes lost.
+        if rng.random_ratio(1, 4) {
+            let vmem = vmem.clone();
+            let handle = handle.clone();
+            reads.push(tokio::spawn(async move { vmem.read(&handle).await }));
+        }
+        if rng.random_ratio(1, 2) {
+            tokio::task::yield_now().await;
+        }
+        let ended = if rng.random_ratio(1, 5) { Err(DeviceError::Closed) } else { written };
+        fails |= ended.is_err();
+        let pause = Duration::from_micros(rng.random_range(0..500));
+        let ready = async move {
+            tokio::time::sleep(pause).await;
+            ended
+        };
+        let end = rng.random_ratio(3, 4).then(|| -> UseEnd { Arc::new(()) });
+        finished.push((new, change.finish(ready.boxed(), end)));
+    }
+    let mut may_show = owned.may_have.clone();
+    may_show.extend(finished.iter().map(|(new, _)| new.to_vec()));
+    for (new, finish) in finished {
+        match finish.await {
+            Ok(()) => owned.is_now(new.to_vec()),
+            // Else the previous version stays, or is lost.
+            Err(error) => refused = refused.and(Err(error)),
+        }
+    }
+    for read in reads {
+        match read.await.unwrap() {
+            Ok(read) => {
+                let is_one = may_show.iter().any(|one| one[..] == read[..]);
+                assert!(is_one, "object {} under a lease", handle.id());
+            }
+            Err(error) if is_lost(&error) => {
+                let is_expected = fails || access(vmem, 0).backend().lost().is_some();
+                assert!(is_expected, "{error:?} of a lease that ends");
+            }
+            Err(VirtualMemoryError::Device { .. }) => {}
+            Err(error) if support::is_pressure(&error) => {}
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+    told(owned, refused)
 }
 
 /// What a call came to: whether it ended well, or none if its object was lost.

@@ -26,7 +26,7 @@ async fn gathered_object_does_without_while_others_wait() {
     let change = access.change(&handles[0], false).await.unwrap();
     let range = change.range().unwrap();
     access.backend().upload(range, 0, bytes(0, 1, LEN).into()).await.unwrap();
-    change.finish(std::future::ready(Ok(())).boxed()).await.unwrap();
+    change.finish(std::future::ready(Ok(())).boxed(), None).await.unwrap();
     store.devices[0].hold();
     let mut demand = Box::pin(store.vmem.promote(&handles[1], VRAM));
     assert!((&mut demand).now_or_never().is_none());

@@ -43,7 +43,7 @@ use crate::recency::Recency;
 use crate::requests::Requests;
 use crate::span_rate::SpanRate;
 use crate::stats::Counters;
-use crate::tier::{Device, HostSpace, Queue, Storage, TierState, Watermarks};
+use crate::tier::{Device, Holds, HostSpace, Queue, Space, Storage, TierState, Watermarks};
 use crate::wake::Wake;
 use crate::windows::Windows;
 
@@ -208,7 +208,8 @@ impl Shared {
             let high_bytes = limits.marks.high_bytes;
             let tier = MemoryTier::Host;
             let queue = Queue::new(tier, space, high_bytes, wake.clone(), unclaimed.clone());
-            TierState::new(tier, queue, order, config.max_pinned(), limits.marks)
+            let holds = Holds::of(queue.space().capacity_bytes(), config.max_pinned());
+            TierState::new(tier, queue, order, holds, limits.marks)
         };
         let device = |(number, backend): (u8, Arc<dyn DeviceBackend>)| {
             let policy = config.vram_policy_of(usize::from(number));
