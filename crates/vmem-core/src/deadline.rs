@@ -101,6 +101,11 @@ impl Deadline {
         self.waited() >= self.wait
     }
 
+    /// Whether half of the wait has passed.
+    pub(crate) fn is_half_past(&self) -> bool {
+        self.waited() >= self.wait / 2
+    }
+
     /// The error of a wait that outlasted the deadline.
     pub(crate) fn error(&self, operation: &'static str) -> VirtualMemoryError {
         VirtualMemoryError::TimedOut { operation, waited: self.waited() }

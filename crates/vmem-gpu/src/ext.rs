@@ -63,7 +63,8 @@ pub trait VramExt {
     /// Waits until other leases were dropped, and comes after what they have queued, in the order
     /// of the streams. What the kernels wrote is the current version once they have ended and,
     /// where the store [writes back eagerly](vmem_core::WriteBack::Eager), it was copied down,
-    /// which the next lease waits for; a read that comes after the drop waits for that too.
+    /// which the next lease waits for; a read that comes after the drop waits for that too, and
+    /// where other leases came behind this one before its kernels had ended, for these.
     ///
     /// # Errors
     ///

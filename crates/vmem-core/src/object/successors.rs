@@ -150,6 +150,11 @@ impl Successors {
         }
     }
 
+    /// None begins any more.
+    pub(crate) fn close(&self) {
+        self.state.lock().is_closed = true;
+    }
+
     /// What comes before them has failed, and so have they.
     pub(crate) fn fail(&self, error: &VirtualMemoryError) {
         let ended = {

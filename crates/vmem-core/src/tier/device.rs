@@ -172,14 +172,14 @@ impl DeviceSpace {
     /// Objects that leave space for one object of `need` bytes when they go: near one of these
     /// addresses, those that were used longest ago. `stamp` tells the last access of an object
     /// that can go; a caller that goes on takes `parts` of what is needed too. Empty if there are
-    /// none, and none if nothing that can go would help.
+    /// none.
     pub(crate) fn coldest_neighbours(
         &self,
         seeds: &[u64],
         need: u64,
         parts: bool,
         stamp: &dyn Fn(u64) -> Option<u64>,
-    ) -> Option<Vec<u64>> {
+    ) -> Vec<u64> {
         let free_from = |address| self.backend.free_from(address);
         // A copy at a time: no object is asked anything under this lock.
         let from = |address| self.residents.lock().from(address);
@@ -208,6 +208,10 @@ impl Space for DeviceSpace {
 
     fn capacity_bytes(&self) -> u64 {
         self.usage().capacity_bytes
+    }
+
+    fn most_bytes(&self) -> u64 {
+        self.capacity_bytes().max(self.backend.budget())
     }
 
     /// Ranges of versions that have passed, which kernels or copies still use.

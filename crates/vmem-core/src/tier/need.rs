@@ -41,6 +41,11 @@ pub(crate) trait Space: Send + Sync + 'static {
     /// The budget, in bytes.
     fn capacity_bytes(&self) -> u64;
 
+    /// The same, or what it is about to be if that is more.
+    fn most_bytes(&self) -> u64 {
+        self.capacity_bytes()
+    }
+
     /// Bytes in use that are no object's current copy: readers or kernels keep them, and no
     /// eviction frees them.
     fn held_bytes(&self) -> u64;

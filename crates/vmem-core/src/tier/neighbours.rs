@@ -94,16 +94,6 @@ impl Look {
     }
 }
 
-/// What goes for whole pages.
-#[derive(Default)]
-struct Choice {
-    pages: Vec<Leaver>,
-    /// As many pages as are missing, or a part as large as one look finds.
-    is_enough: bool,
-    /// All of the memory was looked at, if there is too little.
-    is_all: bool,
-}
-
 /// What a choice of neighbours is made from.
 pub(crate) struct Surroundings<'a> {
     /// As [`Residents::from`].
@@ -120,26 +110,22 @@ impl Surroundings<'_> {
     /// Objects that leave `need` free bytes for one object when they go: those that lie beside
     /// each other, or, if whole pages are `missing`, those on pages that lie apart. Of these
     /// choices, all of them near one of the seeds, the one that was used longest ago. Where none is
-    /// enough, a part of one, if `parts` are of use; empty if nothing can go. None if no page can
-    /// be emptied, whatever goes.
+    /// enough, a part of one, if `parts` are of use; empty if nothing can go.
     pub(crate) fn coldest(
         &self,
         seeds: &[u64],
         need: u64,
         missing: Option<MissingPages>,
         parts: bool,
-    ) -> Option<Vec<u64>> {
+    ) -> Vec<u64> {
         let of_pages = |missing| self.coldest_pages(seeds, missing, parts);
-        let Choice { pages, is_enough, is_all } = missing.map_or_else(Choice::default, of_pages);
+        let (pages, is_enough) = missing.map_or_else(Default::default, of_pages);
         let mut copies_left = COPIES_MAX;
         let windows = seeds.iter().filter_map(|&seed| self.window(seed, need, &mut copies_left));
         let whole = windows.chain(is_enough.then(|| pages.clone()));
         let coldest = whole.min_by_key(|leavers| cost(leavers));
-        if coldest.is_none() && pages.is_empty() && is_all && !crate::planted!("pages-hopeless") {
-            return None;
-        }
         let chosen = coldest.unwrap_or(if parts { pages } else { Vec::new() });
-        Some(chosen.into_iter().map(|leaver| leaver.object).collect())
+        chosen.into_iter().map(|leaver| leaver.object).collect()
     }
 
     fn leaver(&self, Resident { footprint, object }: Resident) -> Option<Leaver> {
@@ -192,8 +178,14 @@ impl Surroundings<'_> {
     }
 
     /// The copies on the pages that were used longest ago, of those on which one of the seeds lies,
-    /// or what begins there, and of those behind them if these are too few.
-    fn coldest_pages(&self, seeds: &[u64], missing: MissingPages, parts: bool) -> Choice {
+    /// or what begins there, and of those behind them if these are too few; and whether that is as
+    /// many pages as are missing, or a part as large as one look finds.
+    fn coldest_pages(
+        &self,
+        seeds: &[u64],
+        missing: MissingPages,
+        parts: bool,
+    ) -> (Vec<Leaver>, bool) {
         let MissingPages { page_bytes, count } = missing;
         let mut look = Look::default();
         for &seed in seeds {
@@ -215,7 +207,6 @@ impl Surroundings<'_> {
                 at = if last > next { last } else { reaches.max(end) };
             }
         }
-        let is_all = !look.is_over() && count > 0;
         let is_large = look.is_over() && parts;
         let mut pages = look.pages;
         pages.sort_by_key(|leavers| cost(leavers));
@@ -225,7 +216,7 @@ impl Surroundings<'_> {
         let each = pages.into_iter().flatten().map(|leaver| (leaver.object, leaver));
         let leavers: Vec<_> = each.collect::<BTreeMap<_, _>>().into_values().collect();
         let is_enough = is_enough && !leavers.is_empty();
-        Choice { pages: leavers, is_enough, is_all }
+        (leavers, is_enough)
     }
 
     /// Looks at the pages on which this address lies, or what begins there, as far as they were not

@@ -261,7 +261,7 @@ impl<S: Space> Queue<S> {
         answers: &mut Answers<S>,
     ) -> Served {
         let mut served = Served::default();
-        let capacity_bytes = self.space.capacity_bytes();
+        let most_bytes = self.space.most_bytes();
         let mut blocked: Option<usize> = None;
         // Whether there is one that objects are evicted for first.
         let mut is_led = false;
@@ -272,7 +272,7 @@ impl<S: Space> Queue<S> {
                 drop(waiters.remove(at));
                 continue;
             }
-            if let Some(refused) = waiter.refusal(reach, capacity_bytes) {
+            if let Some(refused) = waiter.refusal(reach, most_bytes) {
                 answers.extend(waiters.remove(at).map(|waiter| (waiter.reply, Err(refused))));
                 continue;
             }

@@ -132,8 +132,9 @@ impl DeviceAccess {
     }
 
     /// The object on the device, for a kernel that writes to it: waits until it has no other user
-    /// there. With `overwrite` the kernel writes all of it: the bytes before are not loaded, it
-    /// begins as zeros.
+    /// there, but those that are gone and of which it is known where their work ends. With
+    /// `overwrite` the kernel writes all of it: it waits for these too, the bytes before are not
+    /// loaded, and it begins as zeros.
     ///
     /// # Errors
     ///

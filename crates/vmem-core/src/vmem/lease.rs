@@ -211,8 +211,13 @@ impl VramChange {
             touched.clear();
         }
         let change = Changed::begin(pass, (device, range, end), (space, touched), reply);
+        let successors = change.successors();
         let ready = Box::pin(async move {
             let outcome = if crate::planted!("lease-order") { Ok(()) } else { ready.await };
+            if let Some(successors) = successors.filter(|_| outcome.is_err()) {
+                // While it is held: nothing begins behind a kernel that has failed.
+                successors.close();
+            }
             // They were kept for as long as the kernel could write.
             drop((held, handle));
             outcome
@@ -231,8 +236,12 @@ impl VramChange {
         let is_known = end.is_some();
         let kept = VramShare::new(range, true).until(end);
         let handle = self.handle.clone();
+        let chain = successors.clone();
         let ready = Box::pin(async move {
             let outcome = ready.await;
+            if outcome.is_err() {
+                chain.close();
+            }
             drop((held, handle, kept));
             outcome
         });

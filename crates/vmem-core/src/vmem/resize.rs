@@ -5,6 +5,9 @@
 //! step stands for itself, so a call that is dropped leaves a budget between the old one and the
 //! new one. Called by users.
 
+use std::pin::pin;
+use std::time::Duration;
+
 use tokio::sync::futures::Notified;
 
 use super::{Result, VirtualMemory};
@@ -18,6 +21,8 @@ use crate::tier::{Class, Device, Need, Space};
 const STEP_BYTES: u64 = 32 << 20;
 /// A budget has this many pieces at least.
 const PIECES_MIN: u64 = 2;
+/// Before it is tried again to evict what could not be.
+const PAUSE: Duration = Duration::from_millis(20);
 const FIELD: &str = "vram_capacity";
 
 impl VirtualMemory {
@@ -124,37 +129,48 @@ impl Resize<'_> {
     /// Gives back some of what is free, or of what is free once something was evicted, unless the
     /// budget is `changed`.
     async fn shrink(&self, deadline: &Deadline, bytes: u64, changed: Notified<'_>) -> Result<()> {
-        let step = STEP_BYTES.min(bytes);
-        let state = &self.device.state;
-        // What is free may be what others wait for.
-        if state.queue.len() == 0 && self.give_back(deadline, step, None).await? > 0 {
-            return Ok(());
+        let mut changed = pin!(changed);
+        let mut step = STEP_BYTES.min(bytes);
+        loop {
+            // What is free may be what others wait for.
+            let is_wanted = self.device.state.queue.len() > 0;
+            if !is_wanted && self.give_back(deadline, step, None).await? > 0 || self.is_done() {
+                return Ok(());
+            }
+            let taken = tokio::select! {
+                biased;
+                taken = self.evict(step, is_wanted, deadline) => taken,
+                () = &mut changed => return Ok(()),
+            };
+            match taken {
+                Some(range) => {
+                    self.give_back(deadline, step, Some(range)).await?;
+                    return Ok(());
+                }
+                None if step > self.piece_bytes => {
+                    step = (step / 2 / self.piece_bytes).max(1) * self.piece_bytes;
+                }
+                None if deadline.is_past() && !self.is_done() => {
+                    return Err(self.device.state.all_held(step, deadline.waited()));
+                }
+                None => drop(deadline.share(1, PAUSE).bound(&mut changed).await),
+            }
         }
-        // Wherever it begins, it has all of as many pieces; but no more than could be evicted.
+    }
+
+    /// Memory of all of as many pages, for which what was used longest ago has left. None if there
+    /// is none now: it takes the turn of no other request, and nothing leaves for less than all.
+    /// Where others wait all the time, it comes to have its turn among these.
+    async fn evict(&self, step: u64, is_wanted: bool, deadline: &Deadline) -> Option<DeviceRange> {
+        let state = &self.device.state;
+        // Wherever it begins, it has all of these pages; but no more than could be evicted.
         let reach = state.space().capacity_bytes().saturating_sub(state.unevictable_bytes());
         let len = (step + self.piece_bytes - 1).min(reach.max(self.piece_bytes));
         let need = Need::one(len as usize, 0, Class::Demand);
-        let taken = tokio::select! {
-            biased;
-            taken = state.take(&need, deadline) => taken,
-            () = changed => return Ok(()),
-        };
-        let given = match taken {
-            Ok(range) => self.give_back(deadline, step, range.into_iter().next()).await?,
-            // Another call has made it smaller.
-            Err(VirtualMemoryError::ExceedsCapacity { .. }) => return Ok(()),
-            Err(error) => {
-                // Some may be free, though not as much.
-                match self.give_back(&deadline.renewed(), step, None).await? {
-                    0 if !self.is_done() => return Err(error),
-                    given => given,
-                }
-            }
-        };
-        if given == 0 && !self.is_done() {
-            return Err(state.all_held(step, deadline.waited()));
-        }
-        Ok(())
+        let has_a_turn = is_wanted && deadline.is_half_past() || crate::planted!("shrink-evicts");
+        let need = if has_a_turn { need } else { need.sparing(u64::MAX) };
+        let taken = state.queue.take(&need, deadline).await;
+        taken.ok()?.into_iter().next()
     }
 
     async fn give_back(
