@@ -15,7 +15,7 @@ use crate::deadline::Deadline;
 use crate::device::{DeviceAnswer, DeviceError, DeviceRange};
 use crate::error::VirtualMemoryError;
 use crate::memory_tier::MemoryTier;
-use crate::tier::{Class, Device, Need, Space};
+use crate::tier::{Class, Device, Need, Refused, Space};
 
 /// What is given back or taken in one step, in bytes: other requests come between two.
 const STEP_BYTES: u64 = 32 << 20;
@@ -78,7 +78,8 @@ impl VirtualMemory {
         }
         device.backend.set_budget(wanted);
         device.resized.notify_waiters();
-        let resize = Resize { device, piece_bytes, wanted };
+        let step_bytes = STEP_BYTES.max(piece_bytes);
+        let resize = Resize { device, piece_bytes, step_bytes, wanted };
         loop {
             self.check_open()?;
             let device = self.shared.device(number)?;
@@ -91,11 +92,11 @@ impl VirtualMemory {
                 return Ok(capacity);
             }
             if capacity < wanted {
-                match grown {
+                if grown < step_bytes {
                     // There is no more.
-                    0..STEP_BYTES => return Ok(capacity),
-                    _ => continue,
+                    return Ok(capacity);
                 }
+                continue;
             }
             resize.shrink(&self.shared.deadline(), capacity - wanted, changed).await?;
         }
@@ -106,6 +107,7 @@ impl VirtualMemory {
 struct Resize<'a> {
     device: &'a Device,
     piece_bytes: u64,
+    step_bytes: u64,
     wanted: u64,
 }
 
@@ -123,14 +125,14 @@ impl Resize<'_> {
 
     /// Takes some more, if there is any.
     async fn grow(&self, deadline: &Deadline) -> Result<u64> {
-        self.ended(deadline, self.device.backend.grow(STEP_BYTES)).await
+        self.ended(deadline, self.device.backend.grow(self.step_bytes)).await
     }
 
     /// Gives back some of what is free, or of what is free once something was evicted, unless the
     /// budget is `changed`.
     async fn shrink(&self, deadline: &Deadline, bytes: u64, changed: Notified<'_>) -> Result<()> {
         let mut changed = pin!(changed);
-        let mut step = STEP_BYTES.min(bytes);
+        let mut step = self.step_bytes.min(bytes);
         loop {
             // What is free may be what others wait for.
             let is_wanted = self.device.state.queue.len() > 0;
@@ -139,7 +141,7 @@ impl Resize<'_> {
             }
             let taken = tokio::select! {
                 biased;
-                taken = self.evict(step, is_wanted, deadline) => taken,
+                taken = self.evict(step, is_wanted, deadline) => taken?,
                 () = &mut changed => return Ok(()),
             };
             match taken {
@@ -161,7 +163,16 @@ impl Resize<'_> {
     /// Memory of all of as many pages, for which what was used longest ago has left. None if there
     /// is none now: it takes the turn of no other request, and nothing leaves for less than all.
     /// Where others wait all the time, it comes to have its turn among these.
-    async fn evict(&self, step: u64, is_wanted: bool, deadline: &Deadline) -> Option<DeviceRange> {
+    ///
+    /// # Errors
+    ///
+    /// `Closed`; `TierNotAvailable` if the device is lost.
+    async fn evict(
+        &self,
+        step: u64,
+        is_wanted: bool,
+        deadline: &Deadline,
+    ) -> Result<Option<DeviceRange>> {
         let state = &self.device.state;
         // Wherever it begins, it has all of these pages; but no more than could be evicted.
         let reach = state.space().capacity_bytes().saturating_sub(state.unevictable_bytes());
@@ -169,8 +180,11 @@ impl Resize<'_> {
         let need = Need::one(len as usize, 0, Class::Demand);
         let has_a_turn = is_wanted && deadline.is_half_past() || crate::planted!("shrink-evicts");
         let need = if has_a_turn { need } else { need.sparing(u64::MAX) };
-        let taken = state.queue.take(&need, deadline).await;
-        taken.ok()?.into_iter().next()
+        match state.queue.take(&need, deadline).await {
+            Ok(taken) => Ok(taken.into_iter().next()),
+            Err(Refused::Error(error)) => Err(error),
+            Err(_) => Ok(None),
+        }
     }
 
     async fn give_back(
