@@ -184,6 +184,10 @@ impl Changed {
                 }
                 Err(error) => break error,
             }
+            if successors.are_over() {
+                return self.stay_on_device().await;
+            }
+            // What it wrote is published with what comes after it.
             let reply = self.reply.take();
             drop(reply.map(|reply| reply.send(Ok(()))));
             match self.unless_closed(successors.next()).await {

@@ -130,6 +130,14 @@ impl Successors {
         self.changed.notify_one();
     }
 
+    /// Whether there is none now: then none comes any more.
+    pub(crate) fn are_over(&self) -> bool {
+        let mut state = self.state.lock();
+        let are_over = state.ended.is_empty() && !state.is_out && !state.is_abandoned;
+        state.is_closed |= are_over;
+        are_over
+    }
+
     /// The next one, once it has ended. None if there is none now: then none comes any more.
     pub(crate) async fn next(&self) -> Next {
         loop {
