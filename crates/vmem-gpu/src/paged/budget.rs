@@ -44,10 +44,7 @@ impl PageLedger {
     /// From now on pages that are beyond the budget leave as soon as nothing of them is used, but
     /// no more than these bytes, until [`end_leaving`](Self::end_leaving).
     pub(crate) fn begin_leaving(&mut self, bytes: u64) {
-        let beyond = match vmem_core::planted!("budget-before") {
-            true => self.capacity_bytes,
-            false => self.capacity_bytes.saturating_sub(self.budget_bytes),
-        };
+        let beyond = self.capacity_bytes.saturating_sub(self.budget_bytes);
         self.owed = bytes.min(beyond) / self.page_bytes;
         self.let_leave();
     }
