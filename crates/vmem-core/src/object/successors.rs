@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, oneshot};
 
-use super::Object;
+use super::{Inner, Object};
 use crate::device::{DeviceAnswer, DeviceError, DeviceRange, UseEnd};
 use crate::error::VirtualMemoryError;
 use crate::locks::{self, Lock};
@@ -177,13 +177,19 @@ impl Successors {
     }
 }
 
+impl Inner {
+    /// Those behind what is pending on this device, if any may be.
+    fn successors(&self, device: usize) -> Option<&Arc<Successors>> {
+        let pending = self.rare.pending.as_ref().filter(|pending| pending.device == device);
+        pending?.successors.as_ref()
+    }
+}
+
 impl Object {
     /// Whether a lease of this device may go on behind a kernel that has not ended.
     pub(crate) fn is_followed_on(&self, device: usize, writes: bool) -> bool {
         let inner = self.inner.lock();
-        let pending = inner.rare.pending.as_ref().filter(|pending| pending.device == device);
-        let successors = pending.and_then(|pending| pending.successors.as_ref());
-        let is_open = successors.is_some_and(|successors| successors.is_open());
+        let is_open = inner.successors(device).is_some_and(|successors| successors.is_open());
         let is_awaited = inner.rare.line.is_some() && !crate::planted!("successors-starve");
         is_open && !(writes && is_awaited)
     }
@@ -193,9 +199,8 @@ impl Object {
     pub(crate) fn follow_on(&self, device: usize) -> Option<(DeviceRange, Vec<UseEnd>)> {
         self.shared.device(device).ok()?;
         let mut inner = self.inner.lock();
-        let pending = inner.rare.pending.as_ref().filter(|pending| pending.device == device)?;
         // While one that changes it is out, its bytes are those of no version.
-        pending.successors.as_ref().filter(|successors| successors.is_open())?;
+        inner.successors(device).filter(|successors| successors.is_open())?;
         if inner.place(device).is_none() || !inner.add_hold_again(device) {
             return None;
         }
@@ -215,8 +220,7 @@ impl Object {
         if inner.rare.line.is_some() && !crate::planted!("successors-starve") {
             return None;
         }
-        let pending = inner.rare.pending.as_ref().filter(|pending| pending.device == device)?;
-        let successors = pending.successors.clone()?;
+        let successors = inner.successors(device)?.clone();
         if !inner.place(device)?.range.others_are_gone(1) || !successors.try_begin() {
             return None;
         }
