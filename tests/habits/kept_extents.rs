@@ -11,7 +11,7 @@ use std::time::Duration;
 use vmem::{VMemHandle, VirtualMemory, VirtualMemoryError};
 
 use crate::harness::{
-    BOUND, CLOSE_BOUND, THREADS, WAIT, assert_none, run, run_cases, succeeds, within,
+    BOUND, CLOSE_BOUND, THREADS, Threads, WAIT, assert_none, run, run_cases, succeeds, within,
 };
 use crate::keep::Kept;
 use crate::stores::{DISK, HOST, KIB, MIB, Place, Sizes, Store, bytes, check, open};
@@ -75,7 +75,7 @@ fn copies_left_alone_keep_no_space_on_disk() {
     }));
 }
 
-async fn write_left_alone(polls: usize, finished: bool) -> Result<(), String> {
+async fn write_left_alone(threads: Threads, polls: usize, finished: bool) -> Result<(), String> {
     let store = open(Place::Simulated, TWO, |builder| builder).await;
     let vmem = &store.vmem;
     let subject = vmem.put(bytes(1, 1, LEN), DISK).await.unwrap();
@@ -87,14 +87,16 @@ async fn write_left_alone(polls: usize, finished: bool) -> Result<(), String> {
     tokio::time::sleep(MEANWHILE).await;
     let other = vmem.put(bytes(2, 1, LEN), DISK);
     let other = succeeds("put where the new version would be", BOUND, other).await?;
-    is_version(vmem, &subject, &[1]).await?;
+    // On another thread the store may have taken all of the bytes within these polls.
+    let may_be: &[u64] = if threads == Threads::One { &[1] } else { &[1, 2] };
+    is_version(vmem, &subject, may_be).await?;
     drop(other);
     if finished {
         succeeds("the kept write", BOUND, kept.finish()).await?;
         is_version(vmem, &subject, &[2]).await?;
     } else {
         drop(kept);
-        is_version(vmem, &subject, &[1]).await?;
+        is_version(vmem, &subject, may_be).await?;
     }
     succeeds("close", CLOSE_BOUND, vmem.clone().close()).await
 }
@@ -108,7 +110,7 @@ fn writes_left_alone_keep_no_space_on_disk() {
         }
     }
     assert_none(&run_cases(&cases, |(threads, polls, finished)| {
-        run(threads, move || write_left_alone(polls, finished))
+        run(threads, move || write_left_alone(threads, polls, finished))
     }));
 }
 
@@ -135,7 +137,7 @@ enum First {
     LeftWithItsTask,
 }
 
-async fn promise(first: First, polls: usize, slow: bool) -> Result<(), String> {
+async fn promise(threads: Threads, first: First, polls: usize, slow: bool) -> Result<(), String> {
     let store = open(Place::Simulated, ONE, |builder| builder).await;
     let vmem = &store.vmem;
     let subject = vmem.allocate(LEN, DISK).await.unwrap();
@@ -163,8 +165,15 @@ async fn promise(first: First, polls: usize, slow: bool) -> Result<(), String> {
     if filled.len() > 4 {
         return Err(format!("{} chunks are free", filled.len()));
     }
-    succeeds("the next write", BOUND, write(vmem.clone(), subject.clone(), 2)).await?;
-    is_version(vmem, &subject, &[2]).await?;
+    match within("the next write", BOUND, write(vmem.clone(), subject.clone(), 2)).await? {
+        Ok(()) => is_version(vmem, &subject, &[2]).await?,
+        // On another thread the store may have taken all of the first write within these polls.
+        // Then the space is in use, and the disk has none for a second version.
+        Err(VirtualMemoryError::TierFull { .. }) if threads == Threads::Two => {
+            return is_version(vmem, &subject, &[1]).await;
+        }
+        Err(error) => return Err(format!("the next write: {error}")),
+    }
     if let Some(kept) = kept {
         drop(filled);
         // There may be space for another version, or not.
@@ -188,7 +197,7 @@ fn first_write_that_was_dropped_or_left_alone_leaves_the_space_to_its_object() {
         }
     }
     assert_none(&run_cases(&cases, |(threads, first, polls, slow)| {
-        run(threads, move || promise(first, polls, slow))
+        run(threads, move || promise(threads, first, polls, slow))
     }));
 }
 
@@ -200,7 +209,7 @@ fn first_write_that_a_task_still_has_is_waited_for() {
         .flat_map(|polls| THREADS.map(|threads| (threads, polls)))
         .collect();
     assert_none(&run_cases(&cases, |(threads, polls)| {
-        run(threads, move || promise(First::LeftWithItsTask, polls, true))
+        run(threads, move || promise(threads, First::LeftWithItsTask, polls, true))
     }));
 }
 

@@ -182,7 +182,9 @@ pub(crate) fn check(
         true => Ok(()),
         false => {
             let len = found.len();
-            Err(format!("object {object}: {len} bytes at {offset} are none of {versions:?}"))
+            let instead = (0..16).find(is);
+            let said = format!("object {object}: {len} bytes at {offset} are none of {versions:?}");
+            Err(format!("{said}, but {instead:?}"))
         }
     }
 }
