@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::look::{Look, Spares};
 use super::plan::{Plan, Situation, Stop, Victim, plan};
-use super::tiers::Evicting;
+use super::tiers::{Cleaning, Evicting};
 use super::{Ended, Took};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
@@ -329,22 +329,24 @@ impl<T: Evicting> Evictor<T> {
 
     /// Writes what is dirty at the cold end, so that most victims are clean when space is needed.
     fn write_back_early(&mut self, shared: &Shared, tasks: &mut JoinSet<Ended>) {
-        if !T::CLEANS_EARLY {
-            return;
-        }
         let state = self.tier.state(shared);
         let is_resting = self.disk_rests_until.is_some_and(|until| Instant::now() < until);
-        if self.batches > 0 || is_resting || state.space().used_bytes() <= state.marks.low_bytes {
+        let Some(Cleaning { above_bytes, cold_bytes }) = self.tier.cleans_early(shared) else {
+            return;
+        };
+        if self.batches > 0 || is_resting || state.space().used_bytes() <= above_bytes {
             return;
         }
-        let band = state.marks.high_bytes - state.marks.low_bytes;
-        let mut cold = Vec::new();
-        state.order.lock().coldest(CLEANED_OBJECTS, &mut |id| cold.push(id));
+        let mut ids = Vec::new();
+        state.order.lock().coldest(CLEANED_OBJECTS, &mut |id| ids.push(id));
+        let mut cold: Vec<_> = ids.into_iter().filter_map(|id| shared.find(id)).collect();
+        // The order is behind the accesses, and what was used since is likely to change again.
+        cold.sort_by_cached_key(|object| object.stamp());
         let mut batch = Vec::new();
         let mut payload = 0;
         let mut seen = 0;
-        for object in cold.into_iter().filter_map(|id| shared.find(id)) {
-            if seen >= band || payload >= BATCH_BYTES {
+        for object in cold {
+            if seen >= cold_bytes || payload >= BATCH_BYTES {
                 break;
             }
             let victim = self.tier.victim(&object);
@@ -353,7 +355,7 @@ impl<T: Evicting> Evictor<T> {
                 continue;
             }
             let Some(pass) = object.try_gate_quietly() else { continue };
-            if self.tier.victim(&object).payload.is_none() {
+            if self.tier.victim(&object).payload.is_none() || !self.tier.may_clean(&object) {
                 continue;
             }
             let Ok(Some(leaving)) = self.tier.prepare(pass) else { break };

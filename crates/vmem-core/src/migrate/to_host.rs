@@ -16,7 +16,7 @@ use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::latency;
 use crate::memory_tier::MemoryTier;
-use crate::object::{GatePass, Object, Version};
+use crate::object::{Arrival, GatePass, Object, Version};
 use crate::stats;
 use crate::tier::Class;
 
@@ -102,7 +102,7 @@ pub(crate) async fn fetch_into(
         if job.cause == MigrationCause::Read {
             count_hit(object, &version);
         }
-        object.publish_fetched(pass, copy, job.class == Class::Prefetch);
+        object.publish_fetched(pass, copy, arrival(job));
         stats::add(&shared.counters.promotions, 1);
     }
     match object.copy.acquire(&shared.copies) {
@@ -110,6 +110,14 @@ pub(crate) async fn fetch_into(
         Found::Locked | Found::Nothing => {
             unreachable!("the holder of the gate alone locks a copy or takes it away")
         }
+    }
+}
+
+fn arrival(job: &Job) -> Arrival {
+    match job.cause {
+        MigrationCause::WriteBack | MigrationCause::Evict => Arrival::WrittenBack,
+        _ if job.class == Class::Prefetch => Arrival::Prefetched,
+        _ => Arrival::Asked,
     }
 }
 

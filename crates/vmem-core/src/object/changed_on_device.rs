@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::successors::{Pending, Successors};
-use super::{ExtentMap, GatePass, Object};
+use super::{Arrival, ExtentMap, GatePass, Object};
 use crate::copy::{Found, OwnedCopy};
 use crate::device::{DeviceRange, UseEnd};
 
@@ -90,7 +90,7 @@ impl Object {
     /// Makes the previous version the current one again; `old` is its host copy if it had one.
     pub(crate) fn give_up_pending(self: &Arc<Self>, pass: &GatePass, old: Option<OwnedCopy>) {
         if let Some(old) = old {
-            self.publish_fetched(pass, old, false);
+            self.publish_fetched(pass, old, Arrival::Asked);
         }
         self.inner.lock().rare.change(|rare| rare.pending = None);
     }

@@ -38,6 +38,7 @@ pub(crate) use named::{Claim, Named};
 pub use shared::Backends;
 pub(crate) use shared::{FREE_BYTES, Limits, Shared};
 pub(crate) use successors::{Next, Successor, Successors};
+pub(crate) use versions::Arrival;
 
 use crate::copy::CopyCell;
 use crate::device::DeviceRange;

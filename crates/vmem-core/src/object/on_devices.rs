@@ -278,11 +278,16 @@ impl Object {
 
     /// Whether its copy could leave this device now; a hint.
     pub(crate) fn is_evictable_on(&self, device: usize) -> bool {
+        !self.is_changing() && self.may_leave_device(device)
+    }
+
+    /// Whether it has memory there that nobody uses or holds.
+    pub(crate) fn may_leave_device(&self, device: usize) -> bool {
         let inner = self.inner.lock();
         let is_free = |on: &OnDevice| {
             !on.holds.any() && on.place.as_ref().is_some_and(|place| place.range.is_idle())
         };
-        !self.is_changing() && inner.on(device).is_some_and(is_free)
+        inner.on(device).is_some_and(is_free)
     }
 
     /// How it stands on this device, for the policy. What was used at `spared_since` or later is

@@ -23,6 +23,16 @@ impl Inner {
     }
 }
 
+/// Why bytes are in host memory from now on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arrival {
+    Asked,
+    Prefetched,
+    /// A device alone had them, and nobody has used them since: where the object stands among
+    /// others does not change.
+    WrittenBack,
+}
+
 impl Object {
     /// A clone of the disk map: it keeps the extents alive.
     pub(crate) fn extents(&self) -> ExtentMap {
@@ -162,7 +172,7 @@ impl Object {
         self: &Arc<Self>,
         _pass: &GatePass,
         copy: OwnedCopy,
-        prefetched: bool,
+        arrival: Arrival,
     ) {
         let before = self.standing();
         let spare = {
@@ -174,10 +184,12 @@ impl Object {
         drop(spare);
         self.leave_order();
         self.count_change(before);
-        // Its bytes have arrived for a caller that has not used them yet: it is not to be the next
-        // that leaves.
-        self.mark_now();
-        self.enter_order(prefetched);
+        if arrival != Arrival::WrittenBack || crate::planted!("write-back-uses") {
+            // Its bytes have arrived for a caller that has not used them yet: it is not to be the
+            // next that leaves.
+            self.mark_now();
+        }
+        self.enter_order(arrival == Arrival::Prefetched);
     }
 
     /// Whether what it has in host memory lies there.

@@ -2,9 +2,9 @@
 //! their loss is reported.
 //!
 //! Excluded: an older version or zeros in their place, a copy down that nobody asked for, space
-//! that is missing when such an object has to leave, and a loss that is silent. Over simulated
-//! devices; a kernel is an upload to the range of the change.
+//! that is missing when such an object leaves, and a silent loss. A kernel is an upload.
 
+mod cleaned;
 mod eager;
 mod names;
 mod random;
