@@ -154,6 +154,7 @@ async fn pieces_over_each_other_are_refused() {
         (&handle, 0..100, 0),
     ];
     vmem.gather(&pieces, &target).await.unwrap();
+    drop(target);
     let got = stream.clone_dtoh(&buffer).unwrap();
     assert!(got[100..300] == bytes(1)[..200] && got[..100] == bytes(1)[..100]);
     drop(buffer);
@@ -192,6 +193,7 @@ async fn a_gather_and_a_scatter_left_alone_come_to_their_ends() {
     let copies = emulator.counter("copies_up");
     gather.await.unwrap();
     assert_eq!(emulator.counter("copies_up"), copies, "it was not done again");
+    drop(target);
     let got = stream.clone_dtoh(&buffer).unwrap();
     assert!((0..60).all(|n| got[n * 1000..(n + 1) * 1000] == bytes(n as u8)[..1000]));
 
@@ -211,6 +213,7 @@ async fn a_gather_and_a_scatter_left_alone_come_to_their_ends() {
         tokio::time::timeout(crate::support::HANGS, written).await.expect("it is written");
     }
     scatter.await.unwrap();
+    drop(target);
     drop(buffer);
     end(vmem, handles, &emulator).await;
 }
@@ -236,6 +239,7 @@ async fn a_gather_over_a_device_that_stands_still_times_out() {
         // The second stands behind the copy of the first, on the caller's own stream.
         assert!(matches!(error, VirtualMemoryError::TimedOut { .. }), "{error:?}");
     }
+    drop(target);
     launch("vmem_fill", buffer.device_ptr(&stream).0, LEN as u64, 7, &stream);
     emulator.release_all();
     assert!(stream.clone_dtoh(&buffer).unwrap() == vec![7; LEN], "what was queued comes last");
@@ -273,6 +277,7 @@ async fn a_scatter_has_many_copies_under_way() {
     vmem.scatter(&target, &pieces).await.unwrap();
     let read = vmem.read(&handles[0]).await.unwrap();
     assert!(read[..100] == [6; 100] && read[100..600] == [5; 500]);
+    drop(target);
     drop(read);
     drop(buffer);
     end(vmem, handles, &emulator).await;

@@ -55,6 +55,7 @@ async fn third_gather_promotes_and_the_fourth_copies_within_the_device() {
         let up = emulator.counter("bytes_up");
         vmem.gather(&pieces, &target).await.unwrap();
         assert_eq!(emulator.counter("bytes_up"), up, "the device has both");
+        drop(target);
         let got = stream.clone_dtoh(&buffer).unwrap();
         assert!(got[..LEN] == bytes(1) && got[LEN..] == bytes(2));
         drop(buffer);
@@ -80,6 +81,7 @@ async fn rows_of_an_object_count_by_their_bytes() {
     }
     vmem.gather(&[row(2)], &target).await.unwrap();
     until("the object", || is_on_device(&vmem, &handle)).await;
+    drop(target);
     drop(buffer);
     end(vmem, vec![handle], &emulator).await;
 }

@@ -354,6 +354,7 @@ async fn rows_are_gathered_and_scattered() {
     }
     emulator.release_all();
     gather.await.unwrap();
+    drop(target);
     assert_eq!(vmem.stats().vram.used_bytes, used, "it takes no space in device memory");
     let got = stream.clone_dtoh(&buffer).unwrap();
     for n in 0..90 {
@@ -383,6 +384,7 @@ async fn rows_are_gathered_and_scattered() {
     emulator.fail("cuMemcpyHtoDAsync_v2", 1, 1);
     let error = vmem.gather(&[(&rows[0], 0..10, 0)], &target).await.unwrap_err();
     assert!(matches!(error, VirtualMemoryError::Device { code: 1, .. }), "{error:?}");
+    drop(target);
     drop(buffer);
     end(vmem, rows, &emulator).await;
 }

@@ -61,6 +61,7 @@ async fn a_lost_device_leaves_objects_leases_and_gathers_of_the_other() {
     first.context().bind_to_thread().unwrap();
     emulator.release_all();
     tokio::time::timeout(HANGS, gather).await.expect("the gather goes on").unwrap();
+    drop(target);
     let got = second.clone_dtoh(&buffer).unwrap();
     for (got, expected) in got.chunks(LEN).zip([bytes(1), bytes(2), bytes(4)]) {
         assert!(got == expected);
@@ -94,6 +95,7 @@ async fn a_lost_device_leaves_objects_leases_and_gathers_of_the_other() {
             assert!(is_loss(error), "round {round}, {nth}: {error:?}");
         }
     }
+    drop(target);
     let expected = [bytes(1), bytes(2), bytes(4), plus(&bytes(5), 6)];
     for (handle, expected) in [&kept, &deep, &there, &dirty].into_iter().zip(&expected) {
         assert!(
@@ -113,6 +115,7 @@ async fn a_lost_device_leaves_objects_leases_and_gathers_of_the_other() {
     vmem.scatter(&target, &[(0, &kept, 0..LEN), (LEN, &there, 0..LEN)]).await.unwrap();
     assert!(vmem.read(&kept).await.unwrap() == [77; LEN][..]);
     assert!(vmem.read(&there).await.unwrap() == bytes(2));
+    drop(target);
     drop((buffer, kept, deep, lost, there, dirty));
     drop((first, second));
     tokio::time::timeout(HANGS, vmem.close()).await.expect("the close ends").unwrap();

@@ -26,6 +26,7 @@ mod gather;
 mod gathered;
 mod graphs;
 mod kernels;
+mod leaked;
 mod leases;
 mod loss;
 mod open;

@@ -174,11 +174,10 @@ async fn copies_are_made_one_by_one_where_nothing_else_serves() {
         assert_eq!(emulator.counter("piece_kernels"), kernels, "{refused} is refused");
         let stream = stream();
         let mut all = buffer(&stream, COUNT * 16 * KIB);
-        let target = DeviceTarget::from_slice(&mut all);
-        let pieces: Vec<_> = handles.iter().enumerate().collect();
+        let numbered = handles.iter().enumerate();
         let pieces: Vec<_> =
-            pieces.iter().map(|&(n, handle)| (handle, 0..16 * KIB, n * 16 * KIB)).collect();
-        vmem.gather(&pieces, &target).await.unwrap();
+            numbered.map(|(n, handle)| (handle, 0..16 * KIB, n * 16 * KIB)).collect();
+        vmem.gather(&pieces, &DeviceTarget::from_slice(&mut all)).await.unwrap();
         refuse(0);
         let got = stream.clone_dtoh(&all).unwrap();
         assert!(got.chunks(16 * KIB).enumerate().all(|(n, got)| got == bytes(n, 16 * KIB)));
@@ -219,6 +218,7 @@ async fn pieces_that_the_device_reaches_are_queued_behind_a_kernel() {
     gather.await.unwrap();
     let by_kernel = emulator.counter("pieces") - pieces_before;
     assert!(by_kernel >= (COUNT * 3 / 4) as u64, "one kernel has the most of them: {by_kernel}");
+    drop(target);
     let got = stream.clone_dtoh(&all).unwrap();
     let mut expected = vec![9; got.len()];
     for n in 0..COUNT {
@@ -266,7 +266,7 @@ async fn capture_that_begins_between_two_groups_gets_no_copies() {
     }
     assert_eq!(emulator.counter("captured_operations"), captured, "the graph has a copy");
     assert_eq!(end_capture(&stream), 0, "the capture is whole");
-    gather.await.unwrap();
+    drop((gather.await.unwrap(), target));
     let got = stream.clone_dtoh(&all).unwrap();
     assert!((0..600).all(|n| got[n * KIB..][..KIB] == bytes(n % COUNT, 16 * KIB)[n..n + KIB]));
     drop(all);

@@ -31,6 +31,7 @@ mod adopt;
 mod apart;
 mod backlog;
 mod batch;
+mod borrowed;
 mod call;
 mod card;
 mod context;

@@ -2,16 +2,19 @@
 //!
 //! Invariant: the buffer is touched after what the caller queued on its stream before the call, and
 //! before what it queues there after: a call that ends with copies in flight, by an error or
-//! because it was dropped, has put the stream behind them. Called by gathers and scatters.
+//! because it was dropped, has put the stream behind them. A future that is leaked ends no call;
+//! then the target does, before the buffer goes back to the caller. Called by gathers and scatters.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
+use parking_lot::Mutex;
 use vmem_core::backend::{DeviceAccess, DeviceError};
 use vmem_core::{VMemHandle, VirtualMemoryError};
 
 use crate::apart::run_apart;
+use crate::borrowed::Borrowed;
 use crate::call::{Call, Foreign};
 use crate::card::{Card, failed};
 use crate::copy::{Flight, Issued};
@@ -31,23 +34,27 @@ pub struct DeviceTarget<'a> {
     address: u64,
     len: usize,
     stream: Arc<CudaStream>,
+    /// The calls that have not ended.
+    running: Mutex<Vec<Running>>,
     /// For cudarc's own record of its uses.
-    slice: Option<&'a CudaSlice<u8>>,
+    slice: Option<Borrowed<'a>>,
     /// Keeps memory that was handed over.
     owner: Option<Owner>,
     borrowed: PhantomData<&'a mut [u8]>,
 }
 
 impl<'a> DeviceTarget<'a> {
-    /// A slice, in the order of its stream.
+    /// A slice, in the order of its stream. Its variable has it again once the target was dropped;
+    /// a target that is leaked may take the memory with it, and leave an empty slice.
     pub fn from_slice(slice: &'a mut CudaSlice<u8>) -> Self {
         let stream = slice.stream().clone();
         let len = slice.len();
         // Whatever used it on other streams comes before what its stream does from here on.
         let (address, before) = slice.device_ptr_mut(&stream);
         drop(before);
-        let borrowed = PhantomData;
-        DeviceTarget { address, len, stream, slice: Some(slice), owner: None, borrowed }
+        let mut target = DeviceTarget::over(address, len, stream);
+        target.slice = Some(Borrowed::of(slice));
+        target
     }
 
     /// `len` bytes of device memory, in the order of `stream`.
@@ -59,8 +66,19 @@ impl<'a> DeviceTarget<'a> {
     /// queued on `stream` from then on, or ordered after it, may use them.
     #[allow(unsafe_code)]
     pub unsafe fn from_raw(address: u64, len: usize, stream: &Arc<CudaStream>) -> Self {
-        let stream = stream.clone();
-        DeviceTarget { address, len, stream, slice: None, owner: None, borrowed: PhantomData }
+        DeviceTarget::over(address, len, stream.clone())
+    }
+
+    fn over(address: u64, len: usize, stream: Arc<CudaStream>) -> Self {
+        DeviceTarget {
+            address,
+            len,
+            stream,
+            running: Mutex::default(),
+            slice: None,
+            owner: None,
+            borrowed: PhantomData,
+        }
     }
 
     /// The same memory, which `owner` keeps until this was dropped and no copy uses it any more.
@@ -115,8 +133,14 @@ impl<'a> DeviceTarget<'a> {
         W: Future<Output = Result<()>> + Send + 'static,
     {
         let card = tier(access)?.card()?;
+        if let Some(slice) = &self.slice {
+            // Copies on the slice's own stream come before the end of its memory anyhow.
+            slice.take().map_err(|error| access.fault(failed("borrowing a buffer", error)))?;
+        }
         let foreign = self.foreign();
-        let _running = Running { target: self, access, card, call: foreign.call.clone() };
+        let call = foreign.call.clone();
+        self.running.lock().push(Running { access: access.clone(), card, call: call.clone() });
+        let _ends = Ends { target: self, call };
         let runtime = tier(access)?.runtime();
         run_apart(runtime, work(access.clone(), foreign)).await
     }
@@ -156,7 +180,9 @@ impl<'a> DeviceTarget<'a> {
         let issued = card.context().visit(|| {
             carry_out(plan, card, stream, flight.inner());
             // So what writes to it on another stream comes after that.
-            drop(slice.map(|slice| slice.device_ptr(stream)));
+            if let Some(slice) = slice {
+                slice.with(|slice| drop(slice.device_ptr(stream)));
+            }
         });
         let refused = flight.refused();
         let kept = Some(flight.kept()).filter(|_| !vmem_core::planted!("gather-keep"));
@@ -189,24 +215,55 @@ pub(crate) async fn caught_up(access: &DeviceAccess, stream: &Arc<CudaStream>) -
     passed.map_err(|_| VirtualMemoryError::Closed)?.map_err(|error| access.fault(error))
 }
 
-/// A call over the caller's memory. When it ends, for whatever reason, nothing more begins, and
-/// what has begun comes before what the caller's stream gets then.
-struct Running<'a> {
-    target: &'a DeviceTarget<'a>,
-    access: &'a DeviceAccess,
+/// A call over the caller's memory that has not ended.
+#[derive(Debug)]
+struct Running {
+    access: DeviceAccess,
     card: Arc<Card>,
     call: Arc<Call>,
 }
 
-impl Drop for Running<'_> {
+/// Ends a call with its future.
+struct Ends<'a, 'b> {
+    target: &'a DeviceTarget<'b>,
+    call: Arc<Call>,
+}
+
+impl Drop for Ends<'_, '_> {
     fn drop(&mut self) {
-        let Ok(tier) = tier(self.access) else { return };
-        let stream = &self.target.stream;
-        if tier.cancel(&self.call, &self.card, stream)
-            && let Some(slice) = self.target.slice
+        let mut running = self.target.running.lock();
+        let at = running.iter().position(|one| Arc::ptr_eq(&one.call, &self.call));
+        let ended = at.map(|at| running.swap_remove(at));
+        drop(running);
+        if let Some(ended) = ended {
+            self.target.end(&ended);
+        }
+    }
+}
+
+impl DeviceTarget<'_> {
+    /// A call ends, for whatever reason: nothing more begins, and what has begun comes before what
+    /// the caller's stream gets from here on.
+    fn end(&self, running: &Running) {
+        let Ok(tier) = tier(&running.access) else { return };
+        let stream = &self.stream;
+        if tier.cancel(&running.call, &running.card, stream)
+            && let Some(slice) = &self.slice
         {
             // So a later write on another stream is ordered after that too.
-            let _ = self.card.context().visit(|| drop(slice.device_ptr(stream)));
+            let visit = || slice.with(|slice| drop(slice.device_ptr(stream)));
+            let _ = running.card.context().visit(visit);
+        }
+    }
+}
+
+impl Drop for DeviceTarget<'_> {
+    /// The futures of calls that have not ended were leaked.
+    fn drop(&mut self) {
+        for running in std::mem::take(self.running.get_mut()) {
+            if !vmem_core::planted!("target-leaks") {
+                self.end(&running);
+            }
         }
     }
 }

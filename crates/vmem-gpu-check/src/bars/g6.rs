@@ -100,6 +100,7 @@ fn one_length(env: &Env, report: &mut Report, len: usize, count: usize) -> Resul
         let target = raw::target(&mut buffer, &user.stream);
         bench.run(async { Ok(vmem.gather(&pieces, &target).await?) })?;
         let took = begun.elapsed();
+        drop(target);
         seen("gathered", &buffer.read(&user.stream)?)?;
         anyhow::Ok(rate(all, took))
     };

@@ -261,6 +261,7 @@ pub(super) fn slabs(env: &Env) -> Result<Outcome> {
                     let mut found = stream.alloc_zeros::<u8>(len)?;
                     let target = DeviceTarget::from_slice(&mut found);
                     vmem.gather(&[(&handle, 0..len, 0)], &target).await?;
+                    drop(target);
                     ensure!(
                         stream.clone_dtoh(&found)? == bytes(object, 0, len),
                         "{object}: on the device"
