@@ -34,6 +34,39 @@ pub(crate) async fn put(vmem: &VirtualMemory, count: usize, len: usize) -> Vec<V
     handles
 }
 
+/// Where memory is one block.
+#[tokio::test]
+async fn objects_move_out_of_the_way_of_a_large_one() {
+    const SMALL: usize = 16 * KIB;
+    const LARGE: usize = 256 * KIB;
+    let emulator = Emulator::load().unwrap();
+    emulator.paged(false);
+    let vmem = open(MIB, 0.8, HANGS).await;
+    let mut handles = put(&vmem, MIB / SMALL, SMALL).await;
+    for handle in &handles {
+        vmem.promote(handle, VRAM).await.unwrap();
+    }
+    for handle in handles.iter().skip(1).step_by(2) {
+        vmem.demote(handle, HOST).await.unwrap();
+    }
+    let large = vmem.put(vec![99; LARGE], HOST).await.unwrap();
+    let evictions = vmem.stats().evictions;
+    let up = emulator.counter("bytes_up");
+    vmem.promote(&large, VRAM).await.unwrap();
+    let stats = vmem.stats();
+    assert_eq!(stats.evictions, evictions, "there is space for all");
+    assert!((1..=LARGE as u64).contains(&stats.relocated_bytes), "{}", stats.relocated_bytes);
+    assert_eq!(emulator.counter("bytes_up"), up + LARGE as u64, "moves are within the device");
+    let stream = stream();
+    for (n, handle) in handles.iter().enumerate().step_by(2) {
+        let lease = vmem.device_on(handle, &stream).await.unwrap();
+        assert!(stream.clone_dtoh(&lease.view()).unwrap() == vec![n as u8; SMALL], "object {n}");
+    }
+    assert_eq!(emulator.counter("bytes_up"), up + LARGE as u64, "all are there");
+    handles.push(large);
+    end(vmem, handles, &emulator).await;
+}
+
 #[tokio::test]
 async fn a_large_promotion_among_small_objects_evicts_at_most_twice_what_it_needs() {
     const SMALL: usize = 16 * KIB;

@@ -93,7 +93,8 @@ pub struct VirtualMemoryStats {
     pub promotions: u64,
     /// Evictions that had nothing to write.
     pub clean_drops: u64,
-    /// Footprint that was moved within host memory to make free space contiguous, in bytes.
+    /// Footprint that was moved within host memory, or within a device, to make free space
+    /// contiguous, in bytes.
     pub relocated_bytes: u64,
     /// Payload copied to device memory, in bytes.
     pub host_to_vram_bytes: u64,

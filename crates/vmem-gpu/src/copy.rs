@@ -45,6 +45,12 @@ pub(crate) enum Work {
         bytes: Bytes,
         reply: oneshot::Sender<Result<(), DeviceError>>,
     },
+    /// From one range to another.
+    Within {
+        from: Arc<DeviceRange>,
+        to: Arc<DeviceRange>,
+        reply: oneshot::Sender<Result<(), DeviceError>>,
+    },
     Zero {
         range: Arc<DeviceRange>,
         reply: oneshot::Sender<Result<(), DeviceError>>,
@@ -64,6 +70,7 @@ impl Work {
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Work::Upload { .. } => "copying to the device",
+            Work::Within { .. } => "moving on the device",
             Work::Zero { .. } => "zeroing device memory",
             Work::Download { .. } => "copying from the device",
             Work::Give { .. } => "gathering",
@@ -98,6 +105,10 @@ impl Work {
         match self {
             Work::Upload { to, bytes, reply, .. } => {
                 drop((to, bytes));
+                drop(reply.send(outcome));
+            }
+            Work::Within { from, to, reply } => {
+                drop((from, to));
                 drop(reply.send(outcome));
             }
             Work::Zero { range, reply } => {
@@ -314,6 +325,10 @@ impl Issued {
         let uses = &mut self.uses;
         match &mut self.work {
             Work::Zero { .. } => Ok(Vec::new()),
+            Work::Within { from, to, .. } => {
+                check(0, from.len(), to)?;
+                Ok(vec![Move::within(to.address(), from.address(), from.len())])
+            }
             Work::Upload { to, offset, bytes, .. } => {
                 check(*offset, bytes.len(), to)?;
                 Ok(up(card, to.address() + *offset as u64, bytes, uses))

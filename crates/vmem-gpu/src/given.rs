@@ -69,7 +69,7 @@ pub(crate) fn reach(card: &Card, to: &Foreign, all: Vec<Given>) -> Result<Reache
                 is_reached[place] = true;
                 let from = range.address() + *offset as u64;
                 let to = to.address + piece.offset as u64;
-                moves.push(Move { to, from, len: *len, way: Way::Within, direct: true });
+                moves.push(Move::within(to, from, *len));
             }
         }
     }

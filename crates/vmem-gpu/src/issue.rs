@@ -33,6 +33,13 @@ pub(crate) struct Move {
     pub(crate) direct: bool,
 }
 
+impl Move {
+    /// From one place on the device to another.
+    pub(crate) fn within(to: u64, from: u64, len: usize) -> Self {
+        Move { to, from, len, way: Way::Within, direct: true }
+    }
+}
+
 /// Between which memories it goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {

@@ -46,6 +46,7 @@ mod issue;
 mod lane;
 mod lease;
 mod lend;
+mod limit;
 mod line;
 mod mapped;
 mod memory;

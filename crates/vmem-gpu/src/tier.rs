@@ -4,7 +4,6 @@
 //! share of it. Called by the core.
 
 use std::io;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,8 +11,7 @@ use bytes::Bytes;
 use cudarc::driver::CudaStream;
 use futures::FutureExt;
 use futures::channel::oneshot;
-use futures::future::{Either, join_all, ready, select};
-use futures_timer::Delay;
+use futures::future::{join_all, ready};
 use parking_lot::Mutex;
 use vmem_core::backend::{
     DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, IoBuf, MissingPages,
@@ -29,6 +27,7 @@ use crate::copy::Work;
 use crate::given::Given;
 use crate::lane::{Lane, Lost};
 use crate::lend::Lent;
+use crate::limit::in_real_time;
 use crate::memory::{Memory, Reserved};
 use crate::mover::Mover;
 use crate::order::StreamEnd;
@@ -205,6 +204,21 @@ impl CudaTier {
     }
 }
 
+/// The answer to an operation.
+type Reply = oneshot::Sender<Result<(), DeviceError>>;
+
+impl CudaTier {
+    /// On the stream of copies to the device.
+    fn have_copied(
+        &self,
+        work: impl FnOnce(Reply) -> Work,
+    ) -> DeviceAnswer<Result<(), DeviceError>> {
+        let (reply, answer) = oneshot::channel();
+        self.up.submit(work(reply));
+        answer.map(answered).boxed()
+    }
+}
+
 impl DeviceBackend for CudaTier {
     fn reserve(&self, len: usize) -> Option<DeviceRange> {
         if self.lost.get().is_some() {
@@ -274,9 +288,7 @@ impl DeviceBackend for CudaTier {
         offset: usize,
         bytes: Bytes,
     ) -> DeviceAnswer<Result<(), DeviceError>> {
-        let (reply, answer) = oneshot::channel();
-        self.up.submit(Work::Upload { to, offset, bytes, reply });
-        answer.map(answered).boxed()
+        self.have_copied(|reply| Work::Upload { to, offset, bytes, reply })
     }
 
     fn upload_behind(
@@ -297,9 +309,15 @@ impl DeviceBackend for CudaTier {
     }
 
     fn zero(&self, range: Arc<DeviceRange>) -> DeviceAnswer<Result<(), DeviceError>> {
-        let (reply, answer) = oneshot::channel();
-        self.up.submit(Work::Zero { range, reply });
-        answer.map(answered).boxed()
+        self.have_copied(|reply| Work::Zero { range, reply })
+    }
+
+    fn copy_within(
+        &self,
+        from: Arc<DeviceRange>,
+        to: Arc<DeviceRange>,
+    ) -> DeviceAnswer<Result<(), DeviceError>> {
+        self.have_copied(|reply| Work::Within { from, to, reply })
     }
 
     fn download(
@@ -371,17 +389,6 @@ impl DeviceBackend for CudaTier {
             })
         }
         .boxed()
-    }
-}
-
-/// Waits for a device, which takes real time, also where a test has paused the clock of its
-/// runtime.
-async fn in_real_time<T>(limit: Duration, wait: impl Future<Output = T>) -> Option<T> {
-    // A wait without end is a century.
-    let limit = limit.min(Duration::from_secs(100 * 365 * 24 * 3600));
-    match select(pin!(wait), Delay::new(limit)).await {
-        Either::Left((output, _)) => Some(output),
-        Either::Right(_) => None,
     }
 }
 

@@ -267,6 +267,22 @@ impl DeviceBackend for SimDevice {
         async move { answer.await.unwrap_or(Err(DeviceError::Closed)) }.boxed()
     }
 
+    fn copy_within(
+        &self,
+        from: Arc<DeviceRange>,
+        to: Arc<DeviceRange>,
+    ) -> DeviceAnswer<Result<(), DeviceError>> {
+        let answer = self.submit(move |outcome, inner| {
+            if outcome.is_ok() {
+                let source = from.address() as usize..from.address() as usize + from.len();
+                inner.memory.lock().copy_within(source, to.address() as usize);
+            }
+            drop((from, to));
+            outcome
+        });
+        async move { answer.await.unwrap_or(Err(DeviceError::Closed)) }.boxed()
+    }
+
     fn zero(&self, range: Arc<DeviceRange>) -> DeviceAnswer<Result<(), DeviceError>> {
         let zeros = Bytes::from(vec![0; range.len()]);
         self.upload(range, 0, zeros)

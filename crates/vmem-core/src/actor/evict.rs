@@ -7,6 +7,8 @@
 
 mod stuck;
 
+use std::cmp::Reverse;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +17,7 @@ use tokio::time::Instant;
 
 use super::look::{Look, Spares};
 use super::plan::{Plan, Situation, Stop, Victim, plan};
-use super::tiers::{Cleaning, Evicting};
+use super::tiers::{Cleaning, Evicting, Window};
 use super::{Ended, Took};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
@@ -25,7 +27,7 @@ use crate::policy::Probe;
 use crate::stats::add;
 use crate::storage::TierError;
 use crate::task::spawn_into;
-use crate::tier::{Refused, Space, TierState, Wanted};
+use crate::tier::{Neighbours, Refused, Space, TierState, Wanted};
 
 /// Batches that are written at once.
 const BATCHES_MAX: usize = 4;
@@ -57,6 +59,8 @@ pub(super) struct Evictor<T> {
     /// The order of eviction is behind the accesses.
     unsettled: bool,
     look: Look,
+    /// What the neighbours of the plan are to make free.
+    window: Option<Range<u64>>,
     disk_rests_until: Option<Instant>,
     /// Batches that failed since one was written.
     failures: u32,
@@ -86,6 +90,7 @@ impl<T: Evicting> Evictor<T> {
             is_above_mark: false,
             unsettled: false,
             look: Look::default(),
+            window: None,
             disk_rests_until: None,
             failures: 0,
             wakes_at: None,
@@ -207,8 +212,11 @@ impl<T: Evicting> Evictor<T> {
         });
         self.look.spare(spares);
         let neighbours = if wanted.is_scattered() && !self.look.neighbours_stay {
-            let ids = self.tier.neighbours(shared, wanted);
-            let found: Vec<_> = ids.into_iter().filter_map(|id| shared.find(id)).collect();
+            let Neighbours { objects, window } = self.tier.neighbours(shared, wanted);
+            let mut found: Vec<_> = objects.into_iter().filter_map(|id| shared.find(id)).collect();
+            // There may be space elsewhere for some of them: for those that were used last.
+            found.sort_by_cached_key(|object| Reverse(object.stamp()));
+            self.window = window;
             let spared = |object: &Arc<Object>| {
                 let since = |spares: Spares| object.stamp() >= spares.since;
                 spares.is_some_and(|spares| since(spares) || self.tier.is_spared(object, spares))
@@ -249,9 +257,10 @@ impl<T: Evicting> Evictor<T> {
         let mut batch = Vec::new();
         let mut leaves_bytes = 0;
         let mut freed = false;
+        let mut window = Window { addresses: self.window.take(), gaps: Vec::new() };
         for victim in victims {
             let pass = shared.find(victim.id).and_then(|object| object.try_gate_quietly());
-            match pass.map_or(Step::Busy, |pass| self.take(shared, pass)) {
+            match pass.map_or(Step::Busy, |pass| self.take(shared, pass, &mut window)) {
                 Step::Freed => freed = true,
                 Step::Write(leaving) => {
                     leaves_bytes += victim.footprint;
@@ -262,18 +271,30 @@ impl<T: Evicting> Evictor<T> {
                 Step::Rests => self.look.rest(),
             }
         }
+        let space = self.tier.state(shared).space();
+        window.gaps.into_iter().for_each(|gap| space.put_back(gap));
         let progress = freed || !batch.is_empty();
         self.launch(shared, tasks, batch, leaves_bytes, CopyFate::Drop);
         progress
     }
 
-    /// Takes one object out, as far as that goes without waiting.
-    fn take(&self, shared: &Shared, pass: GatePass) -> Step<T::Leaving> {
-        let object = pass.object();
+    /// Takes one object out, as far as that goes without waiting; out of the window alone, if there
+    /// is space elsewhere.
+    fn take(
+        &self,
+        shared: &Shared,
+        pass: GatePass,
+        window: &mut Window<T::Space>,
+    ) -> Step<T::Leaving> {
         // The plan is a moment old.
-        if !self.tier.may_leave(object) {
+        if !self.tier.may_leave(pass.object()) {
             return Step::Busy;
         }
+        let pass = match self.tier.move_out(pass, window) {
+            Ok(leaving) => return Step::Write(leaving),
+            Err(pass) => pass,
+        };
+        let object = pass.object();
         if self.tier.is_written_first(object) {
             if self.disk_rests_until.is_some_and(|until| Instant::now() < until) {
                 return Step::Rests;

@@ -9,6 +9,7 @@ mod device;
 mod host;
 mod storage;
 
+use std::ops::Range;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -26,7 +27,7 @@ use crate::migrate::CopyFate;
 use crate::object::{GatePass, Object, Shared};
 use crate::policy::Probe;
 use crate::storage::TierError;
-use crate::tier::{Space, TierState, Wanted};
+use crate::tier::{Neighbours, Space, TierState, Wanted};
 
 /// What is written before its space is needed.
 pub(super) struct Cleaning {
@@ -34,6 +35,14 @@ pub(super) struct Cleaning {
     pub(super) above_bytes: u64,
     /// The length of the cold end, in bytes of footprint.
     pub(super) cold_bytes: u64,
+}
+
+/// What the neighbours of a plan are to make free.
+pub(super) struct Window<S: Space> {
+    /// None where they do not lie side by side.
+    pub(super) addresses: Option<Range<u64>>,
+    /// What is free in it, and is passed over on the way to space elsewhere.
+    pub(super) gaps: Vec<S::Slot>,
 }
 
 /// A tier that evicts.
@@ -113,8 +122,22 @@ pub(super) trait Evicting {
     ) -> BoxFuture<'static, Took>;
 
     /// Objects whose leaving makes one piece of free space of what the first request needs.
-    fn neighbours(&self, _shared: &Shared, _wanted: &Wanted) -> Vec<u64> {
-        Vec::new()
+    fn neighbours(&self, _shared: &Shared, _wanted: &Wanted) -> Neighbours {
+        Neighbours::default()
+    }
+
+    /// Takes space elsewhere in the tier for an object that lies in the window, if there is some
+    /// now, so that it moves instead of leaving.
+    ///
+    /// # Errors
+    ///
+    /// The gate, if it lies elsewhere, or there is none.
+    fn move_out(
+        &self,
+        pass: GatePass,
+        _window: &mut Window<Self::Space>,
+    ) -> Result<Self::Leaving, GatePass> {
+        Err(pass)
     }
 
     /// Moves objects within the tier, so that free bytes become usable bytes. True if that freed

@@ -62,6 +62,13 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
         self.upload(to, offset, bytes)
     }
 
+    /// Copies the whole of `from` to the beginning of `to`, which is as long.
+    fn copy_within(
+        &self,
+        from: Arc<DeviceRange>,
+        to: Arc<DeviceRange>,
+    ) -> DeviceAnswer<Result<(), DeviceError>>;
+
     /// Makes the whole range zeros.
     fn zero(&self, range: Arc<DeviceRange>) -> DeviceAnswer<Result<(), DeviceError>>;
 

@@ -11,11 +11,13 @@ use std::sync::Arc;
 
 use futures::StreamExt;
 
+use super::relocate::relocate_on_device;
 use super::transfer::write_chunks;
 use super::{CopyFate, Job, Record, fetch_into, load, refresh_below};
 use crate::chunk::{CHUNK_BYTES, chunk_count, chunk_len, chunk_lens};
 use crate::copy::OwnedCopy;
 use crate::deadline::Deadline;
+use crate::device::DeviceRange;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
@@ -141,14 +143,16 @@ async fn copy_to(
     Ok(written)
 }
 
-/// An object that is to leave a device, which alone has it; with its gate.
+/// An object that is to leave a device, which alone has it, or to move there; with its gate.
 pub(crate) struct LeavingDevice {
     pub(crate) pass: GatePass,
     pub(crate) device: usize,
+    /// Where it moves on the device instead.
+    pub(crate) to: Option<DeviceRange>,
 }
 
-/// Writes a batch back, and lets its objects leave the device unless the copies there are kept. All
-/// are tried.
+/// Writes a batch back, and lets its objects leave the device unless the copies there are kept;
+/// what is to move does so instead, or leaves where it cannot. All are tried.
 ///
 /// # Errors
 ///
@@ -159,7 +163,13 @@ pub(crate) async fn write_back_from_devices(
     cause: MigrationCause,
     deadline: &Deadline,
 ) -> Result<()> {
-    let one = |LeavingDevice { pass, device }: LeavingDevice| async move {
+    let one = |LeavingDevice { pass, device, to }: LeavingDevice| async move {
+        if let Some(to) = to {
+            let moved = relocate_on_device(&pass, device, to).await;
+            let Err(error) = moved else { return Ok(()) };
+            let handle = pass.object().id;
+            tracing::debug!(target: "vmem::migration", handle, %error, "it leaves instead");
+        }
         if let Err(error) = write_back_from_device(&pass, cause, deadline).await {
             // Others have their turn first.
             pass.object().touch();

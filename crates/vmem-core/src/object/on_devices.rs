@@ -271,6 +271,33 @@ impl Object {
         }
     }
 
+    /// A share of what it has on this device, and whether that is the current version.
+    pub(crate) fn lies_on(&self, _pass: &GatePass, device: usize) -> Option<(DeviceRange, bool)> {
+        self.inner.lock().place(device).map(|place| (place.range.share(), place.is_valid))
+    }
+
+    /// What lies at `from` on this device lies in `to` from now on; users of the old range keep
+    /// that. False if the object has left meanwhile.
+    pub(crate) fn relocate_on(
+        &self,
+        _pass: &GatePass,
+        device: usize,
+        from: u64,
+        to: DeviceRange,
+    ) -> bool {
+        let tier = &self.shared.devices()[device];
+        tier.enter_again(self.id, &to);
+        let mut inner = self.inner.lock();
+        let place = inner.place_mut(device).filter(|place| place.range.address() == from);
+        let (moved, left) = match place {
+            Some(place) => (true, std::mem::replace(&mut place.range, to)),
+            None => (false, to),
+        };
+        drop(inner);
+        tier.forget(&left);
+        moved
+    }
+
     /// Where its copy on this device lies.
     pub(crate) fn address_on(&self, device: usize) -> Option<u64> {
         self.inner.lock().place(device).map(|place| place.range.address())

@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
 use super::gathers::Gathers;
-use super::neighbours::{Resident, Residents, Surroundings};
+use super::neighbours::{Neighbours, Resident, Residents, Surroundings};
 use super::{Class, Holds, NoSpace, Queue, Space, TierState, Watermarks};
 use crate::device::{
     DeviceAnswer, DeviceBackend, DeviceError, DeviceRange, DeviceUsage, ShareWatcher,
@@ -122,15 +122,24 @@ impl Device {
 
     /// The range is that of a copy from now on.
     pub(crate) fn enter(&self, entry: Entry, range: &DeviceRange) -> Token {
-        let space = self.state.space();
-        let resident = Resident { footprint: range.footprint(), object: entry.id };
-        space.residents.lock().insert(range.address(), resident);
+        self.enter_again(entry.id, range);
         self.state.enter(entry)
+    }
+
+    /// A copy that has a range is to have this one instead: until then it counts for both.
+    pub(crate) fn enter_again(&self, id: u64, range: &DeviceRange) {
+        let resident = Resident { footprint: range.footprint(), object: id };
+        self.state.space().residents.lock().insert(range.address(), resident);
+    }
+
+    /// One of the two ranges of a copy is that no more.
+    pub(crate) fn forget(&self, range: &DeviceRange) {
+        self.state.space().residents.lock().remove(range.address());
     }
 
     /// The range is no copy any more; its users keep it.
     pub(crate) fn leave(&self, token: Token, range: &DeviceRange) {
-        self.state.space().residents.lock().remove(range.address());
+        self.forget(range);
         self.state.leave(token);
     }
 
@@ -179,7 +188,7 @@ impl DeviceSpace {
         need: u64,
         parts: bool,
         stamp: &dyn Fn(u64) -> Option<u64>,
-    ) -> Vec<u64> {
+    ) -> Neighbours {
         let free_from = |address| self.backend.free_from(address);
         // A copy at a time: no object is asked anything under this lock.
         let from = |address| self.residents.lock().from(address);

@@ -22,6 +22,7 @@ pub(crate) use holds::{HoldCount, Holds};
 pub(crate) use host::HostSpace;
 pub(crate) use link::Link;
 pub(crate) use need::{Class, Grant, Need, NoSpace, Refused, Space, Wanted};
+pub(crate) use neighbours::Neighbours;
 pub(crate) use queue::Queue;
 pub(crate) use state::{TierState, Watermarks};
 pub(crate) use storage::{Storage, StorageSpace};

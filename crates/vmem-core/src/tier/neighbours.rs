@@ -94,6 +94,15 @@ impl Look {
     }
 }
 
+/// Objects that leave space when they go, all of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Neighbours {
+    pub(crate) objects: Vec<u64>,
+    /// The addresses that become free, if they lie side by side. Then it serves as well if the
+    /// objects move elsewhere.
+    pub(crate) window: Option<Range<u64>>,
+}
+
 /// What a choice of neighbours is made from.
 pub(crate) struct Surroundings<'a> {
     /// As [`Residents::from`].
@@ -117,15 +126,17 @@ impl Surroundings<'_> {
         need: u64,
         missing: Option<MissingPages>,
         parts: bool,
-    ) -> Vec<u64> {
+    ) -> Neighbours {
         let of_pages = |missing| self.coldest_pages(seeds, missing, parts);
         let (pages, is_enough) = missing.map_or_else(Default::default, of_pages);
         let mut copies_left = COPIES_MAX;
-        let windows = seeds.iter().filter_map(|&seed| self.window(seed, need, &mut copies_left));
-        let whole = windows.chain(is_enough.then(|| pages.clone()));
-        let coldest = whole.min_by_key(|leavers| cost(leavers));
-        let chosen = coldest.unwrap_or(if parts { pages } else { Vec::new() });
-        chosen.into_iter().map(|leaver| leaver.object).collect()
+        let window = |&seed: &u64| self.window(seed, need, &mut copies_left);
+        let windows = seeds.iter().filter_map(window).map(|(leavers, at)| (leavers, Some(at)));
+        let whole = windows.chain(is_enough.then(|| (pages.clone(), None)));
+        let coldest = whole.min_by_key(|(leavers, _)| cost(leavers));
+        let part = if parts { pages } else { Vec::new() };
+        let (chosen, window) = coldest.unwrap_or((part, None));
+        Neighbours { objects: chosen.into_iter().map(|leaver| leaver.object).collect(), window }
     }
 
     fn leaver(&self, Resident { footprint, object }: Resident) -> Option<Leaver> {
@@ -138,9 +149,14 @@ impl Surroundings<'_> {
     }
 
     /// The copies from the one at `seed` upwards, then downwards, until they and what is free
-    /// between them come to `need` bytes. None if something that cannot go is in the way, or they
-    /// are more than are left for this look.
-    fn window(&self, seed: u64, need: u64, copies_left: &mut usize) -> Option<Vec<Leaver>> {
+    /// between them come to `need` bytes, and the addresses of all that. None if something that
+    /// cannot go is in the way, or they are more than are left for this look.
+    fn window(
+        &self,
+        seed: u64,
+        need: u64,
+        copies_left: &mut usize,
+    ) -> Option<(Vec<Leaver>, Range<u64>)> {
         let mut leavers = Vec::new();
         let mut take = |resident| {
             *copies_left = copies_left.checked_sub(1)?;
@@ -164,6 +180,7 @@ impl Surroundings<'_> {
         while end - start < need {
             let missing = need - (end - start);
             if start >= missing && (self.free_from)(start - missing) >= missing {
+                start -= missing;
                 break;
             }
             let (address, resident) = (self.below)(start)?;
@@ -174,7 +191,9 @@ impl Surroundings<'_> {
             take(resident)?;
             start = address;
         }
-        Some(leavers)
+        // No more than is needed: what is free beyond that is of use to those that move.
+        let start = if start < seed { end - need } else { start };
+        Some((leavers, start..start + need))
     }
 
     /// The copies on the pages that were used longest ago, of those on which one of the seeds lies,

@@ -1,11 +1,11 @@
-//! Versions that kernels wrote and that a device alone has: when they are written back, and how
-//! their loss is reported.
+//! Versions that a device alone has: when they are written back, and how their loss is reported.
 //!
 //! Excluded: an older version or zeros in their place, a copy down that nobody asked for, space
 //! that is missing when such an object leaves, and a silent loss. A kernel is an upload.
 
 mod cleaned;
 mod eager;
+mod moved;
 mod names;
 mod random;
 mod refuted;

@@ -3,7 +3,7 @@
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
-use super::{Cleaning, Evicting};
+use super::{Cleaning, Evicting, Window};
 use crate::actor::Took;
 use crate::actor::look::Spares;
 use crate::actor::plan::Victim;
@@ -15,8 +15,10 @@ use crate::migrate::{CopyFate, LeavingDevice, host_space, write_back_from_device
 use crate::object::{GatePass, Object, Shared};
 use crate::policy::Probe;
 use crate::storage::TierError;
-use crate::tier::{DeviceSpace, Space, TierState, Wanted};
+use crate::tier::{DeviceSpace, Neighbours, Space, TierState, Wanted};
 
+/// Free places in a window that are passed over on the way to those elsewhere.
+const GAPS_MAX: usize = 4096;
 /// Copies around which it is looked for neighbours.
 const SEEDS_MAX: usize = 32;
 /// The part of a device that is its cold end: once no more than that is free, it is kept written.
@@ -88,7 +90,30 @@ impl Evicting for OnDevice {
                 return Err(error);
             }
         }
-        Ok(Some(LeavingDevice { pass, device: self.0 }))
+        Ok(Some(LeavingDevice { pass, device: self.0, to: None }))
+    }
+
+    fn move_out(
+        &self,
+        pass: GatePass,
+        window: &mut Window<DeviceSpace>,
+    ) -> Result<LeavingDevice, GatePass> {
+        let Window { addresses: Some(addresses), gaps } = window else { return Err(pass) };
+        let object = pass.object();
+        let space = self.state(&object.shared).space();
+        let footprint = space.footprint(object.len);
+        let is_in = |at: u64| at < addresses.end && at + footprint > addresses.start;
+        if !object.address_on(self.0).is_some_and(is_in) || crate::planted!("window-stays") {
+            return Err(pass);
+        }
+        while gaps.len() < GAPS_MAX {
+            let Ok(range) = space.try_take(object.len, object.id) else { break };
+            if !is_in(range.address()) {
+                return Ok(LeavingDevice { pass, device: self.0, to: Some(range) });
+            }
+            gaps.push(range);
+        }
+        Err(pass)
     }
 
     fn payload(leaving: &LeavingDevice) -> u64 {
@@ -112,7 +137,7 @@ impl Evicting for OnDevice {
     }
 
     /// The coldest copies that make space together.
-    fn neighbours(&self, shared: &Shared, wanted: &Wanted) -> Vec<u64> {
+    fn neighbours(&self, shared: &Shared, wanted: &Wanted) -> Neighbours {
         let state = self.state(shared);
         let mut seeds = Vec::new();
         state.order.lock().coldest(SEEDS_MAX, &mut |id| seeds.push(id));

@@ -17,7 +17,7 @@ use crate::object::{GatePass, Object, Shared};
 use crate::policy::Probe;
 use crate::stats::add;
 use crate::storage::TierError;
-use crate::tier::{HostSpace, TierState, Wanted, Watermarks};
+use crate::tier::{HostSpace, Neighbours, TierState, Wanted, Watermarks};
 
 /// An object that was used within this time never makes way for a prefetch, in nanoseconds.
 const HOT_NS: u64 = 1_000_000_000;
@@ -101,16 +101,17 @@ impl Evicting for InHost {
     }
 
     /// The owners of a span whose pages it needs.
-    fn neighbours(&self, shared: &Shared, _wanted: &Wanted) -> Vec<u64> {
+    fn neighbours(&self, shared: &Shared, _wanted: &Wanted) -> Neighbours {
         let arena = &shared.host.space().arena;
         let Some(span) = arena.sparsest_span(&|id| !is_movable(shared, id)) else {
-            return Vec::new();
+            return Neighbours::default();
         };
         let lies_there = |&id: &u64| {
             let pass = shared.find(id).and_then(|object| object.try_gate_quietly());
             pass.is_some_and(|pass| pass.object().lies_in(&pass, |slot| span.holds(slot)))
         };
-        if span.owners.iter().all(lies_there) { span.owners } else { Vec::new() }
+        let is_whole = span.owners.iter().all(lies_there);
+        Neighbours { objects: if is_whole { span.owners } else { Vec::new() }, window: None }
     }
 
     fn compact(&self, shared: &Shared) -> bool {

@@ -37,13 +37,14 @@ impl Memory {
         next.saturating_sub(address)
     }
 
-    fn choose(&self, choice: impl FnOnce(&Surroundings<'_>) -> Vec<u64>) -> Vec<u64> {
+    fn choose(&self, choice: impl FnOnce(&Surroundings<'_>) -> Neighbours) -> Vec<u64> {
         let mut chosen = choice(&Surroundings {
             from: &|address| self.residents.from(address),
             below: &|address| self.residents.below(address),
             free_from: &|address| self.free_from(address),
             stamp: &|object| self.stamps.get(&object).copied(),
-        });
+        })
+        .objects;
         chosen.sort_unstable();
         chosen
     }
@@ -66,6 +67,25 @@ fn window_has_what_lies_side_by_side_and_the_gaps() {
     let beside_a_foreign_one = Memory::new(&copies, Vec::from([foreign]), 1300);
     let chosen = beside_a_foreign_one.coldest(&[400, 900], 600, None);
     assert_eq!(chosen, [0, 400], "a range that is no copy's cannot go");
+}
+
+#[test]
+fn window_is_as_long_as_what_is_needed() {
+    let copies = [(0, 400, Some(9)), (400, 300, Some(1)), (900, 300, Some(2))];
+    let memory = Memory::new(&copies, Vec::new(), 1300);
+    let at = |seed, need| {
+        let mut window = None;
+        memory.choose(|space| {
+            let chosen = space.coldest(&[seed], need, None, true);
+            window.clone_from(&chosen.window);
+            chosen
+        });
+        window
+    };
+    assert_eq!(at(400, 200), Some(400..600), "the rest of the copy is not needed");
+    assert_eq!(at(400, 450), Some(400..850), "nor what is free behind it");
+    assert_eq!(at(900, 450), Some(850..1300), "with what is free below");
+    assert_eq!(at(900, 700), Some(600..1300), "the rest of the last copy below");
 }
 
 #[test]
