@@ -125,7 +125,9 @@ pub(crate) async fn settle_with(
     let mut quiet = 0;
     for _ in 0..20_000 {
         let stats = vmem.stats();
-        let busy = in_flight() > 0 || stats.migrations_in_flight > 0 || stats.waiters > 0;
+        // An object that was freed while it moved on a device is there until the copy has ended.
+        let moves = stats.objects == 0 && stats.vram.used_bytes > 0;
+        let busy = in_flight() > 0 || stats.migrations_in_flight > 0 || stats.waiters > 0 || moves;
         quiet = if busy { 0 } else { quiet + 1 };
         if quiet == 3 {
             return stats;
