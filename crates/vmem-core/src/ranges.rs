@@ -40,6 +40,9 @@ pub struct Ranges {
     total: u64,
 }
 
+/// The ranges at which one look for space outside of a window looks.
+const LOOKS_MAX: usize = 1024;
+
 impl Ranges {
     /// The sum of all lengths.
     pub fn total(&self) -> u64 {
@@ -118,6 +121,25 @@ impl Ranges {
         let highest = equals.last().map_or(lowest, |&(_, start)| start);
         let end = highest + shortest;
         Some(self.cut(highest..end, end - len..end))
+    }
+
+    /// Takes `len` numbers of which none is in `window`, from the shortest range that has them, or
+    /// none if it is not among the first 1,024 of these.
+    pub fn take_outside(&mut self, len: u64, from: End, window: &Range<u64>) -> Option<Range<u64>> {
+        let mut long_enough = self.by_len.range((len.max(1), 0)..).take(LOOKS_MAX);
+        let part = long_enough.find_map(|&(long, start)| {
+            let below = start..(start + long).min(window.start);
+            let above = start.max(window.end)..start + long;
+            let mut parts = [below, above].into_iter();
+            let part = parts.find(|part| part.start < part.end && part.end - part.start >= len);
+            part.map(|part| match from {
+                End::Low => part.start..part.start + len,
+                End::High => part.end - len..part.end,
+            })
+        })?;
+        let taken = self.take_exact(&part);
+        assert!(taken, "a part of a range of the set");
+        Some(part)
     }
 
     /// Takes the longest range as a whole.
@@ -267,6 +289,32 @@ mod tests {
                 assert_eq!(set.longest_len(), lens.max().unwrap_or(0));
             }
         }
+    }
+
+    #[test]
+    fn window_is_left_whole() {
+        let mut set = Ranges::default();
+        for range in [0..100, 150..400, 500..530] {
+            set.add(range);
+        }
+        assert_eq!(
+            set.take_outside(30, End::Low, &(480..520)),
+            Some(0..30),
+            "of the shortest that has it"
+        );
+        assert_eq!(
+            set.take_outside(10, End::Low, &(480..520)),
+            Some(520..530),
+            "what lies behind it"
+        );
+        assert_eq!(
+            set.take_outside(10, End::Low, &(505..520)),
+            Some(30..40),
+            "a piece in front is too short"
+        );
+        assert_eq!(set.take_outside(200, End::High, &(160..170)), Some(200..400), "behind it");
+        assert_eq!(set.take_outside(60, End::Low, &(0..400)), None);
+        assert_eq!(set.total(), 380 - 30 - 10 - 10 - 200);
     }
 
     #[test]

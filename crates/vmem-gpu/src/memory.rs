@@ -6,6 +6,7 @@
 //! block until it does. Called by the tier; ranges come back to it.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -115,6 +116,23 @@ impl Memory {
                 Reserved::None
             }
         }
+    }
+
+    /// As `DeviceBackend::reserve_outside`.
+    pub(crate) fn reserve_outside(
+        self: &Arc<Self>,
+        len: usize,
+        window: &Range<u64>,
+    ) -> Option<DeviceRange> {
+        let offset = |address: u64| address.checked_sub(self.base);
+        let window = offset(window.start)?..offset(window.end)?;
+        let taken = match &mut *self.ledger.lock() {
+            // Allocations of their own lie beside nothing.
+            Ledger::Block(ledger) if self.separate.is_none() => ledger.take_outside(len, &window),
+            _ => None,
+        };
+        let (at, footprint) = taken?;
+        Some(DeviceRange::new(self.base + at, len, footprint, self.clone()))
     }
 
     /// The pages of a plan were moved, or are not: then they rest for as long as this returns.

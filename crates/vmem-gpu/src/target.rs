@@ -2,8 +2,9 @@
 //!
 //! Invariant: the buffer is touched after what the caller queued on its stream before the call, and
 //! before what it queues there after: a call that ends with copies in flight, by an error or
-//! because it was dropped, has put the stream behind them. A future that is leaked ends no call;
-//! then the target does, before the buffer goes back to the caller. Called by gathers and scatters.
+//! because it was dropped, has put the stream behind them. A future that is leaked ends no
+//! call; then the target ends its copies, before the buffer goes back to the caller. Called by
+//! gathers and scatters.
 
 use std::marker::PhantomData;
 use std::sync::Arc;

@@ -4,6 +4,7 @@
 //! share of it. Called by the core.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -204,14 +205,11 @@ impl CudaTier {
     }
 }
 
-/// The answer to an operation.
-type Reply = oneshot::Sender<Result<(), DeviceError>>;
-
 impl CudaTier {
     /// On the stream of copies to the device.
     fn have_copied(
         &self,
-        work: impl FnOnce(Reply) -> Work,
+        work: impl FnOnce(oneshot::Sender<Result<(), DeviceError>>) -> Work,
     ) -> DeviceAnswer<Result<(), DeviceError>> {
         let (reply, answer) = oneshot::channel();
         self.up.submit(work(reply));
@@ -238,6 +236,10 @@ impl DeviceBackend for CudaTier {
             }
             Reserved::None => None,
         }
+    }
+
+    fn reserve_outside(&self, len: usize, window: &Range<u64>) -> Option<DeviceRange> {
+        self.memory.reserve_outside(len, window)
     }
 
     fn footprint(&self, len: usize) -> u64 {

@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -238,6 +239,11 @@ impl RangeOwner for Inner {
 impl DeviceBackend for SimDevice {
     fn reserve(&self, len: usize) -> Option<DeviceRange> {
         let (address, footprint) = self.inner.ledger.lock().take(len)?;
+        Some(DeviceRange::new(address, len, footprint, self.inner.clone()))
+    }
+
+    fn reserve_outside(&self, len: usize, window: &Range<u64>) -> Option<DeviceRange> {
+        let (address, footprint) = self.inner.ledger.lock().take_outside(len, window)?;
         Some(DeviceRange::new(address, len, footprint, self.inner.clone()))
     }
 

@@ -8,7 +8,6 @@
 mod stuck;
 
 use std::cmp::Reverse;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -60,7 +59,9 @@ pub(super) struct Evictor<T> {
     unsettled: bool,
     look: Look,
     /// What the neighbours of the plan are to make free.
-    window: Option<Range<u64>>,
+    window: Window,
+    /// Since there was nothing to be written early.
+    has_evicted: bool,
     disk_rests_until: Option<Instant>,
     /// Batches that failed since one was written.
     failures: u32,
@@ -90,7 +91,8 @@ impl<T: Evicting> Evictor<T> {
             is_above_mark: false,
             unsettled: false,
             look: Look::default(),
-            window: None,
+            window: Window::default(),
+            has_evicted: false,
             disk_rests_until: None,
             failures: 0,
             wakes_at: None,
@@ -216,7 +218,6 @@ impl<T: Evicting> Evictor<T> {
             let mut found: Vec<_> = objects.into_iter().filter_map(|id| shared.find(id)).collect();
             // There may be space elsewhere for some of them: for those that were used last.
             found.sort_by_cached_key(|object| Reverse(object.stamp()));
-            self.window = window;
             let spared = |object: &Arc<Object>| {
                 let since = |spares: Spares| object.stamp() >= spares.since;
                 spares.is_some_and(|spares| since(spares) || self.tier.is_spared(object, spares))
@@ -224,7 +225,10 @@ impl<T: Evicting> Evictor<T> {
             // All of them or none: some would be no use.
             match found.iter().any(spared) {
                 true => Vec::new(),
-                false => found.iter().map(|object| self.tier.victim(object)).collect(),
+                false => {
+                    self.window.addresses = window;
+                    found.iter().map(|object| self.tier.victim(object)).collect()
+                }
             }
         } else {
             Vec::new()
@@ -257,7 +261,7 @@ impl<T: Evicting> Evictor<T> {
         let mut batch = Vec::new();
         let mut leaves_bytes = 0;
         let mut freed = false;
-        let mut window = Window { addresses: self.window.take(), gaps: Vec::new() };
+        let mut window = std::mem::take(&mut self.window);
         for victim in victims {
             let pass = shared.find(victim.id).and_then(|object| object.try_gate_quietly());
             match pass.map_or(Step::Busy, |pass| self.take(shared, pass, &mut window)) {
@@ -271,21 +275,15 @@ impl<T: Evicting> Evictor<T> {
                 Step::Rests => self.look.rest(),
             }
         }
-        let space = self.tier.state(shared).space();
-        window.gaps.into_iter().for_each(|gap| space.put_back(gap));
         let progress = freed || !batch.is_empty();
+        self.has_evicted |= progress;
         self.launch(shared, tasks, batch, leaves_bytes, CopyFate::Drop);
         progress
     }
 
     /// Takes one object out, as far as that goes without waiting; out of the window alone, if there
     /// is space elsewhere.
-    fn take(
-        &self,
-        shared: &Shared,
-        pass: GatePass,
-        window: &mut Window<T::Space>,
-    ) -> Step<T::Leaving> {
+    fn take(&self, shared: &Shared, pass: GatePass, window: &mut Window) -> Step<T::Leaving> {
         // The plan is a moment old.
         if !self.tier.may_leave(pass.object()) {
             return Step::Busy;
@@ -352,20 +350,20 @@ impl<T: Evicting> Evictor<T> {
     fn write_back_early(&mut self, shared: &Shared, tasks: &mut JoinSet<Ended>) {
         let state = self.tier.state(shared);
         let is_resting = self.disk_rests_until.is_some_and(|until| Instant::now() < until);
-        let Some(Cleaning { above_bytes, cold_bytes }) = self.tier.cleans_early(shared) else {
-            return;
-        };
-        if self.batches > 0 || is_resting || state.space().used_bytes() <= above_bytes {
+        let Some(cleaning) = self.tier.cleans_early(shared) else { return };
+        let Cleaning { above_bytes, cold_bytes, after_evictions } = cleaning;
+        let is_due = self.has_evicted || !after_evictions;
+        if self.batches > 0 || is_resting || !is_due || state.space().used_bytes() <= above_bytes {
             return;
         }
-        let mut ids = Vec::new();
-        state.order.lock().coldest(CLEANED_OBJECTS, &mut |id| ids.push(id));
-        let mut cold: Vec<_> = ids.into_iter().filter_map(|id| shared.find(id)).collect();
+        let mut cold = Vec::new();
+        state.order.lock().coldest(CLEANED_OBJECTS, &mut |id| cold.extend(shared.find(id)));
         // The order is behind the accesses, and what was used since is likely to change again.
         cold.sort_by_cached_key(|object| object.stamp());
         let mut batch = Vec::new();
         let mut payload = 0;
         let mut seen = 0;
+        let mut met_dirty = false;
         for object in cold {
             if seen >= cold_bytes || payload >= BATCH_BYTES {
                 break;
@@ -375,6 +373,7 @@ impl<T: Evicting> Evictor<T> {
             if victim.payload.is_none() {
                 continue;
             }
+            met_dirty = true;
             let Some(pass) = object.try_gate_quietly() else { continue };
             if self.tier.victim(&object).payload.is_none() || !self.tier.may_clean(&object) {
                 continue;
@@ -383,6 +382,7 @@ impl<T: Evicting> Evictor<T> {
             payload += T::payload(&leaving);
             batch.push(leaving);
         }
+        self.has_evicted &= met_dirty;
         self.launch(shared, tasks, batch, 0, CopyFate::Keep);
     }
 

@@ -35,14 +35,19 @@ pub(super) struct Cleaning {
     pub(super) above_bytes: u64,
     /// The length of the cold end, in bytes of footprint.
     pub(super) cold_bytes: u64,
+    /// Only after something was evicted: what stays is written for nothing.
+    pub(super) after_evictions: bool,
 }
 
 /// What the neighbours of a plan are to make free.
-pub(super) struct Window<S: Space> {
+#[derive(Debug, Default)]
+pub(super) struct Window {
     /// None where they do not lie side by side.
     pub(super) addresses: Option<Range<u64>>,
-    /// What is free in it, and is passed over on the way to space elsewhere.
-    pub(super) gaps: Vec<S::Slot>,
+    /// Objects that move out of it.
+    pub(super) moves: usize,
+    /// The least footprint for which there was no space elsewhere.
+    pub(super) refused_bytes: Option<u64>,
 }
 
 /// A tier that evicts.
@@ -132,11 +137,7 @@ pub(super) trait Evicting {
     /// # Errors
     ///
     /// The gate, if it lies elsewhere, or there is none.
-    fn move_out(
-        &self,
-        pass: GatePass,
-        _window: &mut Window<Self::Space>,
-    ) -> Result<Self::Leaving, GatePass> {
+    fn move_out(&self, pass: GatePass, _window: &mut Window) -> Result<Self::Leaving, GatePass> {
         Err(pass)
     }
 

@@ -237,9 +237,9 @@ pub enum WriteBack {
     /// version, and [`vram_dirty_bytes`](crate::VirtualMemoryStats::vram_dirty_bytes) counts it.
     #[default]
     Eager,
-    /// Once it has been on the device alone for so long. Where the device is nearly full, what was
-    /// used there longest ago is written back earlier, so that promotions seldom wait for a copy
-    /// down.
+    /// Once it has been on the device alone for so long. Where the device is nearly full and
+    /// objects leave it, what was used there longest ago is written back earlier, so that
+    /// promotions seldom wait for a copy down.
     After(Duration),
     /// Only where something asks for it.
     OnEvict,

@@ -8,6 +8,8 @@
 //! serves no request: the evictor makes objects leave until a range is long enough, which ends at
 //! the latest when all have left that can.
 
+use std::ops::Range;
+
 use super::DeviceUsage;
 use crate::ranges::{End, Ranges};
 
@@ -57,9 +59,17 @@ impl RangeLedger {
     /// Takes memory for `len` bytes: its offset and its footprint.
     pub fn take(&mut self, len: usize) -> Option<(u64, u64)> {
         let footprint = self.footprint(len);
-        let end = if footprint < SHORT_BYTES { End::High } else { End::Low };
+        let end = Self::end(footprint);
         let bytes = if crate::planted!("vram-budget") { footprint / 2 } else { footprint };
         let range = self.free.take(bytes, end)?;
+        self.peak = self.peak.max(self.used());
+        Some((range.start, footprint))
+    }
+
+    /// As [`take`](Self::take), of memory that does not lie in this window of offsets.
+    pub fn take_outside(&mut self, len: usize, window: &Range<u64>) -> Option<(u64, u64)> {
+        let footprint = self.footprint(len);
+        let range = self.free.take_outside(footprint, Self::end(footprint), window)?;
         self.peak = self.peak.max(self.used());
         Some((range.start, footprint))
     }
@@ -88,6 +98,10 @@ impl RangeLedger {
             peak_bytes: self.peak,
             largest_free_bytes: self.free.longest_len(),
         }
+    }
+
+    fn end(footprint: u64) -> End {
+        if footprint < SHORT_BYTES { End::High } else { End::Low }
     }
 
     fn used(&self) -> u64 {

@@ -12,6 +12,7 @@ mod uses;
 use std::any::Any;
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
@@ -38,6 +39,13 @@ pub trait DeviceBackend: Any + fmt::Debug + Send + Sync {
     /// Takes memory for `len` bytes, within the budget; none if there is none in one piece now.
     /// The memory keeps its old bytes, which the caller must never show.
     fn reserve(&self, len: usize) -> Option<DeviceRange>;
+
+    /// As `reserve`, of memory that does not lie at these addresses, which others are to have in
+    /// one piece. Only where memory is one block: elsewhere none, and nothing moves.
+    fn reserve_outside(&self, len: usize, window: &Range<u64>) -> Option<DeviceRange> {
+        let _ = (len, window);
+        None
+    }
 
     /// What an object of `len` bytes takes of the budget, rounding included, in bytes.
     fn footprint(&self, len: usize) -> u64;

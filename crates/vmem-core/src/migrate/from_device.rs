@@ -166,26 +166,29 @@ pub(crate) async fn write_back_from_devices(
     let one = |LeavingDevice { pass, device, to }: LeavingDevice| async move {
         if let Some(to) = to {
             let moved = relocate_on_device(&pass, device, to).await;
-            let Err(error) = moved else { return Ok(()) };
+            let Err(error) = moved else { return Ok(false) };
             let handle = pass.object().id;
             tracing::debug!(target: "vmem::migration", handle, %error, "it leaves instead");
         }
         if let Err(error) = write_back_from_device(&pass, cause, deadline).await {
-            // Others have their turn first.
-            pass.object().touch();
+            if fate != CopyFate::Keep {
+                // Others have their turn first.
+                pass.object().touch();
+            }
             return Err(error);
         }
         if fate != CopyFate::Keep && pass.object().leave_device(&pass, device) {
             add(&pass.object().shared.counters.evictions, 1);
         }
-        Ok(())
+        Ok(true)
     };
     let mut ended = futures::stream::iter(batch).map(one).buffer_unordered(AT_ONCE);
     let mut any = false;
     let mut first_error = None;
     while let Some(one) = ended.next().await {
         match one {
-            Ok(()) => any = true,
+            // What moves says nothing of the tier below.
+            Ok(is_written) => any |= is_written,
             Err(error) => first_error = first_error.or(Some(error)),
         }
     }

@@ -2,7 +2,8 @@
 //! free memory.
 //!
 //! Ownership: the new place is the caller's until it is published; the old one is freed with its
-//! last user. The version does not change, and a read meanwhile gets the one place or the other.
+//! last user. The version does not change, and a read meanwhile gets the one place or the other. On
+//! a device one that is in use when it was copied stays where it was.
 //! Called by the evictors of host memory and of devices.
 
 use std::sync::Arc;
@@ -47,6 +48,8 @@ pub(crate) async fn relocate_on_device(
     if is_valid {
         let copied = tier.backend.copy_within(Arc::new(from), Arc::new(to.share())).await;
         copied.map_err(|error| tier.fault(error))?;
+    } else {
+        drop(from);
     }
     let footprint = to.footprint();
     if object.relocate_on(pass, device, address, to) {

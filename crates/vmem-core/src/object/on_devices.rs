@@ -276,8 +276,8 @@ impl Object {
         self.inner.lock().place(device).map(|place| (place.range.share(), place.is_valid))
     }
 
-    /// What lies at `from` on this device lies in `to` from now on; users of the old range keep
-    /// that. False if the object has left meanwhile.
+    /// What lies at `from` on this device lies in `to` from now on. False if it has left meanwhile,
+    /// or is in use there, which would keep the old range.
     pub(crate) fn relocate_on(
         &self,
         _pass: &GatePass,
@@ -288,7 +288,8 @@ impl Object {
         let tier = &self.shared.devices()[device];
         tier.enter_again(self.id, &to);
         let mut inner = self.inner.lock();
-        let place = inner.place_mut(device).filter(|place| place.range.address() == from);
+        let is_idle = |place: &&mut Place| place.range.address() == from && place.range.is_idle();
+        let place = inner.place_mut(device).filter(is_idle);
         let (moved, left) = match place {
             Some(place) => (true, std::mem::replace(&mut place.range, to)),
             None => (false, to),

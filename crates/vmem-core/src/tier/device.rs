@@ -5,6 +5,7 @@
 //! share that is dropped, so no waiter for memory, or for the last user of a range, misses it.
 //! Asked by the migrations to and from the device; served by the actor.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -197,6 +198,13 @@ impl DeviceSpace {
         let missing = self.backend.missing_pages(need);
         let missing = missing.filter(|_| !crate::planted!("pages-as-windows"));
         space.coldest(seeds, need, missing, parts)
+    }
+
+    /// Memory that does not lie at these addresses.
+    pub(crate) fn try_take_outside(&self, len: usize, window: &Range<u64>) -> Option<DeviceRange> {
+        let range = self.backend.reserve_outside(len, window)?;
+        range.watch(self.watcher.clone());
+        Some(range)
     }
 
     pub(crate) fn usage(&self) -> DeviceUsage {

@@ -81,6 +81,18 @@ async fn victims_were_written_back_before_their_memory_is_needed() {
 }
 
 #[tokio::test]
+async fn nothing_is_written_early_where_nothing_leaves() {
+    let (bench, handles) = full(WriteBack::After(Duration::from_secs(3600))).await;
+    for (object, handle) in (0..).zip(&handles) {
+        run_kernel(&bench.vmem, handle, bytes(object, 2, LEN)).await;
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(bench.vmem.stats().vram_to_host_bytes, 0);
+    assert_versions(&bench, &handles).await;
+    assert_all_back(bench, handles).await;
+}
+
+#[tokio::test]
 async fn nothing_is_written_early_where_that_was_not_asked_for() {
     let (bench, mut handles) = full(WriteBack::OnEvict).await;
     for _ in 0..5 {

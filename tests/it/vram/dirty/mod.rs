@@ -1,7 +1,7 @@
 //! Versions that a device alone has: when they are written back, and how their loss is reported.
 //!
-//! Excluded: an older version, a copy down that nobody asked for, space that is missing when such an
-//! object leaves, and a silent loss. A kernel is an upload.
+//! Excluded: an older version, a copy down that nobody asked for, space that is missing when such
+//! an object leaves, and a silent loss. A kernel is an upload.
 
 mod cleaned;
 mod eager;

@@ -254,7 +254,12 @@ async fn at_random(write_back: WriteBack, loses: bool, seed: u64) -> usize {
                 }
                 // It was lost: it says so until it goes back, or is written.
                 counts[1] += 1;
-                assert!(write_back != WriteBack::Eager, "it was {} versions", before.len());
+                let incidents = vmem.incidents();
+                assert!(
+                    write_back != WriteBack::Eager,
+                    "it was {} versions: {incidents:?}",
+                    before.len()
+                );
                 match vmem.revert(&owned.handle).await {
                     Ok(()) => {
                         let read = loop {

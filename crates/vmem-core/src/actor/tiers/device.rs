@@ -17,8 +17,8 @@ use crate::policy::Probe;
 use crate::storage::TierError;
 use crate::tier::{DeviceSpace, Neighbours, Space, TierState, Wanted};
 
-/// Free places in a window that are passed over on the way to those elsewhere.
-const GAPS_MAX: usize = 4096;
+/// Objects of one window that move: each has its gate until its turn to be copied.
+const MOVES_MAX: usize = 512;
 /// Copies around which it is looked for neighbours.
 const SEEDS_MAX: usize = 32;
 /// The part of a device that is its cold end: once no more than that is free, it is kept written.
@@ -41,7 +41,8 @@ impl Evicting for OnDevice {
         let WriteBack::After(_) = shared.limits.write_back else { return None };
         let cold_bytes = self.state(shared).space().capacity_bytes() / COLD_PARTS;
         let above_bytes = (COLD_PARTS - 1) * cold_bytes;
-        (!crate::planted!("device-uncleaned")).then_some(Cleaning { above_bytes, cold_bytes })
+        let cleaning = Cleaning { above_bytes, cold_bytes, after_evictions: true };
+        (!crate::planted!("device-uncleaned")).then_some(cleaning)
     }
 
     /// What is pinned to the device does not leave it.
@@ -93,27 +94,30 @@ impl Evicting for OnDevice {
         Ok(Some(LeavingDevice { pass, device: self.0, to: None }))
     }
 
-    fn move_out(
-        &self,
-        pass: GatePass,
-        window: &mut Window<DeviceSpace>,
-    ) -> Result<LeavingDevice, GatePass> {
-        let Window { addresses: Some(addresses), gaps } = window else { return Err(pass) };
+    fn move_out(&self, pass: GatePass, window: &mut Window) -> Result<LeavingDevice, GatePass> {
+        let Some(addresses) = &window.addresses else { return Err(pass) };
         let object = pass.object();
         let space = self.state(&object.shared).space();
         let footprint = space.footprint(object.len);
-        let is_in = |at: u64| at < addresses.end && at + footprint > addresses.start;
-        if !object.address_on(self.0).is_some_and(is_in) || crate::planted!("window-stays") {
-            return Err(pass);
-        }
-        while gaps.len() < GAPS_MAX {
-            let Ok(range) = space.try_take(object.len, object.id) else { break };
-            if !is_in(range.address()) {
-                return Ok(LeavingDevice { pass, device: self.0, to: Some(range) });
+        let lies_there = |at: u64| at < addresses.end && at + footprint > addresses.start;
+        let may_move = object.address_on(self.0).is_some_and(lies_there)
+            && object.may_leave_device(self.0)
+            && window.moves < MOVES_MAX
+            && window.refused_bytes.is_none_or(|refused| footprint < refused)
+            && !crate::planted!("window-stays");
+        let to = if may_move { space.try_take_outside(object.len, addresses) } else { None };
+        match to {
+            Some(_) => {
+                window.moves += 1;
+                Ok(LeavingDevice { pass, device: self.0, to })
             }
-            gaps.push(range);
+            None => {
+                if may_move {
+                    window.refused_bytes = Some(footprint);
+                }
+                Err(pass)
+            }
         }
-        Err(pass)
     }
 
     fn payload(leaving: &LeavingDevice) -> u64 {

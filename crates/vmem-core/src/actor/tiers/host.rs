@@ -35,7 +35,8 @@ impl Evicting for InHost {
 
     fn cleans_early(&self, shared: &Shared) -> Option<Cleaning> {
         let Watermarks { low_bytes, high_bytes } = shared.host.marks;
-        Some(Cleaning { above_bytes: low_bytes, cold_bytes: high_bytes - low_bytes })
+        let cold_bytes = high_bytes - low_bytes;
+        Some(Cleaning { above_bytes: low_bytes, cold_bytes, after_evictions: false })
     }
 
     fn probe(&self, object: &Object, spared_since: u64) -> Probe {
