@@ -203,9 +203,7 @@ impl CudaTier {
             ordered.unwrap_or(false)
         })
     }
-}
 
-impl CudaTier {
     /// On the stream of copies to the device.
     fn have_copied(
         &self,
