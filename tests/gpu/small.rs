@@ -121,7 +121,7 @@ async fn copies_go_the_way_that_the_configuration_says() {
     let emulator = Emulator::load().unwrap();
     let default = SwitchPoints::default();
     for (len, points, ways) in [
-        (64 * KIB, SwitchPoints { small_max: 64 * KIB, ..default }, [true, false]),
+        (64 * KIB, SwitchPoints { small_max: 64 * KIB, small_min: 2, ..default }, [true, false]),
         (16 * KIB, SwitchPoints { small_max: 8 * KIB, ..default }, [false, true]),
         (16 * KIB, SwitchPoints { small_min: usize::MAX, ..default }, [false, true]),
         (16 * KIB, SwitchPoints { small_max: 0, batch_min: usize::MAX, ..default }, [false, false]),
