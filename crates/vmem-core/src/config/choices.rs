@@ -234,7 +234,8 @@ impl Default for SwitchPoints {
 pub enum WriteBack {
     /// With the end of each lease that changes it, which the next lease of the object waits for. If
     /// the device refuses the copy it is tried again; as long as it fails the device alone has the
-    /// version, and [`vram_dirty_bytes`](crate::VirtualMemoryStats::vram_dirty_bytes) counts it.
+    /// version, [`vram_dirty_bytes`](crate::VirtualMemoryStats::vram_dirty_bytes) counts it, and a
+    /// lease that would change it fails with `Device`.
     #[default]
     Eager,
     /// Once it has been on the device alone for so long. Where the device is nearly full and

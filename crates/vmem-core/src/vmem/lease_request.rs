@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::Result;
 use super::lease::LEASE;
 use super::pin::until_unheld;
+use crate::config::WriteBack;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
@@ -51,6 +52,13 @@ impl LeaseRequest {
     /// Whether the bytes of this object do not matter.
     pub(super) fn overwrites(&self, object: &Object) -> bool {
         self.overwrite && self.writes.iter().any(|handle| handle.object().id == object.id)
+    }
+
+    /// Whether the version before has to be below the device before the lease begins.
+    pub(super) fn keeps_version(&self, object: &Object) -> bool {
+        let is_eager = object.shared.limits.write_back == WriteBack::Eager;
+        let is_kept = self.overwrite || is_eager && !crate::planted!("eager-unkept");
+        is_kept && self.writes.iter().any(|handle| handle.object().id == object.id)
     }
 
     /// Whether it may go on behind a kernel that has not ended.

@@ -64,7 +64,7 @@ async fn attempt(
     let mut objects = request.objects();
     // They are there, and held.
     objects.retain(|object| !request.follows(object, number));
-    for object in objects.iter().filter(|object| request.overwrites(object)) {
+    for object in objects.iter().filter(|object| request.keeps_version(object)) {
         keep_version(object, deadline).await?;
     }
     for object in objects.iter().filter(|object| object.is_changing()) {
@@ -228,8 +228,8 @@ fn is_kept_there_alone(object: &Object) -> bool {
     object.is_dirty_on_device() && object.damage().is_none() && !crate::planted!("overwrite-loses")
 }
 
-/// Writes an object back that is to begin as zeros: the caller may go before it has changed
-/// anything, and then the version before is to be there.
+/// Writes back what a device alone has, and what a lease is to change that loses nothing: its
+/// caller may go half way, and then the version before is to be there.
 async fn keep_version(object: &Arc<Object>, deadline: &Deadline) -> Result<()> {
     if is_kept_there_alone(object) {
         let pass = object.gate(deadline).await?;
@@ -273,7 +273,7 @@ fn try_take(
         let space = host_spaces.remove(&handle.object().id);
         let taken = match turn {
             Some(turn) => Ok(Ok(turn)),
-            None => try_claim(shared, number, handle, space, request.overwrite),
+            None => try_claim(shared, number, request, handle, space),
         };
         match taken {
             Ok(Ok(taken)) => claimed.push(Some(taken)),
@@ -332,11 +332,12 @@ fn try_lease(
 fn try_claim(
     shared: &Arc<Shared>,
     number: usize,
+    request: &LeaseRequest,
     handle: &VMemHandle,
     space: Option<OwnedCopy>,
-    overwrite: bool,
 ) -> Result<std::result::Result<(Taken, Vec<UseEnd>), Obstacle>> {
     let object = handle.object();
+    let overwrite = request.overwrite;
     let device = shared.device(number)?;
     let pass = match gate(object)? {
         Ok(pass) => pass,
@@ -346,7 +347,7 @@ fn try_claim(
         // It has lost its space below meanwhile, or been written back.
         return Ok(Err(Obstacle::Missing));
     }
-    if overwrite && is_kept_there_alone(object) {
+    if request.keeps_version(object) && is_kept_there_alone(object) {
         return Ok(Err(Obstacle::Missing));
     }
     let was_valid = object.is_on(number);
