@@ -16,10 +16,11 @@ use vmem_core::backend::spawn_named;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
-/// Runs `work` where it does not wait for the caller; dropped, it ends. What is at hand comes at
-/// once, without a task.
+/// Runs `work` where it does not wait for the caller; dropped, it ends, as it does when its place
+/// is cleared. What is at hand comes at once, without a task.
 pub(crate) async fn run_apart(
     runtime: Option<Handle>,
+    place: Place,
     work: impl Future<Output = Result<()>> + Send + 'static,
 ) -> Result<()> {
     let mut work: BoxFuture<'static, Result<()>> = Box::pin(work);
@@ -28,32 +29,47 @@ pub(crate) async fn run_apart(
     }
     match runtime.filter(|_| !vmem_core::planted!("gpu-neglect")) {
         Some(runtime) => {
-            let slot = Slot(Arc::new(Mutex::new(Some(work))));
-            let theirs = slot.0.clone();
-            let polled = poll_fn(move |context| match &mut *theirs.lock() {
+            *place.0.lock() = Some(work);
+            let theirs = place.clone();
+            let _clears = Clears(place);
+            let polled = poll_fn(move |context| match &mut *theirs.0.lock() {
                 Some(work) => work.as_mut().poll(context),
                 None => Poll::Ready(Err(VirtualMemoryError::Closed)),
             });
             let task = AbortOnDropHandle::new(spawn_named(&runtime, "vmem-gpu-gather", polled));
-            let outcome = task.await.unwrap_or(Err(VirtualMemoryError::Closed));
-            drop(slot);
-            outcome
+            task.await.unwrap_or(Err(VirtualMemoryError::Closed))
         }
         None => work.await,
     }
 }
 
-/// The work, which the task borrows for each poll. A task that is aborted ends only when the
-/// runtime comes to it.
-struct Slot(Arc<Mutex<Option<BoxFuture<'static, Result<()>>>>>);
+/// Where the work is, which the task borrows for each poll. A task that is aborted ends only when
+/// the runtime comes to it, and one whose caller was leaked is not aborted.
+#[derive(Clone, Default)]
+pub(crate) struct Place(Arc<Mutex<Option<BoxFuture<'static, Result<()>>>>>);
 
-impl Drop for Slot {
-    fn drop(&mut self) {
+impl Place {
+    /// Ends the work, if it is there. Waits for one poll at most.
+    pub(crate) fn clear(&self) {
         if !vmem_core::planted!("gpu-apart") {
-            // Waits for one poll at most.
             let work = self.0.lock().take();
             drop(work);
         }
+    }
+}
+
+impl std::fmt::Debug for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Place").finish_non_exhaustive()
+    }
+}
+
+/// Ends the work with its caller.
+struct Clears(Place);
+
+impl Drop for Clears {
+    fn drop(&mut self) {
+        self.0.clear();
     }
 }
 
@@ -97,7 +113,7 @@ mod tests {
             context.waker().wake_by_ref();
             Poll::Pending
         });
-        let mut call = run_apart(Some(runtime.handle().clone()), work).boxed();
+        let mut call = run_apart(Some(runtime.handle().clone()), Place::default(), work).boxed();
         assert!((&mut call).now_or_never().is_none());
         entered.recv().unwrap();
         let dropping = std::thread::spawn(move || drop(call));

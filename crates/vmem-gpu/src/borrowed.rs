@@ -9,9 +9,12 @@
 #![allow(unsafe_code)]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, DriverError, sys};
 use parking_lot::Mutex;
+
+use crate::card::Card;
 
 /// A slice that goes back where it was when this is dropped.
 #[derive(Debug)]
@@ -20,50 +23,54 @@ pub(crate) struct Borrowed<'a>(Mutex<Lent<'a>>);
 #[derive(Debug)]
 struct Lent<'a> {
     home: &'a mut CudaSlice<u8>,
-    /// None while it is at home.
-    slice: Option<CudaSlice<u8>>,
+    /// None while it is at home; the device that copies to it.
+    lent: Option<(CudaSlice<u8>, Arc<Card>)>,
 }
 
 impl<'a> Borrowed<'a> {
     pub(crate) fn of(home: &'a mut CudaSlice<u8>) -> Self {
-        Borrowed(Mutex::new(Lent { home, slice: None }))
+        Borrowed(Mutex::new(Lent { home, lent: None }))
     }
 
-    /// Takes it, unless that was done.
+    /// Takes it for copies of this device, unless that was done.
     ///
     /// # Errors
     ///
     /// The driver refuses what an empty slice takes; it may do so no more the next time.
-    pub(crate) fn take(&self) -> Result<(), DriverError> {
-        let lent = &mut *self.0.lock();
-        if lent.slice.is_some() || vmem_core::planted!("slice-left") {
+    pub(crate) fn take(&self, card: &Arc<Card>) -> Result<(), DriverError> {
+        let Lent { home, lent } = &mut *self.0.lock();
+        if lent.is_some() || vmem_core::planted!("slice-left") {
             return Ok(());
         }
-        let stream = lent.home.stream().clone();
+        let stream = home.stream().clone();
         // It has events where cudarc keeps some, and panics where it gets none.
-        let empty = catch_unwind(AssertUnwindSafe(|| {
+        let make = AssertUnwindSafe(|| {
             // SAFETY: a slice of no bytes has no memory that it could name or free.
             unsafe { stream.upgrade_device_ptr::<u8>(0, 0) }
-        }));
+        });
+        let empty = card.context().visit(|| catch_unwind(make))?;
         let refused = DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
-        let empty = empty.map_err(|_| refused)?;
-        lent.slice = Some(std::mem::replace(lent.home, empty));
+        let slice = std::mem::replace(*home, empty.map_err(|_| refused)?);
+        *lent = Some((slice, card.clone()));
         Ok(())
     }
 
     pub(crate) fn with(&self, visit: impl FnOnce(&CudaSlice<u8>)) {
-        let lent = self.0.lock();
-        visit(lent.slice.as_ref().unwrap_or(lent.home));
+        let Lent { home, lent } = &*self.0.lock();
+        visit(lent.as_ref().map_or(home, |(slice, _)| slice));
     }
 }
 
 impl Drop for Borrowed<'_> {
     fn drop(&mut self) {
-        let lent = self.0.get_mut();
-        if let Some(slice) = lent.slice.take() {
-            let empty = std::mem::replace(lent.home, slice);
+        let Lent { home, lent } = self.0.get_mut();
+        if let Some((slice, card)) = lent.take() {
+            let mut empty = Some(std::mem::replace(*home, slice));
             // There is nothing to be freed.
-            let _ = empty.leak();
+            let mut leak = || empty.take().map(CudaSlice::leak);
+            if card.context().visit(&mut leak).is_err() {
+                leak();
+            }
         }
     }
 }

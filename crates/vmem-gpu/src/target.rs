@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use vmem_core::backend::{DeviceAccess, DeviceError};
 use vmem_core::{VMemHandle, VirtualMemoryError};
 
-use crate::apart::run_apart;
+use crate::apart::{Place, run_apart};
 use crate::borrowed::Borrowed;
 use crate::call::{Call, Foreign};
 use crate::card::{Card, failed};
@@ -136,14 +136,17 @@ impl<'a> DeviceTarget<'a> {
         let card = tier(access)?.card()?;
         if let Some(slice) = &self.slice {
             // Copies on the slice's own stream come before the end of its memory anyhow.
-            slice.take().map_err(|error| access.fault(failed("borrowing a buffer", error)))?;
+            slice.take(&card).map_err(|error| access.fault(failed("borrowing a buffer", error)))?;
         }
         let foreign = self.foreign();
         let call = foreign.call.clone();
-        self.running.lock().push(Running { access: access.clone(), card, call: call.clone() });
+        let place = Place::default();
+        let running =
+            Running { access: access.clone(), card, call: call.clone(), work: place.clone() };
+        self.running.lock().push(running);
         let _ends = Ends { target: self, call };
         let runtime = tier(access)?.runtime();
-        run_apart(runtime, work(access.clone(), foreign)).await
+        run_apart(runtime, place, work(access.clone(), foreign)).await
     }
 
     /// Copies pieces into the buffer on its own stream, behind what that has: those that the device
@@ -222,6 +225,7 @@ struct Running {
     access: DeviceAccess,
     card: Arc<Card>,
     call: Arc<Call>,
+    work: Place,
 }
 
 /// Ends a call with its future.
@@ -246,6 +250,7 @@ impl DeviceTarget<'_> {
     /// A call ends, for whatever reason: nothing more begins, and what has begun comes before what
     /// the caller's stream gets from here on.
     fn end(&self, running: &Running) {
+        running.work.clear();
         let Ok(tier) = tier(&running.access) else { return };
         let stream = &self.stream;
         if tier.cancel(&running.call, &running.card, stream)

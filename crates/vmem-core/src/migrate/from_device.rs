@@ -17,14 +17,13 @@ use super::{CopyFate, Job, Record, fetch_into, load, refresh_below};
 use crate::chunk::{CHUNK_BYTES, chunk_count, chunk_len, chunk_lens};
 use crate::copy::OwnedCopy;
 use crate::deadline::Deadline;
-use crate::device::DeviceRange;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
 use crate::object::{ExtentMap, GatePass, Object};
 use crate::stats::add;
 use crate::storage::Extent;
-use crate::tier::{Class, Need};
+use crate::tier::{Class, Destination, Need};
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -148,7 +147,7 @@ pub(crate) struct LeavingDevice {
     pub(crate) pass: GatePass,
     pub(crate) device: usize,
     /// Where it moves on the device instead.
-    pub(crate) to: Option<DeviceRange>,
+    pub(crate) to: Option<Destination>,
 }
 
 /// Writes a batch back, and lets its objects leave the device unless the copies there are kept;

@@ -9,11 +9,11 @@
 use std::sync::Arc;
 
 use crate::copy::OwnedCopy;
-use crate::device::DeviceRange;
 use crate::error::VirtualMemoryError;
 use crate::host::Evacuation;
 use crate::object::{GatePass, Object};
 use crate::stats::add;
+use crate::tier::Destination;
 
 /// Moves an object out of the span that is being emptied. False if it cannot move now.
 pub(crate) fn relocate(object: &Arc<Object>, evacuation: &Evacuation) -> bool {
@@ -39,10 +39,11 @@ pub(crate) fn relocate(object: &Arc<Object>, evacuation: &Evacuation) -> bool {
 pub(crate) async fn relocate_on_device(
     pass: &GatePass,
     device: usize,
-    to: DeviceRange,
+    to: Destination,
 ) -> Result<(), VirtualMemoryError> {
     let object = pass.object();
     let tier = &object.shared.devices()[device];
+    let Destination { range: to, moving: _moving } = to;
     let Some((from, is_valid)) = object.lies_on(pass, device) else { return Ok(()) };
     let address = from.address();
     if is_valid {

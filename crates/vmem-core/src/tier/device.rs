@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use tokio::sync::Notify;
@@ -63,7 +63,8 @@ impl Device {
         // before the budget is used, whatever it is by then.
         let marks = Watermarks { low_bytes: u64::MAX, high_bytes: u64::MAX };
         let residents = Lock::default();
-        let space = DeviceSpace { backend: backend.clone(), watcher, residents };
+        let moving_bytes = Arc::default();
+        let space = DeviceSpace { backend: backend.clone(), watcher, residents, moving_bytes };
         let tier = MemoryTier::of_device(number);
         let queue = Queue::new(tier, space, u64::MAX, wake.clone(), unclaimed.clone());
         let budget = backend.clone();
@@ -176,6 +177,34 @@ pub(crate) struct DeviceSpace {
     backend: Arc<dyn DeviceBackend>,
     watcher: ShareWatcher,
     residents: Lock<Residents, { locks::RESIDENTS }>,
+    moving_bytes: Arc<AtomicU64>,
+}
+
+/// Memory to which an object is to move: nobody holds it, though it is no copy yet.
+#[derive(Debug)]
+pub(crate) struct Destination {
+    pub(crate) range: DeviceRange,
+    pub(crate) moving: Moving,
+}
+
+/// Bytes of a move that has not ended.
+#[derive(Debug)]
+pub(crate) struct Moving {
+    footprint: u64,
+    all: Arc<AtomicU64>,
+}
+
+impl Moving {
+    fn new(footprint: u64, all: &Arc<AtomicU64>) -> Self {
+        all.fetch_add(footprint, Ordering::SeqCst);
+        Moving { footprint, all: all.clone() }
+    }
+}
+
+impl Drop for Moving {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.footprint, Ordering::SeqCst);
+    }
 }
 
 impl DeviceSpace {
@@ -201,10 +230,11 @@ impl DeviceSpace {
     }
 
     /// Memory that does not lie at these addresses.
-    pub(crate) fn try_take_outside(&self, len: usize, window: &Range<u64>) -> Option<DeviceRange> {
+    pub(crate) fn try_take_outside(&self, len: usize, window: &Range<u64>) -> Option<Destination> {
         let range = self.backend.reserve_outside(len, window)?;
         range.watch(self.watcher.clone());
-        Some(range)
+        let moving = Moving::new(range.footprint(), &self.moving_bytes);
+        Some(Destination { range, moving })
     }
 
     pub(crate) fn usage(&self) -> DeviceUsage {
@@ -233,8 +263,12 @@ impl Space for DeviceSpace {
 
     /// Ranges of versions that have passed, which kernels or copies still use.
     fn held_bytes(&self) -> u64 {
+        // What moves is a copy before it moves no more.
+        let used_bytes = self.used_bytes();
+        let moving = self.moving_bytes.load(Ordering::SeqCst);
+        let moving_bytes = if crate::planted!("moves-held") { 0 } else { moving };
         let resident_bytes = self.residents.lock().bytes();
-        self.used_bytes().saturating_sub(resident_bytes)
+        used_bytes.saturating_sub(resident_bytes + moving_bytes)
     }
 
     fn coming_bytes(&self) -> u64 {

@@ -16,7 +16,7 @@ mod state;
 mod storage;
 mod waiters;
 
-pub(crate) use device::{Device, DeviceSpace};
+pub(crate) use device::{Destination, Device, DeviceSpace};
 pub use holds::{HeldObject, HoldKind};
 pub(crate) use holds::{HoldCount, Holds};
 pub(crate) use host::HostSpace;

@@ -22,6 +22,7 @@ use vmem_testkit::SimDevice;
 use crate::support::{self, DISK, HOST, KIB, MIB, MemDriver, bytes, eventually, settle};
 
 const VRAM: MemoryTier = MemoryTier::Vram;
+const WAIT: Duration = Duration::from_secs(20);
 
 struct Bench {
     vmem: VirtualMemory,
@@ -29,10 +30,9 @@ struct Bench {
     devices: Vec<SimDevice>,
 }
 
-fn open_two(write_back: WriteBack, host: usize, vram: &[usize]) -> Bench {
+fn open_with(write_back: WriteBack, host: usize, vram: &[usize], wait: Duration) -> Bench {
     let devices: Vec<_> = vram.iter().map(|&bytes| SimDevice::new(bytes as u64)).collect();
     let backends = devices.iter().map(|device| Arc::new(device.clone()) as Arc<_>);
-    let wait = Duration::from_secs(20);
     let (vmem, driver) = support::open_below(backends, host, 64 * MIB, |config| {
         config.wait_timeout(wait).max_pinned(1.0).write_back(write_back)
     });
@@ -40,7 +40,7 @@ fn open_two(write_back: WriteBack, host: usize, vram: &[usize]) -> Bench {
 }
 
 fn open(write_back: WriteBack, host: usize, vram: usize) -> Bench {
-    open_two(write_back, host, &[vram])
+    open_with(write_back, host, &[vram], WAIT)
 }
 
 fn access(vmem: &VirtualMemory, device: usize) -> DeviceAccess {
@@ -349,7 +349,7 @@ async fn passing_errors_of_a_device_lose_nothing_that_it_alone_has() {
 
 #[tokio::test]
 async fn copies_on_a_sibling_are_of_the_version_that_the_kernel_wrote() {
-    let bench = open_two(WriteBack::OnEvict, 4 * MIB, &[MIB, MIB]);
+    let bench = open_with(WriteBack::OnEvict, 4 * MIB, &[MIB, MIB], WAIT);
     let vmem = &bench.vmem;
     let handle = vmem.put(bytes(1, 1, 200 * KIB), HOST).await.unwrap();
     run_kernel(vmem, &handle, bytes(1, 2, 200 * KIB)).await;
