@@ -107,6 +107,21 @@ async fn scatters_of_which_futures_were_leaked_write_nothing_more() {
 }
 
 #[tokio::test]
+async fn targets_that_were_used_keep_no_memory_of_a_closed_store() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(1 << 20).await;
+    let stream = stream();
+    let handles = on_disk(&vmem, &emulator, &stream).await;
+    let mut buffer = buffer(&stream);
+    let target = DeviceTarget::from_slice(&mut buffer);
+    vmem.gather(&pieces(&handles), &target).await.unwrap();
+    end(vmem, handles, &emulator).await;
+    until("the memory", || emulator.counter("device_bytes") <= LEN as u64).await;
+    drop(target);
+    assert!(stream.clone_dtoh(&buffer).unwrap() == bytes(50));
+}
+
+#[tokio::test]
 async fn copies_of_leaked_futures_that_have_not_begun_never_begin() {
     let emulator = Emulator::load().unwrap();
     let vmem = open(1 << 20).await;

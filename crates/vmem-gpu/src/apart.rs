@@ -10,6 +10,7 @@ use std::task::Poll;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
 use tokio_util::task::AbortOnDropHandle;
 use vmem_core::VirtualMemoryError;
 use vmem_core::backend::spawn_named;
@@ -29,14 +30,15 @@ pub(crate) async fn run_apart(
     }
     match runtime.filter(|_| !vmem_core::planted!("gpu-neglect")) {
         Some(runtime) => {
-            *place.0.lock() = Some(work);
+            place.0.lock().work = Some(work);
             let theirs = place.clone();
-            let _clears = Clears(place);
-            let polled = poll_fn(move |context| match &mut *theirs.0.lock() {
+            let clears = Clears(place);
+            let polled = poll_fn(move |context| match &mut theirs.0.lock().work {
                 Some(work) => work.as_mut().poll(context),
                 None => Poll::Ready(Err(VirtualMemoryError::Closed)),
             });
             let task = AbortOnDropHandle::new(spawn_named(&runtime, "vmem-gpu-gather", polled));
+            clears.0.0.lock().task = Some(task.abort_handle());
             task.await.unwrap_or(Err(VirtualMemoryError::Closed))
         }
         None => work.await,
@@ -46,14 +48,23 @@ pub(crate) async fn run_apart(
 /// Where the work is, which the task borrows for each poll. A task that is aborted ends only when
 /// the runtime comes to it, and one whose caller was leaked is not aborted.
 #[derive(Clone, Default)]
-pub(crate) struct Place(Arc<Mutex<Option<BoxFuture<'static, Result<()>>>>>);
+pub(crate) struct Place(Arc<Mutex<Placed>>);
+
+#[derive(Default)]
+struct Placed {
+    work: Option<BoxFuture<'static, Result<()>>>,
+    /// What polls it.
+    task: Option<AbortHandle>,
+}
 
 impl Place {
     /// Ends the work, if it is there. Waits for one poll at most.
     pub(crate) fn clear(&self) {
         if !vmem_core::planted!("gpu-apart") {
-            let work = self.0.lock().take();
+            let Placed { work, task } = std::mem::take(&mut *self.0.lock());
             drop(work);
+            // Nothing wakes it any more.
+            task.iter().for_each(AbortHandle::abort);
         }
     }
 }

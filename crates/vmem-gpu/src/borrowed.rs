@@ -14,7 +14,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, DriverError, sys};
 use parking_lot::Mutex;
 
-use crate::card::Card;
+use crate::context::Context;
 
 /// A slice that goes back where it was when this is dropped.
 #[derive(Debug)]
@@ -23,8 +23,8 @@ pub(crate) struct Borrowed<'a>(Mutex<Lent<'a>>);
 #[derive(Debug)]
 struct Lent<'a> {
     home: &'a mut CudaSlice<u8>,
-    /// None while it is at home; the device that copies to it.
-    lent: Option<(CudaSlice<u8>, Arc<Card>)>,
+    /// None while it is at home; the context of what copies to it.
+    lent: Option<(CudaSlice<u8>, Arc<Context>)>,
 }
 
 impl<'a> Borrowed<'a> {
@@ -32,12 +32,12 @@ impl<'a> Borrowed<'a> {
         Borrowed(Mutex::new(Lent { home, lent: None }))
     }
 
-    /// Takes it for copies of this device, unless that was done.
+    /// Takes it for copies in this context, unless that was done.
     ///
     /// # Errors
     ///
     /// The driver refuses what an empty slice takes; it may do so no more the next time.
-    pub(crate) fn take(&self, card: &Arc<Card>) -> Result<(), DriverError> {
+    pub(crate) fn take(&self, context: &Arc<Context>) -> Result<(), DriverError> {
         let Lent { home, lent } = &mut *self.0.lock();
         if lent.is_some() || vmem_core::planted!("slice-left") {
             return Ok(());
@@ -48,10 +48,14 @@ impl<'a> Borrowed<'a> {
             // SAFETY: a slice of no bytes has no memory that it could name or free.
             unsafe { stream.upgrade_device_ptr::<u8>(0, 0) }
         });
-        let empty = card.context().visit(|| catch_unwind(make))?;
-        let refused = DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
-        let slice = std::mem::replace(*home, empty.map_err(|_| refused)?);
-        *lent = Some((slice, card.clone()));
+        let mut made = None;
+        let visited = context.visit(|| made = catch_unwind(make).ok());
+        let Some(empty) = made else {
+            let refused = DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+            return Err(visited.err().unwrap_or(refused));
+        };
+        let slice = std::mem::replace(*home, empty);
+        *lent = Some((slice, context.clone()));
         Ok(())
     }
 
@@ -64,11 +68,11 @@ impl<'a> Borrowed<'a> {
 impl Drop for Borrowed<'_> {
     fn drop(&mut self) {
         let Lent { home, lent } = self.0.get_mut();
-        if let Some((slice, card)) = lent.take() {
+        if let Some((slice, context)) = lent.take() {
             let mut empty = Some(std::mem::replace(*home, slice));
             // There is nothing to be freed.
             let mut leak = || empty.take().map(CudaSlice::leak);
-            if card.context().visit(&mut leak).is_err() {
+            if context.visit(&mut leak).is_err() {
                 leak();
             }
         }

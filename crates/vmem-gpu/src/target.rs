@@ -136,7 +136,9 @@ impl<'a> DeviceTarget<'a> {
         let card = tier(access)?.card()?;
         if let Some(slice) = &self.slice {
             // Copies on the slice's own stream come before the end of its memory anyhow.
-            slice.take(&card).map_err(|error| access.fault(failed("borrowing a buffer", error)))?;
+            slice
+                .take(card.context())
+                .map_err(|error| access.fault(failed("borrowing a buffer", error)))?;
         }
         let foreign = self.foreign();
         let call = foreign.call.clone();

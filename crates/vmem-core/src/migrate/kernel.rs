@@ -18,23 +18,22 @@ use tokio::time::Instant;
 use super::from_device::KeepsFloor;
 use super::{Record, write_back_after, write_back_from_device};
 use crate::buffer::IoBuf;
-use crate::config::WriteBack;
 use crate::copy::OwnedCopy;
 use crate::deadline::Deadline;
 use crate::device::{DeviceAnswer, DeviceError, DeviceRange, EndedUse, UseEnd};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
-use crate::object::{GatePass, Next, Object, Successor, Successors};
+use crate::object::{GatePass, Next, Successor, Successors};
 use crate::stats::add;
 
 /// What is copied within host memory before others run, in bytes.
 const STEP: usize = 256 * 1024;
 
 /// Tries of a copy from the device, before it waits for its timer.
-const COPY_TRIES: u32 = 3;
+pub(crate) const COPY_TRIES: u32 = 3;
 /// Before it is tried again.
-const COPY_PAUSE: Duration = Duration::from_millis(10);
+pub(crate) const COPY_PAUSE: Duration = Duration::from_millis(10);
 
 /// Ranges in order, those that meet as one; without what is empty.
 fn joined(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
@@ -104,7 +103,7 @@ impl Changed {
         reply: oneshot::Sender<Result<(), VirtualMemoryError>>,
     ) -> Self {
         let object = pass.object();
-        let pause = Self::pause(object);
+        let pause = object.write_back_pause();
         let range = match end {
             Some(end) => Written::Until(range.ends_at(end, true)),
             None => Written::By(range),
@@ -135,22 +134,11 @@ impl Changed {
         self.successors.clone()
     }
 
-    /// After how long its version is written back; none if only once something asks for that.
-    fn pause(object: &Object) -> Option<Duration> {
-        // What is pinned to host memory has a copy there.
-        let is_pinned = object.pins() > 0 && !crate::planted!("dirty-unpins");
-        match object.shared.limits.write_back {
-            WriteBack::After(pause) if !is_pinned => Some(pause),
-            WriteBack::OnEvict if !is_pinned => None,
-            _ => Some(Duration::ZERO),
-        }
-    }
-
     /// Waits for the kernel and publishes the new version: with a copy in host memory, or, where
     /// the configuration says so, without.
     pub(crate) async fn finish(mut self, ready: DeviceAnswer<Result<(), DeviceError>>) {
         let successors = self.successors.clone();
-        let is_eager = Self::pause(self.pass.object()) == Some(Duration::ZERO);
+        let is_eager = self.pass.object().write_back_pause() == Some(Duration::ZERO);
         let outcome = match &successors {
             Some(successors) => self.finish_with_successors(ready, successors).await,
             None if is_eager && self.space.is_some() => self.finish_with_copy(ready).await,
@@ -219,7 +207,7 @@ impl Changed {
     async fn stay_on_device(&mut self) -> Result<(), VirtualMemoryError> {
         let object = self.pass.object();
         object.publish_dirty(&self.pass, self.space.take(), self.had_copy);
-        match Self::pause(object) {
+        match object.write_back_pause() {
             None => Ok(()),
             Some(_) if object.is_dead() => Ok(()),
             Some(Duration::ZERO) => {

@@ -42,7 +42,7 @@ pub(crate) use from_device::{
     LeavingDevice, host_space, write_back_from_device, write_back_from_devices,
 };
 pub(crate) use gathered::request_gathered;
-pub(crate) use kernel::Changed;
+pub(crate) use kernel::{COPY_PAUSE, COPY_TRIES, Changed};
 pub(crate) use load::load;
 pub(crate) use part::{Copied, Piece, read_part, read_piece};
 pub(crate) use relocate::relocate;

@@ -8,12 +8,14 @@
 //! the holder of the gate. Called by `migrate/kernel` and `migrate/from_device`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::{ExtentMap, GatePass, Inner, Named, Object};
 use crate::chunk::{chunk_count, chunk_lens};
+use crate::config::WriteBack;
 use crate::copy::OwnedCopy;
 use crate::error::VirtualMemoryError;
 use crate::storage::{Extent, TierError};
@@ -111,6 +113,18 @@ impl Object {
     /// Whether only devices have the current version.
     pub(crate) fn is_dirty_on_device(&self) -> bool {
         self.inner.lock().rare.dirty.is_some()
+    }
+
+    /// After how long what a kernel wrote is written back; none if only once something asks for
+    /// that.
+    pub(crate) fn write_back_pause(&self) -> Option<Duration> {
+        // What is pinned to host memory has a copy there.
+        let is_pinned = self.pins() > 0 && !crate::planted!("dirty-unpins");
+        match self.shared.limits.write_back {
+            WriteBack::After(pause) if !is_pinned => Some(pause),
+            WriteBack::OnEvict if !is_pinned => None,
+            _ => Some(Duration::ZERO),
+        }
     }
 
     /// Whether only this device has it.

@@ -5,11 +5,11 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Result;
 use super::lease::LEASE;
 use super::pin::until_unheld;
-use crate::config::WriteBack;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::handle::VMemHandle;
@@ -56,8 +56,8 @@ impl LeaseRequest {
 
     /// Whether the version before has to be below the device before the lease begins.
     pub(super) fn keeps_version(&self, object: &Object) -> bool {
-        let is_eager = object.shared.limits.write_back == WriteBack::Eager;
-        let is_kept = self.overwrite || is_eager && !crate::planted!("eager-unkept");
+        let is_due_at_once = object.write_back_pause() == Some(Duration::ZERO);
+        let is_kept = self.overwrite || is_due_at_once && !crate::planted!("eager-unkept");
         is_kept && self.writes.iter().any(|handle| handle.object().id == object.id)
     }
 

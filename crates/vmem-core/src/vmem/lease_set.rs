@@ -21,9 +21,10 @@ use super::pin::{HoldGuard, Prepaid};
 use crate::copy::OwnedCopy;
 use crate::deadline::Deadline;
 use crate::device::{DeviceRange, UseEnd};
+use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::handle::VMemHandle;
-use crate::migrate::{Job, fill_device, write_back_from_device};
+use crate::migrate::{COPY_PAUSE, COPY_TRIES, Job, fill_device, write_back_from_device};
 use crate::object::{GatePass, Object, Shared};
 use crate::tier::{Device, DeviceSpace, Grant, HoldKind, Need};
 
@@ -231,11 +232,21 @@ fn is_kept_there_alone(object: &Object) -> bool {
 /// Writes back what a device alone has, and what a lease is to change that loses nothing: its
 /// caller may go half way, and then the version before is to be there.
 async fn keep_version(object: &Arc<Object>, deadline: &Deadline) -> Result<()> {
-    if is_kept_there_alone(object) {
+    for attempt in 1.. {
+        if !is_kept_there_alone(object) {
+            break;
+        }
         let pass = object.gate(deadline).await?;
         let written = write_back_from_device(&pass, MigrationCause::WriteBack, deadline).await;
-        // One that is lost by now is none to be kept.
-        return if object.damage().is_some() { Ok(()) } else { written };
+        drop(pass);
+        match written {
+            // One that is lost by now is none to be kept.
+            _ if object.damage().is_some() => break,
+            Err(VirtualMemoryError::Device { .. }) if attempt < COPY_TRIES => {
+                tokio::time::sleep(COPY_PAUSE).await;
+            }
+            written => return written,
+        }
     }
     Ok(())
 }

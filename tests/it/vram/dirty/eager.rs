@@ -71,23 +71,30 @@ async fn version_that_cannot_be_copied_yet_stays_on_the_device() {
 /// that failed lost it, where each is to be written back. Fix: a lease copies it first.
 #[tokio::test]
 async fn version_that_could_not_be_copied_is_copied_before_it_is_changed() {
-    let bench = open(WriteBack::Eager, 4 * MIB, MIB);
-    let vmem = &bench.vmem;
-    let handle = vmem.put(bytes(1, 1, LEN), HOST).await.unwrap();
-    let first = change(vmem, &handle).await;
-    write_by_kernel(vmem, 0, &first, 0, bytes(1, 2, LEN)).await;
-    bench.devices[0].fail_next(u64::MAX);
-    finish(first).await.unwrap();
-    let refused = access(vmem, 0).change(&handle, false).await.unwrap_err();
-    assert!(matches!(refused, VirtualMemoryError::Device { code: 719, .. }), "{refused:?}");
-    bench.devices[0].fail_next(0);
-    let second = change(vmem, &handle).await;
-    assert_eq!(vmem.stats().vram_dirty_bytes, 0, "it is below");
-    write_by_kernel(vmem, 0, &second, 0, bytes(1, 3, LEN)).await;
-    let failed = futures::future::ready(Err(DeviceError::Closed)).boxed();
-    second.finish(failed, None).await.unwrap_err();
-    assert!(vmem.read(&handle).await.unwrap() == bytes(1, 2, LEN));
-    assert_all_back(bench, vec![handle]).await;
+    for write_back in [WriteBack::Eager, WriteBack::OnEvict] {
+        let bench = open(write_back, 4 * MIB, MIB);
+        let vmem = &bench.vmem;
+        let handle = vmem.put(bytes(1, 1, LEN), HOST).await.unwrap();
+        // What is pinned is written back with each lease, whatever the policy.
+        let is_lazy = write_back != WriteBack::Eager;
+        let pin = if is_lazy { Some(vmem.pin(&handle, HOST).await.unwrap()) } else { None };
+        let first = change(vmem, &handle).await;
+        write_by_kernel(vmem, 0, &first, 0, bytes(1, 2, LEN)).await;
+        bench.devices[0].fail_next(u64::MAX);
+        finish(first).await.unwrap();
+        let refused = access(vmem, 0).change(&handle, false).await.unwrap_err();
+        assert!(matches!(refused, VirtualMemoryError::Device { code: 719, .. }), "{refused:?}");
+        // It is tried as often as at the end of a lease.
+        bench.devices[0].fail_next(2);
+        let second = change(vmem, &handle).await;
+        assert_eq!(vmem.stats().vram_dirty_bytes, 0, "it is below");
+        write_by_kernel(vmem, 0, &second, 0, bytes(1, 3, LEN)).await;
+        let failed = futures::future::ready(Err(DeviceError::Closed)).boxed();
+        second.finish(failed, None).await.unwrap_err();
+        assert!(vmem.read(&handle).await.unwrap() == bytes(1, 2, LEN));
+        drop(pin);
+        assert_all_back(bench, vec![handle]).await;
+    }
 }
 
 #[tokio::test]
