@@ -60,7 +60,7 @@ pub mod gpu {
 
 use std::sync::Arc;
 
-use vmem_core::backend::{Backends, DeviceBackend};
+use vmem_core::backend::{Backends, DeviceBackend, Remote};
 
 /// Opens a store on this machine, inside of a tokio runtime whose timer is enabled. What of it runs
 /// in the background runs on that runtime. An I/O driver makes the fastest disk driver available
@@ -95,12 +95,12 @@ pub async fn open_over(
     config: VirtualMemoryConfig,
     remote: Arc<dyn vmem_core::backend::Tier>,
 ) -> Result<VirtualMemory, VirtualMemoryError> {
-    open_all(config, Some(remote)).await
+    open_all(config, Some(Remote::Unnamed(remote))).await
 }
 
 async fn open_all(
     config: VirtualMemoryConfig,
-    remote: Option<Arc<dyn vmem_core::backend::Tier>>,
+    remote: Option<Remote>,
 ) -> Result<VirtualMemory, VirtualMemoryError> {
     let runtime = vmem_core::backend::current_runtime()?;
     let (reply, answer) = tokio::sync::oneshot::channel();
@@ -121,7 +121,7 @@ async fn open_all(
 
 fn open_blocking(
     config: &VirtualMemoryConfig,
-    remote: Option<Arc<dyn vmem_core::backend::Tier>>,
+    remote: Option<Remote>,
 ) -> Result<VirtualMemory, VirtualMemoryError> {
     vmem_core::backend::check_runtime()?;
     let (devices, no_device) = open_devices(config)?;

@@ -25,7 +25,7 @@ pub use crate::ranges::{End, Ranges};
 
 pub use crate::task::spawn_named;
 
-pub use crate::object::Backends;
+pub use crate::object::{Backends, Remote};
 
 pub use crate::runtime::{check_runtime, current_runtime, quietly};
 

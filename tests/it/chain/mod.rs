@@ -6,12 +6,13 @@
 
 mod faults;
 mod moves;
+mod named_below;
 mod names;
 mod pressure;
 
 use std::sync::Arc;
 
-use vmem::backend::Backends;
+use vmem::backend::{Backends, Remote};
 use vmem::{
     Capabilities, MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfigBuilder,
     VirtualMemoryStats,
@@ -38,7 +39,7 @@ pub(crate) fn open(
     let backends = Backends {
         host_capacity_bytes: (space + STAGING) as u64,
         disk: DiskTier::new(drivers.0.clone(), disk as u64),
-        remote: Some(DiskTier::new(drivers.1.clone(), remote as u64)),
+        remote: Some(Remote::Unnamed(DiskTier::new(drivers.1.clone(), remote as u64))),
         catalog: None,
         devices: Vec::new(),
         capabilities: Capabilities::new("memory".into(), "not in this test".into()),

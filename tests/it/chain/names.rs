@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use vmem::backend::Backends;
+use vmem::backend::{Backends, Remote};
 use vmem::{Capabilities, MemoryTier, VirtualMemory, VirtualMemoryError};
 use vmem_io::DiskTier;
 use vmem_io::catalog::NameCatalog;
@@ -28,7 +28,7 @@ fn open_over(tape: &Arc<Tape>, disk: usize, remote: Option<Arc<DiskTier>>) -> Vi
     let backends = Backends {
         host_capacity_bytes: (MIB + STAGING) as u64,
         disk: DiskTier::with_taken(driver, disk as u64, &taken, None).unwrap(),
-        remote: remote.map(|remote| remote as _),
+        remote: remote.map(|remote| Remote::Unnamed(remote)),
         catalog: Some(Arc::new(catalog)),
         devices: Vec::new(),
         capabilities: Capabilities::new("a tape".into(), "not in this test".into()),

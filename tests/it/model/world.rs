@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::SmallRng;
 use tokio::time::{Instant, sleep};
-use vmem::backend::{Backends, DeviceBackend, Tier};
+use vmem::backend::{Backends, DeviceBackend, Remote};
 use vmem::{
     Capabilities, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError,
     VirtualMemoryStats,
@@ -82,7 +82,7 @@ impl World {
         });
         let (remote_faults, remote) = remote.unzip();
         let backends = Backends {
-            remote: remote.map(|tier| tier as Arc<dyn Tier>),
+            remote: remote.map(|tier| Remote::Unnamed(tier)),
             host_capacity_bytes: STAGING + rng.random_range(512 << 10..1536 << 10),
             disk: DiskTier::new(faults.clone(), rng.random_range(2 << 20..6 << 20)),
             catalog: None,

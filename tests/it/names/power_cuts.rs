@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use rand::Rng;
-use vmem::backend::Backends;
+use vmem::backend::{Backends, Remote};
 use vmem::{Capabilities, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
 use vmem_io::DiskTier;
 use vmem_io::catalog::NameCatalog;
 use vmem_testkit::tape::Image;
 use vmem_testkit::{ClosedNames, Seed, Tape, TapeDriver, TapeStorage};
 
+use crate::support::MemDriver;
 use crate::support::journal::{self, Journal, Pair, Task};
 
 const TASKS: usize = 6;
@@ -53,7 +54,17 @@ impl Journal for History {
     }
 }
 
-fn open(tape: &Arc<Tape>, buffered: bool) -> Result<VirtualMemory, VirtualMemoryError> {
+/// What is on the tape: the disk, or a tier below a disk that is lost with the power.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    is_below: bool,
+    is_buffered: bool,
+}
+
+/// What a disk above the tape has, in bytes: less than all names together.
+const CACHE: u64 = 512 << 10;
+
+fn open(tape: &Arc<Tape>, way: Way) -> Result<VirtualMemory, VirtualMemoryError> {
     let storage = Arc::new(TapeStorage(tape.clone()));
     let (catalog, taken) = NameCatalog::over(storage, 512)?;
     let config = VirtualMemoryConfig::builder()
@@ -61,10 +72,17 @@ fn open(tape: &Arc<Tape>, buffered: bool) -> Result<VirtualMemory, VirtualMemory
         .staging_capacity(128 << 10)
         .wait_timeout(Duration::from_secs(20))
         .build()?;
+    let driver = TapeDriver::new(tape, way.is_buffered);
+    let durable = DiskTier::with_taken(driver, DISK, &taken, None)?;
+    let cache = || DiskTier::new(MemDriver::new(), CACHE);
+    let (disk, remote) = match way.is_below {
+        true => (cache(), Some(Remote::Named(durable))),
+        false => (durable, None),
+    };
     let backends = Backends {
-        remote: None,
+        remote,
         host_capacity_bytes: 1 << 20,
-        disk: DiskTier::with_taken(TapeDriver::new(tape, buffered), DISK, &taken, None)?,
+        disk,
         // Closed names leave memory at once, and are found again by the next change.
         catalog: Some(Arc::new(ClosedNames(Arc::new(catalog), 0))),
         devices: Vec::new(),
@@ -88,12 +106,12 @@ fn allowed(changes: &[Change], task: usize, position: usize) -> Vec<Pair> {
 
 /// Lets tasks change names, and cuts the power at many moments. How many acknowledged changes were
 /// due.
-async fn history(seed: Seed, buffered: bool, images: usize) -> usize {
+async fn history(seed: Seed, way: Way, images: usize) -> usize {
     let mut rng = seed.rng();
     let blank = Tape::of(Image::default());
-    open(&blank, buffered).unwrap().close().await.unwrap();
+    open(&blank, way).unwrap().close().await.unwrap();
     let tape = Tape::of(blank.image());
-    let vmem = open(&tape, buffered).unwrap();
+    let vmem = open(&tape, way).unwrap();
     let history = Arc::new(History { tape: tape.clone(), changes: Mutex::default() });
     let tasks = (0..TASKS).map(|number| {
         let rng = seed.fork_nth("task", number as u64).rng();
@@ -110,7 +128,7 @@ async fn history(seed: Seed, buffered: bool, images: usize) -> usize {
     let mut due = 0;
     for _ in 0..images {
         let position = rng.random_range(0..=tape.position());
-        let vmem = open(&Tape::of(tape.cut(position, &mut rng)), buffered).unwrap();
+        let vmem = open(&Tape::of(tape.cut(position, &mut rng)), way).unwrap();
         let found = journal::found(&vmem, TASKS, 512).await;
         let may: Vec<_> = (0..TASKS).map(|task| allowed(&changes, task, position)).collect();
         journal::settle(&found, &may, LARGEST, &format!("at {position}"));
@@ -132,7 +150,8 @@ fn acknowledged_names_survive_any_cut() {
             if images >= wanted {
                 break;
             }
-            let run = history(seed.fork_nth("history", nth), nth % 2 == 0, IMAGES);
+            let way = Way { is_below: nth % 4 > 1, is_buffered: nth % 2 == 0 };
+            let run = history(seed.fork_nth("history", nth), way, IMAGES);
             due += runtime.block_on(run);
             images += IMAGES;
         }

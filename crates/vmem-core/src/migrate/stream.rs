@@ -183,7 +183,7 @@ async fn open(object: &Arc<Object>, brief: bool, deadline: &Deadline) -> Result<
                 // The extents are read under the gate: a write that follows at once
                 // makes another version.
                 let stage = latency::enter(ReadStage::Io);
-                let settled = settle_copy(pass, deadline).await;
+                let settled = settle_copy(pass, 0, deadline).await;
                 drop(stage);
                 match settled {
                     Ok(extents) => return Ok(Source::Below(Version::of_extents(extents))),

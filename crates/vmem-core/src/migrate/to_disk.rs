@@ -225,8 +225,7 @@ pub(crate) async fn demote(
     deadline: &Deadline,
 ) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
-    // Where it has its name, the disk, it stays.
-    let level = if object.was_named() { 0 } else { level };
+    let level = object.level_at_most(level);
     check_unheld(object)?;
     check_unpinned(object, level)?;
     write_back_from_device(&pass, MigrationCause::Demote, deadline).await?;

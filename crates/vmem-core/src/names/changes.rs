@@ -6,6 +6,7 @@
 //! `vmem/named.rs` and `vmem/entries.rs`.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
@@ -110,14 +111,20 @@ async fn bring_in(
     stored: CatalogObject,
 ) -> Result<VMemHandle> {
     let CatalogObject { record, chunks } = stored;
+    // It may come from another store.
+    names.next_id.fetch_max(record.id.max(record.version).saturating_add(1), Ordering::Relaxed);
+    let level = names.shared.durable_level();
     let len = usize::try_from(record.len).map_err(|_| VirtualMemoryError::ExceedsCapacity {
-        tier: MemoryTier::Disk,
+        tier: MemoryTier::of_level(level),
         requested_bytes: record.len,
         capacity_bytes: usize::MAX as u64,
     })?;
     let adopt = |(index, chunk): (usize, Option<_>)| match chunk {
         None => Ok(None),
-        Some(chunk) => names.shared.disk().adopt(chunk_len(len, index), chunk).map(Some),
+        Some(chunk) => names.shared.durable().adopt(chunk_len(len, index), chunk).map(|mut one| {
+            one.set_level(level);
+            Some(one)
+        }),
     };
     let adopted = chunks.into_iter().enumerate().map(adopt).collect::<std::result::Result<_, _>>();
     let map = ExtentMap::of_some(

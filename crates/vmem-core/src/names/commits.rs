@@ -79,13 +79,13 @@ impl Commits {
     /// `stops` gets the error after which nothing is committed any more.
     pub(super) fn start(
         catalog: Arc<dyn Catalog>,
-        disk: Arc<dyn Durable>,
+        durable: Arc<dyn Durable>,
         stops: impl Fn(&VirtualMemoryError) + Send + 'static,
     ) -> Self {
         let (queue, inbox) = mpsc::channel(BATCH_MAX);
         let runtime = tokio::runtime::Handle::current();
         let counts = Arc::new(Counts::default());
-        let task = commit_in_turn(inbox, catalog, disk, counts.clone(), stops);
+        let task = commit_in_turn(inbox, catalog, durable, counts.clone(), stops);
         drop(spawn_named(&runtime, "vmem-commit", task));
         Commits { queue, counts }
     }
@@ -128,7 +128,7 @@ impl Commits {
 async fn commit_in_turn(
     mut inbox: mpsc::Receiver<Commit>,
     catalog: Arc<dyn Catalog>,
-    disk: Arc<dyn Durable>,
+    durable: Arc<dyn Durable>,
     counts: Arc<Counts>,
     stops: impl Fn(&VirtualMemoryError),
 ) {
@@ -138,7 +138,7 @@ async fn commit_in_turn(
         add(&counts.edges, 1);
         let outcomes = match &poisoned {
             Some(why) => vec![Err(why.clone()); batch.len()],
-            None => commit_all(&batch, &*catalog, &*disk, &counts).await,
+            None => commit_all(&batch, &*catalog, &*durable, &counts).await,
         };
         add(&counts.edges, 1);
         assert!(outcomes.len() == batch.len(), "each change has its outcome");
@@ -164,11 +164,11 @@ type Outcome = Result<(), NotCommitted>;
 async fn commit_all(
     batch: &[Commit],
     catalog: &dyn Catalog,
-    disk: &dyn Durable,
+    durable: &dyn Durable,
     counts: &Counts,
 ) -> Vec<Outcome> {
     if batch.iter().any(|commit| commit.new_data)
-        && let Err(error) = disk.sync().await
+        && let Err(error) = durable.sync().await
     {
         let error = match error {
             TierError::Closed => VirtualMemoryError::Closed,

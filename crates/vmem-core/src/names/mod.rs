@@ -79,9 +79,12 @@ impl Names {
             let told = Arc::downgrade(shared);
             let stops = move |error: &VirtualMemoryError| {
                 let shared = told.upgrade().filter(|shared| !shared.is_closed());
-                shared.iter().for_each(|shared| shared.notices(MemoryTier::Disk).fault(error));
+                let fault = |shared: &Arc<Shared>| {
+                    shared.notices(MemoryTier::of_level(shared.durable_level())).fault(error);
+                };
+                shared.iter().for_each(fault);
             };
-            Commits::start(catalog.clone(), shared.disk().clone(), stops)
+            Commits::start(catalog.clone(), shared.durable().clone(), stops)
         };
         let commits = catalog.as_ref().map(start);
         let names = Arc::new(Names {

@@ -205,6 +205,26 @@ impl ExtentMap {
         self.settle(len);
     }
 
+    /// What the tier `level` has of it, in a map of that alone. None if it lacks a chunk that
+    /// another tier has.
+    pub(crate) fn in_level(&self, level: usize) -> Option<ExtentMap> {
+        if self.entries().all(|extent| extent.level() == level) {
+            return Some(self.clone());
+        }
+        let extent = |extent: &Arc<Extent>| in_chain(extent, level).cloned();
+        match self {
+            ExtentMap::Empty => Some(ExtentMap::Empty),
+            ExtentMap::One(one) => extent(one).map(ExtentMap::One),
+            ExtentMap::Many(all) => {
+                let all = all.iter().map(|one| match one {
+                    Some(one) => extent(one).map(Some),
+                    None => Some(None),
+                });
+                all.collect::<Option<Vec<_>>>().map(|all| ExtentMap::Many(Arc::new(all)))
+            }
+        }
+    }
+
     fn entries(&self) -> impl Iterator<Item = &Arc<Extent>> {
         let (one, many) = match self {
             ExtentMap::Empty => (None, &[][..]),

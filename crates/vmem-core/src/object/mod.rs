@@ -35,7 +35,7 @@ pub(crate) use extent_map::{ExtentMap, MapIdentity, Replaced};
 pub(crate) use gate::GatePass;
 pub(crate) use leave::Leave;
 pub(crate) use named::{Claim, Named};
-pub use shared::Backends;
+pub use shared::{Backends, Remote};
 pub(crate) use shared::{FREE_BYTES, Limits, Shared};
 pub(crate) use successors::{Next, Successor, Successors};
 pub(crate) use versions::Arrival;

@@ -46,17 +46,23 @@ impl Inner {
 
 impl Object {
     /// Whether it has a name, or had one.
-    pub(crate) fn was_named(&self) -> bool {
+    fn was_named(&self) -> bool {
         self.named.get().is_some()
+    }
+
+    /// Whether it stays in this tier below host memory: the catalog leads there.
+    pub(crate) fn stays_in(&self, level: usize) -> bool {
+        self.was_named() && level == self.shared.durable_level()
+    }
+
+    /// The tier at `level` below host memory, or that which it stays in, if that is faster.
+    pub(crate) fn level_at_most(&self, level: usize) -> usize {
+        if self.was_named() { level.min(self.shared.durable_level()) } else { level }
     }
 
     /// The tier below host memory that new bytes of it go to.
     pub(crate) fn home_level(&self) -> usize {
-        match self.home.level() {
-            Some(level) if !self.was_named() => level,
-            // The catalog leads to the disk.
-            _ => 0,
-        }
+        self.level_at_most(self.home.level().unwrap_or(0))
     }
 
     /// Whether this tier below host memory has all of it.
@@ -88,7 +94,7 @@ impl Object {
 
     /// Enters the order of a tier that has some of it now.
     pub(super) fn enter_order_in(&self, level: usize) {
-        if !self.shared.evicts_from(level) || self.was_named() {
+        if !self.shared.evicts_from(level) || self.stays_in(level) {
             return;
         }
         let state = &self.shared.storage()[level].state;
@@ -119,13 +125,13 @@ impl Object {
         let inner = self.inner.lock();
         let is_held = inner.storage(level).is_some_and(|one| one.holds.any());
         let is_there = inner.extents.levels() >> level & 1 == 1;
-        is_there && !is_held && !self.was_named() && inner.rare.corrupt.is_none()
+        is_there && !is_held && !self.stays_in(level) && inner.rare.corrupt.is_none()
     }
 
     /// How it stands in this tier, for the policy. What was used at `spared_since` or later is not
     /// to go.
     pub(crate) fn probe_in_storage(&self, level: usize, spared_since: u64) -> Probe {
-        if self.was_named() {
+        if self.stays_in(level) {
             return Probe::Pinned;
         }
         if self.is_changing() {

@@ -127,7 +127,7 @@ impl VirtualMemory {
         capabilities.vram = capabilities.devices.first().cloned();
         let remote = shared.storage_of(MemoryTier::Remote);
         capabilities.remote = remote.map(|remote| remote.backend.describe());
-        match shared.disk().register(StagingMemory::new(shared.staging.clone())) {
+        match shared.storage()[0].backend.register(StagingMemory::new(shared.staging.clone())) {
             Ok(()) => capabilities.staging_registered = true,
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
             Err(error) => {
@@ -143,7 +143,7 @@ impl VirtualMemory {
             host_bytes: shared.limits.host_capacity,
             staging_bytes: shared.limits.staging_capacity,
             stream_bytes: shared.limits.stream_capacity,
-            disk_bytes: shared.disk().usage().capacity_bytes,
+            disk_bytes: shared.storage()[0].backend.usage().capacity_bytes,
             vram_bytes: vram.collect(),
             driver: capabilities.disk_driver,
         });

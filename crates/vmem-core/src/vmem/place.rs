@@ -199,8 +199,8 @@ impl VirtualMemory {
         let object = self.check(handle)?;
         self.shared.check_tier(tier)?;
         match tier.position() {
-            // Nothing leaves the last tier, and what the catalog leads to stays on disk.
-            Position::Below(level) if !self.shared.evicts_from(level) || object.was_named() => {
+            // Nothing leaves the last tier, nor the one that the catalog leads to.
+            Position::Below(level) if !self.shared.evicts_from(level) || object.stays_in(level) => {
                 return Ok(PinGuard::of_nothing(handle));
             }
             Position::Host => self.shared.check_fits_host(object.len)?,

@@ -58,13 +58,23 @@ pub struct Backends {
     /// The tier below it.
     pub disk: Arc<dyn Durable>,
     /// The tier below the disk, `MemoryTier::Remote`, if there is one.
-    pub remote: Option<Arc<dyn Tier>>,
+    pub remote: Option<Remote>,
     /// Where names are stored; without one there are no named objects.
     pub catalog: Option<Arc<dyn Catalog>>,
     /// The tiers above it, in the order of their numbers: `MemoryTier::Vram` is the first.
     pub devices: Vec<Arc<dyn DeviceBackend>>,
     /// What was found when they were opened.
     pub capabilities: Capabilities,
+}
+
+/// The tier below the disk, and what it is for.
+#[derive(Clone, Debug)]
+pub enum Remote {
+    /// It takes what has no name and finds no space on disk. Names lead to the disk.
+    Unnamed(Arc<dyn Tier>),
+    /// Names lead there: an object is durable once it is in this tier, and the disk has copies. The
+    /// catalog is of the same place.
+    Named(Arc<dyn Durable>),
 }
 
 /// Copies that timers make at once.
@@ -143,8 +153,9 @@ pub(crate) struct Shared {
     pub(crate) windows: Arc<Windows>,
     /// The tiers below host memory, the disk first.
     storage: SmallVec<[Storage; 2]>,
-    /// The first of them, which keeps names.
-    disk: Arc<dyn Durable>,
+    /// Which of them names lead to.
+    durable_level: usize,
+    durable: Arc<dyn Durable>,
     /// Called with named objects that no handle leads to any more.
     closed_hook: OnceLock<ClosedHook>,
     requests: Requests,
@@ -219,7 +230,18 @@ impl Shared {
         let devices = (0..).zip(devices).map(device).collect();
         let clock = disk.clock();
         let first: Arc<dyn Tier> = disk.clone();
-        let below: SmallVec<[_; 2]> = [first].into_iter().chain(remote).collect();
+        let mut below: SmallVec<[_; 2]> = SmallVec::from_iter([first]);
+        let mut durable = disk;
+        let mut durable_level = 0;
+        match remote {
+            None => {}
+            Some(Remote::Unnamed(remote)) => below.push(remote),
+            Some(Remote::Named(remote)) => {
+                below.push(remote.clone());
+                durable = remote;
+                durable_level = 1;
+            }
+        }
         let last = below.len() - 1;
         let storage = |(level, backend): (usize, Arc<dyn Tier>)| {
             let order = order(backend.usage().capacity_bytes);
@@ -242,7 +264,8 @@ impl Shared {
             windows: Windows::new(limits.stream_capacity),
             closed_hook: OnceLock::new(),
             storage,
-            disk,
+            durable_level,
+            durable,
             requests,
             runtime,
             wake,

@@ -48,9 +48,14 @@ impl Shared {
         &self.storage
     }
 
-    /// The tier below host memory that keeps names.
-    pub(crate) fn disk(&self) -> &Arc<dyn Durable> {
-        &self.disk
+    /// The tier below host memory that names lead to.
+    pub(crate) fn durable(&self) -> &Arc<dyn Durable> {
+        &self.durable
+    }
+
+    /// Which of them that is.
+    pub(crate) fn durable_level(&self) -> usize {
+        self.durable_level
     }
 
     /// Whether objects leave this one of the tiers below host memory, for the next.
