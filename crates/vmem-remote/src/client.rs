@@ -1,8 +1,11 @@
 //! Requests to the object store: bounded in number and time, and tried again.
 //!
 //! Invariant: each request ends within the total timeout once it has its turn, for which it
-//! waits no longer than that; and no error of the object store leaves
-//! this module but as a [`RequestError`]. Called by the tasks of the tier.
+//! waits no longer than that, but for a listing, which goes on while entries arrive; and no error
+//! of the object store leaves this module but as a [`RequestError`]. Called by the tasks of the
+//! tier and of the catalog.
+
+mod small;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -83,7 +86,7 @@ impl Client {
         &self,
         path: &Path,
         pieces: &[Bytes],
-        stalled: impl Fn() + Sync,
+        stalled: impl Fn(&RequestError) + Sync,
     ) -> Result<(), RequestError> {
         let len: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
         if len > self.options.part_bytes {
@@ -137,7 +140,7 @@ impl Client {
             let late = move |_| Err(RequestError::TimedOut { waited: limit });
             async move { timeout(limit, get).await.unwrap_or_else(late) }.boxed()
         };
-        self.request(one, || ()).await
+        self.request(one, |_| ()).await
     }
 
     async fn get_once(
@@ -182,7 +185,7 @@ impl Client {
             });
             within(limit, first).boxed()
         };
-        self.request(delete, || ()).await
+        self.request(delete, |_| ()).await
     }
 
     /// All objects below a path.
@@ -191,7 +194,7 @@ impl Client {
             let found = self.store.list(Some(below)).map_ok(|meta| meta.location);
             within(limit, found.try_collect()).boxed()
         };
-        self.request(list, || ()).await
+        self.request(list, |_| ()).await
     }
 
     /// Makes a request until it succeeds, its failure is final, or its time is up. `one` makes a
@@ -199,7 +202,7 @@ impl Client {
     async fn request<'a, T>(
         &'a self,
         one: impl Fn(Duration) -> BoxFuture<'a, Result<T, RequestError>> + Sync,
-        stalled: impl Fn() + Sync,
+        stalled: impl Fn(&RequestError) + Sync,
     ) -> Result<T, RequestError> {
         let total = self.options.total_timeout;
         let mut began = None;
@@ -227,8 +230,9 @@ impl Client {
             } else {
                 pass.succeeded();
             }
-            self.counts.failed.fetch_add(1, Ordering::Relaxed);
-            stalled();
+            let is_failure = error != RequestError::Exists;
+            self.counts.failed.fetch_add(is_failure.into(), Ordering::Relaxed);
+            stalled(&error);
             tries += 1;
             let pause = backoff.mul_f64(1.0 - self.jitter.lock().random_range(0.0..0.5));
             // The same wrong bytes twice are damage in the bucket, and not on the way.

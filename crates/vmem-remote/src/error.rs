@@ -9,6 +9,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use vmem_core::VirtualMemoryError;
 use vmem_core::backend::TierError;
 
 /// Why a request to the object store failed: the source of the [`io::Error`] in
@@ -22,6 +23,9 @@ pub enum RequestError {
         /// What the store calls it.
         code: Option<String>,
     },
+    /// There is an object already where one was to be created.
+    #[error("the object exists already")]
+    Exists,
     /// The credentials are wrong, have expired, or do not allow the request.
     #[error("the object store refused the credentials{}", shown(.code))]
     Denied {
@@ -57,6 +61,14 @@ pub enum RequestError {
         /// What arrived, in bytes; where it was too much, up to there.
         actual_bytes: u64,
     },
+    /// An object is longer than any that was put there.
+    #[error("an object has {bytes} bytes, at most {bytes_max} were put")]
+    TooLong {
+        /// Its length, in bytes.
+        bytes: u64,
+        /// The most that it can have, in bytes.
+        bytes_max: u64,
+    },
     /// The bytes are not those that were put.
     #[error("a body differs from what was put: {actual:#010x} instead of {expected:#010x}")]
     Altered {
@@ -79,7 +91,7 @@ pub enum RequestError {
     Abandoned,
 }
 
-/// Why a remote tier was not opened.
+/// Why a remote tier, or a catalog in a bucket, was not opened.
 #[non_exhaustive]
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum OpenError {
@@ -91,13 +103,17 @@ pub enum OpenError {
         /// What it may be.
         expected: &'static str,
     },
-    /// The tier must be opened inside of a tokio runtime with a timer.
-    #[error("a remote tier needs a tokio runtime with a timer")]
+    /// It must be opened inside of a tokio runtime with a timer.
+    #[error("an object store needs a tokio runtime with a timer")]
     UnsuitableRuntime,
+    /// The object store replaces an object when it is asked to create it: two writers of one name
+    /// would both win.
+    #[error("the object store does not do conditional creates")]
+    NoConditionalCreate,
     /// The object store did not serve a small object under the prefix.
     #[error("the object store cannot be used: {request}: {source}")]
     Unavailable {
-        /// The request that failed: `put`, `get` or `delete`.
+        /// The request that failed: `put`, `create`, `get` or `delete`.
         request: &'static str,
         /// The cause.
         source: RequestError,
@@ -115,6 +131,7 @@ impl RequestError {
         let code = store_code(error);
         match error {
             E::NotFound { .. } => Self::NotFound { code },
+            E::AlreadyExists { .. } | E::Precondition { .. } => Self::Exists,
             E::PermissionDenied { .. } | E::Unauthenticated { .. } => Self::Denied { code },
             E::NotSupported { .. }
             | E::NotImplemented { .. }
@@ -132,8 +149,10 @@ impl RequestError {
             | Self::Length { .. }
             | Self::Altered { .. } => true,
             Self::NotFound { .. }
+            | Self::Exists
             | Self::Denied { .. }
             | Self::Unsupported { .. }
+            | Self::TooLong { .. }
             | Self::CircuitOpen { .. }
             | Self::Abandoned => false,
         }
@@ -149,22 +168,48 @@ impl RequestError {
         matches!(self, Self::CircuitOpen { .. } | Self::Abandoned)
     }
 
+    /// Whether a try that ended so may have done what was asked nevertheless.
+    pub(crate) fn is_ambiguous(&self) -> bool {
+        self.is_transient() || *self == Self::Abandoned
+    }
+
+    /// Whether there is a bucket, but no such object in it.
+    pub(crate) fn is_missing_object(&self) -> bool {
+        let of_bucket = ["NoSuchBucket", "ContainerNotFound"];
+        let is_of_bucket = |code: &str| of_bucket.contains(&code);
+        matches!(self, Self::NotFound { code } if !code.as_deref().is_some_and(is_of_bucket))
+    }
+
     /// The error of a call of the tier.
     pub(crate) fn of_tier(self, operation: &'static str) -> TierError {
         if let Self::Altered { expected, actual, chunk } = self {
             return TierError::Corrupt { chunk, expected, actual };
         }
-        let kind = match &self {
-            Self::NotFound { .. } => io::ErrorKind::NotFound,
-            Self::Denied { .. } => io::ErrorKind::PermissionDenied,
-            Self::Unsupported { .. } => io::ErrorKind::Unsupported,
-            Self::TimedOut { .. } => io::ErrorKind::TimedOut,
-            Self::Failed { kind, .. } => *kind,
-            Self::Length { .. } => io::ErrorKind::UnexpectedEof,
-            Self::CircuitOpen { .. } => io::ErrorKind::NotConnected,
-            Self::Altered { .. } | Self::Abandoned => io::ErrorKind::Other,
+        TierError::Io { operation, source: Arc::new(self.into()) }
+    }
+
+    /// The error of a call of the catalog.
+    pub(crate) fn of_catalog(self, operation: &'static str) -> VirtualMemoryError {
+        VirtualMemoryError::io(operation, self.into())
+    }
+}
+
+impl From<RequestError> for io::Error {
+    fn from(error: RequestError) -> Self {
+        use RequestError as E;
+        let kind = match &error {
+            E::NotFound { .. } => io::ErrorKind::NotFound,
+            E::Exists => io::ErrorKind::AlreadyExists,
+            E::Denied { .. } => io::ErrorKind::PermissionDenied,
+            E::Unsupported { .. } => io::ErrorKind::Unsupported,
+            E::TimedOut { .. } => io::ErrorKind::TimedOut,
+            E::Failed { kind, .. } => *kind,
+            E::Length { .. } => io::ErrorKind::UnexpectedEof,
+            E::TooLong { .. } => io::ErrorKind::InvalidData,
+            E::CircuitOpen { .. } => io::ErrorKind::NotConnected,
+            E::Altered { .. } | E::Abandoned => io::ErrorKind::Other,
         };
-        TierError::Io { operation, source: Arc::new(io::Error::new(kind, self)) }
+        io::Error::new(kind, error)
     }
 }
 

@@ -26,18 +26,23 @@
 //! # }
 //! ```
 //!
-//! Not done: names and durability in the bucket. The tier holds objects without names, for as long
-//! as their store is open; `close` deletes them. What a process leaves behind that was killed stays
-//! in the bucket, below `<prefix>/<number of the instance>/`.
+//! [`BucketCatalog`] keeps names in the object store itself, and several instances may share them:
+//! each change of a name has one winner.
+//!
+//! Not done: a store over names in the bucket. The tier is no [`Places`] yet: it holds objects
+//! without names, for as long as their store is open, and `close` deletes them. What a process
+//! leaves behind that was killed stays in the bucket, below `<prefix>/<number of the instance>/`.
 //!
 //! # Layout
 //!
 //! In the order in which data flows. `tier`: the trait, and `open`, which tries the bucket first;
 //! `buffers`, `gather` and `write`: calls become segments; `plan` and `read`: chunks become
-//! requests; `ledger`: what is where; `tidy`: deletion and compaction; `client` and `circuit`:
-//! requests, bounded and tried again; `error`: what of their failures may be shown.
+//! requests; `ledger`: what is where; `tidy`: deletion and compaction; `catalog`: names, apart from
+//! all of these; `client` and `circuit`: requests, bounded and tried again; `error`: what of their
+//! failures may be shown.
 
 mod buffers;
+mod catalog;
 mod circuit;
 mod client;
 mod error;
@@ -53,8 +58,10 @@ mod tidy;
 mod tier;
 mod write;
 
+pub use catalog::{BucketCatalog, Place, Places};
 pub use error::{OpenError, RequestError};
 pub use object_store;
 pub use options::RemoteOptions;
 pub use stats::RemoteStats;
 pub use tier::RemoteTier;
+pub use uuid::Uuid;

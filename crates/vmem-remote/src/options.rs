@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use object_store::path::Path;
+
 use crate::error::OpenError;
 
 /// The capacity of a tier without one, in bytes: 1 EiB.
@@ -62,6 +64,11 @@ pub struct RemoteOptions {
     /// A segment of which less than this fraction is still in use is copied into a new one, and
     /// deleted. From 0, which is never, to below 1. Default: 0.5.
     pub compact_below: f64,
+    /// How long a generation of a name stays in the bucket after another has superseded it. A
+    /// [`BucketCatalog`](crate::BucketCatalog) needs at least four times
+    /// [`total_timeout`](Self::total_timeout), and all that share a bucket the same; a tier uses
+    /// it not at all. Default: 15 minutes.
+    pub grace: Duration,
 }
 
 impl Default for RemoteOptions {
@@ -83,6 +90,7 @@ impl Default for RemoteOptions {
             circuit_failures: 8,
             circuit_pause: Duration::from_secs(2),
             compact_below: 0.5,
+            grace: Duration::from_secs(15 * 60),
         }
     }
 }
@@ -96,6 +104,13 @@ impl RemoteOptions {
     /// What must be queued for another segment to be sent beside one in flight, in bytes.
     pub(crate) fn gather_bytes(&self) -> u64 {
         (self.segment_bytes / self.puts as u64).max(1)
+    }
+
+    /// The prefix as a path.
+    pub(crate) fn prefix(&self) -> Result<Path, OpenError> {
+        let expected = "a path without empty parts, `.` and `..`";
+        let refused = |_| OpenError::InvalidOption { field: "prefix", expected };
+        Path::parse(&self.prefix).map_err(refused)
     }
 
     /// The first field that cannot work.
@@ -120,6 +135,7 @@ impl RemoteOptions {
             ("circuit_failures", self.circuit_failures > 0, "at least 1"),
             ("circuit_pause", !self.circuit_pause.is_zero(), "more than nothing"),
             ("compact_below", (0.0..1.0).contains(&self.compact_below), "from 0 to below 1"),
+            ("grace", !self.grace.is_zero(), "more than nothing"),
         ];
         match rules.into_iter().find(|(_, holds, _)| !holds) {
             Some((field, _, expected)) => Err(OpenError::InvalidOption { field, expected }),

@@ -118,7 +118,7 @@ async fn compact(inner: &Inner, compaction: Compaction) -> Result<(), RequestErr
     }
     let copied = Bytes::from(buf.into_inner().unwrap_or_default());
     let segment = inner.ledger.lock().begin_segment();
-    let put = inner.client.put(&inner.path(segment), &[copied], || ()).await;
+    let put = inner.client.put(&inner.path(segment), &[copied], |_| ()).await;
     let mut ledger = inner.ledger.lock();
     match &put {
         Ok(()) => ledger.switch(segment, &copies(segment, &compaction), &compaction),

@@ -11,7 +11,6 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared, ready};
 use object_store::ObjectStore;
-use object_store::path::Path;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
@@ -80,9 +79,7 @@ impl RemoteTier {
     ) -> Result<Arc<Self>, OpenError> {
         options.check()?;
         check_runtime().map_err(|_| OpenError::UnsuitableRuntime)?;
-        let expected = "a path without empty parts, `.` and `..`";
-        let prefix = Path::parse(&options.prefix)
-            .map_err(|_| OpenError::InvalidOption { field: "prefix", expected })?;
+        let prefix = options.prefix()?;
         let id = Uuid::new_v4();
         let root = prefix.join(id.as_hyphenated().to_string());
         let capacity = options.capacity_bytes();

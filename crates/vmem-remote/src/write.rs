@@ -58,7 +58,7 @@ async fn put_pieces(
     }
     let segment = inner.ledger.lock().begin_segment();
     let is_untried = AtomicBool::new(true);
-    let stalled = || {
+    let stalled = |_: &RequestError| {
         is_untried.store(false, Ordering::Relaxed);
         slot.stalled();
     };

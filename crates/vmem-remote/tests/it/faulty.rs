@@ -11,7 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use futures::{FutureExt, StreamExt, TryFutureExt, stream};
+use futures::{FutureExt, StreamExt, TryFutureExt, TryStreamExt, stream};
 use object_store::path::Path;
 use object_store::{
     CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload,
@@ -28,6 +28,8 @@ pub(crate) enum Op {
     Complete,
     Get,
     Delete,
+    /// Of what is below a path; a test that lists all is not counted.
+    List,
 }
 
 /// What goes wrong.
@@ -51,6 +53,8 @@ pub(crate) enum Fault {
     Shifted,
     /// The credentials are refused.
     Denied,
+    /// A listing shows what the test had the store [remember](Faulty::remember).
+    Stale,
 }
 
 type Choose = Box<dyn FnMut(Op) -> Option<Fault> + Send>;
@@ -60,6 +64,7 @@ struct State {
     /// Each request that came, with the range if it was a get.
     seen: Mutex<Vec<(Op, Option<Range<u64>>)>>,
     hit: Mutex<usize>,
+    past: Mutex<Vec<ObjectMeta>>,
 }
 
 /// A store over another.
@@ -71,7 +76,8 @@ pub(crate) struct Faulty {
 impl Faulty {
     pub(crate) fn new(inner: Arc<dyn ObjectStore>) -> Arc<Self> {
         let choose: Mutex<Choose> = Mutex::new(Box::new(|_| None));
-        let state = State { choose, seen: Mutex::default(), hit: Mutex::default() };
+        let state =
+            State { choose, seen: Mutex::default(), hit: Mutex::default(), past: Mutex::default() };
         Arc::new(Faulty { inner, state: Arc::new(state) })
     }
 
@@ -82,6 +88,12 @@ impl Faulty {
 
     pub(crate) fn heal(&self) {
         self.fail(|_| None);
+    }
+
+    /// Takes what is in the store now as the past that stale listings show.
+    pub(crate) async fn remember(&self) {
+        let all = self.inner.list(None).try_collect().await;
+        *self.state.past.lock() = all.unwrap();
     }
 
     /// The requests since the last call.
@@ -193,7 +205,24 @@ impl ObjectStore for Faulty {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix)
+        let all = self.inner.list(prefix);
+        let Some(below) = prefix else { return all };
+        let fault = self.state.choose(Op::List, None);
+        let past = self.state.past.lock().clone();
+        let past = past.into_iter().filter({
+            let below = below.clone();
+            move |meta| meta.location.prefix_matches(&below)
+        });
+        let listed = async move {
+            before(fault).await?;
+            Ok::<_, Error>(match fault {
+                Some(Fault::Stale) => stream::iter(past.map(Ok).collect::<Vec<_>>()).boxed(),
+                Some(Fault::Lost) => all.chain(stream::iter([Err(broken())])).boxed(),
+                Some(Fault::Stuck) => all.take(1).chain(stream::pending()).boxed(),
+                _ => all,
+            })
+        };
+        listed.try_flatten_stream().boxed()
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {

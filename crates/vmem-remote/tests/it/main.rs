@@ -1,9 +1,11 @@
-//! The remote tier over object stores in memory, in a directory, and such that misbehave.
+//! The remote tier, and the catalog of names, over object stores in memory, in a directory, and such
+//! that misbehave.
 //!
-//! Invariant: what a test reads is compared with what it wrote, and at the end of each test the
-//! bucket is empty.
+//! Invariant: what a test reads is compared with what it wrote, and at the end of each test of the
+//! tier the bucket is empty.
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
+mod catalog;
 mod compaction;
 mod ending;
 mod faults;
