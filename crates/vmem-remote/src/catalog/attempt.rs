@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::Inner;
 use super::body::Token;
-use super::generations::Generation;
+use super::generations::{Generation, Known};
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -20,26 +20,29 @@ pub(super) struct Attempt {
     name: Arc<str>,
     /// What it makes.
     pub(super) generation: Generation,
-    pub(super) began: Instant,
+    began: Instant,
+    /// When the generation before it was confirmed.
+    pub(super) confirmed: Instant,
     is_settled: bool,
 }
 
 impl Attempt {
-    /// At the generation behind this one.
+    /// At the generation behind the newest that is known.
     pub(super) fn begin(
         inner: &Arc<Inner>,
         name: &Arc<str>,
-        newest: Generation,
+        known: &Known,
         object: Option<(u64, u64)>,
     ) -> Self {
         let token: Token = Uuid::new_v4().into_bytes();
-        let generation = Generation { number: newest.number + 1, token, object };
+        let generation = Generation { number: known.newest.number + 1, token, object };
         inner.generations.lock().begin(name, generation.number, token);
         Attempt {
             inner: inner.clone(),
             name: name.clone(),
             generation,
             began: Instant::now(),
+            confirmed: known.confirmed,
             is_settled: false,
         }
     }

@@ -32,6 +32,7 @@ const ROUNDS_MAX: usize = 4;
 ///
 /// Those of `Catalog::commit`.
 pub(super) async fn commit(inner: Arc<Inner>, changes: Changes) -> Result<()> {
+    inner.saw_id(changes.last_id());
     let bases = bases(&inner, &changes).await?;
     let before = bases.iter().map(|(name, (_, state))| (name.clone(), state.clone())).collect();
     let mut objects = Vec::new();
@@ -48,7 +49,6 @@ pub(super) async fn commit(inner: Arc<Inner>, changes: Changes) -> Result<()> {
     let mut attempts = put_all(&inner, objects).await?;
     attempts.extend(put_all(&inner, tombstones).await?);
     attempts.into_iter().for_each(Attempt::acknowledge);
-    inner.saw_id(changes.last_id());
     Ok(())
 }
 
@@ -165,22 +165,22 @@ async fn put(
         if object.is_none() && known.newest.object.is_none() {
             return Ok(None);
         }
-        if let Some(attempt) = put_over(inner, &name, object.as_ref(), known.newest).await? {
+        if let Some(attempt) = put_over(inner, &name, object.as_ref(), &known).await? {
             return Ok(Some(attempt));
         }
     }
     Err(contended("commit", "others change the name all the time").into())
 }
 
-/// Creates the generation behind this one; none if there is another there, which is known then.
+/// Creates the next generation of a name; none if there is another there, which is known then.
 async fn put_over(
     inner: &Arc<Inner>,
     name: &Arc<str>,
     object: Option<&Object>,
-    newest: Generation,
+    known: &Known,
 ) -> std::result::Result<Option<Attempt>, Failure> {
     let version = object.map(|object| (object.record.id, object.record.version));
-    let attempt = Attempt::begin(inner, name, newest, version);
+    let attempt = Attempt::begin(inner, name, known, version);
     let Generation { number, token, .. } = attempt.generation;
     let body = encode(name, number, token, object);
     if body.len() as u64 > BODY_LEN_MAX {
@@ -199,7 +199,7 @@ async fn put_over(
     };
     match created {
         Ok(()) => Ok(Some(attempt)),
-        Err(RequestError::Exists) => settle(inner, name, attempt).await,
+        Err(RequestError::Exists) => settle(inner, name, attempt, is_ambiguous.into_inner()).await,
         Err(error) => {
             let is_unknown = is_ambiguous.into_inner();
             if !is_unknown {
@@ -210,16 +210,21 @@ async fn put_over(
     }
 }
 
-/// Finds out who made the generation that exists: an earlier try of this attempt, or another.
+/// Finds out who made the generation that exists: an earlier try of this attempt, one of which the
+/// outcome is perhaps not known, or another attempt.
 async fn settle(
     inner: &Arc<Inner>,
     name: &Arc<str>,
     attempt: Attempt,
+    is_ambiguous: bool,
 ) -> std::result::Result<Option<Attempt>, Failure> {
     let number = attempt.generation.number;
     let unknown = |error| Failure { error, is_unknown: true };
     let Some(bytes) = inner.read(name, number).await.map_err(unknown)? else {
         // A conflict of two creates that both failed, or a generation that was deleted meanwhile.
+        if is_ambiguous {
+            return Err(unknown(contended("commit", "an earlier try may still arrive")));
+        }
         attempt.refuse();
         inner.confirm(name).await?;
         return Ok(None);
@@ -240,8 +245,9 @@ async fn settle(
     if is_own {
         return Ok(Some(attempt));
     }
-    let began = attempt.began;
+    // It was the newest after the one before it; by now there may be later ones.
+    let confirmed = attempt.confirmed;
     attempt.refuse();
-    inner.generations.lock().confirm(name, there, began);
+    inner.generations.lock().confirm(name, there, confirmed);
     Ok(None)
 }

@@ -1,9 +1,9 @@
 //! Finding the newest generation of a name.
 //!
-//! Invariant: a listing alone is never believed. The generation behind the newest that is listed, or
-//! known, is asked for until there is none: a listing that shows the past hides nothing, as long as
-//! it is not older than half the grace after which generations are deleted. Called by the catalog, by
-//! commits and by listings.
+//! Invariant: a listing alone is never believed. The generation behind the newest that is listed,
+//! or known, is asked for until there is none: a listing that shows the past hides nothing, as long
+//! as it is not older than half the grace after which generations are deleted. Called by the
+//! catalog, by commits and by listings.
 
 use std::io;
 use std::sync::Arc;

@@ -24,7 +24,7 @@
 //! older than half the grace, and the generations behind it are asked for one by one; a look-up
 //! that itself takes longer than half the grace begins again.
 //!
-//! # What a commit may not be told
+//! # What is not known of a commit
 //!
 //! A put whose answers were all lost leaves its name *unknown*, and so does one that was made for a
 //! commit that failed at another name. The next call that uses the name looks it up first. What

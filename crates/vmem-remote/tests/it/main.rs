@@ -1,5 +1,5 @@
-//! The remote tier, and the catalog of names, over object stores in memory, in a directory, and such
-//! that misbehave.
+//! The remote tier, and the catalog of names, over object stores in memory, in a directory, and
+//! such that misbehave.
 //!
 //! Invariant: what a test reads is compared with what it wrote, and at the end of each test of the
 //! tier the bucket is empty.
