@@ -260,6 +260,38 @@ mod tests {
     }
 
     #[test]
+    fn missing_bucket_is_no_missing_object() {
+        let missing = |text: &str| {
+            let error = object_store::Error::NotFound { path: "a".into(), source: text.into() };
+            RequestError::of(&error).is_missing_object()
+        };
+        assert!(missing("no body") && missing("<Code>NoSuchKey</Code>"));
+        assert!(missing("<Code>BlobNotFound</Code>"));
+        assert!(!missing("<Error><Code>NoSuchBucket</Code></Error>"));
+        assert!(!missing("<Code>ContainerNotFound</Code>"));
+        assert!(!RequestError::Exists.is_missing_object());
+    }
+
+    #[test]
+    fn refused_creates_say_that_the_object_exists() {
+        let path = || "a?sig=SECRET".to_owned();
+        let errors = [
+            object_store::Error::AlreadyExists { path: path(), source: "x".into() },
+            object_store::Error::Precondition { path: path(), source: "x".into() },
+        ];
+        for error in &errors {
+            let error = RequestError::of(error);
+            assert_eq!(error, RequestError::Exists);
+            assert!(!error.is_of_store() && !error.is_transient() && !error.is_ambiguous());
+            let VirtualMemoryError::Io { source, .. } = error.of_catalog("commit") else {
+                panic!("an error of another kind")
+            };
+            assert_eq!(source.kind(), io::ErrorKind::AlreadyExists);
+            assert!(!format!("{source:?}").contains("SECRET"));
+        }
+    }
+
+    #[test]
     fn kind_of_the_system_passes() {
         let source = io::Error::from(io::ErrorKind::ConnectionRefused);
         let error = object_store::Error::Generic { store: "S3", source: Box::new(source) };

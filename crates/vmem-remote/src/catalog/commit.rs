@@ -210,8 +210,8 @@ async fn put_over(
     }
 }
 
-/// Finds out who made the generation that exists: an earlier try of this attempt, one of which the
-/// outcome is perhaps not known, or another attempt.
+/// Finds out which attempt made the generation that exists: this one, by an earlier try whose
+/// outcome was lost, or another.
 async fn settle(
     inner: &Arc<Inner>,
     name: &Arc<str>,

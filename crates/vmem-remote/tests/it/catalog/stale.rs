@@ -27,6 +27,37 @@ async fn stale_listing_hides_no_generation() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn listing_that_breaks_off_is_made_again() {
+    for fault in [Fault::Refused, Fault::Lost, Fault::Silent, Fault::Stuck] {
+        let world = World::new();
+        let writer = world.open().await;
+        for number in 10..13 {
+            writer.commit(put("n", &object(1, number, 1))).await.unwrap();
+            writer.commit(put("m", &object(2, number + 10, 1))).await.unwrap();
+        }
+        for what in ["find", "names", "collect"] {
+            let mut is_first = true;
+            world
+                .store
+                .fail(move |op| (op == Op::List && std::mem::take(&mut is_first)).then_some(fault));
+            let reader = world.open().await;
+            let hit = world.store.hit();
+            match what {
+                "find" => assert_eq!(version(&reader, "n").await, Some(12), "{fault:?}"),
+                "names" => {
+                    let page = reader.names("".into(), Bound::Unbounded, 9).await.unwrap();
+                    let expected = [(2, 22), (1, 12)].map(|(id, it)| object(id, it, 1).record);
+                    let found: Vec<_> = page.into_iter().map(|(_, record)| record).collect();
+                    assert_eq!(found, expected, "{fault:?}");
+                }
+                _ => assert_eq!(reader.collect().await.unwrap(), 0, "{fault:?}"),
+            }
+            assert_eq!(world.store.hit(), hit + 1, "{what} {fault:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn reader_starts_from_what_it_knows() {
     let world = World::new();
     let writer = world.open().await;
