@@ -95,12 +95,32 @@ pub async fn open_over(
     config: VirtualMemoryConfig,
     remote: Arc<dyn vmem_core::backend::Tier>,
 ) -> Result<VirtualMemory, VirtualMemoryError> {
-    open_all(config, Some(Remote::Unnamed(remote))).await
+    open_all(config, Some((Remote::Unnamed(remote), None))).await
 }
+
+/// The same, with the names of the store in `remote` as well: what has a name is durable once it is
+/// there, whatever its home, and the disk has copies of it. `names` is the catalog of the same
+/// place. The crate `vmem-remote` makes both of an object store. [`VirtualMemory::close`] closes
+/// them.
+///
+/// # Errors
+///
+/// Those of [`open`]; `InvalidConfig` if `disk_path` is a store that has names of its own. Neither
+/// the tier nor the catalog was closed then.
+pub async fn open_over_names(
+    config: VirtualMemoryConfig,
+    remote: Arc<dyn vmem_core::backend::Durable>,
+    names: Arc<dyn vmem_core::backend::Catalog>,
+) -> Result<VirtualMemory, VirtualMemoryError> {
+    open_all(config, Some((Remote::Named(remote), Some(names)))).await
+}
+
+/// What lies below the disk, and the names that lead there.
+type Below = (Remote, Option<Arc<dyn vmem_core::backend::Catalog>>);
 
 async fn open_all(
     config: VirtualMemoryConfig,
-    remote: Option<Remote>,
+    below: Option<Below>,
 ) -> Result<VirtualMemory, VirtualMemoryError> {
     let runtime = vmem_core::backend::current_runtime()?;
     let (reply, answer) = tokio::sync::oneshot::channel();
@@ -108,7 +128,7 @@ async fn open_all(
     // not run on the runtime's blocking threads, since those may all be busy, for any time.
     let opening = move || {
         let _inside = runtime.enter();
-        let _ = reply.send(open_blocking(&config, remote));
+        let _ = reply.send(open_blocking(&config, below));
     };
     let started = std::thread::Builder::new().name("vmem-open".to_owned()).spawn(opening);
     started.map_err(|error| VirtualMemoryError::io("starting a thread", error))?;
@@ -121,7 +141,7 @@ async fn open_all(
 
 fn open_blocking(
     config: &VirtualMemoryConfig,
-    remote: Option<Remote>,
+    below: Option<Below>,
 ) -> Result<VirtualMemory, VirtualMemoryError> {
     vmem_core::backend::check_runtime()?;
     let (devices, no_device) = open_devices(config)?;
@@ -139,17 +159,44 @@ fn open_blocking(
     capabilities.disk_notes = disk.notes;
     capabilities.disk_path = Some(disk.path);
     capabilities.disk_is_tmpfs = disk.tmpfs;
+    let (remote, names) = below.unzip();
+    let catalog = match names.flatten() {
+        None => disk.catalog,
+        Some(names) => {
+            refuse_names(&*disk.catalog)?;
+            names
+        }
+    };
     VirtualMemory::with_backends(
         config,
         Backends {
             remote,
             host_capacity_bytes,
             disk: disk.backend,
-            catalog: Some(disk.catalog),
+            catalog: Some(catalog),
             devices,
             capabilities,
         },
     )
+}
+
+/// The disk of a store whose names are elsewhere has none.
+///
+/// # Errors
+///
+/// `InvalidConfig` if it has; those of its catalog.
+fn refuse_names(catalog: &dyn vmem_core::backend::Catalog) -> Result<(), VirtualMemoryError> {
+    let runtime = tokio::runtime::Handle::current();
+    let first = catalog.names("".into(), std::ops::Bound::Unbounded, 1);
+    let found = runtime.block_on(first)?;
+    runtime.block_on(catalog.close())?;
+    match found.first() {
+        None => Ok(()),
+        Some((name, _)) => {
+            let reason = format!("it is a store that has names of its own, such as {name:?}");
+            Err(VirtualMemoryError::invalid_config("disk_path", reason))
+        }
+    }
 }
 
 fn host_capacity_bytes(config: &VirtualMemoryConfig) -> Result<u64, VirtualMemoryError> {

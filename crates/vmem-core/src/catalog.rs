@@ -37,8 +37,15 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     ///
     /// After an error none is applied, unless the catalog [is poisoned](Self::is_poisoned) or [is
-    /// shut](Self::is_shut) then.
+    /// shut](Self::is_shut) then. `VersionChanged`, `NameExists` and `NameNotFound` say that
+    /// another store has changed a name of these.
     fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()>;
+
+    /// Whether the changes of several callers may be one commit, and fail together. Else each
+    /// caller has a commit of its own, and several are made at once.
+    fn shares_commits(&self) -> bool {
+        true
+    }
 
     /// How many commits were begun: one that is refused before it begins changes nothing.
     fn attempts(&self) -> u64;

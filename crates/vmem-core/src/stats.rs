@@ -55,8 +55,8 @@ pub struct VirtualMemoryStats {
     /// promote. Not counted: the order of eviction (about
     /// 32 bytes for each object in host memory or VRAM), what the allocator rounds up, some 128
     /// bytes for each object in host memory that was never written, and the catalog's cache. A
-    /// name without a handle leaves memory once its object is durable and on disk alone; the last
-    /// 1,024 such names stay.
+    /// name without a handle leaves memory once its object is durable and nowhere but in the tier
+    /// that names lead to, mostly the disk; the last 1,024 such names stay.
     pub metadata_bytes: u64,
     /// Names whose objects are in memory.
     pub names_in_memory: u64,

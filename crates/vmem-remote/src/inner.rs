@@ -13,13 +13,15 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
-use vmem_core::backend::{Extent, ExtentOwner, IoBuf, ReadChunk, TierError};
+use uuid::Uuid;
+use vmem_core::backend::{Extent, ExtentOwner, IoBuf, ReadChunk, Run, StoredChunk, TierError};
 
 use crate::buffers::Buffers;
+use crate::catalog::{Place, Places};
 use crate::client::Client;
 use crate::error::invalid;
 use crate::gather::Gather;
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, Placed};
 
 /// What extents and tasks keep alive.
 pub(crate) struct Inner {
@@ -34,7 +36,10 @@ pub(crate) struct Inner {
     pub(crate) closing: Notify,
     pub(crate) tracker: TaskTracker,
     pub(crate) runtime: Handle,
-    /// Where the instance writes.
+    /// Where all instances write.
+    pub(crate) prefix: Path,
+    /// This one, and where it writes.
+    pub(crate) id: Uuid,
     pub(crate) root: Path,
     pub(crate) me: Weak<Inner>,
 }
@@ -50,7 +55,10 @@ impl Inner {
 
     /// Where a segment is.
     pub(crate) fn path(&self, segment: u64) -> Path {
-        self.root.clone().join(format!("{segment:016x}"))
+        match self.ledger.lock().origin(segment) {
+            Some((id, number)) => segment_path(&root_of(&self.prefix, id), number),
+            None => segment_path(&self.root, segment),
+        }
     }
 
     pub(crate) fn me(&self) -> Arc<Inner> {
@@ -95,6 +103,37 @@ impl ExtentOwner for Inner {
             self.tidy();
         }
     }
+}
+
+impl Places for Inner {
+    fn place(&self, chunk: &StoredChunk) -> Option<Place> {
+        let [run] = &chunk.runs[..] else { return None };
+        let mut ledger = self.ledger.lock();
+        let placed = ledger.name(run.offset)?;
+        let Placed { segment, at, len, sum } = placed;
+        let (instance, segment) = ledger.origin(segment).unwrap_or((self.id, segment));
+        Some(Place { instance, segment, at, len, sum })
+    }
+
+    fn enter(&self, place: Place) -> StoredChunk {
+        let Place { instance, segment, at, len, sum } = place;
+        let mut ledger = self.ledger.lock();
+        let segment = match instance == self.id {
+            true => segment,
+            false => ledger.number((instance, segment)),
+        };
+        let offset = ledger.enter_named(Placed { segment, at, len, sum });
+        StoredChunk { runs: [Run { offset, footprint: len }].into(), sum }
+    }
+}
+
+/// Where an instance writes.
+pub(crate) fn root_of(prefix: &Path, id: Uuid) -> Path {
+    prefix.clone().join(id.as_hyphenated().to_string())
+}
+
+fn segment_path(root: &Path, number: u64) -> Path {
+    root.clone().join(format!("{number:016x}"))
 }
 
 /// Segments that stay in the bucket while this lives.

@@ -5,9 +5,13 @@
 //! nobody reads it; its number is never given again. No I/O happens here. Called by the tier under
 //! one lock.
 
+mod named;
+
 use std::collections::{BTreeSet, HashMap};
 
 use vmem_core::backend::{TierError, TierUsage};
+
+use named::{FOREIGN, Named};
 
 /// Where a chunk is, and what it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +80,7 @@ pub(crate) struct Ledger {
     sparse_garbage: u64,
     compact_below: f64,
     segment_bytes: u64,
+    named: Named,
 }
 
 impl Ledger {
@@ -92,6 +97,7 @@ impl Ledger {
             sparse_garbage: 0,
             compact_below,
             segment_bytes,
+            named: Named::default(),
         }
     }
 
@@ -100,9 +106,9 @@ impl Ledger {
         TierUsage { largest_free_bytes, ..self.usage }
     }
 
-    /// Segments that exist, and their bytes.
+    /// Segments of this instance that are in use, and their bytes.
     pub(crate) fn stored(&self) -> (u64, u64) {
-        (self.segments.len() as u64, self.stored_bytes)
+        ((self.segments.len() - self.named.foreign()) as u64, self.stored_bytes)
     }
 
     /// Takes budget for chunks of these lengths: their offsets, one behind the other.
@@ -130,13 +136,16 @@ impl Ledger {
 
     /// An extent is no more.
     pub(crate) fn release(&mut self, offset: u64, footprint: u32) {
-        let used = self.usage.used_bytes.checked_sub(u64::from(footprint));
-        self.usage.used_bytes = used.expect("no more is released than was reserved");
-        self.usage.extents -= 1;
+        if offset & FOREIGN == 0 {
+            let used = self.usage.used_bytes.checked_sub(u64::from(footprint));
+            self.usage.used_bytes = used.expect("no more is released than was reserved");
+            self.usage.extents -= 1;
+        }
         // An empty chunk has no place, and the offset of the one behind it.
         if footprint > 0
             && let Some(placed) = self.placed.remove(&offset)
         {
+            self.named.forget(&placed);
             self.bury(placed);
         }
     }
@@ -166,9 +175,14 @@ impl Ledger {
             self.sparse_garbage -= garbage;
         }
         if segment.live == 0 && segment.readers == 0 {
-            self.stored_bytes -= segment.bytes;
+            if !self.named.is_foreign(id) {
+                self.stored_bytes -= segment.bytes;
+            }
             self.segments.remove(&id);
-            self.dead.push(id);
+            match self.named.keeps(id) {
+                true => self.named.forget_segment(id),
+                false => self.dead.push(id),
+            }
         }
     }
 
@@ -199,7 +213,7 @@ impl Ledger {
     pub(crate) fn switch(&mut self, id: u64, copied: &[(u64, Placed)], from: &Compaction) {
         self.enter(id, copied);
         for (&(offset, copy), (_, original)) in copied.iter().zip(&from.chunks) {
-            if self.placed.get(&offset) == Some(original) {
+            if self.placed.get(&offset) == Some(original) && !self.named.has(original) {
                 self.placed.insert(offset, copy);
                 self.bury(*original);
             } else {
@@ -293,7 +307,7 @@ impl Ledger {
     /// The compaction of a segment has ended. What is left may be copied later if it `may_repeat`.
     pub(crate) fn end_compaction(&mut self, id: u64, may_repeat: bool) {
         let segment = self.segments.get_mut(&id).expect("what is pinned exists");
-        segment.stays = !may_repeat;
+        segment.stays = !may_repeat || self.named.keeps(id);
         self.unpin(id);
     }
 }

@@ -27,11 +27,36 @@
 //! ```
 //!
 //! [`BucketCatalog`] keeps names in the object store itself, and several instances may share them:
-//! each change of a name has one winner.
+//! each change of a name has one winner. With [`RemoteTier::open_with_names`] and
+//! `vmem::open_over_names` objects that have a name are durable in the bucket:
 //!
-//! Not done: a store over names in the bucket. The tier is no [`Places`] yet: it holds objects
-//! without names, for as long as their store is open, and `close` deletes them. What a process
-//! leaves behind that was killed stays in the bucket, below `<prefix>/<number of the instance>/`.
+//! ```
+//! # use std::sync::Arc;
+//! # use object_store::memory::InMemory;
+//! # use vmem::{MemoryTier, VirtualMemoryConfig};
+//! # use vmem_remote::{RemoteOptions, RemoteTier};
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let config = || VirtualMemoryConfig::builder().host_capacity(16 << 20).disk_capacity(64 << 20);
+//! let bucket = Arc::new(InMemory::new());
+//! let (tier, names) =
+//!     RemoteTier::open_with_names(bucket.clone(), RemoteOptions::default()).await?;
+//! let vmem = vmem::open_over_names(config().build()?, tier, names).await?;
+//! vmem.put_named("weights", b"bytes", MemoryTier::Host).await?;
+//! vmem.close().await?;
+//!
+//! // Another machine, with an empty disk.
+//! let (tier, names) = RemoteTier::open_with_names(bucket, RemoteOptions::default()).await?;
+//! let vmem = vmem::open_over_names(config().build()?, tier, names).await?;
+//! let handle = vmem.open_named("weights").await?;
+//! assert_eq!(&vmem.read(&handle).await?[..], b"bytes");
+//! vmem.close().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Not done: segments to which names led are not collected. What a process leaves behind that was
+//! killed stays in the bucket, below `<prefix>/<number of the instance>/`.
 //!
 //! # Layout
 //!

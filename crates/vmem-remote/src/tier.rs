@@ -4,6 +4,7 @@
 //! call from the call to its end; a future holds the receiving end of the answer and nothing else.
 //! Called by core through [`Tier`].
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -17,14 +18,16 @@ use tokio::sync::{Notify, oneshot};
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 use vmem_core::backend::{
-    CHUNK_BYTES, Extent, IoBuf, ReadChunk, SharedOwner, Tier, TierError, TierUsage, check_runtime,
+    CHUNK_BYTES, Durable, Extent, IoBuf, ReadChunk, SharedOwner, StoredChunk, Tier, TierError,
+    TierUsage, check_runtime,
 };
 
 use crate::buffers::Buffers;
+use crate::catalog::BucketCatalog;
 use crate::client::Client;
 use crate::error::{OpenError, RequestError, invalid};
 use crate::gather::{Call, Gather};
-use crate::inner::Inner;
+use crate::inner::{Inner, root_of};
 use crate::ledger::Ledger;
 use crate::open::probe;
 use crate::options::RemoteOptions;
@@ -81,7 +84,7 @@ impl RemoteTier {
         check_runtime().map_err(|_| OpenError::UnsuitableRuntime)?;
         let prefix = options.prefix()?;
         let id = Uuid::new_v4();
-        let root = prefix.join(id.as_hyphenated().to_string());
+        let root = root_of(&prefix, id);
         let capacity = options.capacity_bytes();
         let described = format!("{capacity} bytes of an object store, below {root}");
         let ledger = Ledger::new(capacity, options.segment_bytes, options.compact_below);
@@ -98,6 +101,8 @@ impl RemoteTier {
             closing: Notify::new(),
             tracker: TaskTracker::new(),
             runtime: Handle::current(),
+            prefix,
+            id,
             root,
             me: me.clone(),
         });
@@ -108,6 +113,27 @@ impl RemoteTier {
             described: described.into(),
             closing: Mutex::new(None),
         }))
+    }
+
+    /// Opens a tier, and the names of the bucket that lead to what is in it: both for a store that
+    /// is [opened over names](https://docs.rs/vmem/latest/vmem/fn.open_over_names.html).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`open`](Self::open), and of [`BucketCatalog::open`].
+    pub async fn open_with_names(
+        store: Arc<dyn ObjectStore>,
+        options: RemoteOptions,
+    ) -> Result<(Arc<Self>, Arc<BucketCatalog>), OpenError> {
+        let tier = Self::open(store.clone(), options.clone()).await?;
+        match BucketCatalog::open(store, options, tier.inner.clone()).await {
+            Ok(catalog) => Ok((tier, catalog)),
+            Err(error) => {
+                // Nothing was put, and the error says more than that of an end.
+                let _ = tier.close().await;
+                Err(error)
+            }
+        }
     }
 
     /// Requests that were made, and what lies in the bucket.
@@ -173,7 +199,8 @@ impl Tier for RemoteTier {
         Arc::clone(&self.described)
     }
 
-    /// Refuses what comes after, waits for what is in flight, and deletes what the tier has put.
+    /// Refuses what comes after, waits for what is in flight, and deletes what the tier has put,
+    /// but for segments to which names lead, or led.
     fn close(&self) -> BoxFuture<'static, Result<(), TierError>> {
         self.inner.closed.store(true, Ordering::Release);
         self.inner.closing.notify_waiters();
@@ -195,11 +222,35 @@ impl Tier for RemoteTier {
     }
 }
 
+impl Durable for RemoteTier {
+    /// A write is answered once it is in the bucket.
+    fn sync(&self) -> BoxFuture<'static, Result<(), TierError>> {
+        ready(Ok(())).boxed()
+    }
+
+    fn adopt(&self, len: u32, chunk: StoredChunk) -> Result<Extent, TierError> {
+        self.inner.check_open()?;
+        let offset = chunk.runs.first().map_or(0, |run| run.offset);
+        let placed = self.inner.ledger.lock().find(offset);
+        if placed.is_none_or(|placed| (placed.len, placed.sum) != (len, chunk.sum)) {
+            return Err(invalid("adopt", "a chunk that is not where its name leads"));
+        }
+        let mut extent = Extent::new(offset, len, len, self.owner.clone());
+        extent.seal(chunk.sum);
+        extent.keep();
+        Ok(extent)
+    }
+}
+
 impl Inner {
-    /// Deletes everything that this instance has put, also what it does not know of.
+    /// Deletes what this instance has put, also what it does not know of, but for segments with
+    /// names.
     async fn delete_all(&self) -> Result<(), TierError> {
         let delete = async {
-            let left = self.client.list(&self.root).await?;
+            let mut left = self.client.list(&self.root).await?;
+            let named = self.ledger.lock().named_segments();
+            let named: HashSet<_> = named.into_iter().map(|segment| self.path(segment)).collect();
+            left.retain(|path| !named.contains(path) || vmem_core::planted!("named-deleted"));
             for paths in left.chunks(1000) {
                 self.client.delete(paths).await?;
             }

@@ -4,6 +4,7 @@
 //! Excluded: bytes of a name that only the disk has once a flush has ended, names that stay on a
 //! disk that others need, and a disk whose loss costs a name.
 
+use std::io;
 use std::sync::Arc;
 
 use vmem::backend::{Backends, Catalog, Remote};
@@ -14,7 +15,7 @@ use vmem_testkit::tape::Image;
 use vmem_testkit::{ClosedNames, Tape, TapeDriver, TapeStorage};
 
 use super::REMOTE;
-use crate::support::{self, DISK, HOST, KIB, MIB, MemDriver, STAGING, bytes};
+use crate::support::{self, DISK, HOST, KIB, MIB, MemDriver, Op, STAGING, bytes};
 
 const LEN: usize = 64 * KIB;
 
@@ -29,6 +30,15 @@ fn open_over(tape: &Arc<Tape>, disk: usize, closed: Option<usize>) -> VirtualMem
     let (catalog, taken) = NameCatalog::over(Arc::new(storage), 512).unwrap();
     let driver = TapeDriver::new(tape, false);
     let remote = DiskTier::with_taken(driver, 64 << 20, &taken, None).unwrap();
+    open_with(remote, catalog, disk, closed)
+}
+
+fn open_with(
+    remote: Arc<DiskTier>,
+    catalog: NameCatalog,
+    disk: usize,
+    closed: Option<usize>,
+) -> VirtualMemory {
     let catalog: Arc<dyn Catalog> = match closed {
         Some(max) => Arc::new(ClosedNames(Arc::new(catalog), max)),
         None => Arc::new(catalog),
@@ -145,6 +155,38 @@ async fn changes_are_durable_once_they_were_flushed() {
     let handle = again.open_named("named").await.unwrap();
     assert!(again.read(&handle).await.unwrap() == bytes(1, 9, len));
     again.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn flushes_that_fail_below_the_disk_succeed_later() {
+    let remote = MemDriver::new();
+    let tier = DiskTier::new(remote.clone(), 4 * LEN as u64);
+    let storage = TapeStorage(Tape::of(Image::default()));
+    let (catalog, _) = NameCatalog::over(Arc::new(storage), 512).unwrap();
+    let vmem = open_with(tier, catalog, 4 * MIB, None);
+    let handle = vmem.put_named("named", bytes(1, 1, LEN), HOST).await.unwrap();
+    for (version, is_on_disk) in [(2, false), (3, true)] {
+        vmem.write(&handle, bytes(1, version, LEN)).await.unwrap();
+        if is_on_disk {
+            vmem.demote(&handle, DISK).await.unwrap();
+        }
+        remote.fail(|op, _| (op == Op::Write).then(|| io::Error::other("gone")));
+        let failed = vmem.flush(&handle).await;
+        assert!(matches!(failed, Err(VirtualMemoryError::Io { .. })), "{failed:?}");
+        assert!(!places(&vmem, &handle)[2]);
+        remote.heal();
+        vmem.flush(&handle).await.unwrap();
+        assert!(places(&vmem, &handle)[2]);
+    }
+    // A tier that is full says so, and nothing is lost.
+    let large = vmem.put(bytes(2, 1, 4 * LEN), HOST).await.unwrap();
+    let full = vmem.adopt(&large, "large").await;
+    let is_full = matches!(full, Err(VirtualMemoryError::TierFull { tier: REMOTE, .. }));
+    assert!(is_full, "{full:?}");
+    assert!(vmem.read(&large).await.unwrap() == bytes(2, 1, 4 * LEN));
+    assert!(vmem.read(&handle).await.unwrap() == bytes(1, 3, LEN));
+    drop((handle, large));
+    vmem.close().await.unwrap();
 }
 
 /// Names of which the disk has a copy are in use: that copy would be lost with them.

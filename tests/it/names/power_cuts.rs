@@ -150,7 +150,7 @@ fn acknowledged_names_survive_any_cut() {
             if images >= wanted {
                 break;
             }
-            let way = Way { is_below: nth % 4 > 1, is_buffered: nth % 2 == 0 };
+            let way = Way { is_below: nth % 2 == 1, is_buffered: nth / 2 % 2 == 0 };
             let run = history(seed.fork_nth("history", nth), way, IMAGES);
             due += runtime.block_on(run);
             images += IMAGES;

@@ -312,8 +312,8 @@ impl Actor {
         flushed.and(unnamed).and(closed).and(device)
     }
 
-    /// Makes the named objects durable. Their bytes come to the disk for that, also from below it,
-    /// which takes space: the evictors go on until then.
+    /// Makes the named objects durable. Their bytes come to the tier that names lead to for that,
+    /// also from below it, which takes space: the evictors go on until then.
     async fn flush_names(&mut self) -> Result<(), VirtualMemoryError> {
         let names = self.names.clone();
         let flush = names::flush_all(&names);

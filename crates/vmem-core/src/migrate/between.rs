@@ -16,7 +16,7 @@ use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
 use crate::memory_tier::MemoryTier;
-use crate::object::{GatePass, Object, Shared};
+use crate::object::{ExtentMap, GatePass, Object, Shared};
 use crate::stats::add;
 use crate::storage::{Extent, TierError};
 use crate::tier::Need;
@@ -61,17 +61,20 @@ impl Demotion {
     }
 
     /// Publishes what was copied; unless the copies of the faster tiers are kept, these leave.
-    fn publish(self, moved: Vec<Moved>, fate: CopyFate) {
+    /// Returns the new map.
+    fn publish(self, moved: Vec<Moved>, fate: CopyFate) -> ExtentMap {
         let Demotion { pass, level, .. } = self;
         let object = pass.object();
-        let left = object.with_extents(&pass, |map, old| {
+        let (left, map) = object.with_extents(&pass, |map, old| {
             for Moved { from, to, .. } in moved {
                 from.set_below(to);
             }
             let levels = if fate == CopyFate::Keep { 0..0 } else { 0..level };
-            levels.map(|level| map.drop_from(object.len, level, old)).filter(|left| *left).count()
+            let left = levels.filter(|&level| map.drop_from(object.len, level, old)).count();
+            (left, map.clone())
         });
         add(&object.shared.counters.evictions, left as u64);
+        map
     }
 }
 
@@ -87,7 +90,9 @@ pub(crate) async fn demote_between(
     cause: MigrationCause,
     deadline: &Deadline,
 ) -> Result<()> {
-    let Err(error) = demote_batch(&mut batch, fate, cause, deadline).await else { return Ok(()) };
+    let Err(error) = demote_batch(&mut batch, fate, cause, deadline).await else {
+        return Ok(());
+    };
     let is_over = batch.len() < 2 || crate::planted!("below-all-or-none");
     if is_over || matches!(error, VirtualMemoryError::Closed) {
         return Err(error);
@@ -96,7 +101,7 @@ pub(crate) async fn demote_between(
     for Demotion { pass, level, .. } in batch {
         let object = pass.object().clone();
         let alone = match Demotion::prepare(pass, level) {
-            Ok(one) => demote_batch(&mut vec![one], fate, cause, deadline).await,
+            Ok(one) => demote_batch(&mut vec![one], fate, cause, deadline).await.map(drop),
             Err((_pass, error)) => Err(object.shared.attempt_error(object.id, error)),
         };
         outcome = outcome.and(alone);
@@ -104,14 +109,15 @@ pub(crate) async fn demote_between(
     outcome
 }
 
-/// Demotes a batch, all or none. After an error the batch still has its passes.
+/// Demotes a batch, all or none, and returns the map of each object. After an error the batch still
+/// has its passes.
 async fn demote_batch(
     batch: &mut Vec<Demotion>,
     fate: CopyFate,
     cause: MigrationCause,
     deadline: &Deadline,
-) -> Result<()> {
-    let Some(first) = batch.first() else { return Ok(()) };
+) -> Result<Vec<ExtentMap>> {
+    let Some(first) = batch.first() else { return Ok(Vec::new()) };
     let shared = first.pass.object().shared.clone();
     let start = |one: &Demotion| {
         let from = one.chunks.first().map_or(0, |(_, from, _)| from.level());
@@ -129,12 +135,13 @@ async fn demote_batch(
         Ok(moved) => {
             let mut of_object: Vec<Vec<_>> = batch.iter().map(|_| Vec::new()).collect();
             moved.into_iter().for_each(|one| of_object[one.object].push(one));
+            let mut maps = Vec::with_capacity(batch.len());
             for ((one, moved), (record, bytes)) in batch.drain(..).zip(of_object).zip(records) {
-                one.publish(moved, fate);
+                maps.push(one.publish(moved, fate));
                 record.end(Ok(bytes));
             }
             shared.space_was_freed();
-            Ok(())
+            Ok(maps)
         }
         Err((failed, error)) => {
             let id = batch.get(failed).map_or(0, |one| one.pass.object().id);
@@ -157,6 +164,25 @@ fn note_damage(pass: &GatePass, chunk: usize, error: &VirtualMemoryError) {
     } else {
         object.set_damage(&object.extents(), error.clone());
     }
+}
+
+/// Copies what the tier `level` lacks of an object there from faster tiers below host memory, which
+/// keep it, and returns its map. A refusal is for the caller to count.
+///
+/// # Errors
+///
+/// Those of [`demote_one`].
+pub(super) async fn settle_below(
+    pass: GatePass,
+    level: usize,
+    deadline: &Deadline,
+) -> Result<ExtentMap> {
+    let object = pass.object().clone();
+    let prepared = Demotion::prepare(pass, level);
+    let one = prepared.map_err(|(_pass, error)| object.shared.attempt_error(object.id, error))?;
+    let mut batch = vec![one];
+    let maps = demote_batch(&mut batch, CopyFate::Keep, MigrationCause::Flush, deadline).await?;
+    Ok(maps.into_iter().next().expect("invariant: one was copied"))
 }
 
 /// Demotes one object from faster tiers below host memory to the tier `level`, or copies it there

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::between::{demote_one, promote_between};
+use super::between::{promote_between, settle_below};
 use super::to_disk::{CopyFate, Leaving, write_batch};
 use super::{Job, write_back_from_device};
 use crate::chunk::chunk_lens;
@@ -43,9 +43,8 @@ pub(crate) async fn settle(
             drop(pass);
             None
         } else if !object.extents().missing_in(level).is_empty() {
-            let demoted = demote_one(pass, level, CopyFate::Keep, MigrationCause::Flush, deadline);
-            demoted.await.map_err(|error| object.shared.refused(error))?;
-            None
+            let settled = settle_below(pass, level, deadline).await;
+            Some(settled.map_err(|error| object.shared.refused(error))?)
         } else {
             let map = object.extents();
             drop(pass);
@@ -55,7 +54,7 @@ pub(crate) async fn settle(
             return Ok(settled);
         }
         if deadline.is_past() {
-            return Err(deadline.error("writing to disk"));
+            return Err(deadline.error("making an object durable"));
         }
         if map.is_some() {
             drop(map);

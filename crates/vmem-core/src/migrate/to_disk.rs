@@ -268,7 +268,7 @@ pub(crate) async fn flush(
 async fn flush_one(object: &Arc<Object>, deadline: &Deadline) -> Result<(), VirtualMemoryError> {
     let pass = object.gate(deadline).await?;
     write_back_from_device(&pass, MigrationCause::Flush, deadline).await?;
-    move_one(pass, object.home_level(), CopyFate::Keep, MigrationCause::Flush, deadline).await
+    move_one(pass, object.flush_level(), CopyFate::Keep, MigrationCause::Flush, deadline).await
 }
 
 /// Writes the chunks of these objects that no tier below host memory has, many in one run; their
@@ -310,7 +310,7 @@ async fn flush_batch(
     let mut alone = Vec::new();
     for object in objects {
         match object.try_gate() {
-            Some(pass) if object.is_dirty() => match Leaving::prepare(pass, object.home_level()) {
+            Some(pass) if object.is_dirty() => match Leaving::prepare(pass, object.flush_level()) {
                 Ok(victim) => batch.push(victim),
                 Err(_) => alone.push(object),
             },

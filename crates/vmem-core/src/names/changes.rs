@@ -111,7 +111,7 @@ async fn bring_in(
     stored: CatalogObject,
 ) -> Result<VMemHandle> {
     let CatalogObject { record, chunks } = stored;
-    // It may come from another store.
+    // Another store may have given it the numbers.
     names.next_id.fetch_max(record.id.max(record.version).saturating_add(1), Ordering::Relaxed);
     let level = names.shared.durable_level();
     let len = usize::try_from(record.len).map_err(|_| VirtualMemoryError::ExceedsCapacity {
@@ -220,7 +220,7 @@ pub(crate) async fn rename(
     let before = find_expected(names, to, expected).await?;
     persist::persist(names, from, moved.object()).await?;
     let change = CatalogChange::Rename { from: from.name().clone(), to: to.name().clone() };
-    commit(names, change).await?;
+    commit(names, from, moved.object(), change).await?;
     moved.object().named().rename(to.name().clone());
     let taken = names.take(from.name());
     assert!(is_none_or_of(taken.as_ref(), Some(&moved)), "what moves had the name");
@@ -260,7 +260,8 @@ pub(crate) async fn rename_to_itself(
 pub(crate) async fn remove(names: &Arc<Names>, turn: &Turn) -> Result<()> {
     let handle = find_or_error(names, turn).await?;
     if handle.object().named().is_durable() {
-        commit(names, CatalogChange::Remove { name: turn.name().clone() }).await?;
+        let change = CatalogChange::Remove { name: turn.name().clone() };
+        commit(names, turn, handle.object(), change).await?;
     }
     let taken = names.take(turn.name());
     assert!(is_none_or_of(taken.as_ref(), Some(&handle)), "what is removed had the name");
@@ -280,15 +281,24 @@ pub(crate) async fn set_metadata(names: &Arc<Names>, turn: &Turn, metadata: Byte
     persist::persist(names, turn, object).await?;
     let Some(record) = object.named().record() else { return Err(object.not_found()) };
     let record = names.new_version(CatalogRecord { metadata, ..record })?;
-    commit(names, CatalogChange::Put { name: turn.name().clone(), record: record.clone() }).await?;
+    let change = CatalogChange::Put { name: turn.name().clone(), record: record.clone() };
+    commit(names, turn, object, change).await?;
     object.named().set_record(record);
     Ok(())
 }
 
-/// Commits a change that leads to no new bytes.
-async fn commit(names: &Names, change: CatalogChange) -> Result<()> {
+/// Commits a change of what has the name of this turn; it leads to no new bytes.
+async fn commit(
+    names: &Names,
+    turn: &Turn,
+    object: &Arc<Object>,
+    change: CatalogChange,
+) -> Result<()> {
     let committed = names.commit(vec![change], false).await;
-    committed.map_err(|NotCommitted { error, .. }| error)
+    committed.map_err(|NotCommitted { error, .. }| {
+        names.yield_name(turn, object, &error);
+        error
+    })
 }
 
 /// Whether what was in the table is the object that was found before, in the same turn. Nothing is
@@ -299,7 +309,7 @@ fn is_none_or_of(in_table: Option<&VMemHandle>, found: Option<&VMemHandle>) -> b
 
 /// Notes that the catalog does not lead to this object any more: its space is freed with its last
 /// handle.
-fn lose_name(names: &Names, object: &Arc<Object>) {
+pub(super) fn lose_name(names: &Names, object: &Arc<Object>) {
     let Some(named) = object.named.get() else { return };
     if let Some(durable) = named.lose() {
         names.retire(durable, object.len, &ExtentMap::Empty);

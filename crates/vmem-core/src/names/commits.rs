@@ -1,4 +1,5 @@
-//! The one task that commits: all that waits at a time, with one sync of the data before it.
+//! The one task that commits: all that waits at a time, with one sync of the data before it, in
+//! one commit where the catalog has it so.
 //!
 //! Invariant: bytes are on stable storage before the catalog leads to them. After a sync that
 //! failed, of the data or of the catalog, nothing more is committed: the kernel takes pages for
@@ -9,6 +10,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use futures::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::catalog::{Catalog, CatalogChange};
@@ -177,6 +179,9 @@ async fn commit_all(
         };
         return vec![Err(NotCommitted::perhaps(error)); batch.len()];
     }
+    if !catalog.shares_commits() && !crate::planted!("commits-shared") {
+        return join_all(batch.chunks(1).map(|one| commit(one, catalog, counts))).await;
+    }
     let together = commit(batch, catalog, counts).await;
     let of_one = |failed: &NotCommitted| {
         matches!(failed.error, VirtualMemoryError::Damaged { .. }) && !failed.perhaps
@@ -200,7 +205,8 @@ async fn commit(batch: &[Commit], catalog: &dyn Catalog, counts: &Counts) -> Out
         Ok(()) => {
             add(&counts.changes, batch.len() as u64);
             add(&counts.commits, 1);
-            counts.unknown.store(false, Ordering::Release);
+            // Another commit may not be known yet, where each is made by itself.
+            counts.unknown.store(catalog.is_shut(), Ordering::Release);
             Ok(())
         }
         Err(error) => {

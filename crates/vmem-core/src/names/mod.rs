@@ -119,7 +119,8 @@ impl Names {
     pub(crate) fn catalog(&self) -> Result<&Arc<dyn Catalog>> {
         self.catalog.as_ref().ok_or_else(|| {
             let reason = "these backends have no catalog of names";
-            VirtualMemoryError::tier_not_available(MemoryTier::Disk, reason)
+            let tier = MemoryTier::of_level(self.shared.durable_level());
+            VirtualMemoryError::tier_not_available(tier, reason)
         })
     }
 
@@ -173,6 +174,19 @@ impl Names {
     /// The right to run one change.
     pub(crate) async fn task(&self) -> Result<OwnedSemaphorePermit> {
         self.tasks.clone().acquire_owned().await.map_err(|_| VirtualMemoryError::Closed)
+    }
+
+    /// A commit of a change of this object's name has failed: if another store has changed what has
+    /// the name, the object is without one from now on, and the next look finds what has it.
+    fn yield_name(&self, turn: &Turn, object: &Arc<Object>, error: &VirtualMemoryError) {
+        use VirtualMemoryError::{NameExists, NameNotFound, VersionChanged};
+        let is_theirs =
+            matches!(error, VersionChanged { .. } | NameExists { .. } | NameNotFound { .. });
+        let has_it = |handle: &VMemHandle| Arc::ptr_eq(handle.object(), object);
+        if is_theirs && self.get(turn.name()).is_some_and(|handle| has_it(&handle)) {
+            drop(self.take(turn.name()));
+            changes::lose_name(self, object);
+        }
     }
 
     /// A version that the catalog named no longer, or one that it names without these chunks.

@@ -30,7 +30,8 @@ pub(crate) async fn persist(names: &Arc<Names>, turn: &Turn, object: &Arc<Object
     let Some((record, before)) = named.state() else { return Ok(()) };
     assert!(named.current().as_ref() == Some(turn.name()), "the turn is that of the name");
     let version = record.version;
-    let (record, map) = store(names, turn, object, record, before).await?;
+    let stored = store(names, turn, object, record, before).await;
+    let (record, map) = stored.inspect_err(|error| names.yield_name(turn, object, error))?;
     assert!(record.version >= version, "version {} follows {version}", record.version);
     let old = named.set_durable(record, map.clone());
     if let Some(old) = old {

@@ -1,9 +1,9 @@
 //! Leaving memory: drops the record of a named object that only the catalog needs.
 //!
 //! Invariant: an object leaves only if the table of names has its last handle, its current version
-//! is the durable one and on disk alone, and nothing else has a share of its extents. Then opening
-//! the name again makes an object of the same bytes, and freeing those extents later takes them
-//! from no reader of this one.
+//! is the durable one and nowhere but in the tier that names lead to, and nothing else has a share
+//! of its extents. Then opening the name again makes an object of the same bytes, and freeing those
+//! extents later takes them from no reader of this one.
 //!
 //! Called by `names/closed.rs`; a gate that opens offers its object.
 

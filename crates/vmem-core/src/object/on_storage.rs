@@ -2,8 +2,8 @@
 //! order, and its holds.
 //!
 //! Invariant: an object is in the order of such a tier once, for as long as the tier has any of it,
-//! if objects leave that tier for a slower one. One that has, or had, a name stays on disk, since
-//! the catalog leads there. Changed by the holder of the gate; holds go without it.
+//! if objects leave that tier for a slower one. One that has, or had, a name stays in the
+//! one that the catalog leads to. Changed by the holder of the gate; holds go without it.
 
 use smallvec::SmallVec;
 
@@ -63,6 +63,11 @@ impl Object {
     /// The tier below host memory that new bytes of it go to.
     pub(crate) fn home_level(&self) -> usize {
         self.level_at_most(self.home.level().unwrap_or(0))
+    }
+
+    /// The tier below host memory that is to have all of it once it was flushed.
+    pub(crate) fn flush_level(&self) -> usize {
+        if self.was_named() { self.shared.durable_level() } else { self.home_level() }
     }
 
     /// Whether this tier below host memory has all of it.

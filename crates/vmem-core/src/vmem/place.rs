@@ -58,7 +58,8 @@ impl VirtualMemory {
     }
 
     /// Demotes the object to `to`. `Ok` at once if it is there already, or in a slower tier.
-    /// Readers keep their bytes. An object with a name goes to disk at most.
+    /// Readers keep their bytes. An object with a name goes no further than the tier that
+    /// names lead to, mostly the disk.
     ///
     /// # Errors
     ///

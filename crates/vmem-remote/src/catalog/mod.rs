@@ -253,6 +253,11 @@ impl Catalog for BucketCatalog {
         }
     }
 
+    /// Each name has a winner of its own.
+    fn shares_commits(&self) -> bool {
+        false
+    }
+
     fn attempts(&self) -> u64 {
         self.inner.attempts.load(Ordering::SeqCst)
     }

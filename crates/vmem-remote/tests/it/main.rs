@@ -10,6 +10,7 @@ mod compaction;
 mod ending;
 mod faults;
 mod faulty;
+mod named;
 mod open;
 mod requests;
 mod suite;
@@ -45,6 +46,19 @@ fn small() -> RemoteOptions {
         part_bytes: 64 << 10,
         get_bytes: 128 << 10,
         backoff: Duration::from_millis(10),
+        ..RemoteOptions::default()
+    }
+}
+
+/// Options for buckets that fail, and segments of 1 MiB.
+fn impatient() -> RemoteOptions {
+    RemoteOptions {
+        request_timeout: Duration::from_secs(2),
+        total_timeout: Duration::from_secs(5),
+        circuit_pause: Duration::from_millis(300),
+        backoff: Duration::from_millis(5),
+        segment_bytes: MIB as u64,
+        tries: 9,
         ..RemoteOptions::default()
     }
 }

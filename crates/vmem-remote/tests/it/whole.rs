@@ -11,10 +11,10 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use tempfile::TempDir;
 use vmem::backend::Tier;
 use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
-use vmem_remote::{RemoteOptions, RemoteTier};
+use vmem_remote::RemoteTier;
 
 use super::faulty::{Fault, Faulty, Op};
-use super::{KIB, MIB, bytes, emptied, seed, stored};
+use super::{KIB, bytes, emptied, impatient, seed, stored};
 
 const HOST: u64 = 8 << 20;
 const DISK: u64 = 8 << 20;
@@ -29,16 +29,7 @@ struct Whole {
 /// Host memory and a disk of 8 MiB each, and this bucket below them.
 async fn open(bucket: Arc<dyn ObjectStore>) -> Whole {
     let directory = tempfile::tempdir().unwrap();
-    let options = RemoteOptions {
-        request_timeout: Duration::from_secs(2),
-        total_timeout: Duration::from_secs(5),
-        circuit_pause: Duration::from_millis(300),
-        backoff: Duration::from_millis(5),
-        segment_bytes: MIB as u64,
-        tries: 9,
-        ..RemoteOptions::default()
-    };
-    let remote = RemoteTier::open(bucket, options).await.unwrap();
+    let remote = RemoteTier::open(bucket, impatient()).await.unwrap();
     let config = VirtualMemoryConfig::builder()
         .host_capacity(HOST)
         .disk_capacity(DISK)

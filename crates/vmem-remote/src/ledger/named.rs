@@ -1,0 +1,115 @@
+//! Chunks that names lead to, whichever instance put them.
+//!
+//! Invariant: once a name was to lead to a chunk its segment stays as it is: it is neither deleted
+//! nor compacted here, since other instances read it where the name says. A chunk has one offset,
+//! however often its name is looked up. Called by the tier, on behalf of the catalog.
+
+use std::collections::{HashMap, HashSet};
+
+use uuid::Uuid;
+
+use super::{Ledger, Placed, Segment};
+
+/// The offsets of chunks that other instances have put begin here. They take nothing of the budget.
+pub(super) const FOREIGN: u64 = 1 << 63;
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub(super) struct Named {
+    /// The chunks by segment and place in it.
+    offsets: HashMap<(u64, u64), u64>,
+    /// The segments of this instance that have such chunks, or had.
+    segments: HashSet<u64>,
+    /// The instance that put a segment, and its number there; of those of others.
+    origins: HashMap<u64, (Uuid, u64)>,
+    /// Their numbers here.
+    numbers: HashMap<(Uuid, u64), u64>,
+    entered_bytes: u64,
+}
+
+impl Named {
+    /// Whether a name leads to what is here.
+    pub(super) fn has(&self, placed: &Placed) -> bool {
+        self.offsets.contains_key(&(placed.segment, placed.at))
+    }
+
+    pub(super) fn forget(&mut self, placed: &Placed) {
+        self.offsets.remove(&(placed.segment, placed.at));
+    }
+
+    /// Whether it is not this instance's to delete.
+    pub(super) fn keeps(&self, segment: u64) -> bool {
+        self.segments.contains(&segment) || self.is_foreign(segment)
+    }
+
+    pub(super) fn is_foreign(&self, segment: u64) -> bool {
+        self.origins.contains_key(&segment)
+    }
+
+    /// How many segments of others there are.
+    pub(super) fn foreign(&self) -> usize {
+        self.origins.len()
+    }
+
+    /// Nothing of the segment is in use any more.
+    pub(super) fn forget_segment(&mut self, segment: u64) {
+        if let Some(origin) = self.origins.remove(&segment) {
+            self.numbers.remove(&origin);
+        }
+    }
+}
+
+impl Ledger {
+    /// A name is to lead to the chunk at this offset. Where it is; None if it was not written.
+    pub(crate) fn name(&mut self, offset: u64) -> Option<Placed> {
+        let placed = self.find(offset)?;
+        self.named.offsets.insert((placed.segment, placed.at), offset);
+        if !self.named.is_foreign(placed.segment) && self.named.segments.insert(placed.segment) {
+            if let Some(segment) = self.segments.get_mut(&placed.segment) {
+                segment.stays = true;
+            }
+            self.classify(placed.segment);
+        }
+        Some(placed)
+    }
+
+    /// The offset of a chunk to which a name leads.
+    pub(crate) fn enter_named(&mut self, placed: Placed) -> u64 {
+        if let Some(&offset) = self.named.offsets.get(&(placed.segment, placed.at)) {
+            return offset;
+        }
+        let len = u64::from(placed.len);
+        let offset = FOREIGN | self.named.entered_bytes;
+        self.named.entered_bytes += len;
+        if let Some(segment) = self.segments.get_mut(&placed.segment) {
+            segment.live += len;
+            segment.bytes = segment.bytes.max(segment.live);
+        }
+        self.placed.insert(offset, placed);
+        self.named.offsets.insert((placed.segment, placed.at), offset);
+        offset
+    }
+
+    /// The number here of a segment that another instance has put.
+    pub(crate) fn number(&mut self, origin: (Uuid, u64)) -> u64 {
+        if let Some(&number) = self.named.numbers.get(&origin) {
+            return number;
+        }
+        let number = self.begin_segment();
+        let segment = Segment { bytes: 0, live: 0, readers: 0, chunks: Vec::new(), stays: true };
+        self.segments.insert(number, segment);
+        self.named.origins.insert(number, origin);
+        self.named.numbers.insert(origin, number);
+        number
+    }
+
+    /// The instance that put a segment, and its number there, if that was another one.
+    pub(crate) fn origin(&self, segment: u64) -> Option<(Uuid, u64)> {
+        self.named.origins.get(&segment).copied()
+    }
+
+    /// The segments of this instance to which names lead, or led.
+    pub(crate) fn named_segments(&self) -> Vec<u64> {
+        self.named.segments.iter().copied().collect()
+    }
+}

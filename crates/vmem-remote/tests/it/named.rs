@@ -1,0 +1,271 @@
+//! Whole stores whose names are in a bucket.
+//!
+//! Excluded: an acknowledged name that a store with an empty disk does not find, whole; a name of
+//! which two stores are both told that their change is durable; and segments that go with the store
+//! that put them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::TryStreamExt;
+use object_store::ObjectStore;
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+use rand::Rng;
+use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
+use vmem_remote::{RemoteOptions, RemoteTier};
+
+use super::faulty::{Fault, Faulty, Op};
+use super::{KIB, MIB, bytes, impatient, seed, stored};
+
+const LEN: usize = 100 * KIB;
+const HOMES: [MemoryTier; 3] = [MemoryTier::Host, MemoryTier::Disk, MemoryTier::Remote];
+
+/// Host memory of 8 MiB, an empty disk of this many, and the names of this bucket.
+async fn open(bucket: Arc<dyn ObjectStore>, disk: u64) -> VirtualMemory {
+    let (tier, names) = RemoteTier::open_with_names(bucket, impatient()).await.unwrap();
+    let config = VirtualMemoryConfig::builder()
+        .host_capacity(8 << 20)
+        .disk_capacity(disk)
+        .io_driver(vmem_testkit::driver_under_test())
+        .gpu(vmem::GpuSelection::Off)
+        .wait_timeout(Duration::from_secs(30))
+        .build()
+        .unwrap();
+    vmem::open_over_names(config, tier, names).await.unwrap()
+}
+
+fn memory() -> Arc<Faulty> {
+    Faulty::new(Arc::new(InMemory::new()))
+}
+
+async fn found(vmem: &VirtualMemory, name: &str) -> Vec<u8> {
+    let handle = vmem.open_named(name).await.unwrap();
+    vmem.read(&handle).await.unwrap().to_vec()
+}
+
+async fn names(vmem: &VirtualMemory) -> Vec<String> {
+    let all: Vec<_> = vmem.names("").try_collect().await.unwrap();
+    all.into_iter().map(|entry| entry.name.to_string()).collect()
+}
+
+/// One store after the other, each with an empty disk.
+async fn one_after_the_other(bucket: Arc<dyn ObjectStore>) {
+    let first = open(bucket.clone(), 8 << 20).await;
+    for (nth, home) in (0..).zip(HOMES) {
+        first.put_named(&format!("{home}"), bytes(nth, LEN), home).await.unwrap();
+    }
+    let unnamed = first.put(bytes(9, LEN), MemoryTier::Remote).await.unwrap();
+    first.set_metadata("host", b"beside it").await.unwrap();
+    // It is killed: nobody closes it before the next one opens.
+    let second = open(bucket.clone(), 8 << 20).await;
+    assert_eq!(names(&second).await, ["disk", "host", "remote"]);
+    for (nth, home) in (0..).zip(HOMES) {
+        assert!(found(&second, &format!("{home}")).await == bytes(nth, LEN));
+    }
+    drop(unnamed);
+    first.close().await.unwrap();
+    let host = second.open_named("host").await.unwrap();
+    let mut changed = bytes(0, LEN).to_vec();
+    changed[70_000..70_010].fill(1);
+    second.write_at(&host, 70_000, &[1; 10]).await.unwrap();
+    second.flush(&host).await.unwrap();
+    second.rename_named("disk", "moved").await.unwrap();
+    second.remove_named("remote").await.unwrap();
+    drop(host);
+    second.close().await.unwrap();
+    let third = open(bucket.clone(), 8 << 20).await;
+    assert_eq!(names(&third).await, ["host", "moved"]);
+    assert!(found(&third, "host").await == changed);
+    assert!(found(&third, "moved").await == bytes(1, LEN));
+    let entries: Vec<_> = third.names("host").try_collect().await.unwrap();
+    assert_eq!(entries[0].metadata, b"beside it"[..]);
+    third.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn names_are_found_by_stores_with_an_empty_disk() {
+    one_after_the_other(memory()).await;
+    let directory = tempfile::tempdir().unwrap();
+    one_after_the_other(Arc::new(LocalFileSystem::new_with_prefix(directory.path()).unwrap()))
+        .await;
+}
+
+/// Whether another store was faster.
+fn is_lost(error: &VirtualMemoryError) -> bool {
+    use VirtualMemoryError::{NameExists, NameNotFound, VersionChanged};
+    matches!(error, VersionChanged { .. } | NameExists { .. } | NameNotFound { .. })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_of_a_name_by_two_stores_have_one_winner() {
+    let bucket = memory();
+    let one = open(bucket.clone(), 8 << 20).await;
+    let other = open(bucket.clone(), 8 << 20).await;
+    one.put_named("shared", bytes(1, LEN), MemoryTier::Host).await.unwrap();
+    one.put_named("own", bytes(2, LEN), MemoryTier::Host).await.unwrap();
+    let mine = one.open_named("shared").await.unwrap();
+    let theirs = other.open_named("shared").await.unwrap();
+    one.write(&mine, bytes(3, LEN)).await.unwrap();
+    other.write(&theirs, bytes(4, LEN)).await.unwrap();
+    one.flush(&mine).await.unwrap();
+    let lost = other.flush(&theirs).await.unwrap_err();
+    assert!(matches!(lost, VirtualMemoryError::VersionChanged { .. }), "{lost:?}");
+    // The loser's handle keeps its bytes, without the name; the name is what the winner made it.
+    assert!(other.read(&theirs).await.unwrap() == bytes(4, LEN));
+    assert!(found(&other, "shared").await == bytes(3, LEN));
+    let again = other.open_named("shared").await.unwrap();
+    other.write(&again, bytes(5, LEN)).await.unwrap();
+    other.flush(&again).await.unwrap();
+    let removed = one.remove_named("shared").await.unwrap_err();
+    assert!(is_lost(&removed), "{removed:?}");
+    assert!(found(&one, "shared").await == bytes(5, LEN));
+    drop((mine, theirs, again));
+    other.close().await.unwrap();
+    one.close().await.unwrap();
+}
+
+/// Names that many change at once: a conflict of one fails no other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn conflicts_of_a_name_fail_no_other_name() {
+    let bucket = memory();
+    let one = open(bucket.clone(), 8 << 20).await;
+    let other = open(bucket.clone(), 8 << 20).await;
+    let create = |vmem: &VirtualMemory, name: String, nth: u64| {
+        let vmem = vmem.clone();
+        async move {
+            let put = vmem.put_named(&name, bytes(nth, 5000), MemoryTier::Host).await;
+            (name, nth, put.map(drop))
+        }
+    };
+    let theirs = (0..20).map(|nth| create(&other, format!("{nth}"), 100 + nth));
+    let mine = (0..40).map(|nth| create(&one, format!("{nth}"), nth));
+    let (theirs, mine) =
+        futures::join!(futures::future::join_all(theirs), futures::future::join_all(mine));
+    let third = open(bucket.clone(), 8 << 20).await;
+    for (name, nth, put) in mine.into_iter().chain(theirs) {
+        match put {
+            Ok(()) => {
+                // The other store may have put it anew after it.
+                let read = found(&third, &name).await;
+                assert!([nth % 100, nth % 100 + 100].iter().any(|&nth| read == bytes(nth, 5000)));
+            }
+            Err(error) => assert!(is_lost(&error) && nth % 100 < 20, "{name}: {error:?}"),
+        }
+    }
+    assert_eq!(names(&third).await.len(), 40);
+    for vmem in [third, other, one] {
+        vmem.close().await.unwrap();
+    }
+}
+
+/// What a store closes leave behind: names, and the segments to which they lead.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn segments_without_names_go_with_their_store() {
+    let bucket = memory();
+    let vmem = open(bucket.clone(), MIB as u64).await;
+    let mut unnamed = Vec::new();
+    for nth in 0..60 {
+        unnamed.push(vmem.put(bytes(nth, LEN), MemoryTier::Remote).await.unwrap());
+    }
+    vmem.put_named("kept", bytes(100, LEN), MemoryTier::Remote).await.unwrap();
+    drop(unnamed);
+    vmem.close().await.unwrap();
+    let left = stored(&*bucket).await;
+    assert!(left.1 < 3 * MIB as u64, "one name, and its segment: {left:?}");
+    let again = open(bucket.clone(), MIB as u64).await;
+    assert!(found(&again, "kept").await == bytes(100, LEN));
+    again.close().await.unwrap();
+}
+
+/// A working set of four times the disk, named, under faults: what was flushed is found, whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn names_survive_faults_of_the_bucket_and_the_loss_of_the_disk() {
+    const COUNT: usize = 40;
+    let seed = seed();
+    let bucket = memory();
+    let vmem = open(bucket.clone(), MIB as u64).await;
+    let mut rng = seed.fork("faults").rng();
+    bucket.fail(move |op| {
+        let fault = [Fault::Refused, Fault::Lost, Fault::Slow(Duration::from_millis(3))];
+        let is_faulty = op != Op::List && rng.random_bool(0.1);
+        is_faulty.then(|| fault[rng.random_range(0..3)])
+    });
+    let mut rng = seed.fork("calls").rng();
+    let mut handles: Vec<Option<VMemHandle>> = vec![None; COUNT];
+    // What may be found of each, the last acknowledged first.
+    let mut may_be: Vec<Vec<Option<u64>>> = vec![vec![None]; COUNT];
+    for turn in 0..300_u64 {
+        let at = rng.random_range(0..COUNT);
+        let name = format!("{at}");
+        let version = 1000 + turn;
+        let outcome = match &handles[at] {
+            None => {
+                let home = HOMES[rng.random_range(0..3)];
+                let put = vmem.put_named(&name, bytes(version, LEN), home).await;
+                put.map(|handle| handles[at] = Some(handle))
+            }
+            Some(handle) => match vmem.write(handle, bytes(version, LEN)).await {
+                Ok(()) => vmem.flush(handle).await,
+                Err(error) => Err(error),
+            },
+        };
+        match outcome {
+            Ok(()) => may_be[at] = vec![Some(version)],
+            Err(_) => may_be[at].push(Some(version)),
+        }
+        let other = rng.random_range(0..COUNT);
+        if let Some(handle) = &handles[other]
+            && let Ok(read) = vmem.read(handle).await
+        {
+            let is_one = may_be[other].iter().flatten().any(|&one| read == bytes(one, LEN));
+            assert!(is_one, "{other} in turn {turn}");
+        }
+    }
+    bucket.heal();
+    // Killed.
+    let again = open(bucket.clone(), MIB as u64).await;
+    let acknowledged = may_be.iter().filter(|may| may.len() == 1 && may[0].is_some()).count();
+    assert!(acknowledged > COUNT / 2, "{acknowledged} of {COUNT} are known");
+    for (at, may_be) in may_be.iter().enumerate() {
+        let found = match again.open_named(&format!("{at}")).await {
+            Ok(handle) => Some(again.read(&handle).await.unwrap()),
+            Err(VirtualMemoryError::NameNotFound { .. }) => None,
+            Err(error) => panic!("{at}: {error:?}"),
+        };
+        let is_one = may_be.iter().any(|one| match (one, &found) {
+            (Some(version), Some(read)) => *read == bytes(*version, LEN),
+            (one, found) => one.is_none() && found.is_none(),
+        });
+        assert!(is_one, "{at}: none of {may_be:?}");
+    }
+    again.close().await.unwrap();
+    drop(handles);
+    vmem.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn disk_with_names_of_its_own_is_refused_above_names() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = || {
+        VirtualMemoryConfig::builder()
+            .host_capacity(8 << 20)
+            .disk_capacity(8 << 20)
+            .disk_path(directory.path().join("store"))
+            .gpu(vmem::GpuSelection::Off)
+            .build()
+            .unwrap()
+    };
+    let own = vmem::open(config()).await.unwrap();
+    own.put_named("mine", b"bytes", MemoryTier::Disk).await.unwrap();
+    own.close().await.unwrap();
+    let options = RemoteOptions::default();
+    let (tier, names) = RemoteTier::open_with_names(memory(), options).await.unwrap();
+    let refused = vmem::open_over_names(config(), tier, names).await;
+    let is_it =
+        matches!(&refused, Err(VirtualMemoryError::InvalidConfig { field: "disk_path", .. }));
+    assert!(is_it, "{refused:?}");
+    let own = vmem::open(config()).await.unwrap();
+    assert!(found(&own, "mine").await == b"bytes");
+    own.close().await.unwrap();
+}
