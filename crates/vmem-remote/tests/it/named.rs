@@ -125,41 +125,47 @@ async fn changes_of_a_name_by_two_stores_have_one_winner() {
     one.close().await.unwrap();
 }
 
-/// Names that many change at once: a conflict of one fails no other.
+/// Mechanism: changes that wait for a commit shared the next one. Effect: a name that another store
+/// had changed failed all of them. Fix: each name is a commit of its own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn conflicts_of_a_name_fail_no_other_name() {
     let bucket = memory();
     let one = open(bucket.clone(), 8 << 20).await;
-    let other = open(bucket.clone(), 8 << 20).await;
-    let create = |vmem: &VirtualMemory, name: String, nth: u64| {
-        let vmem = vmem.clone();
-        async move {
-            let put = vmem.put_named(&name, bytes(nth, 5000), MemoryTier::Host).await;
-            (name, nth, put.map(drop))
-        }
-    };
-    let theirs = (0..20).map(|nth| create(&other, format!("{nth}"), 100 + nth));
-    let mine = (0..40).map(|nth| create(&one, format!("{nth}"), nth));
-    let (theirs, mine) =
-        futures::join!(futures::future::join_all(theirs), futures::future::join_all(mine));
-    let third = open(bucket.clone(), 8 << 20).await;
-    for (name, nth, put) in mine.into_iter().chain(theirs) {
-        match put {
-            Ok(()) => {
-                // The other store may have put it anew after it.
-                let read = found(&third, &name).await;
-                assert!([nth % 100, nth % 100 + 100].iter().any(|&nth| read == bytes(nth, 5000)));
-            }
-            Err(error) => assert!(is_lost(&error) && nth % 100 < 20, "{name}: {error:?}"),
-        }
+    let mut handles = Vec::new();
+    for nth in 0..20 {
+        let name = format!("{nth}");
+        handles.push(one.put_named(&name, bytes(nth, 5000), MemoryTier::Host).await.unwrap());
     }
-    assert_eq!(names(&third).await.len(), 40);
+    let other = open(bucket.clone(), 8 << 20).await;
+    for nth in 15..20 {
+        let theirs = other.open_named(&format!("{nth}")).await.unwrap();
+        other.write(&theirs, bytes(100 + nth, 5000)).await.unwrap();
+        other.flush(&theirs).await.unwrap();
+    }
+    for (nth, handle) in (200..).zip(&handles) {
+        one.write(handle, bytes(nth, 5000)).await.unwrap();
+    }
+    // While the first is committed the others come to wait.
+    bucket.fail(|op| (op == Op::Put).then_some(Fault::Slow(Duration::from_millis(50))));
+    let flushes = futures::future::join_all(handles.iter().map(|handle| one.flush(handle))).await;
+    bucket.heal();
+    let is_right = |(nth, flushed): (usize, &Result<_, VirtualMemoryError>)| match flushed {
+        Ok(()) => nth < 15,
+        Err(error) => nth >= 15 && is_lost(error),
+    };
+    assert!(flushes.iter().enumerate().all(is_right), "{flushes:?}");
+    let third = open(bucket.clone(), 8 << 20).await;
+    for nth in 0..20 {
+        let version = if nth < 15 { 200 + nth } else { 100 + nth };
+        assert!(found(&third, &format!("{nth}")).await == bytes(version, 5000));
+    }
+    drop(handles);
     for vmem in [third, other, one] {
         vmem.close().await.unwrap();
     }
 }
 
-/// What a store closes leave behind: names, and the segments to which they lead.
+/// What a store leaves behind when it closes: names, and the segments to which they lead.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn segments_without_names_go_with_their_store() {
     let bucket = memory();
