@@ -11,7 +11,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use vmem_core::backend::{TierError, TierUsage};
 
-use named::{FOREIGN, Named};
+use named::Named;
 
 /// Where a chunk is, and what it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,18 +136,26 @@ impl Ledger {
 
     /// An extent is no more.
     pub(crate) fn release(&mut self, offset: u64, footprint: u32) {
-        if offset & FOREIGN == 0 {
-            let used = self.usage.used_bytes.checked_sub(u64::from(footprint));
-            self.usage.used_bytes = used.expect("no more is released than was reserved");
-            self.usage.extents -= 1;
-        }
         // An empty chunk has no place, and the offset of the one behind it.
+        let placed = self.placed.get(&offset).filter(|_| footprint > 0);
+        if !placed.is_some_and(|placed| self.named.has(placed)) {
+            self.uncharge(footprint);
+        } else if !self.named.is_last(offset) {
+            return;
+        }
         if footprint > 0
             && let Some(placed) = self.placed.remove(&offset)
         {
             self.named.forget(&placed);
             self.bury(placed);
         }
+    }
+
+    /// An extent takes nothing of the budget any more.
+    fn uncharge(&mut self, footprint: u32) {
+        let used = self.usage.used_bytes.checked_sub(u64::from(footprint));
+        self.usage.used_bytes = used.expect("no more is released than was reserved");
+        self.usage.extents -= 1;
     }
 
     /// The chunk that was here is no longer alive.

@@ -248,7 +248,7 @@ impl Inner {
     async fn delete_all(&self) -> Result<(), TierError> {
         let delete = async {
             let mut left = self.client.list(&self.root).await?;
-            let named = self.ledger.lock().named_segments();
+            let named = self.ledger.lock().seal();
             let named: HashSet<_> = named.into_iter().map(|segment| self.path(segment)).collect();
             left.retain(|path| !named.contains(path) || vmem_core::planted!("named-deleted"));
             for paths in left.chunks(1000) {

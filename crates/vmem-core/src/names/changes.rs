@@ -171,7 +171,10 @@ pub(crate) async fn replace(
     expected: Expected,
 ) -> Result<()> {
     let before = find_expected(names, turn, expected).await?;
-    give(names, turn, handle, metadata).await?;
+    if let Err(error) = give(names, turn, handle, metadata).await {
+        before.iter().for_each(|before| names.yield_name(turn, before.object(), &error));
+        return Err(error);
+    }
     if let Some(before) = before {
         lose_name(names, before.object());
     }
@@ -220,7 +223,10 @@ pub(crate) async fn rename(
     let before = find_expected(names, to, expected).await?;
     persist::persist(names, from, moved.object()).await?;
     let change = CatalogChange::Rename { from: from.name().clone(), to: to.name().clone() };
-    commit(names, from, moved.object(), change).await?;
+    if let Err(error) = commit(names, from, moved.object(), change).await {
+        before.iter().for_each(|before| names.yield_name(to, before.object(), &error));
+        return Err(error);
+    }
     moved.object().named().rename(to.name().clone());
     let taken = names.take(from.name());
     assert!(is_none_or_of(taken.as_ref(), Some(&moved)), "what moves had the name");

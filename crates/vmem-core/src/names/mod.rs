@@ -180,11 +180,14 @@ impl Names {
     /// the name, the object is without one from now on, and the next look finds what has it.
     fn yield_name(&self, turn: &Turn, object: &Arc<Object>, error: &VirtualMemoryError) {
         use VirtualMemoryError::{NameExists, NameNotFound, VersionChanged};
-        let is_theirs =
-            matches!(error, VersionChanged { .. } | NameExists { .. } | NameNotFound { .. });
+        let (VersionChanged { name, .. } | NameExists { name } | NameNotFound { name }) = error
+        else {
+            return;
+        };
         let has_it = |handle: &VMemHandle| Arc::ptr_eq(handle.object(), object);
-        if is_theirs && self.get(turn.name()).is_some_and(|handle| has_it(&handle)) {
-            drop(self.take(turn.name()));
+        if name == turn.name() && self.get(name).is_some_and(|handle| has_it(&handle)) {
+            object.named().set_taken(error.clone());
+            drop(self.take(name));
             changes::lose_name(self, object);
         }
     }

@@ -61,7 +61,8 @@ pub(crate) async fn flush(
             return persist(names, &turn, object).await;
         }
     }
-    Ok(())
+    // Its bytes are not durable if another store has what was its name.
+    named.taken().map_or(Ok(()), Err)
 }
 
 /// Makes every named object in memory durable; all are tried.

@@ -22,6 +22,8 @@ pub(crate) struct Named {
     state: Lock<Option<State>, { locks::NAMED }>,
     /// Whether it stands in the line of those that may leave memory.
     in_line: AtomicBool,
+    /// Why it has lost its name to another store, if it has.
+    taken: OnceLock<Box<VirtualMemoryError>>,
 }
 
 #[derive(Debug)]
@@ -121,6 +123,15 @@ impl Named {
     /// Takes the name from this object. Returns the durable map.
     pub(crate) fn lose(&self) -> Option<ExtentMap> {
         self.state.lock().take().and_then(|state| state.durable)
+    }
+
+    /// Another store has changed what has its name.
+    pub(crate) fn set_taken(&self, error: VirtualMemoryError) {
+        let _ = self.taken.set(Box::new(error));
+    }
+
+    pub(crate) fn taken(&self) -> Option<VirtualMemoryError> {
+        self.taken.get().map(|error| (**error).clone())
     }
 
     /// Notes that the catalog leads to this version now. Returns the map of the previous one.

@@ -22,7 +22,7 @@ use crate::memory_tier::{MemoryTier, Position};
 use crate::migrate::{
     self, Move, PrefetchEnd, refresh_below, request_move, request_move_behind, request_prefetch,
 };
-use crate::object::{Object, Shared};
+use crate::object::{Named, Object, Shared};
 use crate::parcel::parcel;
 use crate::tier::HoldKind;
 
@@ -87,11 +87,16 @@ impl VirtualMemory {
     ///
     /// `TierFull`, `Io`; `Damaged`. After an `Io` error of a sync nothing more is made durable
     /// until the store is opened again, and every flush fails: from then on the kernel treats the
-    /// unwritten pages as written.
+    /// unwritten pages as written. Where several stores share their names, `VersionChanged`,
+    /// `NameExists` or `NameNotFound` if another one has changed what had the name: the object is
+    /// without it from then on.
     pub async fn flush(&self, handle: &VMemHandle) -> Result<()> {
         let object = self.check(handle)?;
         if object.has_name() {
             return self.flush_named(object.clone()).await;
+        }
+        if let Some(error) = object.named.get().and_then(Named::taken) {
+            return Err(error);
         }
         match object.home.position() {
             Position::Device(device) => self.ask(object, Move::ToDevice(device)).await,

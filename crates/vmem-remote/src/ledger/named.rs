@@ -2,7 +2,8 @@
 //!
 //! Invariant: once a name was to lead to a chunk its segment stays as it is: it is neither deleted
 //! nor compacted here, since other instances read it where the name says. A chunk has one offset,
-//! however often its name is looked up. Called by the tier, on behalf of the catalog.
+//! however often its name is looked up, and is here until the last of its extents was released. It
+//! takes nothing of the budget. Called by the tier, on behalf of the catalog.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,14 +11,16 @@ use uuid::Uuid;
 
 use super::{Ledger, Placed, Segment};
 
-/// The offsets of chunks that other instances have put begin here. They take nothing of the budget.
-pub(super) const FOREIGN: u64 = 1 << 63;
+/// The offsets of chunks that names have led here begin here.
+const FOREIGN: u64 = 1 << 63;
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
 pub(super) struct Named {
     /// The chunks by segment and place in it.
     offsets: HashMap<(u64, u64), u64>,
+    /// How often one was looked up while it had an offset: it has as many extents more.
+    shared: HashMap<u64, u32>,
     /// The segments of this instance that have such chunks, or had.
     segments: HashSet<u64>,
     /// The instance that put a segment, and its number there; of those of others.
@@ -25,12 +28,24 @@ pub(super) struct Named {
     /// Their numbers here.
     numbers: HashMap<(Uuid, u64), u64>,
     entered_bytes: u64,
+    /// The tier ends: no name leads here any more.
+    sealed: bool,
 }
 
 impl Named {
     /// Whether a name leads to what is here.
     pub(super) fn has(&self, placed: &Placed) -> bool {
         self.offsets.contains_key(&(placed.segment, placed.at))
+    }
+
+    /// One of its extents was released: true unless it has others.
+    pub(super) fn is_last(&mut self, offset: u64) -> bool {
+        let Some(others) = self.shared.get_mut(&offset) else { return true };
+        *others -= 1;
+        if *others == 0 {
+            self.shared.remove(&offset);
+        }
+        false
     }
 
     pub(super) fn forget(&mut self, placed: &Placed) {
@@ -60,10 +75,14 @@ impl Named {
 }
 
 impl Ledger {
-    /// A name is to lead to the chunk at this offset. Where it is; None if it was not written.
+    /// A name is to lead to the chunk at this offset. Where it is; None if it was not written, or
+    /// the tier ends.
     pub(crate) fn name(&mut self, offset: u64) -> Option<Placed> {
-        let placed = self.find(offset)?;
-        self.named.offsets.insert((placed.segment, placed.at), offset);
+        let placed = self.find(offset).filter(|_| !self.named.sealed)?;
+        let is_first = self.named.offsets.insert((placed.segment, placed.at), offset).is_none();
+        if is_first {
+            self.uncharge(placed.len);
+        }
         if !self.named.is_foreign(placed.segment) && self.named.segments.insert(placed.segment) {
             if let Some(segment) = self.segments.get_mut(&placed.segment) {
                 segment.stays = true;
@@ -76,14 +95,20 @@ impl Ledger {
     /// The offset of a chunk to which a name leads.
     pub(crate) fn enter_named(&mut self, placed: Placed) -> u64 {
         if let Some(&offset) = self.named.offsets.get(&(placed.segment, placed.at)) {
+            *self.named.shared.entry(offset).or_default() += 1;
             return offset;
         }
         let len = u64::from(placed.len);
         let offset = FOREIGN | self.named.entered_bytes;
         self.named.entered_bytes += len;
-        if let Some(segment) = self.segments.get_mut(&placed.segment) {
-            segment.live += len;
-            segment.bytes = segment.bytes.max(segment.live);
+        // One of this instance's may have had nothing in use.
+        let none = Segment { bytes: 0, live: 0, readers: 0, chunks: Vec::new(), stays: true };
+        let segment = self.segments.entry(placed.segment).or_insert(none);
+        segment.live += len;
+        let more = segment.live.saturating_sub(segment.bytes);
+        segment.bytes += more;
+        if !self.named.is_foreign(placed.segment) {
+            self.stored_bytes += more;
         }
         self.placed.insert(offset, placed);
         self.named.offsets.insert((placed.segment, placed.at), offset);
@@ -108,8 +133,10 @@ impl Ledger {
         self.named.origins.get(&segment).copied()
     }
 
-    /// The segments of this instance to which names lead, or led.
-    pub(crate) fn named_segments(&self) -> Vec<u64> {
+    /// The segments of this instance to which names lead, or led; from now on no name leads to
+    /// another.
+    pub(crate) fn seal(&mut self) -> Vec<u64> {
+        self.named.sealed = true;
         self.named.segments.iter().copied().collect()
     }
 }

@@ -125,6 +125,79 @@ async fn changes_of_a_name_by_two_stores_have_one_winner() {
     one.close().await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn losers_share_the_chunks_that_the_winner_kept() {
+    let bucket = memory();
+    let one = open(bucket.clone(), 8 << 20).await;
+    let other = open(bucket.clone(), 8 << 20).await;
+    let mine = one.put_named("shared", bytes(1, LEN), MemoryTier::Host).await.unwrap();
+    let theirs = other.open_named("shared").await.unwrap();
+    other.write_at(&theirs, 70_000, &[1; 10]).await.unwrap();
+    other.flush(&theirs).await.unwrap();
+    one.write_at(&mine, 70_000, &[2; 10]).await.unwrap();
+    for _ in 0..2 {
+        let lost = one.flush(&mine).await.unwrap_err();
+        assert!(is_lost(&lost), "it is not durable: {lost:?}");
+    }
+    let mut expected = bytes(1, LEN).to_vec();
+    expected[70_000..70_010].fill(1);
+    let again = one.open_named("shared").await.unwrap();
+    assert!(one.read(&again).await.unwrap() == expected);
+    // The old version goes, with its extents of the same chunks.
+    drop(mine);
+    one.demote(&again, MemoryTier::Remote).await.unwrap();
+    assert!(one.read(&again).await.unwrap() == expected);
+    drop(again);
+    one.remove_named("shared").await.unwrap();
+    let gone = one.open_named("shared").await;
+    assert!(matches!(gone, Err(VirtualMemoryError::NameNotFound { .. })), "{gone:?}");
+    drop(theirs);
+    other.close().await.unwrap();
+    one.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn names_that_another_store_moved_are_found_again() {
+    let bucket = memory();
+    let one = open(bucket.clone(), 8 << 20).await;
+    let other = open(bucket.clone(), 8 << 20).await;
+    // All of a segment of the first store's own is out of use, and comes into use again.
+    drop(one.put_named("before", bytes(1, LEN), MemoryTier::Host).await.unwrap());
+    other.rename_named("before", "after").await.unwrap();
+    let removed = one.remove_named("before").await.unwrap_err();
+    assert!(is_lost(&removed), "{removed:?}");
+    for _ in 0..3 {
+        let handle = one.open_named("after").await.unwrap();
+        one.demote(&handle, MemoryTier::Remote).await.unwrap();
+        assert!(one.read(&handle).await.unwrap() == bytes(1, LEN));
+    }
+    one.remove_named("after").await.unwrap();
+    // A name that is in memory, and that another store has put anew.
+    drop(one.put_named("both", bytes(2, LEN), MemoryTier::Host).await.unwrap());
+    drop(other.open_named("both").await.unwrap());
+    other.put_named("both", bytes(3, LEN), MemoryTier::Host).await.unwrap();
+    let lost = one.put_named("both", bytes(4, LEN), MemoryTier::Host).await.unwrap_err();
+    assert!(is_lost(&lost), "{lost:?}");
+    one.put_named("both", bytes(4, LEN), MemoryTier::Host).await.unwrap();
+    // A conflict at the one name of a rename takes nothing from the other.
+    let from = one.put_named("from", bytes(5, LEN), MemoryTier::Host).await.unwrap();
+    drop(one.put_named("to", bytes(8, LEN), MemoryTier::Host).await.unwrap());
+    drop(other.open_named("to").await.unwrap());
+    other.put_named("to", bytes(6, LEN), MemoryTier::Host).await.unwrap();
+    one.write(&from, bytes(7, LEN)).await.unwrap();
+    let lost = one.rename_named("from", "to").await.unwrap_err();
+    assert!(is_lost(&lost), "{lost:?}");
+    one.flush(&from).await.unwrap();
+    let third = open(bucket.clone(), 8 << 20).await;
+    for (name, version) in [("both", 4), ("from", 7), ("to", 6)] {
+        assert!(found(&third, name).await == bytes(version, LEN), "{name}");
+    }
+    drop(from);
+    for vmem in [third, other, one] {
+        vmem.close().await.unwrap();
+    }
+}
+
 /// Mechanism: changes that wait for a commit shared the next one. Effect: a name that another store
 /// had changed failed all of them. Fix: each name is a commit of its own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
