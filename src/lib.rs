@@ -188,9 +188,9 @@ fn open_blocking(
 fn refuse_names(catalog: &dyn vmem_core::backend::Catalog) -> Result<(), VirtualMemoryError> {
     let runtime = tokio::runtime::Handle::current();
     let first = catalog.names("".into(), std::ops::Bound::Unbounded, 1);
-    let found = runtime.block_on(first)?;
+    let found = runtime.block_on(first);
     runtime.block_on(catalog.close())?;
-    match found.first() {
+    match found?.first() {
         None => Ok(()),
         Some((name, _)) => {
             let reason = format!("it is a store that has names of its own, such as {name:?}");

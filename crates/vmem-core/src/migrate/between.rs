@@ -90,9 +90,7 @@ pub(crate) async fn demote_between(
     cause: MigrationCause,
     deadline: &Deadline,
 ) -> Result<()> {
-    let Err(error) = demote_batch(&mut batch, fate, cause, deadline).await else {
-        return Ok(());
-    };
+    let Err(error) = demote_batch(&mut batch, fate, cause, deadline).await else { return Ok(()) };
     let is_over = batch.len() < 2 || crate::planted!("below-all-or-none");
     if is_over || matches!(error, VirtualMemoryError::Closed) {
         return Err(error);

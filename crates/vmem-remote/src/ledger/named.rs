@@ -11,8 +11,8 @@ use uuid::Uuid;
 
 use super::{Ledger, Placed, Segment};
 
-/// The offsets of chunks that names have led here begin here.
-const FOREIGN: u64 = 1 << 63;
+/// The offsets of chunks that came here by a look at their name begin here.
+const ENTERED: u64 = 1 << 63;
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
@@ -99,7 +99,7 @@ impl Ledger {
             return offset;
         }
         let len = u64::from(placed.len);
-        let offset = FOREIGN | self.named.entered_bytes;
+        let offset = ENTERED | self.named.entered_bytes;
         self.named.entered_bytes += len;
         // One of this instance's may have had nothing in use.
         let none = Segment { bytes: 0, live: 0, readers: 0, chunks: Vec::new(), stays: true };
