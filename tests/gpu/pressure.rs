@@ -115,6 +115,39 @@ async fn a_small_promotion_is_served_beside_a_large_one_that_waits() {
     end(vmem, handles, &emulator).await;
 }
 
+/// As many as are tried at once, whatever their bytes.
+#[tokio::test]
+async fn prefetches_without_space_delay_no_others() {
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(4 * MIB, 1.0, Duration::from_secs(60)).await;
+    let stream = stream();
+    let leased = put(&vmem, 2, MIB).await;
+    let large = put(&vmem, 4, 2 * MIB + 512 * KIB).await;
+    let small = put(&vmem, 20, 64 * KIB).await;
+    let mut leases = Vec::new();
+    for handle in &leased {
+        leases.push(vmem.device_on(handle, &stream).await.unwrap());
+    }
+    let mut stuck: Vec<_> = large.iter().map(|handle| vmem.prefetch(handle, VRAM)).collect();
+    until("they wait", || vmem.stats().waiters >= 4).await;
+    // A call of their own each, and one for all.
+    for handle in &small[..10] {
+        let served = tokio::time::timeout(HANGS, vmem.prefetch(handle, VRAM)).await;
+        served.expect("it stands behind the large ones").unwrap();
+    }
+    let served = tokio::time::timeout(HANGS, vmem.prefetch_many(&small[10..], VRAM)).await;
+    served.expect("they stand behind the large ones").unwrap();
+    assert!(small.iter().all(|handle| vmem.residency(handle).unwrap().vram));
+    for stuck in &mut stuck {
+        assert!(stuck.now_or_never().is_none(), "leases have its space");
+    }
+    drop(leases);
+    drop(stuck);
+    vmem.promote(&large[0], VRAM).await.unwrap();
+    let handles = small.into_iter().chain(leased).chain(large).collect();
+    end(vmem, handles, &emulator).await;
+}
+
 /// What a pin keeps counts once, and not again for a lease.
 #[tokio::test]
 async fn a_pinned_object_of_all_that_may_be_held_can_be_changed_and_stays() {

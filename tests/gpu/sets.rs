@@ -226,6 +226,34 @@ async fn steps_of_2000_leases_make_at_most_4_driver_calls_a_lease() {
     end(vmem, vec![], &emulator).await;
 }
 
+#[tokio::test]
+async fn leases_behind_kernels_that_run_have_one_notice_a_stream() {
+    const LEASES: usize = 2000;
+    let emulator = Emulator::load().unwrap();
+    let vmem = open(16 << 20).await;
+    let streams = [stream(), stream(), stream()];
+    emulator.queue_max(100_000);
+    let mut handles = Vec::new();
+    // A multiple of the streams: each object stays with one of them.
+    for n in 0..201 {
+        let handle = vmem.put(vec![n as u8; 1000], HOST).await.unwrap();
+        vmem.promote(&handle, VRAM).await.unwrap();
+        handles.push(handle);
+    }
+    emulator.hold(Kind::Kernel);
+    let before = emulator.calls("cuLaunchHostFunc");
+    for nth in 0..LEASES {
+        let stream = &streams[nth % streams.len()];
+        let lease = vmem.device_on(&handles[nth % handles.len()], stream).await.unwrap();
+        // SAFETY: used by the kernel, on the stream of the lease; it adds nothing.
+        launch("vmem_add", unsafe { lease.device_ptr() }, 1000, 0, stream);
+    }
+    let notices = emulator.calls("cuLaunchHostFunc") - before;
+    assert!((1..=streams.len() as u64).contains(&notices), "{notices} for {LEASES} leases");
+    emulator.release_all();
+    end(vmem, handles, &emulator).await;
+}
+
 /// What ends is what has passed, however many of a stream are looked at with one query.
 #[tokio::test]
 async fn leases_of_a_stream_end_with_their_own_kernels() {

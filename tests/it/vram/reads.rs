@@ -105,6 +105,44 @@ async fn one_piece_of_staging_is_enough() {
     vmem.close().await.unwrap();
 }
 
+/// Copies to the device stand still with what staging they have; the disk and the host do not.
+#[tokio::test]
+async fn reads_from_disk_end_while_copies_to_the_device_stand_still() {
+    let (vmem, _driver, devices) = open(STAGING);
+    let mut promoted = Vec::new();
+    for n in 0..8 {
+        promoted.push(on_disk(&vmem, n, 60 * KIB).await);
+    }
+    let read = on_disk(&vmem, 100, 60 * KIB).await;
+    let kept = on_disk(&vmem, 101, 60 * KIB).await;
+    devices[0].hold();
+    let mut held = Vec::new();
+    for handle in &promoted {
+        let vmem = vmem.clone();
+        let handle = handle.clone();
+        held.push(tokio::spawn(async move { vmem.promote(&handle, VRAM).await }));
+    }
+    support::eventually("an upload", || devices[0].in_flight() > 0).await;
+    // What can begin has begun.
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let mut left_alone = Box::pin(vmem.read(&kept));
+    assert!((&mut left_alone).now_or_never().is_none());
+    let mut buf = vec![0; read.len()];
+    for _ in 0..3 {
+        let outcome = vmem.read_into(&read, 0..read.len(), &mut buf);
+        tokio::time::timeout(HANGS / 2, outcome).await.expect("it needs no device").unwrap();
+        assert!(buf == bytes(100, 1, read.len()));
+    }
+    assert!(!held.iter().any(|held| held.is_finished()), "the device stood still");
+    devices[0].release_all();
+    for held in held {
+        held.await.unwrap().unwrap();
+    }
+    assert!(left_alone.await.unwrap() == bytes(101, 1, kept.len()));
+    drop((promoted, read, kept));
+    vmem.close().await.unwrap();
+}
+
 /// One part fails while the others are still on their way.
 #[tokio::test]
 async fn failure_of_one_part_ends_all() {

@@ -2,8 +2,9 @@
 //!
 //! Invariant: it is made once and never lent to object space, nor the other way round, so that what
 //! passes through it always moves. A [`StagingPiece`] is exclusive; the pieces are served first
-//! come first served. The holder of a piece gives it back without waiting for another one. Called
-//! by the paths that bypass object space.
+//! come first served. The holder of a piece gives it back without waiting for another one. A
+//! device, or a tier below the disk, that stands still keeps half of the pieces at most. Called by
+//! the paths that bypass object space.
 
 #![allow(unsafe_code)]
 
@@ -29,15 +30,18 @@ pub(crate) struct StagingPool {
     pieces: usize,
     free: Lock<Vec<u32>, { locks::STAGING }>,
     permits: Arc<Semaphore>,
+    /// The pieces that may be in passage through one tier at once, for each that has such a share.
+    shares: Box<[Arc<Semaphore>]>,
 }
 
 impl StagingPool {
-    /// A reserve of at most `total_bytes`, which holds two chunks at least.
+    /// A reserve of at most `total_bytes`, which holds two chunks at least, with shares for this
+    /// many tiers.
     ///
     /// # Errors
     ///
     /// If the system refuses the address space.
-    pub(crate) fn new(total_bytes: u64) -> io::Result<Arc<Self>> {
+    pub(crate) fn new(total_bytes: u64, shares: usize) -> io::Result<Arc<Self>> {
         let total = usize::try_from(total_bytes).map_err(io::Error::other)?;
         let chunks_each = (total / PIECES_WANTED / CHUNK_BYTES).clamp(1, PIECE_MAX / CHUNK_BYTES);
         let piece_bytes = chunks_each * CHUNK_BYTES;
@@ -49,6 +53,7 @@ impl StagingPool {
             pieces,
             free: Lock::new((0..pieces as u32).rev().collect()),
             permits: Arc::new(Semaphore::new(pieces)),
+            shares: (0..shares).map(|_| Arc::new(Semaphore::new(pieces / 2))).collect(),
         }))
     }
 
@@ -62,12 +67,20 @@ impl StagingPool {
         self.pieces
     }
 
-    /// A piece, in turn, with whatever bytes are in it.
-    pub(crate) async fn acquire(self: &Arc<Self>) -> StagingPiece {
-        let permit = self.permits.clone().acquire_owned().await;
-        let permit = permit.expect("invariant: the semaphore is never closed");
+    /// A piece, in turn, with whatever bytes are in it; within this share, if there is one.
+    pub(crate) async fn acquire(self: &Arc<Self>, share: Option<usize>) -> StagingPiece {
+        let taken = async |permits: &Arc<Semaphore>| {
+            let permit = permits.clone().acquire_owned().await;
+            permit.expect("invariant: the semaphores are never closed")
+        };
+        // The share first: nobody waits for one while it has a piece.
+        let share = match share.filter(|_| !crate::planted!("staging-unshared")) {
+            Some(share) => Some(taken(&self.shares[share]).await),
+            None => None,
+        };
+        let permit = taken(&self.permits).await;
         let number = self.free.lock().pop().expect("invariant: as many pieces as permits");
-        StagingPiece { pool: self.clone(), number, _permit: permit }
+        StagingPiece { pool: self.clone(), number, _permit: permit, _share: share }
     }
 }
 
@@ -110,6 +123,7 @@ pub(crate) struct StagingPiece {
     number: u32,
     /// Given back after the number: fields are dropped after `drop`.
     _permit: OwnedSemaphorePermit,
+    _share: Option<OwnedSemaphorePermit>,
 }
 
 impl StagingPiece {

@@ -11,6 +11,7 @@ use futures::{StreamExt, TryStreamExt};
 use super::transfer::{read_chunks, write_chunks};
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
+use crate::memory_tier::MemoryTier;
 use crate::object::Shared;
 use crate::storage::{Extent, ReadChunk, TierError};
 use crate::tier::Class;
@@ -99,7 +100,10 @@ async fn copy_piece(
     deadline: &Deadline,
 ) -> std::result::Result<Vec<Moved>, (usize, NotCopied)> {
     let first = chunks.first().map_or(0, |one| one.object);
-    let piece = shared.staging(deadline).await.map_err(|late| (first, NotCopied::Late(late)))?;
+    let levels = chunks.iter().flat_map(|one| [one.from.level(), one.to.level()]);
+    let slowest = MemoryTier::of_level(levels.max().unwrap_or(0));
+    let piece = shared.staging(slowest, deadline).await;
+    let piece = piece.map_err(|late| (first, NotCopied::Late(late)))?;
     let mut at = 0;
     let mut reads = Vec::with_capacity(chunks.len());
     for one in &chunks {

@@ -24,6 +24,7 @@ use crate::copy::Found;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::events::MigrationCause;
+use crate::memory_tier::MemoryTier;
 use crate::object::{ExtentMap, GatePass, Object};
 use crate::parcel::{Delivery, GRACE, Parcel, SetAside};
 use crate::storage::{Extent, TierError};
@@ -296,7 +297,10 @@ pub(crate) async fn next_turn(
     settled.map_err(|Late| deadline.error("writing to disk"))??;
     let piece = match owned {
         true => None,
-        false => Some(Parcel::set_aside(shared.staging(&deadline).await?, &shared.unclaimed)),
+        false => {
+            let piece = shared.staging(MemoryTier::Disk, &deadline).await?;
+            Some(Parcel::set_aside(piece, &shared.unclaimed))
+        }
     };
     Ok(Turn { write: Parcel::set_aside(write, &shared.unfinished), piece })
 }

@@ -14,6 +14,7 @@ use crate::chunk::{CHUNK_BYTES, chunk_lens, chunks_of, range_of};
 use crate::copy::Found;
 use crate::deadline::Deadline;
 use crate::error::VirtualMemoryError;
+use crate::memory_tier::MemoryTier;
 use crate::object::{GatePass, Object, Shared, Version};
 use crate::stats::add;
 use crate::storage::{Extent, TierError};
@@ -39,7 +40,8 @@ pub(super) async fn write_edges(
     for (range, data) in edges {
         let index = range.start / CHUNK_BYTES;
         let chunk = range_of(object.len, index);
-        let mut piece = object.shared.staging(deadline).await?;
+        let from = if object.copy.is_some() { MemoryTier::Host } else { object.version().tier() };
+        let mut piece = object.shared.staging(from, deadline).await?;
         match object.copy.acquire(&object.shared.copies) {
             Found::Copy(old) => {
                 piece[..chunk.len()].copy_from_slice(&old.as_ref()[chunk.clone()]);

@@ -124,7 +124,7 @@ async fn copy_to(
     let mut written = Vec::with_capacity(count);
     for first in (0..count).step_by(per_piece) {
         let chunks = first..(first + per_piece).min(count);
-        let piece = shared.staging(deadline).await?;
+        let piece = shared.staging(version.tier(), deadline).await?;
         let (piece, loaded) = load(object, &version, chunks.clone(), piece, 0, Class::Demand).await;
         loaded?;
         let bytes = piece.freeze();

@@ -200,7 +200,7 @@ async fn staged(
     class: Class,
     deadline: &Deadline,
 ) -> Result<(IoBuf, Range<usize>)> {
-    let piece = object.shared.staging(deadline).await?;
+    let piece = object.shared.staging(version.tier(), deadline).await?;
     let first = range.start / CHUNK_BYTES;
     let fit = (piece.len() / CHUNK_BYTES).max(1);
     let last = (first + fit).min(chunks_of(range).end).min(chunk_count(object.len));

@@ -182,7 +182,7 @@ async fn fill_from_below(
     let read = |first: usize| async move {
         let chunks = first..(first + per_piece).min(count);
         let len = object.len.min(chunks.end * CHUNK_BYTES) - first * CHUNK_BYTES;
-        let piece = shared.staging(&job.deadline).await?;
+        let piece = shared.staging(device.tier(), &job.deadline).await?;
         let (piece, loaded) = load(object, version, chunks, piece, 0, job.class).await;
         loaded.map(|()| (first * CHUNK_BYTES, piece.freeze().slice(..len)))
     };

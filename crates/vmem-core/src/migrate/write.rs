@@ -143,7 +143,7 @@ async fn load_around(
     let below = object.version();
     for around in [0..range.start, range.end..object.len] {
         for chunk in chunks_of(&around) {
-            let piece = object.shared.staging(deadline).await?;
+            let piece = object.shared.staging(below.tier(), deadline).await?;
             let one = chunk..chunk + 1;
             let (piece, outcome) = load(object, &below, one, piece, 0, Class::Demand).await;
             outcome?;

@@ -1,7 +1,8 @@
 //! Every call at random beside kernels, each object against the versions that it may have.
 //!
-//! Excluded: bytes of no version, a loss that is not told, a loss where each lease is written back,
-//! and bytes or space that are left behind. Noticed by the bytes that each call returns.
+//! Excluded: bytes of no version, a loss that is not told, or not told again, a loss where each
+//! lease is written back, a way back to before the last flush, and bytes or space that are left
+//! behind. Noticed by the bytes that each call returns.
 //!
 //! `VMEM_DEVICE_RUNS=1000 cargo test --test it vram::dirty::random -- --nocapture` for more.
 
@@ -98,7 +99,14 @@ async fn step(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> Op
         7..=10 => return leases(vmem, rng, owned).await,
         11 => tokio::time::timeout(limit, vmem.promote(&handle, tier)).await,
         12 => tokio::time::timeout(limit, vmem.demote(&handle, tier)).await,
-        13 => tokio::time::timeout(limit, vmem.flush(&handle)).await,
+        13 => {
+            let flushed = tokio::time::timeout(limit, vmem.flush(&handle)).await;
+            if matches!(flushed, Ok(Ok(()))) && handle.home_tier() != VRAM {
+                // It is written back: nothing goes back beyond that.
+                owned.before = owned.may_have.clone();
+            }
+            flushed
+        }
         14 => {
             let hold = tokio::time::timeout(limit, access(vmem, 0).hold(&handle)).await;
             let pause = Duration::from_micros(rng.random_range(0..500));
@@ -195,6 +203,20 @@ async fn leases(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> 
     told(owned, refused)
 }
 
+/// Reads an object once what is in the way for a while has passed.
+async fn read_again(
+    vmem: &VirtualMemory,
+    handle: &VMemHandle,
+) -> Result<Bytes, VirtualMemoryError> {
+    loop {
+        match vmem.read(handle).await {
+            Err(error) if support::is_pressure(&error) => {}
+            Err(VirtualMemoryError::Device { code: 719, .. }) => {}
+            outcome => return outcome,
+        }
+    }
+}
+
 /// What a call came to: whether it ended well, or none if its object was lost.
 fn told(owned: &mut Owned, outcome: Result<(), VirtualMemoryError>) -> Option<bool> {
     match outcome {
@@ -256,18 +278,23 @@ async fn at_random(write_back: WriteBack, loses: bool, seed: u64) -> usize {
                 }
                 // It was lost: it says so until it goes back, or is written.
                 counts[1] += 1;
+                for _ in 0..rng.random_range(0..3) {
+                    let again = read_again(&vmem, &owned.handle).await;
+                    assert!(again.as_ref().is_err_and(is_lost), "{again:?} after a loss");
+                }
                 let is_eager = write_back == WriteBack::Eager;
                 assert!(!is_eager, "it was {} versions", before.len());
+                if rng.random_ratio(1, 3) {
+                    let new: Vec<u8> = bytes(rng.random(), 1, owned.handle.len());
+                    if vmem.write(&owned.handle, &new).await.is_ok() {
+                        owned.before.push(new.clone());
+                        owned.may_have = vec![new];
+                        continue;
+                    }
+                }
                 match vmem.revert(&owned.handle).await {
                     Ok(()) => {
-                        let read = loop {
-                            match vmem.read(&owned.handle).await {
-                                Ok(read) => break read.to_vec(),
-                                Err(error) if support::is_pressure(&error) => {}
-                                Err(VirtualMemoryError::Device { code: 719, .. }) => {}
-                                Err(error) => panic!("{error:?}"),
-                            }
-                        };
+                        let read = read_again(&vmem, &owned.handle).await.unwrap().to_vec();
                         let was = owned.before.contains(&read);
                         assert!(was, "object {} was never that", owned.handle.id());
                         owned.may_have = vec![read];

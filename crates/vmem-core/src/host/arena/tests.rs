@@ -279,16 +279,21 @@ fn the_hook_is_called_after_the_space_is_there() {
 #[tokio::test]
 async fn staging_pieces_are_exclusive_and_come_back() {
     use crate::host::StagingPool;
-    let pool = StagingPool::new(2 * 64 * 1024).unwrap();
-    let mut one = pool.acquire().await;
-    let mut two = pool.acquire().await;
+    let pool = StagingPool::new(2 * 64 * 1024, 2).unwrap();
+    let mut one = pool.acquire(Some(1)).await;
+    let mut next = std::pin::pin!(pool.acquire(Some(1)));
+    assert!(futures::poll!(next.as_mut()).is_pending(), "it has its share");
+    let mut two = pool.acquire(None).await;
     one.as_mut_slice().fill(1);
     two.as_mut_slice().fill(2);
     assert!(one.as_slice().iter().all(|&byte| byte == 1));
-    let mut waits = std::pin::pin!(pool.acquire());
+    let mut waits = std::pin::pin!(pool.acquire(Some(0)));
     assert!(futures::poll!(waits.as_mut()).is_pending());
     drop(two);
-    assert!(futures::poll!(waits.as_mut()).is_ready());
+    let three = futures::poll!(waits.as_mut());
+    assert!(three.is_ready());
+    drop((one, three));
+    assert!(futures::poll!(next.as_mut()).is_ready());
 }
 
 /// A device that knows what was registered, and touches all of it, as pinning does.

@@ -204,7 +204,8 @@ impl Shared {
         let reserve = |e| VirtualMemoryError::io("reserving host memory", e);
         let arena =
             HostArena::new(limits.host_capacity - limits.staging_capacity).map_err(reserve)?;
-        let staging = StagingPool::new(limits.staging_capacity).map_err(reserve)?;
+        let shares = devices.len() + usize::from(remote.is_some());
+        let staging = StagingPool::new(limits.staging_capacity, shares).map_err(reserve)?;
         let wake = Arc::new(Wake::default());
         let bell = wake.clone();
         arena.set_freed_hook(Box::new(move || bell.if_waiting()));

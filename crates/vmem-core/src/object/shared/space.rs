@@ -12,20 +12,29 @@ use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
 use crate::host::HostArena;
 use crate::latency::{self, ReadStage};
+use crate::memory_tier::MemoryTier;
 use crate::object::NO_OBJECT;
 use crate::parcel::GRACE;
 use crate::storage::{Extent, TierError};
 use crate::tier::{Class, Device, Grant, HostSpace, Need, Refused, Space, Storage};
 
 impl Shared {
-    /// A piece of staging; for a task. Pieces that their callers do not claim are taken back.
+    /// A piece of staging, for bytes that come from this tier or go there; for a task. Pieces that
+    /// their callers do not claim are taken back.
     ///
     /// # Errors
     ///
     /// `TimedOut` at the deadline.
-    pub(crate) async fn staging(&self, deadline: &Deadline) -> Result<IoBuf, VirtualMemoryError> {
+    pub(crate) async fn staging(
+        &self,
+        tier: MemoryTier,
+        deadline: &Deadline,
+    ) -> Result<IoBuf, VirtualMemoryError> {
+        // All else ends at the disk, which has no share: with that all stands still anyway.
+        let below_disk = tier.level().filter(|&level| level > 0);
+        let share = tier.device().or(below_disk.map(|level| self.devices.len() + level - 1));
         let acquired = async {
-            let acquire = self.staging.acquire();
+            let acquire = self.staging.acquire(share);
             tokio::pin!(acquire);
             loop {
                 tokio::select! {
