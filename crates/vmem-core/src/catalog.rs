@@ -6,7 +6,7 @@
 use std::fmt;
 use std::ops::Bound;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -84,6 +84,24 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
         from: Bound<Arc<str>>,
         limit: usize,
     ) -> Answer<Vec<(Arc<str>, CatalogRecord)>>;
+
+    /// How often a store asks which of the names that it has in memory [others have
+    /// changed](Self::changed). None where no others do, or none is to learn of it before it
+    /// commits.
+    fn follow_every(&self) -> Option<Duration> {
+        None
+    }
+
+    /// Which of these names another store has changed since it had this version, each as the error
+    /// that a commit of that name would get: `VersionChanged` or `NameNotFound`.
+    ///
+    /// # Errors
+    ///
+    /// As `find`, if nothing could be found out of any.
+    fn changed(&self, names: Vec<(Arc<str>, u64)>) -> Answer<Vec<VirtualMemoryError>> {
+        let _ = names;
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
 
     /// The time that a change which is committed now is stamped with.
     fn time(&self) -> SystemTime;

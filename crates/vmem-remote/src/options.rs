@@ -69,6 +69,11 @@ pub struct RemoteOptions {
     /// [`total_timeout`](Self::total_timeout), and all that share a bucket the same; a tier uses
     /// it not at all. Default: 15 minutes.
     pub grace: Duration,
+    /// How long a store over a [`BucketCatalog`](crate::BucketCatalog) waits between two looks at
+    /// the names that it has in memory: a name that another instance has changed is given up then,
+    /// and the next call that opens it finds what it stands for. None: only a commit finds that
+    /// out. At most half of [`grace`](Self::grace). Default: none.
+    pub follow: Option<Duration>,
 }
 
 impl Default for RemoteOptions {
@@ -91,6 +96,7 @@ impl Default for RemoteOptions {
             circuit_pause: Duration::from_secs(2),
             compact_below: 0.5,
             grace: Duration::from_secs(15 * 60),
+            follow: None,
         }
     }
 }
@@ -136,6 +142,9 @@ impl RemoteOptions {
             ("circuit_pause", !self.circuit_pause.is_zero(), "more than nothing"),
             ("compact_below", (0.0..1.0).contains(&self.compact_below), "from 0 to below 1"),
             ("grace", !self.grace.is_zero(), "more than nothing"),
+            ("follow", self.follow.is_none_or(|it| !it.is_zero() && it <= self.grace / 2), {
+                "more than nothing and at most half the grace, or none"
+            }),
         ];
         match rules.into_iter().find(|(_, holds, _)| !holds) {
             Some((field, _, expected)) => Err(OpenError::InvalidOption { field, expected }),

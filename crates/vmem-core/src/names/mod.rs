@@ -12,12 +12,13 @@
 mod changes;
 mod closed;
 mod commits;
+mod follow;
 mod persist;
 mod table;
 mod turns;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::locks::{self, Lock};
 use bytes::Bytes;
@@ -63,6 +64,8 @@ pub(crate) struct Names {
     frozen: Lock<Frozen, { locks::FROZEN }>,
     /// The table was cleared, for good.
     cleared: AtomicBool,
+    /// Set where others change names, too.
+    follower: OnceLock<follow::Follower>,
 }
 
 /// The extents that the catalog no longer leads to, while a snapshot copies them.
@@ -100,7 +103,11 @@ impl Names {
             tasks: Arc::new(Semaphore::new(TASKS_MAX)),
             frozen: Lock::default(),
             cleared: AtomicBool::new(false),
+            follower: OnceLock::new(),
         });
+        if let Some(every) = names.catalog.as_ref().and_then(|catalog| catalog.follow_every()) {
+            let _ = names.follower.set(follow::Follower::start(&names, every));
+        }
         let weak = Arc::downgrade(&names);
         let offer = move |object: &Arc<Object>| {
             if let Some(names) = weak.upgrade() {

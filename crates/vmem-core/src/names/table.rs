@@ -49,6 +49,16 @@ impl Names {
             .collect()
     }
 
+    /// The durable names in memory, with their versions.
+    pub(super) fn durable_versions(&self) -> Vec<(Arc<str>, u64)> {
+        let version = |handle: &VMemHandle| {
+            let named = handle.object().named.get().filter(|named| named.is_durable())?;
+            Some(named.record()?.version)
+        };
+        let entries = self.table.iter();
+        entries.filter_map(|entry| Some((entry.key().clone(), version(entry.value())?))).collect()
+    }
+
     /// Every named object in memory, in the order of their names.
     pub(super) fn all(&self) -> Vec<(Arc<str>, VMemHandle)> {
         let mut all: Vec<_> =
@@ -60,6 +70,7 @@ impl Names {
     /// Lets the objects go; at the end of the store. Each holds the store, which holds the table.
     pub(crate) fn clear(&self) {
         self.cleared.store(true, Ordering::SeqCst);
+        self.follower.get().iter().for_each(|follower| follower.end());
         self.closed.clear();
         for (name, handle) in self.all() {
             drop(self.take(&name));

@@ -88,7 +88,6 @@ impl Inner {
     /// The last of the generations that follow each other from this one on, if that is there, with
     /// its bytes. From 0 on there may be none.
     async fn newest_from(&self, name: &str, first: u64) -> Result<Option<(u64, Option<Bytes>)>> {
-        let mut number = first;
         let mut body = None;
         if first > 0 {
             body = self.read(name, first).await?;
@@ -99,12 +98,23 @@ impl Inner {
         if planted!("bucket-stale-list") && first > 0 {
             return Ok(Some((first, body)));
         }
-        for _ in 0..PROBES_MAX {
+        let (number, newer) = self.newest_behind(name, first).await?;
+        Ok(Some((number, newer.or(body))))
+    }
+
+    /// The newest generation behind `first`, which is that itself if there is none: then without
+    /// its bytes.
+    pub(super) async fn newest_behind(
+        &self,
+        name: &str,
+        first: u64,
+    ) -> Result<(u64, Option<Bytes>)> {
+        let mut body = None;
+        for number in (first..).take(PROBES_MAX) {
             match self.read(name, number + 1).await? {
-                None => return Ok(Some((number, body))),
+                None => return Ok((number, body)),
                 next => body = next,
             }
-            number += 1;
         }
         Err(contended("find", "the object store lists generations long past"))
     }

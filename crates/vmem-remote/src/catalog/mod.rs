@@ -35,13 +35,15 @@
 //!
 //! `places`: chunks as all processes know them; `paths` and `body`: objects of the bucket;
 //! `generations`: what is known of each name; `lookup`: finding the newest; `changes`, `commit` and
-//! `attempt`: making the next; `listing`: pages of names; `collect`: deletion.
+//! `attempt`: making the next; `listing`: pages of names; `follow`: what others have changed;
+//! `collect`: deletion.
 
 mod attempt;
 mod body;
 mod changes;
 mod collect;
 mod commit;
+mod follow;
 mod generations;
 mod listing;
 mod lookup;
@@ -52,7 +54,7 @@ use std::ops::Bound;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use futures::FutureExt;
 use futures::future::ready;
@@ -126,6 +128,7 @@ struct Inner {
     generations: Mutex<Generations>,
     next_id: AtomicU64,
     attempts: AtomicU64,
+    listed: follow::Listed,
     closed: AtomicBool,
     tracker: TaskTracker,
     runtime: Handle,
@@ -171,6 +174,7 @@ impl BucketCatalog {
                 generations: Mutex::default(),
                 next_id: AtomicU64::new(first_id),
                 attempts: AtomicU64::new(0),
+                listed: follow::Listed::default(),
                 closed: AtomicBool::new(false),
                 tracker: TaskTracker::new(),
                 runtime: Handle::current(),
@@ -294,6 +298,15 @@ impl Catalog for BucketCatalog {
         limit: usize,
     ) -> Answer<Vec<(Arc<str>, CatalogRecord)>> {
         self.answer(|inner| listing::names(inner, prefix, from, limit))
+    }
+
+    fn follow_every(&self) -> Option<Duration> {
+        self.inner.client.options().follow
+    }
+
+    /// Gets one object for each name, or lists all names if that takes fewer requests.
+    fn changed(&self, names: Vec<(Arc<str>, u64)>) -> Answer<Vec<VirtualMemoryError>> {
+        self.answer(|inner| follow::changed(inner, names))
     }
 
     fn time(&self) -> SystemTime {

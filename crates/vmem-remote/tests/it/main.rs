@@ -10,6 +10,7 @@ mod compaction;
 mod ending;
 mod faults;
 mod faulty;
+mod following;
 mod named;
 mod open;
 mod requests;

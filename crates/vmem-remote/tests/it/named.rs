@@ -23,7 +23,15 @@ const HOMES: [MemoryTier; 3] = [MemoryTier::Host, MemoryTier::Disk, MemoryTier::
 
 /// Host memory of 8 MiB, an empty disk of this many, and the names of this bucket.
 async fn open(bucket: Arc<dyn ObjectStore>, disk: u64) -> VirtualMemory {
-    let (tier, names) = RemoteTier::open_with_names(bucket, impatient()).await.unwrap();
+    open_with(bucket, disk, impatient()).await
+}
+
+pub(crate) async fn open_with(
+    bucket: Arc<dyn ObjectStore>,
+    disk: u64,
+    options: RemoteOptions,
+) -> VirtualMemory {
+    let (tier, names) = RemoteTier::open_with_names(bucket, options).await.unwrap();
     let config = VirtualMemoryConfig::builder()
         .host_capacity(8 << 20)
         .disk_capacity(disk)

@@ -60,6 +60,23 @@ async fn newest_generations_and_those_of_the_grace_stay() {
     assert_eq!((version(&catalog, "n").await, version(&catalog, "gone").await), (Some(14), None));
 }
 
+/// The generation behind the known one was deleted: only a look-up finds the newest.
+#[tokio::test(start_paused = true)]
+async fn change_is_reported_behind_deleted_generations() {
+    let place = Place::new();
+    let writer = place.open().await;
+    let reader = place.open().await;
+    writer.commit(put("n", &object(1, 10, 1))).await.unwrap();
+    assert_eq!(version(&reader, "n").await, Some(10));
+    for number in 11..15 {
+        writer.commit(put("n", &object(1, number, 1))).await.unwrap();
+    }
+    tokio::time::advance(GRACE).await;
+    assert_eq!(writer.collect().await.unwrap(), 4);
+    let reported = reader.changed(vec![("n".into(), 10)]).await.unwrap().remove(0);
+    assert!(changed(&Err(reported), 10, 14));
+}
+
 #[tokio::test(start_paused = true)]
 async fn collections_at_once_delete_what_one_would() {
     let place = Place::new();

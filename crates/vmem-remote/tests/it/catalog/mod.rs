@@ -7,6 +7,7 @@ mod bucket;
 mod collect;
 mod damage;
 mod ending;
+mod follow;
 mod model;
 mod opening;
 mod outcomes;
