@@ -287,9 +287,8 @@ async fn dropped_gather_keeps_its_sources_behind_a_kernel() {
     launch("vmem_fill", at, all.len() as u64, 9, &stream);
     {
         let target = DeviceTarget::from_slice(&mut all);
-        let pieces: Vec<_> = handles.iter().enumerate().collect();
-        let pieces: Vec<_> =
-            pieces.iter().map(|&(n, handle)| (handle, 0..16 * KIB, n * 16 * KIB)).collect();
+        let piece = |(n, handle)| (handle, 0..16 * KIB, n * 16 * KIB);
+        let pieces: Vec<_> = handles.iter().enumerate().map(piece).collect();
         let mut gather = Box::pin(vmem.gather(&pieces, &target));
         assert!((&mut gather).now_or_never().is_none());
         drop(gather);
@@ -297,15 +296,16 @@ async fn dropped_gather_keeps_its_sources_behind_a_kernel() {
     // Their memory is wanted for others meanwhile: the emulated driver sees a source that changes.
     demote(&vmem, &handles[..8]).await;
     drop(handles);
-    for n in 0..COUNT {
-        let other = vmem.put(bytes(n + 100, 16 * KIB), HOST).await.unwrap();
-        drop(other);
+    let mut others = Vec::new();
+    for n in 0..2 * COUNT {
+        others.push(vmem.put(bytes(n + 100, 16 * KIB), HOST).await.unwrap());
+        vmem.promote(&others[n], VRAM).await.unwrap();
     }
     emulator.release_all();
     let got = stream.clone_dtoh(&all).unwrap();
     assert!(got.chunks(16 * KIB).enumerate().all(|(n, got)| got == bytes(n, 16 * KIB)));
     drop(all);
-    end(vmem, Vec::new(), &emulator).await;
+    end(vmem, others, &emulator).await;
 }
 
 /// Mechanism: the calls of each gather were limited, those of a stream were not. Effect: behind one

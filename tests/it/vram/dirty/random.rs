@@ -26,9 +26,23 @@ struct Owned {
     may_have: Vec<Vec<u8>>,
     /// What a lost version may go back to.
     before: Vec<Vec<u8>>,
+    /// What was done with it, for the message of a failure.
+    history: Vec<String>,
 }
 
 impl Owned {
+    fn new(handle: VMemHandle) -> Self {
+        let zeros = vec![vec![0; handle.len()]];
+        let history = vec![format!("{handle:?}")];
+        Owned { handle, before: zeros.clone(), may_have: zeros, history }
+    }
+
+    /// Notes what was done, and what it may be after that.
+    fn note(&mut self, what: String) {
+        let versions: Vec<_> = self.may_have.iter().map(|bytes| label(bytes)).collect();
+        self.history.push(format!("{what}: {versions:x?}"));
+    }
+
     fn is_now(&mut self, bytes: Vec<u8>) {
         self.before.push(bytes.clone());
         self.may_have = vec![bytes];
@@ -43,8 +57,16 @@ impl Owned {
     fn check(&mut self, offset: usize, read: &[u8]) {
         let end = offset + read.len();
         self.may_have.retain(|bytes| bytes[offset..end] == *read);
-        assert!(!self.may_have.is_empty(), "object {} is none of its versions", self.handle.id());
+        if self.may_have.is_empty() {
+            let history = self.history.join("\n");
+            panic!("{:x}.. from {offset} on is no version of {history}", label(read));
+        }
     }
+}
+
+/// What tells versions apart in a message.
+fn label(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0, |sum: u32, &byte| sum.wrapping_mul(31).wrapping_add(byte.into()))
 }
 
 async fn step(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> Option<bool> {
@@ -57,7 +79,8 @@ async fn step(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> Op
     };
     let at = rng.random_range(0..len);
     let until = rng.random_range(at..=len);
-    let outcome = match rng.random_range(0..16) {
+    let call = rng.random_range(0..16);
+    let outcome = match call {
         0..=2 => {
             let read = tokio::time::timeout(limit, vmem.read(&handle)).await;
             read.map(|read| read.map(|read| owned.check(0, &read)))
@@ -125,6 +148,7 @@ async fn step(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> Op
             Ok(Ok(()))
         }
     };
+    owned.note(format!("call {call} {at}..{until} {tier} {outcome:?}"));
     match outcome {
         Ok(outcome) => told(owned, outcome),
         Err(_dropped) => None,
@@ -152,6 +176,7 @@ async fn leases(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> 
         if rng.random_ratio(1, 10) {
             // Nobody knew where it is, unless it was zeroed.
             drop(change);
+            owned.note("dropped lease".to_owned());
             continue;
         }
         let new: Bytes = bytes(rng.random(), 1, len).into();
@@ -179,12 +204,15 @@ async fn leases(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> 
     let mut may_show = owned.may_have.clone();
     may_show.extend(finished.iter().map(|(new, _)| new.to_vec()));
     for (new, finish) in finished {
-        match finish.await {
-            Ok(()) => owned.is_now(new.to_vec()),
-            // Else the previous version stays, or is lost.
-            Err(error) => refused = refused.and(Err(error)),
+        let outcome = finish.await;
+        if outcome.is_ok() {
+            owned.is_now(new.to_vec());
         }
+        owned.note(format!("lease {:x} {outcome:?}", label(&new)));
+        // Else the previous version stays, or is lost.
+        refused = refused.and(outcome);
     }
+    owned.note(format!("{count} leases {refused:?}"));
     for read in reads {
         match read.await.unwrap() {
             Ok(read) => {
@@ -256,10 +284,7 @@ async fn at_random(write_back: WriteBack, loses: bool, seed: u64) -> usize {
                 if objects.len() < 6 || rng.random_ratio(1, 30) {
                     let len = [500, 4096, 40_000, 65_536, 150_000][rng.random_range(0..5)];
                     let home = [VRAM, HOST, DISK][rng.random_range(0..3)];
-                    if let Ok(handle) = vmem.allocate(len, home).await {
-                        let may_have = vec![vec![0; len]];
-                        objects.push(Owned { handle, before: may_have.clone(), may_have });
-                    }
+                    objects.extend(vmem.allocate(len, home).await.ok().map(Owned::new));
                     continue;
                 }
                 if rng.random_ratio(1, refused) {
@@ -286,9 +311,14 @@ async fn at_random(write_back: WriteBack, loses: bool, seed: u64) -> usize {
                 assert!(!is_eager, "it was {} versions", before.len());
                 if rng.random_ratio(1, 3) {
                     let new: Vec<u8> = bytes(rng.random(), 1, owned.handle.len());
-                    if vmem.write(&owned.handle, &new).await.is_ok() {
-                        owned.before.push(new.clone());
-                        owned.may_have = vec![new];
+                    let written = vmem.write(&owned.handle, &new).await;
+                    let is_written = written.is_ok();
+                    let what = format!("write {:x} of what is lost: {written:?}", label(&new));
+                    if is_written {
+                        owned.is_now(new);
+                    }
+                    owned.note(what);
+                    if is_written {
                         continue;
                     }
                 }
@@ -298,6 +328,7 @@ async fn at_random(write_back: WriteBack, loses: bool, seed: u64) -> usize {
                         let was = owned.before.contains(&read);
                         assert!(was, "object {} was never that", owned.handle.id());
                         owned.may_have = vec![read];
+                        owned.note("revert".to_owned());
                     }
                     Err(error) => {
                         assert!(is_lost(&error), "{error:?}");
