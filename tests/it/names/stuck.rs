@@ -9,6 +9,9 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use vmem::{MemoryTier, VirtualMemory, VirtualMemoryError};
 
+use vmem::backend::{Answer, Catalog, CatalogChange};
+use vmem_io::catalog::NameCatalog;
+
 use super::failing::{Slow, open_with};
 
 /// What does not come by then does not come.
@@ -83,5 +86,67 @@ async fn changes_that_go_on_are_waited_for() {
     let commits = vmem.stats().commits - before;
     assert_eq!(removed, NAMES as u64);
     assert!(commits > 2, "{commits} commits of half a wait are no test");
+    vmem.close().await.unwrap();
+}
+
+/// A catalog that commits each name by itself; that of `slow` needs a permit.
+#[derive(Debug)]
+struct Apart(NameCatalog, Arc<Semaphore>);
+
+impl Catalog for Apart {
+    vmem_testkit::hand_on!(
+        attempts,
+        is_poisoned,
+        is_shut,
+        find,
+        record,
+        names,
+        time,
+        snapshot,
+        next_id,
+        close
+    );
+
+    fn shares_commits(&self) -> bool {
+        false
+    }
+
+    fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
+        let is_of_slow = |change: &CatalogChange| match change {
+            CatalogChange::Put { name, .. } => &**name == "slow",
+            _ => false,
+        };
+        let permits = self.1.clone();
+        let is_slow = changes.iter().any(is_of_slow);
+        let commit = self.0.commit(changes);
+        Box::pin(async move {
+            if is_slow {
+                drop(permits.acquire().await);
+            }
+            commit.await
+        })
+    }
+}
+
+/// Where each name has a commit of its own, one that does not end holds up no other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commits_beside_each_other_do_not_wait_for_the_slowest() {
+    let permits = Arc::new(Semaphore::new(1));
+    let vmem = open_with(HANGS, |catalog| Apart(catalog, permits.clone()));
+    let held = permits.acquire().await.unwrap();
+    let slow = tokio::spawn({
+        let vmem = vmem.clone();
+        async move { vmem.put_named("slow", [1; 10], MemoryTier::Host).await }
+    });
+    for round in 0..3 {
+        let names: Vec<_> = (0..20).map(|n| format!("{round}/{n}")).collect();
+        let puts = names.iter().map(|name| vmem.put_named(name, [7; 10], MemoryTier::Disk));
+        let puts = futures::future::join_all(puts);
+        let puts = tokio::time::timeout(HANGS / 2, puts).await.expect("they wait for `slow`");
+        assert!(puts.iter().all(Result::is_ok), "{puts:?}");
+    }
+    assert!(!slow.is_finished(), "its commit is held");
+    drop(held);
+    slow.await.unwrap().unwrap();
     vmem.close().await.unwrap();
 }

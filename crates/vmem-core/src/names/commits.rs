@@ -1,5 +1,5 @@
 //! The one task that commits: all that waits at a time, with one sync of the data before it, in
-//! one commit where the catalog has it so.
+//! one commit; or, where the catalog has it so, each change by itself, beside the others.
 //!
 //! Invariant: bytes are on stable storage before the catalog leads to them. After a sync that
 //! failed, of the data or of the catalog, nothing more is committed: the kernel takes pages for
@@ -10,7 +10,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use futures::future::join_all;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::catalog::{Catalog, CatalogChange};
@@ -33,8 +34,9 @@ pub(crate) struct Commits {
 struct Counts {
     changes: AtomicU64,
     commits: AtomicU64,
-    /// Beginnings and ends of batches, with their syncs: odd while one is under way.
-    edges: AtomicU64,
+    /// Batches with their syncs, or single commits, that have begun, and that have ended.
+    begun: AtomicU64,
+    ended: AtomicU64,
     /// What the catalog leads to is not known: the last commit may have been made.
     unknown: AtomicBool,
     stopped: AtomicBool,
@@ -71,9 +73,10 @@ impl NotCommitted {
 }
 
 impl Counts {
+    /// How many have ended, if one is under way.
     fn under_way(&self) -> Option<u64> {
-        let edges = get(&self.edges);
-        (edges % 2 == 1).then_some(edges)
+        let ended = get(&self.ended);
+        (get(&self.begun) > ended).then_some(ended)
     }
 }
 
@@ -87,7 +90,13 @@ impl Commits {
         let (queue, inbox) = mpsc::channel(BATCH_MAX);
         let runtime = tokio::runtime::Handle::current();
         let counts = Arc::new(Counts::default());
-        let task = commit_in_turn(inbox, catalog, durable, counts.clone(), stops);
+        let committing = Committing { catalog, durable, counts: counts.clone() };
+        let task = async move {
+            match committing.catalog.shares_commits() || crate::planted!("commits-shared") {
+                true => committing.in_turn(inbox, stops).await,
+                false => committing.beside_each_other(inbox, stops).await,
+            }
+        };
         drop(spawn_named(&runtime, "vmem-commit", task));
         Commits { queue, counts }
     }
@@ -97,7 +106,8 @@ impl Commits {
         (get(&self.counts.changes), get(&self.counts.commits))
     }
 
-    /// Which batch is being committed; none between two.
+    /// What tells the batch that is being committed from others; none between two. Where commits
+    /// are made beside each other it changes as one ends.
     pub(super) fn under_way(&self) -> Option<u64> {
         self.counts.under_way()
     }
@@ -127,95 +137,158 @@ impl Commits {
     }
 }
 
-async fn commit_in_turn(
-    mut inbox: mpsc::Receiver<Commit>,
+/// What the task needs for a commit.
+struct Committing {
     catalog: Arc<dyn Catalog>,
     durable: Arc<dyn Durable>,
     counts: Arc<Counts>,
-    stops: impl Fn(&VirtualMemoryError),
-) {
-    let mut poisoned: Option<NotCommitted> = None;
-    let mut batch = Vec::new();
-    while inbox.recv_many(&mut batch, BATCH_MAX).await > 0 {
-        add(&counts.edges, 1);
-        let outcomes = match &poisoned {
-            Some(why) => vec![Err(why.clone()); batch.len()],
-            None => commit_all(&batch, &*catalog, &*durable, &counts).await,
-        };
-        add(&counts.edges, 1);
-        assert!(outcomes.len() == batch.len(), "each change has its outcome");
-        let mut failures = outcomes.iter().filter_map(|outcome| outcome.as_ref().err());
-        if let (None, Some(failed)) = (&poisoned, failures.find(|failed| failed.poison)) {
-            let error = &failed.error;
-            tracing::error!(
-                target: "vmem::names", %error, "no more commits until the store is opened again"
-            );
-            stops(error);
-            poisoned = Some(NotCommitted::not(after(error)));
-            counts.stopped.store(true, Ordering::Release);
-        }
-        for (commit, outcome) in batch.drain(..).zip(outcomes) {
-            let _ = commit.reply.send(outcome);
-        }
-    }
 }
 
 type Outcome = Result<(), NotCommitted>;
 
-/// Commits all of these at once; returns the outcome of each.
-async fn commit_all(
-    batch: &[Commit],
-    catalog: &dyn Catalog,
-    durable: &dyn Durable,
-    counts: &Counts,
-) -> Vec<Outcome> {
-    if batch.iter().any(|commit| commit.new_data)
-        && let Err(error) = durable.sync().await
-    {
-        let error = match error {
-            TierError::Closed => VirtualMemoryError::Closed,
-            TierError::Io { operation, source } => VirtualMemoryError::Io { operation, source },
-            other => VirtualMemoryError::io("sync", std::io::Error::other(format!("{other:?}"))),
-        };
-        return vec![Err(NotCommitted::perhaps(error)); batch.len()];
-    }
-    if !catalog.shares_commits() && !crate::planted!("commits-shared") {
-        return join_all(batch.chunks(1).map(|one| commit(one, catalog, counts))).await;
-    }
-    let together = commit(batch, catalog, counts).await;
-    let of_one = |failed: &NotCommitted| {
-        matches!(failed.error, VirtualMemoryError::Damaged { .. }) && !failed.perhaps
-    };
-    if batch.len() < 2 || !together.as_ref().is_err_and(of_one) {
-        return vec![together; batch.len()];
-    }
-    // A damaged row concerns the change that needs it, and no other.
-    let mut outcomes = Vec::with_capacity(batch.len());
-    for one in batch.chunks(1) {
-        outcomes.push(commit(one, catalog, counts).await);
-    }
-    outcomes
+/// A change whose commit has ended.
+struct Committed {
+    commit: Commit,
+    outcome: Outcome,
 }
 
-async fn commit(batch: &[Commit], catalog: &dyn Catalog, counts: &Counts) -> Outcome {
-    assert!((1..=BATCH_MAX).contains(&batch.len()), "a commit of {} changes", batch.len());
-    let changes = batch.iter().flat_map(|commit| commit.changes.iter().cloned()).collect();
-    let before = catalog.attempts();
-    match catalog.commit(changes).await {
-        Ok(()) => {
-            add(&counts.changes, batch.len() as u64);
-            add(&counts.commits, 1);
-            // Another commit may not be known yet, where each is made by itself.
-            counts.unknown.store(catalog.is_shut(), Ordering::Release);
-            Ok(())
+impl Committing {
+    /// Commits what waits, batch by batch.
+    async fn in_turn(self, mut inbox: mpsc::Receiver<Commit>, stops: impl Fn(&VirtualMemoryError)) {
+        let mut poisoned: Option<NotCommitted> = None;
+        let mut batch = Vec::new();
+        while inbox.recv_many(&mut batch, BATCH_MAX).await > 0 {
+            add(&self.counts.begun, 1);
+            let outcomes = match &poisoned {
+                Some(why) => vec![Err(why.clone()); batch.len()],
+                None => self.all(&batch).await,
+            };
+            add(&self.counts.ended, 1);
+            assert!(outcomes.len() == batch.len(), "each change has its outcome");
+            for (commit, outcome) in batch.drain(..).zip(outcomes) {
+                self.poison(&mut poisoned, &outcome, &stops);
+                let _ = commit.reply.send(outcome);
+            }
         }
-        Err(error) => {
-            // In this order, since opening it again poisons it first.
-            let shut = catalog.is_shut();
-            let poison = catalog.is_poisoned();
-            let perhaps = catalog.attempts() != before && (poison || shut);
-            counts.unknown.fetch_or(perhaps, Ordering::AcqRel);
-            Err(NotCommitted { error, perhaps, poison })
+    }
+
+    /// Commits each change by itself: none waits for another, however long that takes.
+    async fn beside_each_other(
+        self,
+        mut inbox: mpsc::Receiver<Commit>,
+        stops: impl Fn(&VirtualMemoryError),
+    ) {
+        let mut poisoned: Option<NotCommitted> = None;
+        let mut commits = FuturesUnordered::new();
+        let mut is_open = true;
+        while is_open || !commits.is_empty() {
+            tokio::select! {
+                Some(Committed { commit, outcome }) = commits.next() => {
+                    add(&self.counts.ended, 1);
+                    self.poison(&mut poisoned, &outcome, &stops);
+                    let _ = commit.reply.send(outcome);
+                }
+                commit = inbox.recv(), if is_open && commits.len() < BATCH_MAX => {
+                    let Some(commit) = commit else {
+                        is_open = false;
+                        continue;
+                    };
+                    add(&self.counts.begun, 1);
+                    let poisoned = poisoned.clone();
+                    let this = &self;
+                    commits.push(async move {
+                        let outcome = match poisoned {
+                            Some(why) => Err(why),
+                            None => this.alone(&commit).await,
+                        };
+                        Committed { commit, outcome }
+                    });
+                }
+            }
+        }
+    }
+
+    /// After a failure that says so, nothing more is committed.
+    fn poison(
+        &self,
+        poisoned: &mut Option<NotCommitted>,
+        outcome: &Outcome,
+        stops: impl Fn(&VirtualMemoryError),
+    ) {
+        let failed = outcome.as_ref().err().filter(|failed| failed.poison);
+        let (None, Some(NotCommitted { error, .. })) = (&poisoned, failed) else { return };
+        tracing::error!(
+            target: "vmem::names", %error, "no more commits until the store is opened again"
+        );
+        stops(error);
+        *poisoned = Some(NotCommitted::not(after(error)));
+        self.counts.stopped.store(true, Ordering::Release);
+    }
+
+    /// Commits all of these at once; returns the outcome of each.
+    async fn all(&self, batch: &[Commit]) -> Vec<Outcome> {
+        if batch.iter().any(|commit| commit.new_data)
+            && let Err(error) = self.sync().await
+        {
+            return vec![Err(error); batch.len()];
+        }
+        let together = self.commit(batch).await;
+        let of_one = |failed: &NotCommitted| {
+            matches!(failed.error, VirtualMemoryError::Damaged { .. }) && !failed.perhaps
+        };
+        if batch.len() < 2 || !together.as_ref().is_err_and(of_one) {
+            return vec![together; batch.len()];
+        }
+        // A damaged row concerns the change that needs it, and no other.
+        let mut outcomes = Vec::with_capacity(batch.len());
+        for one in batch.chunks(1) {
+            outcomes.push(self.commit(one).await);
+        }
+        outcomes
+    }
+
+    async fn alone(&self, commit: &Commit) -> Outcome {
+        if commit.new_data {
+            self.sync().await?;
+        }
+        self.commit(std::slice::from_ref(commit)).await
+    }
+
+    async fn sync(&self) -> Outcome {
+        let error = match self.durable.sync().await {
+            Ok(()) => return Ok(()),
+            Err(TierError::Closed) => VirtualMemoryError::Closed,
+            Err(TierError::Io { operation, source }) => {
+                VirtualMemoryError::Io { operation, source }
+            }
+            Err(other) => {
+                VirtualMemoryError::io("sync", std::io::Error::other(format!("{other:?}")))
+            }
+        };
+        Err(NotCommitted::perhaps(error))
+    }
+
+    async fn commit(&self, batch: &[Commit]) -> Outcome {
+        assert!((1..=BATCH_MAX).contains(&batch.len()), "a commit of {} changes", batch.len());
+        let Committing { catalog, counts, .. } = self;
+        let changes = batch.iter().flat_map(|commit| commit.changes.iter().cloned()).collect();
+        let before = catalog.attempts();
+        match catalog.commit(changes).await {
+            Ok(()) => {
+                add(&counts.changes, batch.len() as u64);
+                add(&counts.commits, 1);
+                // Another commit may not be known yet, where each is made by itself.
+                counts.unknown.store(catalog.is_shut(), Ordering::Release);
+                Ok(())
+            }
+            Err(error) => {
+                // In this order, since opening it again poisons it first.
+                let shut = catalog.is_shut();
+                let poison = catalog.is_poisoned();
+                let perhaps = catalog.attempts() != before && (poison || shut);
+                counts.unknown.fetch_or(perhaps, Ordering::AcqRel);
+                Err(NotCommitted { error, perhaps, poison })
+            }
         }
     }
 }
@@ -241,12 +314,12 @@ mod tests {
         assert_eq!(counts.under_way(), None);
         let mut seen = Vec::new();
         for _ in 0..3 {
-            add(&counts.edges, 1);
+            add(&counts.begun, 1);
             let number = counts.under_way().unwrap();
             assert_eq!(counts.under_way(), Some(number), "it has not ended");
             assert!(!seen.contains(&number), "it is another one");
             seen.push(number);
-            add(&counts.edges, 1);
+            add(&counts.ended, 1);
             assert_eq!(counts.under_way(), None);
         }
     }

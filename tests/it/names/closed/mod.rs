@@ -195,14 +195,17 @@ async fn handles_by_number_are_none_or_alive_while_names_leave() {
     };
     let tasks = [revive(), revive()];
     let mut objects = HashSet::new();
-    for _ in 0..ROUNDS {
+    let mut rounds = 0;
+    // On a loaded machine it leaves memory less often.
+    while rounds < ROUNDS || objects.len() <= 10 && rounds < 20 * ROUNDS {
         let handle = vmem.open_named("a").await.unwrap();
         objects.insert(handle.id());
         latest.send(handle.id()).unwrap();
         drop(handle);
+        rounds += 1;
     }
     drop(latest);
-    println!("{} objects in {ROUNDS} rounds", objects.len());
+    println!("{} objects in {rounds} rounds", objects.len());
     for task in tasks {
         println!("{} handles by number", task.await.unwrap());
     }
