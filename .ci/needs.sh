@@ -64,6 +64,10 @@ lack() {
             echo "install it by \`scripts/install-browser.sh\`"
         fi
         ;;
+    moto)
+        scripts/with-moto.sh true >&2 ||
+            echo "it could not be started: that takes Python 3.9 or newer with venv and, the first time, PyPI"
+        ;;
     advisories)
         if [ -n "$(lack cargo-deny)" ]; then
             lack cargo-deny

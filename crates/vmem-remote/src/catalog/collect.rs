@@ -85,11 +85,12 @@ mod tests {
     fn newest_generation_and_fresh_ones_stay() {
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
         let generations = BTreeMap::from([(3, at(10)), (5, at(20)), (6, at(30)), (7, at(40))]);
-        assert_eq!(superseded(&generations, at(20)), []);
+        const NONE: [u64; 0] = [];
+        assert_eq!(superseded(&generations, at(20)), NONE);
         assert_eq!(superseded(&generations, at(21)), [3]);
         assert_eq!(superseded(&generations, at(31)), [3, 5]);
         assert_eq!(superseded(&generations, at(99)), [3, 5, 6], "all but the newest");
-        assert_eq!(superseded(&BTreeMap::from([(1, at(0))]), at(99)), []);
-        assert_eq!(superseded(&BTreeMap::new(), at(99)), []);
+        assert_eq!(superseded(&BTreeMap::from([(1, at(0))]), at(99)), NONE);
+        assert_eq!(superseded(&BTreeMap::new(), at(99)), NONE);
     }
 }

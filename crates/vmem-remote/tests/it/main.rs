@@ -14,6 +14,7 @@ mod following;
 mod named;
 mod open;
 mod requests;
+mod servers;
 mod suite;
 mod whole;
 

@@ -58,7 +58,7 @@ async fn names(vmem: &VirtualMemory) -> Vec<String> {
 }
 
 /// One store after the other, each with an empty disk.
-async fn one_after_the_other(bucket: Arc<dyn ObjectStore>) {
+pub(crate) async fn one_after_the_other(bucket: Arc<dyn ObjectStore>) {
     let first = open(bucket.clone(), 8 << 20).await;
     for (nth, home) in (0..).zip(HOMES) {
         first.put_named(&format!("{home}"), bytes(nth, LEN), home).await.unwrap();
@@ -265,12 +265,15 @@ async fn segments_without_names_go_with_their_store() {
     again.close().await.unwrap();
 }
 
-/// A working set of four times the disk, named, under faults: what was flushed is found, whole.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn names_survive_faults_of_the_bucket_and_the_loss_of_the_disk() {
+    survive_faults(memory()).await;
+}
+
+/// A working set of four times the disk, named, under faults: what was flushed is found, whole.
+pub(crate) async fn survive_faults(bucket: Arc<Faulty>) {
     const COUNT: usize = 40;
     let seed = seed();
-    let bucket = memory();
     let vmem = open(bucket.clone(), MIB as u64).await;
     let mut rng = seed.fork("faults").rng();
     bucket.fail(move |op| {

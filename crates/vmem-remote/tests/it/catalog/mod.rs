@@ -35,7 +35,7 @@ use super::faulty::{Faulty, Op};
 
 /// The places of all chunks of a test, in both directions.
 #[derive(Debug, Default)]
-struct Table {
+pub(crate) struct Table {
     state: Mutex<TableState>,
 }
 
@@ -96,7 +96,7 @@ impl World {
     }
 }
 
-async fn open_over(
+pub(crate) async fn open_over(
     store: Arc<dyn ObjectStore>,
     options: RemoteOptions,
     table: &Arc<Table>,
