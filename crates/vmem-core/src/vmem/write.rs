@@ -45,7 +45,9 @@ enum Look {
 
 impl VirtualMemory {
     /// Replaces all bytes of the object. Readers keep the version that they read; later reads get
-    /// the new one. Writes to one object apply in the order in which they complete.
+    /// the new one. Writes to one object apply in the order in which they complete. One that is
+    /// dropped applies whole or not at all: if it was about to, then a moment after the drop, but
+    /// before any later write.
     ///
     /// # Errors
     ///

@@ -24,6 +24,9 @@ use crate::support::{self, DISK, HOST, KIB, bytes};
 struct Owned {
     handle: VMemHandle,
     may_have: Vec<Vec<u8>>,
+    /// What writes that were dropped may still make of it: one that was about to be published then
+    /// is there a moment later, and before anything else that changes the object.
+    dropped: Vec<Vec<u8>>,
     /// What a lost version may go back to.
     before: Vec<Vec<u8>>,
     /// What was done with it, for the message of a failure.
@@ -34,7 +37,7 @@ impl Owned {
     fn new(handle: VMemHandle) -> Self {
         let zeros = vec![vec![0; handle.len()]];
         let history = vec![format!("{handle:?}")];
-        Owned { handle, before: zeros.clone(), may_have: zeros, history }
+        Owned { handle, before: zeros.clone(), may_have: zeros, dropped: Vec::new(), history }
     }
 
     /// Notes what was done, and what it may be after that.
@@ -46,6 +49,12 @@ impl Owned {
     fn is_now(&mut self, bytes: Vec<u8>) {
         self.before.push(bytes.clone());
         self.may_have = vec![bytes];
+        self.dropped.clear();
+    }
+
+    /// What it may have, now or in a moment.
+    fn may_come_to(&self) -> Vec<Vec<u8>> {
+        self.may_have.iter().chain(&self.dropped).cloned().collect()
     }
 
     fn may_be(&mut self, bytes: Vec<u8>) {
@@ -56,7 +65,11 @@ impl Owned {
     /// Bytes that were read of it from `offset` on.
     fn check(&mut self, offset: usize, read: &[u8]) {
         let end = offset + read.len();
-        self.may_have.retain(|bytes| bytes[offset..end] == *read);
+        let is_it = |bytes: &Vec<u8>| bytes[offset..end] == *read;
+        self.may_have.retain(is_it);
+        if self.may_have.is_empty() {
+            self.may_have = self.dropped.iter().filter(|bytes| is_it(bytes)).cloned().collect();
+        }
         if self.may_have.is_empty() {
             let history = self.history.join("\n");
             panic!("{:x}.. from {offset} on is no version of {history}", label(read));
@@ -100,7 +113,11 @@ async fn step(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> Op
             let write = tokio::time::timeout(limit, vmem.write(&handle, &new)).await;
             match write {
                 Ok(Ok(())) => owned.is_now(new),
-                _ => owned.may_be(new),
+                Ok(Err(_)) => owned.may_be(new),
+                Err(_) => {
+                    owned.dropped.push(new.clone());
+                    owned.may_be(new);
+                }
             }
             write
         }
@@ -111,11 +128,18 @@ async fn step(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> Op
                 bytes[at..until].copy_from_slice(&new);
                 bytes
             };
-            let after: Vec<_> = owned.may_have.iter().cloned().map(over).collect();
+            let after: Vec<_> = owned.may_come_to().into_iter().map(over).collect();
             owned.before.extend(after.iter().cloned());
             match write {
-                Ok(Ok(())) => owned.may_have = after,
-                _ => owned.may_have.extend(after),
+                Ok(Ok(())) => {
+                    owned.may_have = after;
+                    owned.dropped.clear();
+                }
+                Ok(Err(_)) => owned.may_have.extend(after),
+                Err(_) => {
+                    owned.dropped.extend(after.iter().cloned());
+                    owned.may_have.extend(after);
+                }
             }
             write
         }
@@ -126,7 +150,7 @@ async fn step(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> Op
             let flushed = tokio::time::timeout(limit, vmem.flush(&handle)).await;
             if matches!(flushed, Ok(Ok(()))) && handle.home_tier() != VRAM {
                 // It is written back: nothing goes back beyond that.
-                owned.before = owned.may_have.clone();
+                owned.before = owned.may_come_to();
             }
             flushed
         }
@@ -201,7 +225,7 @@ async fn leases(vmem: &VirtualMemory, rng: &mut SmallRng, owned: &mut Owned) -> 
         let end = rng.random_ratio(3, 4).then(|| -> UseEnd { Arc::new(()) });
         finished.push((new, change.finish(ready.boxed(), end)));
     }
-    let mut may_show = owned.may_have.clone();
+    let mut may_show = owned.may_come_to();
     may_show.extend(finished.iter().map(|(new, _)| new.to_vec()));
     for (new, finish) in finished {
         let outcome = finish.await;
@@ -328,6 +352,7 @@ async fn at_random(write_back: WriteBack, loses: bool, seed: u64) -> usize {
                         let was = owned.before.contains(&read);
                         assert!(was, "object {} was never that", owned.handle.id());
                         owned.may_have = vec![read];
+                        owned.dropped.clear();
                         owned.note("revert".to_owned());
                     }
                     Err(error) => {
