@@ -5,6 +5,7 @@
 //! has become of that. Handles keep the version that they have. The task holds nothing of the store
 //! while it sleeps, and ends with it. Started with the names.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -56,8 +57,12 @@ async fn look(names: &Arc<Names>) -> Result<(), VirtualMemoryError> {
     if versions.is_empty() {
         return Ok(());
     }
+    let asked: HashMap<_, _> = versions.iter().cloned().collect();
     for error in names.catalog()?.changed(versions).await? {
-        let what = give_up(names, &error).await;
+        use VirtualMemoryError::{NameNotFound, VersionChanged};
+        let (VersionChanged { name, .. } | NameNotFound { name }) = &error else { continue };
+        let Some(&version) = asked.get(name) else { continue };
+        let what = give_up(names, (name, version), &error).await;
         what.unwrap_or_else(|late| {
             tracing::debug!(target: "vmem::names", %error, %late, "the name is given up later");
         });
@@ -65,27 +70,25 @@ async fn look(names: &Arc<Names>) -> Result<(), VirtualMemoryError> {
     Ok(())
 }
 
-/// Gives up a name that another store has changed.
+/// Gives up a name that stands for another version than this one by now.
 ///
 /// # Errors
 ///
 /// `TimedOut` if other changes of the name are under way for that long.
-async fn give_up(names: &Arc<Names>, error: &VirtualMemoryError) -> Result<(), VirtualMemoryError> {
-    use VirtualMemoryError::{NameNotFound, VersionChanged};
-    let (name, expected) = match error {
-        VersionChanged { name, expected, .. } => (name, Some(*expected)),
-        NameNotFound { name } => (name, None),
-        _ => return Ok(()),
-    };
+async fn give_up(
+    names: &Arc<Names>,
+    (name, version): (&Arc<str>, u64),
+    error: &VirtualMemoryError,
+) -> Result<(), VirtualMemoryError> {
     let turn = Turn::of(names, name.clone(), &names.shared.deadline()).await?;
     let Some(handle) = names.get(name) else { return Ok(()) };
     let object = handle.object();
     let Some((record, Some(durable))) = object.named().state() else { return Ok(()) };
-    // It was committed here meanwhile, or is about to be.
-    let is_other = expected.is_some_and(|version| version != record.version);
+    // Else it was committed here meanwhile, or is about to be.
+    let is_it = record.version == version;
     let may_go = object.is_as_durable(&durable) || crate::planted!("follow-dirty");
     drop(durable);
-    if !is_other && may_go {
+    if is_it && may_go {
         names.yield_name(&turn, object, error);
     }
     Ok(())
