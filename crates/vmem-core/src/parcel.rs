@@ -10,18 +10,20 @@
 //! parcel. So a future that is left alone keeps nothing from others for longer than the grace. Used
 //! by every call that waits.
 
-use std::collections::BTreeMap;
+mod unclaimed;
+
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio::time::Instant;
+
+pub(crate) use unclaimed::Unclaimed;
+use unclaimed::{Recall, Ticket};
 
 use crate::latency::StageClock;
 use crate::locks::{self, Lock};
-use crate::wake::Wake;
 
 /// How long a value waits for its caller while others wait for what it takes.
 pub(crate) const GRACE: Duration = Duration::from_millis(20);
@@ -310,88 +312,18 @@ impl<T> fmt::Debug for Delivery<T> {
     }
 }
 
-/// A value that can be taken back from its caller.
-trait Recall: Send + Sync {
-    fn recall(&self);
-}
-
 impl<T: Send> Recall for Inner<T> {
-    fn recall(&self) {
+    fn recall(&self) -> bool {
         let mut state = self.state.lock();
         let value = match &*state {
             State::Ready(..) => std::mem::replace(&mut *state, State::Gone(Unkept::Recalled)),
-            State::Awaited | State::Gone(_) => return,
+            State::Awaited => return false,
+            State::Gone(_) => return true,
         };
         drop(state);
         drop(value);
         self.changed.notify_waiters();
-    }
-}
-
-/// The values that lie in parcels and that others could use, oldest first.
-#[derive(Default)]
-pub(crate) struct Unclaimed {
-    entries: Lock<Entries, { locks::UNCLAIMED }>,
-    /// Wakes the actor, which takes back what others wait for.
-    wake: Option<Arc<Wake>>,
-}
-
-#[derive(Default)]
-struct Entries {
-    next: u64,
-    by_age: BTreeMap<u64, (Instant, Weak<dyn Recall>)>,
-}
-
-/// A place in [`Unclaimed`], until it is dropped.
-struct Ticket(Arc<Unclaimed>, u64);
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        self.0.entries.lock().by_age.remove(&self.1);
-    }
-}
-
-impl Unclaimed {
-    /// Values for which `wake` is called while there is a waiter.
-    pub(crate) fn new(wake: Arc<Wake>) -> Self {
-        Unclaimed { entries: Lock::default(), wake: Some(wake) }
-    }
-
-    fn enter(self: &Arc<Self>, value: Weak<dyn Recall>) -> Ticket {
-        let mut entries = self.entries.lock();
-        let number = entries.next;
-        entries.next += 1;
-        let before = entries.by_age.insert(number, (Instant::now(), value));
-        assert!(before.is_none(), "a ticket has its number alone");
-        drop(entries);
-        if let Some(wake) = &self.wake {
-            wake.if_waiting();
-        }
-        Ticket(self.clone(), number)
-    }
-
-    /// Takes back every value older than the grace. Returns when the oldest of the others will be.
-    pub(crate) fn recall(&self) -> Option<Instant> {
-        let now = Instant::now();
-        loop {
-            let mut entries = self.entries.lock();
-            let first = entries.by_age.first_entry()?;
-            let due = first.get().0 + GRACE;
-            if due > now || crate::planted!("unclaimed-kept") {
-                return Some(due);
-            }
-            let (_, value) = first.remove();
-            drop(entries);
-            if let Some(value) = value.upgrade() {
-                value.recall();
-            }
-        }
-    }
-}
-
-impl fmt::Debug for Unclaimed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Unclaimed").field("len", &self.entries.lock().by_age.len()).finish()
+        true
     }
 }
 

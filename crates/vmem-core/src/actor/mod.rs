@@ -90,7 +90,7 @@ pub(crate) fn start(names: Arc<Names>, inbox: Inbox) -> watch::Receiver<Outcome>
         kernels: JoinSet::new(),
         demand: 0,
         background: 0,
-        batch_failed: false,
+        batch_ended: false,
         host: Evictor::new(InHost),
         devices,
         storage,
@@ -112,7 +112,7 @@ struct Actor {
     demand: usize,
     background: usize,
     /// Since the last turn.
-    batch_failed: bool,
+    batch_ended: bool,
     host: Evictor<InHost>,
     devices: Vec<Evictor<OnDevice>>,
     /// Of the tiers below host memory, but for the last.
@@ -143,8 +143,9 @@ impl Actor {
     /// Dropped at any point it loses nothing.
     async fn step(&mut self, mut woken: bool) -> bool {
         let recall_at = self.recall_unclaimed();
-        // A batch that failed has freed nothing and notifies nothing, so the evictors look again.
-        woken |= std::mem::take(&mut self.batch_failed);
+        // A batch that failed, or whose objects stay, has freed nothing and notifies nothing, so
+        // the evictors look again: also where its end was taken up between two slices of a turn.
+        woken |= std::mem::take(&mut self.batch_ended);
         if self.turn(woken) {
             // In slices: others have their turn in between.
             tokio::task::yield_now().await;
@@ -260,7 +261,7 @@ impl Actor {
             Ok(Ended::Background) => self.background -= 1,
             Ok(Ended::Kernel) => {}
             Ok(Ended::Evicted { tier, leaves_bytes, took }) => {
-                self.batch_failed |= took != Took::All;
+                self.batch_ended = true;
                 match tier.position() {
                     Position::Host => self.host.ended(leaves_bytes, took),
                     Position::Device(device) => self.devices[device].ended(leaves_bytes, took),

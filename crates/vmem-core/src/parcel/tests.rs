@@ -17,6 +17,23 @@ async fn a_value_that_is_not_claimed_is_recalled_after_the_grace_only() {
     assert_eq!(parcel.claim().await, Err(Unkept::Recalled));
 }
 
+/// The thread that delivers stands still after it has entered the value.
+#[tokio::test(start_paused = true)]
+async fn a_value_that_is_entered_long_before_it_is_there_is_recalled() {
+    let unclaimed = Arc::new(Unclaimed::default());
+    let (delivery, parcel) = parcel();
+    let weak: Weak<Inner<_>> = Arc::downgrade(&delivery.0);
+    let ticket = unclaimed.enter(weak);
+    tokio::time::advance(GRACE * 2).await;
+    assert!(unclaimed.recall().is_some(), "it is looked at again");
+    let counted = Arc::new(());
+    drop(delivery.0.replace(State::Ready(counted.clone(), Some(ticket))));
+    tokio::time::advance(GRACE * 2).await;
+    assert!(unclaimed.recall().is_none(), "nothing is left");
+    assert_eq!(Arc::strong_count(&counted), 1);
+    assert_eq!(parcel.claim().await, Err(Unkept::Recalled));
+}
+
 #[tokio::test]
 async fn a_claimed_value_leaves_no_entry() {
     let unclaimed = Arc::new(Unclaimed::default());
