@@ -55,6 +55,10 @@ struct Options {
     /// The seed of everything that is random.
     #[arg(long, default_value_t = 11)]
     seed: u64,
+    /// The most minutes that the run takes: parts that have not begun by then are skipped, and the
+    /// run has failed. By the same command what is left runs later.
+    #[arg(long, default_value_t = 25, value_parser = clap::value_parser!(u64).range(..=10_000))]
+    minutes: u64,
     /// A folder on the disk that is to be measured; the system's own for temporary files otherwise.
     #[arg(long, value_name = "FOLDER")]
     dir: Option<PathBuf>,

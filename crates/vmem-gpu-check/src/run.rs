@@ -1,8 +1,8 @@
 //! A part in a process of its own, and the record of what came of it.
 //!
 //! Invariant: the record has a line for each part that has ended, whole, written before the next
-//! part begins; a part that hangs is ended after eight minutes and counts as failed. Called by
-//! `main`.
+//! part begins; a part that hangs is ended after eight minutes and counts as failed. The run ends
+//! in the minutes that it was given, whatever its parts do. Called by `main`.
 
 use std::collections::HashSet;
 use std::fs::OpenOptions;
@@ -78,6 +78,7 @@ pub(crate) fn all(options: &Options) -> Result<bool> {
         record.write_all(b"\n").context("writing the record")?;
     }
     let mut good = true;
+    let ends = Instant::now() + Duration::from_secs(options.minutes * 60);
     let mut counts = [("passed", 0), ("missed", 0), ("skipped", 0), ("failed", 0)];
     let wanted = |part: &Part| {
         let any = options.only.is_empty();
@@ -97,12 +98,18 @@ pub(crate) fn all(options: &Options) -> Result<bool> {
             continue;
         }
         let begun = Instant::now();
+        let left = ends.saturating_duration_since(begun);
+        good &= !left.is_zero();
         let mut line = match (part.on, options.emulated) {
+            _ if left.is_zero() => {
+                let why = format!("{} minutes are over", options.minutes);
+                json!({"outcome": "skipped", "why": why})
+            }
             (On::Card, true) => json!({"outcome": "skipped", "why": "it needs a card"}),
             (On::Emulated, false) => {
                 json!({"outcome": "skipped", "why": "it needs the emulated driver"})
             }
-            _ => apart(&part, options)?,
+            _ => apart(&part, options, left.min(PART_MAX))?,
         };
         let outcome = line["outcome"].as_str().unwrap_or("failed").to_owned();
         line["part"] = part.name.into();
@@ -153,8 +160,8 @@ pub(crate) fn found(text: &str) -> Option<Value> {
     serde_json::from_str(result).ok()
 }
 
-/// Runs a part in a process of its own, and returns what it found.
-fn apart(part: &Part, options: &Options) -> Result<Value> {
+/// Runs a part in a process of its own, for so long at most, and returns what it found.
+fn apart(part: &Part, options: &Options, limit: Duration) -> Result<Value> {
     let mut child = Command::new(std::env::current_exe().context("finding this program")?);
     child.args(["--part", part.name, "--seed", &options.seed.to_string()]);
     child.args(["--device", &options.device.to_string()]);
@@ -180,7 +187,7 @@ fn apart(part: &Part, options: &Options) -> Result<Value> {
         if let Some(status) = child.try_wait().context("waiting for a part")? {
             break Some(status);
         }
-        if begun.elapsed() > PART_MAX {
+        if begun.elapsed() > limit {
             if let Some(group) = Pid::from_raw(child.id() as i32) {
                 let _ = kill_process_group(group, Signal::KILL);
             }
@@ -195,7 +202,7 @@ fn apart(part: &Part, options: &Options) -> Result<Value> {
     Ok(match (result, status) {
         (Some(result), _) if ended_well || result["outcome"] == "failed" => result,
         (_, None) => {
-            json!({"outcome": "failed", "why": format!("it had not ended after {PART_MAX:?}")})
+            json!({"outcome": "failed", "why": format!("it had not ended after {limit:?}")})
         }
         (_, Some(status)) => json!({"outcome": "failed", "why": format!("it ended with {status}")}),
     })

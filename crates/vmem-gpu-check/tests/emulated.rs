@@ -43,6 +43,27 @@ fn part(name: &str) {
     println!("{text}");
 }
 
+#[test]
+fn parts_beyond_the_minutes_of_a_run_are_left_for_the_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let record = folder.path().join("record.json");
+    let only = ["--only", "contract-copies", "contract-events"];
+    let output = gpu_check(&[&only[..], &["--minutes", "0"]].concat(), &record);
+    assert!(!output.status.success(), "nothing was checked");
+    let skipped = lines(&record);
+    assert_eq!(skipped.len(), 2);
+    for line in &skipped {
+        assert_eq!(
+            (&line["outcome"], &line["why"]),
+            (&"skipped".into(), &"0 minutes are over".into())
+        );
+    }
+    assert!(gpu_check(&only, &record).status.success());
+    let all = lines(&record);
+    assert_eq!(all.len(), 4);
+    assert!(all[2..].iter().all(|line| line["outcome"] == "passed"), "{all:?}");
+}
+
 macro_rules! parts {
     ($($test:ident = $name:literal)*) => {
         $(#[test]
