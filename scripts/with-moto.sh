@@ -28,6 +28,9 @@ port=$("$place/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.
 export VMEM_S3_ENDPOINT=http://127.0.0.1:$port
 export VMEM_S3_BUCKET=vmem-tests
 export AWS_REGION=us-east-1
+# What else of the caller's own might lead elsewhere.
+unset AWS_PROFILE AWS_SESSION_TOKEN AWS_ENDPOINT AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3
+export NO_PROXY=127.0.0.1 no_proxy=127.0.0.1
 # What makes the account below is let in without one.
 INITIAL_NO_AUTH_ACTION_COUNT=4 "$place/bin/moto_server" -H 127.0.0.1 -p "$port" >"$work/log" 2>&1 &
 server=$!

@@ -108,7 +108,8 @@ async fn one_piece_of_staging_is_enough() {
 /// Copies to the device stand still with what staging they have; the disk and the host do not.
 #[tokio::test]
 async fn reads_from_disk_end_while_copies_to_the_device_stand_still() {
-    let (vmem, _driver, devices) = open(STAGING);
+    // Four pieces.
+    let (vmem, _driver, devices) = open(2 * STAGING);
     let mut promoted = Vec::new();
     for n in 0..8 {
         promoted.push(on_disk(&vmem, n, 60 * KIB).await);

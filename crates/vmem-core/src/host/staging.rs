@@ -3,8 +3,8 @@
 //! Invariant: it is made once and never lent to object space, nor the other way round, so that what
 //! passes through it always moves. A [`StagingPiece`] is exclusive; the pieces are served first
 //! come first served. The holder of a piece gives it back without waiting for another one. A
-//! device, or a tier below the disk, that stands still keeps half of the pieces at most. Called by
-//! the paths that bypass object space.
+//! device, or a tier below the disk, that stands still keeps half of the pieces at most, if there
+//! are four. Called by the paths that bypass object space.
 
 #![allow(unsafe_code)]
 
@@ -22,6 +22,8 @@ use crate::chunk::CHUNK_BYTES;
 const PIECE_MAX: usize = 1024 * 1024;
 /// The least number of pieces: with less memory they become smaller, not fewer.
 const PIECES_WANTED: usize = 8;
+/// With fewer pieces there are no shares: one piece alone would be read and uploaded in turns.
+const PIECES_SHARED_MIN: usize = 4;
 
 /// All of the reserve.
 pub(crate) struct StagingPool {
@@ -47,13 +49,14 @@ impl StagingPool {
         let piece_bytes = chunks_each * CHUNK_BYTES;
         let pieces = total / piece_bytes;
         assert!(pieces >= 2, "a staging reserve of {total} bytes holds two chunks");
+        let share = if pieces < PIECES_SHARED_MIN { pieces } else { pieces / 2 };
         Ok(Arc::new(StagingPool {
             mapping: Mapping::reserve(pieces * piece_bytes)?,
             piece_bytes,
             pieces,
             free: Lock::new((0..pieces as u32).rev().collect()),
             permits: Arc::new(Semaphore::new(pieces)),
-            shares: (0..shares).map(|_| Arc::new(Semaphore::new(pieces / 2))).collect(),
+            shares: (0..shares).map(|_| Arc::new(Semaphore::new(share))).collect(),
         }))
     }
 

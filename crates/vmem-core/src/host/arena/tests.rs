@@ -279,21 +279,31 @@ fn the_hook_is_called_after_the_space_is_there() {
 #[tokio::test]
 async fn staging_pieces_are_exclusive_and_come_back() {
     use crate::host::StagingPool;
-    let pool = StagingPool::new(2 * 64 * 1024, 2).unwrap();
-    let mut one = pool.acquire(Some(1)).await;
-    let mut next = std::pin::pin!(pool.acquire(Some(1)));
-    assert!(futures::poll!(next.as_mut()).is_pending(), "it has its share");
-    let mut two = pool.acquire(None).await;
+    let pool = StagingPool::new(2 * 64 * 1024, 1).unwrap();
+    let mut one = pool.acquire(Some(0)).await;
+    let mut two = pool.acquire(Some(0)).await;
     one.as_mut_slice().fill(1);
     two.as_mut_slice().fill(2);
     assert!(one.as_slice().iter().all(|&byte| byte == 1));
-    let mut waits = std::pin::pin!(pool.acquire(Some(0)));
+    let mut waits = std::pin::pin!(pool.acquire(None));
     assert!(futures::poll!(waits.as_mut()).is_pending());
     drop(two);
-    let three = futures::poll!(waits.as_mut());
-    assert!(three.is_ready());
-    drop((one, three));
+    assert!(futures::poll!(waits.as_mut()).is_ready());
+}
+
+#[tokio::test]
+async fn share_of_staging_leaves_half_to_others() {
+    use crate::host::StagingPool;
+    let pool = StagingPool::new(4 * 64 * 1024, 2).unwrap();
+    let one = pool.acquire(Some(0)).await;
+    let two = pool.acquire(Some(0)).await;
+    let mut next = std::pin::pin!(pool.acquire(Some(0)));
+    assert!(futures::poll!(next.as_mut()).is_pending(), "it has its share");
+    let other = pool.acquire(Some(1)).await;
+    let last = pool.acquire(None).await;
+    drop(two);
     assert!(futures::poll!(next.as_mut()).is_ready());
+    drop((one, other, last));
 }
 
 /// A device that knows what was registered, and touches all of it, as pinning does.
