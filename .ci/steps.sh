@@ -86,7 +86,6 @@ step full "the tier below disk over moto" needs moto ran_some bounded 600 \
 step full "example hello" tested 60 "$built/debug/examples/hello"
 step full "example dashboard" tested 60 "$built/debug/examples/dashboard" 0 5
 step full "example gpu_kernel" tested 120 "$built/debug/examples/gpu_kernel" --emulated
-step full "example fleet, over a folder" tested 120 "$built/debug/vmem-fleet" --seconds 5
 step full "example fleet, over moto" needs moto tested 120 scripts/with-moto.sh "$built/debug/vmem-fleet" --seconds 5
 step full "example service" tested 300 env VMEM_BUILT="$built/debug" examples/service/load.sh --seconds 10 --stalled 50
 step full "example service, killed under clients in Python" \
