@@ -26,6 +26,7 @@ mod peer;
 mod ranges;
 #[cfg(target_os = "linux")]
 mod raw;
+mod remote;
 mod report;
 mod sets;
 mod side;
@@ -88,6 +89,9 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("P17") {
         streams::p17(&mut report, if quick { 256 } else { 1024 }, if quick { 3 } else { 5 })?;
+    }
+    if wanted("R1") {
+        remote::r1(&mut report, quick, if quick { 3 } else { 7 })?;
     }
     if wanted("clients") {
         clients::clients(&mut report, if quick { 3 } else { 5 })?;
