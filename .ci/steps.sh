@@ -82,7 +82,7 @@ step full "the lowest Rust" needs lowest-rust env CARGO_TARGET_DIR="$built/lowes
 step full "the dashboard in a browser" needs browser env VMEM_BROWSER=required cargo test --workspace --test browser
 step full "tests and doctests" env VMEM_STRESS_SECONDS=60 cargo test --workspace
 step full "the tier below disk over moto" needs moto ran_some bounded 600 \
-    scripts/with-moto.sh cargo test --workspace --test it -- servers:: --include-ignored
+    scripts/with-moto.sh cargo test --workspace --test it -- servers:: --include-ignored --test-threads=2
 step full "example hello" tested 60 "$built/debug/examples/hello"
 step full "example dashboard" tested 60 "$built/debug/examples/dashboard" 0 5
 step full "example gpu_kernel" tested 120 "$built/debug/examples/gpu_kernel" --emulated
