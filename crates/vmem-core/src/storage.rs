@@ -172,6 +172,12 @@ impl ReadChunk {
 pub trait ExtentOwner: fmt::Debug + Send + Sync + 'static {
     /// This run of an extent is no longer used.
     fn release(&self, offset: u64, footprint: u32);
+
+    /// This run of an extent is no longer used here, and stays in use nevertheless: something
+    /// durable leads there, or may.
+    fn forget(&self, offset: u64, footprint: u32) {
+        let _ = (offset, footprint);
+    }
 }
 
 /// The owner of extents as each of them holds it: one pointer. A backend makes one.
@@ -200,6 +206,10 @@ impl fmt::Debug for Owner {
 impl<T: ExtentOwner> ExtentOwner for Arc<T> {
     fn release(&self, offset: u64, footprint: u32) {
         T::release(self, offset, footprint);
+    }
+
+    fn forget(&self, offset: u64, footprint: u32) {
+        T::forget(self, offset, footprint);
     }
 }
 
@@ -322,15 +332,19 @@ impl Extent {
 
 impl Drop for Extent {
     fn drop(&mut self) {
-        if !*self.kept.get_mut() {
-            for Run { offset, footprint } in self.runs() {
-                self.owner.0.backend.release(offset, footprint);
+        let is_kept = *self.kept.get_mut();
+        let backend = &self.owner.0.backend;
+        for Run { offset, footprint } in self.runs() {
+            match is_kept {
+                true => backend.forget(offset, footprint),
+                false => backend.release(offset, footprint),
             }
-            if let Some(freed) = self.owner.0.freed.get()
-                && !crate::planted!("below-silent")
-            {
-                freed();
-            }
+        }
+        if !is_kept
+            && let Some(freed) = self.owner.0.freed.get()
+            && !crate::planted!("below-silent")
+        {
+            freed();
         }
     }
 }

@@ -85,6 +85,13 @@ pub enum RequestError {
         /// When a request will be let through.
         retry_after: Duration,
     },
+    /// The lease of this instance was not renewed in time; nothing was sent.
+    #[error("the lease of this instance has expired")]
+    LeaseExpired,
+    /// The lease of this instance was not renewed for so long that a collector has ended it: what
+    /// it has put may be deleted, and it puts nothing more until it is opened again.
+    #[error("the lease of this instance has ended: open it again")]
+    LeaseEnded,
     /// The task of the request ended early: its runtime was shut down, or the object store
     /// panicked.
     #[error("the task of the request ended early")]
@@ -154,6 +161,8 @@ impl RequestError {
             | Self::Unsupported { .. }
             | Self::TooLong { .. }
             | Self::CircuitOpen { .. }
+            | Self::LeaseExpired
+            | Self::LeaseEnded
             | Self::Abandoned => false,
         }
     }
@@ -202,12 +211,12 @@ impl From<RequestError> for io::Error {
             E::Exists => io::ErrorKind::AlreadyExists,
             E::Denied { .. } => io::ErrorKind::PermissionDenied,
             E::Unsupported { .. } => io::ErrorKind::Unsupported,
-            E::TimedOut { .. } => io::ErrorKind::TimedOut,
+            E::TimedOut { .. } | E::LeaseExpired => io::ErrorKind::TimedOut,
             E::Failed { kind, .. } => *kind,
             E::Length { .. } => io::ErrorKind::UnexpectedEof,
             E::TooLong { .. } => io::ErrorKind::InvalidData,
             E::CircuitOpen { .. } => io::ErrorKind::NotConnected,
-            E::Altered { .. } | E::Abandoned => io::ErrorKind::Other,
+            E::Altered { .. } | E::LeaseEnded | E::Abandoned => io::ErrorKind::Other,
         };
         io::Error::new(kind, error)
     }

@@ -5,13 +5,14 @@
 //! is dropped. Called by the tier and its tasks.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 
 use object_store::path::Path;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 use vmem_core::backend::{Extent, ExtentOwner, IoBuf, ReadChunk, Run, StoredChunk, TierError};
@@ -19,8 +20,9 @@ use vmem_core::backend::{Extent, ExtentOwner, IoBuf, ReadChunk, Run, StoredChunk
 use crate::buffers::Buffers;
 use crate::catalog::{Place, Places};
 use crate::client::Client;
-use crate::error::invalid;
+use crate::error::{RequestError, invalid};
 use crate::gather::Gather;
+use crate::lease::Lease;
 use crate::ledger::{Ledger, Placed};
 
 /// What extents and tasks keep alive.
@@ -31,9 +33,8 @@ pub(crate) struct Inner {
     pub(crate) gather: Mutex<Gather>,
     /// Whether a task does chores.
     pub(crate) is_tidying: AtomicBool,
-    pub(crate) closed: AtomicBool,
-    /// Notified when the tier closes.
-    pub(crate) closing: Notify,
+    /// Cancelled when the tier closes.
+    pub(crate) closing: CancellationToken,
     pub(crate) tracker: TaskTracker,
     pub(crate) runtime: Handle,
     /// Where all instances write.
@@ -41,12 +42,13 @@ pub(crate) struct Inner {
     /// This one, and where it writes.
     pub(crate) id: Uuid,
     pub(crate) root: Path,
+    pub(crate) lease: Lease,
     pub(crate) me: Weak<Inner>,
 }
 
 impl Inner {
     pub(crate) fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Acquire)
+        self.closing.is_cancelled()
     }
 
     pub(crate) fn check_open(&self) -> Result<(), TierError> {
@@ -67,6 +69,9 @@ impl Inner {
 
     pub(crate) fn check_write(&self, pieces: &[(Extent, bytes::Bytes)]) -> Result<(), TierError> {
         self.check_open()?;
+        if self.lease.is_ended() {
+            return Err(RequestError::LeaseEnded.of_tier("write"));
+        }
         let ledger = self.ledger.lock();
         for (extent, payload) in pieces {
             if payload.len() != extent.len() as usize {
@@ -103,6 +108,11 @@ impl ExtentOwner for Inner {
             self.tidy();
         }
     }
+
+    /// A segment to which names led is not deleted here, so that both come to the same.
+    fn forget(&self, offset: u64, footprint: u32) {
+        self.release(offset, footprint);
+    }
 }
 
 impl Places for Inner {
@@ -122,7 +132,7 @@ impl Places for Inner {
             true => segment,
             false => ledger.number((instance, segment)),
         };
-        let offset = ledger.enter_named(Placed { segment, at, len, sum });
+        let offset = ledger.enter_named(Placed { segment, at, len, sum }, Instant::now());
         StoredChunk { runs: [Run { offset, footprint: len }].into(), sum }
     }
 }
@@ -132,7 +142,7 @@ pub(crate) fn root_of(prefix: &Path, id: Uuid) -> Path {
     prefix.clone().join(id.as_hyphenated().to_string())
 }
 
-fn segment_path(root: &Path, number: u64) -> Path {
+pub(crate) fn segment_path(root: &Path, number: u64) -> Path {
     root.clone().join(format!("{number:016x}"))
 }
 
@@ -167,7 +177,7 @@ impl fmt::Debug for Inner {
         f.debug_struct("RemoteTier")
             .field("root", &self.root.as_ref())
             .field("usage", &self.ledger.lock().usage())
-            .field("closed", &self.closed)
+            .field("closed", &self.is_closed())
             .finish_non_exhaustive()
     }
 }

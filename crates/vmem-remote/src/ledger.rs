@@ -7,7 +7,7 @@
 
 mod named;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use vmem_core::backend::{TierError, TierUsage};
 
@@ -71,6 +71,8 @@ pub(crate) struct Ledger {
     next_segment: u64,
     placed: HashMap<u64, Placed>,
     segments: HashMap<u64, Segment>,
+    /// Those that are being put.
+    begun: HashSet<u64>,
     stored_bytes: u64,
     /// To be deleted.
     dead: Vec<u64>,
@@ -91,6 +93,7 @@ impl Ledger {
             next_segment: 0,
             placed: HashMap::new(),
             segments: HashMap::new(),
+            begun: HashSet::new(),
             stored_bytes: 0,
             dead: Vec::new(),
             sparse: BTreeSet::new(),
@@ -196,13 +199,21 @@ impl Ledger {
 
     /// The number of a new segment.
     pub(crate) fn begin_segment(&mut self) -> u64 {
+        let id = self.next_number();
+        self.begun.insert(id);
+        id
+    }
+
+    fn next_number(&mut self) -> u64 {
         self.next_segment += 1;
         self.next_segment
     }
 
-    /// A segment that was begun may have been put, and nothing leads to it.
-    pub(crate) fn abandon_segment(&mut self, id: u64) {
-        self.dead.push(id);
+    /// A segment that was begun was not put; it may be there nevertheless if that was `tried`, and
+    /// nothing leads to it.
+    pub(crate) fn abandon_segment(&mut self, id: u64, tried: bool) {
+        self.begun.remove(&id);
+        self.dead.extend(tried.then_some(id));
     }
 
     /// A segment was put, with these chunks of extents that exist.
@@ -236,6 +247,7 @@ impl Ledger {
         let bytes = chunks.iter().map(|(_, placed)| u64::from(placed.len)).sum();
         let offsets = chunks.iter().map(|(offset, _)| *offset).collect();
         let segment = Segment { bytes, live: bytes, readers: 1, chunks: offsets, stays: false };
+        self.begun.remove(&id);
         let is_new = self.segments.insert(id, segment).is_none();
         assert!(is_new, "a segment is put once");
         self.stored_bytes += bytes;

@@ -55,16 +55,17 @@
 //! # }
 //! ```
 //!
-//! Not done: segments to which names led are not collected. What a process leaves behind that was
-//! killed stays in the bucket, below `<prefix>/<number of the instance>/`.
+//! What nobody needs any more is deleted by [`BucketCatalog::collect`] and
+//! [`BucketCatalog::collect_segments`], or by itself with [`RemoteOptions::collect`]: what names
+//! led to, and what a process left behind that was killed.
 //!
 //! # Layout
 //!
 //! In the order in which data flows. `tier`: the trait, and `open`, which tries the bucket first;
 //! `buffers`, `gather` and `write`: calls become segments; `plan` and `read`: chunks become
-//! requests; `ledger`: what is where; `tidy`: deletion and compaction; `catalog`: names, apart from
-//! all of these; `client` and `circuit`: requests, bounded and tried again; `error`: what of their
-//! failures may be shown.
+//! requests; `ledger`: what is where; `tidy`: deletion and compaction; `lease`: what of it stays in
+//! the bucket, for collectors; `catalog`: names, and collectors; `client` and `circuit`: requests,
+//! bounded and tried again; `error`: what of their failures may be shown.
 
 mod buffers;
 mod catalog;
@@ -73,6 +74,7 @@ mod client;
 mod error;
 mod gather;
 mod inner;
+mod lease;
 mod ledger;
 mod open;
 mod options;
@@ -83,7 +85,7 @@ mod tidy;
 mod tier;
 mod write;
 
-pub use catalog::{BucketCatalog, Place, Places};
+pub use catalog::{BucketCatalog, CollectedSegments, Place, Places};
 pub use error::{OpenError, RequestError};
 pub use object_store;
 pub use options::RemoteOptions;

@@ -64,16 +64,23 @@ pub struct RemoteOptions {
     /// A segment of which less than this fraction is still in use is copied into a new one, and
     /// deleted. From 0, which is never, to below 1. Default: 0.5.
     pub compact_below: f64,
-    /// How long a generation of a name stays in the bucket after another has superseded it. A
-    /// [`BucketCatalog`](crate::BucketCatalog) needs at least four times
-    /// [`total_timeout`](Self::total_timeout), and all that share a bucket the same; a tier uses
-    /// it not at all. Default: 15 minutes.
+    /// The time within which everything that instances do in the bucket is taken to arrive there,
+    /// and to be seen by the others. A generation of a name stays four times as long after another
+    /// has superseded it; an instance that could not renew its lease for four times as long may be
+    /// ended. At least four times [`total_timeout`](Self::total_timeout), and the same for all that
+    /// share a bucket. Default: 15 minutes.
     pub grace: Duration,
     /// How long a store over a [`BucketCatalog`](crate::BucketCatalog) waits between two looks at
     /// the names that it has in memory: a name that another instance has changed is given up then,
     /// and the next call that opens it finds what it stands for. None: only a commit finds that
     /// out. At most half of [`grace`](Self::grace). Default: none.
     pub follow: Option<Duration>,
+    /// How long, give or take a half, a store over a [`BucketCatalog`](crate::BucketCatalog) waits
+    /// before it deletes, for all instances that share the bucket, what nobody needs any more, as
+    /// [`collect`](crate::BucketCatalog::collect) and
+    /// [`collect_segments`](crate::BucketCatalog::collect_segments) do. One instance is enough.
+    /// Default: none, which is never.
+    pub collect: Option<Duration>,
 }
 
 impl Default for RemoteOptions {
@@ -97,6 +104,7 @@ impl Default for RemoteOptions {
             compact_below: 0.5,
             grace: Duration::from_secs(15 * 60),
             follow: None,
+            collect: None,
         }
     }
 }
@@ -141,7 +149,10 @@ impl RemoteOptions {
             ("circuit_failures", self.circuit_failures > 0, "at least 1"),
             ("circuit_pause", !self.circuit_pause.is_zero(), "more than nothing"),
             ("compact_below", (0.0..1.0).contains(&self.compact_below), "from 0 to below 1"),
-            ("grace", !self.grace.is_zero(), "more than nothing"),
+            ("grace", !self.grace.is_zero() && self.grace / 4 >= self.total_timeout, {
+                "at least four times the total timeout"
+            }),
+            ("collect", self.collect.is_none_or(|it| !it.is_zero()), "more than nothing, or none"),
             ("follow", self.follow.is_none_or(|it| !it.is_zero() && it <= self.grace / 2), {
                 "more than nothing and at most half the grace, or none"
             }),

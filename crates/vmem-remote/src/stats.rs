@@ -26,6 +26,9 @@ pub struct RemoteStats {
     pub buffered_bytes: u64,
     /// Whether requests fail at once, since too many have failed.
     pub is_circuit_open: bool,
+    /// Whether a collector has ended the lease of this instance, since it was not renewed for four
+    /// times the grace: it has to be opened again.
+    pub is_lease_ended: bool,
 }
 
 impl RemoteStats {
@@ -41,6 +44,7 @@ impl RemoteStats {
             stored_bytes,
             buffered_bytes: inner.buffers.bytes(),
             is_circuit_open: inner.client.is_circuit_open(),
+            is_lease_ended: inner.lease.is_ended(),
         }
     }
 }

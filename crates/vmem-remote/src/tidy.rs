@@ -45,9 +45,6 @@ async fn do_chores(tidying: Tidying) {
     let first_pause = inner.client.options().circuit_pause;
     let mut pause = first_pause;
     loop {
-        let closing = inner.closing.notified();
-        let mut closing = std::pin::pin!(closing);
-        closing.as_mut().enable();
         if inner.is_closed() {
             return;
         }
@@ -59,7 +56,7 @@ async fn do_chores(tidying: Tidying) {
         };
         if let Err(error) = done {
             tracing::debug!(target: "vmem::remote", %error, "a chore failed");
-            let _ = timeout(pause, closing).await;
+            let _ = timeout(pause, inner.closing.cancelled()).await;
             pause = (pause * 2).min(PAUSE_MAX);
         } else {
             pause = first_pause;
@@ -122,7 +119,7 @@ async fn compact(inner: &Inner, compaction: Compaction) -> Result<(), RequestErr
     let mut ledger = inner.ledger.lock();
     match &put {
         Ok(()) => ledger.switch(segment, &copies(segment, &compaction), &compaction),
-        Err(_) => ledger.abandon_segment(segment),
+        Err(_) => ledger.abandon_segment(segment, true),
     }
     put
 }

@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use bytes::Bytes;
 use futures::FutureExt;
@@ -14,7 +14,8 @@ use futures::future::{BoxFuture, Shared, ready};
 use object_store::ObjectStore;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 use vmem_core::backend::{
@@ -28,6 +29,7 @@ use crate::client::Client;
 use crate::error::{OpenError, RequestError, invalid};
 use crate::gather::{Call, Gather};
 use crate::inner::{Inner, root_of};
+use crate::lease::{Lease, keep_lease};
 use crate::ledger::Ledger;
 use crate::open::probe;
 use crate::options::RemoteOptions;
@@ -97,15 +99,20 @@ impl RemoteTier {
             ledger: Mutex::new(ledger),
             gather: Mutex::new(Gather::default()),
             is_tidying: AtomicBool::new(false),
-            closed: AtomicBool::new(false),
-            closing: Notify::new(),
+            closing: CancellationToken::new(),
             tracker: TaskTracker::new(),
             runtime: Handle::current(),
+            lease: Lease::new(&prefix),
             prefix,
             id,
             root,
             me: me.clone(),
         });
+        // Before anything else is put.
+        let leased = inner.renew().await;
+        leased.map_err(|source| OpenError::Unavailable { request: "put", source })?;
+        let keeping = keep_lease(Arc::downgrade(&inner), inner.closing.clone());
+        inner.tracker.spawn_on(keeping, &inner.runtime);
         let owner = SharedOwner::new(inner.clone());
         Ok(Arc::new(RemoteTier {
             inner,
@@ -126,7 +133,7 @@ impl RemoteTier {
         options: RemoteOptions,
     ) -> Result<(Arc<Self>, Arc<BucketCatalog>), OpenError> {
         let tier = Self::open(store.clone(), options.clone()).await?;
-        match BucketCatalog::open(store, options, tier.inner.clone()).await {
+        match BucketCatalog::open_leased(store, options, tier.inner.clone()).await {
             Ok(catalog) => Ok((tier, catalog)),
             Err(error) => {
                 // Nothing was put, and the error says more than that of an end.
@@ -202,8 +209,7 @@ impl Tier for RemoteTier {
     /// Refuses what comes after, waits for what is in flight, and deletes what the tier has put,
     /// but for segments to which names lead, or led.
     fn close(&self) -> BoxFuture<'static, Result<(), TierError>> {
-        self.inner.closed.store(true, Ordering::Release);
-        self.inner.closing.notify_waiters();
+        self.inner.closing.cancel();
         self.inner.refuse_queued();
         let mut closing = self.closing.lock();
         let closing = closing.get_or_insert_with(|| {
@@ -213,7 +219,7 @@ impl Tier for RemoteTier {
             self.inner.runtime.spawn(async move {
                 inner.tracker.close();
                 inner.tracker.wait().await;
-                let _ = done.send(inner.delete_all().await);
+                let _ = done.send(inner.end().await);
             });
             let abandoned = |_| Err(RequestError::Abandoned.of_tier("close"));
             async move { closed.await.unwrap_or_else(abandoned) }.boxed().shared()
@@ -231,10 +237,13 @@ impl Durable for RemoteTier {
     fn adopt(&self, len: u32, chunk: StoredChunk) -> Result<Extent, TierError> {
         self.inner.check_open()?;
         let offset = chunk.runs.first().map_or(0, |run| run.offset);
-        let placed = self.inner.ledger.lock().find(offset);
+        let mut ledger = self.inner.ledger.lock();
+        let placed = ledger.find(offset);
         if placed.is_none_or(|placed| (placed.len, placed.sum) != (len, chunk.sum)) {
             return Err(invalid("adopt", "a chunk that is not where its name leads"));
         }
+        ledger.adopted(offset);
+        drop(ledger);
         let mut extent = Extent::new(offset, len, len, self.owner.clone());
         extent.seal(chunk.sum);
         extent.keep();
@@ -243,6 +252,12 @@ impl Durable for RemoteTier {
 }
 
 impl Inner {
+    /// Deletes what nobody needs any more, and then the lease.
+    async fn end(&self) -> Result<(), TierError> {
+        self.delete_all().await?;
+        self.give_lease_back().await.map_err(|error| error.of_tier("delete"))
+    }
+
     /// Deletes what this instance has put, also what it does not know of, but for segments with
     /// names.
     async fn delete_all(&self) -> Result<(), TierError> {

@@ -67,9 +67,7 @@ async fn put_pieces(
         let mut ledger = inner.ledger.lock();
         match &put {
             Ok(()) => ledger.publish(segment, &places(segment, calls)),
-            // Nothing was sent.
-            Err(_) if is_untried.into_inner() => {}
-            Err(_) => ledger.abandon_segment(segment),
+            Err(_) => ledger.abandon_segment(segment, !is_untried.into_inner()),
         }
         ledger.has_chore()
     };

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::Inner;
 use super::body::Token;
 use super::generations::{Generation, Known};
+use super::inner::Inner;
 
 /// See the module's documentation.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 //! Invariant: either all changes can be applied, in their order, or there is an error and nothing
 //! is put. Called by `commit`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::sync::Arc;
 
@@ -15,6 +15,7 @@ use vmem_core::backend::{
 use super::body::{CHUNKS_MAX, Object};
 use super::paths::{Paths, shown};
 use super::places::{Place, Places};
+use crate::lease::SegmentId;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 type Segment = Vec<Option<Place>>;
@@ -88,6 +89,12 @@ impl Changes {
             }
         }
         Ok(())
+    }
+
+    /// The segments of the chunks that are given.
+    pub(super) fn given(&self) -> HashSet<SegmentId> {
+        let segments = self.segments.values().flat_map(BTreeMap::values);
+        segments.flatten().flatten().map(Place::segment_id).collect()
     }
 
     fn records(&self) -> impl Iterator<Item = &CatalogRecord> {

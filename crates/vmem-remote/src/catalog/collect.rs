@@ -1,25 +1,32 @@
 //! Deletion of generations that nothing can need any more.
 //!
 //! Invariant: a generation is deleted only if a later one of its name was listed that the object
-//! store has had for longer than the grace, by its own clock: so the newest, and each that a writer
-//! with fresh knowledge could create again, stays. Called by the catalog.
+//! store has had for four times the grace, by its own clock: so the newest, and each that a writer
+//! with fresh knowledge could create again, stays, and so does each that led to a segment when a
+//! collector of segments might not have seen it. Called by the catalog.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use object_store::path::Path;
-use vmem_core::VirtualMemoryError;
+use tokio::time::sleep;
+use uuid::Uuid;
+use vmem_core::{VirtualMemoryError, planted};
 
-use super::Inner;
+use super::inner::Inner;
+use super::segments::collect_segments;
 use crate::error::RequestError;
 
 /// Objects of one request to delete.
 const BATCH: usize = 1000;
 
+/// Graces that a generation stays after another has superseded it.
+const STAYS: u32 = 4;
+
 /// Since when the generations of each name are in the bucket.
-type Listed = HashMap<Arc<str>, BTreeMap<u64, SystemTime>>;
+pub(super) type Listed = HashMap<Arc<str>, BTreeMap<u64, SystemTime>>;
 
 /// Deletes what may be; returns how many generations that were.
 ///
@@ -31,10 +38,38 @@ pub(super) async fn collect(inner: Arc<Inner>) -> Result<u64, VirtualMemoryError
     collected.map_err(|error| error.of_catalog("collect"))
 }
 
+/// Collects generations and segments again and again, about this long apart, until the catalog
+/// closes or is dropped.
+pub(super) async fn keep_collecting(catalog: Weak<Inner>, every: Duration) {
+    let closing = catalog.upgrade().map(|inner| inner.closing.clone());
+    let Some(closing) = closing else { return };
+    let once = async || {
+        // Instances that were opened together do not all collect at once.
+        let share = Uuid::new_v4().as_u128() as f64 / u128::MAX as f64;
+        sleep(every.mul_f64(0.5 + share)).await;
+        let Some(inner) = catalog.upgrade() else { return false };
+        let collected = match collect(inner.clone()).await {
+            Ok(generations) => collect_segments(inner).await.map(|it| (generations, it.deleted)),
+            Err(error) => Err(error),
+        };
+        match collected {
+            Ok((generations, segments)) => {
+                tracing::debug!(target: "vmem::remote", generations, segments, "collected");
+            }
+            Err(error) => {
+                tracing::warn!(target: "vmem::remote", %error, "a collection failed");
+            }
+        }
+        true
+    };
+    while closing.run_until_cancelled(once()).await == Some(true) {}
+}
+
 async fn collect_all(inner: &Inner) -> Result<u64, RequestError> {
     // Before the listing, so that what is listed as older than that was superseded then.
     let now = time_of_store(inner).await?;
-    let Some(before) = now.checked_sub(inner.client.options().grace) else { return Ok(0) };
+    let stays = if planted!("bucket-forgets-soon") { 1 } else { STAYS };
+    let Some(before) = now.checked_sub(inner.client.options().grace * stays) else { return Ok(0) };
     let fold = |listed: &mut Listed, path: &Path, put_at| {
         if let Some((name, number)) = inner.paths.parse(path) {
             listed.entry(name).or_default().insert(number, put_at);
@@ -55,7 +90,7 @@ async fn collect_all(inner: &Inner) -> Result<u64, RequestError> {
 }
 
 /// What time it is for the object store, at least: when it says that an object was put just now.
-async fn time_of_store(inner: &Inner) -> Result<SystemTime, RequestError> {
+pub(super) async fn time_of_store(inner: &Inner) -> Result<SystemTime, RequestError> {
     let path = inner.paths.probe();
     match inner.client.create(&path, &Bytes::from_static(b"time"), |_| ()).await {
         // An earlier try was answered too late.
@@ -77,8 +112,6 @@ fn superseded(generations: &BTreeMap<u64, SystemTime>, before: SystemTime) -> Ve
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

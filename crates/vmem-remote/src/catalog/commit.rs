@@ -4,20 +4,23 @@
 //! half the grace ago, and only where there is none. All changes are applied in memory before the
 //! first is put. Called by the catalog.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures::{StreamExt, TryStreamExt, stream};
+use tokio::time::Instant;
 use vmem_core::{VirtualMemoryError, planted};
 
-use super::Inner;
 use super::attempt::Attempt;
 use super::body::{BODY_LEN_MAX, Object, encode};
 use super::changes::{Changes, State, refused};
 use super::generations::{Generation, Known};
+use super::inner::Inner;
 use super::lookup::{contended, generation};
+use super::places::Place;
 use crate::error::RequestError;
+use crate::lease::Held;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 
@@ -31,9 +34,15 @@ const ROUNDS_MAX: usize = 4;
 /// # Errors
 ///
 /// Those of `Catalog::commit`.
-pub(super) async fn commit(inner: Arc<Inner>, changes: Changes) -> Result<()> {
+pub(super) async fn commit(inner: Arc<Inner>, changes: Changes, given: Option<Held>) -> Result<()> {
     inner.saw_id(changes.last_id());
+    inner.leased("commit").await?;
+    let began = Instant::now();
     let bases = bases(&inner, &changes).await?;
+    if began.elapsed() > inner.client.options().grace / 2 {
+        // What they lead to may be deleted by now, unless they are still the newest.
+        return Err(contended("commit", "the object store answers too late"));
+    }
     let before = bases.iter().map(|(name, (_, state))| (name.clone(), state.clone())).collect();
     let mut objects = Vec::new();
     let mut tombstones = Vec::new();
@@ -45,10 +54,14 @@ pub(super) async fn commit(inner: Arc<Inner>, changes: Changes) -> Result<()> {
             State::Unread => {}
         }
     }
+    let places = objects.iter().flat_map(|next| next.object.iter().flat_map(|it| &it.places));
+    let led_to: HashSet<_> = places.flatten().map(Place::segment_id).collect();
+    let held = inner.hold(led_to)?;
     // The names that lose an object last: after a crash it has two names rather than none.
     let mut attempts = put_all(&inner, objects).await?;
     attempts.extend(put_all(&inner, tombstones).await?);
     attempts.into_iter().for_each(Attempt::acknowledge);
+    given.into_iter().chain(held).for_each(Held::settle);
     Ok(())
 }
 
@@ -179,6 +192,7 @@ async fn put_over(
     object: Option<&Object>,
     known: &Known,
 ) -> std::result::Result<Option<Attempt>, Failure> {
+    inner.check_lease("commit")?;
     let version = object.map(|object| (object.record.id, object.record.version));
     let attempt = Attempt::begin(inner, name, known, version);
     let Generation { number, token, .. } = attempt.generation;

@@ -12,8 +12,8 @@ use futures::{StreamExt, stream};
 use tokio::time::Instant;
 use vmem_core::{VirtualMemoryError, planted};
 
-use super::Inner;
 use super::generations::{Generations, Known};
+use super::inner::Inner;
 use super::lookup::generation;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;

@@ -11,7 +11,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use vmem_core::VirtualMemoryError;
 use vmem_core::backend::CatalogRecord;
 
-use super::Inner;
+use super::inner::Inner;
 use super::lookup::generation;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;

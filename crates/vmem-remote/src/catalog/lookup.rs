@@ -12,9 +12,9 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use vmem_core::{VirtualMemoryError, planted};
 
-use super::Inner;
 use super::body::{BODY_LEN_MAX, Body, decode};
 use super::generations::Generation;
+use super::inner::Inner;
 
 type Result<T> = std::result::Result<T, VirtualMemoryError>;
 

@@ -36,7 +36,7 @@
 //! `places`: chunks as all processes know them; `paths` and `body`: objects of the bucket;
 //! `generations`: what is known of each name; `lookup`: finding the newest; `changes`, `commit` and
 //! `attempt`: making the next; `listing`: pages of names; `follow`: what others have changed;
-//! `collect`: deletion.
+//! `collect`: deletion of generations; `segments`: and of what they led to.
 
 mod attempt;
 mod body;
@@ -45,15 +45,17 @@ mod collect;
 mod commit;
 mod follow;
 mod generations;
+mod inner;
 mod listing;
 mod lookup;
 mod paths;
 mod places;
+mod segments;
 
 use std::ops::Bound;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use futures::FutureExt;
@@ -62,6 +64,7 @@ use object_store::ObjectStore;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 use vmem_core::VirtualMemoryError;
@@ -70,13 +73,16 @@ use vmem_core::backend::{
 };
 
 pub use places::{Place, Places};
+pub use segments::CollectedSegments;
 
 use crate::client::Client;
 use crate::error::{OpenError, RequestError};
+use crate::inner as tier;
+use crate::lease::LeasePaths;
 use crate::open::probe_create;
 use crate::options::RemoteOptions;
 use changes::Changes;
-use generations::{Generation, Generations};
+use inner::Inner;
 use paths::Paths;
 
 /// A [`Catalog`] whose names are in an object store that several instances share.
@@ -119,21 +125,6 @@ pub struct BucketCatalog {
     inner: Arc<Inner>,
 }
 
-/// What the tasks of a catalog have in common.
-#[derive(Debug)]
-struct Inner {
-    client: Client,
-    paths: Paths,
-    places: Arc<dyn Places>,
-    generations: Mutex<Generations>,
-    next_id: AtomicU64,
-    attempts: AtomicU64,
-    listed: follow::Listed,
-    closed: AtomicBool,
-    tracker: TaskTracker,
-    runtime: Handle,
-}
-
 impl BucketCatalog {
     /// Opens the names below `<prefix>/names/` of a bucket, once the object store has shown, within
     /// the [timeout](RemoteOptions::request_timeout) of a request, that it does conditional
@@ -155,34 +146,58 @@ impl BucketCatalog {
         options: RemoteOptions,
         places: Arc<dyn Places>,
     ) -> Result<Arc<Self>, OpenError> {
+        Self::open_over(store, options, places, None).await
+    }
+
+    /// The same over a tier, whose lease keeps what the names lead to.
+    pub(crate) async fn open_leased(
+        store: Arc<dyn ObjectStore>,
+        options: RemoteOptions,
+        tier: Arc<tier::Inner>,
+    ) -> Result<Arc<Self>, OpenError> {
+        Self::open_over(store, options, tier.clone(), Some(tier)).await
+    }
+
+    async fn open_over(
+        store: Arc<dyn ObjectStore>,
+        options: RemoteOptions,
+        places: Arc<dyn Places>,
+        tier: Option<Arc<tier::Inner>>,
+    ) -> Result<Arc<Self>, OpenError> {
         options.check()?;
-        if options.grace / 4 < options.total_timeout {
-            let expected = "at least four times the total timeout";
-            return Err(OpenError::InvalidOption { field: "grace", expected });
-        }
         check_runtime().map_err(|_| OpenError::UnsuitableRuntime)?;
-        let paths = Paths::new(&options.prefix()?);
+        let prefix = options.prefix()?;
+        let paths = Paths::new(&prefix);
         let client = Client::new(store, options, Uuid::new_v4().as_u64_pair().0);
         probe_create(&client, &paths.probe()).await?;
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let first_id = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
-        Ok(Arc::new(BucketCatalog {
+        let collect = client.options().collect;
+        let catalog = BucketCatalog {
             inner: Arc::new(Inner {
                 client,
+                leases: LeasePaths::new(&prefix),
+                prefix,
                 paths,
                 places,
                 generations: Mutex::default(),
                 next_id: AtomicU64::new(first_id),
                 attempts: AtomicU64::new(0),
                 listed: follow::Listed::default(),
-                closed: AtomicBool::new(false),
+                tier,
+                closing: CancellationToken::new(),
                 tracker: TaskTracker::new(),
                 runtime: Handle::current(),
             }),
-        }))
+        };
+        if let Some(every) = collect {
+            let collecting = collect::keep_collecting(Arc::downgrade(&catalog.inner), every);
+            catalog.inner.tracker.spawn(collecting);
+        }
+        Ok(Arc::new(catalog))
     }
 
-    /// Deletes the generations that others have superseded for longer than the
+    /// Deletes the generations that others have superseded for longer than four times the
     /// [grace](RemoteOptions::grace), by the clock of the object store; returns how many. Several
     /// instances may do so at once. Nothing else deletes them.
     ///
@@ -191,6 +206,32 @@ impl BucketCatalog {
     /// `Io`; what was deleted until then is deleted. `Closed`.
     pub async fn collect(&self) -> Result<u64, VirtualMemoryError> {
         self.answer(collect::collect).await
+    }
+
+    /// Deletes segments of all instances to which no name leads, superseded generations included,
+    /// and that no instance uses: what names led to before [`collect`](Self::collect) has deleted
+    /// their generations, and what processes left behind that were killed. Several instances may
+    /// do so at once.
+    ///
+    /// Each instance is asked which of them it uses, and answers when it renews its lease, each
+    /// quarter of the [grace](RemoteOptions::grace). So this takes about the grace; or six times
+    /// that, while the lease of an instance that was killed runs out. A catalog that is closed
+    /// ends it, with `Closed`. Of a name each generation is read, so this takes a request for each
+    /// version that the bucket has; and the names have to be listed in less than three quarters of
+    /// the grace.
+    ///
+    /// # Errors
+    ///
+    /// `Io`, also if an instance does not answer within eight times the grace, or if the object
+    /// store lists too slowly; `Damaged` and `UnknownFormat` of a name or a lease, since what that
+    /// leads to is not known. Nothing was deleted then, or a part of what may be. `Closed`.
+    pub async fn collect_segments(&self) -> Result<CollectedSegments, VirtualMemoryError> {
+        self.answer(|inner| async move {
+            let closing = inner.closing.clone();
+            let collected = closing.run_until_cancelled(segments::collect_segments(inner)).await;
+            collected.unwrap_or(Err(VirtualMemoryError::Closed))
+        })
+        .await
     }
 
     /// Answers with what a task of the runtime finds out, which goes on if nobody awaits it.
@@ -202,7 +243,7 @@ impl BucketCatalog {
         // Before the look at whether it is closed, so that a close waits for this task or this
         // sees the close.
         let token = self.inner.tracker.token();
-        if self.inner.closed.load(Ordering::SeqCst) {
+        if self.inner.closing.is_cancelled() {
             return ready(Err(VirtualMemoryError::Closed)).boxed();
         }
         let work = work(self.inner.clone());
@@ -249,10 +290,13 @@ impl Catalog for BucketCatalog {
     /// key; `Io`.
     fn commit(&self, changes: Vec<CatalogChange>) -> Answer<()> {
         match Changes::new(changes, &*self.inner.places, &self.inner.paths) {
-            Ok(changes) => self.answer(|inner| {
-                inner.attempts.fetch_add(1, Ordering::SeqCst);
-                commit::commit(inner, changes)
-            }),
+            Ok(changes) => match self.inner.hold(changes.given()) {
+                Ok(given) => self.answer(|inner| {
+                    inner.attempts.fetch_add(1, Ordering::SeqCst);
+                    commit::commit(inner, changes, given)
+                }),
+                Err(error) => ready(Err(error)).boxed(),
+            },
             Err(error) => ready(Err(error)).boxed(),
         }
     }
@@ -276,8 +320,10 @@ impl Catalog for BucketCatalog {
 
     fn find(&self, name: Arc<str>) -> Answer<Option<CatalogObject>> {
         self.answer_name(name, |inner, name| async move {
+            inner.leased("find").await?;
             let body = inner.find(&name).await?;
             let Some(object) = body.and_then(|body| body.object) else { return Ok(None) };
+            inner.check_lease("find")?;
             let chunks = object.places.into_iter();
             let chunks = chunks.map(|place| place.map(|place| inner.places.enter(place)));
             Ok(Some(CatalogObject { record: object.record, chunks: chunks.collect() }))
@@ -323,7 +369,7 @@ impl Catalog for BucketCatalog {
     }
 
     fn close(&self) -> Answer<()> {
-        self.inner.closed.store(true, Ordering::SeqCst);
+        self.inner.closing.cancel();
         self.inner.tracker.close();
         let inner = self.inner.clone();
         async move {
@@ -331,18 +377,5 @@ impl Catalog for BucketCatalog {
             Ok(())
         }
         .boxed()
-    }
-}
-
-impl Inner {
-    /// Gives no number that this generation has.
-    fn saw(&self, generation: Generation) {
-        if let Some((id, version)) = generation.object {
-            self.saw_id(id.max(version));
-        }
-    }
-
-    fn saw_id(&self, id: u64) {
-        self.next_id.fetch_max(id.saturating_add(1), Ordering::SeqCst);
     }
 }

@@ -8,6 +8,8 @@ use std::fmt;
 use uuid::Uuid;
 use vmem_core::backend::StoredChunk;
 
+use crate::lease::SegmentId;
+
 /// A range of an object in the bucket that holds a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Place {
@@ -21,6 +23,13 @@ pub struct Place {
     pub len: u32,
     /// The CRC-32C of the chunk.
     pub sum: u32,
+}
+
+impl Place {
+    /// The segment, among those of all instances.
+    pub(crate) fn segment_id(&self) -> SegmentId {
+        (self.instance, self.segment)
+    }
 }
 
 /// What translates between the chunks of a tier, whose offsets mean something to it alone, and

@@ -2,11 +2,13 @@
 //!
 //! Invariant: once a name was to lead to a chunk its segment stays as it is: it is neither deleted
 //! nor compacted here, since other instances read it where the name says. A chunk has one offset,
-//! however often its name is looked up, and is here until the last of its extents was released. It
-//! takes nothing of the budget. Called by the tier, on behalf of the catalog.
+//! however often its name is looked up, and is here until the last of its extents was released, and
+//! each look-up has been followed by an extent, or was too long ago for that. It takes nothing of
+//! the budget. Called by the tier, on behalf of the catalog.
 
 use std::collections::{HashMap, HashSet};
 
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::{Ledger, Placed, Segment};
@@ -21,6 +23,8 @@ pub(super) struct Named {
     offsets: HashMap<(u64, u64), u64>,
     /// How often one was looked up while it had an offset: it has as many extents more.
     shared: HashMap<u64, u32>,
+    /// Look-ups of a chunk for which there is no extent so far, and when the last one was.
+    awaited: HashMap<u64, (u32, Instant)>,
     /// The segments of this instance that have such chunks, or had.
     segments: HashSet<u64>,
     /// The instance that put a segment, and its number there; of those of others.
@@ -93,7 +97,34 @@ impl Ledger {
     }
 
     /// The offset of a chunk to which a name leads.
-    pub(crate) fn enter_named(&mut self, placed: Placed) -> u64 {
+    pub(crate) fn enter_named(&mut self, placed: Placed, now: Instant) -> u64 {
+        let offset = self.enter_place(placed);
+        let awaited = self.named.awaited.entry(offset).or_insert((0, now));
+        *awaited = (awaited.0 + 1, now);
+        offset
+    }
+
+    /// There is an extent for one of the look-ups of this chunk.
+    pub(crate) fn adopted(&mut self, offset: u64) {
+        if let Some((count, _)) = self.named.awaited.get_mut(&offset) {
+            *count -= 1;
+            if *count == 0 {
+                self.named.awaited.remove(&offset);
+            }
+        }
+    }
+
+    /// There will be no extents for look-ups that were before this time.
+    pub(crate) fn forget_awaited(&mut self, before: Instant) {
+        let is_late = |_: &u64, awaited: &mut (u32, Instant)| awaited.1 < before;
+        let late: Vec<_> = self.named.awaited.extract_if(is_late).collect();
+        for (offset, (count, _)) in late {
+            let len = self.find(offset).map_or(0, |placed| placed.len);
+            (0..count).for_each(|_| self.release(offset, len));
+        }
+    }
+
+    fn enter_place(&mut self, placed: Placed) -> u64 {
         if let Some(&offset) = self.named.offsets.get(&(placed.segment, placed.at)) {
             *self.named.shared.entry(offset).or_default() += 1;
             return offset;
@@ -120,7 +151,7 @@ impl Ledger {
         if let Some(&number) = self.named.numbers.get(&origin) {
             return number;
         }
-        let number = self.begin_segment();
+        let number = self.next_number();
         let segment = Segment { bytes: 0, live: 0, readers: 0, chunks: Vec::new(), stays: true };
         self.segments.insert(number, segment);
         self.named.origins.insert(number, origin);
@@ -131,6 +162,15 @@ impl Ledger {
     /// The instance that put a segment, and its number there, if that was another one.
     pub(crate) fn origin(&self, segment: u64) -> Option<(Uuid, u64)> {
         self.named.origins.get(&segment).copied()
+    }
+
+    /// Whether anything of a segment is in use here, or on its way there. `me` is this instance.
+    pub(crate) fn uses(&self, me: Uuid, (instance, number): (Uuid, u64)) -> bool {
+        let number = match instance == me {
+            true => Some(number),
+            false => self.named.numbers.get(&(instance, number)).copied(),
+        };
+        number.is_some_and(|it| self.segments.contains_key(&it) || self.begun.contains(&it))
     }
 
     /// The segments of this instance to which names lead, or led; from now on no name leads to

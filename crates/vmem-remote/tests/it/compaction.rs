@@ -21,7 +21,7 @@ async fn mostly_dead(tier: &RemoteTier) -> (Vec<Arc<Extent>>, Vec<u8>) {
 
 /// Waits until the bucket has at most this many bytes.
 async fn shrunk(store: &Faulty, bytes: u64) {
-    for _ in 0..10_000 {
+    for _ in 0..20_000 {
         if stored(store).await.1 <= bytes {
             return;
         }

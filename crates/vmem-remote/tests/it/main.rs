@@ -14,6 +14,7 @@ mod following;
 mod named;
 mod open;
 mod requests;
+mod segments;
 mod servers;
 mod suite;
 mod whole;
@@ -23,8 +24,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::ObjectStore;
 use object_store::memory::InMemory;
+use object_store::{ObjectMeta, ObjectStore};
 use vmem_core::backend::{Extent, IoBuf, ReadChunk, Tier, TierError};
 use vmem_remote::{RemoteOptions, RemoteTier};
 use vmem_testkit::{Pattern, Seed};
@@ -95,10 +96,17 @@ async fn read(tier: &dyn Tier, extents: &[Arc<Extent>]) -> Result<Vec<u8>, TierE
     result.map(|()| buf.to_vec())
 }
 
-/// Objects in the bucket, and their bytes.
+/// Objects in the bucket but for leases, and their bytes.
 async fn stored(store: &dyn ObjectStore) -> (usize, u64) {
-    let all: Vec<_> = store.list(None).try_collect().await.unwrap();
+    let all = left(store).await;
     (all.len(), all.iter().map(|meta| meta.size).sum())
+}
+
+/// What is in the bucket but for leases.
+async fn left(store: &dyn ObjectStore) -> Vec<ObjectMeta> {
+    let all: Vec<ObjectMeta> = store.list(None).try_collect().await.unwrap();
+    let is_lease = |meta: &ObjectMeta| meta.location.as_ref().contains("/instances/");
+    all.into_iter().filter(|meta| !is_lease(meta)).collect()
 }
 
 /// Waits until the bucket is empty.
@@ -109,6 +117,5 @@ async fn emptied(store: &dyn ObjectStore) {
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    let left: Vec<_> = store.list(None).try_collect().await.unwrap();
-    panic!("left in the bucket: {left:?}");
+    panic!("left in the bucket: {:?}", left(store).await);
 }

@@ -16,9 +16,9 @@ use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt, TryFutureExt, TryStreamExt, stream};
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload,
-    ObjectMeta, ObjectStore, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult,
-    Result,
+    CopyOptions, Error, GetOptions, GetRange, GetResult, GetResultPayload, ListResult,
+    MultipartUpload, ObjectMeta, ObjectStore, PutMode, PutMultipartOptions, PutOptions, PutPayload,
+    PutResult, Result,
 };
 use parking_lot::Mutex;
 use rand::Rng;
@@ -27,35 +27,37 @@ use tokio::time::Instant;
 
 /// What a writer means by the next put of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Intent {
+pub(crate) struct Intent {
     /// The number of the commit.
-    pub(super) commit: u64,
+    pub(crate) commit: u64,
     /// The version that the writer knows, if there is one.
-    pub(super) knows: Option<u64>,
+    pub(crate) knows: Option<u64>,
     /// The version that the name has then; none if it is removed.
-    pub(super) makes: Option<u64>,
+    pub(crate) makes: Option<u64>,
 }
 
 /// A generation that was created.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Created {
-    pub(super) number: u64,
-    pub(super) intent: Intent,
+pub(crate) struct Created {
+    pub(crate) number: u64,
+    pub(crate) intent: Intent,
 }
 
 /// How often what goes wrong, in thousandths, and how slow it is.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Weather {
+pub(crate) struct Weather {
     /// The longest step, in milliseconds.
-    pub(super) step: u64,
+    pub(crate) step: u64,
     /// Requests that fail, one half of them once they were done.
-    pub(super) failed: u32,
+    pub(crate) failed: u32,
     /// Requests without an answer; puts may be done within this many milliseconds.
-    pub(super) silent: u32,
-    pub(super) late: u64,
+    pub(crate) silent: u32,
+    pub(crate) late: u64,
     /// Listings that show the past, up to this many milliseconds ago.
-    pub(super) stale: u32,
-    pub(super) past: u64,
+    pub(crate) stale: u32,
+    pub(crate) past: u64,
+    /// All other requests than puts of generations are as in calm weather.
+    pub(crate) of_names: bool,
 }
 
 #[derive(Debug)]
@@ -68,7 +70,7 @@ struct Stored {
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub(super) struct Bucket {
+pub(crate) struct Bucket {
     began: Instant,
     state: Mutex<State>,
 }
@@ -82,7 +84,7 @@ struct State {
 }
 
 /// A way of an instance to the bucket.
-pub(super) struct Desk {
+pub(crate) struct Desk {
     bucket: Arc<Bucket>,
     weather: Mutex<(SmallRng, Weather)>,
     crashed: Arc<Mutex<bool>>,
@@ -90,11 +92,11 @@ pub(super) struct Desk {
 }
 
 impl Bucket {
-    pub(super) fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         Arc::new(Bucket { began: Instant::now(), state: Mutex::default() })
     }
 
-    pub(super) fn desk(self: &Arc<Self>, rng: SmallRng, weather: Weather) -> Arc<Desk> {
+    pub(crate) fn desk(self: &Arc<Self>, rng: SmallRng, weather: Weather) -> Arc<Desk> {
         Arc::new(Desk {
             bucket: self.clone(),
             weather: Mutex::new((rng, weather)),
@@ -104,21 +106,23 @@ impl Bucket {
     }
 
     /// The generations of a name, in the order in which they were created.
-    pub(super) fn created(&self, name: &str) -> Vec<Created> {
+    pub(crate) fn created(&self, name: &str) -> Vec<Created> {
         self.state.lock().created.get(&hex(name)).cloned().unwrap_or_default()
     }
 
     /// The numbers of the generations of a name that the bucket has now.
-    pub(super) fn generations(&self, name: &str) -> Vec<u64> {
-        let state = self.state.lock();
-        let there = state.stored.iter().filter(|stored| stored.gone_at.is_none());
-        let mut numbers: Vec<_> = there
-            .filter_map(|stored| generation(&stored.path))
-            .filter(|(of, _)| *of == hex(name))
-            .map(|(_, number)| number)
-            .collect();
+    pub(crate) fn generations(&self, name: &str) -> Vec<u64> {
+        let paths = self.paths().into_iter();
+        let all = paths.filter_map(|path| generation(&path.as_str().into()));
+        let of_name = all.filter(|(of, _)| *of == hex(name));
+        let mut numbers: Vec<_> = of_name.map(|(_, number)| number).collect();
         numbers.sort_unstable();
         numbers
+    }
+
+    /// All that it has now.
+    pub(crate) fn paths(&self) -> Vec<String> {
+        self.list(None, Duration::ZERO).iter().map(|meta| meta.location.to_string()).collect()
     }
 
     fn now(&self) -> Duration {
@@ -159,7 +163,7 @@ impl Bucket {
         }
     }
 
-    fn get(&self, path: &Path) -> Result<GetResult> {
+    fn get(&self, path: &Path, range: Option<Range<u64>>) -> Result<GetResult> {
         let state = self.state.lock();
         let there =
             state.stored.iter().find(|stored| stored.path == *path && stored.gone_at.is_none());
@@ -167,8 +171,10 @@ impl Bucket {
             let path = path.to_string();
             return Err(Error::NotFound { path, source: "there is none".into() });
         };
-        let range: Range<u64> = 0..stored.body.len() as u64;
-        let body = stream::iter([Ok(stored.body.clone())]).boxed();
+        let len = stored.body.len() as u64;
+        let range = range.map_or(0..len, |range| range.start.min(len)..range.end.min(len));
+        let part = stored.body.slice(range.start as usize..range.end as usize);
+        let body = stream::iter([Ok(part)]).boxed();
         Ok(GetResult {
             payload: GetResultPayload::Stream(body),
             meta: self.meta(stored),
@@ -225,17 +231,17 @@ struct Fate {
 
 impl Desk {
     /// No request of this instance does anything from now on.
-    pub(super) fn crash(&self) {
+    pub(crate) fn crash(&self) {
         *self.crashed.lock() = true;
     }
 
     /// From now on requests fare like this.
-    pub(super) fn change(&self, weather: Weather) {
+    pub(crate) fn change(&self, weather: Weather) {
         self.weather.lock().1 = weather;
     }
 
     /// What its next puts of this name mean.
-    pub(super) fn intend(&self, name: &str, intent: Intent) {
+    pub(crate) fn intend(&self, name: &str, intent: Intent) {
         self.intents.lock().insert(hex(name), intent);
     }
 
@@ -244,8 +250,11 @@ impl Desk {
         self.intents.lock().get(&name).copied()
     }
 
-    fn fate(&self) -> Fate {
+    fn fate(&self, put: Option<&Path>) -> Fate {
         let (rng, weather) = &mut *self.weather.lock();
+        let is_of_name = put.and_then(generation).is_some();
+        let calm = Weather::default();
+        let weather = if weather.of_names && !is_of_name { &calm } else { weather };
         let mut upto = |most: u64| Duration::from_millis(rng.random_range(0..=most));
         let before = upto(weather.step);
         let after = upto(weather.step);
@@ -305,9 +314,10 @@ impl ObjectStore for Desk {
     ) -> Result<PutResult> {
         let bucket = self.bucket.clone();
         let intent = self.intent(path);
+        let fate = self.fate(Some(path));
         let path = path.clone();
         let put = move || bucket.put(&path, payload.into(), &options.mode, intent);
-        self.request(self.fate(), put).await?;
+        self.request(fate, put).await?;
         Ok(PutResult { e_tag: None, version: None })
     }
 
@@ -319,17 +329,21 @@ impl ObjectStore for Desk {
         Err(Error::NotImplemented { operation: "multipart".into(), implementer: "bucket".into() })
     }
 
-    async fn get_opts(&self, path: &Path, _: GetOptions) -> Result<GetResult> {
+    async fn get_opts(&self, path: &Path, options: GetOptions) -> Result<GetResult> {
+        let range = match options.range {
+            Some(GetRange::Bounded(range)) => Some(range),
+            _ => None,
+        };
         let bucket = self.bucket.clone();
         let path = path.clone();
-        self.request(self.fate(), move || bucket.get(&path)).await
+        self.request(self.fate(None), move || bucket.get(&path, range)).await
     }
 
     fn delete_stream(
         &self,
         paths: BoxStream<'static, Result<Path>>,
     ) -> BoxStream<'static, Result<Path>> {
-        let fate = Fate { silent: None, ..self.fate() };
+        let fate = Fate { silent: None, ..self.fate(None) };
         let bucket = self.bucket.clone();
         let crashed = self.crashed.clone();
         let delete = async move {
@@ -346,7 +360,7 @@ impl ObjectStore for Desk {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        let fate = self.fate();
+        let fate = self.fate(None);
         let bucket = self.bucket.clone();
         let below = prefix.cloned();
         let crashed = self.crashed.clone();

@@ -13,8 +13,8 @@ use super::bucket::{Bucket, Desk, Weather};
 use super::{Table, changed, exists, object, open_over, options, put, remove, version};
 
 const MINUTE: Duration = Duration::from_secs(60);
-/// A little more than the grace.
-const GRACE: Duration = Duration::from_secs(15 * 60 + 1);
+/// A little more than four times the grace.
+const GRACES: Duration = Duration::from_secs(60 * 60 + 1);
 
 struct Place {
     bucket: Arc<Bucket>,
@@ -41,18 +41,18 @@ async fn newest_generations_and_those_of_the_grace_stay() {
     let catalog = place.open().await;
     for number in 10..15 {
         catalog.commit(put("n", &object(1, number, 1))).await.unwrap();
-        tokio::time::advance(5 * MINUTE).await;
+        tokio::time::advance(20 * MINUTE).await;
     }
     catalog.commit(put("gone", &object(2, 20, 1))).await.unwrap();
     catalog.commit(remove("gone")).await.unwrap();
-    // Generations 1 to 5 were put 25, 20, 15, 10 and 5 minutes ago.
-    assert_eq!(catalog.collect().await.unwrap(), 1, "the second came 20 minutes ago");
+    // Generations 1 to 5 were put 100, 80, 60, 40 and 20 minutes ago.
+    assert_eq!(catalog.collect().await.unwrap(), 1, "the second came 80 minutes ago");
     assert_eq!(place.bucket.generations("n"), [2, 3, 4, 5]);
     tokio::time::advance(MINUTE).await;
     assert_eq!(catalog.collect().await.unwrap(), 1);
     assert_eq!(place.bucket.generations("n"), [3, 4, 5]);
     assert_eq!(place.bucket.generations("gone"), [1, 2]);
-    tokio::time::advance(100 * GRACE).await;
+    tokio::time::advance(100 * GRACES).await;
     assert_eq!(catalog.collect().await.unwrap(), 3);
     assert_eq!(place.bucket.generations("n"), [5]);
     assert_eq!(place.bucket.generations("gone"), [2], "the tombstone stays");
@@ -71,7 +71,7 @@ async fn change_is_reported_behind_deleted_generations() {
     for number in 11..15 {
         writer.commit(put("n", &object(1, number, 1))).await.unwrap();
     }
-    tokio::time::advance(GRACE).await;
+    tokio::time::advance(GRACES).await;
     assert_eq!(writer.collect().await.unwrap(), 4);
     let reported = reader.changed(vec![("n".into(), 10)]).await.unwrap().remove(0);
     assert!(changed(&Err(reported), 10, 14));
@@ -85,7 +85,7 @@ async fn collections_at_once_delete_what_one_would() {
     for number in 10..50 {
         one.commit(put("n", &object(1, number, 1))).await.unwrap();
     }
-    tokio::time::advance(GRACE).await;
+    tokio::time::advance(GRACES).await;
     let (first, second) = futures::join!(one.collect(), other.collect());
     assert!(first.unwrap().max(second.unwrap()) == 39);
     assert_eq!(place.bucket.generations("n"), [40]);
@@ -107,7 +107,7 @@ async fn writer_with_old_knowledge_looks_again_and_loses() {
         for number in 11..14 {
             other.commit(put("n", &object(1, number, 1))).await.unwrap();
         }
-        tokio::time::advance(GRACE).await;
+        tokio::time::advance(GRACES).await;
         other.collect().await.unwrap();
         let left = place.bucket.generations("n");
         assert_eq!(left.len(), 1, "{left:?}: where the sleeper would create there is nothing");
@@ -131,7 +131,7 @@ async fn writer_whose_version_was_deleted_gets_a_typed_error() {
     sleeper.commit(put("n", &object(1, 10, 1))).await.unwrap();
     assert_eq!(version(&other, "n").await, Some(10));
     other.commit(remove("n")).await.unwrap();
-    tokio::time::advance(GRACE).await;
+    tokio::time::advance(GRACES).await;
     other.collect().await.unwrap();
     let record = object(1, 11, 1).record;
     let name = "n".into();

@@ -3,7 +3,7 @@
 //! Invariant: each test opens every instance over one table of places, since what one instance
 //! writes another must find.
 
-mod bucket;
+pub(crate) mod bucket;
 mod collect;
 mod damage;
 mod ending;

@@ -51,6 +51,7 @@ fn weather(rng: &mut SmallRng) -> Weather {
         late: 150,
         stale: share(rng, 300),
         past: 300,
+        of_names: false,
     }
 }
 
