@@ -139,9 +139,19 @@ impl Task {
 
 /// What all names stand for. Nothing else takes space below host memory.
 pub(crate) async fn found(vmem: &VirtualMemory, tasks: usize, block: usize) -> Vec<Found> {
+    let found = found_in(vmem, tasks).await;
+    let lens = found.iter().flatten().flatten().map(|(bytes, _)| bytes.len());
+    let footprint: usize = lens.map(|len| len.next_multiple_of(block)).sum();
+    let stats = vmem.stats();
+    let used_bytes = stats.disk.used_bytes + stats.remote.used_bytes;
+    assert_eq!(used_bytes, footprint as u64, "space that nothing leads to");
+    found
+}
+
+/// What all names stand for.
+pub(crate) async fn found_in(vmem: &VirtualMemory, tasks: usize) -> Vec<Found> {
     let entries: Vec<_> = vmem.names("").try_collect().await.unwrap();
     let mut found: Vec<Found> = vec![[None, None]; tasks];
-    let mut footprint = 0;
     for entry in entries {
         let (task, which) = (0..tasks)
             .flat_map(|task| [(task, 0), (task, 1)])
@@ -149,17 +159,23 @@ pub(crate) async fn found(vmem: &VirtualMemory, tasks: usize, block: usize) -> V
             .expect("a name that was given");
         let handle = vmem.open_named(&entry.name).await.unwrap();
         let bytes = vmem.read(&handle).await.unwrap();
-        footprint += bytes.len().next_multiple_of(block) as u64;
         let metadata = match entry.metadata.len() {
             0 => 0,
             _ => u64::from_le_bytes(entry.metadata[..].try_into().unwrap()),
         };
         found[task][which] = Some((Bytes::copy_from_slice(&bytes), metadata));
     }
-    let stats = vmem.stats();
-    let used_bytes = stats.disk.used_bytes + stats.remote.used_bytes;
-    assert_eq!(used_bytes, footprint, "space that nothing leads to");
     found
+}
+
+/// What the names of a task stand for in the middle of a change that is a rename, where the new
+/// name is made before the old one goes.
+pub(crate) fn half_renamed(before: Pair, after: Pair) -> Option<Pair> {
+    [0, 1].into_iter().find_map(|which| {
+        let moved = before[which]?;
+        let is_rename = after[which].is_none() && after[1 - which] == Some(moved);
+        is_rename.then_some([Some(moved); 2])
+    })
 }
 
 /// The journal in memory: what the names of each task may stand for.
