@@ -4,7 +4,7 @@
 //! The object store is one in memory that takes 5 ms for each request, so it has no bandwidth that
 //! could be used up: what is measured is what the tier adds to a request, and how many it makes.
 //! Both sides read the same bytes, whole, into memory of their own, in turns; each object is in the
-//! bucket alone. A tier has 32 requests in flight at most, by default.
+//! bucket alone. A tier has 64 requests in flight at most, by default.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

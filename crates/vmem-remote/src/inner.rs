@@ -24,6 +24,7 @@ use crate::error::{RequestError, invalid};
 use crate::gather::Gather;
 use crate::lease::Lease;
 use crate::ledger::{Ledger, Placed};
+use crate::read::Call;
 
 /// What extents and tasks keep alive.
 pub(crate) struct Inner {
@@ -31,6 +32,8 @@ pub(crate) struct Inner {
     pub(crate) buffers: Arc<Buffers>,
     pub(crate) ledger: Mutex<Ledger>,
     pub(crate) gather: Mutex<Gather>,
+    /// Reads that were not begun.
+    pub(crate) reads: Mutex<Vec<Call>>,
     /// Whether a task does chores.
     pub(crate) is_tidying: AtomicBool,
     /// Cancelled when the tier closes.

@@ -126,8 +126,14 @@ impl Inner {
     ///
     /// `LeaseEnded`, or that of a request of the renewal.
     pub(crate) async fn leased(&self) -> Result<(), RequestError> {
+        let checked = self.check_lease();
+        if checked != Err(RequestError::LeaseExpired) {
+            return checked;
+        }
+        let _turn = self.lease.turn.lock().await;
+        // The renewal before was perhaps enough.
         match self.check_lease() {
-            Err(RequestError::LeaseExpired) => self.renew().await,
+            Err(RequestError::LeaseExpired) => self.renew_in_turn().await,
             checked => checked,
         }
     }
@@ -151,6 +157,10 @@ impl Inner {
     pub(crate) async fn renew(&self) -> Result<(), RequestError> {
         // The renewal that has the turn makes requests, each of which ends.
         let _turn = self.lease.turn.lock().await;
+        self.renew_in_turn().await
+    }
+
+    async fn renew_in_turn(&self) -> Result<(), RequestError> {
         let began = Instant::now();
         self.read_rounds().await?;
         let late = began.checked_sub(self.client.options().grace);

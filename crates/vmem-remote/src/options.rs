@@ -39,7 +39,7 @@ pub struct RemoteOptions {
     /// The most bytes of memory, beside the budget of the store, for what waits to be put; what
     /// exceeds that waits in the store's staging memory, which all tiers need. Default: 64 MiB.
     pub buffer_bytes: u64,
-    /// The most requests at once, at least one. Default: 32.
+    /// The most requests at once, at least one. Default: 64, as many as a store reads at once.
     pub requests: usize,
     /// Two ranges of a segment are read by one request if no more bytes than this lie between
     /// them. Default: 64 KiB.
@@ -92,7 +92,7 @@ impl Default for RemoteOptions {
             part_bytes: 8 << 20,
             puts: 4,
             buffer_bytes: 64 << 20,
-            requests: 32,
+            requests: 64,
             gap_bytes: 64 << 10,
             get_bytes: 4 << 20,
             request_timeout: Duration::from_secs(10),

@@ -1,4 +1,4 @@
-//! Which requests a read makes: chunks by segment, near ranges joined.
+//! Which requests reads make: chunks by segment, near ranges joined, also those of different calls.
 //!
 //! Invariant: each chunk is in exactly one group, and within its range; a group is of one segment
 //! and no longer than asked, unless it has one chunk. Called by reads and compactions.
@@ -11,7 +11,9 @@ use crate::ledger::Placed;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wanted {
     pub(crate) placed: Placed,
-    /// Where in the buffer it goes.
+    /// Which of the calls that are read together wants it.
+    pub(crate) call: usize,
+    /// Where in the buffer of the call it goes.
     pub(crate) to: usize,
     /// Its index in the call.
     pub(crate) chunk: usize,
@@ -27,17 +29,25 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    /// Hands the parts of `bytes`, which begin at `at` of the segment, to where they go in the
-    /// buffer. What lies between chunks is left out.
-    pub(crate) fn scatter(&self, at: u64, bytes: &[u8], mut put: impl FnMut(usize, &[u8])) {
+    /// The calls that want something of it, each once.
+    pub(crate) fn calls(&self) -> impl Iterator<Item = usize> + '_ {
+        let mut calls: Vec<usize> = self.chunks.iter().map(|wanted| wanted.call).collect();
+        calls.sort_unstable();
+        calls.dedup();
+        calls.into_iter()
+    }
+
+    /// Hands the parts of `bytes`, which begin at `at` of the segment, to the calls that want them,
+    /// and to where they go in the buffers. What lies between chunks is left out.
+    pub(crate) fn scatter(&self, at: u64, bytes: &[u8], mut put: impl FnMut(usize, usize, &[u8])) {
         let end = at + bytes.len() as u64;
         let first = self.chunks.partition_point(|wanted| wanted.placed.end() <= at);
         let touched = self.chunks[first..].iter().take_while(|wanted| wanted.placed.at < end);
-        for Wanted { placed, to, .. } in touched {
+        for Wanted { placed, call, to, .. } in touched {
             let from = placed.at.max(at);
             let until = placed.end().min(end);
             let part = &bytes[(from - at) as usize..(until - at) as usize];
-            put(to + (from - placed.at) as usize, part);
+            put(*call, to + (from - placed.at) as usize, part);
         }
     }
 }
@@ -73,7 +83,7 @@ mod tests {
     use super::*;
 
     fn wanted(segment: u64, at: u64, len: u32, to: usize) -> Wanted {
-        Wanted { placed: Placed { segment, at, len, sum: 0 }, to, chunk: 0 }
+        Wanted { placed: Placed { segment, at, len, sum: 0 }, call: 0, to, chunk: 0 }
     }
 
     #[test]
@@ -104,7 +114,7 @@ mod tests {
                 assert_eq!(group.range, 10..70);
                 for at in group.range.clone().step_by(piece) {
                     let end = group.range.end.min(at + piece as u64);
-                    group.scatter(at, &object[at as usize..end as usize], |to, bytes| {
+                    group.scatter(at, &object[at as usize..end as usize], |_, to, bytes| {
                         buf[to..to + bytes.len()].copy_from_slice(bytes);
                     });
                 }

@@ -104,16 +104,16 @@ async fn compact(inner: &Inner, compaction: Compaction) -> Result<(), RequestErr
         return Ok(());
     }
     let options = inner.client.options();
-    let buf = Mutex::new(Some(vec![0; bytes]));
+    let buf = Mutex::new(vec![0; bytes]);
     for group in groups(wanted, options.gap_bytes, options.get_bytes) {
-        if let Err(error) = fetch(inner, std::slice::from_ref(&group), &buf).await {
+        if let Err(error) = fetch(inner, &group, &buf).await {
             // Its readers will see that, and nothing is gained by another try.
             let is_its_fault = !error.is_of_store() && !error.is_refusal();
             copying.damaged.extend(is_its_fault.then_some(group.segment));
             return Err(error);
         }
     }
-    let copied = Bytes::from(buf.into_inner().unwrap_or_default());
+    let copied = Bytes::from(buf.into_inner());
     let segment = inner.ledger.lock().begin_segment();
     let put = inner.client.put(&inner.path(segment), &[copied], |_| ()).await;
     let mut ledger = inner.ledger.lock();
@@ -129,7 +129,7 @@ fn wanted(compaction: &Compaction) -> (Vec<Wanted>, usize) {
     let mut to = 0;
     let mut wanted = Vec::with_capacity(compaction.chunks.len());
     for (chunk, &(_, placed)) in compaction.chunks.iter().enumerate() {
-        wanted.push(Wanted { placed, to, chunk });
+        wanted.push(Wanted { placed, call: 0, to, chunk });
         to += placed.len as usize;
     }
     (wanted, to)

@@ -33,7 +33,7 @@ use crate::lease::{Lease, keep_lease};
 use crate::ledger::Ledger;
 use crate::open::probe;
 use crate::options::RemoteOptions;
-use crate::read::{Plan, Reply, read};
+use crate::read;
 use crate::stats::RemoteStats;
 
 type Closing = Shared<BoxFuture<'static, Result<(), TierError>>>;
@@ -98,6 +98,7 @@ impl RemoteTier {
             buffers,
             ledger: Mutex::new(ledger),
             gather: Mutex::new(Gather::default()),
+            reads: Mutex::default(),
             is_tidying: AtomicBool::new(false),
             closing: CancellationToken::new(),
             tracker: TaskTracker::new(),
@@ -184,13 +185,11 @@ impl Tier for RemoteTier {
         if let Err(error) = self.inner.check_read(&chunks, &buf) {
             return ready((buf, Err(error))).boxed();
         }
-        let plan = match Plan::new(&self.inner, chunks) {
-            Ok(plan) => plan,
-            Err(error) => return ready((buf, Err(error))).boxed(),
+        let (call, answer) = match read::Call::new(&self.inner, chunks, buf) {
+            Ok(made) => made,
+            Err(refused) => return ready(refused).boxed(),
         };
-        let (reply, answer) = Reply::new(buf);
-        let reading = read(Arc::clone(&self.inner), plan, reply);
-        self.inner.tracker.spawn_on(reading, &self.inner.runtime);
+        self.inner.read(call);
         async move { answer.await.expect("the end of the task, whatever it is, answers") }.boxed()
     }
 

@@ -187,3 +187,30 @@ fn damaged_segment_is_copied_once() {
     ledger.release(offsets[2], 10);
     assert!(matches!(ledger.next_chore(), Some(Chore::Delete(ids)) if ids == [segment]));
 }
+
+#[test]
+fn segment_is_in_use_until_the_last_extent_and_look_up_have_gone() {
+    let me = uuid::Uuid::from_u128(1);
+    let origin = (uuid::Uuid::from_u128(2), 7);
+    let mut ledger = Ledger::new(1000, 100, 0.5);
+    let now = tokio::time::Instant::now();
+    let later = now + std::time::Duration::from_secs(1);
+    assert!(!ledger.uses(me, origin));
+    let segment = ledger.number(origin);
+    let placed = Placed { segment, at: 0, len: 50, sum: 0 };
+    let offset = ledger.enter_named(placed, now);
+    assert_eq!(ledger.enter_named(placed, later), offset);
+    ledger.adopted(offset);
+    ledger.forget_awaited(later);
+    assert!(ledger.uses(me, origin), "a look-up was just now");
+    ledger.release(offset, 50);
+    assert!(ledger.uses(me, origin), "its extent is to come");
+    ledger.forget_awaited(later + std::time::Duration::from_nanos(1));
+    assert!(!ledger.uses(me, origin) && ledger.find(offset).is_none());
+    assert_eq!(ledger.origin(segment), None);
+    // What is being put.
+    let own = ledger.begin_segment();
+    assert!(ledger.uses(me, (me, own)));
+    ledger.abandon_segment(own, true);
+    assert!(!ledger.uses(me, (me, own)));
+}

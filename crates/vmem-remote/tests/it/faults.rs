@@ -71,10 +71,11 @@ async fn wait_for_a_turn_takes_no_time_of_a_request() {
         ..small()
     };
     let (tier, store) = open(options).await;
+    let first = write(&*tier, &[bytes(0, 1000)]).await.unwrap();
     let extents = write(&*tier, &[bytes(1, 1000)]).await.unwrap();
     let mut faults = [Fault::Silent, Fault::Slow(Duration::from_secs(2))].into_iter();
     store.fail(move |_| faults.next());
-    let (silent, served) = futures::join!(read(&*tier, &extents), read(&*tier, &extents));
+    let (silent, served) = futures::join!(read(&*tier, &first), read(&*tier, &extents));
     assert!(matches!(cause(&silent.unwrap_err()), RequestError::TimedOut { .. }));
     assert_eq!(served.unwrap(), bytes(1, 1000));
 }

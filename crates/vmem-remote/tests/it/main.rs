@@ -11,6 +11,7 @@ mod ending;
 mod faults;
 mod faulty;
 mod following;
+mod joined;
 mod named;
 mod open;
 mod requests;

@@ -13,7 +13,7 @@ use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use rand::Rng;
 use vmem::{MemoryTier, VMemHandle, VirtualMemory, VirtualMemoryConfig, VirtualMemoryError};
-use vmem_remote::{RemoteOptions, RemoteTier};
+use vmem_remote::{BucketCatalog, RemoteOptions, RemoteTier};
 
 use super::faulty::{Fault, Faulty, Op};
 use super::{KIB, MIB, bytes, impatient, seed, stored};
@@ -31,6 +31,15 @@ pub(crate) async fn open_with(
     disk: u64,
     options: RemoteOptions,
 ) -> VirtualMemory {
+    open_to_collect(bucket, disk, options).await.0
+}
+
+/// The same, and what collects.
+pub(crate) async fn open_to_collect(
+    bucket: Arc<dyn ObjectStore>,
+    disk: u64,
+    options: RemoteOptions,
+) -> (VirtualMemory, Arc<BucketCatalog>) {
     let (tier, names) = RemoteTier::open_with_names(bucket, options).await.unwrap();
     let config = VirtualMemoryConfig::builder()
         .host_capacity(8 << 20)
@@ -40,7 +49,7 @@ pub(crate) async fn open_with(
         .wait_timeout(Duration::from_secs(30))
         .build()
         .unwrap();
-    vmem::open_over_names(config, tier, names).await.unwrap()
+    (vmem::open_over_names(config, tier, names.clone()).await.unwrap(), names)
 }
 
 fn memory() -> Arc<Faulty> {

@@ -7,19 +7,20 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt};
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::prefix::PrefixStore;
 use object_store::{ObjectStore, RetryConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use vmem::MemoryTier;
 use vmem_remote::{OpenError, RemoteOptions, RemoteTier, RequestError, Uuid};
 use vmem_testkit::conformance::{catalog, disk};
 
 use super::catalog::{Table, open_over};
 use super::faulty::Faulty;
-use super::named::{one_after_the_other, survive_faults};
+use super::named::{one_after_the_other, open_to_collect, open_with, survive_faults};
 use super::{bytes, impatient, read, seed, write};
 
 /// What no answer of the tests contains.
@@ -115,6 +116,58 @@ async fn names_on_a_server_are_found_by_stores_with_an_empty_disk() {
 #[ignore = "needs a server: scripts/with-moto.sh"]
 async fn names_on_a_server_survive_faults_and_the_loss_of_the_disk() {
     in_a_folder(async |store| survive_faults(Faulty::new(store)).await).await;
+}
+
+/// Segments that the bucket has.
+async fn segments(store: &dyn ObjectStore) -> usize {
+    let all: Vec<_> = store.list(None).try_collect().await.unwrap();
+    let is_segment = |meta: &&object_store::ObjectMeta| {
+        let folder = meta.location.parts().nth(1);
+        folder.is_some_and(|folder| folder.as_ref().len() == 36)
+    };
+    all.iter().filter(is_segment).count()
+}
+
+/// With a grace of seconds, which is what a server's clock can tell apart.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs a server: scripts/with-moto.sh"]
+async fn segments_on_a_server_go_once_nobody_uses_them() {
+    in_a_folder(async |store| {
+        let options = RemoteOptions {
+            request_timeout: Duration::from_secs(1),
+            total_timeout: Duration::from_secs(1),
+            grace: Duration::from_secs(5),
+            ..impatient()
+        };
+        let (one, names) = open_to_collect(store.clone(), 8 << 20, options.clone()).await;
+        let handle = one.put_named("n", bytes(0, 100_000), MemoryTier::Host).await.unwrap();
+        let reader = open_with(store.clone(), 8 << 20, options).await;
+        let old = reader.open_named("n").await.unwrap();
+        for version in 1..5 {
+            one.write(&handle, bytes(version, 100_000)).await.unwrap();
+            one.flush(&handle).await.unwrap();
+        }
+        assert_eq!(segments(&*store).await, 5);
+        let began = Instant::now();
+        let collected = async |left: usize| {
+            while segments(&*store).await > left {
+                assert!(began.elapsed() < Duration::from_secs(120), "{left} are not left");
+                // What a busy machine delays is asked again.
+                let outcomes = (names.collect().await, names.collect_segments().await);
+                println!("after {:?}: {outcomes:?}", began.elapsed());
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        collected(2).await;
+        assert!(reader.read(&old).await.unwrap() == bytes(0, 100_000), "it was not read before");
+        drop(old);
+        reader.close().await.unwrap();
+        collected(1).await;
+        assert!(one.read(&handle).await.unwrap() == bytes(4, 100_000));
+        drop(handle);
+        one.close().await.unwrap();
+    })
+    .await;
 }
 
 /// Why a tier is not opened, which is found out within the timeout of a request.

@@ -69,8 +69,8 @@ impl Actor {
             tokio::time::sleep(Duration::from_millis(pause)).await;
             actor.step().await;
         }
-        actor.instance.desk.change(Weather::default());
         actor.reopen(false).await;
+        actor.instance.desk.change(Weather::default());
         actor.instance.close().await;
     }
 
