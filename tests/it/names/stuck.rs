@@ -128,35 +128,6 @@ impl Catalog for Apart {
     }
 }
 
-/// Excluded: a caller waits for ever for its own commit, since those of other names go on.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn commit_that_does_not_end_is_late_while_others_go_on() {
-    let permits = Arc::new(Semaphore::new(1));
-    let vmem = open_with(WAIT, |catalog| Apart(catalog, permits.clone()));
-    let held = permits.acquire().await.unwrap();
-    let late = async {
-        let mut slow = Box::pin(vmem.put_named("slow", [1; 10], MemoryTier::Host));
-        for round in 0.. {
-            let name = format!("other/{round}");
-            drop(vmem.put_named(&name, [7; 10], MemoryTier::Disk).await.unwrap());
-            if let Ok(outcome) = tokio::time::timeout(WAIT / 8, &mut slow).await {
-                return outcome;
-            }
-        }
-        unreachable!("there is always another name")
-    };
-    let late = tokio::time::timeout(HANGS, late).await.expect("each wait has a deadline");
-    assert!(is_late(&late.unwrap_err()));
-    drop(held);
-    let made = async {
-        while vmem.open_named("slow").await.is_err() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(HANGS, made).await.expect("it may still be made");
-    vmem.close().await.unwrap();
-}
-
 /// Where each name has a commit of its own, one that does not end holds up no other.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn commits_beside_each_other_do_not_wait_for_the_slowest() {

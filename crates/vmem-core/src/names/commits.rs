@@ -14,7 +14,6 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
 
-use super::progress::Progress;
 use crate::catalog::{Catalog, CatalogChange};
 use crate::error::VirtualMemoryError;
 use crate::stats::{add, get};
@@ -29,16 +28,15 @@ const BATCH_MAX: usize = 1024;
 pub(crate) struct Commits {
     queue: mpsc::Sender<Commit>,
     counts: Arc<Counts>,
-    /// Whether what waits shares a commit.
-    are_shared: bool,
 }
 
 #[derive(Debug, Default)]
 struct Counts {
     changes: AtomicU64,
     commits: AtomicU64,
-    /// Of batches with their syncs, where what waits shares a commit.
-    progress: Progress,
+    /// Batches with their syncs, or single commits, that have begun, and that have ended.
+    begun: AtomicU64,
+    ended: AtomicU64,
     /// What the catalog leads to is not known: the last commit may have been made.
     unknown: AtomicBool,
     stopped: AtomicBool,
@@ -49,8 +47,6 @@ struct Commit {
     changes: Vec<CatalogChange>,
     /// Whether they lead to bytes that may not have been synced.
     new_data: bool,
-    /// Of the change that it is of.
-    progress: Option<Arc<Progress>>,
     reply: oneshot::Sender<Result<(), NotCommitted>>,
 }
 
@@ -76,6 +72,14 @@ impl NotCommitted {
     }
 }
 
+impl Counts {
+    /// How many have ended, if one is under way.
+    fn under_way(&self) -> Option<u64> {
+        let ended = get(&self.ended);
+        (get(&self.begun) > ended).then_some(ended)
+    }
+}
+
 impl Commits {
     /// `stops` gets the error after which nothing is committed any more.
     pub(super) fn start(
@@ -86,16 +90,15 @@ impl Commits {
         let (queue, inbox) = mpsc::channel(BATCH_MAX);
         let runtime = tokio::runtime::Handle::current();
         let counts = Arc::new(Counts::default());
-        let are_shared = catalog.shares_commits() || crate::planted!("commits-shared");
         let committing = Committing { catalog, durable, counts: counts.clone() };
         let task = async move {
-            match are_shared {
+            match committing.catalog.shares_commits() || crate::planted!("commits-shared") {
                 true => committing.in_turn(inbox, stops).await,
                 false => committing.beside_each_other(inbox, stops).await,
             }
         };
         drop(spawn_named(&runtime, "vmem-commit", task));
-        Commits { queue, counts, are_shared }
+        Commits { queue, counts }
     }
 
     /// Changes that were made durable, and the commits that did it.
@@ -103,13 +106,10 @@ impl Commits {
         (get(&self.counts.changes), get(&self.counts.commits))
     }
 
-    /// What tells the batch that is being committed from others, or, where commits are made beside
-    /// each other, those of the change that counts its own; none between two.
-    pub(super) fn under_way(&self, own: &Progress) -> Option<u64> {
-        match self.are_shared || crate::planted!("commits-count-all") {
-            true => self.counts.progress.under_way(),
-            false => own.under_way(),
-        }
+    /// What tells the batch that is being committed from others; none between two. Where commits
+    /// are made beside each other it changes as one ends.
+    pub(super) fn under_way(&self) -> Option<u64> {
+        self.counts.under_way()
     }
 
     /// Whether a sync failed, after which nothing is committed.
@@ -129,7 +129,7 @@ impl Commits {
         new_data: bool,
     ) -> Result<(), NotCommitted> {
         let (reply, answer) = oneshot::channel();
-        let commit = Commit { changes, new_data, progress: Progress::current(), reply };
+        let commit = Commit { changes, new_data, reply };
         // Neither end is dropped but with the runtime.
         let gone = || NotCommitted::perhaps(VirtualMemoryError::Closed);
         self.queue.send(commit).await.map_err(|_| gone())?;
@@ -158,12 +158,12 @@ impl Committing {
         let mut poisoned: Option<NotCommitted> = None;
         let mut batch = Vec::new();
         while inbox.recv_many(&mut batch, BATCH_MAX).await > 0 {
-            self.counts.progress.begin();
+            add(&self.counts.begun, 1);
             let outcomes = match &poisoned {
                 Some(why) => vec![Err(why.clone()); batch.len()],
                 None => self.all(&batch).await,
             };
-            self.counts.progress.end();
+            add(&self.counts.ended, 1);
             assert!(outcomes.len() == batch.len(), "each change has its outcome");
             for (commit, outcome) in batch.drain(..).zip(outcomes) {
                 self.poison(&mut poisoned, &outcome, &stops);
@@ -184,8 +184,7 @@ impl Committing {
         while is_open || !commits.is_empty() {
             tokio::select! {
                 Some(Committed { commit, outcome }) = commits.next() => {
-                    self.counts.progress.end();
-                    commit.progress.iter().for_each(|own| own.end());
+                    add(&self.counts.ended, 1);
                     self.poison(&mut poisoned, &outcome, &stops);
                     let _ = commit.reply.send(outcome);
                 }
@@ -194,8 +193,7 @@ impl Committing {
                         is_open = false;
                         continue;
                     };
-                    self.counts.progress.begin();
-                    commit.progress.iter().for_each(|own| own.begin());
+                    add(&self.counts.begun, 1);
                     let poisoned = poisoned.clone();
                     let this = &self;
                     commits.push(async move {
@@ -303,5 +301,26 @@ fn after(error: &VirtualMemoryError) -> VirtualMemoryError {
             source: source.clone(),
         },
         other => other.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_under_way_have_numbers_of_their_own() {
+        let counts = Counts::default();
+        assert_eq!(counts.under_way(), None);
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            add(&counts.begun, 1);
+            let number = counts.under_way().unwrap();
+            assert_eq!(counts.under_way(), Some(number), "it has not ended");
+            assert!(!seen.contains(&number), "it is another one");
+            seen.push(number);
+            add(&counts.ended, 1);
+            assert_eq!(counts.under_way(), None);
+        }
     }
 }

@@ -9,7 +9,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use futures::{StreamExt, stream};
 use tokio::task::JoinHandle;
 
 use super::{Names, Turn};
@@ -59,21 +58,15 @@ async fn look(names: &Arc<Names>) -> Result<(), VirtualMemoryError> {
         return Ok(());
     }
     let asked: HashMap<_, _> = versions.iter().cloned().collect();
-    let changed = names.catalog()?.changed(versions).await?;
-    // One that waits for changes of its own delays no other.
-    let given_up = stream::iter(changed).for_each_concurrent(None, |error| {
-        let asked = &asked;
-        async move {
-            use VirtualMemoryError::{NameNotFound, VersionChanged};
-            let (VersionChanged { name, .. } | NameNotFound { name }) = &error else { return };
-            let Some(&version) = asked.get(name) else { return };
-            let what = give_up(names, (name, version), &error).await;
-            what.unwrap_or_else(|late| {
-                tracing::debug!(target: "vmem::names", %error, %late, "the name is given up later");
-            });
-        }
-    });
-    given_up.await;
+    for error in names.catalog()?.changed(versions).await? {
+        use VirtualMemoryError::{NameNotFound, VersionChanged};
+        let (VersionChanged { name, .. } | NameNotFound { name }) = &error else { continue };
+        let Some(&version) = asked.get(name) else { continue };
+        let what = give_up(names, (name, version), &error).await;
+        what.unwrap_or_else(|late| {
+            tracing::debug!(target: "vmem::names", %error, %late, "the name is given up later");
+        });
+    }
     Ok(())
 }
 
@@ -93,13 +86,10 @@ async fn give_up(
     let Some((record, Some(durable))) = object.named().state() else { return Ok(()) };
     // Else it was committed here meanwhile, or is about to be.
     let is_it = record.version == version;
-    // Held until the name has gone, so that a write is before that, or knows of it.
-    let pass = object.gate_as_durable(&durable);
-    let may_go = pass.is_some() || crate::planted!("follow-dirty");
+    let may_go = object.is_as_durable(&durable) || crate::planted!("follow-dirty");
     drop(durable);
     if is_it && may_go {
         names.yield_name(&turn, object, error);
     }
-    drop(pass);
     Ok(())
 }

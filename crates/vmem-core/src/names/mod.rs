@@ -14,7 +14,6 @@ mod closed;
 mod commits;
 mod follow;
 mod persist;
-mod progress;
 mod table;
 mod turns;
 
@@ -32,7 +31,6 @@ pub(crate) use changes::{
 };
 pub(crate) use commits::{Commits, NotCommitted};
 pub(crate) use persist::{flush, flush_all, persist};
-pub(crate) use progress::Progress;
 pub(crate) use turns::Turn;
 
 use crate::catalog::{Catalog, CatalogChange, CatalogRecord, METADATA_LEN_MAX, NAME_LEN_MAX};
@@ -150,10 +148,9 @@ impl Names {
         self.commits.as_ref().map_or((0, 0), Commits::committed)
     }
 
-    /// Which commit is under way, of all, or of those of the change that counts its own where each
-    /// is made by itself; none between two.
-    pub(crate) fn commit_under_way(&self, own: &Progress) -> Option<u64> {
-        self.commits.as_ref().and_then(|commits| commits.under_way(own))
+    /// Which commit is under way; none between two.
+    pub(crate) fn commit_under_way(&self) -> Option<u64> {
+        self.commits.as_ref().and_then(Commits::under_way)
     }
 
     /// Whether a sync failed, after which nothing is committed any more.

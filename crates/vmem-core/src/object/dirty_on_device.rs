@@ -155,7 +155,6 @@ impl Object {
         is_lost: bool,
     ) {
         let durable = self.named.get().and_then(Named::state).and_then(|(_, durable)| durable);
-        self.named.get().into_iter().for_each(Named::written);
         let before = self.standing();
         let (left, replaced) = {
             let mut inner = self.inner.lock();

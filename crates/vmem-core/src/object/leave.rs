@@ -73,15 +73,15 @@ impl Object {
         if ended.is_ok() { Leave::Left } else { Leave::Stays }
     }
 
-    /// The gate, if its bytes are those of the durable version, of which this is the map, and no
-    /// write is under way.
-    pub(crate) fn gate_as_durable(self: &Arc<Self>, durable: &ExtentMap) -> Option<GatePass> {
-        let pass = self.try_gate()?;
+    /// Whether its bytes are those of the durable version, of which this is the map, and no write
+    /// is under way.
+    pub(crate) fn is_as_durable(self: &Arc<Self>, durable: &ExtentMap) -> bool {
+        let Some(_pass) = self.try_gate() else { return false };
         if self.is_dirty() || self.is_dirty_on_device() {
-            return None;
+            return false;
         }
-        let current = self.extents().in_level(self.shared.durable_level())?;
-        current.is_stored_as(durable, self.len).then_some(pass)
+        let current = self.extents().in_level(self.shared.durable_level());
+        current.is_some_and(|current| current.is_stored_as(durable, self.len))
     }
 }
 

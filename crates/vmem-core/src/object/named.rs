@@ -24,8 +24,6 @@ pub(crate) struct Named {
     in_line: AtomicBool,
     /// Why it has lost its name to another store, if it has.
     taken: OnceLock<Box<VirtualMemoryError>>,
-    /// It was written to after that.
-    is_unsaved: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -130,18 +128,6 @@ impl Named {
     /// Another store has changed what has its name.
     pub(crate) fn set_taken(&self, error: VirtualMemoryError) {
         let _ = self.taken.set(Box::new(error));
-    }
-
-    /// A new version was published.
-    pub(crate) fn written(&self) {
-        if self.taken.get().is_some() {
-            self.is_unsaved.store(true, Ordering::Release);
-        }
-    }
-
-    /// Why what was written to it since it lost its name is not durable, if anything was.
-    pub(crate) fn unsaved(&self) -> Option<VirtualMemoryError> {
-        self.taken().filter(|_| self.is_unsaved.load(Ordering::Acquire))
     }
 
     pub(crate) fn taken(&self) -> Option<VirtualMemoryError> {

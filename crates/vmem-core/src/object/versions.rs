@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{
-    ExtentMap, GatePass, Inner, MapIdentity, Named, Object, Replaced, Standing, Version, on_devices,
+    ExtentMap, GatePass, Inner, MapIdentity, Object, Replaced, Standing, Version, on_devices,
 };
 use crate::chunk::chunks_of;
 use crate::copy::{Found, OwnedCopy, ReadGuard};
@@ -159,7 +159,6 @@ impl Object {
             (inner.flight.take(), spare)
         };
         drop((old, leftover));
-        self.named.get().into_iter().for_each(Named::written);
         self.left_devices(left);
         self.leave_order();
         self.count_change(before);
@@ -248,7 +247,6 @@ impl Object {
         drop((old, flight));
         self.left_devices(left);
         if written {
-            self.named.get().into_iter().for_each(Named::written);
             self.count_change(before);
         }
         written

@@ -34,26 +34,6 @@ async fn a_value_that_is_entered_long_before_it_is_there_is_recalled() {
     assert_eq!(parcel.claim().await, Err(Unkept::Recalled));
 }
 
-/// One delivery stands still; what was entered after it is taken back nevertheless.
-#[tokio::test(start_paused = true)]
-async fn a_value_behind_one_that_is_awaited_is_recalled() {
-    let unclaimed = Arc::new(Unclaimed::default());
-    let (standing, _parcel) = parcel::<()>();
-    let weak: Weak<Inner<_>> = Arc::downgrade(&standing.0);
-    let _ticket = unclaimed.enter(weak);
-    let counted = Arc::new(());
-    let mut parcels = Vec::new();
-    for _ in 0..2 {
-        let (delivery, parcel) = parcel();
-        delivery.deliver(counted.clone(), Some(&unclaimed)).expect("it is wanted");
-        parcels.push(parcel);
-        tokio::time::advance(GRACE * 2).await;
-        let next = unclaimed.recall().expect("the first is looked at again");
-        assert!(next > tokio::time::Instant::now(), "no caller asks again at once");
-        assert_eq!(Arc::strong_count(&counted), 1);
-    }
-}
-
 #[tokio::test]
 async fn a_claimed_value_leaves_no_entry() {
     let unclaimed = Arc::new(Unclaimed::default());

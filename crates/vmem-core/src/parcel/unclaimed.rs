@@ -65,27 +65,21 @@ impl Unclaimed {
     /// Takes back every value older than the grace. Returns when the oldest of the others will be.
     pub(crate) fn recall(&self) -> Option<Instant> {
         let now = Instant::now();
-        // The threads that deliver these have stood still between the two steps: that delays the
-        // recall of no other.
-        let mut awaited = Vec::new();
-        let next = loop {
+        loop {
             let mut entries = self.entries.lock();
-            let Some(first) = entries.by_age.first_entry() else { break None };
+            let first = entries.by_age.first_entry()?;
             let due = first.get().0 + GRACE;
             if due > now || crate::planted!("unclaimed-kept") {
-                break Some(due);
+                return Some(due);
             }
-            let (number, entry) = first.remove_entry();
+            let (number, (_, value)) = first.remove_entry();
             drop(entries);
-            if entry.1.upgrade().is_some_and(|value| !value.recall()) {
-                awaited.push((number, entry));
+            let is_awaited = value.upgrade().is_some_and(|value| !value.recall());
+            if is_awaited && !crate::planted!("unclaimed-forgotten") {
+                // The thread that delivers it has stood still between the two steps.
+                self.entries.lock().by_age.insert(number, (now, value));
             }
-        };
-        if awaited.is_empty() || crate::planted!("unclaimed-forgotten") {
-            return next;
         }
-        self.entries.lock().by_age.extend(awaited);
-        Some(next.map_or(now + GRACE, |next| next.min(now + GRACE)))
     }
 }
 

@@ -2,8 +2,7 @@
 //!
 //! Invariant: the caller's future owns nothing, and a change whose caller went away may have
 //! happened, or happens still, whole. The caller waits as long as it takes, since a change may be
-//! of any size; unless one commit, of its own where each is made by itself, has not ended for a
-//! whole `wait_timeout`. Called by `named.rs`,
+//! of any size; unless one commit has not ended for a whole `wait_timeout`. Called by `named.rs`,
 //! `entries.rs` and `place.rs`.
 
 use std::future::Future;
@@ -14,7 +13,7 @@ use super::{Result, VirtualMemory};
 use crate::asker;
 use crate::deadline::{Deadline, Late};
 use crate::error::VirtualMemoryError;
-use crate::names::{Names, Progress};
+use crate::names::Names;
 use crate::parcel::parcel;
 
 impl VirtualMemory {
@@ -34,9 +33,7 @@ impl VirtualMemory {
     {
         let names = self.names.clone();
         let deadline = self.shared.deadline();
-        let progress = Arc::new(Progress::default());
         let change = asker::awaited(make(names.clone(), deadline));
-        let change = progress.clone().of(change);
         let (delivery, answer) = parcel();
         let (begun, begins) = parcel();
         self.shared.spawn("vmem-name", async move {
@@ -58,13 +55,13 @@ impl VirtualMemory {
         // catalog works in real time, whatever the tiers do.
         let all = deadline.in_real_time();
         let mut wait = all;
-        let mut before = self.names.commit_under_way(&progress);
+        let mut before = self.names.commit_under_way();
         loop {
             if let Ok(answered) = wait.bound_answer(&mut answer).await {
                 // Without an answer the runtime has gone.
                 return answered.unwrap_or(Err(VirtualMemoryError::Closed));
             }
-            let now = self.names.commit_under_way(&progress);
+            let now = self.names.commit_under_way();
             if now.is_some() && now == before && !crate::planted!("change-endless") {
                 return Err(all.error("a change of names, which may still be made,"));
             }

@@ -112,9 +112,8 @@ impl VirtualMemory {
     ///
     /// # Errors
     ///
-    /// `NotFlushed` with the names of those that are not durable, also of objects that were written
-    /// to after another store had changed what had their name; else the first error; the number of
-    /// errors is logged.
+    /// `NotFlushed` with the names of those that are not durable; else the first error; the number
+    /// of errors is logged.
     pub async fn flush_all(&self) -> Result<()> {
         self.check_open()?;
         let named = self.flush_all_named().await;

@@ -25,12 +25,13 @@ const NAMES_LISTED_MIN: usize = 64;
 /// Keys of one answer to a listing.
 const PAGE: u64 = 1000;
 
-/// How many keys the last listing of all names had, at least.
+/// How large the last listing of all names was.
 #[derive(Debug, Default)]
 pub(super) struct Listed(AtomicU64);
 
 impl Listed {
-    /// Whether a listing of all names may take fewer requests than one for each of these.
+    /// Whether a listing of all names takes fewer requests than one for each of these, as far as
+    /// known.
     fn is_cheaper_than(&self, names: usize) -> bool {
         let pages = self.0.load(Ordering::Relaxed).div_ceil(PAGE);
         names > NAMES_LISTED_MIN && names as u64 > pages
@@ -47,9 +48,8 @@ pub(super) async fn changed(
     names: Vec<(Arc<str>, u64)>,
 ) -> Result<Vec<VirtualMemoryError>> {
     let mut asked = names;
-    if inner.listed.is_cheaper_than(asked.len())
-        && let Some(newest) = list(&inner, &asked).await?
-    {
+    if inner.listed.is_cheaper_than(asked.len()) {
+        let newest = list(&inner, &asked).await?;
         let generations = inner.generations.lock();
         let is_as_known = |name: &Arc<str>| {
             let listed = newest.get(name).copied().unwrap_or_default();
@@ -71,9 +71,8 @@ pub(super) async fn changed(
     }
 }
 
-/// The newest generation of each of these names that is listed; none if asking for each by itself
-/// takes fewer requests, or the listing has failed, which is not tried again then.
-async fn list(inner: &Inner, names: &[(Arc<str>, u64)]) -> Result<Option<HashMap<Arc<str>, u64>>> {
+/// The newest generation of each of these names that is listed.
+async fn list(inner: &Inner, names: &[(Arc<str>, u64)]) -> Result<HashMap<Arc<str>, u64>> {
     let wanted: HashSet<&str> = names.iter().map(|(name, _)| &**name).collect();
     let fold = |(keys, newest): &mut (u64, HashMap<Arc<str>, u64>), path: &_, _| {
         *keys += 1;
@@ -83,16 +82,10 @@ async fn list(inner: &Inner, names: &[(Arc<str>, u64)]) -> Result<Option<HashMap
             *newest = number.max(*newest);
         }
     };
-    let keys_max = names.len() as u64 * PAGE;
-    let listed = inner.client.scan_up_to(keys_max, inner.paths.names(), fold).await;
-    let keys = match &listed {
-        Ok(Some((keys, _))) => *keys,
-        // Until there are more names than that in memory.
-        Ok(None) | Err(_) => keys_max,
-    };
-    inner.listed.0.store(keys, Ordering::Relaxed);
-    let listed: Option<(u64, _)> = listed.map_err(|error| error.of_catalog("list"))?;
-    Ok(listed.map(|(_, newest)| newest))
+    let listed = inner.client.scan(inner.paths.names(), fold).await;
+    let listed: (u64, _) = listed.map_err(|error| error.of_catalog("list"))?;
+    inner.listed.0.store(listed.0, Ordering::Relaxed);
+    Ok(listed.1)
 }
 
 /// Asks for the generation behind the one that is known of a name.

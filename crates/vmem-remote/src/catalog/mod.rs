@@ -226,7 +226,12 @@ impl BucketCatalog {
     /// store lists too slowly; `Damaged` and `UnknownFormat` of a name or a lease, since what that
     /// leads to is not known. Nothing was deleted then, or a part of what may be. `Closed`.
     pub async fn collect_segments(&self) -> Result<CollectedSegments, VirtualMemoryError> {
-        self.answer_until_closed(segments::collect_segments).await
+        self.answer(|inner| async move {
+            let closing = inner.closing.clone();
+            let collected = closing.run_until_cancelled(segments::collect_segments(inner)).await;
+            collected.unwrap_or(Err(VirtualMemoryError::Closed))
+        })
+        .await
     }
 
     /// Answers with what a task of the runtime finds out, which goes on if nobody awaits it.
@@ -249,22 +254,6 @@ impl BucketCatalog {
         }));
         let abandoned = |_| Err(RequestError::Abandoned.of_catalog("catalog"));
         async move { answer.await.unwrap_or_else(abandoned) }.boxed()
-    }
-
-    /// The same, for what a close need not wait for.
-    fn answer_until_closed<T, F>(&self, work: impl FnOnce(Arc<Inner>) -> F) -> Answer<T>
-    where
-        T: Send + 'static,
-        F: Future<Output = Result<T, VirtualMemoryError>> + Send + 'static,
-    {
-        self.answer(|inner| {
-            let closing = inner.closing.clone();
-            let work = work(inner);
-            async move {
-                let worked = closing.run_until_cancelled(work).await;
-                worked.unwrap_or(Err(VirtualMemoryError::Closed))
-            }
-        })
     }
 
     /// Answers a question about one name.
@@ -363,7 +352,7 @@ impl Catalog for BucketCatalog {
 
     /// Gets one object for each name, or lists all names if that takes fewer requests.
     fn changed(&self, names: Vec<(Arc<str>, u64)>) -> Answer<Vec<VirtualMemoryError>> {
-        self.answer_until_closed(|inner| follow::changed(inner, names))
+        self.answer(|inner| follow::changed(inner, names))
     }
 
     fn time(&self) -> SystemTime {

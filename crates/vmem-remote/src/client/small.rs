@@ -94,29 +94,15 @@ impl Client {
         below: &Path,
         fold: impl Fn(&mut A, &Path, SystemTime) + Sync,
     ) -> Result<A, RequestError> {
-        let all = self.scan_up_to(u64::MAX, below, fold).await?;
-        Ok(all.expect("no store has that number of objects"))
-    }
-
-    /// The same; none if there are more objects than this, of which no more are listed then.
-    pub(crate) async fn scan_up_to<A: Default + Send>(
-        &self,
-        count_max: u64,
-        below: &Path,
-        fold: impl Fn(&mut A, &Path, SystemTime) + Sync,
-    ) -> Result<Option<A>, RequestError> {
         let fold = &fold;
         let scan = |limit| {
             async move {
                 let mut all = A::default();
-                let mut left = count_max;
                 let mut entries = self.store.list(Some(below));
                 while let Some(entry) = within(limit, entries.try_next()).await? {
-                    let Some(less) = left.checked_sub(1) else { return Ok(None) };
-                    left = less;
                     fold(&mut all, &entry.location, entry.last_modified.into());
                 }
-                Ok(Some(all))
+                Ok(all)
             }
             .boxed()
         };

@@ -113,28 +113,6 @@ async fn changes_that_are_not_durable_keep_their_name() {
     writer.close().await.unwrap();
 }
 
-/// Excluded: a write to a handle whose name was lost without a word counts as durable.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn writes_after_a_name_was_lost_are_reported() {
-    let (writer, reader, _bucket) = pair().await;
-    let mine = writer.put_named("n", bytes(1, LEN), MemoryTier::Host).await.unwrap();
-    let old = reader.open_named("n").await.unwrap();
-    writer.write(&mine, bytes(2, LEN)).await.unwrap();
-    writer.flush(&mine).await.unwrap();
-    until(&reader, "n", Some(&bytes(2, LEN))).await;
-    reader.flush_all().await.expect("nothing was written here");
-    reader.write(&old, bytes(3, LEN)).await.unwrap();
-    // Wherever its bytes are, they are not under the name.
-    reader.demote(&old, MemoryTier::Disk).await.unwrap();
-    for lost in [reader.flush_all().await.unwrap_err(), reader.close().await.unwrap_err()] {
-        let VirtualMemoryError::NotFlushed { names, source } = lost else { panic!("{lost:?}") };
-        assert_eq!(names, ["n".into()]);
-        assert!(matches!(*source, VirtualMemoryError::VersionChanged { .. }), "{source:?}");
-    }
-    drop((mine, old));
-    writer.close().await.unwrap();
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bucket_that_is_gone_delays_nothing_in_memory() {
     let (writer, reader, bucket) = pair().await;

@@ -119,38 +119,6 @@ async fn many_names_are_listed_together() {
     assert_eq!(world.requests(), [Op::List], "it is known by now");
 }
 
-/// A bucket with many more names than those that are followed.
-#[tokio::test(start_paused = true)]
-async fn listing_that_is_too_long_is_given_up() {
-    let world = World::new();
-    let catalog = world.open().await;
-    let names: Vec<Arc<str>> = (0..65).map(|n| format!("name {n}").into()).collect();
-    for name in &names {
-        catalog.commit(put(name, &object(1, 10, 1))).await.unwrap();
-    }
-    for number in 0..65_000 {
-        let path = format!("vmem/names/ff/{number:016x}").as_str().into();
-        let store: &dyn object_store::ObjectStore = &*world.store;
-        object_store::ObjectStoreExt::put(store, &path, "".into()).await.unwrap();
-    }
-    let asked: Vec<_> = names.iter().map(|name| (&**name, 10)).collect();
-    world.requests();
-    assert_eq!(reported(&catalog, &asked).await, []);
-    let mut requests = world.requests();
-    assert_eq!(requests.remove(0), Op::List);
-    assert_eq!(requests, [Op::Get; 65]);
-    assert_eq!(reported(&catalog, &asked).await, []);
-    assert_eq!(world.requests(), [Op::Get; 65], "it is not tried again");
-    world.store.fail(|op| (op == Op::Get).then_some(Fault::Slow(Duration::from_secs(5))));
-    // A close waits for no look.
-    let looks = catalog.changed(vec![(names[0].clone(), 10)]);
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let began = tokio::time::Instant::now();
-    catalog.close().await.unwrap();
-    assert_eq!(began.elapsed(), Duration::ZERO);
-    assert!(matches!(looks.await, Err(VirtualMemoryError::Closed)));
-}
-
 #[tokio::test(start_paused = true)]
 async fn one_name_that_cannot_be_read_hides_no_other() {
     let world = World::new();
